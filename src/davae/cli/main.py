@@ -1,0 +1,58 @@
+"""``davae``: the verbs, and how their errors end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from davae import __version__
+from davae.cli import demo, doctor, generate, reconstruct, report, train, upgrade
+from davae.errors import DavaeError
+
+app = typer.Typer(
+    help="Larger images from the same number of tokens, for any latent diffusion model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+demo.register(app)
+app.add_typer(train.app, name="train", help="Train a stage by recipe; the same command continues a stopped run.")
+upgrade.register(app)
+generate.register(app)
+reconstruct.register(app)
+report.register(app)
+doctor.register(app)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: bool = typer.Option(False, "--version", help="Show the version and leave."),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Say more while working."),
+) -> None:
+    console = Console(stderr=True)
+    handler = RichHandler(console=console, show_path=False, show_level=False, omit_repeated_times=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
+    logging.getLogger("davae").setLevel(logging.DEBUG if verbose else logging.INFO)
+    if version:
+        typer.echo(f"davae {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line. Exit status 0: success; 2: a mistake in what was asked; 1: a failure."""
+    try:
+        app()
+    except DavaeError as error:
+        Console(stderr=True).print(f"davae: {error}", style="red", markup=False, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("davae: stopped; the same command continues from the last checkpoint")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

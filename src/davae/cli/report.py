@@ -1,0 +1,20 @@
+"""``davae report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from davae.report import build_report
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command()(report)
+
+
+def report(run: Annotated[Path, typer.Argument(help="Directory of a finished run.")]) -> None:
+    """Rebuild the report of a run from its files."""
+    typer.echo(build_report(run))

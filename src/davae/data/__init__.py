@@ -1,0 +1,44 @@
+"""Images from wherever people keep them, as square tensors in an order that can be resumed."""
+
+from davae.data.dataset import Facts, ImageDataset, Item, Source
+from davae.data.decode import UnreadableImage, check_header, decode_image
+from davae.data.folder import IMAGE_SUFFIXES, FolderSource
+from davae.data.hub import TableSource
+from davae.data.loader import BatchStream, ResumableSampler, collate, make_loader
+from davae.data.procedural import CLASSES, ProceduralScenes, render_scene
+from davae.data.rendered import RenderedDataset
+from davae.data.shards import ShardSource
+from davae.data.skips import SkipLedger
+from davae.data.sources import find_source, open_dataset
+from davae.data.splits import choose_part
+from davae.data.transforms import SquareCrop, image_to_tensor, item_generator, resize_short_side
+
+__all__ = [
+    "CLASSES",
+    "IMAGE_SUFFIXES",
+    "BatchStream",
+    "Facts",
+    "FolderSource",
+    "ImageDataset",
+    "Item",
+    "ProceduralScenes",
+    "RenderedDataset",
+    "ResumableSampler",
+    "ShardSource",
+    "SkipLedger",
+    "Source",
+    "SquareCrop",
+    "TableSource",
+    "UnreadableImage",
+    "check_header",
+    "choose_part",
+    "collate",
+    "decode_image",
+    "find_source",
+    "image_to_tensor",
+    "item_generator",
+    "make_loader",
+    "open_dataset",
+    "render_scene",
+    "resize_short_side",
+]

@@ -1,0 +1,148 @@
+"""The data set that every trainer reads: a source of image files, a choice among them, and a crop.
+
+An item is a dict:
+
+======== ============================================================================
+image    float32 ``[3, R, R]`` in [-1, 1]
+label    class number, -1 where there is none
+caption  text, empty where there is none
+id       the image's name within its source
+skipped  ``(id, reason)`` of unreadable files that were met while looking for this item
+======== ============================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+from torch.utils.data import Dataset
+
+from davae.data.decode import UnreadableImage, decode_image
+from davae.data.transforms import SquareCrop, item_generator
+from davae.errors import DavaeError
+
+Item = dict[str, Any]
+Skip = tuple[str, str]
+"""An image's id and the reason why it was left out."""
+
+
+class Facts(NamedTuple):
+    """What is known about an image besides its pixels."""
+
+    label: int = -1
+    caption: str = ""
+
+
+class Source(Protocol):
+    """Image files in a fixed order; a folder, a table or archives."""
+
+    name: str
+    classes: list[str]
+    problems: list[Skip]
+    """What was wrong with the source itself: damaged archives, captions for files that are not there."""
+
+    def __len__(self) -> int:
+        """How many image files there are, readable or not."""
+
+    def id(self, index: int) -> str:
+        """A name that is unique in the source and does not change when images are added."""
+
+    def open(self, index: int) -> BinaryIO:
+        """The image file, from its beginning. May raise :class:`UnreadableImage` or ``OSError``."""
+
+    def facts(self, index: int) -> Facts:
+        """Label and caption. May raise :class:`UnreadableImage` where they cannot be read."""
+
+
+class ImageDataset(Dataset[Item]):
+    """Square image tensors of a source, map-style.
+
+    An image that turns out unreadable is replaced by the next readable one, always the same, and named in the
+    item's ``skipped``. Crops and flips follow ``(seed, epoch, index)``: see :meth:`set_epoch`.
+
+    Args:
+        source: where image files come from.
+        indices: which of the source's images belong to this data set.
+        transform: crop and resolution.
+        seed: of the random crops and flips.
+        min_size: shortest side accepted, in pixels.
+        skipped: images that were left out when the data set was opened.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        indices: Sequence[int],
+        transform: SquareCrop,
+        *,
+        seed: int = 0,
+        min_size: int = 1,
+        skipped: Sequence[Skip] = (),
+    ) -> None:
+        self.source = source
+        self.indices = list(indices)
+        self.transform = transform
+        self.seed = seed
+        self.min_size = min_size
+        self.skipped = list(skipped)
+        self.epoch = 0
+        self._bad: dict[int, str] = {}  # position -> reason; a shortcut only, never changes what comes out
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes; ``label`` counts in this list."""
+        return self.source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose crops and flips ``dataset[index]`` shows."""
+        self.epoch = epoch
+
+    def id(self, index: int) -> str:
+        """The name of image ``index`` without reading it."""
+        return self.source.id(self.indices[index])
+
+    def __getitem__(self, index: int) -> Item:
+        return self.item(index, self.epoch)
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index`` as it looks in ``epoch``.
+
+        Raises:
+            DavaeError: not one image of the data set can be read.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        index %= len(self)
+        skipped: list[Skip] = []
+        for offset in range(len(self)):
+            position = (index + offset) % len(self)
+            try:
+                item = self._read(position)
+            except UnreadableImage as error:
+                self._bad[position] = error.reason
+                skipped.append((self.id(position), error.reason))
+                continue
+            # The asked-for index draws the crop, so that a substitute is not the same picture twice an epoch.
+            item["image"] = self.transform(item["image"], item_generator(self.seed, epoch, index))
+            return item | {"skipped": skipped}
+        raise DavaeError(
+            f"{self.source.name}: none of the {len(self)} images can be read; "
+            f"the first is {skipped[0][0]}: {skipped[0][1]}"
+        )
+
+    def _read(self, position: int) -> Item:
+        if position in self._bad:
+            raise UnreadableImage(self._bad[position])
+        index = self.indices[position]
+        label, caption = self.source.facts(index)
+        try:
+            file = self.source.open(index)
+        except OSError as error:
+            raise UnreadableImage(f"cannot be opened ({error.strerror or error})") from error
+        with file:
+            picture = decode_image(file, min_size=self.min_size)
+        return {"image": picture, "label": label, "caption": caption, "id": self.source.id(index)}

@@ -1,0 +1,210 @@
+"""One image file to RGB pixels, whatever way the file stores them.
+
+What comes out is what a person sees in a viewer: turned as EXIF says, transparency over white, 16-bit values
+scaled (not clipped), palettes and CMYK resolved. Everything that cannot be read, or that is better not read,
+raises :class:`UnreadableImage` with a reason in plain words.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+from davae.errors import DavaeError
+
+ImageFile = bytes | str | Path | BinaryIO
+"""Where an image's bytes are: in memory, at a path, or in an open file."""
+
+MAX_PIXELS = 178_956_970
+"""Most pixels an image may have (512 MiB as RGB): Pillow's own limit against decompression bombs."""
+
+MAX_ASPECT = 20
+"""Most times that one side may be longer than the other."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "QOI")
+"""Formats that are read (JPEG with its MPO form). Others of Pillow's call outside programs (EPS) or have no
+signature to know them by (TGA)."""
+
+# What Pillow raises on broken files, seen across its plugins. MemoryError is not among them on purpose.
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    OverflowError,
+    EOFError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {  # EXIF orientation -> the move that makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableImage(DavaeError):
+    """A file that cannot serve as an image. ``reason`` says why, without naming the file."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def check_header(file: ImageFile, *, min_size: int = 1) -> tuple[int, int]:
+    """Read an image's header only and return its stored (width, height) in pixels.
+
+    Raises:
+        UnreadableImage: not an image, a short side below ``min_size``, or a size no photograph has.
+    """
+    with _opened(file, min_size) as image:
+        return image.size
+
+
+def decode_image(file: ImageFile, *, min_size: int = 1) -> Image.Image:
+    """Decode an image to an upright, opaque picture of mode RGB.
+
+    * EXIF orientation is applied. Of animations the first frame is taken.
+    * Transparency is composited over white before anything is resized, so hidden colours never bleed in.
+    * 16-bit grey is scaled by 255/65535 and rounded; 16-bit colour keeps its upper 8 bits.
+    * CMYK goes through its embedded colour profile where it has one, else through ``(1 - c)(1 - k)``; JPEG's
+      inverted CMYK (Adobe) is understood. Profiles of RGB and grey images are ignored, as is usual.
+
+    Args:
+        file: bytes, a path, or an open binary file.
+        min_size: shortest side accepted, in pixels.
+
+    Raises:
+        UnreadableImage: as :func:`check_header`, or the file is truncated or damaged, or its pixels have no
+            known range.
+    """
+    with _opened(file, min_size) as image:
+        try:
+            image.load()
+            rgb = _to_rgb(image)
+            # After load: some formats (TIFF, AVIF) turn their pixels themselves and then say so.
+            move = _UPRIGHT.get(_orientation(image))
+        except UnreadableImage:
+            raise
+        except _BROKEN as error:
+            raise UnreadableImage(_reason(error)) from error
+    return rgb if move is None else rgb.transpose(move)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of :data:`FORMATS` that this Pillow has; some builds lack AVIF."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@contextmanager
+def _opened(file: ImageFile, min_size: int) -> Iterator[Image.Image]:
+    """Open an image far enough to know its size, and refuse sizes that cannot serve."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked below
+            image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_formats())
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"more than {MAX_PIXELS:,} pixels, perhaps a decompression bomb") from error
+    except _BROKEN as error:
+        raise UnreadableImage(_reason(error)) from error
+    with image:
+        width, height = image.size
+        short, long = min(width, height), max(width, height)
+        if width * height > MAX_PIXELS:
+            raise UnreadableImage(f"{width} x {height}: more than {MAX_PIXELS:,} pixels")
+        if short < max(min_size, 1):
+            raise UnreadableImage(f"too small: {width} x {height}, the short side needs {min_size} pixels")
+        if long > MAX_ASPECT * short:
+            raise UnreadableImage(f"{width} x {height}: one side is more than {MAX_ASPECT} times the other")
+        yield image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in {"I", "F"}:
+        return _deep_grey_to_rgb(image)
+    if image.mode == "CMYK":
+        return _cmyk_to_rgb(image)
+    transparency = image.info.get("transparency")
+    if transparency is None and image.mode in {"1", "L", "RGB", "YCbCr", "HSV"}:
+        return image.convert("RGB")
+    if isinstance(transparency, tuple) and max(transparency) > 255:
+        # The transparent colour of a 16-bit PNG; Pillow has reduced the pixels to 8 bits, not this colour.
+        image.info["transparency"] = tuple(value >> 8 for value in transparency)
+    if image.mode == "La":
+        image = image.convert("LA")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
+    """Grey with more than 8 bits. Pillow's own conversion clips at 255, which turns such pictures white."""
+    values = np.asarray(image)  # [H, W], uint16, int32 or float32
+    low, high = float(values.min()), float(values.max())
+    limit = 1.0 if image.mode == "F" else 65535.0
+    if not (low >= 0.0 and high <= limit):  # written so that NaN fails too
+        raise UnreadableImage(
+            f"grey values from {low:g} to {high:g}; integers must lie in 0..65535, floating point in 0..1"
+        )
+    grey = np.rint(values.astype(np.float64) * (255.0 / limit)).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255  # over white
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if source.profile.xcolor_space == "CMYK":
+                converted = ImageCms.profileToProfile(
+                    image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
+                )
+                assert converted is not None  # None only with inPlace
+                return converted
+        except (OSError, ImageCms.PyCMSError) as error:
+            raise UnreadableImage(f"its CMYK colour profile is damaged ({error})") from error
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except _BROKEN:
+        return 1  # metadata is damaged, the pixels are not: viewers show such a picture as stored
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image in a known format"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, PermissionError):
+        return "no permission to read it"
+    text = str(error) or type(error).__name__
+    return f"truncated ({text})" if "truncated" in text.lower() else f"damaged ({text})"

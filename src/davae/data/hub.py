@@ -1,0 +1,187 @@
+"""Tables of images through Hugging Face ``datasets``: a hub name, a saved set, parquet or arrow files.
+
+Columns are found by their type: the image column is the one of type ``Image`` (else bytes under a usual
+name), the label the one of type ``ClassLabel`` (else integers or text named ``label``), the caption text
+named ``text`` or ``caption``. Local files never touch the network.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from davae.data.dataset import Facts, Skip
+from davae.data.decode import UnreadableImage
+from davae.errors import DavaeError
+
+TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
+
+_IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
+_LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")
+_CAPTION_NAMES = ("text", "caption", "captions", "prompt", "txt")
+
+
+class TableSource:
+    """Rows of a ``datasets.Dataset`` with an image column. The id of a row is its number.
+
+    Args:
+        table: the data set.
+        name: for messages.
+
+    Raises:
+        DavaeError: the table is empty or no column holds images.
+    """
+
+    def __init__(self, table: Any, name: str) -> None:
+        import datasets
+
+        self.name = name
+        self.problems: list[Skip] = []
+        if not len(table):
+            raise DavaeError(f"{name} has no rows")
+        features = table.features
+        self._image = _image_column(features, name)
+        self._label = _find(features, _LABEL_NAMES, lambda f: isinstance(f, datasets.ClassLabel)) or _named(
+            features, _LABEL_NAMES
+        )
+        self._caption = _named(features, _CAPTION_NAMES)
+        keep = [c for c in (self._image, self._label, self._caption) if c is not None]
+        table = table.select_columns(list(dict.fromkeys(keep)))
+        # Bytes, not pictures: decoding, with its care for odd files, is ours.
+        self._table = table.cast_column(self._image, datasets.Image(decode=False))
+        self.classes, self._numbers = _classes(table, self._label)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def id(self, index: int) -> str:
+        """The row's number, as text."""
+        return str(index)
+
+    def open(self, index: int) -> BinaryIO:
+        """The image's bytes, or the local file that the row names."""
+        image = self._table[index][self._image]
+        if image is None:
+            raise UnreadableImage("the row holds no image")
+        if image["bytes"] is not None:
+            return io.BytesIO(image["bytes"])
+        path = image["path"]
+        if not path or "://" in path:
+            raise UnreadableImage(f"the row holds no bytes, only the address {path}")
+        return Path(path).open("rb")
+
+    def facts(self, index: int) -> Facts:
+        """The row's class and caption; of several captions the first."""
+        columns = [c for c in (self._label, self._caption) if c is not None]
+        if not columns:
+            return Facts()
+        row = self._table.select_columns(columns)[index]
+        label = row.get(self._label)
+        number = -1 if label is None else self._numbers.get(label, -1)
+        caption = row.get(self._caption)
+        if isinstance(caption, list):
+            caption = caption[0] if caption else ""
+        return Facts(number, "" if caption is None else str(caption).strip())
+
+
+def open_saved(folder: Path, split: str | None) -> TableSource:
+    """A data set written by ``save_to_disk``, one split or several."""
+    import datasets
+
+    table = datasets.load_from_disk(str(folder))
+    return TableSource(_one_split(table, split, str(folder)), str(folder))
+
+
+def open_tables(files: Sequence[Path], name: str) -> TableSource:
+    """Parquet or arrow files, read as one table in the given order."""
+    import datasets
+    import pyarrow
+
+    try:
+        if all(f.suffix == ".parquet" for f in files):
+            table = datasets.Dataset.from_parquet([str(f) for f in files])
+        elif all(f.suffix == ".arrow" for f in files):
+            table = datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
+        else:
+            raise DavaeError(f"{name}: parquet and arrow files are mixed; give one kind")
+    except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
+        raise DavaeError(f"{name} cannot be read as a table: {error.__cause__ or error}") from error
+    return TableSource(table, name)
+
+
+def open_hub(name: str, split: str | None) -> TableSource:
+    """A data set on the Hugging Face hub, ``owner/name`` or ``owner/name:configuration``; downloads once."""
+    import datasets
+
+    repository, _, configuration = name.partition(":")
+    try:
+        table = datasets.load_dataset(repository, configuration or None)
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # not found, no network, gated
+        raise DavaeError(
+            f"'{name}' is not a local folder or file, and as a data set on the Hugging Face hub it cannot be "
+            f"loaded: {error}"
+        ) from error
+    return TableSource(_one_split(table, split, name), name)
+
+
+def _one_split(table: Any, split: str | None, name: str) -> Any:
+    import datasets
+
+    if not isinstance(table, datasets.DatasetDict):
+        return table
+    if split in table:
+        return table[split]
+    if len(table) == 1 and split in (None, "train"):
+        return next(iter(table.values()))
+    raise DavaeError(f"{name} has no split '{split}'; it has {', '.join(table)}")
+
+
+def _find(features: Any, preferred: Sequence[str], wanted: Any) -> str | None:
+    """The column whose type is ``wanted``; of several, one with a preferred name, else the first."""
+    columns = [name for name, feature in features.items() if wanted(feature)]
+    return next((n for n in preferred if n in columns), columns[0] if columns else None)
+
+
+def _named(features: Any, names: Sequence[str]) -> str | None:
+    return next((n for n in names if n in features), None)
+
+
+def _image_column(features: Any, name: str) -> str:
+    import datasets
+
+    column = _find(features, _IMAGE_NAMES, lambda f: isinstance(f, datasets.Image))
+    if column is None:
+        # A table written without datasets: {"bytes": ..., "path": ...} or plain bytes.
+        column = _find(features, _IMAGE_NAMES, lambda f: isinstance(f, dict) and {"bytes", "path"} == set(f))
+    if column is None:
+        binary = {n for n, f in features.items() if getattr(f, "dtype", None) in {"binary", "large_binary"}}
+        column = next((n for n in _IMAGE_NAMES if n in binary), None)
+    if column is None:
+        raise DavaeError(
+            f"{name} has no image column: columns are {', '.join(features)}; one must be of type Image, or "
+            f"hold image files as bytes under one of the names {', '.join(_IMAGE_NAMES)}"
+        )
+    return column
+
+
+def _classes(table: Any, column: str | None) -> tuple[list[str], dict[Any, int]]:
+    """Class names, and the class number of each value that occurs in the label column."""
+    import datasets
+
+    if column is None:
+        return [], {}
+    feature = table.features[column]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names), {i: i for i in range(feature.num_classes)}
+    values = {v for v in table.unique(column) if v is not None}
+    if values and all(isinstance(v, int) and v >= 0 for v in values):
+        return [str(i) for i in range(max(values) + 1)], {i: i for i in values}
+    if values and all(isinstance(v, str) for v in values):
+        return sorted(values), {v: i for i, v in enumerate(sorted(values))}
+    return [], {}

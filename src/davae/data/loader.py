@@ -1,0 +1,184 @@
+"""An endless stream of batches whose place can be saved and found again to the image.
+
+Every epoch is a fresh permutation, made from ``(seed, epoch)``; epochs follow each other without a gap and a
+batch may straddle two, so each image comes exactly once an epoch and sets smaller than a batch work too. The
+place in the stream is the number of images that the training has taken, not what loader processes have
+fetched ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from davae.data.dataset import Item
+from davae.errors import DavaeError
+
+
+class Key(NamedTuple):
+    """Which item, in which epoch."""
+
+    epoch: int
+    position: int
+
+
+class ResumableSampler(Sampler[list[Key]]):
+    """Batches of keys without end, starting at :attr:`samples`.
+
+    The stream over all processes takes ``batch_size * world_size`` images at a time; process ``rank`` gets
+    its own stretch of them. Iterating does not move :attr:`samples`: whoever consumes batches calls
+    :meth:`advance`.
+
+    Args:
+        length: images in the data set.
+        batch_size: images a batch and process.
+        seed: of the permutations.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if length < 1:
+            raise DavaeError("the data set is empty")
+        if batch_size < 1:
+            raise DavaeError(f"batch_size must be positive, not {batch_size}")
+        if not 0 <= rank < world_size:
+            raise DavaeError(f"rank {rank} is not one of {world_size} processes")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.samples = 0
+        """Images consumed by all processes since the first epoch began."""
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        start = self.samples + self.rank * self.batch_size
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        while True:
+            keys = []
+            for sample in range(start, start + self.batch_size):
+                if sample // self.length != epoch:
+                    epoch = sample // self.length
+                    order = self.permutation(epoch)
+                keys.append(Key(epoch, int(order[sample % self.length])))
+            yield keys
+            start += self.batch_size * self.world_size
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """Order of the images in an epoch: int64 ``[length]``, a function of ``(seed, epoch)``."""
+        return np.random.default_rng((self.seed % 2**63, epoch)).permutation(self.length)
+
+    def advance(self) -> None:
+        """Note that every process has consumed one batch."""
+        self.samples += self.batch_size * self.world_size
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the stream, as plain numbers."""
+        return {"samples": self.samples, "length": self.length, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where ``state`` was taken; batch size and number of processes may differ.
+
+        Raises:
+            DavaeError: the data set or the seed is another one, so the stream cannot be the same.
+        """
+        for name, now in (("length", self.length), ("seed", self.seed)):
+            if state[name] != now:
+                what = "number of images" if name == "length" else "seed of the data order"
+                raise DavaeError(
+                    f"the {what} was {state[name]} when the checkpoint was written and is {now} now, so the "
+                    f"training cannot go on exactly; restore it, or start in a new run directory"
+                )
+        self.samples = int(state["samples"])
+
+
+class BatchStream:
+    """Batches of a data set for the training loop; ``state_dict`` counts what the loop has taken.
+
+    Every ``iter(stream)`` begins at the current place. Iterating leaves torch's global random state alone.
+
+    Args:
+        dataset: map-style; its ``item(index, epoch)`` is used where it has one, else ``dataset[index]``.
+        batch_size: images a batch and process.
+        seed: of the order.
+        workers: loader processes; 0 decodes in this one. The batches are the same either way.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Item],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.dataset, self.workers = dataset, workers
+        length = len(dataset)  # type: ignore[arg-type]
+        self.sampler = ResumableSampler(length, batch_size, seed, rank=rank, world_size=world_size)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in make_loader(self.dataset, self.sampler, workers=self.workers):
+            self.sampler.advance()
+            yield batch
+
+    @property
+    def epoch(self) -> float:
+        """How often the data set has been seen, with the fraction of the current pass."""
+        return self.sampler.samples / self.sampler.length
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the stream after the batches taken so far."""
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a saved place; takes effect at the next ``iter``."""
+        self.sampler.load_state_dict(state)
+
+
+def make_loader(dataset: Dataset[Item], sampler: ResumableSampler, *, workers: int = 0) -> DataLoader[Any]:
+    """A torch loader over the sampler's keys, in order, with :func:`collate`."""
+    if workers < 0:
+        raise DavaeError(f"workers must be 0 or more, not {workers}")
+    return DataLoader(
+        _ByKey(dataset),
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # otherwise the loader draws from torch's global state
+    )
+
+
+def collate(items: Sequence[Item]) -> dict[str, Any]:
+    """Items to a batch.
+
+    Tensors (``image`` ``[B, 3, R, R]``, or a cached ``latent``) are stacked; ``label`` is long ``[B]``,
+    ``caption`` and ``id`` are lists of text, ``skipped`` holds the entries of all items in one list.
+    """
+    tensors = [name for name, value in items[0].items() if isinstance(value, torch.Tensor)]
+    return {
+        **{name: torch.stack([item[name] for item in items]) for name in tensors},
+        "label": torch.tensor([item["label"] for item in items], dtype=torch.long),
+        "caption": [item["caption"] for item in items],
+        "id": [item["id"] for item in items],
+        "skipped": [entry for item in items for entry in item.get("skipped", ())],
+    }
+
+
+class _ByKey(Dataset[Item]):
+    """Looks items up by (epoch, index), so that loader processes need not be told of a new epoch."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._item = getattr(dataset, "item", None)
+
+    def __getitem__(self, key: Key) -> Item:
+        return self._dataset[key.position] if self._item is None else self._item(key.position, key.epoch)

@@ -1,0 +1,39 @@
+"""Rendered scenes behind the same face as images from files."""
+
+from __future__ import annotations
+
+from torch.utils.data import Dataset
+
+from davae.data.dataset import Item, Skip
+from davae.data.procedural import ProceduralScenes
+from davae.data.transforms import item_generator
+
+
+class RenderedDataset(Dataset[Item]):
+    """Procedural scenes; ``flip`` mirrors half of them, which half follows ``(seed, epoch, index)``.
+
+    Scenes are rendered square at their resolution, so there is nothing to crop and nothing to skip.
+    """
+
+    def __init__(self, scenes: ProceduralScenes, *, flip: bool = False, seed: int = 0) -> None:
+        self.scenes, self.flip, self.seed = scenes, flip, seed
+        self.epoch = 0
+        self.classes = list(scenes.classes)
+        self.skipped: list[Skip] = []
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose mirroring ``dataset[index]`` shows."""
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> Item:
+        return self.item(index, self.epoch)
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index`` as it looks in ``epoch``."""
+        item: Item = dict(self.scenes[index])
+        if self.flip and item_generator(self.seed, epoch, index % len(self)).random() < 0.5:
+            item["image"] = item["image"].flip(-1)
+        return item

@@ -1,0 +1,136 @@
+"""Files that cannot be used: found early where that is cheap, counted, and named at the end.
+
+A few bad files among many are normal and must not stop a training; a set of mostly bad files is a mistake and
+must. Both are decided here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from davae.data.dataset import Skip, Source
+from davae.data.decode import UnreadableImage, check_header
+from davae.errors import DavaeError
+
+logger = logging.getLogger(__name__)
+
+HEADER_CHECK_LIMIT = 20_000
+"""Sets with more images open without reading every header (some 0.1 ms each); bad files are met later."""
+
+_NAMED = 20
+
+
+def check_headers(source: Source, *, min_size: int, warn_below: int = 0) -> dict[int, str]:
+    """Find the images of a source whose headers already show that they cannot be used.
+
+    Says once, as a log line, how many of the others are smaller than ``warn_below`` and will be enlarged.
+
+    Returns:
+        Position in the source -> reason.
+    """
+    bad: dict[int, str] = {}
+    if len(source) > HEADER_CHECK_LIMIT:
+        logger.info("%s: %d images; unreadable ones are found as they are met", source.name, len(source))
+        return bad
+    enlarged = 0
+    for index in range(len(source)):
+        try:
+            with source.open(index) as file:
+                enlarged += min(check_header(file, min_size=min_size)) < warn_below
+        except UnreadableImage as error:
+            bad[index] = error.reason
+        except OSError as error:
+            bad[index] = f"cannot be opened ({error.strerror or error})"
+    if enlarged:
+        logger.warning(
+            "%s: %d of %d images are smaller than %d pixels and are enlarged; they teach no fine detail",
+            source.name,
+            enlarged,
+            len(source),
+            warn_below,
+        )
+    return bad
+
+
+def describe(skips: Sequence[Skip]) -> str:
+    """The skipped files for people: the first twenty by name and reason, then how many more."""
+    if not skips:
+        return "no file was skipped"
+    lines = [f"{len(skips)} {'file was' if len(skips) == 1 else 'files were'} skipped:"]
+    lines += [f"  {name}: {reason}" for name, reason in skips[:_NAMED]]
+    if len(skips) > _NAMED:
+        lines.append(f"  and {len(skips) - _NAMED} more")
+    return "\n".join(lines)
+
+
+def refuse_if_mostly_bad(skips: Sequence[Skip], total: int, where: str = "the data set") -> None:
+    """Raise when more than half of ``total`` files cannot be used.
+
+    Raises:
+        DavaeError: naming the first of them.
+    """
+    if 2 * len(skips) > total:
+        raise DavaeError(
+            f"{len(skips)} of {total} images of {where} cannot be used, more than half of them; "
+            f"mend or remove them, or lower min_size if they are only too small. {describe(skips)}"
+        )
+
+
+class SkipLedger:
+    """Which files a training had to leave out, each counted once.
+
+    Args:
+        total: how many image files there are in all, the skipped ones included.
+        known: files already left out when the data set was opened.
+    """
+
+    def __init__(self, total: int, known: Iterable[Skip] = ()) -> None:
+        self.total = total
+        self._reasons: dict[str, str] = dict(known)
+
+    @classmethod
+    def for_dataset(cls, dataset: Any) -> SkipLedger:
+        """A ledger that starts with what ``open_dataset`` left out (``dataset.skipped``), if anything."""
+        known: list[Skip] = list(getattr(dataset, "skipped", ()))
+        return cls(len(dataset) + len(known), known)
+
+    @property
+    def count(self) -> int:
+        """How many different files were skipped."""
+        return len(self._reasons)
+
+    @property
+    def entries(self) -> list[Skip]:
+        """``(id, reason)`` by name."""
+        return sorted(self._reasons.items())
+
+    def add(self, skipped: Iterable[Sequence[str]]) -> None:
+        """Note the ``skipped`` entries of a batch.
+
+        Raises:
+            DavaeError: with these, more than half of the files are bad.
+        """
+        before = self.count
+        for name, reason in skipped:
+            self._reasons.setdefault(name, reason)
+        if self.count > before:
+            self.check()
+
+    def check(self) -> None:
+        """Raise a DavaeError when more than half of the files are bad."""
+        refuse_if_mostly_bad(self.entries, self.total)
+
+    def summary(self) -> str:
+        """For people: the first twenty files by name and reason, then how many more."""
+        return describe(self.entries)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {"skipped": [list(entry) for entry in self.entries]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Add what a checkpoint, or another process, has noted."""
+        for name, reason in state["skipped"]:
+            self._reasons.setdefault(name, reason)

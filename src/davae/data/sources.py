@@ -1,0 +1,151 @@
+"""From what a person writes as ``data.path`` to a data set: what each kind of path is taken for."""
+
+from __future__ import annotations
+
+import glob
+import re
+from pathlib import Path
+
+from davae.data.dataset import ImageDataset, Source
+from davae.data.folder import IMAGE_SUFFIXES, FolderSource
+from davae.data.hub import TABLE_SUFFIXES, open_hub, open_saved, open_tables
+from davae.data.procedural import ProceduralScenes
+from davae.data.rendered import RenderedDataset
+from davae.data.shards import ShardSource, find_shards
+from davae.data.skips import check_headers, refuse_if_mostly_bad
+from davae.data.splits import Part, choose_part
+from davae.data.transforms import Crop, SquareCrop
+from davae.errors import DavaeError
+
+PROCEDURAL_LENGTH = 10_000
+"""Scenes in ``procedural`` without a length."""
+
+_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+)?")
+
+
+def open_dataset(
+    path_or_name: str | Path,
+    *,
+    resolution: int,
+    crop: Crop = "center",
+    flip: bool = False,
+    seed: int = 0,
+    split: str | None = "train",
+    hold_out: float = 0,
+    part: Part = "train",
+    min_size: int | None = None,
+) -> ImageDataset | RenderedDataset:
+    """Open a set of images for training or validation.
+
+    ``path_or_name`` may be
+
+    * a folder of images, at any depth (class = parent folder, captions beside);
+    * a folder that ``datasets`` saved, ``.parquet`` or ``.arrow`` files, or a folder of them;
+    * WebDataset ``.tar`` shards: a folder, a file, or a pattern such as ``shards/{000..015}.tar``;
+    * ``owner/name`` on the Hugging Face hub;
+    * ``procedural`` or ``procedural:LENGTH``: rendered scenes, those held out from another seed.
+
+    Args:
+        path_or_name: as above; what exists on disk comes first.
+        resolution: side of the square images in pixels.
+        crop: ``center`` or ``random``, see :class:`SquareCrop`. Procedural scenes are rendered square.
+        flip: mirror half of the images.
+        seed: of crops and flips. It changes neither the order nor what is held out.
+        split: of several splits, which; ``None`` takes all images of a folder that is made of splits.
+        hold_out: share (below 1) or number of images kept for validation, chosen by a hash of their names.
+        part: ``train`` or ``held_out``.
+        min_size: images with a shorter side are skipped; by default a quarter of ``resolution``.
+
+    Returns:
+        A map-style data set of items (see :mod:`davae.data.dataset`) with ``classes`` and ``skipped``, the
+        files already found to be unusable.
+
+    Raises:
+        DavaeError: nothing there, no images in it, or more than half of them unusable.
+    """
+    transform = SquareCrop(resolution, crop, flip)
+    name = str(path_or_name)
+    if re.fullmatch(r"procedural(:.*)?", name):
+        return RenderedDataset(_procedural(name, resolution, hold_out, part), flip=flip, seed=seed)
+    shortest = max(1, resolution // 4 if min_size is None else min_size)
+    source = find_source(path_or_name, split)
+    warn_below = resolution if part == "train" else 0  # once is enough when both parts are opened
+    bad = check_headers(source, min_size=shortest, warn_below=warn_below)
+    skipped = [(source.id(i), reason) for i, reason in bad.items()]
+    refuse_if_mostly_bad(skipped, len(source), source.name)
+    good = [i for i in range(len(source)) if i not in bad]
+    chosen = choose_part([source.id(i) for i in good], hold_out, part)
+    return ImageDataset(
+        source,
+        [good[i] for i in chosen],
+        transform,
+        seed=seed,
+        min_size=shortest,
+        skipped=skipped + source.problems,
+    )
+
+
+def find_source(path_or_name: str | Path, split: str | None = "train") -> Source:
+    """Recognise a path, pattern or hub name and open its source.
+
+    Raises:
+        DavaeError: it is none of the known kinds, with what was looked for.
+    """
+    name = str(path_or_name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _in_folder(path, split)
+    if path.is_file():
+        return _from_files([path], name)
+    if name.endswith(".tar"):
+        return ShardSource(find_shards(str(path)), name)
+    if glob.has_magic(name):
+        files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        if not files:
+            raise DavaeError(f"no file matches {name}")
+        return _from_files(files, name)
+    local = path.is_absolute() or name.startswith((".", "~")) or ("/" in name and path.parent.is_dir())
+    if not local and _HUB_NAME.fullmatch(name):
+        return open_hub(name, split)
+    raise DavaeError(
+        f"no images at '{name}': there is no such folder or file. Give a folder of images, parquet or arrow "
+        f"files, WebDataset .tar shards, owner/name of a data set on the Hugging Face hub, or procedural"
+    )
+
+
+def _in_folder(folder: Path, split: str | None) -> Source:
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return open_saved(folder, split)
+    names = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+    if not any(p.suffix.lower() in IMAGE_SUFFIXES for p in names):
+        for suffixes in (frozenset({".tar"}), TABLE_SUFFIXES):
+            files = sorted(p for p in names if p.suffix.lower() in suffixes)
+            if files:
+                return _from_files(files, str(folder))
+    return FolderSource(folder, split)
+
+
+def _from_files(files: list[Path], name: str) -> Source:
+    suffixes = {f.suffix.lower() for f in files}
+    if suffixes == {".tar"}:
+        return ShardSource(files, name)
+    if suffixes <= TABLE_SUFFIXES:
+        return open_tables(files, name)
+    raise DavaeError(
+        f"'{name}' is neither a .tar shard nor a .parquet or .arrow table ({', '.join(sorted(suffixes))}); "
+        f"to train on image files, give their folder"
+    )
+
+
+def _procedural(name: str, resolution: int, hold_out: float, part: Part) -> ProceduralScenes:
+    _, colon, text = name.partition(":")
+    if colon and not (text.isdecimal() and int(text) > 0):
+        raise DavaeError(f"'{name}': the length must be a positive whole number, as in procedural:5000")
+    length = int(text) if colon else PROCEDURAL_LENGTH
+    # Scenes are endless, so nothing is taken from the training set: those held out are of another seed.
+    if part == "train":
+        return ProceduralScenes(length, resolution, seed=0)
+    if hold_out <= 0:
+        raise DavaeError("no held-out images: hold_out is 0; set it above 0")
+    count = int(hold_out) if hold_out >= 1 else max(1, round(hold_out * length))
+    return ProceduralScenes(count, resolution, seed=1)

@@ -1,0 +1,244 @@
+"""The whole method on the embedded base: both stages, samples, figures, one report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from davae.benchmark import count_flops, peak_memory_bytes, side_by_side
+from davae.evaluation import psnr, sliced_wasserstein, ssim
+from davae.latents import token_count
+from davae.models import AutoencoderDA
+from davae.pipelines import ClassConditionalPipeline, upgrade_pipeline
+from davae.report import (
+    Alignment,
+    FigureRecorder,
+    Generation,
+    Reconstruction,
+    Summary,
+    ThreeWay,
+    WarmStart,
+    build_report,
+)
+from davae.training.autoencoder import upscaled_base
+from davae.training.diffusion import generate_classes
+from davae.training.recipe import load_recipe
+from davae.training.run import load_base, open_parts, train_autoencoder, train_diffusion
+from davae.training.run_directory import environment, read_metrics
+from davae.training.settings import UpgradeRecipe
+from davae.warm_start import check_warm_start
+
+logger = logging.getLogger(__name__)
+
+_QUICK = (
+    "data.path=procedural:512",
+    "data.hold_out=48",
+    "autoencoder.loop.steps=100",
+    "autoencoder.loop.validation_images=24",
+    "diffusion.loop.steps=40",
+    "diffusion.loss.detail_warmup_steps=10",
+    "diffusion.loop.validation_images=24",
+    "diffusion.sample.num_inference_steps=12",
+)
+_SHOWN = 6  # reconstructions and samples that the report shows
+
+
+def run_demo(
+    out: Path | str = "runs/demo", *, seed: int = 0, quick: bool = False, data: str | None = None
+) -> Path:
+    """Train both stages on the embedded base, compare, and write ``out/report.html``.
+
+    A demo that was stopped goes on where it was when it is started again.
+
+    Args:
+        out: run directory.
+        seed: of both trainings, the samples and the measurements.
+        quick: a few steps of each stage: shows that everything works, not how well.
+        data: images to use instead of the procedural scenes: anything that ``davae train`` takes.
+
+    Returns:
+        Path of the report.
+    """
+    began = time.perf_counter()
+    out = Path(out)
+    recipe = _recipe(seed, quick, data)
+    base = load_base(recipe.base)
+
+    stage1 = train_autoencoder(recipe, out / "autoencoder")
+    vae = AutoencoderDA.from_pretrained(stage1.result).eval()
+    warm_start = check_warm_start(
+        base.transformer, upgrade_pipeline(base, vae).transformer, vae.layout
+    )
+    stage2 = train_diffusion(recipe, out / "diffusion", stage1.result)
+    upgraded = ClassConditionalPipeline.from_pretrained(stage2.result)
+
+    logger.info("comparing base, native and upgraded")
+    _, held_out = open_parts(recipe.data)
+    recorder = FigureRecorder(out, classes=_class_names(held_out))
+    images, labels, names = _held_out(held_out, recipe.autoencoder.loop.validation_images)
+    reconstruction, aligned = _compare_reconstructions(base, vae, images, labels, names, recorder)
+    generation = _compare_samples(base, upgraded, images, recipe, recorder)
+    first_alignment = next((m for m in read_metrics(out / "autoencoder" / "metrics.jsonl") if "alignment" in m), {})
+    resolution, scale = recipe.data.resolution, recipe.autoencoder.model.scale
+    flops, seconds = _compare_cost(base, upgraded, recipe)
+    f = 2 ** (len(base.vae.config.block_out_channels) - 1)
+    recorder.write()
+    Summary(
+        title="davae on its own pictures" if data is None else f"davae on {data}",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=_command(out, seed, quick, data),
+        hardware={k: v for k, v in environment().items() if isinstance(v, str | int | None) and k != "command"},
+        image_size=ThreeWay[int](base=resolution // scale, native=resolution, upgraded=resolution),
+        tokens=ThreeWay[int](
+            base=token_count(resolution // scale, resolution // scale, spatial_compression=f),
+            native=token_count(resolution, resolution, spatial_compression=f),
+            upgraded=token_count(resolution, resolution, spatial_compression=vae.spatial_compression),
+        ),
+        flops_per_image=flops,
+        seconds_per_image=seconds,
+        reconstruction=reconstruction,
+        generation=generation,
+        alignment=Alignment(
+            **aligned,
+            loss=stage1.metrics["alignment_error"],
+            loss_start=first_alignment.get("alignment"),
+        ),
+        warm_start=WarmStart(
+            max_base_difference=warm_start.max_base_difference, max_detail_output=warm_start.max_detail_output
+        ),
+        wall_seconds=time.perf_counter() - began,
+        peak_memory_bytes=peak_memory_bytes(),
+        settings=recipe.model_dump(mode="json"),
+        skipped=stage1.skipped.entries,
+    ).write(out)
+    return build_report(out)
+
+
+def _recipe(seed: int, quick: bool, data: str | None) -> UpgradeRecipe:
+    overrides = [f"autoencoder.loop.seed={seed}", f"diffusion.loop.seed={seed}", *(_QUICK if quick else ())]
+    if data is not None:
+        overrides += [f"data.path={data}", "data.hold_out=0.1"]
+    recipe = load_recipe("tiny", overrides)
+    assert isinstance(recipe, UpgradeRecipe)
+    return recipe
+
+
+def _command(out: Path, seed: int, quick: bool, data: str | None) -> str:
+    words = ["davae", "demo", "--out", str(out), "--seed", str(seed), *(["--quick"] if quick else [])]
+    return " ".join([*words, *(["--data", data] if data is not None else [])])
+
+
+def _class_names(dataset: Dataset[dict[str, Any]]) -> list[str]:
+    return list(dataset.classes) or ["images"]  # type: ignore[attr-defined]
+
+
+def _held_out(dataset: Dataset[dict[str, Any]], count: int) -> tuple[Tensor, Tensor, list[str]]:
+    """The first ``count`` held-out images, their labels (0 where there are none) and captions."""
+    items = [dataset[i] for i in range(min(count, len(dataset)))]  # type: ignore[arg-type]
+    labels = torch.tensor([max(item["label"], 0) for item in items])
+    return torch.stack([item["image"] for item in items]), labels, [item["caption"] or item["id"] for item in items]
+
+
+@torch.no_grad()
+def _compare_reconstructions(
+    base: ClassConditionalPipeline,
+    vae: AutoencoderDA,
+    images: Tensor,
+    labels: Tensor,
+    names: list[str],
+    recorder: FigureRecorder,
+) -> tuple[Reconstruction, dict[str, Any]]:
+    """Held-out images through the base alone and through the structured autoencoder."""
+    latent = vae.encode(images).latent_dist.mode()  # [N, C + D, h, w]
+    z, _ = vae.layout.split(latent)
+    own = base.vae.encode(vae.downsample(images)).latent_dist.mode()
+    reconstruction = vae.decode(latent).sample.clamp(-1, 1)
+    preview, enlarged = vae.decode_base(latent).clamp(-1, 1), upscaled_base(vae, images)
+    recorder.add_reconstructions(images[:_SHOWN], preview[:_SHOWN], reconstruction[:_SHOWN], names[:_SHOWN])
+    recorder.add_spectra(
+        "images", {"Images": images, "Base, upscaled": enlarged, "Reconstruction": reconstruction}
+    )
+    probes: dict[str, Any] = {}
+    if len(labels.unique()) > 1:
+        probes = recorder.add_latents(*vae.layout.split(latent), labels)
+    figures = Reconstruction(
+        psnr_upgraded=float(psnr(images, reconstruction).mean()),
+        psnr_base_upscaled=float(psnr(images, enlarged).mean()),
+        ssim_upgraded=float(ssim(images, reconstruction).mean()),
+        ssim_base_upscaled=float(ssim(images, enlarged).mean()),
+        images=len(images),
+    )
+    return figures, {"base_latents_equal": torch.equal(z, own), **probes}
+
+
+@torch.no_grad()
+def _compare_samples(
+    base: ClassConditionalPipeline,
+    upgraded: ClassConditionalPipeline,
+    images: Tensor,
+    recipe: UpgradeRecipe,
+    recorder: FigureRecorder,
+) -> Generation:
+    """Samples of both pipelines from the same seeds, against real images at full resolution."""
+    count, seed = recipe.diffusion.loop.validation_images, recipe.diffusion.loop.seed
+    made = generate_classes(upgraded, count, recipe.diffusion, seed=seed)
+    small = generate_classes(base, count, recipe.diffusion, seed=seed)
+    enlarged = _enlarged(small, made.shape[-1])
+    classes = base.config.id2label or {}
+    captions = [f"{classes.get(str(i % len(classes)), i)}, seed {seed + i}" for i in range(2 * _SHOWN)]
+    recorder.add_samples(small[: 2 * _SHOWN], made[: 2 * _SHOWN], captions)
+    distances = {
+        name: list(sliced_wasserstein(x, images, seed=seed).values())
+        for name, x in (("upgraded", made), ("base", enlarged), ("real", images.flip(0)[: len(images) // 2]))
+    }
+    return Generation(
+        swd_upgraded=distances["upgraded"][0],
+        swd_base_upscaled=distances["base"][0],
+        swd_levels_upgraded=distances["upgraded"],
+        swd_levels_base_upscaled=distances["base"],
+        images=count,
+    )
+
+
+def _compare_cost(
+    base: ClassConditionalPipeline, upgraded: ClassConditionalPipeline, recipe: UpgradeRecipe
+) -> tuple[ThreeWay[float], ThreeWay[float]]:
+    """FLOPs and seconds of an image: base, the base asked for the full resolution, and upgraded."""
+    full, batch = recipe.data.resolution, 4
+    sample = recipe.diffusion.sample
+
+    def generating(pipe: ClassConditionalPipeline, side: int | None, count: int) -> Callable[[], object]:
+        def run() -> object:
+            return pipe(
+                [0] * count,
+                height=side,
+                width=side,
+                num_inference_steps=sample.num_inference_steps,
+                guidance_scale=sample.guidance_scale,
+                guidance_interval=sample.guidance_interval,
+                generator=torch.Generator().manual_seed(0),
+                output_type="pt",
+            )
+
+        return run
+
+    pipes = {"base": (base, None), "native": (base, full), "upgraded": (upgraded, None)}
+    for pipe, _ in pipes.values():
+        pipe.set_progress_bar_config(disable=True)
+    flops = {name: float(count_flops(generating(pipe, side, 1))) for name, (pipe, side) in pipes.items()}
+    timed = side_by_side({name: generating(pipe, side, batch) for name, (pipe, side) in pipes.items()}, repeats=5)
+    seconds = {name: value / batch for name, value in timed.medians.items()}
+    return ThreeWay[float](**flops), ThreeWay[float](**seconds)
+
+
+def _enlarged(images: Tensor, side: int) -> Tensor:
+    return F.interpolate(images, size=(side, side), mode="bicubic", align_corners=False).clamp(-1, 1)

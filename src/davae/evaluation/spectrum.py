@@ -1,0 +1,74 @@
+"""Radial power spectra: how the energy of images or latents is spread over spatial frequency."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from davae.errors import DavaeError
+
+NYQUIST = 0.5
+"""Highest frequency along an axis, in cycles a pixel. Rings above it exist in the corners only."""
+
+
+def radial_bins(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The ring each coefficient of ``torch.fft.fft2`` belongs to.
+
+    Rings are one cycle per shorter side wide; ring 0 holds the mean alone.
+
+    Returns:
+        ring index [H, W] (int64) and the centre frequency of each ring [K] in cycles a pixel.
+    """
+    side = min(height, width)
+    fy = torch.fft.fftfreq(height, dtype=torch.float64)
+    fx = torch.fft.fftfreq(width, dtype=torch.float64)
+    radius = torch.hypot(fy[:, None], fx[None, :])
+    index = (radius * side).round().long()
+    index[(index == 0) & (radius > 0)] = 1  # on a long side frequencies fall below half a ring
+    return index, torch.arange(int(index.max()) + 1, dtype=torch.float64) / side
+
+
+def radial_power_spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean power on rings of equal frequency, averaged over batch and channels.
+
+    The Fourier transform is orthonormal, so white noise of variance v has the flat spectrum v, and the sum
+    of power times ring size over H W is the mean square of ``x`` (Parseval).
+
+    Args:
+        x: images or latents [B, C, H, W].
+
+    Returns:
+        frequency [K] in cycles a pixel (or latent cell) from 0 to the corner's 0.71, and power [K], float64.
+    """
+    if x.ndim != 4 or x.shape[0] == 0:
+        raise DavaeError(f"a spectrum needs a batch [B, C, H, W] that is not empty, got {list(x.shape)}")
+    height, width = x.shape[-2:]
+    power = torch.zeros(height, width, dtype=torch.float64, device=x.device)
+    for part in x.split(64):
+        power += torch.fft.fft2(part.double(), norm="ortho").abs().square().sum((0, 1))
+    power = (power / (x.shape[0] * x.shape[1])).cpu().flatten()
+    index, frequency = radial_bins(height, width)
+    index = index.flatten()
+    count = torch.bincount(index, minlength=len(frequency))
+    total = torch.zeros(len(frequency), dtype=torch.float64).index_add_(0, index, power)
+    return frequency, total / count.clamp_min(1)
+
+
+def log_spectral_distance(a: Tensor, b: Tensor) -> float:
+    """Root mean square difference of two radial spectra in dB, over the rings from the first to Nyquist.
+
+    Args:
+        a: images [N, C, H, W].
+        b: images [M, C, H, W] of the same height and width.
+
+    Returns:
+        dB; 0 where the spectra agree, 3.01 where one has twice the power of the other everywhere.
+    """
+    if a.shape[-2:] != b.shape[-2:]:
+        raise DavaeError(f"spectra of different sizes cannot be compared: {list(a.shape)}, {list(b.shape)}")
+    frequency, power_a = radial_power_spectrum(a)
+    _, power_b = radial_power_spectrum(b)
+    ring = (frequency > 0) & (frequency <= NYQUIST)
+    floor = 1e-20  # a constant image has no power outside ring 0
+    ratio = 10 * torch.log10(power_a[ring].clamp_min(floor) / power_b[ring].clamp_min(floor))
+    return float(ratio.square().mean().sqrt())

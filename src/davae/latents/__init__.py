@@ -1,0 +1,24 @@
+"""Tensor mathematics of structured latents: layout, alignment, statistics, posterior."""
+
+from davae.latents.alignment import (
+    AlignmentForm,
+    AlignmentLoss,
+    adaptive_weight,
+    grouped_mean,
+    self_similarity,
+)
+from davae.latents.layout import LatentLayout, token_count
+from davae.latents.posterior import gaussian_kl
+from davae.latents.statistics import ChannelStatistics
+
+__all__ = [
+    "AlignmentForm",
+    "AlignmentLoss",
+    "ChannelStatistics",
+    "LatentLayout",
+    "adaptive_weight",
+    "gaussian_kl",
+    "grouped_mean",
+    "self_similarity",
+    "token_count",
+]

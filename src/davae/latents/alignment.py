@@ -1,0 +1,125 @@
+"""Detail alignment: the loss that ties the detail latent to the base latent, and its adaptive weight."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from davae.errors import DavaeError
+from davae.latents.layout import LatentLayout
+
+AlignmentForm = Literal["mean", "relational", "projection"]
+_FORMS = ("mean", "relational", "projection")
+
+
+def _group_edges(channels: int, groups: int) -> list[int]:
+    """Edges of ``groups`` runs of consecutive channels, ``round(k * channels / groups)``, halves to even.
+
+    Rounding is done in float32 like the torch functions that published models were made with.
+    """
+    return [int(edge) for edge in torch.linspace(0, channels, groups + 1).round()]
+
+
+def grouped_mean(z_d: Tensor, base_channels: int) -> Tensor:
+    """Mean of ``z_d`` over groups of consecutive channels (Eq. 3), without weights.
+
+    With ``D = r C``, base channel ``i`` gets the mean of detail channels ``i r ... i r + r - 1``. Where ``C``
+    does not divide ``D`` the groups run between ``round(k D / C)``; an empty group gives zeros.
+
+    Args:
+        z_d: ``[B, D, h, w]``.
+        base_channels: ``C``.
+
+    Returns:
+        ``[B, C, h, w]`` in the dtype of ``z_d``.
+    """
+    channels = z_d.shape[1]
+    if channels == base_channels:
+        return z_d
+    if channels % base_channels == 0:
+        return z_d.unflatten(1, (base_channels, channels // base_channels)).mean(dim=2)
+    edges = _group_edges(channels, base_channels)
+    groups = [
+        z_d[:, start:end].mean(dim=1) if end > start else torch.zeros_like(z_d[:, 0])
+        for start, end in pairwise(edges)
+    ]
+    return torch.stack(groups, dim=1)
+
+
+def self_similarity(latent: Tensor) -> Tensor:
+    """Cosine similarity of every grid position with every other, ``[B, C, h, w]`` to ``[B, h w, h w]``."""
+    vectors = F.normalize(latent.flatten(2), dim=1)  # [B, C, hw]
+    return vectors.transpose(1, 2) @ vectors
+
+
+class AlignmentLoss(nn.Module):
+    """How far the detail latent is from the base latent (Eq. 4), always computed in float32.
+
+    * ``mean``: mean squared error between the grouped mean of ``z_d`` and ``z``. No weights. The paper's
+      form.
+    * ``relational``: mean squared error between the two matrices of cosine similarity among positions. It
+      asks for the same neighbourhoods and leaves the channels free. Costs ``(h w)^2``.
+    * ``projection``: mean squared error between a learned 1x1 convolution of ``z_d`` and ``z``. The
+      convolution starts as the grouped mean.
+
+    Args:
+        layout: channel counts.
+        form: one of the three above.
+
+    Raises:
+        DavaeError: an unknown form.
+    """
+
+    def __init__(self, layout: LatentLayout, form: AlignmentForm = "mean") -> None:
+        super().__init__()
+        if form not in _FORMS:
+            raise DavaeError(f"unknown alignment form '{form}': use one of {', '.join(_FORMS)}")
+        self.layout, self.form = layout, form
+        self.projection: nn.Conv2d | None = None
+        if form == "projection":
+            self.projection = nn.Conv2d(layout.detail_channels, layout.base_channels, kernel_size=1)
+            unit = torch.eye(layout.detail_channels)[:, :, None, None]  # each detail channel alone
+            with torch.no_grad():
+                self.projection.weight.copy_(grouped_mean(unit, layout.base_channels).transpose(0, 1))
+                nn.init.zeros_(self.projection.bias)  # type: ignore[arg-type]
+
+    def forward(self, z_d: Tensor, z: Tensor) -> Tensor:
+        """Scalar loss of detail latent ``[B, D, h, w]`` against base latent ``[B, C, h, w]``.
+
+        Raises:
+            DavaeError: channel counts are not the layout's, or the grids differ.
+        """
+        self.layout.join(z, z_d)  # names what does not fit
+        with torch.autocast(z.device.type, enabled=False):
+            z_d, z = z_d.float(), z.float()
+            if self.form == "relational":
+                return F.mse_loss(self_similarity(z_d), self_similarity(z))
+            if self.projection is not None:
+                weight, bias = self.projection.weight.float(), self.projection.bias
+                projected = F.conv2d(z_d, weight, None if bias is None else bias.float())
+                return F.mse_loss(projected, z)
+            return F.mse_loss(grouped_mean(z_d, self.layout.base_channels), z)
+
+
+def adaptive_weight(reference_loss: Tensor, loss: Tensor, parameter: Tensor, *, maximum: float) -> Tensor:
+    """Weight that gives ``loss`` as large a gradient as ``reference_loss`` has, at one parameter.
+
+    ``|d reference / d parameter| / (|d loss / d parameter| + 1e-4)``, clamped to ``[0, maximum]``, with
+    Euclidean norms. The graph is kept, and no gradient flows through the weight.
+
+    Args:
+        reference_loss, loss: scalars that both depend on ``parameter``.
+        parameter: where the gradients are compared, such as the decoder's last weight.
+        maximum: upper bound.
+
+    Returns:
+        Detached float32 scalar.
+    """
+    (reference_gradient,) = torch.autograd.grad(reference_loss, parameter, retain_graph=True)
+    (gradient,) = torch.autograd.grad(loss, parameter, retain_graph=True)
+    ratio = reference_gradient.float().norm() / (gradient.float().norm() + 1e-4)
+    return ratio.clamp(0.0, maximum).detach()

@@ -1,0 +1,100 @@
+"""Per-channel mean and standard deviation of latents that arrive batch by batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from davae.errors import DavaeError
+
+
+class ChannelStatistics:
+    """Exact running mean and variance per channel, in float64 on the CPU.
+
+    Batches are combined by the parallel form of Welford's method (Chan, Golub and LeVeque 1979), so neither
+    the order nor the size of the batches matters beyond rounding.
+
+    Args:
+        channels: number of channels ``C``.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0  # values seen per channel
+        self._mean = torch.zeros(channels, dtype=torch.float64)
+        self._squares = torch.zeros(channels, dtype=torch.float64)  # sum of (x - mean)^2
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return len(self._mean)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean per channel, float64 ``[C]``."""
+        self._require_values()
+        return self._mean.clone()
+
+    @property
+    def std(self) -> Tensor:
+        """Population standard deviation per channel, float64 ``[C]``."""
+        self._require_values()
+        return (self._squares / self.count).sqrt()
+
+    def update(self, latent: Tensor) -> None:
+        """Add latents ``[B, C, h, w]`` (any number of trailing dimensions, any float dtype).
+
+        Raises:
+            DavaeError: another number of channels, or a value that is not finite (the channel is named).
+        """
+        if latent.shape[1] != self.channels:
+            raise DavaeError(f"the latent has {latent.shape[1]} channels, the statistics {self.channels}")
+        values = latent.detach().cpu().double().transpose(0, 1).flatten(1)  # [C, N]
+        finite = values.isfinite().all(dim=1)
+        if not finite.all():
+            raise DavaeError(
+                f"channel {int((~finite).nonzero()[0])} of the latent holds a value that is not finite"
+            )
+        mean = values.mean(dim=1)
+        self._combine(values.shape[1], mean, (values - mean[:, None]).square().sum(dim=1))
+
+    def merge(self, other: ChannelStatistics) -> None:
+        """Add everything that ``other`` has seen, e.g. in another process.
+
+        Raises:
+            DavaeError: the channel counts differ.
+        """
+        if other.channels != self.channels:
+            raise DavaeError(f"cannot merge statistics of {other.channels} channels into {self.channels}")
+        self._combine(other.count, other._mean, other._squares)
+
+    def _combine(self, count: int, mean: Tensor, squares: Tensor) -> None:
+        if count == 0:
+            return
+        total = self.count + count
+        step = mean - self._mean
+        self._squares = self._squares + squares + step.square() * (self.count * count / total)
+        self._mean = self._mean + step * (count / total)
+        self.count = total
+
+    def _require_values(self) -> None:
+        if self.count == 0:
+            raise DavaeError("no latent has been measured yet: call update() first")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to continue."""
+        return {
+            "count": torch.tensor(self.count),
+            "mean": self._mean.clone(),
+            "squares": self._squares.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from :meth:`state_dict`.
+
+        Raises:
+            DavaeError: the channel counts differ.
+        """
+        if len(state["mean"]) != self.channels:
+            raise DavaeError(f"cannot load statistics of {len(state['mean'])} channels into {self.channels}")
+        self.count = int(state["count"])
+        self._mean, self._squares = state["mean"].double().clone(), state["squares"].double().clone()

@@ -1,0 +1,25 @@
+"""Networks as diffusers models: the detail-aligned autoencoder, its blocks and adapters, the transformer."""
+
+from davae.models.autoencoder_da import AutoencoderDA, detail_dropout_factor
+from davae.models.base_adapters import BaseAdapter, Convolution, FeatureChain, find_adapter, register_adapter
+from davae.models.discriminator import PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
+from davae.models.lightningdit import LightningDiTTransformer2DModel
+from davae.models.residual_sampling import ResidualDownsample, ResidualUpsample
+from davae.models.structured_posterior import StructuredPosterior
+
+__all__ = [
+    "AutoencoderDA",
+    "BaseAdapter",
+    "Convolution",
+    "FeatureChain",
+    "LightningDiTTransformer2DModel",
+    "PatchDiscriminator",
+    "ResidualDownsample",
+    "ResidualUpsample",
+    "StructuredPosterior",
+    "detail_dropout_factor",
+    "find_adapter",
+    "hinge_discriminator_loss",
+    "hinge_generator_loss",
+    "register_adapter",
+]

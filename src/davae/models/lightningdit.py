@@ -1,0 +1,334 @@
+"""LightningDiT: a class-conditional diffusion transformer for flow matching.
+
+A DiT (Peebles and Xie 2023, arXiv 2212.09748) with the changes of Yao et al. 2025 (arXiv 2501.01423):
+RMSNorm, SwiGLU, two-dimensional RoPE and optional QK-norm. The whole comes first, its parts follow.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, TypedDict
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import FeedForward
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from davae.errors import DavaeError
+from davae.models.positions import apply_rope, rope_table, sincos_table
+
+TIME_CHANNELS = 256  # width of the timestep's sinusoid
+
+
+class Size(TypedDict):
+    """Depth, width and heads of a named model."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+
+
+#: Named sizes: ``LightningDiTTransformer2DModel(**SIZES["XL"], sample_size=16, ...)``. What papers call XL/1
+#: is XL with patch size 1. S comes from DiT; the others have published LightningDiT configurations.
+SIZES: dict[str, Size] = {
+    "S": Size(num_layers=12, hidden_size=384, num_attention_heads=6),
+    "B": Size(num_layers=12, hidden_size=768, num_attention_heads=12),
+    "L": Size(num_layers=24, hidden_size=1024, num_attention_heads=16),
+    "XL": Size(num_layers=28, hidden_size=1152, num_attention_heads=16),
+    "1p0B": Size(num_layers=24, hidden_size=1536, num_attention_heads=24),
+    "1p6B": Size(num_layers=28, hidden_size=1792, num_attention_heads=28),
+}
+
+
+class LightningDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Predicts the velocity of a latent on the straight path from noise to data.
+
+    With ``x_t = t * data + (1 - t) * noise`` the output estimates ``data - noise``: ``t = 0`` is noise and
+    ``t = 1`` data. A new model predicts zero everywhere, because its head starts at zero.
+
+    Any grid is accepted, not only `sample_size`: positions are computed, not learned.
+
+    Args:
+        sample_size: side of the latent grid the model is trained on.
+        patch_size: side of a token, in latent positions.
+        in_channels: latent channels in.
+        out_channels: latent channels out; `in_channels` if None.
+        hidden_size: width of a token; divides by four and by `num_attention_heads`.
+        num_layers: number of blocks.
+        num_attention_heads: heads of an attention; their width must divide by four for RoPE.
+        num_classes: number of labels. Label `num_classes` itself is the null label of guidance.
+        qk_norm: normalise queries and keys.
+        swiglu: gated feed-forward of width ``int(2/3 * 4 * hidden_size)``; else plain GELU.
+        rope: rotate queries and keys by position, beside the fixed sin-cos table.
+        rms_norm: RMSNorm with a weight; else LayerNorm without parameters.
+        adaln_shift: blocks are modulated by shift, scale and gate; else by scale and gate.
+        class_dropout: in training, the probability that a label is replaced by the null label.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["LightningDiTBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["LightningDiTBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        *,  # diffusers takes an argument given by position for a default when it rebuilds from a configuration
+        sample_size: int,
+        patch_size: int,
+        in_channels: int,
+        hidden_size: int,
+        num_layers: int,
+        num_attention_heads: int,
+        num_classes: int,
+        out_channels: int | None = None,
+        qk_norm: bool = False,
+        swiglu: bool = True,
+        rope: bool = True,
+        rms_norm: bool = True,
+        adaln_shift: bool = True,
+        class_dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if hidden_size % num_attention_heads or hidden_size % 4:
+            raise DavaeError(
+                f"hidden_size {hidden_size} must divide by num_attention_heads {num_attention_heads} and by 4"
+            )
+        self.head_channels = hidden_size // num_attention_heads
+        if rope and self.head_channels % 4:
+            raise DavaeError(
+                f"rope needs heads whose width divides by 4; hidden_size {hidden_size} over "
+                f"{num_attention_heads} heads gives {self.head_channels}"
+            )
+        self.out_channels = in_channels if out_channels is None else out_channels
+        self.gradient_checkpointing = False
+
+        self.patch_embed = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+        self.time_sinusoid = Timesteps(TIME_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embed = TimestepEmbedding(TIME_CHANNELS, hidden_size)
+        self.class_embed = nn.Embedding(num_classes + 1, hidden_size)  # the last row is the null label
+        self.transformer_blocks = nn.ModuleList(
+            LightningDiTBlock(
+                hidden_size,
+                num_attention_heads,
+                qk_norm=qk_norm,
+                swiglu=swiglu,
+                rms_norm=rms_norm,
+                adaln_shift=adaln_shift,
+            )
+            for _ in range(num_layers)
+        )
+        self.norm_out = _token_norm(hidden_size, rms_norm)
+        self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)  # shift, scale
+        self.proj_out = nn.Linear(hidden_size, patch_size**2 * self.out_channels)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        # Xavier keeps the variance of activations and gradients about equal through linear layers; the patch
+        # convolution is one too, over the flattened patch.
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                _zero(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
+        _zero(self.patch_embed.bias)
+        # Small conditioning: it should be learned, not imposed by chance.
+        nn.init.normal_(self.class_embed.weight, std=0.02)
+        nn.init.normal_(self.time_embed.linear_1.weight, std=0.02)
+        nn.init.normal_(self.time_embed.linear_2.weight, std=0.02)
+        # adaLN-zero: every gate is closed, so each block starts as the identity, at any depth.
+        modulations = [m.modulation for m in self.modules() if isinstance(m, LightningDiTBlock)]
+        for modulation in [*modulations, self.modulation_out]:
+            _zero(modulation.weight, modulation.bias)
+        # A zero head starts from the prediction 0, the mean of data - noise for a normalised latent.
+        _zero(self.proj_out.weight, self.proj_out.bias)
+
+    @property
+    def null_label(self) -> int:
+        """The label that means "no class"."""
+        return int(self.config.num_classes)
+
+    def embed_tokens(self, hidden_states: Tensor) -> Tensor:
+        """Latent [B, C, h, w] -> tokens with their positions [B, h * w / patch_size^2, hidden_size]."""
+        patches = self.patch_embed(hidden_states)  # [B, hidden, rows, columns]
+        rows, columns = patches.shape[-2:]
+        # In the dtype of the weights, so that under autocast the residual stream stays float32.
+        dtype = self.patch_embed.weight.dtype
+        table = sincos_table(rows, columns, patches.shape[1], patches.device).to(dtype)
+        return patches.flatten(2).transpose(1, 2) + table
+
+    def embed_time(self, timestep: Tensor) -> Tensor:
+        """Times in [0, 1], [B] -> [B, hidden_size]. The sinusoid takes t as it is, cosines first."""
+        return self.time_embed(self.time_sinusoid(timestep).to(self.patch_embed.weight.dtype))
+
+    def embed_class(self, class_labels: Tensor) -> Tensor:
+        """Labels [B] -> [B, hidden_size]; in training each becomes the null label with `class_dropout`."""
+        if self.training and self.config.class_dropout > 0:
+            dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.config.class_dropout
+            class_labels = class_labels.masked_fill(dropped, self.null_label)
+        return self.class_embed(class_labels)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Velocity ``data - noise`` at time `timestep`.
+
+        Args:
+            hidden_states: noisy latent, [B, in_channels, h, w].
+            timestep: time in [0, 1], 0 noise and 1 data; [B] or a scalar tensor.
+            class_labels: [B] int64 in [0, num_classes], where `num_classes` is the null label.
+            return_dict: return an output object with `.sample`, else a tuple of one tensor.
+
+        Returns:
+            Velocity [B, out_channels, h, w].
+
+        Raises:
+            DavaeError: the latent has another number of channels, `patch_size` does not divide its sides, or
+                a label is out of range. Labels are looked at on the CPU only: on an accelerator the look
+                would stall every step, so there the pipeline and the data set check them beforehand.
+        """
+        self._check_inputs(hidden_states, class_labels)
+        batch, _, height, width = hidden_states.shape
+        p = self.config.patch_size
+        rows, columns = height // p, width // p
+
+        tokens = self.embed_tokens(hidden_states)  # [B, T, hidden]
+        condition = self.embed_time(timestep.expand(batch)) + self.embed_class(class_labels)  # [B, hidden]
+        condition = F.silu(condition)  # every modulation begins with it
+        rotation = rope_table(rows, columns, self.head_channels, tokens.device) if self.config.rope else None
+        for block in self.transformer_blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = self._gradient_checkpointing_func(block, tokens, condition, rotation)
+            else:
+                tokens = block(tokens, condition, rotation)
+
+        shift, scale = self.modulation_out(condition).chunk(2, dim=1)
+        patches = self.proj_out(_modulate(self.norm_out(tokens), shift, scale))  # [B, T, p * p * C]
+        # A token's features are ordered (row, column, channel), the channel fastest.
+        patches = patches.view(batch, rows, columns, p, p, self.out_channels)
+        sample = patches.permute(0, 5, 1, 3, 2, 4).reshape(batch, self.out_channels, height, width)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _check_inputs(self, hidden_states: Tensor, class_labels: Tensor) -> None:
+        if hidden_states.shape[1] != self.config.in_channels:
+            raise DavaeError(
+                f"the latent has {hidden_states.shape[1]} channels, "
+                f"the transformer takes {self.config.in_channels}"
+            )
+        height, width = hidden_states.shape[-2:]
+        if height % self.config.patch_size or width % self.config.patch_size:
+            raise DavaeError(
+                f"a latent of {height} x {width} cannot be cut into patches of {self.config.patch_size}: "
+                "choose a size that divides"
+            )
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            wrong = class_labels[(class_labels < 0) | (class_labels > self.null_label)]
+            if wrong.numel():
+                raise DavaeError(
+                    f"class label {int(wrong[0])} is out of range: the model knows 0 to "
+                    f"{self.null_label - 1}, and {self.null_label} for no class"
+                )
+
+
+class LightningDiTBlock(nn.Module):
+    """Attention and feed-forward, each normalised, modulated by the condition and gated (adaLN-zero)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        *,
+        qk_norm: bool,
+        swiglu: bool,
+        rms_norm: bool,
+        adaln_shift: bool,
+    ) -> None:
+        super().__init__()
+        self.adaln_shift = adaln_shift
+        self.norm1 = _token_norm(hidden_size, rms_norm)
+        self.attn = RotaryAttention(hidden_size, num_attention_heads, qk_norm=qk_norm, rms_norm=rms_norm)
+        self.norm2 = _token_norm(hidden_size, rms_norm)
+        # Two thirds, since the gate is a third matrix: as many weights as a plain layer of width 4 * hidden.
+        self.ff = FeedForward(
+            hidden_size,
+            inner_dim=int(2 / 3 * 4 * hidden_size) if swiglu else 4 * hidden_size,
+            activation_fn="swiglu" if swiglu else "gelu-approximate",
+        )
+        # (shift,) scale, gate of the attention, then of the feed-forward
+        self.modulation = nn.Linear(hidden_size, (6 if adaln_shift else 4) * hidden_size)
+
+    def forward(self, tokens: Tensor, condition: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Tokens [B, T, hidden], condition after SiLU [B, hidden], RoPE's cosine and sine -> tokens."""
+        parts = self.modulation(condition).chunk(6 if self.adaln_shift else 4, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            parts if self.adaln_shift else (None, *parts[:2], None, *parts[2:])
+        )
+        tokens = tokens + gate1[:, None] * self.attn(_modulate(self.norm1(tokens), shift1, scale1), rotation)
+        return tokens + gate2[:, None] * self.ff(_modulate(self.norm2(tokens), shift2, scale2))
+
+
+class RotaryAttention(nn.Module):
+    """Self-attention over all tokens with optional QK-norm and RoPE.
+
+    Its layers bear the names of diffusers' own attention, so that one list of LoRA targets serves all.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool, rms_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(hidden_size, hidden_size)
+        self.to_k = nn.Linear(hidden_size, hidden_size)
+        self.to_v = nn.Linear(hidden_size, hidden_size)
+        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size)])
+        head_channels = hidden_size // num_heads
+        self.norm_q = _head_norm(head_channels, rms_norm) if qk_norm else nn.Identity()
+        self.norm_k = _head_norm(head_channels, rms_norm) if qk_norm else nn.Identity()
+
+    def forward(self, tokens: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[B, T, hidden] -> [B, T, hidden]."""
+        split = (self.num_heads, -1)
+        query = self.norm_q(self.to_q(tokens).unflatten(-1, split).transpose(1, 2))  # [B, heads, T, head]
+        key = self.norm_k(self.to_k(tokens).unflatten(-1, split).transpose(1, 2))
+        value = self.to_v(tokens).unflatten(-1, split).transpose(1, 2)
+        if rotation is not None:
+            query, key = apply_rope(query, *rotation), apply_rope(key, *rotation)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.to_out[0](attended.transpose(1, 2).flatten(2))
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm that keeps torch's fused kernel under autocast, where the weight is wider than the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., channels] -> [..., channels]."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def _token_norm(channels: int, rms_norm: bool) -> nn.Module:
+    # Before a modulation LayerNorm needs no parameters; RMSNorm has a weight, as in the published models.
+    if rms_norm:
+        return RMSNorm(channels, eps=1e-6)
+    return nn.LayerNorm(channels, eps=1e-6, elementwise_affine=False)
+
+
+def _head_norm(channels: int, rms_norm: bool) -> nn.Module:
+    return RMSNorm(channels, eps=1e-6) if rms_norm else nn.LayerNorm(channels)
+
+
+def _zero(*parameters: Tensor | None) -> None:
+    for parameter in parameters:
+        if parameter is not None:
+            nn.init.zeros_(parameter)
+
+
+def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+    # x (1 + scale) + shift, one shift and scale per sample: [B, T, hidden], [B, hidden]
+    x = x * (1 + scale[:, None])
+    return x if shift is None else x + shift[:, None]

@@ -1,0 +1,116 @@
+"""Residual space-to-channel and channel-to-space blocks (DC-AE, arXiv 2410.10733, Sec. 3.2)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from davae.errors import DavaeError
+
+
+class ResidualDownsample(nn.Module):
+    """From ``[B, in, H, W]`` to ``[B, out, H / f, W / f]``: a learned branch plus a shortcut.
+
+    ``unshuffle(conv(x)) + mean_groups(unshuffle(x))``, with a 3x3 convolution to ``out / f^2`` channels. The
+    shortcut averages runs of ``in f^2 / out`` consecutive channels where that number is whole; elsewhere a
+    bias-free 1x1 convolution that starts at zero takes its place.
+
+    Args:
+        in_channels, out_channels: channel counts.
+        factor: ``f``.
+        method: ``"unshuffle"`` as above, or ``"stride"``: a 3x3 convolution of stride ``f`` in the learned
+            branch.
+        shortcut: leave the shortcut out with False.
+
+    Raises:
+        DavaeError: ``out`` is not a multiple of ``f^2`` (method ``unshuffle``).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        factor: int,
+        *,
+        method: Literal["unshuffle", "stride"] = "unshuffle",
+        shortcut: bool = True,
+    ) -> None:
+        super().__init__()
+        self.out_channels, self.factor, self.method, self.shortcut = out_channels, factor, method, shortcut
+        cells = factor * factor
+        if method == "unshuffle" and out_channels % cells:
+            raise DavaeError(f"{out_channels} output channels do not divide by {factor}² = {cells}")
+        width = out_channels // cells if method == "unshuffle" else out_channels
+        stride = 1 if method == "unshuffle" else factor
+        self.conv = nn.Conv2d(in_channels, width, kernel_size=3, stride=stride, padding=1)
+        self.shortcut_proj: nn.Conv2d | None = None
+        if shortcut and in_channels * cells % out_channels:
+            self.shortcut_proj = _zero_projection(in_channels * cells, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, in, H, W]`` to ``[B, out, H / f, W / f]``; sides must be multiples of ``f``."""
+        y = self.conv(x)
+        if self.method == "unshuffle":
+            y = F.pixel_unshuffle(y, self.factor)  # [B, out, H/f, W/f]
+        if not self.shortcut:
+            return y
+        x = F.pixel_unshuffle(x, self.factor)  # [B, in f^2, H/f, W/f]
+        if self.shortcut_proj is not None:
+            return y + self.shortcut_proj(x)
+        return y + x.unflatten(1, (self.out_channels, -1)).mean(dim=2)
+
+
+class ResidualUpsample(nn.Module):
+    """From ``[B, in, h, w]`` to ``[B, out, f h, f w]``: a learned branch plus a shortcut.
+
+    ``shuffle(conv(x)) + shuffle(repeat(x))``, with a 3x3 convolution to ``out f^2`` channels. The shortcut
+    repeats each channel ``out f^2 / in`` times in a row where that number is whole; elsewhere a bias-free 1x1
+    convolution that starts at zero takes its place. It maps channels by position, so their order matters.
+
+    Args:
+        in_channels, out_channels: channel counts.
+        factor: ``f``.
+        method: ``"shuffle"`` as above, or ``"nearest"``: nearest-neighbour resize, then a 3x3 convolution.
+        shortcut: leave the shortcut out with False.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        factor: int,
+        *,
+        method: Literal["shuffle", "nearest"] = "shuffle",
+        shortcut: bool = True,
+    ) -> None:
+        super().__init__()
+        self.factor, self.method, self.shortcut = factor, method, shortcut
+        self.shortcut_channels = out_channels * factor * factor
+        width = self.shortcut_channels if method == "shuffle" else out_channels
+        self.conv = nn.Conv2d(in_channels, width, kernel_size=3, padding=1)
+        self.shortcut_proj: nn.Conv2d | None = None
+        if shortcut and self.shortcut_channels % in_channels:
+            self.shortcut_proj = _zero_projection(in_channels, self.shortcut_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, in, h, w]`` to ``[B, out, f h, f w]``."""
+        if self.method == "shuffle":
+            y = F.pixel_shuffle(self.conv(x), self.factor)  # [B, out, fh, fw]
+        else:
+            y = self.conv(F.interpolate(x, scale_factor=float(self.factor), mode="nearest"))
+        if not self.shortcut:
+            return y
+        if self.shortcut_proj is not None:
+            x = self.shortcut_proj(x)
+        else:  # expand and flatten, not repeat_interleave, which exporters cannot follow
+            repeats = self.shortcut_channels // x.shape[1]
+            x = x.unsqueeze(2).expand(-1, -1, repeats, -1, -1).flatten(1, 2)  # [B, out f^2, h, w]
+        return y + F.pixel_shuffle(x, self.factor)
+
+
+def _zero_projection(in_channels: int, out_channels: int) -> nn.Conv2d:
+    projection = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=False)
+    nn.init.zeros_(projection.weight)
+    return projection

@@ -1,0 +1,237 @@
+"""Images of a class from a flow-matching transformer and a VAE."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+# Imported for what it does: diffusers loads a component only from a module that is already there.
+import davae.models  # noqa: F401
+from davae.errors import DavaeError
+from davae.pipelines.flow import predict_velocity, sigma_velocity
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Makes images of given classes by an Euler walk from noise (t = 0) to data (t = 1).
+
+    The same class serves a base model and its upgrade: the VAE's configuration says how large the image is
+    and how many channels a latent has. From one seed an upgraded pipeline starts at the base's own noise,
+    extended by noise for the detail channels.
+
+    Args:
+        vae: a diffusers image autoencoder or :class:`davae.AutoencoderDA`.
+        transformer: :class:`davae.LightningDiTTransformer2DModel`, or one that is called alike.
+        scheduler: its `shift` is in sigma = 1 - t; a shift of 0.3 in t is 1 / 0.3 here.
+        id2label: names of the classes by number, kept in the pipeline's configuration.
+
+    Raises:
+        DavaeError: the VAE and the transformer disagree about the latent's channels.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(
+        self,
+        vae: ModelMixin,
+        transformer: ModelMixin,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        id2label: Mapping[int, str] | Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
+        # Text keys, as JSON has them, so that the configuration is the same before saving and after loading.
+        self.register_to_config(id2label=id2label and {str(k): v for k, v in id2label.items()})
+        if vae is not None and transformer is not None:
+            self._check_channels()
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Image pixels per latent position, a side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class numbers by name; empty where the pipeline knows no names."""
+        return {name: int(number) for number, name in (self.config.id2label or {}).items()}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 4.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_channels: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Generate one image for each label.
+
+        Args:
+            class_labels: numbers or names: one, or one for each image. Number `num_classes` means no class.
+            height: image height in pixels; the trained size if None.
+            width: image width in pixels; the trained size if None.
+            num_inference_steps: Euler steps.
+            guidance_scale: classifier-free guidance; 1 turns it off and halves the work.
+            guidance_interval: guide only while ``start <= t <= end``, where t = 0 is noise.
+            guidance_channels: guide this many first latent channels; None guides all.
+            generator: one for all images, or a list of one for each.
+            latents: noise to start from, [B, C, h, w], instead of drawing it.
+            output_type: "pil", "np" (float [B, H, W, 3] in [0, 1]), "pt" (float [B, 3, H, W] in [0, 1]) or
+                "latent" (float32 [B, C, h, w], scaled as the transformer sees it).
+            return_dict: return an output object with `.images`, else a tuple of one.
+            callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": latents})`` after
+                each step; a dictionary it returns may hold new `latents`.
+
+        Raises:
+            DavaeError: an unknown label, a size that does not fit, or parts that do not belong together.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise DavaeError(
+                f"output_type '{output_type}' is unknown: choose one of {', '.join(OUTPUT_TYPES)}"
+            )
+        if num_inference_steps < 1:
+            raise DavaeError(f"num_inference_steps is {num_inference_steps}: at least 1 is needed")
+        self._check_channels()
+        device = self._execution_device
+        labels = torch.tensor(self._label_numbers(class_labels), device=device)  # [B]
+        if latents is None:
+            latents = self._noise(len(labels), *self._grid(height, width), generator, device)
+        else:
+            latents = self._given_latents(latents, len(labels), height, width).to(device, torch.float32)
+
+        # A uniform grid in sigma from 1; the scheduler shifts it and adds the end, sigma = 0.
+        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        self.scheduler.set_begin_index(0)
+        times = (1 - self.scheduler.sigmas.double()).tolist()  # one transfer, before the loop
+        with self.progress_bar(total=num_inference_steps) as progress:
+            for step, timestep in enumerate(self.scheduler.timesteps):
+                velocity = predict_velocity(
+                    self.transformer,
+                    latents.to(self.transformer.dtype),
+                    times[step],
+                    labels,
+                    guidance_scale=guidance_scale,
+                    guidance_interval=guidance_interval,
+                    guidance_channels=guidance_channels,
+                )
+                (latents,) = self.scheduler.step(
+                    sigma_velocity(velocity), timestep, latents, generator=generator, return_dict=False
+                )
+                if callback_on_step_end is not None:
+                    changed = callback_on_step_end(self, step, timestep, {"latents": latents})
+                    latents = (changed or {}).get("latents", latents)
+                progress.update()
+
+        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _decode(self, latents: Tensor, output_type: str) -> Any:
+        config = self.vae.config
+        raw = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        images = self.vae.decode(raw.to(self.vae.dtype)).sample.float()  # [B, 3, H, W]
+        return VaeImageProcessor(self.vae_scale_factor).postprocess(images, output_type=output_type)
+
+    def _noise(
+        self,
+        count: int,
+        rows: int,
+        columns: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        device: torch.device,
+    ) -> Tensor:
+        # Base channels first and by themselves: the base pipeline draws the same from this generator.
+        channels = int(self.transformer.config.in_channels)
+        layout = getattr(self.vae, "layout", None)
+        parts = [channels] if layout is None else [layout.base_channels, layout.detail_channels]
+        if isinstance(generator, list) and len(generator) != count:
+            raise DavaeError(
+                f"{len(generator)} generators for {count} labels: give one, or one for each label"
+            )
+        return torch.cat(
+            [
+                randn_tensor(
+                    (count, part, rows, columns), generator=generator, device=device, dtype=torch.float32
+                )
+                for part in parts
+            ],
+            dim=1,
+        )
+
+    def _grid(self, height: int | None, width: int | None) -> tuple[int, int]:
+        # Latent rows and columns of an image of that size
+        trained = self.transformer.config.sample_size * self.vae_scale_factor
+        unit = self.vae_scale_factor * self.transformer.config.patch_size
+        for name, size in (("height", height), ("width", width)):
+            if size is not None and (size < unit or size % unit):
+                nearest = max(unit, round(size / unit) * unit)
+                raise DavaeError(
+                    f"{name} {size} is not a multiple of {unit} pixels; the nearest is {nearest}"
+                )
+        return (height or trained) // self.vae_scale_factor, (width or trained) // self.vae_scale_factor
+
+    def _given_latents(self, latents: Tensor, count: int, height: int | None, width: int | None) -> Tensor:
+        rows, columns = latents.shape[-2:]
+        if height is not None or width is not None:
+            rows, columns = self._grid(height, width)
+        expected = (count, self.transformer.config.in_channels, rows, columns)
+        if tuple(latents.shape) != expected:
+            raise DavaeError(f"latents have shape {tuple(latents.shape)}, expected {expected}")
+        return latents
+
+    def _label_numbers(self, class_labels: int | str | Sequence[int | str]) -> list[int]:
+        wanted = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
+        if not wanted:
+            raise DavaeError("class_labels is empty: give at least one label")
+        return [self._label_number(label) for label in wanted]
+
+    def _label_number(self, label: int | str) -> int:
+        if isinstance(label, str):
+            numbers = {name.lower(): number for name, number in self.labels.items()}
+            if not numbers:
+                raise DavaeError(f"this pipeline knows no class names, so '{label}' must be given by number")
+            if label.lower() not in numbers:
+                near = (
+                    difflib.get_close_matches(label.lower(), numbers, n=3, cutoff=0.5) or sorted(numbers)[:5]
+                )
+                raise DavaeError(f"class '{label}' is unknown; the nearest names are {', '.join(near)}")
+            return numbers[label.lower()]
+        number, classes = operator.index(label), self.transformer.config.num_classes
+        if not 0 <= number <= classes:
+            raise DavaeError(
+                f"class label {number} is out of range: the model knows 0 to {classes - 1}, "
+                f"and {classes} for no class"
+            )
+        return number
+
+    def _check_channels(self) -> None:
+        latent, transformer = self.vae.config.latent_channels, self.transformer.config.in_channels
+        if latent != transformer:
+            raise DavaeError(
+                f"the VAE's latent has {latent} channels, the transformer takes {transformer}: an upgraded "
+                "VAE goes with a transformer widened for it, see davae.upgrade_pipeline"
+            )
+
+
+# DiffusionPipeline.from_pretrained looks a pipeline's class up by name in diffusers, and offers no other way.
+diffusers.ClassConditionalPipeline = ClassConditionalPipeline

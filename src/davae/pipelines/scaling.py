@@ -1,0 +1,11 @@
+"""Between an autoencoder's latents and what the transformer sees."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def latent_scaling(vae: nn.Module) -> tuple[float, float]:
+    """``(scaling, shift)`` of an autoencoder: the transformer sees ``(latent - shift) * scaling``."""
+    shift = getattr(vae.config, "shift_factor", None)
+    return float(vae.config.scaling_factor), float(shift or 0.0)

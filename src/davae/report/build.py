@@ -1,0 +1,199 @@
+"""From a run directory to ``report.html``: one file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import DictLoader, Environment, StrictUndefined
+from markupsafe import Markup
+from safetensors.torch import load_file
+from torch import Tensor
+
+from davae.errors import DavaeError
+from davae.report import words
+from davae.report.metrics import loss_terms, read_metrics, smoothed
+from davae.report.pictures import data_uri
+from davae.report.plots import COLOURS, SHAPES, loss_plot, scatter_plot, spectrum_plot
+from davae.report.schema import TENSOR_FILE, Curve, Figures, Picture, Summary
+
+REPORT_FILE = "report.html"
+
+
+def build_report(run_dir: Path | str) -> Path:
+    """Write the report of a run directory from the files it holds (see ``davae.report.schema``).
+
+    Building again from the same files gives the same bytes.
+
+    Returns:
+        Path of ``report.html``.
+
+    Raises:
+        DavaeError: a file is missing or does not hold what it should; the message names it.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise DavaeError(f"there is no run directory {run_dir}")
+    summary, figures = Summary.read(run_dir), Figures.read(run_dir)
+    tensors = load_file(run_dir / TENSOR_FILE) if (run_dir / TENSOR_FILE).is_file() else {}
+    page = _environment().get_template("report.html")
+    text = page.render(
+        summary=summary,
+        headline=words.headline(summary),
+        cost=_cost_rows(summary),
+        levels=_level_rows(summary),
+        sections=[_section(run_dir, section.model_dump()) for section in figures.sections],
+        curves=[_curve(run_dir, i, curve) for i, curve in enumerate(figures.curves)],
+        maps=_maps(figures, tensors),
+        map_method=figures.map_method,
+        map_legend=_legend(figures.classes),
+        spectra=_spectra(summary, figures, tensors),
+        settings=words.flatten(summary.settings),
+        everything=words.flatten(summary.model_dump(exclude={"settings", "hardware", "skipped", "command"})),
+    )
+    path = run_dir / REPORT_FILE
+    beside = path.with_name(REPORT_FILE + ".part")
+    beside.write_text(text, encoding="utf-8")
+    return beside.replace(path)
+
+
+def _environment() -> Environment:
+    folder = files("davae.report")
+    sources = {name: (folder / name).read_text(encoding="utf-8") for name in ("report.html", "report.css")}
+    environment = Environment(
+        loader=DictLoader(sources),
+        autoescape=True,  # class names, file names and settings come from outside
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        seconds=words.seconds,
+        operations=words.operations,
+        memory=words.memory,
+        times=words.times,
+        significant=words.significant,
+        value=words.any_value,
+    )
+    return environment
+
+
+def _cost_rows(summary: Summary) -> list[dict[str, Any]]:
+    """Rows of the cost table; the ratio is native over upgraded, so larger is better."""
+    rows = (
+        ("Image side", summary.image_size, lambda v: f"{v} px", False),
+        ("Tokens an image", summary.tokens, str, True),
+        ("FLOPs an image", summary.flops_per_image, words.operations, True),
+        ("Time an image", summary.seconds_per_image, words.seconds, True),
+    )
+    return [
+        {
+            "name": name,
+            "cells": [show(values.base), show(values.native), show(values.upgraded)],
+            "ratio": words.times(values.native / values.upgraded) if ratio and values.upgraded else "",
+        }
+        for name, values, show, ratio in rows
+    ]
+
+
+def _level_rows(summary: Summary) -> list[tuple[str, float, float]]:
+    """Sliced Wasserstein distances by pyramid level: name, base upscaled, upgraded."""
+    both = zip(summary.generation.swd_levels_base_upscaled, summary.generation.swd_levels_upgraded)
+    size = summary.image_size.upgraded
+    return [(f"{size // 2**i} px", base, upgraded) for i, (base, upgraded) in enumerate(both)]
+
+
+def _section(run_dir: Path, section: dict[str, Any]) -> dict[str, Any]:
+    """A section with its picture files replaced by data URIs."""
+
+    def embedded(picture: dict[str, Any]) -> dict[str, Any]:
+        return Picture(**picture).model_dump() | {"uri": data_uri(run_dir, picture["file"])}
+
+    for row in section["rows"]:
+        row["pictures"] = [embedded(p) for p in row["pictures"]]
+        row["zooms"] = [embedded(p) for p in row["zooms"]]
+    section["columns"] = max((len(row["pictures"]) for row in section["rows"]), default=1)
+    return section
+
+
+def _legend(names: list[str]) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "colour": i % COLOURS + 1, "shape": SHAPES[i // COLOURS % len(SHAPES)]}
+        for i, name in enumerate(names)
+    ]
+
+
+def _curve(run_dir: Path, index: int, curve: Curve) -> dict[str, Any]:
+    """One stage's losses; a stage without a metrics file says so in the page."""
+    path = run_dir / curve.file
+    if not path.is_file():
+        return {**curve.model_dump(), "svg": None, "legend": []}
+    series = read_metrics(path)
+    terms = loss_terms(series) if curve.terms is None else curve.terms
+    missing = [term for term in terms if term not in series]
+    if missing:
+        raise DavaeError(f"{path} logs no {', '.join(missing)}; it has {', '.join(series) or 'nothing'}")
+    chosen = {term: series[term] for term in terms[:COLOURS]}
+    last = {
+        term: next((v for v in reversed(y) if math.isfinite(v)), math.nan) for term, (_, y) in chosen.items()
+    }
+    ends = ", ".join(f"{term} ends at {words.significant(value)}" for term, value in last.items())
+    svg = loss_plot(
+        f"curve-{index}",
+        chosen,
+        {term: (steps, smoothed(values)) for term, (steps, values) in chosen.items()},
+        description=html.escape(f"Losses of the {curve.title} over the steps: {ends}."),
+    )
+    legend = [{**entry, "note": words.significant(last[entry["name"]])} for entry in _legend(list(chosen))]
+    return {**curve.model_dump(), "svg": Markup(svg), "legend": legend}
+
+
+def _tensor(tensors: Mapping[str, Tensor], key: str) -> Tensor:
+    if key not in tensors:
+        raise DavaeError(f"{TENSOR_FILE} holds no {key!r} that figures.json refers to")
+    return tensors[key]
+
+
+def _maps(figures: Figures, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    plots = []
+    for i, entry in enumerate(figures.maps):
+        points, labels = _tensor(tensors, entry.key), _tensor(tensors, "labels")
+        description = f"{figures.map_method} of the {entry.title.lower()}, one point an image. {entry.note}"
+        svg = scatter_plot(f"map-{i}", points.numpy(), labels.numpy(), description=html.escape(description))
+        plots.append({**entry.model_dump(), "svg": Markup(svg)})
+    return plots
+
+
+def _spectra(summary: Summary, figures: Figures, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    groups: tuple[tuple[Literal["images", "latents"], str, str], ...] = (
+        ("images", "Images", "pixel"),
+        ("latents", "Latents", "latent cell"),
+    )
+    plots = []
+    for group, title, unit in groups:
+        chosen = [spectrum for spectrum in figures.spectra if spectrum.group == group]
+        if not chosen:
+            continue
+        lines = []
+        for spectrum in chosen:
+            frequency = _tensor(tensors, f"frequency.{spectrum.key}").double()
+            power = _tensor(tensors, f"power.{spectrum.key}").double()
+            shown = (frequency > 0) & (frequency <= 0.5)
+            lines.append((frequency[shown].tolist(), power[shown].tolist()))
+        scale = summary.image_size.upgraded / summary.image_size.base
+        labels = ", ".join(spectrum.label for spectrum in chosen)
+        description = f"Radial power spectra up to half a cycle a {unit}: {labels}."
+        svg = spectrum_plot(
+            f"spectrum-{group}",
+            lines,
+            unit=unit,
+            mark=0.5 / scale if group == "images" and scale > 1 else None,
+            description=html.escape(description),
+        )
+        legend = _legend([spectrum.label for spectrum in chosen])
+        plots.append({"group": group, "title": title, "svg": Markup(svg), "legend": legend})
+    return plots

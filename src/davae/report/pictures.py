@@ -1,0 +1,74 @@
+"""Image tensors to PNG files and PNG files to data URIs."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from davae.errors import DavaeError
+
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def save_png(image: Tensor, path: Path) -> Path:
+    """Write one image [3, H, W] or [1, H, W] in [-1, 1]; values outside are clipped."""
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise DavaeError(f"a picture must be [3, H, W] or [1, H, W] in [-1, 1], got {list(image.shape)}")
+    if not image.isfinite().all():
+        raise DavaeError(f"the picture for {path.name} holds NaN or infinite values")
+    levels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    array = levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()  # [H, W, 3]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, format="PNG", optimize=True)
+    return path
+
+
+def upscaled(images: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic resize of [B, 3, h, w] in [-1, 1] to [B, 3, height, width], clipped to the same range."""
+    images = images.detach().float()
+    if images.shape[-2:] == (height, width):
+        return images
+    return F.interpolate(images, (height, width), mode="bicubic", align_corners=False).clamp(-1, 1)
+
+
+def busiest_crop(image: Tensor, side: int) -> tuple[slice, slice]:
+    """The square with the most fine structure: largest mean squared Laplacian.
+
+    Args:
+        image: [3, H, W].
+        side: of the square in pixels; clipped to the image.
+
+    Returns:
+        Slices of rows and columns.
+    """
+    height, width = image.shape[-2:]
+    side = min(side, height, width)
+    grey = image.detach().float().cpu().mean(0)[None, None]  # [1, 1, H, W]
+    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]).view(1, 1, 3, 3)
+    energy = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), kernel).square()
+    # One strong edge, such as a horizon, would win over a whole texture: roots tame it.
+    score = F.avg_pool2d(energy.sqrt(), side, stride=1)[0, 0]
+    row, column = divmod(int(score.argmax()), score.shape[1])
+    return slice(row, row + side), slice(column, column + side)
+
+
+def data_uri(run_dir: Path, file: str) -> str:
+    """A PNG of the run directory as a ``data:`` address.
+
+    Raises:
+        DavaeError: the file is absent, lies outside the run directory or is not a PNG.
+    """
+    path = (run_dir / file).resolve()
+    if not path.is_relative_to(run_dir.resolve()):
+        raise DavaeError(f"the picture {file!r} lies outside the run directory {run_dir}")
+    if not path.is_file():
+        raise DavaeError(f"the picture {file!r} is missing from {run_dir}: run the demo again")
+    content = path.read_bytes()
+    if not content.startswith(_PNG_SIGNATURE):
+        raise DavaeError(f"the picture {file!r} in {run_dir} is not a PNG file")
+    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")

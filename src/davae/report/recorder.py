@@ -1,0 +1,218 @@
+"""Recording what a report shows, while the tensors are at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from davae.errors import DavaeError
+from davae.evaluation import linear_probe_accuracy, project_latents, radial_power_spectrum
+from davae.report.pictures import busiest_crop, save_png, upscaled
+from davae.report.schema import (
+    TENSOR_FILE,
+    Curve,
+    Figures,
+    LatentMap,
+    Picture,
+    PictureRow,
+    Section,
+    Spectrum,
+)
+
+STAGES = (
+    Curve(
+        title="Autoencoder stage",
+        file="autoencoder/metrics.jsonl",
+        text="The detail encoder and the joint decoder learn; the base autoencoder is frozen.",
+    ),
+    Curve(
+        title="Diffusion stage",
+        file="diffusion/metrics.jsonl",
+        text="The widened transformer learns to predict the detail channels beside the base ones.",
+    ),
+)
+"""The two stages of the method, where the demo keeps their metrics."""
+
+
+class FigureRecorder:
+    """Collects pictures, latent maps and spectra of a run; :meth:`write` leaves them in its directory.
+
+    Args:
+        run_dir: the run directory; made where absent.
+        classes: class names, in the order of the labels.
+        curves: losses to draw.
+    """
+
+    def __init__(
+        self, run_dir: Path | str, *, classes: Sequence[str] = (), curves: Sequence[Curve] = STAGES
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.classes = list(classes)
+        self.curves = list(curves)
+        self._sections: list[Section] = []
+        self._maps: list[LatentMap] = []
+        self._map_method = "PCA"
+        self._spectra: list[Spectrum] = []
+        self._tensors: dict[str, Tensor] = {}
+
+    def add_comparison(
+        self,
+        section_id: str,
+        *,
+        title: str,
+        text: str,
+        columns: Mapping[str, Tensor],
+        captions: Sequence[str] | None = None,
+        zoom: int | None = None,
+        zoom_from: str | None = None,
+    ) -> None:
+        """Add a section that sets the same pictures of several sources side by side.
+
+        Args:
+            section_id: lower-case name, part of file names and of the section's address in the page.
+            title: heading.
+            text: what to look at.
+            columns: label to images [N, 3, h, w] in [-1, 1]. Smaller ones are upscaled to the largest.
+            captions: one a row.
+            zoom: side of a magnified part in pixels; None for none.
+            zoom_from: label of the column whose busiest part is magnified in all; the first by default.
+
+        Raises:
+            DavaeError: the columns or captions do not have one length.
+        """
+        if not columns:
+            raise DavaeError(f"section {section_id!r} was given no columns")
+        count = len(next(iter(columns.values())))
+        captions = list(captions) if captions is not None else [""] * count
+        lengths = {label: len(images) for label, images in columns.items()} | {"captions": len(captions)}
+        if len(set(lengths.values())) != 1:
+            raise DavaeError(f"section {section_id!r}: one length is needed, got {lengths}")
+        height = max(images.shape[-2] for images in columns.values())
+        width = max(images.shape[-1] for images in columns.values())
+        full = {label: upscaled(images, height, width) for label, images in columns.items()}
+        rows = []
+        for i, caption in enumerate(captions):
+            crop = busiest_crop(full[zoom_from or next(iter(full))][i], zoom) if zoom else None
+            pictures, zooms = [], []
+            for j, (label, images) in enumerate(full.items()):
+                alt = f"{caption}: {label}" if caption else label
+                name = f"figures/{section_id}-{i:02d}-{j}"
+                save_png(images[i], self.run_dir / f"{name}.png")
+                pictures.append(Picture(file=f"{name}.png", alt=alt, label=label))
+                if crop is not None:
+                    save_png(images[i][:, crop[0], crop[1]], self.run_dir / f"{name}-zoom.png")
+                    zooms.append(Picture(file=f"{name}-zoom.png", alt=f"{alt}, a magnified part"))
+            rows.append(PictureRow(caption=caption, pictures=pictures, zooms=zooms))
+        self._sections.append(Section(id=section_id, title=title, text=text, rows=rows))
+
+    def add_reconstructions(
+        self, images: Tensor, base_previews: Tensor, reconstructions: Tensor, captions: Sequence[str]
+    ) -> None:
+        """Input, preview of the base, and reconstruction, side by side with a magnified part.
+
+        Args:
+            images: [N, 3, H, W] in [-1, 1], held out of the training.
+            base_previews: [N, 3, h, w], what the base autoencoder keeps (``decode_base``).
+            reconstructions: [N, 3, H, W].
+            captions: one an image.
+        """
+        self.add_comparison(
+            "reconstruction",
+            title="Reconstruction",
+            text="Held-out images, never seen in training. The base preview is what the frozen base "
+            "autoencoder keeps, upscaled; the reconstruction adds the detail channels. Both come from the "
+            "same latent grid. Look at the magnified squares: the reconstruction should bring back lines and "
+            "grain that the preview has lost, without inventing others.",
+            columns={"Input": images, "Base preview": base_previews, "Reconstruction": reconstructions},
+            captions=captions,
+            zoom=max(images.shape[-1] // 4, 8),
+        )
+
+    def add_samples(self, base: Tensor, upgraded: Tensor, captions: Sequence[str]) -> None:
+        """Samples of the base, upscaled, beside those of the upgraded pipeline from the same seeds.
+
+        Args:
+            base: [N, 3, h, w] in [-1, 1].
+            upgraded: [N, 3, H, W].
+            captions: one a sample, such as its class and seed.
+        """
+        self.add_comparison(
+            "samples",
+            title="Samples",
+            text="Generated from the same seeds with the same number of tokens. Left, the base's sample, "
+            "upscaled; right, the upgraded pipeline's, which generates the detail channels as well. The "
+            "scene should stay about the same and its edges and textures become finer.",
+            columns={"Base, upscaled": base, "Upgraded": upgraded},
+            captions=captions,
+            zoom=max(upgraded.shape[-1] // 4, 8),
+            zoom_from="Upgraded",
+        )
+
+    def add_latents(
+        self,
+        base: Tensor,
+        detail: Tensor,
+        labels: Tensor,
+        *,
+        method: Literal["pca", "tsne"] = "pca",
+        seed: int = 0,
+    ) -> dict[str, float]:
+        """Maps of base and detail latents in the plane, with their radial spectra.
+
+        Args:
+            base: [N, C, h, w].
+            detail: [N, D, h, w] of the same images.
+            labels: [N], indices into the classes.
+            method: of the maps.
+            seed: of the probe's split and of t-SNE.
+
+        Returns:
+            ``linear_probe_base`` and ``linear_probe_detail``, shares of classes read right by a linear probe.
+        """
+        if len(self.classes) <= int(labels.max()):
+            raise DavaeError(f"label {int(labels.max())} has no name: there are {len(self.classes)} classes")
+        self._map_method = {"pca": "PCA", "tsne": "t-SNE"}[method]
+        self._tensors["labels"] = labels.detach().cpu().long().contiguous()
+        probes = {}
+        for key, title, latents in (("base", "Base latents", base), ("detail", "Detail latents", detail)):
+            accuracy = linear_probe_accuracy(latents, labels, seed=seed)
+            probes[f"linear_probe_{key}"] = accuracy
+            self._tensors[f"map.{key}"] = project_latents(latents, method, seed=seed).contiguous()
+            note = f"A linear probe names the class of {accuracy:.0%} of held-out latents."
+            self._maps.append(LatentMap(title=title, key=f"map.{key}", note=note))
+        self.add_spectra("latents", {"Base latents": base, "Detail latents": detail})
+        return probes
+
+    def add_spectra(self, group: Literal["images", "latents"], sets: Mapping[str, Tensor]) -> None:
+        """Radial power spectra, one line a set.
+
+        Args:
+            group: lines of one group share a plot.
+            sets: label to images or latents [N, C, H, W]; images of one group should have one size.
+        """
+        for label, x in sets.items():
+            key = f"{group}-{sum(s.group == group for s in self._spectra)}"
+            frequency, power = radial_power_spectrum(x)
+            self._tensors[f"frequency.{key}"] = frequency.float().contiguous()
+            self._tensors[f"power.{key}"] = power.float().contiguous()
+            self._spectra.append(Spectrum(label=label, group=group, key=key))
+
+    def write(self) -> Figures:
+        """Write ``figures.json`` and ``figures.safetensors``; the pictures are there already."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        save_file(self._tensors or {"labels": torch.zeros(0, dtype=torch.long)}, self.run_dir / TENSOR_FILE)
+        figures = Figures(
+            sections=self._sections,
+            curves=self.curves,
+            classes=self.classes,
+            maps=self._maps,
+            map_method=self._map_method,
+            spectra=self._spectra,
+        )
+        figures.write(self.run_dir)
+        return figures

@@ -1,0 +1,223 @@
+"""What a run directory must hold so that its report can be (re)built.
+
+* ``summary.json``: every number, a :class:`Summary`.
+* ``figures.json``: what is shown beside the numbers, a :class:`Figures`; pictures are files next to it,
+  arrays lie in ``figures.safetensors``.
+* the ``metrics.jsonl`` files that ``figures.json`` names, one JSON object a logged step.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Generic, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from davae.errors import DavaeError
+
+Number = TypeVar("Number", int, float)
+Scalar = str | int | float | bool | None
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+class _File(_Record):
+    """A record that lies as one JSON file in a run directory."""
+
+    @classmethod
+    def file_name(cls) -> str:
+        """Name of the file below the run directory."""
+        raise NotImplementedError
+
+    def write(self, run_dir: Path | str) -> Path:
+        """Write the file, whole or not at all; returns its path."""
+        path = Path(run_dir) / self.file_name()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        return beside.replace(path)
+
+    @classmethod
+    def read(cls, run_dir: Path | str) -> Self:
+        """Read and check the file.
+
+        Raises:
+            DavaeError: it is absent, is not JSON, or a key is missing, unknown or of the wrong type.
+        """
+        path = Path(run_dir) / cls.file_name()
+        if not path.is_file():
+            raise DavaeError(f"{path} does not exist: a report is built from the folder of a finished run")
+        try:
+            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise DavaeError(f"{path} is not valid JSON: {error}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"]) or "the top level"
+            more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+            raise DavaeError(f"{path}: {place}: {first['msg']}{more}") from error
+
+
+class ThreeWay(_Record, Generic[Number]):
+    """One number for the base, the base at full resolution (native), and the upgraded pipeline."""
+
+    base: Number
+    native: Number
+    upgraded: Number
+
+
+class Reconstruction(_Record):
+    """Autoencoder figures on images that were held out of the training, at full resolution."""
+
+    psnr_upgraded: float
+    """dB."""
+    psnr_base_upscaled: float
+    """dB, of the base's own reconstruction after bicubic upscaling."""
+    ssim_upgraded: float | None = None
+    ssim_base_upscaled: float | None = None
+    images: int | None = None
+    """How many images were compared."""
+
+
+class Generation(_Record):
+    """Distance of generated images from real ones at full resolution: sliced Wasserstein, finest level."""
+
+    swd_upgraded: float
+    swd_base_upscaled: float
+    swd_real: float | None = None
+    """The same distance between two sets of real images: the floor that sampling alone sets."""
+    swd_levels_upgraded: list[float] = []
+    """All pyramid levels, finest first."""
+    swd_levels_base_upscaled: list[float] = []
+    images: int | None = None
+    """Generated images in each set."""
+
+
+class Alignment(_Record):
+    """How the detail latent relates to the base latent."""
+
+    base_latents_equal: bool
+    """Whether the base part of every latent is bit-equal to the base VAE's own."""
+    loss: float | None = None
+    """Alignment loss on held-out images."""
+    loss_start: float | None = None
+    """The same before training."""
+    linear_probe_base: float | None = None
+    """Share of classes a linear probe reads from the base latent, in [0, 1]."""
+    linear_probe_detail: float | None = None
+
+
+class WarmStart(_Record):
+    """The widened transformer against the original, before its first training step."""
+
+    max_base_difference: float
+    max_detail_output: float
+
+
+class Summary(_File):
+    """Every number of a run; ``summary.json``."""
+
+    title: str
+    created: str
+    """ISO 8601."""
+    command: str
+    """What to type to run it again."""
+    hardware: dict[str, Scalar]
+    image_size: ThreeWay[int]
+    """Side in pixels."""
+    tokens: ThreeWay[int]
+    flops_per_image: ThreeWay[float]
+    """Of one image from noise to pixels, with guidance as sampled."""
+    seconds_per_image: ThreeWay[float]
+    reconstruction: Reconstruction
+    generation: Generation
+    alignment: Alignment
+    warm_start: WarmStart
+    wall_seconds: float
+    peak_memory_bytes: int
+    settings: dict[str, JsonValue] = {}
+    """May be nested; shown flat with dotted names."""
+    skipped: list[tuple[str, str]] = []
+    """Images left out: name and reason."""
+
+    @classmethod
+    def file_name(cls) -> str:  # noqa: D102
+        return "summary.json"
+
+
+class Picture(_Record):
+    """One PNG file."""
+
+    file: str
+    """Relative to the run directory, inside it."""
+    alt: str
+    """What the picture shows, for who cannot see it."""
+    label: str = ""
+    """A few words below the picture."""
+
+
+class PictureRow(_Record):
+    """Pictures to be compared with each other, and magnified parts of the same."""
+
+    caption: str = ""
+    pictures: list[Picture] = Field(min_length=1)
+    zooms: list[Picture] = []
+
+
+class Section(_Record):
+    """A heading, what to look at, and rows of pictures."""
+
+    id: str = Field(pattern=r"^[a-z][a-z0-9-]*$")
+    title: str
+    text: str = ""
+    rows: list[PictureRow] = []
+
+
+class Curve(_Record):
+    """The losses of one stage."""
+
+    title: str
+    file: str
+    """A metrics.jsonl, relative to the run directory."""
+    terms: list[str] | None = None
+    """Which values to draw; None draws everything that is not bookkeeping (rates, times, norms)."""
+    text: str = ""
+
+
+class LatentMap(_Record):
+    """Points in the plane, coloured by class."""
+
+    title: str
+    key: str
+    """Tensor [N, 2] in ``figures.safetensors``; the classes are its tensor ``labels``."""
+    note: str = ""
+
+
+class Spectrum(_Record):
+    """One line of a spectrum plot; tensors ``frequency.KEY`` and ``power.KEY`` in ``figures.safetensors``."""
+
+    label: str
+    group: Literal["images", "latents"]
+    key: str
+
+
+class Figures(_File):
+    """What the report shows beside the numbers; ``figures.json``."""
+
+    sections: list[Section] = []
+    curves: list[Curve] = []
+    classes: list[str] = []
+    maps: list[LatentMap] = []
+    map_method: str = "PCA"
+    spectra: list[Spectrum] = []
+
+    @classmethod
+    def file_name(cls) -> str:  # noqa: D102
+        return "figures.json"
+
+
+TENSOR_FILE = "figures.safetensors"
+"""Arrays that ``figures.json`` refers to."""

@@ -1,0 +1,1 @@
+"""One training loop on accelerate, and one small file a stage."""

@@ -1,0 +1,57 @@
+"""LPIPS (Zhang et al., 2018), an optional part: it needs two packages and a downloaded backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from davae.errors import DavaeError
+
+_BACKBONE_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+
+
+class LpipsLoss(nn.Module):
+    """LPIPS with the VGG-16 backbone, frozen.
+
+    Args:
+        backbone: file of torchvision's VGG-16 weights (``.safetensors``, or ``.pth`` read with
+            ``weights_only=True``).
+
+    Raises:
+        DavaeError: the ``lpips`` extra is not installed, or the backbone file is missing.
+    """
+
+    def __init__(self, backbone: str | None) -> None:
+        super().__init__()
+        try:
+            import lpips
+        except ImportError as error:
+            raise DavaeError(
+                "reconstruction.lpips_weight is set, but LPIPS is not installed: pip install 'davae[lpips]', "
+                "or set lpips_weight=0 and use laplacian_weight, which needs nothing"
+            ) from error
+        if backbone is None or not Path(backbone).is_file():
+            raise DavaeError(
+                f"LPIPS needs the VGG-16 backbone: reconstruction.lpips_backbone is {backbone!r}, which is no file. "
+                f"Fetch {_BACKBONE_URL} where there is a network and give its path"
+            )
+        path = Path(backbone)
+        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        self.network = lpips.LPIPS(net="vgg", pretrained=True, pnet_rand=True, verbose=False)
+        features = {k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")}
+        with torch.no_grad():
+            for name, parameter in self.network.net.named_parameters():
+                key = name.split(".", 1)[1]  # slice3.10.weight is torchvision's features.10.weight
+                parameter.copy_(features[key])
+        self.network.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> LpipsLoss:
+        """LPIPS stays in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        """Mean distance of ``[B, 3, H, W]`` images in [-1, 1]."""
+        return self.network(images.float(), reconstruction.float()).mean()

@@ -1,0 +1,43 @@
+"""Pictures that a training leaves in ``samples/``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+_GAP = 2  # pixels between tiles
+
+
+def image_grid(rows: list[Tensor]) -> Image.Image:
+    """Tile rows of ``[N, 3, h, w]`` images in [-1, 1] into one picture.
+
+    Rows may differ in resolution; smaller ones are enlarged to the largest by repeating pixels, so that what is
+    seen is what was made.
+    """
+    side = max(row.shape[-1] for row in rows)
+    tiles = []
+    for row in rows:
+        row = row.detach().float().cpu().clamp(-1, 1)
+        if row.shape[-1] != side:
+            row = F.interpolate(row, size=(side, side), mode="nearest-exact")
+        padded = F.pad(row, (0, _GAP, 0, _GAP), value=1.0)
+        tiles.append(torch.cat(list(padded), dim=2))  # [3, side, N * side]
+    width = max(t.shape[2] for t in tiles)
+    whole = torch.cat([F.pad(t, (0, width - t.shape[2]), value=1.0) for t in tiles], dim=1)
+    pixels = ((whole + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def save_rows(path: Path, rows: dict[str, Tensor]) -> None:
+    """Write a grid with one row an entry; the names are kept in the PNG's text."""
+    from PIL.PngImagePlugin import PngInfo
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = PngInfo()
+    info.add_text("Rows", " | ".join(rows))
+    image_grid(list(rows.values())).save(path, pnginfo=info)

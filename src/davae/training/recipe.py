@@ -1,0 +1,134 @@
+"""Reading recipes: YAML by name or file, overrides as ``key=value``, mistakes as one clear line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from davae.errors import DavaeError
+from davae.training.settings import BaseRecipe, Recipe, UpgradeRecipe
+
+_KINDS: dict[str, type[UpgradeRecipe] | type[BaseRecipe]] = {"upgrade": UpgradeRecipe, "base": BaseRecipe}
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with davae."""
+    folder = resources.files("davae.recipes")
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by name (``tiny``) or from a YAML file and apply ``section.key=value`` overrides.
+
+    Raises:
+        DavaeError: no such recipe, an unknown key (with the nearest right one), or a bad value.
+    """
+    path = Path(name_or_file)
+    if path.suffix in {".yaml", ".yml"}:
+        if not path.is_file():
+            raise DavaeError(f"no recipe file {path}")
+        text, source = path.read_text(), str(path)
+    else:
+        name = str(name_or_file)
+        if name not in recipe_names():
+            raise DavaeError(
+                f"no recipe named '{name}'{_nearest(name, recipe_names())}; "
+                f"there are {', '.join(recipe_names())}, or give a .yaml file"
+            )
+        text = (resources.files("davae.recipes") / f"{name}.yaml").read_text()
+        source = f"recipe '{name}'"
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DavaeError(f"{source} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise DavaeError(f"{source} must hold sections with keys, not {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_recipe(values, source)
+
+
+def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
+    """Validate plain values into the typed recipe of their ``kind``."""
+    kind = values.get("kind", "upgrade")
+    if kind not in _KINDS:
+        raise DavaeError(f"{source}: kind is '{kind}'; known kinds are {', '.join(_KINDS)}")
+    try:
+        return _KINDS[kind].model_validate(values)
+    except ValidationError as error:
+        raise DavaeError(_one_line(error, _KINDS[kind], source)) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def differing_keys(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the values in which two dumped recipes differ, with both values."""
+    found = []
+    for key in [*ours, *(k for k in theirs if k not in ours)]:
+        a, b = ours.get(key), theirs.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {b} -> {a}")
+    return found
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise DavaeError(f"override '{override}' is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DavaeError(f"override '{override}': the value is not valid YAML") from error
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text; people mean a number
+        try:
+            value = float(value)
+        except ValueError:
+            value = text
+    *sections, last = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise DavaeError(f"override '{override}': '{section}' is a value, not a section")
+    values[last] = value
+
+
+def _one_line(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = dict(_dotted_fields(model))
+        siblings = [k for k in known if k.rpartition(".")[0] == where.rpartition(".")[0]]
+        name = where.rpartition(".")[2]
+        elsewhere = [k for k in known if k.rpartition(".")[2] == name]
+        elsewhere.sort(key=lambda k: k.split(".")[0] != where.split(".")[0])  # the same section first
+        near = elsewhere or difflib.get_close_matches(where, siblings, n=1, cutoff=0.6)
+        hint = f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(siblings)}"
+        return f"{source}: unknown key '{where}'{hint}"
+    if first["type"] == "missing":
+        return f"{source}: '{where}' is missing"
+    return f"{source}: '{where}' is {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
+
+
+def _dotted_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in model.model_fields.items():
+        yield f"{prefix}{name}", field
+        kinds = [field.annotation, *get_args(field.annotation)]
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _dotted_fields(kind, f"{prefix}{name}.")
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -1,0 +1,107 @@
+"""The files of a run: resolved recipe, environment, metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from davae.errors import DavaeError
+from davae.training.recipe import differing_keys
+
+_PACKAGES = ("davae", "torch", "diffusers", "accelerate", "peft", "transformers", "safetensors", "datasets")
+
+
+class RunDirectory:
+    """A training's folder: opened for a first start or to go on, refused for another recipe.
+
+    Args:
+        path: the folder; made where absent.
+        recipe: the resolved recipe as plain values; kept in ``config.yaml``.
+
+    Raises:
+        DavaeError: the folder holds a run with other settings (each difference is named).
+    """
+
+    def __init__(self, path: Path, recipe: dict[str, Any]) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.metrics_file = path / "metrics.jsonl"
+        config = path / "config.yaml"
+        if config.is_file():
+            differing = differing_keys(recipe, yaml.safe_load(config.read_text()))
+            if differing:
+                raise DavaeError(
+                    f"{path} holds a run with other settings ({'; '.join(differing[:5])}"
+                    f"{' ...' if len(differing) > 5 else ''}); choose another --out, or remove the folder to start again"
+                )
+        path.mkdir(parents=True, exist_ok=True)
+        config.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        (path / "environment.json").write_text(json.dumps(environment(), indent=2))
+
+    def write_metrics(self, step: int, values: dict[str, float]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the lines that a resumed run will write again."""
+        kept = [line for line in read_metrics(self.metrics_file) if line["step"] <= step]
+        partial = self.metrics_file.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(self.metrics_file)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    lines = []
+    for text in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware: what someone needs to repeat a figure."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "command": " ".join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)),
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "device": device,
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the source tree davae runs from; none where it was installed as a package."""
+    tree = Path(__file__).resolve().parents[3]
+    if not (tree / ".git").exists():
+        return None
+    result = subprocess.run(
+        ["git", "-C", str(tree), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or None

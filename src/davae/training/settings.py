@@ -1,0 +1,271 @@
+"""The typed settings of a training: what a recipe file may say, with defaults and limits.
+
+Each class is one section of a recipe. Field comments give units and the source of a default;
+`davae.training.recipe` reads files into these classes and turns mistakes into one clear line.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values never change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(Section):
+    """Where images come from and how they become tensors."""
+
+    path: str = "procedural"
+    """A folder, a data set name or file, WebDataset shards, or ``procedural`` (see docs/data.md)."""
+    resolution: Positive = 128
+    """Side of the square training image in pixels, at full resolution."""
+    crop: Literal["center", "random"] = "center"
+    flip: bool = False
+    split: str = "train"
+    hold_out: Annotated[float, Field(ge=0)] = 0.05
+    """Share of the images (below 1) or their number (1 and more) kept for validation."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Loader processes; 0 decodes in the training process."""
+    cache_latents: bool = False
+    """Diffusion stage: encode the images once and keep the latents in memory."""
+
+
+class LoopSettings(Section):
+    """How long and how the loop runs; the same for every stage."""
+
+    steps: Positive
+    batch_size: Positive
+    """Images a process and a micro-step."""
+    gradient_accumulation: Positive = 1
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    channels_last: bool = True
+    """Convolutions in channels-last memory order: the same numbers, faster on most devices."""
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    log_every: Positive = 10
+    validate_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between validations; 0 validates at the end only."""
+    validation_images: Positive = 16
+    checkpoint_every: Positive = 100
+    checkpoints_total_limit: Positive = 2
+    report_to: list[str] = ["tensorboard"]
+    """Trackers known to accelerate; metrics.jsonl is written in any case."""
+
+
+class OptimizerSettings(Section):
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: Annotated[float, Field(gt=0)]
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: Weight = 0.0
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    lr_scheduler: Literal["constant", "cosine"] = "constant"
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    lr_end: Weight = 0.0
+    """Learning rate at the last step of the cosine schedule."""
+
+
+class AlignmentSettings(Section):
+    """Detail alignment, Eq. 3 and 4."""
+
+    form: Literal["mean", "relational", "projection"] = "mean"
+    weight: Weight = 0.5
+    adaptive: bool = False
+    """Multiply the weight by the gradient ratio |grad rec| / |grad alignment| at the last shared layer."""
+
+
+class GanSettings(Section):
+    """PatchGAN discriminator; off while ``weight`` is 0."""
+
+    weight: Weight = 0.0
+    start_step: Annotated[int, Field(ge=0)] = 0
+    adaptive: bool = True
+    filters: Positive = 64
+    layers: Positive = 3
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[float, float] = (0.5, 0.9)
+
+
+class ReconstructionSettings(Section):
+    """The terms that compare a reconstruction with its image."""
+
+    l1_weight: Weight = 1.0
+    laplacian_weight: Weight = 0.0
+    """L1 on a Laplacian pyramid: weight-free, keeps fine structure from blurring."""
+    lpips_weight: Weight = 0.0
+    """LPIPS (VGG); needs the ``lpips`` extra and its backbone file."""
+    lpips_backbone: str | None = None
+    """File of the VGG-16 weights (torchvision layout, safetensors or .pth)."""
+    kl_weight: Weight = 1e-6
+    kl_reduction: Literal["mean", "sum"] = "mean"
+    gan: GanSettings = GanSettings()
+
+
+class AutoencoderModelSettings(Section):
+    """Options of ``AutoencoderDA.from_base``."""
+
+    scale: Literal[2, 4, 8] = 2
+    detail_channels: Positive
+    antialias: bool = True
+    clamp_base_image: bool = False
+    base_latent_space: Literal["scaled", "raw"] = "scaled"
+    detail_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    warm_blocks: bool = True
+
+
+class AutoencoderSettings(Section):
+    """The autoencoder stage: detail encoder and joint decoder."""
+
+    model: AutoencoderModelSettings
+    alignment: AlignmentSettings = AlignmentSettings()
+    reconstruction: ReconstructionSettings = ReconstructionSettings()
+    optimizer: OptimizerSettings
+    loop: LoopSettings
+    statistics_images: Positive = 10_000
+    """Most images used to measure the detail channels' mean and standard deviation."""
+
+
+class LoraSettings(Section):
+    """Low-rank adapters on the transformer's own layers (peft)."""
+
+    rank: Positive = 16
+    alpha: Positive = 16
+    targets: list[str] | None = None
+    """Module name suffixes; none takes the usual ones of the transformer's family."""
+
+
+class TimestepSettings(Section):
+    """How noise levels are drawn: ``sigma`` is the share of noise, 1 is pure noise."""
+
+    scheme: Literal["logit_normal", "uniform"] = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: Annotated[float, Field(gt=0)] = 1.0
+    shift: Annotated[float, Field(gt=0)] = 1.0
+    """``sigma <- shift sigma / (1 + (shift - 1) sigma)``; above 1 favours noise."""
+
+
+class FlowLossSettings(Section):
+    """The diffusion loss, Eq. 12 and 13, and the official code's variants."""
+
+    form: Literal["velocity", "x0"] = "velocity"
+    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    cosine_weight: Weight = 0.0
+    """Weight of ``1 - cos(prediction, target)`` over channels, not scheduled (LightningDiT)."""
+    detail_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """``N`` of Eq. 12: steps over which the detail channels' loss fades in."""
+    detail_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+
+
+class TuneSettings(Section):
+    """Which weights of the transformer learn."""
+
+    mode: Literal["full", "lora", "new_channels"] = "full"
+    lora: LoraSettings = LoraSettings()
+    new_channels_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the widened input and output layers; none takes the optimizer's."""
+
+
+class SampleSettings(Section):
+    """Sampling for validation pictures and the report."""
+
+    num_inference_steps: Positive = 25
+    guidance_scale: float = 3.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+
+class DiffusionSettings(Section):
+    """The diffusion stage: the warm-started transformer."""
+
+    tune: TuneSettings = TuneSettings()
+    timesteps: TimestepSettings = TimestepSettings()
+    loss: FlowLossSettings = FlowLossSettings()
+    optimizer: OptimizerSettings
+    loop: LoopSettings
+    sample: SampleSettings = SampleSettings()
+
+
+class UpgradeRecipe(Section):
+    """A whole upgrade: the base, the data, and both stages."""
+
+    kind: Literal["upgrade"] = "upgrade"
+    description: str
+    base: str = "tiny"
+    """``tiny`` (embedded), a pipeline folder, or a name on the hub."""
+    data: DataSettings = DataSettings()
+    autoencoder: AutoencoderSettings
+    diffusion: DiffusionSettings
+
+
+class BaseAutoencoderArchitecture(Section):
+    """A small ``AutoencoderKL``; compression is ``2 ** (len(block_out_channels) - 1)``."""
+
+    block_out_channels: list[Positive]
+    latent_channels: Positive
+    layers_per_block: Positive = 1
+    norm_num_groups: Positive = 8
+
+
+class BaseAutoencoderSettings(Section):
+    """First half of a base training: the autoencoder."""
+
+    architecture: BaseAutoencoderArchitecture
+    reconstruction: ReconstructionSettings = ReconstructionSettings()
+    optimizer: OptimizerSettings
+    loop: LoopSettings
+
+
+class BaseTransformerArchitecture(Section):
+    """A LightningDiT transformer."""
+
+    hidden_size: Positive
+    num_layers: Positive
+    num_attention_heads: Positive
+    patch_size: Positive = 1
+    qk_norm: bool = True
+    class_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> BaseTransformerArchitecture:
+        if self.hidden_size % (4 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 4 x num_attention_heads "
+                f"({self.num_attention_heads}): 2-D rotary positions split a head in four"
+            )
+        return self
+
+
+class BaseTransformerSettings(Section):
+    """Second half of a base training: the transformer on the autoencoder's latents."""
+
+    architecture: BaseTransformerArchitecture
+    timesteps: TimestepSettings = TimestepSettings()
+    loss: FlowLossSettings = FlowLossSettings()
+    optimizer: OptimizerSettings
+    loop: LoopSettings
+    sample: SampleSettings = SampleSettings()
+
+
+class BaseRecipe(Section):
+    """A class-conditional base pipeline from nothing: autoencoder, then transformer."""
+
+    kind: Literal["base"]
+    description: str
+    data: DataSettings = DataSettings()
+    downsample: Positive = 1
+    """Images are rendered or read at ``data.resolution`` and reduced by this factor, as the base of
+    an upgrade sees them."""
+    autoencoder: BaseAutoencoderSettings
+    transformer: BaseTransformerSettings
+
+
+Recipe = UpgradeRecipe | BaseRecipe

@@ -1,0 +1,164 @@
+"""Widen a pretrained transformer to the structured latent without changing what it computes.
+
+The token embedding is linear in the latent and the head linear in the features, so zero weights for the new
+channels, in and out, leave the base prediction as it was and predict zero detail, whatever the detail input.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from typing import Any, TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from davae.latents import LatentLayout
+from davae.warm_start.channel_places import ChannelDescription, description_of, pattern_factors, widen_axis
+from davae.warm_start.errors import WarmStartError
+from davae.warm_start.self_check import check_warm_start
+
+logger = logging.getLogger(__name__)
+
+Transformer = TypeVar("Transformer", bound=ModelMixin)
+
+# State that is neither weight nor configuration: set on a living module, so that a rebuilt one lacks it.
+_RUNTIME_STATE = (
+    "training",
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+    "_chunk_size",
+    "_chunk_dim",
+)
+
+
+def widen_channels(transformer: Transformer, *, base_channels: int, detail_channels: int) -> Transformer:
+    """A new transformer of the same class that takes and gives ``[z, z_d]``, base first.
+
+    Weights of the new channels are zero (biases too); every other weight is copied, and dtype, device,
+    ``requires_grad``, training mode, gradient checkpointing and attention processors survive. The original is
+    not touched. The result is verified on the module itself before it is returned (`check_warm_start`).
+
+    Args:
+        transformer: a described diffusers model (see `describe`).
+        base_channels: channels of the base latent, in the autoencoder's own counting.
+        detail_channels: channels to add.
+
+    Raises:
+        WarmStartError: the class is not described, its channels are not `base_channels`, the weights are not
+            loaded, adapters are attached, or the result does not start as the original; names the layer.
+    """
+    layout = LatentLayout(base_channels, detail_channels)
+    description = description_of(transformer)
+    _check_widenable(transformer)
+    widened = _build(transformer, _widened_config(transformer, description, layout))
+    _copy_runtime_state(transformer, widened)
+    _copy_weights(transformer, widened, description, layout)
+    logger.info("%s: %s", type(transformer).__name__, check_warm_start(transformer, widened, layout))
+    return widened
+
+
+def _check_widenable(transformer: ModelMixin) -> None:
+    for name, parameter in transformer.named_parameters():
+        if parameter.is_meta:
+            raise WarmStartError(f"{name} holds no values (meta device): load the transformer, then widen it")
+        if not parameter.is_floating_point():
+            raise WarmStartError(f"{name} is quantised ({parameter.dtype}): widen first, then quantise")
+
+
+def _widened_config(
+    transformer: ModelMixin, description: ChannelDescription, layout: LatentLayout
+) -> dict[str, int]:
+    sizes = description.resolve_sizes(transformer)
+    changes = {}
+    for key, pattern in description.counts.items():
+        found = transformer.config[key]
+        if found is None:
+            continue  # follows another key
+        expected = math.prod(pattern_factors(pattern, sizes, layout.base_channels))
+        if found != expected:
+            counted = f" (counted as '{pattern}': {expected})" if expected != layout.base_channels else ""
+            raise WarmStartError(
+                f"{type(transformer).__name__} has config.{key} = {found}, but the autoencoder's base latent "
+                f"has {layout.base_channels} channels{counted}: they do not belong together"
+            )
+        changes[key] = math.prod(pattern_factors(pattern, sizes, layout.channels))
+    return changes
+
+
+def _build(transformer: Transformer, changes: dict[str, int]) -> Transformer:
+    # Parameters without memory: the copies take their place, so two models exist at a time and never three.
+    # Some constructors draw random numbers on the CPU; the caller's stream must not notice.
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        widened = type(transformer).from_config(transformer.config, **changes)
+    if type(widened) is not type(transformer):
+        raise WarmStartError(f"{type(transformer).__name__} rebuilds itself as {type(widened).__name__}")
+    return widened
+
+
+def _copy_runtime_state(original: ModelMixin, widened: ModelMixin) -> None:
+    for name, module in original.named_modules():
+        if hasattr(module, "processor"):  # before its own submodules, which it may bring along
+            widened.get_submodule(name).processor = copy.deepcopy(module.processor)
+    for name, module in original.named_modules():
+        twin = _twin(widened, name)
+        for attribute in _RUNTIME_STATE:
+            if attribute in vars(module):
+                setattr(twin, attribute, vars(module)[attribute])
+
+
+def _twin(widened: nn.Module, name: str) -> nn.Module:
+    try:
+        return widened.get_submodule(name)
+    except AttributeError:
+        raise WarmStartError(
+            f"{name} is not part of a {type(widened).__name__} built from the configuration: remove adapters "
+            "(fuse_lora and unload_lora, or merge_and_unload) and unfuse projections, then widen"
+        ) from None
+
+
+def _copy_weights(
+    original: ModelMixin, widened: nn.Module, description: ChannelDescription, layout: LatentLayout
+) -> None:
+    sizes = description.resolve_sizes(original)
+    places = {place.parameter: place for place in description.places}
+    parameters = dict(original.named_parameters(remove_duplicate=False))
+    missing = [p.parameter for p in description.places if not p.optional and p.parameter not in parameters]
+    if missing:
+        raise WarmStartError(
+            f"{type(original).__name__} has no {', '.join(missing)}, where latent channels should sit"
+        )
+
+    tied: dict[int, nn.Parameter] = {}  # one parameter under two names stays one
+    for name, parameter in parameters.items():
+        if id(parameter) not in tied:
+            values = parameter.detach()
+            values = widen_axis(values, places[name], sizes, layout) if name in places else values.clone()
+            tied[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+        _place(widened, name, tied[id(parameter)])
+    for name, buffer in original.named_buffers(remove_duplicate=False):
+        _place(widened, name, buffer.clone())
+
+    empty = [name for name, parameter in widened.named_parameters() if parameter.is_meta]
+    if empty:
+        raise WarmStartError(f"the original has no {', '.join(empty)}, which its configuration asks for")
+
+
+def _place(widened: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, key = name.rpartition(".")
+    module = _twin(widened, path)
+    home: dict[str, Any] = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+    if home.get(key) is None:
+        raise WarmStartError(
+            f"{name} is not part of a {type(widened).__name__} built from the configuration: remove "
+            "adapters, then widen"
+        )
+    if home[key].shape != tensor.shape:
+        raise WarmStartError(
+            f"{name}: the wider configuration makes shape {tuple(home[key].shape)}, the description "
+            f"{tuple(tensor.shape)}: the description of the class misses this place or has it wrong"
+        )
+    home[key] = tensor

@@ -1,0 +1,49 @@
+import sys
+import time
+
+import pytest
+import torch
+
+from davae.benchmark import SideBySide, median_seconds, peak_memory_bytes, side_by_side
+from davae.errors import DavaeError
+
+
+def test_median_is_about_the_time_slept_and_warmup_is_not_counted() -> None:
+    waits = iter([0.2, 0.01, 0.01, 0.01])
+    assert 0.009 < median_seconds(lambda: time.sleep(next(waits)), 3, warmup=1) < 0.1
+    assert next(waits, None) is None
+
+
+def test_functions_take_turns() -> None:
+    calls: list[str] = []
+    result = side_by_side({name: lambda name=name: calls.append(name) for name in "ab"}, 3, warmup=1)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert {name: len(times) for name, times in result.times.items()} == {"a": 3, "b": 3}
+
+
+def test_speedup_is_taken_round_by_round() -> None:
+    # The machine slows down by ten in the second round; the ratio stays two.
+    result = SideBySide({"quick": [1.0, 10.0, 1.0], "slow": [2.0, 20.0, 2.0]})
+    assert result.speedup("quick", over="slow") == 2.0
+    assert result.medians == {"quick": 1.0, "slow": 2.0}
+    with pytest.raises(DavaeError, match="'fast' was timed; there are quick, slow"):
+        result.speedup("fast", over="slow")
+
+
+def test_peak_memory_sees_a_large_tensor() -> None:
+    before = peak_memory_bytes()
+    size = before + 64 * 2**20
+    held = torch.ones(size // 4)
+    assert before < size * 0.9 <= peak_memory_bytes() < 2**50
+    assert held.numel()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_mistakes_are_named() -> None:
+    with pytest.raises(DavaeError, match="no CUDA device"):
+        peak_memory_bytes("cuda")
+    with pytest.raises(DavaeError, match="repeats must be at least 1"):
+        median_seconds(lambda: None, 0)
+    with pytest.raises(DavaeError, match="no function"):
+        side_by_side({})
+    assert sys.platform

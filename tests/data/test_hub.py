@@ -1,0 +1,153 @@
+"""Tables through ``datasets``. Nothing here may touch the network."""
+
+from __future__ import annotations
+
+import io
+import socket
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from davae.data import TableSource, image_to_tensor, open_dataset
+from davae.errors import DavaeError
+from tests.data.files import encoded, picture
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("local files must not touch the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def table() -> datasets.Dataset:
+    features = datasets.Features(
+        {
+            "caption": datasets.Value("string"),
+            "kind": datasets.ClassLabel(names=["fox", "owl"]),
+            "picture": datasets.Image(),
+            "year": datasets.Value("int64"),
+        }
+    )
+    rows = {
+        "caption": [" one ", "two", None],
+        "kind": [1, 0, 1],
+        "picture": [{"bytes": encoded(picture(n, (32, 32)), "PNG"), "path": None} for n in range(3)],
+        "year": [2001, 2002, 2003],
+    }
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def check(data: Any) -> None:
+    assert data.classes == ["fox", "owl"]
+    items = [data[i] for i in range(3)]
+    assert [(i["id"], i["label"], i["caption"]) for i in items] == [
+        ("0", 1, "one"),
+        ("1", 0, "two"),
+        ("2", 1, ""),
+    ]
+    for n, item in enumerate(items):
+        assert torch.equal(item["image"], image_to_tensor(picture(n, (32, 32))))
+
+
+def test_saved_set_with_and_without_splits(tmp_path: Path) -> None:
+    table().save_to_disk(str(tmp_path / "one"))
+    check(open_dataset(tmp_path / "one", resolution=32))
+    both = datasets.DatasetDict({"train": table(), "test": table().select([0])})
+    both.save_to_disk(str(tmp_path / "two"))
+    check(open_dataset(tmp_path / "two", resolution=32))
+    assert len(open_dataset(tmp_path / "two", resolution=32, split="test")) == 1
+    with pytest.raises(DavaeError, match="no split 'dev'; it has train, test"):
+        open_dataset(tmp_path / "two", resolution=32, split="dev")
+
+
+def test_parquet_file_and_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "p"
+    folder.mkdir()
+    table().to_parquet(str(folder / "a.parquet"))
+    check(open_dataset(folder / "a.parquet", resolution=32))
+    table().to_parquet(str(folder / "b.parquet"))
+    assert len(open_dataset(folder, resolution=32)) == 6
+    assert len(open_dataset(str(folder / "*.parquet"), resolution=32)) == 6
+
+
+def test_arrow_file(tmp_path: Path) -> None:
+    table().save_to_disk(str(tmp_path / "s"))
+    (file,) = (tmp_path / "s").glob("*.arrow")
+    check(open_dataset(file, resolution=32))
+
+
+def test_parquet_of_other_tools(tmp_path: Path) -> None:
+    """Plain bytes, text labels, several captions; and one row without an image."""
+    data = [encoded(picture(n, (32, 32)), "PNG") for n in range(3)]
+    columns = {
+        "jpg": pa.array([*data, None], pa.binary()),
+        "label": pa.array(["owl", "fox", "owl", None]),
+        "captions": pa.array([["x", "y"], [], ["z"], []], pa.list_(pa.string())),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    found = open_dataset(tmp_path / "t.parquet", resolution=32)
+    assert found.classes == ["fox", "owl"]
+    assert [(found[i]["label"], found[i]["caption"]) for i in range(3)] == [(1, "x"), (0, ""), (1, "z")]
+    assert found.skipped == [("3", "the row holds no image")]
+    struct = pa.array([{"bytes": d, "path": None} for d in data])
+    pq.write_table(pa.table({"image": struct, "label": pa.array([0, 3, 1])}), tmp_path / "u.parquet")
+    found = open_dataset(tmp_path / "u.parquet", resolution=32)
+    assert found.classes == ["0", "1", "2", "3"]
+    assert [found[i]["label"] for i in range(3)] == [0, 3, 1]
+    assert torch.equal(found[2]["image"], image_to_tensor(picture(2, (32, 32))))
+
+
+def test_rows_that_name_files(tmp_path: Path) -> None:
+    picture(0, (32, 32)).save(tmp_path / "a.png")
+    paths = {"image": [str(tmp_path / "a.png"), str(tmp_path / "gone.png"), "https://example.org/x.png"]}
+    rows = datasets.Dataset.from_dict(paths).cast_column("image", datasets.Image())
+    source = TableSource(rows, "rows")
+    assert source.open(0).read() == (tmp_path / "a.png").read_bytes()
+    with pytest.raises(FileNotFoundError):
+        source.open(1)
+    with pytest.raises(DavaeError, match="only the address"):
+        source.open(2)
+
+
+def test_what_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(DavaeError, match="no image column: columns are a, b"):
+        TableSource(datasets.Dataset.from_dict({"a": [1], "b": ["x"]}), "t")
+    with pytest.raises(DavaeError, match="no rows"):
+        TableSource(table().select([]), "t")
+    (tmp_path / "x.parquet").write_bytes(b"no table at all")
+    with pytest.raises(DavaeError, match="cannot be read as a table"):
+        open_dataset(tmp_path / "x.parquet", resolution=32)
+    (tmp_path / "x.arrow").write_bytes(io.BytesIO(b"nor this").read())
+    with pytest.raises(DavaeError, match="cannot be read as a table"):
+        open_dataset(tmp_path / "x.arrow", resolution=32)
+    with pytest.raises(DavaeError, match="mixed"):
+        open_dataset(str(tmp_path / "x.*"), resolution=32)
+
+
+def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(*arguments: Any) -> datasets.DatasetDict:
+        asked.append(arguments)
+        return datasets.DatasetDict({"train": table()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    check(open_dataset("someone/things", resolution=32))
+    open_dataset("someone/things:small", resolution=32)
+    assert asked == [("someone/things", None), ("someone/things", "small")]
+
+    def absent(*_: Any) -> None:
+        raise datasets.exceptions.DatasetNotFoundError("doesn't exist on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", absent)
+    with pytest.raises(DavaeError, match=r"'someone/things' is not a local folder .* cannot be loaded"):
+        open_dataset("someone/things", resolution=32)

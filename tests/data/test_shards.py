@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from davae.data import BatchStream, image_to_tensor, open_dataset
+from davae.data.shards import expand_braces
+from davae.errors import DavaeError
+from tests.data.files import encoded, picture
+
+
+def shard(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def png(seed: int) -> bytes:
+    return encoded(picture(seed, (32, 32)), "PNG")
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    shard(tmp_path / "w/part-000.tar", {"0.png": png(0), "0.cls": b"2", "0.txt": b"a fox\n", "1.png": png(1)})
+    second = {"2.cls": b"0", "2.png": png(2), "3.json": json.dumps({"caption": "owl", "label": 1}).encode()}
+    shard(tmp_path / "w/part-001.tar", second | {"3.jpg": encoded(picture(3), "JPEG"), "3.note": b"-"})
+    return tmp_path / "w"
+
+
+def test_pixels_labels_and_captions(shards: Path) -> None:
+    data = open_dataset(shards, resolution=32)
+    items = [data[i] for i in range(len(data))]
+    assert data.classes == ["0", "1", "2"]
+    assert [(i["id"], i["label"], i["caption"]) for i in items] == [
+        ("part-000.tar/0.png", 2, "a fox"),
+        ("part-000.tar/1.png", -1, ""),
+        ("part-001.tar/2.png", 0, ""),
+        ("part-001.tar/3.jpg", 1, "owl"),
+    ]
+    for n in range(3):
+        assert torch.equal(items[n]["image"], image_to_tensor(picture(n, (32, 32))))
+        assert data.source.open(n).read() == png(n)  # and not a byte of the next member
+
+
+def test_webdataset_writer_is_understood(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for n in range(3):
+            writer.write({"__key__": f"x/{n:04d}", "png": png(n), "cls": n, "json": {"text": f"number {n}"}})
+    data = open_dataset(tmp_path / "a.tar", resolution=32)
+    assert [(data[i]["label"], data[i]["caption"]) for i in range(3)] == [
+        (n, f"number {n}") for n in range(3)
+    ]
+
+
+def test_patterns_and_class_names(tmp_path: Path) -> None:
+    for n, name in enumerate(["cat", "ant", "bee"]):
+        shard(tmp_path / f"s-{n:02d}.tar", {"k.png": png(n), "k.cls": name.encode()})
+    data = open_dataset(str(tmp_path / "s-{00..01}.tar"), resolution=32)
+    assert data.classes == ["ant", "cat"]
+    assert [data[i]["label"] for i in range(2)] == [1, 0]
+    assert len(open_dataset(str(tmp_path / "s-*.tar"), resolution=32)) == 3
+    with pytest.raises(DavaeError, match=r"s-03\.tar does not exist"):
+        open_dataset(str(tmp_path / "s-{02..03}.tar"), resolution=32)
+    with pytest.raises(DavaeError, match="no shard matches"):
+        open_dataset(str(tmp_path / "t-*.tar"), resolution=32)
+
+
+def test_braces() -> None:
+    assert list(expand_braces("a-{08..11}.tar")) == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert list(expand_braces("{x,y}/{1..2}")) == ["x/1", "x/2", "y/1", "y/2"]
+    assert list(expand_braces("plain.tar")) == ["plain.tar"]
+
+
+def test_members_lead_nowhere(tmp_path: Path) -> None:
+    """Names that climb out and absolute names are only names; links are passed over; nothing is written."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(7))
+    path = shard(tmp_path / "w/a.tar", {"../../out.png": png(0), "/tmp/davae-out.png": png(1)})
+    with tarfile.open(path, "a") as archive:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
+            link = tarfile.TarInfo("link.png")
+            link.type, link.linkname = kind, str(secret)
+            archive.addfile(link)
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    data = open_dataset(path, resolution=32)
+    assert [data[i]["id"] for i in range(len(data))] == ["a.tar/../../out.png", "a.tar//tmp/davae-out.png"]
+    assert data.skipped == []
+    assert before == sorted(str(p) for p in tmp_path.rglob("*"))
+    assert not os.path.exists("/tmp/davae-out.png")
+
+
+def test_damaged_shards(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar", {"0.png": png(0), "0.json": b"{", "1.png": png(1), "2.png": png(2)})
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        cut = archive.getmember("2.png").offset_data + len(png(2)) // 2  # a whole header
+    path.write_bytes(whole[:cut])
+    data = open_dataset(path, resolution=32)
+    assert len(data) == 2
+    reasons = dict(data.skipped)
+    assert "damaged after" in reasons["a.tar"]
+    assert "cannot be read" in reasons["a.tar/0.json"]
+    with tarfile.open(tmp_path / "b.tar", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("x"))
+    with pytest.raises(DavaeError, match="compressed shards must be unpacked"):
+        open_dataset(tmp_path / "b.tar", resolution=32)
+    shard(tmp_path / "c.tar", {"a.csv": b"1,2"})
+    with pytest.raises(DavaeError, match="no images in the 1 shards"):
+        open_dataset(tmp_path / "c.tar", resolution=32)
+
+
+def test_workers_read_the_same(shards: Path) -> None:
+    data = open_dataset(shards, resolution=32)
+    plain, forked = (itertools.islice(BatchStream(data, 3, workers=n), 4) for n in (0, 2))
+    for a, b in zip(plain, forked, strict=True):
+        assert torch.equal(a["image"], b["image"])

@@ -1,0 +1,73 @@
+"""What a path is taken for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from davae.data import CLASSES, BatchStream, SkipLedger, open_dataset
+from davae.errors import DavaeError
+from tests.data.files import image_folder, picture
+
+
+def test_procedural() -> None:
+    data = open_dataset("procedural:24", resolution=16)
+    assert len(data) == 24
+    assert data.classes == list(CLASSES)
+    assert len(open_dataset("procedural", resolution=16)) == 10_000
+    held = open_dataset("procedural:24", resolution=16, hold_out=0.25, part="held_out")
+    assert len(held) == 6
+    assert len(open_dataset("procedural:24", resolution=16, hold_out=3, part="held_out")) == 3
+    assert not {data[i]["id"] for i in range(24)} & {held[i]["id"] for i in range(6)}
+    batch = next(iter(BatchStream(data, 4)))
+    assert batch["image"].shape == (4, 3, 16, 16)
+    assert SkipLedger.for_dataset(data).total == 24
+    for name in ("procedural:", "procedural:-3", "procedural:many"):
+        with pytest.raises(DavaeError, match="positive whole number"):
+            open_dataset(name, resolution=16)
+    with pytest.raises(DavaeError, match="hold_out is 0"):
+        open_dataset("procedural", resolution=16, part="held_out")
+
+
+def test_procedural_mirrored() -> None:
+    plain, mirrored = (open_dataset("procedural:12", resolution=16, flip=flip) for flip in (False, True))
+    turned = [torch.equal(mirrored[i]["image"], plain[i]["image"].flip(-1)) for i in range(12)]
+    same = [torch.equal(mirrored[i]["image"], plain[i]["image"]) for i in range(12)]
+    assert all(a != b for a, b in zip(turned, same))
+    assert 0 < sum(turned) < 12
+    mirrored.set_epoch(1)
+    assert [torch.equal(mirrored[i]["image"], plain[i]["image"].flip(-1)) for i in range(12)] != turned
+
+
+def test_hold_out_of_a_folder(tmp_path: Path) -> None:
+    root = image_folder(tmp_path, {"a": 12, "b": 12})
+    parts = [open_dataset(root, resolution=16, hold_out=0.25, part=p) for p in ("train", "held_out")]
+    ids = [{d.id(i) for i in range(len(d))} for d in parts]
+    assert not ids[0] & ids[1]
+    assert len(ids[0] | ids[1]) == 24
+    assert parts[0].classes == parts[1].classes == ["a", "b"]
+    image_folder(tmp_path, {"new": 10})
+    later = open_dataset(root, resolution=16, hold_out=0.25, part="held_out")
+    assert {n for i in range(len(later)) if not (n := later.id(i)).startswith("new")} == ids[1]
+
+
+def test_images_win_over_other_files_in_a_folder(tmp_path: Path) -> None:
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "x.parquet").write_bytes(b"")
+    (tmp_path / "y.tar").write_bytes(b"")
+    assert len(open_dataset(tmp_path, resolution=16)) == 1
+
+
+def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "src").mkdir()
+    picture(0).save(tmp_path / "a.png")
+    with pytest.raises(DavaeError, match="to train on image files, give their folder"):
+        open_dataset(tmp_path / "a.png", resolution=16)
+    with pytest.raises(DavaeError, match="no file matches"):
+        open_dataset(str(tmp_path / "*.parquet"), resolution=16)
+    for missing in (tmp_path / "nowhere", "./nowhere", "nowhere", "src/nowhere"):
+        with pytest.raises(DavaeError, match="no such folder or file"):
+            open_dataset(missing, resolution=16)

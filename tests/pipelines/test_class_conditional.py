@@ -1,0 +1,246 @@
+"""Sampling against a closed form, guidance, noise, labels, and saving."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from tests.pipelines.parts import pipeline_around, small_vae
+from torch import Tensor
+
+from davae.errors import DavaeError
+from davae.models.lightningdit import LightningDiTTransformer2DModel
+from davae.pipelines.class_conditional import ClassConditionalPipeline
+from davae.pipelines.flow import guide, is_guided, path_point, path_velocity, shift_time, sigma_shift
+
+
+class LinearField(ModelMixin, ConfigMixin):
+    """A velocity with a known flow, ``u(x, t) = rate * x + label``, that remembers how it was called."""
+
+    @register_to_config
+    def __init__(
+        self, in_channels: int = 4, sample_size: int = 4, patch_size: int = 1, rate: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.register_to_config(num_classes=3)
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+        self.calls: list[tuple[float, int]] = []
+
+    def forward(self, latents: Tensor, timestep: Tensor, class_labels: Tensor) -> Transformer2DModelOutput:
+        assert timestep.shape == class_labels.shape == (len(latents),)
+        self.calls.append((timestep[0].item(), len(latents)))
+        velocity = self.config.rate * latents + class_labels.view(-1, 1, 1, 1)
+        return Transformer2DModelOutput(sample=velocity)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_euler_result_equals_the_closed_form() -> None:
+    rate, steps, label = 0.5, 5, 2
+    pipeline = pipeline_around(LinearField(rate=rate))
+    noise = torch.randn(1, 4, 4, 4, generator=seeded())
+    result = pipeline(
+        label, num_inference_steps=steps, guidance_scale=1.0, latents=noise, output_type="latent"
+    )
+    # n Euler steps of x' = rate x + c give (x + c / rate) (1 + rate / n)^n - c / rate.
+    expected = (noise + label / rate) * (1 + rate / steps) ** steps - label / rate
+    torch.testing.assert_close(result.images, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_time_runs_from_noise_to_data_with_the_scheduler_s_shift() -> None:
+    field = LinearField()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=sigma_shift(0.3))
+    pipeline_around(field, scheduler=scheduler)(
+        0, num_inference_steps=4, output_type="latent", guidance_scale=1.0
+    )
+    times = torch.tensor([time for time, _ in field.calls])
+    torch.testing.assert_close(
+        times, shift_time(torch.tensor([0.0, 0.25, 0.5, 0.75]), 0.3), rtol=0, atol=1e-6
+    )
+
+
+def test_guidance_acts_inside_its_interval_both_bounds_included_in_one_pass() -> None:
+    field = LinearField()
+    pipeline = pipeline_around(field)
+    pipeline([0, 1], num_inference_steps=10, guidance_interval=(0.2, 0.7), output_type="latent")
+    assert [size for _, size in field.calls] == [2, 2, 4, 4, 4, 4, 4, 4, 2, 2]  # t = 0, 0.1, ..., 0.9
+
+
+def test_guided_euler_step_by_hand() -> None:
+    pipeline = pipeline_around(LinearField(rate=0.0))  # the velocity is the label; the null label is 3
+    noise = torch.zeros(1, 4, 4, 4)
+    arguments = {"num_inference_steps": 1, "guidance_scale": 4.0, "latents": noise, "output_type": "latent"}
+    image = pipeline(1, **arguments).images
+    assert torch.equal(image, torch.full_like(noise, 3 + 4.0 * (1 - 3)))
+    image = pipeline(1, guidance_channels=3, **arguments).images
+    assert image[0, :, 0, 0].tolist() == [-5.0, -5.0, -5.0, 1.0]
+
+
+def test_guide_keeps_the_conditional_prediction_outside_its_channels() -> None:
+    conditional, unconditional = torch.full((1, 2, 1, 1), 2.0), torch.zeros(1, 2, 1, 1)
+    assert guide(conditional, unconditional, 3.0).flatten().tolist() == [6.0, 6.0]
+    assert guide(conditional, unconditional, 3.0, channels=1).flatten().tolist() == [6.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("t", "inside"), [(0.19, False), (0.2, True), (1 - 0.8, True), (0.5, True), (0.51, False)]
+)
+def test_interval(t: float, inside: bool) -> None:
+    assert is_guided(float(torch.tensor(t)), (0.2, 0.5)) is inside
+
+
+def test_path_ends_at_noise_and_data_and_moves_with_its_velocity() -> None:
+    data, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    ends = path_point(data, noise, torch.tensor([0.0, 1.0]))
+    assert torch.equal(ends[0], noise[0])
+    assert torch.equal(ends[1], data[1])
+    moved = path_point(data, noise, torch.tensor([0.3, 0.3])) + 0.2 * path_velocity(data, noise)
+    torch.testing.assert_close(moved, path_point(data, noise, torch.tensor([0.5, 0.5])))
+
+
+def test_shift_in_t_is_the_reciprocal_shift_in_sigma() -> None:
+    t = torch.linspace(0, 1, 7)
+    torch.testing.assert_close(1 - shift_time(t, 0.3), shift_time(1 - t, sigma_shift(0.3)))
+
+
+class Layout:
+    base_channels, detail_channels = 4, 6
+
+
+class UpgradedVae(AutoencoderKL):
+    """Stands for the upgraded autoencoder: twice the image on the same grid, and a layout."""
+
+    layout = Layout()
+
+
+def upgraded_vae() -> UpgradedVae:
+    return UpgradedVae(
+        block_out_channels=(4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=10,
+        norm_num_groups=4,
+        layers_per_block=1,
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    "generators", [lambda: seeded(7), lambda: [seeded(1), seeded(2)]], ids=["one", "each"]
+)
+def test_upgraded_pipeline_starts_from_the_base_s_noise(generators: Any) -> None:
+    still = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+    field = {"rate": 0.0}
+    base = pipeline_around(LinearField(**field))([0, 0], generator=generators(), **still).images
+    upgraded = pipeline_around(LinearField(in_channels=10, **field), vae=upgraded_vae())
+    wide = upgraded([0, 0], generator=generators(), **still).images
+    assert wide.shape == (2, 10, 4, 4)
+    assert torch.equal(wide[:, :4], base)
+    assert abs(wide[:, 4:].std() - 1) < 0.2  # details have noise of their own
+    assert not torch.equal(wide[:, 4:8], base)
+
+
+def test_image_size_follows_the_vae_and_output_types_agree() -> None:
+    vae = small_vae()
+    pipeline = pipeline_around(LinearField(), vae=vae)
+    call = {"num_inference_steps": 2, "class_labels": [0, "meadow"]}
+    latent = pipeline(**call, generator=seeded(), output_type="latent").images
+    tensor = pipeline(**call, generator=seeded(), output_type="pt").images
+    assert tensor.shape == (2, 3, 8, 8)
+    with torch.no_grad():
+        expected = vae.decode(latent / 0.5 + 0.25).sample / 2 + 0.5
+    torch.testing.assert_close(tensor, expected.clamp(0, 1))
+    array = pipeline(**call, generator=seeded(), output_type="np", return_dict=False)[0]
+    assert (array == tensor.permute(0, 2, 3, 1).numpy()).all()
+    assert [image.size for image in pipeline(**call, height=12, width=16).images] == [(16, 12)] * 2
+
+
+def test_callback_may_change_the_latents() -> None:
+    def reset(pipeline: Any, step: int, timestep: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": torch.full_like(values["latents"], float(step))}
+
+    pipeline = pipeline_around(LinearField())
+    images = pipeline(0, num_inference_steps=3, output_type="latent", callback_on_step_end=reset).images
+    assert (images == 2).all()
+
+
+def test_names_and_numbers_mean_the_same_class() -> None:
+    pipeline = pipeline_around(LinearField())
+    call = {"num_inference_steps": 2, "output_type": "latent"}
+    by_number = pipeline([2, 0], generator=seeded(), **call).images
+    by_name = pipeline(["lake", "brick wall"], generator=seeded(), **call).images
+    assert torch.equal(by_number, by_name)
+    assert pipeline.labels == {"brick wall": 0, "meadow": 1, "Lake": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_labels": "medow"}, "class 'medow' is unknown; the nearest names are meadow"),
+        (
+            {"class_labels": [0, 4]},
+            "class label 4 is out of range: the model knows 0 to 2, and 3 for no class",
+        ),
+        ({"class_labels": []}, "class_labels is empty"),
+        ({"height": 9}, "height 9 is not a multiple of 2 pixels; the nearest is 8"),
+        ({"width": 0}, "width 0 is not a multiple"),
+        ({"output_type": "png"}, "output_type 'png' is unknown: choose one of pil, np, pt, latent"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"latents": torch.zeros(1, 5, 4, 4)}, r"latents have shape \(1, 5, 4, 4\), expected \(1, 4, 4, 4\)"),
+        ({"generator": [seeded(), seeded()]}, "2 generators for 1 labels"),
+    ],
+)
+def test_mistakes_are_told(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(DavaeError, match=message):
+        pipeline_around(LinearField())(**{"class_labels": 0, **arguments})
+
+
+def test_name_without_names_and_channels_that_differ() -> None:
+    with pytest.raises(DavaeError, match="knows no class names, so 'lake' must be given by number"):
+        pipeline_around(LinearField(), id2label=None)("lake")
+    with pytest.raises(DavaeError, match=r"VAE's latent has 8 channels, the transformer takes 4"):
+        pipeline_around(LinearField(), vae=small_vae(8))
+
+
+def test_saved_pipeline_loads_in_a_new_process_and_makes_the_same_image(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    transformer = LightningDiTTransformer2DModel(
+        sample_size=4,
+        patch_size=1,
+        in_channels=4,
+        hidden_size=16,
+        num_layers=1,
+        num_attention_heads=2,
+        num_classes=3,
+    ).eval()
+    torch.nn.init.normal_(transformer.proj_out.weight)
+    pipeline = pipeline_around(transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0))
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    image = pipeline("lake", num_inference_steps=2, generator=seeded(), output_type="pt").images
+    torch.save(image, tmp_path / "image.pt")
+
+    loaded = ClassConditionalPipeline.from_pretrained(tmp_path / "pipeline")
+    assert loaded.labels == pipeline.labels
+    assert loaded.scheduler.config.shift == 2.0
+    assert torch.equal(
+        loaded("lake", num_inference_steps=2, generator=seeded(), output_type="pt").images, image
+    )
+
+    script = (
+        "import sys, torch, davae.pipelines.class_conditional\n"
+        "from diffusers import DiffusionPipeline\n"
+        "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1] + '/pipeline')\n"
+        "seeded = torch.Generator().manual_seed(0)\n"
+        "made = pipeline('lake', num_inference_steps=2, generator=seeded, output_type='pt').images\n"
+        "assert torch.equal(made, torch.load(sys.argv[1] + '/image.pt'))\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True)

@@ -1,0 +1,65 @@
+"""Imports run downward only: the order of the house, and the one place that knows it."""
+
+import ast
+from pathlib import Path
+
+import davae
+
+ROOT = Path(davae.__file__).parent
+LAYERS = [
+    {"latents"},
+    {"models"},
+    {"warm_start"},
+    {"pipelines", "data"},
+    {"tiny", "recipes"},
+    {"evaluation", "benchmark"},
+    {"interop"},
+    {"training"},
+    {"report"},
+    {"demo"},
+    {"cli"},
+]
+BESIDE = {"errors", "__init__"}
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+
+def _imports(file: Path) -> set[str]:
+    """Names of our packages that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            if node.module == "davae":
+                found |= {alias.name for alias in node.names}
+            elif node.module.startswith("davae."):
+                found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("davae.")}
+        elif isinstance(node, ast.ImportFrom):
+            raise AssertionError(f"{file}: relative import; name the module in full")
+    return found
+
+
+def _package(file: Path) -> str:
+    return file.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def test_every_package_has_its_place():
+    present = {_package(f) for f in ROOT.rglob("*.py")}
+    assert present - BESIDE <= RANK.keys(), "a new package needs a place in LAYERS"
+
+
+def test_imports_run_downward_only():
+    wrong = []
+    for file in ROOT.rglob("*.py"):
+        here = _package(file)
+        if here in BESIDE:
+            continue
+        for other in _imports(file) & RANK.keys():
+            if other != here and RANK[other] >= RANK[here]:
+                wrong.append(f"{file.relative_to(ROOT)} imports davae.{other}")
+    assert not wrong
+
+
+def test_latents_is_mathematics_only():
+    for file in (ROOT / "latents").glob("*.py"):
+        assert _imports(file) <= {"latents", "errors"}, file

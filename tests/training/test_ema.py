@@ -1,0 +1,39 @@
+"""The moving average against its closed form."""
+
+import torch
+from torch import nn
+
+from davae.training.ema import Ema
+
+
+def test_it_follows_the_recursion():
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
+    ema = Ema([parameter], decay=0.5)
+    expected = parameter.detach().clone()
+    for n, value in enumerate([3.0, -1.0, 4.0], start=1):
+        parameter.data.fill_(value)
+        ema.update()
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+    torch.testing.assert_close(ema.averages[0], expected)
+
+
+def test_a_constant_weight_keeps_its_value_exactly():
+    parameter = nn.Parameter(torch.full((3,), 0.3))
+    ema = Ema([parameter], decay=0.999)
+    for _ in range(100):
+        ema.update()
+    assert torch.equal(ema.averages[0], parameter.detach())
+
+
+def test_own_weights_come_back_even_after_an_error():
+    parameter = nn.Parameter(torch.zeros(2))
+    ema = Ema([parameter], decay=0.9)
+    parameter.data.fill_(5.0)
+    try:
+        with ema.applied():
+            assert torch.equal(parameter.detach(), torch.zeros(2))
+            raise KeyError("inside")
+    except KeyError:
+        pass
+    assert torch.equal(parameter.detach(), torch.full((2,), 5.0))
