@@ -57,6 +57,10 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             training.
         detail_mean, detail_std: per-channel statistics of ``z_d``; None is 0 and 1. See
             :meth:`set_detail_statistics`.
+        branch_config: config of the base class for the detail encoder and the joint decoder, where they are
+            built differently from the base (same compression).
+        has_base_decoder: False where the base's decoder is not known, as in some published files. Everything
+            works without it except :meth:`decode_base`.
 
     Raises:
         DavaeError: an unknown base, or sizes that do not fit.
@@ -80,6 +84,8 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         detail_dropout: float = 0.1,
         detail_mean: list[float] | None = None,
         detail_std: list[float] | None = None,
+        branch_config: dict[str, Any] | None = None,
+        has_base_decoder: bool = True,
     ) -> None:
         super().__init__()
         _check_options(scale, detail_channels, base_latent_space, decoder_channel_order, detail_dropout)
@@ -88,13 +94,16 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.layout = LatentLayout(self.adapter.latent_channels(self.base), detail_channels)
         self.scale = scale
 
-        self.detail_encoder = self.adapter.detail_encoder(self.base)
-        self.joint_decoder = self.adapter.joint_decoder(self.base)
+        branch = self.base if branch_config is None else model_class.from_config(branch_config)
+        self.detail_encoder = self.adapter.detail_encoder(branch)
+        self.joint_decoder = self.adapter.joint_decoder(branch)
         encoder_features, self.base_compression = self.adapter.probe_encoder(self.detail_encoder)
         decoder_features = self.adapter.decoder_channels(self.joint_decoder)
         self.down = ResidualDownsample(encoder_features, 2 * detail_channels, scale)  # mean and log-variance
         self.up = ResidualUpsample(self.layout.channels, decoder_features, scale)
         self._add_pipeline_parts(self.base)
+        if not has_base_decoder:
+            self.base.decoder = self.base.post_quant_conv = None
         self.base.requires_grad_(False).eval()
 
         self.use_slicing = False
@@ -270,7 +279,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.register_to_config(detail_mean=mean.tolist(), detail_std=std.tolist())
 
     def _detail_affine(self) -> tuple[Tensor, Tensor]:
-        """``mean`` and ``std``, float32 ``[D, 1, 1]``, with ``z_d = x_d * std + mean`` for a pipeline's ``x_d``."""
+        """``mean`` and ``std``, ``[D, 1, 1]``, with ``z_d = x_d * std + mean`` for a pipeline's ``x_d``."""
         count, config = self.layout.detail_channels, self.config
         mean = torch.tensor(config.detail_mean or [0.0] * count, device=self.device)
         std = torch.tensor(config.detail_std or [1.0] * count, device=self.device)
@@ -413,7 +422,12 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
 
         Args:
             latent: in the pipelines' convention, ``[B, C + D, h, w]``, or its base part ``[B, C, h, w]``.
+
+        Raises:
+            DavaeError: the model has no base decoder.
         """
+        if not self.config.has_base_decoder:
+            raise DavaeError("this autoencoder was made without its base's decoder: there is no preview")
         z = latent if latent.shape[1] == self.layout.base_channels else self.layout.split(latent)[0]
         decode = self._tiled(lambda x: self.adapter.decode(self.base, x), 1, self.base_compression)
         return self._sliced(decode, z)
@@ -447,7 +461,8 @@ def _check_options(scale: int, detail_channels: int, space: str, order: str, dro
         raise DavaeError(f"scale must be 2, 4 or 8, not {scale}")
     if detail_channels < 1 or 2 * detail_channels % scale**2:
         raise DavaeError(
-            f"detail_channels must be a positive multiple of {scale**2 // 2} for scale {scale}, not {detail_channels}"
+            f"detail_channels must be a positive multiple of {scale**2 // 2} for scale {scale}, "
+            f"not {detail_channels}"
         )
     if space not in ("scaled", "raw"):
         raise DavaeError(f"base_latent_space must be 'scaled' or 'raw', not '{space}'")

@@ -186,8 +186,9 @@ def find_adapter(name: str) -> tuple[type[ModelMixin], BaseAdapter]:
     if name not in _ADAPTERS:
         raise DavaeError(
             f"{name} is not a base that davae knows ({', '.join(_ADAPTERS)}). To use it, subclass "
-            "davae.models.BaseAdapter, write its methods detail_encoder(base) (a copy of the encoder that stops "
-            "at its last features) and joint_decoder(base) (a copy of the decoder that begins at its first features), "
+            "davae.models.BaseAdapter, write its methods detail_encoder(base) (a copy of the encoder that "
+            "stops at its last features) and joint_decoder(base) (a copy of the decoder that begins at its "
+            "first features), "
             f"and call davae.models.register_adapter({name}, adapter) before making or loading the model"
         )
     return _ADAPTERS[name]

@@ -11,6 +11,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, Autoenco
 from torch import Tensor, nn
 
 from davae.models.base_adapters import BaseAdapter, Convolution, FeatureChain, register_adapter
+from davae.models.ldm_autoencoder import LDMAutoencoderKL
 
 
 class _Rescale(nn.Module):
@@ -162,6 +163,7 @@ def _runs(few: int, many: int) -> Tensor:
 
 for _class, _adapter in (
     (AutoencoderKL, KLAdapter()),
+    (LDMAutoencoderKL, KLAdapter()),
     (AutoencoderKLFlux2, Flux2Adapter()),
     (AutoencoderDC, DCAdapter()),
     (AutoencoderTiny, TinyAdapter()),

@@ -12,7 +12,7 @@ from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.tiny import load_tiny
+from davae.tiny import debug_base, load_tiny
 from davae.training.autoencoder import AutoencoderStage
 from davae.training.base import train_base
 from davae.training.diffusion import DiffusionStage
@@ -107,9 +107,11 @@ def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Trai
 
 
 def load_base(name: str) -> DiffusionPipeline:
-    """The base pipeline of a recipe: ``tiny``, a folder, or a name on the hub."""
+    """The base pipeline of a recipe: ``tiny``, ``debug``, a folder, or a name on the hub."""
     if name == "tiny":
         return load_tiny()
+    if name == "debug":
+        return debug_base()
     return DiffusionPipeline.from_pretrained(name)
 
 

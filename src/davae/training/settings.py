@@ -200,7 +200,7 @@ class UpgradeRecipe(Section):
     kind: Literal["upgrade"] = "upgrade"
     description: str
     base: str = "tiny"
-    """``tiny`` (embedded), a pipeline folder, or a name on the hub."""
+    """``tiny`` (embedded), ``debug`` (random weights), a pipeline folder, or a name on the hub."""
     data: DataSettings = DataSettings()
     autoencoder: AutoencoderSettings
     diffusion: DiffusionSettings
