@@ -19,7 +19,7 @@ LAYERS = [
     {"demo"},
     {"cli"},
 ]
-BESIDE = {"errors", "__init__"}
+BESIDE = {"errors", "version", "__init__"}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 

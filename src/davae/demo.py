@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from davae.benchmark import count_flops, peak_memory_bytes, side_by_side
-from davae.evaluation import psnr, sliced_wasserstein, ssim
+from davae.evaluation import PatchSet, psnr, ssim
 from davae.latents import token_count
 from davae.models import AutoencoderDA
 from davae.pipelines import ClassConditionalPipeline, upgrade_pipeline
@@ -30,7 +30,7 @@ from davae.report import (
     build_report,
 )
 from davae.training.autoencoder import upscaled_base
-from davae.training.diffusion import generate_classes
+from davae.training.diffusion import ClassMap, generate_classes
 from davae.training.recipe import load_recipe
 from davae.training.run import load_base, open_parts, train_autoencoder, train_diffusion
 from davae.training.run_directory import environment, read_metrics
@@ -86,7 +86,8 @@ def run_demo(
     recorder = FigureRecorder(out, classes=_class_names(held_out))
     images, labels, names = _held_out(held_out, recipe.autoencoder.loop.validation_images)
     reconstruction, aligned = _compare_reconstructions(base, vae, images, labels, names, recorder)
-    generation = _compare_samples(base, upgraded, images, recipe, recorder)
+    sampled = ClassMap(list(held_out.classes), base).known
+    generation = _compare_samples(base, upgraded, images, sampled, recipe, recorder)
     first_alignment = next((m for m in read_metrics(out / "autoencoder" / "metrics.jsonl") if "alignment" in m), {})
     resolution, scale = recipe.data.resolution, recipe.autoencoder.model.scale
     flops, seconds = _compare_cost(base, upgraded, recipe)
@@ -185,26 +186,27 @@ def _compare_samples(
     base: ClassConditionalPipeline,
     upgraded: ClassConditionalPipeline,
     images: Tensor,
+    sampled: list[int],
     recipe: UpgradeRecipe,
     recorder: FigureRecorder,
 ) -> Generation:
     """Samples of both pipelines from the same seeds, against real images at full resolution."""
     count, seed = recipe.diffusion.loop.validation_images, recipe.diffusion.loop.seed
-    made = generate_classes(upgraded, count, recipe.diffusion, seed=seed)
-    small = generate_classes(base, count, recipe.diffusion, seed=seed)
-    enlarged = _enlarged(small, made.shape[-1])
-    classes = base.config.id2label or {}
-    captions = [f"{classes.get(str(i % len(classes)), i)}, seed {seed + i}" for i in range(2 * _SHOWN)]
-    recorder.add_samples(small[: 2 * _SHOWN], made[: 2 * _SHOWN], captions)
-    distances = {
-        name: list(sliced_wasserstein(x, images, seed=seed).values())
-        for name, x in (("upgraded", made), ("base", enlarged), ("real", images.flip(0)[: len(images) // 2]))
-    }
+    made = generate_classes(upgraded, sampled, count, recipe.diffusion.sample, seed=seed)
+    small = generate_classes(base, sampled, count, recipe.diffusion.sample, seed=seed)
+    names = {number: name for name, number in base.labels.items()}
+    captions = [f"{names.get(sampled[i % len(sampled)], 'no class')}, seed {seed + i}" for i in range(count)]
+    shown = min(2 * _SHOWN, count)
+    recorder.add_samples(small[:shown], made[:shown], captions[:shown])
+    real = PatchSet(seed=seed).update(images)
+    distances = [
+        list(real.distance(PatchSet(seed=seed).update(x)).values()) for x in (made, _enlarged(small, made.shape[-1]))
+    ]
     return Generation(
-        swd_upgraded=distances["upgraded"][0],
-        swd_base_upscaled=distances["base"][0],
-        swd_levels_upgraded=distances["upgraded"],
-        swd_levels_base_upscaled=distances["base"],
+        swd_upgraded=distances[0][0],
+        swd_base_upscaled=distances[1][0],
+        swd_levels_upgraded=distances[0],
+        swd_levels_base_upscaled=distances[1],
         images=count,
     )
 

@@ -42,7 +42,7 @@ def test_report(variant: str) -> None:
     assert report.base_difference_random <= 1e-6
     assert report.detail_maximum == 0
     assert report.dtype == torch.float32
-    assert report.latent == (2, 4, 4, 6)
+    assert report.latent == (2, 4, 4, 8)
     assert report.layers == LAYERS[variant]
     assert "warm start verified" in str(report)
     assert "detail outputs are exactly 0" in str(report)

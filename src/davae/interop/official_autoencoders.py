@@ -132,7 +132,7 @@ def convert_sd3(
     statistics: tuple[Sequence[float], Sequence[float]] | None = None,
     detail_dropout: float = 0.0,
 ) -> tuple[AutoencoderDA, list[str]]:
-    """The SD3 autoencoder in "diff" mode: scaled base latent, clamped base image, detail first in the decoder.
+    """The SD3 autoencoder, "diff" mode: scaled base latent, clamped base image, details first in the decoder.
 
     Official images are in [0, 1]; ours in [-1, 1]: official = (ours + 1) / 2, clamped after decoding.
 
@@ -242,7 +242,7 @@ def _translate_imagenet(name: str, tensor: Tensor, levels: int) -> dict[str, Ten
 
 
 def _translate_ldm(name: str, tensor: Tensor, levels: int) -> tuple[str, Tensor]:
-    """One tensor of an LDM encoder or decoder in diffusers' names; 1x1 convolutions of attention become linear."""
+    """One LDM tensor under its diffusers name; attention's 1x1 convolutions become linear layers."""
     if re.search(r"\.attn(_1)?\.", name):
         module, kind = name.rsplit(".", 1)
         module, _, inner = module.rpartition(".")
@@ -274,7 +274,7 @@ def _ldm_config(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
 
 
 def _ldm_class(weights: Mapping[str, Tensor], base: dict[str, Any], branch: dict[str, Any]) -> str:
-    """``AutoencoderKL``, unless an encoder's first convolution is narrower than its first level (see the class)."""
+    """``AutoencoderKL``, or the class for encoders whose stem is narrower than their first level."""
     stems = [len(weights[f"{part}.conv_in.weight"]) for part in ("base_encoder", "da.encoder")]
     configs = (base, branch)
     if all(stem == config["block_out_channels"][0] for stem, config in zip(stems, configs)):
@@ -301,7 +301,7 @@ def _scale_of(weights: Mapping[str, Tensor], up: str, features: int) -> int:
 def _set_aside(
     state_dict: Mapping[str, Tensor], reasons: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights that are used, and names of those that are known to be of no use, which are logged with the reason."""
+    """Weights that are used, and names of those known to be of no use, logged with the reason."""
     unused = [name for name in state_dict if name.startswith(tuple(reasons))]
     for start, reason in reasons.items():
         names = [name for name in unused if name.startswith(start)]

@@ -189,13 +189,15 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             warm_down_block(self.down, head.then(torch.diag(scale), -shift * scale), self.layout)
         if stem is not None:
             stem = stem.after(torch.diag(1.0 / scale), shift)
-            first = self.layout.detail_channels if self.config.decoder_channel_order == "detail_first" else 0
-            warm_up_block(self.up, stem, slice(first, first + self.layout.base_channels))
+            detail_first = self.config.decoder_channel_order == "detail_first"
+            warm_up_block(self.up, stem, self.layout, detail_first=detail_first)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """Config entries that follow from the base are made anew by the constructor."""
-        own = {key: value for key, value in config_dict.items() if key not in DERIVED_KEYS}
+        # Without the list of defaulted arguments: statistics that were set later would count as not given.
+        dropped = DERIVED_KEYS | {"_use_default_values"}
+        own = {key: value for key, value in config_dict.items() if key not in dropped}
         return super().extract_init_dict(own, **kwargs)
 
     # ------------------------------------------------------------------ what it is
@@ -303,10 +305,10 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         self._check_sides(images)
         size = (images.shape[-2] // self.scale, images.shape[-1] // self.scale)
-        small = F.interpolate(
-            images, size=size, mode="bicubic", align_corners=False, antialias=self.config.antialias
+        small = F.interpolate(  # in float32: bfloat16 has no antialiased resize on every device, and would blur
+            images.float(), size=size, mode="bicubic", align_corners=False, antialias=self.config.antialias
         )
-        return small.clamp(-1.0, 1.0) if self.config.clamp_base_image else small
+        return (small.clamp(-1.0, 1.0) if self.config.clamp_base_image else small).to(images.dtype)
 
     @apply_forward_hook
     @torch.no_grad()

@@ -76,7 +76,7 @@ class LightningDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     @register_to_config
     def __init__(
         self,
-        *,  # diffusers takes an argument given by position for a default when it rebuilds from a configuration
+        *,  # given by position, diffusers takes a value for a default and forgets it when it rebuilds
         sample_size: int,
         patch_size: int,
         in_channels: int,

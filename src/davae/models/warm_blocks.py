@@ -1,21 +1,25 @@
 """Start values for the new blocks that let the autoencoder begin with a sensible image.
 
-Random blocks make the copied encoder and decoder useless for the first steps. Their place in the base was
-held by one
-convolution each, and that convolution fits into the new blocks:
+Random blocks make the copied encoder and decoder useless for the first steps. Their place in the base was held
+by one convolution each, and that convolution fits into the new blocks:
 
-* up: ``conv + shortcut`` of :class:`ResidualUpsample` together give every sub-pixel the first features that
-  the base decoder would have at that latent position. The start is the base's reconstruction from features
-  enlarged by nearest neighbour, whatever the details are.
 * down: the learned branch gives the base latent of the image at *full* resolution, unshuffled. Its grouped
   mean is close to the base latent of the smaller image, so that alignment starts nearly satisfied.
+* up: ``conv + shortcut`` of :class:`ResidualUpsample` together give the base decoder's first features, of the
+  full-resolution latent that the details hold, or of the base latent enlarged where they hold less.
+
+With ``D = s^2 C`` the autoencoder thus starts as the base VAE at full resolution, but for the down block's
+shortcut, and with zero details as a blurred enlargement of the base's reconstruction.
 
 This is an initialisation only: nothing of it is in the config.
 """
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
+from torch import Tensor
 
 from davae.latents import LatentLayout, grouped_mean
 from davae.models.base_adapters import Convolution
@@ -25,24 +29,58 @@ START_LOGVAR = -6.0  # standard deviation 0.05: samples start close to their mea
 
 
 @torch.no_grad()
-def warm_up_block(block: ResidualUpsample, stem: Convolution, base_channels: slice) -> None:
-    """Make the block give ``stem`` of the base channels at every sub-pixel, and ignore the details.
+def warm_up_block(block: ResidualUpsample, stem: Convolution, layout: LatentLayout, *, detail_first: bool) -> None:
+    """Make the block give ``stem`` of an estimate of the full-resolution base latent.
+
+    With ``D = s^2 C`` the details are that latent unshuffled, up to their group's mean, which is the base's to
+    tell: the estimate at sub-pixel k is ``z + z_d[k] - mean(z_d)``, and ``z`` alone where the details are zero.
+    With another D the estimate is ``z`` at every sub-pixel.
 
     Args:
         block: its channels as the decoder sees them.
         stem: base channels to first features, ``[F, C, 3, 3]``.
-        base_channels: where the base channels stand in the block's input.
+        layout: channel counts.
+        detail_first: the block's input has the details in front.
     """
-    cells = block.factor**2
-    weight = torch.zeros_like(block.conv.weight, dtype=torch.float32)
-    weight[:, base_channels] = stem.weight.to(weight).repeat_interleave(cells, dim=0)
+    cells, base, details = block.factor**2, layout.base_channels, layout.detail_channels
+    estimate = torch.zeros(base * cells, layout.channels)  # [C s^2, C + D]
+    estimate[:, :base] = torch.eye(base).repeat_interleave(cells, dim=0)
+    if details == base * cells:
+        centred = torch.eye(cells) - 1 / cells
+        estimate[:, base:] = torch.block_diag(*[centred] * base)
+    if detail_first:
+        estimate = estimate.roll(details, dims=1)
+    shuffled = _before_shuffle(stem.weight.float().cpu(), block.factor)  # [F s^2, C s^2, 3, 3]
+    weight = torch.einsum("ochw,ci->oihw", shuffled, estimate)
     if block.shortcut and block.shortcut_proj is None:  # what the shortcut adds is taken off again
         repeats = block.shortcut_channels // block.conv.in_channels
-        outputs = torch.arange(block.shortcut_channels, device=weight.device)
+        outputs = torch.arange(block.shortcut_channels)
         weight[outputs, outputs // repeats, 1, 1] -= 1.0
     block.conv.weight.copy_(weight)
     assert block.conv.bias is not None
     block.conv.bias.copy_(stem.bias.repeat_interleave(cells))
+
+
+def _before_shuffle(weight: Tensor, factor: int) -> Tensor:
+    """The 3x3 convolution on an unshuffled grid that equals ``weight`` on the shuffled one, exactly.
+
+    ``pixel_shuffle(conv(x, result)) = conv(pixel_shuffle(x), weight)``: the neighbour of sub-pixel ``a`` at offset
+    ``d`` is sub-pixel ``(a + d) mod f`` of the cell ``(a + d) // f``, which is at most one cell away.
+
+    Args:
+        weight: ``[out, in, 3, 3]``.
+        factor: ``f``.
+
+    Returns:
+        ``[out f^2, in f^2, 3, 3]``.
+    """
+    out_channels, in_channels = weight.shape[:2]
+    f = factor
+    result = weight.new_zeros(out_channels, f, f, in_channels, f, f, 3, 3)
+    for row, column, dy, dx in product(range(f), range(f), (-1, 0, 1), (-1, 0, 1)):
+        y, x = row + dy, column + dx
+        result[:, row, column, :, y % f, x % f, y // f + 1, x // f + 1] = weight[:, :, dy + 1, dx + 1]
+    return result.reshape(out_channels * f * f, in_channels * f * f, 3, 3)
 
 
 @torch.no_grad()

@@ -215,12 +215,23 @@ class PlainObjective(nn.Module):
 
 
 class BaseAutoencoderStage(Stage):
-    """Trains a plain ``AutoencoderKL`` and measures its scaling and shift factors."""
+    """Trains a plain ``AutoencoderKL`` and measures its scaling and shift factors.
+
+    Args:
+        settings: the recipe's section.
+        dataset: training images, at any scales.
+        whole: the images as the transformer will see them; the factors are measured on these.
+        held_out: validation images.
+    """
 
     name = "base autoencoder"
 
     def __init__(
-        self, settings: BaseAutoencoderSettings, dataset: Dataset[dict[str, Any]], held_out: Dataset[dict[str, Any]]
+        self,
+        settings: BaseAutoencoderSettings,
+        dataset: Dataset[dict[str, Any]],
+        whole: Dataset[dict[str, Any]],
+        held_out: Dataset[dict[str, Any]],
     ) -> None:
         torch.manual_seed(settings.loop.seed)
         shape = settings.architecture
@@ -238,7 +249,7 @@ class BaseAutoencoderStage(Stage):
             shift_factor=0.0,
         )
         self.settings, self.loop = settings, settings.loop
-        self.dataset, self.held_out = dataset, held_out
+        self.dataset, self.whole, self.held_out = dataset, whole, held_out
         adversary, players = _adversary(settings.reconstruction.gan)
         self.objective = PlainObjective(self.autoencoder, settings.reconstruction, adversary)
         self.players = [Player("model", self.objective, settings.optimizer), *players]
@@ -260,7 +271,7 @@ class BaseAutoencoderStage(Stage):
         self.autoencoder.eval()
         channels = self.autoencoder.config.latent_channels
         statistics = ChannelStatistics(channels)
-        for batch in DataLoader(self.dataset, self.loop.batch_size, collate_fn=_stack_images):
+        for batch in DataLoader(self.whole, self.loop.batch_size, collate_fn=_stack_images):
             statistics.update(self.autoencoder.encode(batch.to(self.autoencoder.device)).latent_dist.mean)
         mean = statistics.mean.mean()
         variance = (statistics.std.square() + (statistics.mean - mean).square()).mean()

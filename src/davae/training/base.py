@@ -18,7 +18,7 @@ from davae.pipelines import ClassConditionalPipeline
 from davae.training.autoencoder import BaseAutoencoderStage
 from davae.training.diffusion import DiffusionStage
 from davae.training.loop import TrainResult, train
-from davae.training.memory import ImagesInMemory
+from davae.training.memory import ImagesInMemory, MixedScales
 from davae.training.settings import BaseRecipe, DataSettings, DiffusionSettings
 
 logger = logging.getLogger(__name__)
@@ -30,12 +30,16 @@ def train_base(recipe: BaseRecipe, out: Path) -> TrainResult:
     Both halves continue by themselves when the same call is made again.
     """
     plain = recipe.model_dump(mode="json")
-    images = open_images(recipe.data, downsample=recipe.downsample)
+    full = open_images(recipe.data)
+    reduce = partial(reduced, factor=recipe.downsample)
+    images = ImagesInMemory(full, reduce)
     held_out = open_images(recipe.data, part="held_out", downsample=recipe.downsample)
 
     vae_folder = out / "autoencoder" / "vae"
     if not vae_folder.is_dir():
-        train(BaseAutoencoderStage(recipe.autoencoder, images, held_out), out / "autoencoder", plain)
+        mixed = MixedScales(full, reduce, recipe.full_resolution_crops, recipe.autoencoder.loop.seed)
+        stage = BaseAutoencoderStage(recipe.autoencoder, mixed, images, held_out)
+        train(stage, out / "autoencoder", plain)
     vae = AutoencoderKL.from_pretrained(vae_folder)
 
     shape = recipe.transformer.architecture
@@ -54,8 +58,8 @@ def train_base(recipe: BaseRecipe, out: Path) -> TrainResult:
     )
     settings = DiffusionSettings(**{k: getattr(recipe.transformer, k) for k in _SHARED_SECTIONS})
     layout = LatentLayout(vae.config.latent_channels, 0)
-    stage = DiffusionStage(pipeline, layout, settings, images, held_out, cache_latents=True)
-    result = train(stage, out / "transformer", plain)
+    diffusion = DiffusionStage(pipeline, layout, settings, images, held_out, cache_latents=True)
+    result = train(diffusion, out / "transformer", plain)
     assert result is not None
     shutil.copytree(result.result, out / "pipeline", dirs_exist_ok=True)
     return result
@@ -75,9 +79,12 @@ def open_images(data: DataSettings, part: str = "train", downsample: int = 1) ->
         hold_out=data.hold_out,
         part=part,
     )
-    return ImagesInMemory(dataset, partial(_reduced, factor=downsample) if downsample > 1 else None)
+    return ImagesInMemory(dataset, partial(reduced, factor=downsample))
 
 
-def _reduced(images: Tensor, factor: int) -> Tensor:
+def reduced(images: Tensor, factor: int) -> Tensor:
+    """``[B, 3, H, W]`` to ``[B, 3, H / factor, W / factor]`` as an upgrade's base sees it: bicubic, antialiased."""
+    if factor == 1:
+        return images
     size = (images.shape[-2] // factor, images.shape[-1] // factor)
     return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)

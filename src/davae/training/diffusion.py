@@ -17,9 +17,9 @@ from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
 from davae.pipelines import ClassConditionalPipeline, latent_scaling
 from davae.training.loop import Player, Stage
-from davae.training.memory import LatentsInMemory
+from davae.training.memory import EncodedImages, LatentsInMemory
 from davae.training.pictures import save_rows
-from davae.training.settings import DiffusionSettings, FlowLossSettings, TimestepSettings
+from davae.training.settings import DiffusionSettings, FlowLossSettings, SampleSettings, TimestepSettings
 from davae.warm_start import FlowLoss, channel_parameters, detail_weight, new_channel_masks, sample_sigmas
 
 logger = logging.getLogger(__name__)
@@ -102,12 +102,13 @@ class DiffusionStage(Stage):
         self.vae = pipeline.vae.eval().requires_grad_(False)
         device = _best_device()
         self.vae.to(device)
+        self.classes = ClassMap(dataset.classes, pipeline)  # type: ignore[attr-defined]
         if cache_latents:
             logger.info("encoding %d images", len(dataset))  # type: ignore[arg-type]
-            self.dataset = LatentsInMemory(dataset, self._encode)
+            self.dataset = LatentsInMemory(dataset, self._encode, self.classes)
         else:
-            self.dataset = EncodedImages(dataset, self._encode)
-        self.held_out = LatentsInMemory(held_out, self._encode)
+            self.dataset = EncodedImages(dataset, self._encode, self.classes)
+        self.held_out = LatentsInMemory(held_out, self._encode, self.classes)
 
         transformer = pipeline.transformer
         rates = _select_trained(transformer, layout, settings)
@@ -138,10 +139,12 @@ class DiffusionStage(Stage):
         """Held-out loss at fixed noise, and a sheet of samples from fixed seeds (below: the base's, same seeds)."""
         values = self._held_out_loss(step)
         count = self.loop.validation_images
-        made = generate_classes(self.pipeline, count, self.settings, seed=self.loop.seed)
+        made = generate_classes(self.pipeline, self.classes.known, count, self.settings.sample, seed=self.loop.seed)
         rows = {f"samples {i // _PICTURES}": made[i : i + _PICTURES] for i in range(0, min(count, 48), _PICTURES)}
         if self.before is not None:
-            rows["base"] = generate_classes(self.before, _PICTURES, self.settings, seed=self.loop.seed)
+            rows["base"] = generate_classes(
+                self.before, self.classes.known, _PICTURES, self.settings.sample, seed=self.loop.seed
+            )
         save_rows(samples / f"step-{step}.png", rows)
         real = torch.stack([self.images[i]["image"] for i in range(min(count, len(self.images)))])  # type: ignore[arg-type]
         values["swd"] = next(iter(sliced_wasserstein(made, real).values()))
@@ -174,26 +177,48 @@ class DiffusionStage(Stage):
         return out / "pipeline"
 
 
-class EncodedImages(Dataset[dict[str, Any]]):
-    """Images encoded each time they are asked for."""
+class ClassMap:
+    """From the labels of a data set to those of a pipeline, by class name.
 
-    def __init__(self, source: Dataset[dict[str, Any]], encode: Any) -> None:
-        self.source, self.encode = source, encode
+    Images of a class that the pipeline does not know, or without a class, are trained without a label, as
+    classifier-free guidance does with a share of all images.
 
-    def __len__(self) -> int:
-        return len(self.source)  # type: ignore[arg-type]
+    Args:
+        classes: the data set's class names.
+        pipeline: names its own classes in ``id2label``.
+    """
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = dict(self.source[index])
-        item["latent"] = self.encode(item.pop("image")[None])[0].cpu()
-        return item
+    def __init__(self, classes: list[str], pipeline: ClassConditionalPipeline) -> None:
+        self.null = int(pipeline.transformer.null_label)
+        self.numbers = [pipeline.labels.get(name, self.null) for name in classes]
+        unknown = [name for name, number in zip(classes, self.numbers) if number == self.null]
+        if unknown and pipeline.labels:
+            logger.warning(
+                "the pipeline does not know %s%s: these images are trained without a label",
+                ", ".join(unknown[:5]),
+                f" and {len(unknown) - 5} more classes" if len(unknown) > 5 else "",
+            )
+
+    @property
+    def known(self) -> list[int]:
+        """The pipeline's labels that occur in the data set; "no class" where there is none."""
+        return sorted(set(self.numbers) - {self.null}) or [self.null]
+
+    def __call__(self, label: int) -> int:
+        """The pipeline's label for a label of the data set (-1 is none)."""
+        return self.null if label < 0 else self.numbers[label]
 
 
 def generate_classes(
-    pipeline: ClassConditionalPipeline, count: int, settings: DiffusionSettings, *, seed: int, batch: int = 48
+    pipeline: ClassConditionalPipeline,
+    labels: list[int],
+    count: int,
+    sample: SampleSettings,
+    *,
+    seed: int,
+    batch: int = 48,
 ) -> Tensor:
-    """Samples of all classes in turn, ``[count, 3, H, W]`` in [-1, 1], image ``i`` from seed ``seed + i``."""
-    classes = int(pipeline.transformer.config.num_classes)
+    """Samples of the given labels in turn, ``[count, 3, H, W]`` in [-1, 1], image ``i`` from seed ``seed + i``."""
     was_training = pipeline.transformer.training
     pipeline.transformer.eval()
     pipeline.set_progress_bar_config(disable=True)
@@ -201,10 +226,10 @@ def generate_classes(
     for first in range(0, count, batch):
         indices = range(first, min(first + batch, count))
         images = pipeline(
-            [i % classes for i in indices],
-            num_inference_steps=settings.sample.num_inference_steps,
-            guidance_scale=settings.sample.guidance_scale,
-            guidance_interval=settings.sample.guidance_interval,
+            [labels[i % len(labels)] for i in indices],
+            num_inference_steps=sample.num_inference_steps,
+            guidance_scale=sample.guidance_scale,
+            guidance_interval=sample.guidance_interval,
             generator=[torch.Generator().manual_seed(seed + i) for i in indices],
             output_type="pt",
         ).images  # [B, 3, H, W] in [0, 1]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from davae.data import item_generator
+
 Item = dict[str, Any]
 
 
@@ -42,23 +44,63 @@ class ImagesInMemory(Dataset[Item]):
         return item
 
 
+class MixedScales(Dataset[Item]):
+    """Whole images at base resolution, and crops of the same size at full resolution.
+
+    A general autoencoder has seen edges and textures at every scale. One that saw whole small images only does
+    not: asked for twice the resolution, it fails. Which image becomes a crop, and which, follows from
+    ``(seed, epoch, index)``.
+
+    Args:
+        source: a map-style data set of items with an ``image`` at full resolution.
+        reduce: ``[1, 3, s h, s w]`` to ``[1, 3, h, w]``.
+        crops: share of the items that are crops, in [0, 1].
+        seed: of the choice.
+    """
+
+    def __init__(
+        self, source: Dataset[Item], reduce: Callable[[Tensor], Tensor], crops: float, seed: int = 0
+    ) -> None:
+        self.source, self.reduce, self.crops, self.seed = source, reduce, crops, seed
+        self.skipped = getattr(source, "skipped", [])
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Item:
+        return self.item(index, 0)
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index`` as it looks in ``epoch``."""
+        item = dict(self.source[index])
+        image = item["image"]
+        small = self.reduce(image[None])[0]
+        random = item_generator(self.seed, epoch, index)
+        if random.random() < self.crops:
+            side = small.shape[-1]
+            top, left = (int(v) for v in random.integers(0, image.shape[-1] - side + 1, size=2))
+            small = image[:, top : top + side, left : left + side]
+        item["image"] = small
+        return item
+
+
 class LatentsInMemory(Dataset[Item]):
     """The latents of all images of a data set, encoded once.
 
     Args:
         source: a map-style data set of items with an ``image`` in [-1, 1].
         encode: ``[B, 3, H, W]`` to ``[B, C, h, w]``.
+        relabel: the label that training uses for a label of the data set.
         batch_size: images encoded together.
-        progress: called with the number of images done so far.
     """
 
     def __init__(
         self,
         source: Dataset[Item],
         encode: Callable[[Tensor], Tensor],
+        relabel: Callable[[int], int],
         *,
         batch_size: int = 32,
-        progress: Callable[[int], None] | None = None,
     ) -> None:
         self.classes: list[str] = source.classes  # type: ignore[attr-defined]
         self.skipped = getattr(source, "skipped", [])
@@ -68,12 +110,41 @@ class LatentsInMemory(Dataset[Item]):
             items = [dict(source[i]) for i in range(first, min(first + batch_size, count))]
             with torch.no_grad():
                 latents = encode(torch.stack([i.pop("image") for i in items])).cpu()
-            self.items += [{**item, "latent": latent} for item, latent in zip(items, latents)]
-            if progress is not None:
-                progress(len(self.items))
+            for item, latent in zip(items, latents):
+                self.items.append({**item, "latent": latent, "label": relabel(item["label"])})
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Item:
         return dict(self.items[index])
+
+
+class EncodedImages(Dataset[Item]):
+    """The latents of a data set, encoded each time they are asked for.
+
+    Args:
+        source: a map-style data set of items with an ``image`` in [-1, 1].
+        encode: ``[B, 3, H, W]`` to ``[B, C, h, w]``.
+        relabel: the label that training uses for a label of the data set.
+    """
+
+    def __init__(
+        self, source: Dataset[Item], encode: Callable[[Tensor], Tensor], relabel: Callable[[int], int]
+    ) -> None:
+        self.source, self.encode, self.relabel = source, encode, relabel
+        self.skipped = getattr(source, "skipped", [])
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Item:
+        return self.item(index, 0)
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index`` as it looks in ``epoch``."""
+        found = self.source.item(index, epoch) if hasattr(self.source, "item") else self.source[index]
+        item = dict(found)
+        item["latent"] = self.encode(item.pop("image")[None])[0].cpu()
+        item["label"] = self.relabel(item["label"])
+        return item

@@ -264,6 +264,8 @@ class BaseRecipe(Section):
     downsample: Positive = 1
     """Images are rendered or read at ``data.resolution`` and reduced by this factor, as the base of
     an upgrade sees them."""
+    full_resolution_crops: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the autoencoder's training images that are crops at full resolution, not reduced ones."""
     autoencoder: BaseAutoencoderSettings
     transformer: BaseTransformerSettings
 

@@ -79,7 +79,8 @@ class ChannelDescription:
             of a head with learned variance; ``"c 2 2"`` those of a latent packed two by two. A key whose
             value is None follows another one.
         sample_pattern: how axis 1 of the model's output factors.
-        tokens: rows and columns of tokens in the dummy latent, not square so that a swap shows.
+        tokens: rows and columns of tokens in the dummy latent, not square so that a swap shows;
+            a power of two, so that chunked feed-forwards divide it.
     """
 
     inputs: tuple[ChannelPlace, ...]
@@ -88,7 +89,7 @@ class ChannelDescription:
     sizes: Mapping[str, str | int] = field(default_factory=lambda: {"p": "patch_size"})
     counts: Mapping[str, str] = field(default_factory=lambda: {"in_channels": "c", "out_channels": "c"})
     sample_pattern: str = "c"
-    tokens: tuple[int, int] = (2, 3)
+    tokens: tuple[int, int] = (2, 4)
 
     def __post_init__(self) -> None:
         if not self.inputs or not self.outputs:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from davae.warm_start.channel_places import ChannelDescription, describe, input_layer, output_layer
 
-TEXT_TOKENS = 5  # of a dummy prompt
+TEXT_TOKENS = 8  # of a dummy prompt
 
 
 def _normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> Tensor:

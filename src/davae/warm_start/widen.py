@@ -48,10 +48,13 @@ def widen_channels(transformer: Transformer, *, base_channels: int, detail_chann
         detail_channels: channels to add.
 
     Raises:
+        DavaeError: a channel count is below 1.
         WarmStartError: the class is not described, its channels are not `base_channels`, the weights are not
             loaded, adapters are attached, or the result does not start as the original; names the layer.
     """
     layout = LatentLayout(base_channels, detail_channels)
+    if detail_channels < 1:
+        raise WarmStartError(f"detail_channels must be at least 1, not {detail_channels}: nothing to widen")
     description = description_of(transformer)
     _check_widenable(transformer)
     widened = _build(transformer, _widened_config(transformer, description, layout))
