@@ -31,6 +31,7 @@ from davae.report import (
 )
 from davae.training.autoencoder import upscaled_base
 from davae.training.diffusion import ClassMap, generate_classes
+from davae.training.pictures import save_rows
 from davae.training.recipe import load_recipe
 from davae.training.run import load_base, open_parts, train_autoencoder, train_diffusion
 from davae.training.run_directory import environment, read_metrics
@@ -75,9 +76,7 @@ def run_demo(
 
     stage1 = train_autoencoder(recipe, out / "autoencoder")
     vae = AutoencoderDA.from_pretrained(stage1.result).eval()
-    warm_start = check_warm_start(
-        base.transformer, upgrade_pipeline(base, vae).transformer, vae.layout
-    )
+    warm_start = check_warm_start(base.transformer, upgrade_pipeline(base, vae).transformer, vae.layout)
     stage2 = train_diffusion(recipe, out / "diffusion", stage1.result)
     upgraded = ClassConditionalPipeline.from_pretrained(stage2.result)
 
@@ -88,7 +87,9 @@ def run_demo(
     reconstruction, aligned = _compare_reconstructions(base, vae, images, labels, names, recorder)
     sampled = ClassMap(list(held_out.classes), base).known
     generation = _compare_samples(base, upgraded, images, sampled, recipe, recorder)
-    first_alignment = next((m for m in read_metrics(out / "autoencoder" / "metrics.jsonl") if "alignment" in m), {})
+    first_alignment = next(
+        (m for m in read_metrics(out / "autoencoder" / "metrics.jsonl") if "alignment" in m), {}
+    )
     resolution, scale = recipe.data.resolution, recipe.autoencoder.model.scale
     flops, seconds = _compare_cost(base, upgraded, recipe)
     f = 2 ** (len(base.vae.config.block_out_channels) - 1)
@@ -97,7 +98,9 @@ def run_demo(
         title="davae on its own pictures" if data is None else f"davae on {data}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=_command(out, seed, quick, data),
-        hardware={k: v for k, v in environment().items() if isinstance(v, str | int | None) and k != "command"},
+        hardware={
+            k: v for k, v in environment().items() if isinstance(v, str | int | None) and k != "command"
+        },
         image_size=ThreeWay[int](base=resolution // scale, native=resolution, upgraded=resolution),
         tokens=ThreeWay[int](
             base=token_count(resolution // scale, resolution // scale, spatial_compression=f),
@@ -146,7 +149,11 @@ def _held_out(dataset: Dataset[dict[str, Any]], count: int) -> tuple[Tensor, Ten
     """The first ``count`` held-out images, their labels (0 where there are none) and captions."""
     items = [dataset[i] for i in range(min(count, len(dataset)))]  # type: ignore[arg-type]
     labels = torch.tensor([max(item["label"], 0) for item in items])
-    return torch.stack([item["image"] for item in items]), labels, [item["caption"] or item["id"] for item in items]
+    return (
+        torch.stack([item["image"] for item in items]),
+        labels,
+        [item["caption"] or item["id"] for item in items],
+    )
 
 
 @torch.no_grad()
@@ -165,6 +172,8 @@ def _compare_reconstructions(
     reconstruction = vae.decode(latent).sample.clamp(-1, 1)
     preview, enlarged = vae.decode_base(latent).clamp(-1, 1), upscaled_base(vae, images)
     recorder.add_reconstructions(images[:_SHOWN], preview[:_SHOWN], reconstruction[:_SHOWN], names[:_SHOWN])
+    rows = {"input": images, "base, upscaled": enlarged, "reconstruction": reconstruction}
+    save_rows(recorder.run_dir / "reconstructions.png", {k: v[: 2 * _SHOWN] for k, v in rows.items()})
     recorder.add_spectra(
         "images", {"Images": images, "Base, upscaled": enlarged, "Reconstruction": reconstruction}
     )
@@ -198,9 +207,12 @@ def _compare_samples(
     captions = [f"{names.get(sampled[i % len(sampled)], 'no class')}, seed {seed + i}" for i in range(count)]
     shown = min(2 * _SHOWN, count)
     recorder.add_samples(small[:shown], made[:shown], captions[:shown])
+    rows = {"base, upscaled": _enlarged(small[:shown], made.shape[-1]), "upgraded": made[:shown]}
+    save_rows(recorder.run_dir / "samples.png", rows)
     real = PatchSet(seed=seed).update(images)
     distances = [
-        list(real.distance(PatchSet(seed=seed).update(x)).values()) for x in (made, _enlarged(small, made.shape[-1]))
+        list(real.distance(PatchSet(seed=seed).update(x)).values())
+        for x in (made, _enlarged(small, made.shape[-1]))
     ]
     return Generation(
         swd_upgraded=distances[0][0],
@@ -237,7 +249,9 @@ def _compare_cost(
     for pipe, _ in pipes.values():
         pipe.set_progress_bar_config(disable=True)
     flops = {name: float(count_flops(generating(pipe, side, 1))) for name, (pipe, side) in pipes.items()}
-    timed = side_by_side({name: generating(pipe, side, batch) for name, (pipe, side) in pipes.items()}, repeats=5)
+    timed = side_by_side(
+        {name: generating(pipe, side, batch) for name, (pipe, side) in pipes.items()}, repeats=5
+    )
     seconds = {name: value / batch for name, value in timed.medians.items()}
     return ThreeWay[float](**flops), ThreeWay[float](**seconds)
 

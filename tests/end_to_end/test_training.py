@@ -81,6 +81,23 @@ def test_what_the_transformer_sees_is_normalised(debug_run):
     torch.testing.assert_close(detail.std(1), torch.ones(8), atol=1e-2, rtol=0)
 
 
+def test_both_stages_train_in_bfloat16(debug_run, tmp_path):
+    """Weights stay in float32, losses finite and near those in float32."""
+    _, stage1, _ = debug_run
+    recipe = load_recipe(
+        "debug",
+        [f"{s}.loop.{k}" for s in ("autoencoder", "diffusion") for k in ("precision=bf16", "steps=2")],
+    )
+    train_autoencoder(recipe, tmp_path / "autoencoder")
+    train_diffusion(recipe, tmp_path / "diffusion", stage1.result)
+    stored = json.loads(STORED.read_text())
+    for stage in ("autoencoder", "diffusion"):
+        found = read_metrics(tmp_path / stage / "metrics.jsonl")[0]
+        assert found["total"] == pytest.approx(stored[stage][0]["total"], rel=0.05)
+    vae = AutoencoderDA.from_pretrained(tmp_path / "autoencoder" / "autoencoder")
+    assert vae.dtype == torch.float32
+
+
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
 def test_kill_minus_nine_leaves_no_trace(stage, debug_run, tmp_path):
     _, stage1, _ = debug_run
@@ -90,7 +107,10 @@ def test_kill_minus_nine_leaves_no_trace(stage, debug_run, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = tmp_path / "killed"
     process = subprocess.Popen(
-        [*command, "--out", str(killed), *overrides], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        [*command, "--out", str(killed), *overrides],
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     deadline = time.monotonic() + 240
     while not (killed / "checkpoints" / "step-4").is_dir():

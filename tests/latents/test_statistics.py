@@ -49,7 +49,7 @@ def test_errors() -> None:
         _ = statistics.mean
     with pytest.raises(DavaeError, match="3 channels, the statistics 2"):
         statistics.update(torch.zeros(1, 3, 2, 2))
-    with pytest.raises(DavaeError, match="channel 1 .* not finite"):
+    with pytest.raises(DavaeError, match=r"channel 1 .* not finite"):
         statistics.update(torch.tensor([0.0, float("nan")])[None, :, None, None])
     with pytest.raises(DavaeError, match="3 channels into 2"):
         statistics.merge(ChannelStatistics(3))

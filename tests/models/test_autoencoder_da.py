@@ -175,7 +175,9 @@ def test_details_have_unit_variance_as_pipelines_normalise_them(name: str, image
     if "latents_mean" in config and config.latents_mean is not None:
         mean, std = (torch.tensor(v)[:, None, None] for v in (config.latents_mean, config.latents_std))
         seen = (latent - mean) * config.scaling_factor / std
-        assert torch.allclose(seen[:, model.layout.base], model.alignment_target(latent[:, model.layout.base]), atol=1e-5)
+        assert torch.allclose(
+            seen[:, model.layout.base], model.alignment_target(latent[:, model.layout.base]), atol=1e-5
+        )
     elif name == "flux2":  # 2x2 patches through the batch norm
         patches = F.pixel_unshuffle(latent, 2)
         mean, variance = model.bn.running_mean, model.bn.running_var
@@ -183,7 +185,9 @@ def test_details_have_unit_variance_as_pipelines_normalise_them(name: str, image
         seen = F.pixel_shuffle((patches - mean[:, None, None]) / std[:, None, None], 2)
     else:
         seen = (latent - (config.shift_factor or 0)) * config.scaling_factor
-        assert torch.allclose(seen[:, model.layout.base], model.alignment_target(latent[:, model.layout.base]), atol=1e-5)
+        assert torch.allclose(
+            seen[:, model.layout.base], model.alignment_target(latent[:, model.layout.base]), atol=1e-5
+        )
     again = ChannelStatistics(model.layout.channels)
     again.update(seen)
     assert torch.allclose(again.mean[model.layout.detail], torch.zeros(DETAILS).double(), atol=1e-4)
@@ -192,7 +196,9 @@ def test_details_have_unit_variance_as_pipelines_normalise_them(name: str, image
     assert torch.allclose(model.decode(latent).sample, raw, atol=1e-4)
     noise = posterior.sample() - latent  # the spread is scaled too
     expected = model.encode_details(images).std / statistics.std[:, None, None]
-    assert torch.allclose(posterior.std[:, model.layout.detail] * (config.scaling_factor or 1), expected.float(), rtol=1e-4)
+    assert torch.allclose(
+        posterior.std[:, model.layout.detail] * (config.scaling_factor or 1), expected.float(), rtol=1e-4
+    )
     assert not noise[:, model.layout.base].any()
     assert noise[:, model.layout.detail].abs().max() > 0
 
@@ -275,7 +281,9 @@ def test_mistakes_are_told_with_numbers() -> None:
         make(detail_dropout=1.0)
     model = make()
     for encode in (model.encode, model.encode_details, model.encode_base):
-        with pytest.raises(DavaeError, match=r"36 x 48 pixels .* multiples of 8 \(scale 2 times base compression 4\)"):
+        with pytest.raises(
+            DavaeError, match=r"36 x 48 pixels .* multiples of 8 \(scale 2 times base compression 4\)"
+        ):
             encode(torch.zeros(1, 3, 36, 48))
     with pytest.raises(DavaeError, match="5 channels, expected 12"):
         model.decode(torch.zeros(1, 5, 4, 4))
@@ -288,7 +296,9 @@ def test_unknown_base_names_the_methods_to_write() -> None:
     base = AsymmetricAutoencoderKL(
         down_block_out_channels=(8,), up_block_out_channels=(8,), norm_num_groups=4, latent_channels=4
     )
-    with pytest.raises(DavaeError, match=r"AsymmetricAutoencoderKL .*detail_encoder.*joint_decoder.*register_adapter"):
+    with pytest.raises(
+        DavaeError, match=r"AsymmetricAutoencoderKL .*detail_encoder.*joint_decoder.*register_adapter"
+    ):
         AutoencoderDA.from_base(base, detail_channels=8)
 
 

@@ -27,7 +27,14 @@ def test_cells_grow_and_shrink() -> None:
     x = torch.randn(1, 1, 4 * 11, 4 * 9)
     pooled = tiled(lambda part: F.avg_pool2d(part, 4), x, tile=4, overlap=1, cell_in=4, cell_out=1)
     assert torch.allclose(pooled, F.avg_pool2d(x, 4), atol=1e-6)
-    grown = tiled(lambda part: F.pixel_shuffle(part, 2), pooled.repeat(1, 4, 1, 1), tile=4, overlap=1, cell_in=1, cell_out=2)
+    grown = tiled(
+        lambda part: F.pixel_shuffle(part, 2),
+        pooled.repeat(1, 4, 1, 1),
+        tile=4,
+        overlap=1,
+        cell_in=1,
+        cell_out=2,
+    )
     assert torch.allclose(grown, F.pixel_shuffle(pooled.repeat(1, 4, 1, 1), 2), atol=1e-6)
 
 
@@ -91,7 +98,9 @@ def test_no_seam_on_a_photograph(real_images: Path) -> None:
     whole = model.decode(latent).sample
     model.enable_tiling(tile_sample_min_size=64, tile_overlap_factor=0.25)
     error = model.decode(latent).sample - whole
-    steps = error.diff(dim=-1).abs().mean(dim=(0, 1, 2))  # a seam would be a jump of the error along one column
+    steps = (
+        error.diff(dim=-1).abs().mean(dim=(0, 1, 2))
+    )  # a seam would be a jump of the error along one column
     assert steps.max() < 0.05 * whole.std()
 
 

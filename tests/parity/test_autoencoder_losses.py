@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
 from davae.interop.official_autoencoders import convert_discriminator, convert_imagenet

@@ -32,7 +32,9 @@ def check(case: ParityCase, **ours: torch.Tensor) -> None:
     assert max(errors.values()) < TOLERANCE, errors
 
 
-def check_losses(case: ParityCase, model: AutoencoderDA, details: DiagonalGaussianDistribution, z: torch.Tensor) -> None:
+def check_losses(
+    case: ParityCase, model: AutoencoderDA, details: DiagonalGaussianDistribution, z: torch.Tensor
+) -> None:
     scalars = case.info["scalars"]
     assert AlignmentLoss(model.layout)(details.mean, model.alignment_target(z)) == pytest.approx(
         scalars["align_mse"], rel=TOLERANCE
@@ -65,7 +67,9 @@ def test_imagenet_autoencoder(path: Path) -> None:
     factor = detail_dropout_factor(case.tensors["dropout_uniform"], scalars["dropout_p"])
     assert 0 < (factor == 0).sum() < len(factor)
     assert relative_error(factor, case.tensors["dropout_output_scale"]) < TOLERANCE
-    parts = {name.removeprefix("da.").split(".")[0] + "." + name.split(".")[2] for name in unused if "da." in name}
+    parts = {
+        name.removeprefix("da.").split(".")[0] + "." + name.split(".")[2] for name in unused if "da." in name
+    }
     assert parts == {"encoder.conv_out", "decoder.conv_in"}
 
 
@@ -76,7 +80,10 @@ def test_imagenet_statistics_normalise_every_channel(path: Path) -> None:
     mean, std = torch.linspace(-1, 1, channels), torch.linspace(0.5, 2, channels)
     model, _ = convert_imagenet(case.state_dict(), statistics=(mean.tolist(), std.tolist()))
     latent = model.encode(case.tensors["image"]).latent_dist.mode()
-    listed = (torch.tensor(values)[:, None, None] for values in (model.config.latents_mean, model.config.latents_std))
+    listed = (
+        torch.tensor(values)[:, None, None]
+        for values in (model.config.latents_mean, model.config.latents_std)
+    )
     pipeline_mean, pipeline_std = listed
     ours = (latent - pipeline_mean) / pipeline_std  # what a diffusion model sees
     official = (case.tensors["decoder_input"] - mean[:, None, None]) / std[:, None, None]
@@ -167,7 +174,9 @@ def test_posterior(path: Path) -> None:
     check(case, mean=posterior.mean, logvar=posterior.logvar, std=posterior.std)
     mean, logvar = case.tensors["parameters_mild"].chunk(2, dim=1)
     elementwise, half_sum = case.tensors["kl_elementwise_no_half"], case.tensors["kl_half_sum"]
-    assert gaussian_kl(mean, logvar, reduction="mean") == pytest.approx(float(elementwise.mean()), rel=TOLERANCE)
+    assert gaussian_kl(mean, logvar, reduction="mean") == pytest.approx(
+        float(elementwise.mean()), rel=TOLERANCE
+    )
     assert gaussian_kl(mean, logvar) == pytest.approx(float(half_sum.mean()), rel=TOLERANCE)
 
 
@@ -178,7 +187,11 @@ def test_dc_ae_as_base(path: Path) -> None:
     base = AutoencoderDC(**case.info["config"]).eval()
     base.load_state_dict(case.state_dict())
     model = AutoencoderDA.from_base(base, detail_channels=base.config.latent_channels)
-    images, head, stem = case.tensors["image"], model.adapter.encoder_head(base), model.adapter.decoder_stem(base)
+    images, head, stem = (
+        case.tensors["image"],
+        model.adapter.encoder_head(base),
+        model.adapter.decoder_stem(base),
+    )
     features = model.detail_encoder(images)
     latent = torch.conv2d(features, head.weight, head.bias, padding=1)
     first = torch.conv2d(latent, stem.weight, stem.bias, padding=1)

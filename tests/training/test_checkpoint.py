@@ -76,7 +76,7 @@ def test_a_damaged_file_is_named(tmp_path):
 def test_other_weights_are_refused_by_name(tmp_path):
     model, _ = _fresh()
     tensors = module_tensors(model)
-    with pytest.raises(DavaeError, match="'2.weight'"):
+    with pytest.raises(DavaeError, match=r"'2\.weight'"):
         restore_module(model, {k: v for k, v in tensors.items() if k != "2.weight"}, tmp_path)
     with pytest.raises(DavaeError, match="has shape"):
         restore_module(model, {**tensors, "2.weight": torch.ones(5, 5)}, tmp_path)

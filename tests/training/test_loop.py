@@ -65,17 +65,24 @@ def test_a_run_that_stops_ends_like_one_that_does_not(tmp_path, stops):
     whole = _Stage(ema_decay=0.9, gradient_accumulation=2)
     train(whole, tmp_path / "whole", {})
     for stop in stops:
-        assert train(_Stage(ema_decay=0.9, gradient_accumulation=2), tmp_path / "parts", {}, stop_after=stop) is None
+        assert (
+            train(_Stage(ema_decay=0.9, gradient_accumulation=2), tmp_path / "parts", {}, stop_after=stop)
+            is None
+        )
     last = _Stage(ema_decay=0.9, gradient_accumulation=2)
     train(last, tmp_path / "parts", {})
     assert torch.equal(_weights(whole), _weights(last))
-    assert read_metrics(tmp_path / "whole" / "metrics.jsonl") == read_metrics(tmp_path / "parts" / "metrics.jsonl")
+    assert read_metrics(tmp_path / "whole" / "metrics.jsonl") == read_metrics(
+        tmp_path / "parts" / "metrics.jsonl"
+    )
 
 
 def test_every_image_once_an_epoch(tmp_path):
     stage = _Stage(steps=7)
     train(stage, tmp_path, {})
-    assert sorted(stage.objective.seen[:7]) == sorted(stage.objective.seen[7:14]) == [str(i) for i in range(7)]
+    assert (
+        sorted(stage.objective.seen[:7]) == sorted(stage.objective.seen[7:14]) == [str(i) for i in range(7)]
+    )
 
 
 def test_accumulated_micro_steps_equal_one_gradient(tmp_path):
@@ -109,7 +116,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(tmp_path):
 
 def test_another_recipe_in_the_same_directory_is_refused(tmp_path):
     train(_Stage(), tmp_path, {"loop": {"steps": 8}}, stop_after=2)
-    with pytest.raises(DavaeError, match="loop.steps: 8 -> 9"):
+    with pytest.raises(DavaeError, match=r"loop\.steps: 8 -> 9"):
         train(_Stage(steps=9), tmp_path, {"loop": {"steps": 9}})
 
 

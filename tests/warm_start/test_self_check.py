@@ -38,9 +38,9 @@ def pair(variant: str, *, zero_head: bool = False) -> tuple[nn.Module, nn.Module
 def test_report(variant: str) -> None:
     model, widened = pair(variant)
     report = check_warm_start(model, widened, LAYOUT)
-    assert report.base_difference <= 1e-6
-    assert report.base_difference_random <= 1e-6
-    assert report.detail_maximum == 0
+    assert report.max_base_difference <= 1e-6
+    assert report.max_base_difference_random <= 1e-6
+    assert report.max_detail_output == 0
     assert report.dtype == torch.float32
     assert report.latent == (2, 4, 4, 8)
     assert report.layers == LAYERS[variant]
@@ -210,7 +210,7 @@ def widened_by_hand(model: PackedInput, pattern: str) -> PackedInput:
 def test_linear_patches_with_the_channel_slowest(described: Callable[[str], None]) -> None:
     described("c p p")
     model = randomise(PackedInput(4))
-    assert check_warm_start(model, widened_by_hand(model, "c p p"), LAYOUT).base_difference <= 1e-6
+    assert check_warm_start(model, widened_by_hand(model, "c p p"), LAYOUT).max_base_difference <= 1e-6
 
 
 def test_wrong_order_of_linear_patches(described: Callable[[str], None]) -> None:
@@ -232,7 +232,7 @@ def test_rounding_that_a_deep_model_carries_on_is_no_leak(described: Callable[[s
     model = randomise(PackedInput(4, amplify=6.0))
     report = check_warm_start(model, widened_by_hand(model, "c p p"), LAYOUT)
     assert report.tolerance > 1e-6
-    assert report.base_difference <= report.tolerance <= 0.1
+    assert report.max_base_difference <= report.tolerance <= 0.1
 
 
 def test_neither_model_is_changed() -> None:

@@ -67,6 +67,18 @@ def test_original_and_random_state_are_untouched() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_constructor_that_draws_leaves_the_random_state_alone() -> None:
+    class Drawing(LightningDiTTransformer2DModel):
+        def _initialise(self) -> None:
+            self.register = nn.Parameter(torch.randn(3))
+            super()._initialise()
+
+    model = randomise(Drawing.from_config(dict(lightningdit().config)))
+    state = torch.get_rng_state()
+    assert torch.equal(widen(model).register, model.register)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("make", [lightningdit, sd3])
 def test_modes_survive(make: type) -> None:
     model = randomise(make()).train()

@@ -33,7 +33,9 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    typer.echo(f"python {facts['python']} on {facts['platform']}; {facts['device']}, {facts['cpu_count']} cores")
+    typer.echo(
+        f"python {facts['python']} on {facts['platform']}; {facts['device']}, {facts['cpu_count']} cores"
+    )
     typer.echo("  ".join(f"{name} {version}" for name, version in facts["packages"].items()))
     typer.echo(f"embedded base: {'present' if facts['embedded_base'] else 'MISSING; reinstall davae'}")
     for name, (use, remedy) in _OPTIONAL.items():

@@ -20,7 +20,9 @@ app = typer.Typer(
     add_completion=False,
 )
 demo.register(app)
-app.add_typer(train.app, name="train", help="Train a stage by recipe; the same command continues a stopped run.")
+app.add_typer(
+    train.app, name="train", help="Train a stage by recipe; the same command continues a stopped run."
+)
 upgrade.register(app)
 generate.register(app)
 reconstruct.register(app)

@@ -305,8 +305,14 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         self._check_sides(images)
         size = (images.shape[-2] // self.scale, images.shape[-1] // self.scale)
-        small = F.interpolate(  # in float32: bfloat16 has no antialiased resize on every device, and would blur
-            images.float(), size=size, mode="bicubic", align_corners=False, antialias=self.config.antialias
+        small = (
+            F.interpolate(  # in float32: bfloat16 has no antialiased resize on every device, and would blur
+                images.float(),
+                size=size,
+                mode="bicubic",
+                align_corners=False,
+                antialias=self.config.antialias,
+            )
         )
         return (small.clamp(-1.0, 1.0) if self.config.clamp_base_image else small).to(images.dtype)
 

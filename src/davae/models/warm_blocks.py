@@ -29,7 +29,9 @@ START_LOGVAR = -6.0  # standard deviation 0.05: samples start close to their mea
 
 
 @torch.no_grad()
-def warm_up_block(block: ResidualUpsample, stem: Convolution, layout: LatentLayout, *, detail_first: bool) -> None:
+def warm_up_block(
+    block: ResidualUpsample, stem: Convolution, layout: LatentLayout, *, detail_first: bool
+) -> None:
     """Make the block give ``stem`` of an estimate of the full-resolution base latent.
 
     With ``D = s^2 C`` the details are that latent unshuffled, up to their group's mean, which is the base's to

@@ -72,7 +72,9 @@ def _check_same_base(base: nn.Module, vae: AutoencoderDA) -> None:
         )
     ours, theirs = vae.base.state_dict(), base.state_dict()
     if ours.keys() != theirs.keys():
-        raise DavaeError(f"the autoencoder's base has other layers than the pipeline's VAE: {min(ours.keys() ^ theirs.keys())}")
+        raise DavaeError(
+            f"the autoencoder's base has other layers than the pipeline's VAE: {min(ours.keys() ^ theirs.keys())}"
+        )
     for name, theirs_value in theirs.items():
         ours_value = ours[name]
         if ours_value.shape != theirs_value.shape:

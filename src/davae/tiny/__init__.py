@@ -27,7 +27,9 @@ def load_tiny() -> ClassConditionalPipeline:
         DavaeError: the weights are missing from this installation.
     """
     if not (TINY / "model_index.json").is_file():
-        raise DavaeError(f"the embedded base is missing from {TINY}; reinstall davae, or run `davae train base`")
+        raise DavaeError(
+            f"the embedded base is missing from {TINY}; reinstall davae, or run `davae train base`"
+        )
     return ClassConditionalPipeline.from_pretrained(TINY)
 
 

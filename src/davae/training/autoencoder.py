@@ -22,7 +22,6 @@ from davae.training.settings import (
     AutoencoderSettings,
     BaseAutoencoderSettings,
     GanSettings,
-    LoopSettings,
     OptimizerSettings,
     ReconstructionSettings,
 )
@@ -41,7 +40,9 @@ class Adversary(nn.Module):
         self.discriminator = PatchDiscriminator(filters=settings.filters, layers=settings.layers)
         self._pair: tuple[Tensor, Tensor] | None = None
 
-    def generator_term(self, images: Tensor, made: Tensor, reconstruction: Tensor, last: Tensor, step: int) -> Tensor:
+    def generator_term(
+        self, images: Tensor, made: Tensor, reconstruction: Tensor, last: Tensor, step: int
+    ) -> Tensor:
         """``weight * ratio * hinge`` for the generator; zero before ``start_step``.
 
         Args:
@@ -108,7 +109,9 @@ class StructuredObjective(nn.Module):
             losses["alignment_weight"] = weight = weight * ratio
         total = total + weight * losses["alignment"]
         if self._adversary[0] is not None:
-            losses["gan"] = self._adversary[0].generator_term(images, made, reference, vae.last_decoder_weight, step)
+            losses["gan"] = self._adversary[0].generator_term(
+                images, made, reference, vae.last_decoder_weight, step
+            )
             total = total + losses["gan"]
         return {"total": total, **losses}
 
@@ -132,13 +135,20 @@ class AutoencoderStage(Stage):
         if settings.loop.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
         adversary, players = _adversary(settings.reconstruction.gan)
-        self.objective = StructuredObjective(autoencoder, settings.alignment, settings.reconstruction, adversary)
+        self.objective = StructuredObjective(
+            autoencoder, settings.alignment, settings.reconstruction, adversary
+        )
         self.players = [Player("model", self.objective, settings.optimizer), *players]
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
         """PSNR with and without details and of the base upscaled, and how well the details are aligned."""
         vae, images = self.autoencoder, _images(self.held_out, self.loop.validation_images)
-        rows: dict[str, list[Tensor]] = {"input": [], "base, upscaled": [], "reconstruction": [], "no details": []}
+        rows: dict[str, list[Tensor]] = {
+            "input": [],
+            "base, upscaled": [],
+            "reconstruction": [],
+            "no details": [],
+        }
         aligned, energy = 0.0, 0.0
         for part in images.split(self.loop.batch_size):
             part = part.to(vae.device, vae.dtype)
@@ -163,14 +173,18 @@ class AutoencoderStage(Stage):
     def export(self, out: Path) -> Path:
         """Measure the detail channels, then write ``out/autoencoder``."""
         self.autoencoder.eval()
-        set_detail_statistics(self.autoencoder, self.dataset, self.settings.statistics_images, self.loop.batch_size)
+        set_detail_statistics(
+            self.autoencoder, self.dataset, self.settings.statistics_images, self.loop.batch_size
+        )
         self.autoencoder.to(memory_format=torch.contiguous_format)
         self.autoencoder.save_pretrained(out / "autoencoder")
         return out / "autoencoder"
 
 
 @torch.no_grad()
-def set_detail_statistics(vae: AutoencoderDA, dataset: Dataset[dict[str, Any]], most: int, batch_size: int) -> None:
+def set_detail_statistics(
+    vae: AutoencoderDA, dataset: Dataset[dict[str, Any]], most: int, batch_size: int
+) -> None:
     """Measure mean and standard deviation of each detail channel and keep them in the autoencoder's config."""
     statistics = ChannelStatistics(vae.layout.detail_channels)
     count = min(most, len(dataset))  # type: ignore[arg-type]
@@ -184,7 +198,9 @@ def upscaled_base(vae: AutoencoderDA, images: Tensor) -> Tensor:
     """What the base alone gives at full resolution: its own reconstruction, enlarged bicubically."""
     z = vae.encode_base(images)
     small = vae.base.decode(z).sample  # [B, 3, H/s, W/s]
-    return F.interpolate(small.float(), size=images.shape[-2:], mode="bicubic", align_corners=False).clamp(-1, 1)
+    return F.interpolate(small.float(), size=images.shape[-2:], mode="bicubic", align_corners=False).clamp(
+        -1, 1
+    )
 
 
 class PlainObjective(nn.Module):

@@ -6,6 +6,7 @@ import logging
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
@@ -68,7 +69,9 @@ def train_base(recipe: BaseRecipe, out: Path) -> TrainResult:
 _SHARED_SECTIONS = ("timesteps", "loss", "optimizer", "loop", "sample")
 
 
-def open_images(data: DataSettings, part: str = "train", downsample: int = 1) -> ImagesInMemory:
+def open_images(
+    data: DataSettings, part: Literal["train", "held_out"] = "train", downsample: int = 1
+) -> ImagesInMemory:
     """The images of a recipe's data section, kept in memory, reduced by ``downsample``."""
     dataset = open_dataset(
         data.path,

@@ -43,7 +43,9 @@ def save_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     for name, named in tensors.items():
-        save_file({k: v.detach().cpu().contiguous() for k, v in named.items()}, partial / f"{name}.safetensors")
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in named.items()}, partial / f"{name}.safetensors"
+        )
     (partial / "state.json").write_text(json.dumps({"step": step, **values}))
     for file in partial.iterdir():
         _flush(file)
@@ -74,7 +76,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
         values = json.loads((path / "state.json").read_text())
         tensors = {p.stem: load_file(p) for p in sorted(path.glob("*.safetensors"))}
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise DavaeError(f"checkpoint {path} cannot be read ({error}); remove it to use the one before") from error
+        raise DavaeError(
+            f"checkpoint {path} cannot be read ({error}); remove it to use the one before"
+        ) from error
     return tensors, values
 
 
@@ -108,7 +112,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's moments as ``<parameter index>.<name>``."""
     state = optimizer.state_dict()["state"]
     return {
-        f"{index}.{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items()
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, entry in state.items()
+        for name, value in entry.items()
     }
 
 

@@ -139,8 +139,12 @@ class DiffusionStage(Stage):
         """Held-out loss at fixed noise, and a sheet of samples from fixed seeds (below: the base's, same seeds)."""
         values = self._held_out_loss(step)
         count = self.loop.validation_images
-        made = generate_classes(self.pipeline, self.classes.known, count, self.settings.sample, seed=self.loop.seed)
-        rows = {f"samples {i // _PICTURES}": made[i : i + _PICTURES] for i in range(0, min(count, 48), _PICTURES)}
+        made = generate_classes(
+            self.pipeline, self.classes.known, count, self.settings.sample, seed=self.loop.seed
+        )
+        rows = {
+            f"samples {i // _PICTURES}": made[i : i + _PICTURES] for i in range(0, min(count, 48), _PICTURES)
+        }
         if self.before is not None:
             rows["base"] = generate_classes(
                 self.before, self.classes.known, _PICTURES, self.settings.sample, seed=self.loop.seed
@@ -225,7 +229,7 @@ def generate_classes(
     made = []
     for first in range(0, count, batch):
         indices = range(first, min(first + batch, count))
-        images = pipeline(
+        images = pipeline(  # type: ignore[union-attr]
             [labels[i % len(labels)] for i in indices],
             num_inference_steps=sample.num_inference_steps,
             guidance_scale=sample.guidance_scale,
@@ -267,5 +271,3 @@ def _select_trained(
 
 def _best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-

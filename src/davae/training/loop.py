@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from davae.data import BatchStream, SkipLedger
@@ -64,6 +65,8 @@ class Stage(ABC):
     players: list[Player]
     """The first is the model (averaged, validated); a discriminator may follow."""
     dataset: torch.utils.data.Dataset[dict[str, Any]]
+    workers: int = 0
+    """Loader processes."""
 
     @abstractmethod
     def validate(self, samples: Path, step: int) -> dict[str, float]:
@@ -73,7 +76,7 @@ class Stage(ABC):
     def export(self, out: Path) -> Path:
         """Write the result in diffusers format below ``out`` and return its folder."""
 
-    def to(self, device: torch.device) -> None:
+    def to(self, device: torch.device) -> None:  # noqa: B027 (most stages hold nothing else)
         """Move what the players do not hold (frozen models) to the device."""
 
 
@@ -88,7 +91,9 @@ class TrainResult:
     skipped: SkipLedger
 
 
-def train(stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | None = None) -> TrainResult | None:
+def train(
+    stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | None = None
+) -> TrainResult | None:
     """Train a stage in the run directory ``out``, from its newest checkpoint where there is one.
 
     Args:
@@ -105,6 +110,7 @@ def train(stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | 
         DavaeError: the directory holds another run, a loss is not finite, or most images are unreadable.
     """
     loop = stage.loop
+    AcceleratorState._reset_state()  # one process may train several stages, each with its own precision
     accelerator = Accelerator(
         mixed_precision=loop.precision, log_with=loop.report_to or None, project_dir=str(out), cpu=_use_cpu()
     )
@@ -117,7 +123,7 @@ def train(stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | 
     for player in stage.players:
         player.module.to(accelerator.device)
         if loop.channels_last:
-            player.module.to(memory_format=torch.channels_last)
+            player.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     modules, optimizers = [], []
     for player in stage.players:
         module, optimizer = accelerator.prepare(player.module, _optimizer(player))
@@ -128,7 +134,7 @@ def train(stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | 
         stage.dataset,
         loop.batch_size,
         seed=loop.seed,
-        workers=getattr(stage, "workers", 0),
+        workers=stage.workers,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )

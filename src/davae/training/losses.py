@@ -48,4 +48,3 @@ class ReconstructionLoss(nn.Module):
             terms["lpips"] = self.lpips(images, reconstruction)
             total = total + self.settings.lpips_weight * terms["lpips"]
         return {**terms, "reconstruction": total}
-

@@ -100,6 +100,7 @@ def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Trai
         held_out,
         cache_latents=recipe.data.cache_latents,
         workers=recipe.data.workers,
+        before=base,
     )
     result = train(stage, out, recipe.model_dump(mode="json") | {"autoencoder_folder": str(autoencoder)})
     assert result is not None

@@ -42,7 +42,7 @@ class RunDirectory:
             if differing:
                 raise DavaeError(
                     f"{path} holds a run with other settings ({'; '.join(differing[:5])}"
-                    f"{' ...' if len(differing) > 5 else ''}); choose another --out, or remove the folder to start again"
+                    f"{' ...' if len(differing) > 5 else ''}); choose another --out, or remove the folder"
                 )
         path.mkdir(parents=True, exist_ok=True)
         config.write_text(yaml.safe_dump(recipe, sort_keys=False))

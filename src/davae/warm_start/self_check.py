@@ -45,29 +45,30 @@ class WarmStartReport:
     """What the self-check measured.
 
     Attributes:
-        base_difference: largest difference of base outputs, relative to the largest one; weights as they are.
-        base_difference_random: the same with random channel layers.
-        detail_maximum: largest magnitude of a detail output over all runs.
+        max_base_difference: largest difference of base outputs, relative to the largest output, with the weights
+            as they are.
+        max_base_difference_random: the same with random channel layers.
+        max_detail_output: largest magnitude of a detail output over all runs.
         tolerance: what the base differences of outputs were held against, the larger of the two runs.
         dtype: coarsest dtype of the weights.
         latent: shape of the dummy base latent, [B, C, h, w].
         layers: input and output layers that were widened.
     """
 
-    base_difference: float
-    base_difference_random: float
-    detail_maximum: float
+    max_base_difference: float
+    max_base_difference_random: float
+    max_detail_output: float
     tolerance: float
     dtype: torch.dtype
     latent: tuple[int, ...]
     layers: tuple[str, ...]
 
     def __str__(self) -> str:
-        zero = "exactly 0" if self.detail_maximum == 0 else f"at most {self.detail_maximum:.1e}"
+        zero = "exactly 0" if self.max_detail_output == 0 else f"at most {self.max_detail_output:.1e}"
         dtype, latent = str(self.dtype).removeprefix("torch."), " x ".join(map(str, self.latent))
         return (
-            f"warm start verified: base outputs differ by {self.base_difference:.1e} "
-            f"({self.base_difference_random:.1e} with random {', '.join(self.layers)}; tolerance "
+            f"warm start verified: base outputs differ by {self.max_base_difference:.1e} "
+            f"({self.max_base_difference_random:.1e} with random {', '.join(self.layers)}; tolerance "
             f"{self.tolerance:.0e}), detail outputs are {zero} for random detail inputs "
             f"({dtype}, latent {latent})"
         )
@@ -104,12 +105,12 @@ def check_warm_start(
     with undisturbed(original), undisturbed(widened):
         own = runner.compare({}, {})
         random, random_widened = _random_channel_weights(original, widened, description, layout, seed)
-        runner.require_sensitivity(random)
         awake = runner.compare(random, random_widened)
+        runner.require_sensitivity(random, awake.tolerance)
     return WarmStartReport(
-        base_difference=own.base_difference,
-        base_difference_random=awake.base_difference,
-        detail_maximum=max(own.detail_maximum, awake.detail_maximum),
+        max_base_difference=own.max_base_difference,
+        max_base_difference_random=awake.max_base_difference,
+        max_detail_output=max(own.max_detail_output, awake.max_detail_output),
         tolerance=max(own.tolerance, awake.tolerance),
         dtype=dtype,
         latent=tuple(runner.base.shape),

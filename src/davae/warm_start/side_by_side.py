@@ -31,8 +31,8 @@ class Difference:
     """What a comparison measured, and the tolerance of outputs it applied."""
 
     tolerance: float
-    base_difference: float = 0.0
-    detail_maximum: float = 0.0
+    max_base_difference: float = 0.0
+    max_detail_output: float = 0.0
 
 
 class SideBySide:
@@ -72,11 +72,11 @@ class SideBySide:
         jittered = self.inputs if jitter else ()
         return run_watched(model, arguments, weights=weights, layers=layers, jittered=jittered)
 
-    def require_sensitivity(self, weights: Mapping[str, Tensor]) -> None:
-        """Another latent must give another output, or equal outputs would prove nothing."""
+    def require_sensitivity(self, weights: Mapping[str, Tensor], tolerance: float) -> None:
+        """Another latent must move the output by more than the tolerance, or agreement proves nothing."""
         other = self._latent(self.layout.base_channels, self.seed + 3)
         first, second = (self.run(self.original, weights, latent).sample for latent in (self.base, other))
-        if not relative_difference(second, first) > max(1e-3, 2 * self.tolerance):
+        if not relative_difference(second, first) > 2 * tolerance:
             raise WarmStartError(
                 f"{type(self.original).__name__} gives the same output for every latent, even with random "
                 f"{', '.join(self.inputs + self.outputs)}: something between them is closed (all zero), so "
@@ -95,8 +95,8 @@ class SideBySide:
             base, new = self._split_sample(after.sample)
             difference, largest = relative_difference(base, before.sample), float(new.abs().max())
             self._judge_sample(difference, largest, result.tolerance)
-            result.base_difference = max(result.base_difference, difference)
-            result.detail_maximum = max(result.detail_maximum, largest)
+            result.max_base_difference = max(result.max_base_difference, difference)
+            result.max_detail_output = max(result.max_detail_output, largest)
         return result
 
     def _output_tolerance(self, weights: Mapping[str, Tensor], before: Trace) -> float:

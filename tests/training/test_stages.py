@@ -1,0 +1,223 @@
+"""What the stages train, on what, and what stays as it was."""
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from davae.data import open_dataset
+from davae.errors import DavaeError
+from davae.latents import LatentLayout
+from davae.models import AutoencoderDA
+from davae.pipelines import upgrade_pipeline
+from davae.tiny import debug_base
+from davae.training.autoencoder import AutoencoderStage, StructuredObjective
+from davae.training.diffusion import ClassMap, DiffusionStage, FlowObjective
+from davae.training.loop import train
+from davae.training.losses import laplacian_l1
+from davae.training.memory import ImagesInMemory, LatentsInMemory, MixedScales
+from davae.training.recipe import load_recipe
+from davae.training.settings import FlowLossSettings, TimestepSettings
+
+
+def _vae(**options):
+    torch.manual_seed(0)
+    return AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8, **options)
+
+
+def _parts(length=12):
+    return (
+        open_dataset(f"procedural:{length}", resolution=32),
+        open_dataset("procedural", resolution=32, hold_out=4, part="held_out"),
+    )
+
+
+def test_the_autoencoder_stage_leaves_the_base_as_it_was(tmp_path):
+    vae = _vae()
+    before = {k: v.clone() for k, v in vae.base.state_dict().items()}
+    start = {k: v.clone() for k, v in vae.state_dict().items() if not k.startswith("base.")}
+    train(AutoencoderStage(vae, load_recipe("debug").autoencoder, *_parts()), tmp_path, {})
+    assert all(torch.equal(v, before[k]) for k, v in vae.base.state_dict().items())
+    moved = [k for k, v in start.items() if not torch.equal(v, vae.state_dict()[k])]
+    assert len(moved) > 0.9 * len(start)
+
+
+def test_one_image_can_be_overfitted():
+    """Reconstruction and alignment both become good: they do not exclude each other."""
+    recipe = load_recipe(
+        "debug", ["autoencoder.reconstruction.gan.weight=0", "autoencoder.alignment.adaptive=false"]
+    )
+    vae = _vae(detail_dropout=0.0).train()
+    objective = StructuredObjective(vae, recipe.autoencoder.alignment, recipe.autoencoder.reconstruction)
+    batch = {"image": _parts()[0][0]["image"][None]}
+    optimizer = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for step in range(120):
+        torch.manual_seed(step)
+        terms = objective(batch, step)
+        optimizer.zero_grad()
+        terms["total"].backward()
+        optimizer.step()
+        losses.append({k: float(v.detach()) for k, v in terms.items()})
+    assert losses[-1]["l1"] < 0.35 * losses[0]["l1"]
+    assert losses[-1]["alignment"] < 0.1
+
+
+def test_the_total_is_the_sum_of_its_weighted_terms():
+    recipe = load_recipe(
+        "debug", ["autoencoder.reconstruction.gan.weight=0", "autoencoder.alignment.adaptive=false"]
+    )
+    settings = recipe.autoencoder
+    objective = StructuredObjective(_vae(), settings.alignment, settings.reconstruction)
+    terms = objective({"image": torch.stack([_parts()[0][i]["image"] for i in range(2)])}, 0)
+    weights = settings.reconstruction
+    expected = (
+        weights.l1_weight * terms["l1"]
+        + weights.laplacian_weight * terms["laplacian"]
+        + weights.kl_weight * terms["kl"]
+        + settings.alignment.weight * terms["alignment"]
+    )
+    torch.testing.assert_close(terms["total"], expected)
+
+
+def test_adaptive_alignment_weight_is_the_gradient_ratio():
+    recipe = load_recipe("debug", ["autoencoder.reconstruction.gan.weight=0"])
+    settings = recipe.autoencoder
+    vae = _vae()
+    objective = StructuredObjective(vae, settings.alignment, settings.reconstruction)
+    batch = {"image": _parts()[0][0]["image"][None]}
+    torch.manual_seed(0)
+    terms = objective(batch, 0)
+    norms = [
+        torch.autograd.grad(terms[name], vae.alignment_weight, retain_graph=True)[0].norm()
+        for name in ("reconstruction", "alignment")
+    ]
+    expected = settings.alignment.weight * norms[0] / (norms[1] + 1e-4)
+    torch.testing.assert_close(terms["alignment_weight"], expected)
+
+
+def test_laplacian_counts_a_thin_line_as_much_as_its_band():
+    """A one-pixel stripe lies in the finest level almost alone; a flat offset in the remainder alone."""
+    stripes = torch.zeros(1, 3, 32, 32)
+    stripes[..., ::2] = 1.0
+    stripes = stripes - stripes.mean()
+    flat = torch.full((1, 3, 32, 32), 0.5)
+    assert float(laplacian_l1(flat)) == pytest.approx(0.5 / 4)
+    assert float(laplacian_l1(stripes)) == pytest.approx(0.5 / 4, rel=1e-5)
+
+
+class _KnowsTheData(nn.Module):
+    """A transformer that predicts ``data - noise`` exactly, from ``x_t`` and the data it was told."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.data = data
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, noisy, t, labels):
+        level = (1 - t).view(-1, 1, 1, 1)
+        noise = (noisy - (1 - level) * self.data) / level
+        return type("Output", (), {"sample": self.data - noise})()
+
+
+@pytest.mark.parametrize("form", ["velocity", "x0"])
+def test_a_perfect_transformer_has_no_loss(form):
+    """Path, time and sign agree with the transformer's convention: t = 1 - sigma, data - noise."""
+    data = torch.randn(16, 6, 4, 4)
+    objective = FlowObjective(
+        _KnowsTheData(data), LatentLayout(2, 4), FlowLossSettings(form=form), TimestepSettings(shift=3.0)
+    )
+    terms = objective({"latent": data, "label": torch.zeros(16, dtype=torch.long)}, 0)
+    assert float(terms["total"]) < 1e-6
+
+
+def _diffusion(tmp_path, *overrides):
+    recipe = load_recipe("debug", list(overrides))
+    vae = _vae()
+    base = debug_base()
+    pipe = upgrade_pipeline(base, vae)
+    stage = DiffusionStage(pipe, vae.layout, recipe.diffusion, *_parts())
+    return base, pipe, train(stage, tmp_path, {})
+
+
+def test_new_channels_only_leaves_the_base_weights_bit_equal(tmp_path):
+    base, pipe, _ = _diffusion(tmp_path, "diffusion.tune.mode=new_channels", "diffusion.loop.steps=3")
+    old, new = base.transformer.state_dict(), pipe.transformer.state_dict()
+    for name, value in old.items():
+        if value.shape == new[name].shape:
+            assert torch.equal(value, new[name]), name
+    assert torch.equal(new["patch_embed.weight"][:, :4], old["patch_embed.weight"])
+    assert torch.equal(new["proj_out.weight"][:4], old["proj_out.weight"])
+    assert new["patch_embed.weight"][:, 4:].any()
+    assert new["proj_out.weight"][4:].any()
+
+
+def test_lora_ends_as_a_plain_pipeline(tmp_path):
+    base, _, result = _diffusion(
+        tmp_path, "diffusion.tune.mode=lora", "diffusion.tune.lora.rank=2", "diffusion.loop.steps=3"
+    )
+    merged = DiffusionPipeline.from_pretrained(result.result).transformer
+    assert not any("lora" in name for name in merged.state_dict())
+    block = "transformer_blocks.0."
+    assert not torch.equal(
+        merged.state_dict()[f"{block}attn.to_q.weight"],
+        base.transformer.state_dict()[f"{block}attn.to_q.weight"],
+    )
+    assert torch.equal(
+        merged.state_dict()[f"{block}norm1.weight"], base.transformer.state_dict()[f"{block}norm1.weight"]
+    )
+
+
+def test_new_channels_need_details(tmp_path):
+    base = debug_base()
+    settings = load_recipe("debug", ["diffusion.tune.mode=lora"]).diffusion
+    with pytest.raises(DavaeError, match="needs detail channels"):
+        DiffusionStage(base, LatentLayout(4, 0), settings, *_parts())
+
+
+def test_classes_are_matched_by_name():
+    base = debug_base()
+    classes = ClassMap(["zebra", "tree", "balloon"], base)
+    labels = base.labels
+    assert [classes(0), classes(1), classes(2), classes(-1)] == [12, labels["tree"], labels["balloon"], 12]
+    assert classes.known == sorted([labels["tree"], labels["balloon"]])
+    assert ClassMap(["zebra"], base).known == [12]
+
+
+def test_mixed_scales_takes_crops_and_wholes():
+    full = ImagesInMemory(open_dataset("procedural:40", resolution=32))
+
+    def halve(images):
+        return torch.nn.functional.avg_pool2d(images, 2)
+
+    mixed = MixedScales(full, halve, crops=0.5, seed=1)
+    crops = 0
+    for index in range(40):
+        image, whole = mixed.item(index, 0)["image"], full[index]["image"]
+        assert torch.equal(image, mixed.item(index, 0)["image"])
+        if torch.equal(image, halve(whole[None])[0]):
+            continue
+        crops += 1
+        windows = whole.unfold(1, 16, 1).unfold(2, 16, 1)  # [3, 17, 17, 16, 16]
+        assert (windows == image[:, None, None]).all(dim=(0, 3, 4)).any()
+    assert 10 <= crops <= 30
+
+
+def test_images_in_memory_are_made_once_and_kept_to_a_grey_level():
+    source = open_dataset("procedural:3", resolution=32)
+    kept = ImagesInMemory(source)
+    first = kept[1]["image"]
+    source.scenes = None  # must not be asked again
+    assert torch.equal(kept[1]["image"], first)
+    fresh = open_dataset("procedural:3", resolution=32)[1]["image"]
+    assert (first - fresh).abs().max() <= 1 / 255 + 1e-6
+
+
+def test_latents_in_memory_equal_encoding_each_alone():
+    source = open_dataset("procedural:5", resolution=32)
+    encode = lambda images: images.mean(1, keepdim=True)  # noqa: E731
+    cached = LatentsInMemory(source, encode, lambda label: label + 1, batch_size=2)
+    for index in range(5):
+        item = source[index]
+        torch.testing.assert_close(cached[index]["latent"], encode(item["image"][None])[0])
+        assert cached[index]["label"] == item["label"] + 1
