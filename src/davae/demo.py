@@ -31,9 +31,10 @@ from davae.report import (
 )
 from davae.training.autoencoder import upscaled_base
 from davae.training.diffusion import ClassMap, generate_classes
+from davae.training.images import open_part
 from davae.training.pictures import save_rows
 from davae.training.recipe import load_recipe
-from davae.training.run import load_base, open_parts, train_autoencoder, train_diffusion
+from davae.training.run import load_base, train_autoencoder, train_diffusion
 from davae.training.run_directory import environment, read_metrics
 from davae.training.settings import UpgradeRecipe
 from davae.warm_start import check_warm_start
@@ -81,7 +82,7 @@ def run_demo(
     upgraded = ClassConditionalPipeline.from_pretrained(stage2.result)
 
     logger.info("comparing base, native and upgraded")
-    _, held_out = open_parts(recipe.data)
+    held_out = open_part(recipe.data, "held_out")
     recorder = FigureRecorder(out, classes=_class_names(held_out))
     images, labels, names = _held_out(held_out, recipe.autoencoder.loop.validation_images)
     reconstruction, aligned = _compare_reconstructions(base, vae, images, labels, names, recorder)

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from davae.data import open_dataset
 from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
 from davae.pipelines import ClassConditionalPipeline
 from davae.training.autoencoder import BaseAutoencoderStage
 from davae.training.diffusion import DiffusionStage
+from davae.training.images import open_part
 from davae.training.loop import TrainResult, train
 from davae.training.memory import ImagesInMemory, MixedScales
-from davae.training.settings import BaseRecipe, DataSettings, DiffusionSettings
+from davae.training.settings import BaseRecipe, DiffusionSettings
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +30,10 @@ def train_base(recipe: BaseRecipe, out: Path) -> TrainResult:
     Both halves continue by themselves when the same call is made again.
     """
     plain = recipe.model_dump(mode="json")
-    full = open_images(recipe.data)
+    full = ImagesInMemory(open_part(recipe.data, "train"))
     reduce = partial(reduced, factor=recipe.downsample)
     images = ImagesInMemory(full, reduce)
-    held_out = open_images(recipe.data, part="held_out", downsample=recipe.downsample)
+    held_out = ImagesInMemory(open_part(recipe.data, "held_out"), reduce)
 
     vae_folder = out / "autoencoder" / "vae"
     if not vae_folder.is_dir():
@@ -43,6 +42,7 @@ def train_base(recipe: BaseRecipe, out: Path) -> TrainResult:
         train(stage, out / "autoencoder", plain)
     vae = AutoencoderKL.from_pretrained(vae_folder)
 
+    torch.manual_seed(recipe.transformer.loop.seed)
     shape = recipe.transformer.architecture
     compression = 2 ** (len(vae.config.block_out_channels) - 1)
     transformer = LightningDiTTransformer2DModel(
@@ -62,27 +62,11 @@ def train_base(recipe: BaseRecipe, out: Path) -> TrainResult:
     diffusion = DiffusionStage(pipeline, layout, settings, images, held_out, cache_latents=True)
     result = train(diffusion, out / "transformer", plain)
     assert result is not None
-    shutil.copytree(result.result, out / "pipeline", dirs_exist_ok=True)
+    pipeline.to(getattr(torch, recipe.save_dtype)).save_pretrained(out / "pipeline")
     return result
 
 
 _SHARED_SECTIONS = ("timesteps", "loss", "optimizer", "loop", "sample")
-
-
-def open_images(
-    data: DataSettings, part: Literal["train", "held_out"] = "train", downsample: int = 1
-) -> ImagesInMemory:
-    """The images of a recipe's data section, kept in memory, reduced by ``downsample``."""
-    dataset = open_dataset(
-        data.path,
-        resolution=data.resolution,
-        crop=data.crop,
-        flip=data.flip and part == "train",
-        split=data.split,
-        hold_out=data.hold_out,
-        part=part,
-    )
-    return ImagesInMemory(dataset, partial(reduced, factor=downsample))
 
 
 def reduced(images: Tensor, factor: int) -> Tensor:

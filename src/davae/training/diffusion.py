@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
 from davae.pipelines import ClassConditionalPipeline, latent_scaling
 from davae.training.loop import Player, Stage
-from davae.training.memory import EncodedImages, LatentsInMemory
+from davae.training.memory import LatentsInMemory, Relabelled
 from davae.training.pictures import save_rows
 from davae.training.settings import DiffusionSettings, FlowLossSettings, SampleSettings, TimestepSettings
 from davae.warm_start import FlowLoss, channel_parameters, detail_weight, new_channel_masks, sample_sigmas
@@ -37,6 +38,7 @@ class FlowObjective(nn.Module):
         layout: which channels are base and which are detail; no detail channels for a base model.
         loss: form and schedule of the loss.
         timesteps: how ``sigma`` is drawn.
+        encode: images to latents, where a batch holds no ``latent``.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class FlowObjective(nn.Module):
         layout: LatentLayout,
         loss: FlowLossSettings,
         timesteps: TimestepSettings,
+        encode: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self.encode = encode
         self.transformer = transformer
         self.layout, self.timesteps, self.settings = layout, timesteps, loss
         self.loss = FlowLoss(
@@ -54,8 +58,14 @@ class FlowObjective(nn.Module):
         )
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Named losses of a batch with ``latent`` ``[B, C + D, h, w]`` (as the transformer sees it) and ``label``."""
-        data, labels = batch["latent"], batch["label"]
+        """Named losses of a batch with ``label`` and either ``latent`` ``[B, C + D, h, w]`` or ``image``.
+
+        A cached latent is as the transformer sees it.
+        """
+        labels = batch["label"]
+        data = (
+            self.encode(batch["image"]) if self.encode is not None and "image" in batch else batch["latent"]
+        )
         sigma = sample_sigmas(
             data.shape[0],
             scheme=self.timesteps.scheme,
@@ -107,14 +117,14 @@ class DiffusionStage(Stage):
             logger.info("encoding %d images", len(dataset))  # type: ignore[arg-type]
             self.dataset = LatentsInMemory(dataset, self._encode, self.classes)
         else:
-            self.dataset = EncodedImages(dataset, self._encode, self.classes)
+            self.dataset = Relabelled(dataset, self.classes)
         self.held_out = LatentsInMemory(held_out, self._encode, self.classes)
 
         transformer = pipeline.transformer
         rates = _select_trained(transformer, layout, settings)
         if settings.loop.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        self.objective = FlowObjective(transformer, layout, settings.loss, settings.timesteps)
+        self.objective = FlowObjective(transformer, layout, settings.loss, settings.timesteps, self._encode)
         self.players = [
             Player(
                 "model",

@@ -120,19 +120,16 @@ class LatentsInMemory(Dataset[Item]):
         return dict(self.items[index])
 
 
-class EncodedImages(Dataset[Item]):
-    """The latents of a data set, encoded each time they are asked for.
+class Relabelled(Dataset[Item]):
+    """The items of a data set with other labels.
 
     Args:
-        source: a map-style data set of items with an ``image`` in [-1, 1].
-        encode: ``[B, 3, H, W]`` to ``[B, C, h, w]``.
+        source: a map-style data set of items.
         relabel: the label that training uses for a label of the data set.
     """
 
-    def __init__(
-        self, source: Dataset[Item], encode: Callable[[Tensor], Tensor], relabel: Callable[[int], int]
-    ) -> None:
-        self.source, self.encode, self.relabel = source, encode, relabel
+    def __init__(self, source: Dataset[Item], relabel: Callable[[int], int]) -> None:
+        self.source, self.relabel = source, relabel
         self.skipped = getattr(source, "skipped", [])
 
     def __len__(self) -> int:
@@ -144,7 +141,4 @@ class EncodedImages(Dataset[Item]):
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``."""
         found = self.source.item(index, epoch) if hasattr(self.source, "item") else self.source[index]
-        item = dict(found)
-        item["latent"] = self.encode(item.pop("image")[None])[0].cpu()
-        item["label"] = self.relabel(item["label"])
-        return item
+        return {**found, "label": self.relabel(found["label"])}

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
@@ -16,9 +15,10 @@ from davae.tiny import debug_base, load_tiny
 from davae.training.autoencoder import AutoencoderStage
 from davae.training.base import train_base
 from davae.training.diffusion import DiffusionStage
+from davae.training.images import open_part
 from davae.training.loop import TrainResult, train
 from davae.training.recipe import dump_recipe, load_recipe
-from davae.training.settings import BaseRecipe, DataSettings, UpgradeRecipe
+from davae.training.settings import BaseRecipe, UpgradeRecipe
 
 
 def run_autoencoder(
@@ -76,7 +76,7 @@ def train_autoencoder(recipe: UpgradeRecipe, out: Path) -> TrainResult:
     loop = recipe.autoencoder.loop
     torch.manual_seed(loop.seed)
     autoencoder = AutoencoderDA.from_base(base.vae, **recipe.autoencoder.model.model_dump())
-    train_set, held_out = open_parts(recipe.data)
+    train_set, held_out = open_part(recipe.data, "train"), open_part(recipe.data, "held_out")
     stage = AutoencoderStage(
         autoencoder, recipe.autoencoder, train_set, held_out, workers=recipe.data.workers
     )
@@ -90,7 +90,7 @@ def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Trai
     base = load_base(recipe.base)
     vae = AutoencoderDA.from_pretrained(autoencoder)
     pipeline = upgrade_pipeline(base, vae)
-    train_set, held_out = open_parts(recipe.data)
+    train_set, held_out = open_part(recipe.data, "train"), open_part(recipe.data, "held_out")
     torch.manual_seed(recipe.diffusion.loop.seed)
     stage = DiffusionStage(
         pipeline,
@@ -114,23 +114,6 @@ def load_base(name: str) -> DiffusionPipeline:
     if name == "debug":
         return debug_base()
     return DiffusionPipeline.from_pretrained(name)
-
-
-def open_parts(data: DataSettings):  # type: ignore[no-untyped-def]
-    """Training and held-out part of a recipe's images."""
-    parts = [
-        open_dataset(
-            data.path,
-            resolution=data.resolution,
-            crop=data.crop,
-            flip=data.flip and part == "train",
-            split=data.split,
-            hold_out=data.hold_out,
-            part=part,
-        )
-        for part in ("train", "held_out")
-    ]
-    return parts[0], parts[1]
 
 
 def _upgrade_recipe(recipe: str | Path, overrides: Sequence[str]) -> UpgradeRecipe:

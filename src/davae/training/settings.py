@@ -266,6 +266,8 @@ class BaseRecipe(Section):
     an upgrade sees them."""
     full_resolution_crops: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the autoencoder's training images that are crops at full resolution, not reduced ones."""
+    save_dtype: Literal["float32", "float16"] = "float32"
+    """Precision of the saved weights; training is not affected."""
     autoencoder: BaseAutoencoderSettings
     transformer: BaseTransformerSettings
 
