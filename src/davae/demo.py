@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from davae.benchmark import count_flops, peak_memory_bytes, side_by_side
+from davae.errors import DavaeError
 from davae.evaluation import PatchSet, psnr, ssim
 from davae.latents import token_count
 from davae.models import AutoencoderDA
@@ -42,9 +43,10 @@ from davae.warm_start import check_warm_start
 logger = logging.getLogger(__name__)
 
 _QUICK = (
-    "data.path=procedural:512",
+    "data.path=procedural:256",
     "data.hold_out=48",
-    "autoencoder.loop.steps=100",
+    "autoencoder.statistics_images=128",
+    "autoencoder.loop.steps=60",
     "autoencoder.loop.validation_images=24",
     "diffusion.loop.steps=40",
     "diffusion.loss.detail_warmup_steps=10",
@@ -55,7 +57,12 @@ _SHOWN = 6  # reconstructions and samples that the report shows
 
 
 def run_demo(
-    out: Path | str = "runs/demo", *, seed: int = 0, quick: bool = False, data: str | None = None
+    out: Path | str = "runs/demo",
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    data: str | None = None,
+    recipe: str = "tiny",
 ) -> Path:
     """Train both stages on the embedded base, compare, and write ``out/report.html``.
 
@@ -66,87 +73,85 @@ def run_demo(
         seed: of both trainings, the samples and the measurements.
         quick: a few steps of each stage: shows that everything works, not how well.
         data: images to use instead of the procedural scenes: anything that ``davae train`` takes.
+        recipe: an upgrade recipe of a class-conditional base, by name or file.
 
     Returns:
         Path of the report.
+
+    Raises:
+        DavaeError: the recipe or the data is wrong, or ``out`` holds another run.
     """
     began = time.perf_counter()
     out = Path(out)
-    recipe = _recipe(seed, quick, data)
-    base = load_base(recipe.base)
+    settings = _settings(recipe, seed, quick, data)
+    base = load_base(settings.base)
 
-    stage1 = train_autoencoder(recipe, out / "autoencoder")
+    stage1 = train_autoencoder(settings, out / "autoencoder")
     vae = AutoencoderDA.from_pretrained(stage1.result).eval()
     warm_start = check_warm_start(base.transformer, upgrade_pipeline(base, vae).transformer, vae.layout)
-    stage2 = train_diffusion(recipe, out / "diffusion", stage1.result)
+    stage2 = train_diffusion(settings, out / "diffusion", stage1.result)
     upgraded = ClassConditionalPipeline.from_pretrained(stage2.result)
 
     logger.info("comparing base, native and upgraded")
-    held_out = open_part(recipe.data, "held_out")
-    recorder = FigureRecorder(out, classes=_class_names(held_out))
-    images, labels, names = _held_out(held_out, recipe.autoencoder.loop.validation_images)
-    reconstruction, aligned = _compare_reconstructions(base, vae, images, labels, names, recorder)
+    held_out = open_part(settings.data, "held_out")
+    recorder = FigureRecorder(out, classes=list(held_out.classes) or ["images"])
+    images, labels, names = _first_images(held_out, settings.autoencoder.loop.validation_images)
+    reconstruction, alignment = _compare_reconstructions(base, vae, images, labels, names, recorder)
     sampled = ClassMap(list(held_out.classes), base).known
-    generation = _compare_samples(base, upgraded, images, sampled, recipe, recorder)
-    first_alignment = next(
-        (m for m in read_metrics(out / "autoencoder" / "metrics.jsonl") if "alignment" in m), {}
-    )
-    resolution, scale = recipe.data.resolution, recipe.autoencoder.model.scale
-    flops, seconds = _compare_cost(base, upgraded, recipe)
-    f = 2 ** (len(base.vae.config.block_out_channels) - 1)
+    generation = _compare_samples(base, upgraded, images, sampled, settings, recorder)
+    flops, seconds = _compare_cost(base, upgraded, settings)
     recorder.write()
+
+    full, small = settings.data.resolution, settings.data.resolution // vae.scale
+    f = vae.base_compression
+    logged = [line for line in read_metrics(out / "autoencoder" / "metrics.jsonl") if "alignment" in line]
+    facts = environment()
     Summary(
         title="davae on its own pictures" if data is None else f"davae on {data}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=_command(out, seed, quick, data),
-        hardware={
-            k: v for k, v in environment().items() if isinstance(v, str | int | None) and k != "command"
-        },
-        image_size=ThreeWay[int](base=resolution // scale, native=resolution, upgraded=resolution),
+        command=_command(out, seed, quick, data, recipe),
+        hardware={k: v for k, v in facts.items() if isinstance(v, str | int | None) and k != "command"},
+        image_size=ThreeWay[int](base=small, native=full, upgraded=full),
         tokens=ThreeWay[int](
-            base=token_count(resolution // scale, resolution // scale, spatial_compression=f),
-            native=token_count(resolution, resolution, spatial_compression=f),
-            upgraded=token_count(resolution, resolution, spatial_compression=vae.spatial_compression),
+            base=token_count(small, small, spatial_compression=f),
+            native=token_count(full, full, spatial_compression=f),
+            upgraded=token_count(full, full, spatial_compression=vae.spatial_compression),
         ),
         flops_per_image=flops,
         seconds_per_image=seconds,
         reconstruction=reconstruction,
         generation=generation,
-        alignment=Alignment(
-            **aligned,
-            loss=stage1.metrics["alignment_error"],
-            loss_start=first_alignment.get("alignment"),
-        ),
+        alignment=Alignment(**alignment, loss=stage1.metrics["alignment"], loss_start=logged[0]["alignment"]),
         warm_start=WarmStart(
             max_base_difference=warm_start.max_base_difference, max_detail_output=warm_start.max_detail_output
         ),
         wall_seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory_bytes(),
-        settings=recipe.model_dump(mode="json"),
+        settings=settings.model_dump(mode="json"),
         skipped=stage1.skipped.entries,
     ).write(out)
     return build_report(out)
 
 
-def _recipe(seed: int, quick: bool, data: str | None) -> UpgradeRecipe:
+def _settings(recipe: str, seed: int, quick: bool, data: str | None) -> UpgradeRecipe:
+    if not isinstance(load_recipe(recipe), UpgradeRecipe):
+        raise DavaeError(f"recipe '{recipe}' makes a base pipeline; the demo upgrades one")
     overrides = [f"autoencoder.loop.seed={seed}", f"diffusion.loop.seed={seed}", *(_QUICK if quick else ())]
     if data is not None:
         overrides += [f"data.path={data}", "data.hold_out=0.1"]
-    recipe = load_recipe("tiny", overrides)
-    assert isinstance(recipe, UpgradeRecipe)
-    return recipe
+    settings = load_recipe(recipe, overrides)
+    assert isinstance(settings, UpgradeRecipe)
+    return settings
 
 
-def _command(out: Path, seed: int, quick: bool, data: str | None) -> str:
-    words = ["davae", "demo", "--out", str(out), "--seed", str(seed), *(["--quick"] if quick else [])]
-    return " ".join([*words, *(["--data", data] if data is not None else [])])
+def _command(out: Path, seed: int, quick: bool, data: str | None, recipe: str) -> str:
+    words = ["davae", "demo", "--out", str(out), "--seed", str(seed)]
+    words += ["--quick"] if quick else []
+    words += ["--data", data] if data is not None else []
+    return " ".join([*words, *(["--recipe", recipe] if recipe != "tiny" else [])])
 
 
-def _class_names(dataset: Dataset[dict[str, Any]]) -> list[str]:
-    return list(dataset.classes) or ["images"]  # type: ignore[attr-defined]
-
-
-def _held_out(dataset: Dataset[dict[str, Any]], count: int) -> tuple[Tensor, Tensor, list[str]]:
+def _first_images(dataset: Dataset[dict[str, Any]], count: int) -> tuple[Tensor, Tensor, list[str]]:
     """The first ``count`` held-out images, their labels (0 where there are none) and captions."""
     items = [dataset[i] for i in range(min(count, len(dataset)))]  # type: ignore[arg-type]
     labels = torch.tensor([max(item["label"], 0) for item in items])
@@ -178,9 +183,10 @@ def _compare_reconstructions(
     recorder.add_spectra(
         "images", {"Images": images, "Base, upscaled": enlarged, "Reconstruction": reconstruction}
     )
+    several = labels.bincount()[labels] > 1  # a probe needs one latent of a class to fit and one to score
     probes: dict[str, Any] = {}
-    if len(labels.unique()) > 1:
-        probes = recorder.add_latents(*vae.layout.split(latent), labels)
+    if len(labels[several].unique()) > 1:
+        probes = recorder.add_latents(*vae.layout.split(latent[several]), labels[several])
     figures = Reconstruction(
         psnr_upgraded=float(psnr(images, reconstruction).mean()),
         psnr_base_upscaled=float(psnr(images, enlarged).mean()),

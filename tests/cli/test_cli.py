@@ -75,7 +75,7 @@ def test_doctor_tells_versions_as_json(monkeypatch, capsys):
     facts = json.loads(out)
     assert status == 0
     assert facts["packages"]["torch"].startswith("2.")
-    assert set(facts["optional"]) >= {"lpips", "webdataset"}
+    assert set(facts["optional"]) >= {"lpips", "torchvision"}
 
 
 def test_upgrade_then_generate_at_twice_the_size(autoencoder, monkeypatch, capsys, tmp_path):

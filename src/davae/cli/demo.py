@@ -25,9 +25,10 @@ def demo(
     data: Annotated[
         str | None, typer.Option(help="Your images instead of the procedural scenes: a folder or data set.")
     ] = None,
+    recipe: Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")] = "tiny",
 ) -> None:
     """The whole method on the embedded base: both stages, samples, report. No download, no GPU."""
-    report = run_demo(out, seed=seed, quick=quick, data=data)
+    report = run_demo(out, seed=seed, quick=quick, data=data, recipe=recipe)
     summary = json.loads((report.parent / "summary.json").read_text())
     console = Console()
     table = Table("", "base", "native", "upgraded", title="what an image costs")

@@ -12,7 +12,6 @@ from davae.tiny import TINY
 from davae.training.run_directory import environment
 
 _OPTIONAL = {
-    "webdataset": ("writing WebDataset shards", "pip install 'davae[webdataset]'"),
     "lpips": ("the LPIPS loss and metric", "pip install 'davae[lpips]'"),
     "torchvision": ("LPIPS and Inception features", "install the build that matches your torch"),
 }

@@ -323,7 +323,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
 
         It is the base VAE's own on ``downsample(images)``, bit for bit.
         """
-        encode = self._tiled(lambda x: self.adapter.encode(self.base, x), self.base_compression, 1)
+        encode = self._tiled(lambda x: self.adapter.encode(self.base, x), self.base, self.base_compression, 1)
         return self._sliced(encode, self.downsample(images))
 
     @apply_forward_hook
@@ -334,7 +334,9 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             DavaeError: sides that are not multiples of ``s * f``.
         """
         self._check_sides(images)
-        encode = self._tiled(lambda x: self.down(self.detail_encoder(x)), self.spatial_compression, 1)
+        encode = self._tiled(
+            lambda x: self.down(self.detail_encoder(x)), self.detail_encoder, self.spatial_compression, 1
+        )
         return DiagonalGaussianDistribution(self._sliced(encode, images))
 
     def _check_sides(self, images: Tensor) -> None:
@@ -367,20 +369,30 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         latent = self.layout.join(z, z_d)
         if self.config.decoder_channel_order == "detail_first":  # the one place where the order differs
             latent = torch.cat([z_d, z], dim=1)
-        decode = self._tiled(lambda x: self.joint_decoder(self.up(x)), 1, self.spatial_compression)
+        decode = self._tiled(
+            lambda x: self.joint_decoder(self.up(x)), self.joint_decoder, 1, self.spatial_compression
+        )
         return self._sliced(decode, latent)
 
     def _tiled(
-        self, function: Callable[[Tensor], Tensor], cell_in: int, cell_out: int
+        self, function: Callable[[Tensor], Tensor], network: nn.Module, cell_in: int, cell_out: int
     ) -> Callable[[Tensor], Tensor]:
-        """``function``, by tiles where tiling is on and the input is larger than a tile."""
+        """``function``, which calls ``network``, by tiles where tiling is on and the input larger than one."""
         tile = self.tile_sample_min_size // self.spatial_compression
 
         def apply(x: Tensor) -> Tensor:
             if not self.use_tiling or max(x.shape[-2:]) <= tile * cell_in:
                 return function(x)
             overlap = round(tile * self.tile_overlap_factor)
-            return tiled(function, x, tile=tile, overlap=overlap, cell_in=cell_in, cell_out=cell_out)
+            return tiled(
+                function,
+                x,
+                tile=tile,
+                overlap=overlap,
+                cell_in=cell_in,
+                cell_out=cell_out,
+                networks=[network],
+            )
 
         return apply
 
@@ -437,7 +449,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         if not self.config.has_base_decoder:
             raise DavaeError("this autoencoder was made without its base's decoder: there is no preview")
         z = latent if latent.shape[1] == self.layout.base_channels else self.layout.split(latent)[0]
-        decode = self._tiled(lambda x: self.adapter.decode(self.base, x), 1, self.base_compression)
+        decode = self._tiled(lambda x: self.adapter.decode(self.base, x), self.base, 1, self.base_compression)
         return self._sliced(decode, z)
 
     def forward(

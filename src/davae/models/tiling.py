@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from davae.models.whole_image_norms import WholeImageNorms
 
 
 def tiled(
@@ -16,20 +19,24 @@ def tiled(
     overlap: int,
     cell_in: int,
     cell_out: int,
+    networks: Sequence[nn.Module] = (),
 ) -> Tensor:
     """``function(x)``, computed tile by tile.
 
-    Tiles all have the same size; the last one of a row or column is moved back to end with the input. Where
-    tiles overlap, their outputs are mixed with linear ramps. The outer quarter of an overlap gets no weight
-    at all: there the convolutions see the tile's zero padding instead of the image.
+    Tiles all have the same size; the last one of a row or column is moved back to end with the input. Where tiles
+    overlap, their outputs are mixed with linear ramps. The outer quarter of an overlap gets no weight at all:
+    there the convolutions see the tile's zero padding instead of the image. Group norms take their statistics
+    from the whole input, reduced to the size of a tile.
 
-    Group norms and attention see one tile at a time, so the result is close to ``function(x)`` but not equal.
+    What stays different from ``function(x)``: attention looks no further than its tile, and the group norms'
+    statistics are estimates.
 
     Args:
         function: maps ``[B, C, n * cell_in, m * cell_in]`` to ``[B, C', n * cell_out, m * cell_out]``.
         x: ``[B, C, H, W]``, sides multiples of ``cell_in``.
         tile, overlap: in cells (latent positions), ``overlap < tile``.
         cell_in, cell_out: side of one cell in the input and in the output.
+        networks: what ``function`` calls, searched for group norms.
 
     Returns:
         ``[B, C', H / cell_in * cell_out, W / cell_in * cell_out]`` in the dtype of ``function``'s output.
@@ -37,19 +44,33 @@ def tiled(
     rows, columns = x.shape[-2] // cell_in, x.shape[-1] // cell_in
     total: Tensor | None = None
     weights = torch.zeros(rows * cell_out, columns * cell_out, device=x.device)
-    for top in _starts(rows, tile, overlap):
-        for left in _starts(columns, tile, overlap):
-            y = function(_crop(x, top, left, tile, cell_in))
-            if total is None:
-                total = torch.zeros(*y.shape[:-2], *weights.shape, device=y.device)
-            weight = torch.outer(
-                _ramps(top, rows, tile, overlap, cell_out, x.device),
-                _ramps(left, columns, tile, overlap, cell_out, x.device),
-            )
-            _crop(total, top, left, tile, cell_out).add_(y.float() * weight)
-            _crop(weights, top, left, tile, cell_out).add_(weight)
+    with WholeImageNorms(networks) as norms:
+        if norms:
+            function(_reduced(x, tile, cell_in))
+        for top in _starts(rows, tile, overlap):
+            for left in _starts(columns, tile, overlap):
+                y = function(_crop(x, top, left, tile, cell_in))
+                if total is None:
+                    total = torch.zeros(*y.shape[:-2], *weights.shape, device=y.device)
+                weight = torch.outer(
+                    _ramps(top, rows, tile, overlap, cell_out, x.device),
+                    _ramps(left, columns, tile, overlap, cell_out, x.device),
+                )
+                _crop(total, top, left, tile, cell_out).add_(y.float() * weight)
+                _crop(weights, top, left, tile, cell_out).add_(weight)
     assert total is not None
     return (total / weights).to(y.dtype)
+
+
+def _reduced(x: Tensor, tile: int, cell: int) -> Tensor:
+    """``x`` at the size of a tile: images resampled, latents (cells of one position) thinned out."""
+    cells = max(x.shape[-2:]) // cell
+    size = [max(1, round(side // cell * tile / cells)) * cell for side in x.shape[-2:]]
+    if cell == 1:  # averaging latents would lower their variance
+        return F.interpolate(x, size=size, mode="nearest-exact")
+    return F.interpolate(x.float(), size=size, mode="bicubic", antialias=True, align_corners=False).to(
+        x.dtype
+    )
 
 
 def _crop(x: Tensor, top: int, left: int, tile: int, cell: int) -> Tensor:

@@ -149,7 +149,7 @@ class AutoencoderStage(Stage):
             "reconstruction": [],
             "no details": [],
         }
-        aligned, energy = 0.0, 0.0
+        aligned, energy, elements = 0.0, 0.0, 0
         for part in images.split(self.loop.batch_size):
             part = part.to(vae.device, vae.dtype)
             z, z_d = vae.encode_base(part), vae.encode_details(part).mean
@@ -161,13 +161,15 @@ class AutoencoderStage(Stage):
             projected = grouped_mean(z_d.float(), vae.layout.base_channels)
             aligned += float((projected - target).square().sum())
             energy += float(target.square().sum())
+            elements += target.numel()
         whole = {name: torch.cat(parts) for name, parts in rows.items()}
         save_rows(samples / f"step-{step}.png", {k: v[:_PICTURES] for k, v in whole.items()})
         return {
             "psnr": _mean_psnr(images, whole["reconstruction"]),
             "psnr_base_upscaled": _mean_psnr(images, whole["base, upscaled"]),
             "psnr_no_details": _mean_psnr(images, whole["no details"]),
-            "alignment_error": aligned / energy,
+            "alignment": aligned / elements,
+            "alignment_relative": aligned / energy,
         }
 
     def export(self, out: Path) -> Path:

@@ -29,7 +29,7 @@ def laplacian_l1(error: Tensor, levels: int = 3) -> Tensor:
 
 
 class ReconstructionLoss(nn.Module):
-    """Weighted sum of L1, Laplacian-pyramid L1 and LPIPS between images in [-1, 1]."""
+    """Weighted sum of L1, squared error, Laplacian-pyramid L1 and LPIPS between images in [-1, 1]."""
 
     def __init__(self, settings: ReconstructionSettings) -> None:
         super().__init__()
@@ -41,6 +41,9 @@ class ReconstructionLoss(nn.Module):
         error = (reconstruction - images).float()
         terms = {"l1": error.abs().mean()}
         total = self.settings.l1_weight * terms["l1"]
+        if self.settings.mse_weight:
+            terms["mse"] = error.square().mean()
+            total = total + self.settings.mse_weight * terms["mse"]
         if self.settings.laplacian_weight:
             terms["laplacian"] = laplacian_l1(error)
             total = total + self.settings.laplacian_weight * terms["laplacian"]

@@ -100,6 +100,7 @@ class ReconstructionSettings(Section):
     """The terms that compare a reconstruction with its image."""
 
     l1_weight: Weight = 1.0
+    mse_weight: Weight = 0.0
     laplacian_weight: Weight = 0.0
     """L1 on a Laplacian pyramid: weight-free, keeps fine structure from blurring."""
     lpips_weight: Weight = 0.0

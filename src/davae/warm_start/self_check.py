@@ -45,8 +45,8 @@ class WarmStartReport:
     """What the self-check measured.
 
     Attributes:
-        max_base_difference: largest difference of base outputs, relative to the largest output, with the weights
-            as they are.
+        max_base_difference: largest difference of base outputs, relative to the largest output, with the
+            weights as they are.
         max_base_difference_random: the same with random channel layers.
         max_detail_output: largest magnitude of a detail output over all runs.
         tolerance: what the base differences of outputs were held against, the larger of the two runs.
