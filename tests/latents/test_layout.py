@@ -29,8 +29,8 @@ def test_errors_name_both_numbers() -> None:
         layout.join(torch.zeros(1, 4, 2, 2), torch.zeros(1, 12, 4, 4))
     with pytest.raises(DavaeError, match="10 detail channels do not divide into 4"):
         _ = LatentLayout(4, 10).group_size
-    with pytest.raises(DavaeError, match="detail_channels must be at least 1, not 0"):
-        LatentLayout(4, 0)
+    with pytest.raises(DavaeError, match="base_channels must be at least 1, not 0"):
+        LatentLayout(0, 4)
 
 
 def test_token_count_by_hand() -> None:
@@ -39,3 +39,13 @@ def test_token_count_by_hand() -> None:
     assert token_count(128, 64, spatial_compression=16) == 8 * 4
     with pytest.raises(DavaeError, match="use multiples of 32"):
         token_count(1000, 1024, spatial_compression=16, patch_size=2)
+
+
+def test_a_base_alone_has_no_details() -> None:
+    layout = LatentLayout(4, 0)
+    latent = torch.randn(1, 4, 2, 2)
+    z, z_d = layout.split(latent)
+    assert torch.equal(z, latent)
+    assert z_d.shape == (1, 0, 2, 2)
+    with pytest.raises(DavaeError, match="detail_channels must be at least 0, not -1"):
+        LatentLayout(4, -1)
