@@ -77,6 +77,15 @@ def test_a_run_that_stops_ends_like_one_that_does_not(tmp_path, stops):
     )
 
 
+def test_modules_that_come_in_eval_mode_are_trained_in_train_mode(tmp_path):
+    stage = _Stage(steps=1)
+    stage.objective.eval()
+    stage.objective.register_forward_pre_hook(lambda module, _: modes.append(module.layer.training))
+    modes = []
+    train(stage, tmp_path, {})
+    assert modes == [True]
+
+
 def test_every_image_once_an_epoch(tmp_path):
     stage = _Stage(steps=7)
     train(stage, tmp_path, {})

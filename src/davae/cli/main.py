@@ -6,6 +6,7 @@ import logging
 import sys
 
 import typer
+from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -39,6 +40,7 @@ def _options(
     handler = RichHandler(console=console, show_path=False, show_level=False, omit_repeated_times=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
     logging.getLogger("davae").setLevel(logging.DEBUG if verbose else logging.INFO)
+    disable_progress_bar()  # diffusers' own, of a second's loading
     if version:
         typer.echo(f"davae {__version__}")
         raise typer.Exit

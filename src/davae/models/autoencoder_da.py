@@ -163,7 +163,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             detail_std=None,
         )
         for part in model.children():
-            part.to(device=base.device, dtype=base.dtype)
+            nn.Module.to(part, device=base.device, dtype=base.dtype)  # diffusers' own warns of islands
         model.base.load_state_dict(base.state_dict())
         model.detail_encoder.load_state_dict(model.adapter.detail_encoder(base).state_dict())
         model.joint_decoder.load_state_dict(model.adapter.joint_decoder(base).state_dict())

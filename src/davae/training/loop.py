@@ -121,7 +121,7 @@ def train(
 
     stage.to(accelerator.device)
     for player in stage.players:
-        player.module.to(accelerator.device)
+        player.module.to(accelerator.device).train()  # loaded models come in eval mode
         if loop.channels_last:
             player.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     modules, optimizers = [], []
