@@ -30,7 +30,7 @@ def load_tiny() -> ClassConditionalPipeline:
         raise DavaeError(
             f"the embedded base is missing from {TINY}; reinstall davae, or run `davae train base`"
         )
-    return ClassConditionalPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
+    return ClassConditionalPipeline.from_pretrained(TINY, dtype=torch.float32)
 
 
 def debug_base(seed: int = 0) -> ClassConditionalPipeline:
