@@ -48,6 +48,32 @@ def test_a_restored_optimizer_goes_on_as_if_nothing_happened(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_moments_get_the_memory_order_of_their_weights(tmp_path):
+    """Fused AdamW walks through memory: a channels-last weight needs channels-last moments."""
+
+    def fresh():
+        torch.manual_seed(0)
+        layer = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+        return layer, torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+
+    def step(layer, optimizer, seed):
+        images = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        layer(images.contiguous(memory_format=torch.channels_last)).square().mean().backward()
+        optimizer.step()
+
+    layer, optimizer = fresh()
+    step(layer, optimizer, 0)
+    save_checkpoint(tmp_path, 1, {"m": module_tensors(layer), "o": optimizer_tensors(optimizer)}, {}, keep=1)
+    other, other_optimizer = fresh()
+    tensors, _ = load_checkpoint(checkpoints(tmp_path)[-1])
+    restore_module(other, tensors["m"], tmp_path)
+    restore_optimizer(other_optimizer, tensors["o"])
+    step(layer, optimizer, 1)
+    step(other, other_optimizer, 1)
+    assert torch.equal(layer.weight, other.weight)
+
+
 def test_frozen_weights_are_not_written():
     model, _ = _fresh()
     assert "0.bias" not in module_tensors(model)

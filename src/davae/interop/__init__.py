@@ -2,8 +2,8 @@
 
 * :mod:`~davae.interop.official_autoencoders`: ``convert_imagenet`` and ``convert_sd3`` give an ``AutoencoderDA``.
 * :mod:`~davae.interop.official_lightningdit`: ``load`` gives a ``LightningDiTTransformer2DModel``.
-* :mod:`~davae.interop.official_sd3_transformer`: ``load_transformer`` gives a widened ``SD3Transformer2DModel``; latents in
-  the authors' detail-first order are reordered by ``from_official_order``.
+* :mod:`~davae.interop.official_sd3_transformer`: ``load_transformer`` gives a widened ``SD3Transformer2DModel``;
+  latents in the authors' detail-first order are reordered by ``from_official_order``.
 * :mod:`~davae.interop.checkpoints`: safetensors, and ``.pt`` or ``.ckpt`` through ``weights_only=True``.
 
 Every key is accounted for; one that is missing or unknown is an error that names it.
