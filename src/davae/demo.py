@@ -234,7 +234,7 @@ def _compare_cost(
     base: ClassConditionalPipeline, upgraded: ClassConditionalPipeline, recipe: UpgradeRecipe
 ) -> tuple[ThreeWay[float], ThreeWay[float]]:
     """FLOPs and seconds of an image: base, the base asked for the full resolution, and upgraded."""
-    full, batch = recipe.data.resolution, 4
+    full, batch = recipe.data.resolution, 2
     sample = recipe.diffusion.sample
 
     def generating(pipe: ClassConditionalPipeline, side: int | None, count: int) -> Callable[[], object]:
