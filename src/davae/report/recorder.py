@@ -146,7 +146,7 @@ class FigureRecorder:
             title="Samples",
             text="Generated from the same seeds with the same number of tokens. Left, the base's sample, "
             "upscaled; right, the upgraded pipeline's, which generates the detail channels as well. The "
-            "scene should stay about the same and its edges and textures become finer.",
+            "scene stays about the same, or changes where tuning moved the base; edges and textures become finer.",
             columns={"Base, upscaled": base, "Upgraded": upgraded},
             captions=captions,
             zoom=max(upgraded.shape[-1] // 4, 8),
