@@ -1,19 +1,31 @@
 """Checkpoints hold everything, are whole or absent, and refuse what does not fit."""
 
+import errno
+import os
+import subprocess
+
 import pytest
 import torch
 from torch import nn
 
 from davae.errors import DavaeError
-from davae.training.checkpoint import (
-    checkpoints,
-    load_checkpoint,
-    module_tensors,
-    optimizer_tensors,
-    restore_module,
-    restore_optimizer,
-    save_checkpoint,
-)
+from davae.training.checkpoint import checkpoints, load_checkpoint, newest_whole, save_checkpoint
+from davae.training.checkpoint_writer import CheckpointWriter
+from davae.training.module_state import module_tensors, optimizer_tensors, restore_module, restore_optimizer
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte, where the tests may make one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if made.returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 def _trained(steps, model, optimizer):
@@ -86,17 +98,93 @@ def test_only_the_newest_stay_and_order_is_by_step(tmp_path):
     assert [p.name for p in checkpoints(tmp_path)] == ["step-20", "step-100"]
 
 
-def test_a_partial_folder_is_no_checkpoint(tmp_path):
+def test_a_partial_folder_is_no_checkpoint_and_is_swept_away(tmp_path):
     (tmp_path / ".step-7.partial").mkdir()
+    (tmp_path / ".step-3.removed").mkdir()
+    assert checkpoints(tmp_path) == []
     save_checkpoint(tmp_path, 5, {"model": {"w": torch.ones(1)}}, {}, keep=2)
-    assert [p.name for p in checkpoints(tmp_path)] == ["step-5"]
+    assert [p.name for p in tmp_path.iterdir()] == ["step-5"]
 
 
-def test_a_damaged_file_is_named(tmp_path):
+def _damage_flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def _damage_truncate(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", [_damage_flip, _damage_truncate, lambda path: path.unlink()])
+def test_the_newest_whole_checkpoint_is_used_and_the_broken_one_reported(tmp_path, caplog, damage, file):
+    for step in (5, 6):
+        save_checkpoint(tmp_path, step, {"model": {"w": torch.full((4,), float(step))}}, {}, keep=2)
+    damage(tmp_path / "step-6" / file)
+    path, tensors, values = newest_whole(tmp_path)
+    assert (path.name, values["step"]) == ("step-5", 5)
+    assert torch.equal(tensors["model"]["w"], torch.full((4,), 5.0))
+    assert "step-6 is broken" in caplog.text
+
+
+def test_no_whole_checkpoint_is_not_a_fresh_start(tmp_path):
     path = save_checkpoint(tmp_path, 5, {"model": {"w": torch.ones(1)}}, {}, keep=2)
-    (path / "model.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(DavaeError, match=r"step-5 cannot be read"):
-        load_checkpoint(path)
+    (path / "manifest.json").unlink()
+    with pytest.raises(DavaeError, match="none of the 1 checkpoints"):
+        newest_whole(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_ones_whole_and_says_so(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 5, {"model": {"w": torch.ones(1)}}, {}, keep=1)
+
+    def full(named, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("davae.training.checkpoint.save_file", full)
+    with pytest.raises(
+        DavaeError, match=r"disk is full: the checkpoint of step 6 needs 4 MB.*step-5 is whole"
+    ):
+        save_checkpoint(tmp_path, 6, {"model": {"w": torch.ones(10**6)}}, {}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-5"]
+    load_checkpoint(tmp_path / "step-5")
+
+
+def test_on_a_disk_that_is_really_full(small_disk):
+    save_checkpoint(small_disk, 5, {"model": {"w": torch.ones(10)}}, {}, keep=2)
+    with pytest.raises(DavaeError, match="disk is full"):
+        save_checkpoint(small_disk, 6, {"model": {"w": torch.ones(10**6)}}, {}, keep=2)
+    assert newest_whole(small_disk)[0].name == "step-5"
+
+
+def test_the_writer_takes_its_copy_at_once_and_keeps_the_best(tmp_path):
+    weight = torch.zeros(3)
+    with CheckpointWriter(tmp_path, keep=1, best_mode="max") as writer:
+        for step, value in ((1, 0.1), (2, 0.9), (3, 0.5), (4, None)):
+            weight.fill_(step)
+            writer.save(step, {"model": {"w": weight}}, {}, watched=value)
+            weight.fill_(-1)  # training goes on
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-2", "step-4"]
+    for step in (2, 4):
+        assert torch.equal(
+            load_checkpoint(tmp_path / f"step-{step}")[0]["model"]["w"], torch.full((3,), step)
+        )
+    again = CheckpointWriter(tmp_path, keep=1, best_mode="max")
+    assert not again.is_best(0.8)
+    assert again.is_best(1.0)
+
+
+def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(tmp_path, monkeypatch):
+    def broken(*_args, **_kwargs):
+        raise DavaeError("the disk is full")
+
+    monkeypatch.setattr("davae.training.checkpoint_writer.save_checkpoint", broken)
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(1, {}, {})
+    with pytest.raises(DavaeError, match="disk is full"):
+        writer.wait()
+    writer.wait()  # told once
 
 
 def test_other_weights_are_refused_by_name(tmp_path):

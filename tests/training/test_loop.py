@@ -1,15 +1,21 @@
 """The loop on a stage small enough to follow: stopping, continuing, averaging, schedules, guards."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from davae.errors import DavaeError
-from davae.training.loop import Player, Stage, learning_rate, train
+from davae.training.checkpoint import checkpoints
+from davae.training.loop import Player, Stage, train
+from davae.training.optimizers import learning_rate
 from davae.training.run_directory import read_metrics
 from davae.training.settings import LoopSettings, OptimizerSettings
+from davae.training.stopping import TrainingStopped
 
 
 class _Numbers(torch.utils.data.Dataset):
@@ -115,12 +121,124 @@ def test_accumulated_micro_steps_equal_one_gradient(tmp_path):
     assert logged["total"] == pytest.approx(float(total), rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(tmp_path):
-    stage = _Stage()
-    stage.objective.bad_step = 5
-    with pytest.raises(DavaeError, match="toy: 'total' is not finite at step 6"):
+def test_a_step_that_is_not_finite_is_left_out_counted_and_told(tmp_path, caplog):
+    """The weights go on as if the step had not been; the term and the images are named."""
+    stage = _Stage(steps=3)
+    stage.objective.bad_step = 1
+    weights = []
+    stage.validate = lambda samples, step: {"weight": 0.0}
+    stage.objective.register_forward_pre_hook(lambda *_: weights.append(_weights(stage).clone()))
+    train(stage, tmp_path, {})
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])  # the second step was left out
+    assert not torch.equal(weights[2], _weights(stage))
+    assert _weights(stage).isfinite().all()
+    told = json.loads((tmp_path / "skipped_steps.jsonl").read_text())
+    assert (told["step"], told["terms"], told["ids"]) == (2, ["total"], stage.objective.seen[2:4])
+    assert "step 2 is skipped: loss 'total' is not finite" in caplog.text
+    logged = read_metrics(tmp_path / "metrics.jsonl")
+    assert "total" not in logged[1]
+    assert [line.get("skipped_steps") for line in logged[:3]] == [None, 1, 1]
+
+
+def test_a_gradient_that_is_not_finite_names_its_layer(tmp_path, caplog):
+    stage = _Stage(steps=2)
+    stage.objective.layer.bias.register_hook(lambda g: g * float("inf"))
+    train(stage, tmp_path, {})
+    assert "the gradient of layer.bias is not finite" in caplog.text
+    assert torch.equal(_weights(stage), _weights(_Stage()))
+
+
+def test_too_steep_a_step_is_skipped(tmp_path):
+    stage = _Stage(steps=2, skip_grad_norm=1e-6)
+    train(stage, tmp_path, {})
+    assert torch.equal(_weights(stage), _weights(_Stage()))
+    told = (tmp_path / "skipped_steps.jsonl").read_text().splitlines()
+    assert len(told) == 2
+    assert "exceeds skip_grad_norm" in told[0]
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
+    stage = _Stage(max_skipped_steps=3)
+    stage.objective.layer.weight.register_hook(lambda g: g * float("nan") if len(seen) > 2 else g)
+    seen = []
+    stage.objective.register_forward_pre_hook(lambda *_: seen.append(1))
+    with pytest.raises(DavaeError, match=r"toy: 3 steps in a row"):
         train(stage, tmp_path, {})
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-4"]
+    assert len(seen) == 5
+    batch = load_file(tmp_path / "failure" / "batch.safetensors")
+    assert batch["image"].shape == (2, 3)
+    assert json.loads((tmp_path / "failure" / "batch.json").read_text())["id"] == stage.objective.seen[-2:]
+    assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step-4", "step-5"]
+
+
+def test_running_statistics_survive_a_bad_step(tmp_path):
+    stage = _Stage(steps=1)
+    norm = nn.BatchNorm1d(3)
+    stage.objective.layer = nn.Sequential(norm, nn.Linear(3, 1))
+    stage.objective.bad_step = 0
+    stage.validate = lambda samples, step: {"weight": 0.0}
+    train(stage, tmp_path, {})
+    assert torch.equal(norm.running_mean, torch.zeros(3))
+    assert int(norm.num_batches_tracked) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_later(tmp_path, number):
+    whole = _Stage()
+    train(whole, tmp_path / "whole", {})
+    stage = _Stage()
+    stage.objective.register_forward_pre_hook(
+        lambda *_: os.kill(os.getpid(), number) if len(stage.objective.seen) == 4 else None
+    )
+    handler = signal.getsignal(number)
+    with pytest.raises(TrainingStopped, match=r"after step 3 of 8; everything is saved"):
+        train(stage, tmp_path / "parts", {})
+    assert signal.getsignal(number) is handler
+    last = _Stage()
+    train(last, tmp_path / "parts", {})
+    assert torch.equal(_weights(whole), _weights(last))
+
+
+def test_two_runs_in_one_directory_are_refused(tmp_path):
+    refused = []
+
+    class _Second(_Stage):
+        def validate(self, samples, step):
+            with pytest.raises(DavaeError, match=f"is in use: process {os.getpid()} on .* trains there"):
+                train(_Stage(), tmp_path, {})
+            refused.append(True)
+            return {"weight": 0.0}
+
+    train(_Second(), tmp_path, {})
+    assert refused
+    train(_Stage(), tmp_path, {})  # free again
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    stage = _Stage(
+        steps=6, validate_every=1, checkpoints_total_limit=1, best_metric="value", checkpoint_every=3
+    )
+    values = {1: 5.0, 2: 1.0, 3: 2.0, 4: 3.0, 5: 4.0, 6: 5.0}
+    stage.validate = lambda samples, step: {"value": values[step]}
+    train(stage, tmp_path, {})
+    assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step-2", "step-6"]
+    stage = _Stage(best_metric="psnr", checkpoint_every=3)
+    with pytest.raises(DavaeError, match=r"best_metric is 'psnr'.*measures weight"):
+        train(stage, tmp_path / "other", {})
+
+
+def test_out_of_memory_says_what_helps_in_order(tmp_path):
+    stage = _Stage(gradient_accumulation=2)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    stage.objective.register_forward_pre_hook(full)
+    with pytest.raises(
+        DavaeError, match=r"\(1\) .*gradient_checkpointing=true; \(2\) .*bf16; \(3\) .*batch_size=1 with .*=4"
+    ):
+        train(stage, tmp_path, {})
 
 
 def test_another_recipe_in_the_same_directory_is_refused(tmp_path):

@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 from davae import __version__
 from davae.cli import demo, doctor, generate, reconstruct, report, train, upgrade
 from davae.errors import DavaeError
+from davae.training.stopping import TrainingStopped
 
 app = typer.Typer(
     help="Larger images from the same number of tokens, for any latent diffusion model.",
@@ -53,6 +54,9 @@ def main() -> None:
     except DavaeError as error:
         Console(stderr=True).print(f"davae: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)
+    except TrainingStopped as stopped:
+        Console(stderr=True).print(f"davae: {stopped}", markup=False, highlight=False)
+        sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         Console(stderr=True).print("davae: stopped; the same command continues from the last checkpoint")
         sys.exit(130)

@@ -1,35 +1,48 @@
 """Checkpoints: everything a run needs to go on exactly, in safetensors and JSON.
 
-A checkpoint is a folder ``checkpoints/step-N`` with one ``<name>.safetensors`` for each part (weights,
-averages, optimizer moments, random state) and ``state.json`` for the plain values. It is written under a
-temporary name, flushed to disk and then renamed, so a folder named ``step-N`` is always whole.
+A checkpoint is a folder ``checkpoints/step-N`` with one ``<name>.safetensors`` for each part (weights, averages,
+optimizer moments), ``state.json`` for the plain values and ``manifest.json`` with the size and SHA-256 of each
+file. It is written under a temporary name, flushed to disk and then renamed, so a folder named ``step-N`` was
+whole when it got its name; the manifest shows whether it still is.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from davae.errors import DavaeError
 
 logger = logging.getLogger(__name__)
+Tensors = dict[str, dict[str, Tensor]]
+"""Named tensors by file name without suffix."""
+
+MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any], *, keep: int
+    folder: Path,
+    step: int,
+    tensors: Tensors,
+    values: dict[str, Any],
+    *,
+    keep: int,
+    protected: Collection[int] = (),
 ) -> Path:
-    """Write ``folder/step-<step>`` and remove all but the newest ``keep`` checkpoints.
+    """Write ``folder/step-<step>`` and remove all but the newest ``keep`` checkpoints and the ``protected`` ones.
 
     Args:
         folder: the run's ``checkpoints`` folder.
@@ -37,102 +50,101 @@ def save_checkpoint(
         tensors: file name (without suffix) to named tensors.
         values: everything else, as JSON.
         keep: how many checkpoints stay.
+        protected: steps whose checkpoints stay besides.
+
+    Raises:
+        DavaeError: the disk is full; the checkpoints before are untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final, partial = folder / f"step-{step}", folder / f".step-{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for name, named in tensors.items():
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in named.items()}, partial / f"{name}.safetensors"
-        )
-    (partial / "state.json").write_text(json.dumps({"step": step, **values}))
-    for file in partial.iterdir():
-        _flush(file)
+    partial = folder / f".step-{step}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".step-*"):  # of a run that was killed
+            shutil.rmtree(leftover)
+        partial.mkdir()
+        for name, named in tensors.items():
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in named.items()}, partial / f"{name}.safetensors"
+            )
+        (partial / "state.json").write_text(json.dumps({"step": step, **values}))
+        files = {file.name: _facts(file) for file in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps(files, indent=1))
+        for file in partial.iterdir():
+            _flush(file)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not _is_full_disk(error):
+            raise
+        raise DavaeError(_told_full(folder, step, tensors)) from error
+    final = folder / f"step-{step}"
     if final.exists():
-        shutil.rmtree(final)
+        _remove(final)
     partial.rename(final)
     _flush(folder)
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        if step_of(old) not in protected:
+            _remove(old)
     return final
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first."""
+    """The checkpoints in a folder, oldest first; see :func:`load_checkpoint` for whether they are whole."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted((p for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)), key=step_of)
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def newest_whole(folder: Path) -> tuple[Path, Tensors, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, with its content; broken ones are reported and passed over.
+
+    Raises:
+        DavaeError: there are checkpoints and none is whole. Beginning anew would overwrite what is left of them.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        try:
+            return path, *load_checkpoint(path)
+        except DavaeError as error:
+            logger.warning("%s", error)
+    if found:
+        raise DavaeError(
+            f"none of the {len(found)} checkpoints in {folder} is whole; move the folder away to start anew"
+        )
+    return None
+
+
+def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """Read what :func:`save_checkpoint` wrote: tensors by file name, and the plain values.
 
     Raises:
-        DavaeError: a file is missing or damaged.
+        DavaeError: a file is missing, or is not what the manifest says.
     """
     try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, facts in manifest.items():
+            if _facts(path / name) != facts:
+                raise DavaeError(f"checkpoint {path} is broken: {name} is not what was written; not used")
         values = json.loads((path / "state.json").read_text())
-        tensors = {p.stem: load_file(p) for p in sorted(path.glob("*.safetensors"))}
+        tensors = {Path(n).stem: load_file(path / n) for n in manifest if n.endswith(".safetensors")}
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise DavaeError(
-            f"checkpoint {path} cannot be read ({error}); remove it to use the one before"
-        ) from error
+        raise DavaeError(f"checkpoint {path} is broken: it cannot be read ({error}); not used") from error
     return tensors, values
 
 
-def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a module that training changes: trained parameters and buffers."""
-    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    frozen = {n for n, p in module.named_parameters() if not p.requires_grad}
-    buffers = {n: b for n, b in module.state_dict().items() if n not in trained and n not in frozen}
-    return {**trained, **buffers}
+def _facts(file: Path) -> dict[str, Any]:
+    with file.open("rb") as content:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
-@torch.no_grad()
-def restore_module(module: nn.Module, saved: dict[str, Tensor], where: Path) -> None:
-    """Copy saved tensors into a module; both must hold exactly the same names and shapes."""
-    current = module_tensors(module)
-    if current.keys() != saved.keys():
-        differing = sorted(current.keys() ^ saved.keys())
-        raise DavaeError(
-            f"checkpoint {where} holds other weights than this run trains: "
-            f"{len(differing)} names differ, first '{differing[0]}'"
-        )
-    for name, tensor in current.items():
-        if tensor.shape != saved[name].shape:
-            raise DavaeError(
-                f"checkpoint {where}: '{name}' has shape {tuple(saved[name].shape)}, expected {tuple(tensor.shape)}"
-            )
-        tensor.copy_(saved[name])
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's moments as ``<parameter index>.<name>``."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value)
-        for index, entry in state.items()
-        for name, value in entry.items()
-    }
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
-    """Put moments written by :func:`optimizer_tensors` back.
-
-    Files hold contiguous tensors. Moments get the memory order of their parameter again, as fused optimizers
-    expect: a channels-last weight with contiguous moments would be updated wrongly.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in saved.items():
-        index, _, name = key.partition(".")
-        parameter = parameters[int(index)]
-        if value.shape == parameter.shape:
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint so that a kill in the middle leaves no half of it under its name."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _flush(path: Path) -> None:
@@ -142,3 +154,20 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_full_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error)
+
+
+def _told_full(folder: Path, step: int, tensors: Tensors) -> str:
+    needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
+    kept = checkpoints(folder)
+    return (
+        f"the disk is full: the checkpoint of step {step} needs {needed / 1e6:.0f} MB, "
+        f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free in {folder}. "
+        + (f"{kept[-1].name} is whole" if kept else "There is no older checkpoint")
+        + "; make room (or lower checkpoints_total_limit) and run the same command again"
+    )

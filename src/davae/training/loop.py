@@ -11,9 +11,10 @@ would have seen, and ends with the same weights.
 from __future__ import annotations
 
 import logging
-import math
+import signal
 from abc import ABC, abstractmethod
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,17 @@ from torch import Tensor, nn
 
 from davae.data import BatchStream, SkipLedger
 from davae.errors import DavaeError
-from davae.training.checkpoint import (
-    checkpoints,
-    load_checkpoint,
-    module_tensors,
-    optimizer_tensors,
-    restore_module,
-    restore_optimizer,
-    save_checkpoint,
-)
+from davae.training.checkpoint import newest_whole
+from davae.training.checkpoint_writer import CheckpointWriter
 from davae.training.ema import Ema
+from davae.training.guards import KeptBuffers, StepGuard, told_out_of_memory
+from davae.training.module_state import module_tensors, optimizer_tensors, restore_module, restore_optimizer
+from davae.training.optimizers import learning_rate, make_optimizer
 from davae.training.progress import Progress
 from davae.training.run_directory import RunDirectory
 from davae.training.settings import LoopSettings, OptimizerSettings
+from davae.training.stopping import StopRequest, TrainingStopped
+from davae.training.window import LossWindow
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +93,9 @@ class TrainResult:
 def train(
     stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | None = None
 ) -> TrainResult | None:
-    """Train a stage in the run directory ``out``, from its newest checkpoint where there is one.
+    """Train a stage in the run directory ``out``, from its newest whole checkpoint where there is one.
+
+    SIGINT and SIGTERM finish the step, save and raise :class:`TrainingStopped`; the same call continues.
 
     Args:
         stage: what to train.
@@ -107,219 +108,269 @@ def train(
         The result, or none when ``stop_after`` ended the run early.
 
     Raises:
-        DavaeError: the directory holds another run, a loss is not finite, or most images are unreadable.
+        DavaeError: the directory holds another run or one that is running, too many steps in a row were bad,
+            the disk or the memory is full, or most images are unreadable.
+        TrainingStopped: a signal asked for it.
     """
-    loop = stage.loop
-    AcceleratorState._reset_state()  # one process may train several stages, each with its own precision
-    accelerator = Accelerator(
-        mixed_precision=loop.precision, log_with=loop.report_to or None, project_dir=str(out), cpu=_use_cpu()
-    )
-    main = accelerator.is_main_process
-    run = RunDirectory(out, recipe)
-    if loop.report_to and main:
-        accelerator.init_trackers("tracking")
-
-    stage.to(accelerator.device)
-    for player in stage.players:
-        player.module.to(accelerator.device).train()  # loaded models come in eval mode
-        if loop.channels_last:
-            player.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    modules, optimizers = [], []
-    for player in stage.players:
-        module, optimizer = accelerator.prepare(player.module, _optimizer(player))
-        modules.append(module)
-        optimizers.append(optimizer)
-    ema = Ema(stage.players[0].trained(), loop.ema_decay) if loop.ema_decay is not None else None
-    stream = BatchStream(
-        stage.dataset,
-        loop.batch_size,
-        seed=loop.seed,
-        workers=stage.workers,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-    )
-    ledger = SkipLedger.for_dataset(stage.dataset)
-
-    start = _resume(run, stage.players, optimizers, ema, stream, ledger)
-    if start:
-        logger.info("%s continues from step %d", stage.name, start)
-        run.forget_metrics_after(start)
-    window = _Window()
-    batches = iter(stream)
-    metrics: dict[str, float] = {}
-    with Progress(stage.name, loop.steps, start, enabled=main) as progress:
-        for step in range(start, loop.steps):
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            for micro in range(loop.gradient_accumulation):
-                batch = next(batches)
-                ledger.add(batch.pop("skipped", []))
-                last = micro == loop.gradient_accumulation - 1
-                batch = _to_device(batch, accelerator.device)
-                for module, player in zip(modules, stage.players):
-                    _seed_step(loop.seed, step, micro, accelerator.process_index)
-                    with nullcontext() if last else accelerator.no_sync(module), accelerator.autocast():
-                        losses = module(batch, step)
-                    accelerator.backward(losses["total"] / loop.gradient_accumulation)
-                    window.add(losses, player.name if player is not stage.players[0] else "")
-            if accelerator.device.type == "cpu":
-                window.check(stage.name, step + 1)
-            for player, optimizer in zip(stage.players, optimizers):
-                rate = learning_rate(player.optimizer, step, loop.steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group["rate_factor"]
-                if loop.max_grad_norm is not None:
-                    norm = accelerator.clip_grad_norm_(player.trained(), loop.max_grad_norm)
-                    if player is stage.players[0]:
-                        window.add({"gradient_norm": norm})
-                optimizer.step()
-            if ema is not None:
-                ema.update()
-
-            done = step + 1
-            stopping = done == stop_after
-            if done % loop.log_every == 0 or done == loop.steps:
-                window.check(stage.name, done)
-                values = window.flush() | {"learning_rate": optimizers[0].param_groups[0]["lr"]}
-                if main:
-                    run.write_metrics(done, values)
-                    accelerator.log(values, step=done)
-                progress.losses(values)
-            if done == loop.steps or (loop.validate_every and done % loop.validate_every == 0):
-                metrics = _validate(stage, ema, run, done, main)
-                if main:
-                    accelerator.log(metrics, step=done)
-            if done % loop.checkpoint_every == 0 or done == loop.steps or stopping:
-                window.check(stage.name, done)
-                if main:
-                    _save(run, done, loop, stage.players, optimizers, ema, stream, ledger)
-                accelerator.wait_for_everyone()
-            progress.advance()
-            if stopping and done < loop.steps:
-                accelerator.end_training()
-                return None
-    ledger.check()
-    with ema.applied() if ema is not None else nullcontext():
-        if not metrics:  # the run had ended before: measure again rather than report nothing
-            metrics = stage.validate(run.samples, loop.steps)
-        result = stage.export(out)
-    accelerator.end_training()
-    if ledger.count:
-        logger.warning(ledger.summary())
-    return TrainResult(out, result, loop.steps, metrics, ledger)
+    try:
+        return _Training(stage, out, recipe).run(stop_after)
+    except torch.OutOfMemoryError as error:
+        raise DavaeError(told_out_of_memory(stage.name, stage.loop)) from error
 
 
-def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
-    """Learning rate of a step: linear warm-up, then constant or a cosine down to ``lr_end``."""
-    peak, warmup = settings.learning_rate, settings.lr_warmup_steps
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if settings.lr_scheduler == "constant":
-        return peak
-    progress = (step - warmup) / max(1, steps - warmup)
-    return settings.lr_end + (peak - settings.lr_end) * (1 + math.cos(math.pi * progress)) / 2
+class _Training:
+    """A stage, prepared: what its steps need beside the model."""
 
+    def __init__(self, stage: Stage, out: Path, recipe: dict[str, Any]) -> None:
+        self.stage, self.loop, self.out = stage, stage.loop, out
+        loop = self.loop
+        AcceleratorState._reset_state()  # one process may train several stages, each with its own precision
+        self.accelerator = Accelerator(
+            mixed_precision=loop.precision,
+            log_with=loop.report_to or None,
+            project_dir=str(out),
+            cpu=_use_cpu(),
+        )
+        self.main = self.accelerator.is_main_process
+        with self.accelerator.main_process_first():
+            self.directory = RunDirectory(out, recipe, write=self.main)
+        self.metrics: dict[str, float] = {}
 
-def _optimizer(player: Player) -> torch.optim.AdamW:
-    settings = player.optimizer
-    named = [(n, p) for n, p in player.module.named_parameters() if p.requires_grad]
-    if not named:
-        raise DavaeError(f"{player.name}: no parameter is trained; check what the recipe tunes")
-    rates: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in named:
-        rates.setdefault(player.learning_rates.get(name, settings.learning_rate), []).append(parameter)
-    groups = [{"params": p, "rate_factor": rate / settings.learning_rate} for rate, p in rates.items()]
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-
-
-class _Window:
-    """Sums of losses since the last logged line, kept on the device until they are read."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, losses: dict[str, Tensor], prefix: str = "") -> None:
-        for name, value in losses.items():
-            key = f"{prefix}_{name}" if prefix else name
-            self.sums[key] = self.sums.get(key, 0.0) + value.detach().float()
-            self.counts[key] = self.counts.get(key, 0) + 1
-
-    def check(self, stage: str, step: int) -> None:
-        for name, value in self.sums.items():
-            if not torch.isfinite(value):
-                raise DavaeError(
-                    f"{stage}: '{name}' is not finite at step {step}. The last checkpoint is whole; lower the "
-                    f"learning rate, set loop.max_grad_norm, or use loop.precision=no to find the cause"
+    def run(self, stop_after: int | None) -> TrainResult | None:
+        """All steps that are left, then the result."""
+        with ExitStack() as opened:
+            if self.main:
+                opened.enter_context(self.directory.locked())
+            self._prepare()
+            self.writer = opened.enter_context(
+                CheckpointWriter(
+                    self.directory.checkpoints,
+                    keep=self.loop.checkpoints_total_limit,
+                    best_mode=self.loop.best_mode,
                 )
+            )
+            self.stop = opened.enter_context(StopRequest())
+            finished = self._steps(self._resume(), stop_after)
+            self.writer.wait()
+            result = self._result() if finished else None
+        self.accelerator.end_training()
+        return result
 
-    def flush(self) -> dict[str, float]:
-        means = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
-        self.sums, self.counts = {}, {}
-        return means
+    def _prepare(self) -> None:
+        stage, loop, accelerator = self.stage, self.loop, self.accelerator
+        if loop.report_to and self.main:
+            accelerator.init_trackers("tracking")
+        stage.to(accelerator.device)
+        for player in stage.players:
+            player.module.to(accelerator.device).train()  # loaded models come in eval mode
+            if loop.channels_last:
+                player.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.modules, self.optimizers = [], []
+        for player in stage.players:
+            optimizer = make_optimizer(player.name, player.module, player.optimizer, player.learning_rates)
+            module, optimizer = accelerator.prepare(player.module, optimizer)
+            self.modules.append(module)
+            self.optimizers.append(optimizer)
+        self.ema = Ema(stage.players[0].trained(), loop.ema_decay) if loop.ema_decay is not None else None
+        self.stream = BatchStream(
+            stage.dataset,
+            loop.batch_size,
+            seed=loop.seed,
+            workers=stage.workers,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+        self.ledger = SkipLedger.for_dataset(stage.dataset)
+        self.window = LossWindow()
+        self.guard = StepGuard(stage.name, loop, self.out)
 
+    def _steps(self, start: int, stop_after: int | None) -> bool:
+        """The loop. Returns whether it went to its end."""
+        loop = self.loop
+        batches = iter(self.stream)
+        with Progress(self.stage.name, loop.steps, start, enabled=self.main) as progress:
+            for step in range(start, loop.steps):
+                batch = self._step(step, batches)
+                done = step + 1
+                stopping = done == stop_after or self._asked_to_stop(done)
+                due = done % loop.log_every == 0 or done == loop.steps
+                if due or stopping or self.accelerator.device.type == "cpu":
+                    self._guard(done, batch)
+                if due:
+                    progress.losses(self._log(done))
+                watched = None
+                if done == loop.steps or (loop.validate_every and done % loop.validate_every == 0):
+                    watched = self._validate(done)
+                best = watched is not None and self.writer.is_best(watched)
+                if done % loop.checkpoint_every == 0 or done == loop.steps or stopping or best:
+                    self._guard(done, batch)
+                    self._save(done, watched)
+                self.writer.check()
+                progress.advance()
+                if stopping and done < loop.steps:
+                    if self.stop.received is not None:
+                        self.writer.wait()
+                        raise TrainingStopped(self.stage.name, done, loop.steps, self.out, self.stop.received)
+                    return False
+        return True
 
-def _validate(stage: Stage, ema: Ema | None, run: RunDirectory, step: int, main: bool) -> dict[str, float]:
-    model = stage.players[0].module
-    model.eval()
-    with ema.applied() if ema is not None else nullcontext(), torch.no_grad():
-        values = stage.validate(run.samples, step)
-    model.train()
-    if main:
-        run.write_metrics(step, values)
-    return values
+    def _step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """One optimizer step of every player; returns the last batch."""
+        loop, accelerator = self.loop, self.accelerator
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        kept = [KeptBuffers(player.module) for player in self.stage.players]
+        losses: list[list[dict[str, Tensor]]] = [[] for _ in self.modules]
+        ids: list[str] = []
+        for micro in range(loop.gradient_accumulation):
+            batch = next(batches)
+            self.ledger.add(batch.pop("skipped", []))
+            ids += batch.get("id", [])
+            last = micro == loop.gradient_accumulation - 1
+            batch = _to_device(batch, accelerator.device)
+            for i, module in enumerate(self.modules):
+                _seed_step(loop.seed, step, micro, accelerator.process_index)
+                with nullcontext() if last else accelerator.no_sync(module), accelerator.autocast():
+                    losses[i].append(module(batch, step))
+                accelerator.backward(losses[i][-1]["total"] / loop.gradient_accumulation)
+        for i, (player, optimizer) in enumerate(zip(self.stage.players, self.optimizers)):
+            for part in losses[i]:
+                self.window.add(part, "" if i == 0 else player.name)
+            rate = learning_rate(player.optimizer, step, loop.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["rate_factor"]
+            good = self._judge(step + 1, player, optimizer, losses[i], ids, log_norm=i == 0)
+            kept[i].restore_unless(good)
+            if loop.precision != "fp16":  # there the gradient scaler does the same
+                optimizer.optimizer.found_inf = (~good).float()  # read by the fused optimizer, on the device
+            optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
+        return batch
 
+    def _judge(
+        self,
+        done: int,
+        player: Player,
+        optimizer: Any,
+        losses: list[dict[str, Tensor]],
+        ids: list[str],
+        *,
+        log_norm: bool,
+    ) -> Tensor:
+        norm = None
+        self.accelerator.unscale_gradients(optimizer)
+        if self.loop.max_grad_norm is not None:
+            norm = self.accelerator.clip_grad_norm_(player.trained(), self.loop.max_grad_norm)
+            if log_norm:
+                self.window.add({"gradient_norm": norm})
+        good = self.guard.judge(done, player.name, player.module, losses, ids, norm)
+        if self.accelerator.num_processes > 1:  # all leave the step out, or none
+            votes = self.accelerator.reduce(good.float(), "sum")
+            good = votes >= self.accelerator.num_processes
+        return good
 
-def _save(
-    run: RunDirectory,
-    step: int,
-    loop: LoopSettings,
-    players: list[Player],
-    optimizers: list[Any],
-    ema: Ema | None,
-    stream: BatchStream,
-    ledger: SkipLedger,
-) -> None:
-    tensors = {}
-    for player, optimizer in zip(players, optimizers):
-        tensors[player.name] = module_tensors(player.module)
-        tensors[f"{player.name}_optimizer"] = optimizer_tensors(optimizer)
-    values: dict[str, Any] = {"stream": stream.state_dict(), "skipped": ledger.state_dict()}
-    if ema is not None:
-        tensors["averages"] = {str(i): a for i, a in enumerate(ema.averages)}
-        values["ema_updates"] = ema.updates
-    save_checkpoint(run.checkpoints, step, tensors, values, keep=loop.checkpoints_total_limit)
+    def _guard(self, done: int, batch: dict[str, Any]) -> None:
+        self.guard.read()
+        if self.guard.exhausted:
+            self._save(done, None)
+            self.writer.wait()
+            self.guard.give_up(batch)
 
+    def _asked_to_stop(self, done: int) -> bool:
+        if self.accelerator.num_processes == 1:
+            return self.stop.received is not None
+        if done % self.loop.log_every:  # agreed where the processes meet anyway
+            return False
+        asked = torch.tensor(float(self.stop.received is not None), device=self.accelerator.device)
+        if not float(self.accelerator.reduce(asked, "sum")):
+            return False
+        self.stop.received = self.stop.received or signal.SIGTERM
+        return True
 
-def _resume(
-    run: RunDirectory,
-    players: list[Player],
-    optimizers: list[Any],
-    ema: Ema | None,
-    stream: BatchStream,
-    ledger: SkipLedger,
-) -> int:
-    found = checkpoints(run.checkpoints)
-    if not found:
-        return 0
-    tensors, values = load_checkpoint(found[-1])
-    for player, optimizer in zip(players, optimizers):
-        restore_module(player.module, tensors[player.name], found[-1])
-        restore_optimizer(optimizer, tensors[f"{player.name}_optimizer"])
-    if ema is not None:
-        ema.updates = values["ema_updates"]
-        for i, average in enumerate(ema.averages):
-            average.copy_(tensors["averages"][str(i)])
-    stream.load_state_dict(values["stream"])
-    ledger.load_state_dict(values["skipped"])
-    return int(values["step"])
+    def _log(self, done: int) -> dict[str, float]:
+        names, sums = self.window.tensors()
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        values = self.window.means(names, sums)
+        values["learning_rate"] = self.optimizers[0].param_groups[0]["lr"]
+        if self.guard.skipped:
+            values["skipped_steps"] = self.guard.skipped
+        if self.main:
+            self.directory.write_metrics(done, values)
+            self.accelerator.log(values, step=done)
+        return values
+
+    def _validate(self, done: int) -> float | None:
+        """Measure; returns the watched metric, where one is watched."""
+        model = self.stage.players[0].module
+        model.eval()
+        with self.ema.applied() if self.ema is not None else nullcontext(), torch.no_grad():
+            self.metrics = self.stage.validate(self.directory.samples, done)
+        model.train()
+        if self.main:
+            self.directory.write_metrics(done, self.metrics)
+            self.accelerator.log(self.metrics, step=done)
+        best = self.loop.best_metric
+        if best is None:
+            return None
+        if best not in self.metrics:
+            raise DavaeError(
+                f"loop.best_metric is '{best}', which {self.stage.name} does not measure; it measures "
+                f"{', '.join(self.metrics)}"
+            )
+        return self.metrics[best]
+
+    def _save(self, done: int, watched: float | None) -> None:
+        if self.main:
+            tensors = {}
+            for player, optimizer in zip(self.stage.players, self.optimizers):
+                tensors[player.name] = module_tensors(player.module)
+                tensors[f"{player.name}_optimizer"] = optimizer_tensors(optimizer)
+            values: dict[str, Any] = {
+                "stream": self.stream.state_dict(),
+                "skipped": self.ledger.state_dict(),
+                "guard": {"skipped": self.guard.skipped, "in_a_row": 0}
+                if self.guard.exhausted
+                else self.guard.state_dict(),
+            }
+            if self.ema is not None:
+                tensors["averages"] = {str(i): a for i, a in enumerate(self.ema.averages)}
+                values["ema_updates"] = self.ema.updates
+            self.writer.save(done, tensors, values, watched=watched)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> int:
+        """Put the newest whole checkpoint back; returns its step, 0 where there is none."""
+        found = newest_whole(self.directory.checkpoints)
+        if found is None:
+            return 0
+        path, tensors, values = found
+        for player, optimizer in zip(self.stage.players, self.optimizers):
+            restore_module(player.module, tensors[player.name], path)
+            restore_optimizer(optimizer, tensors[f"{player.name}_optimizer"])
+        if self.ema is not None:
+            self.ema.updates = values["ema_updates"]
+            for i, average in enumerate(self.ema.averages):
+                average.copy_(tensors["averages"][str(i)])
+        self.stream.load_state_dict(values["stream"])
+        self.ledger.load_state_dict(values["skipped"])
+        self.guard.load_state_dict(values["guard"])
+        step = int(values["step"])
+        logger.info("%s continues from step %d", self.stage.name, step)
+        if self.main:
+            self.directory.forget_metrics_after(step)
+        return step
+
+    def _result(self) -> TrainResult:
+        self.ledger.check()
+        with self.ema.applied() if self.ema is not None else nullcontext():
+            if not self.metrics:  # the run had ended before: measure again rather than report nothing
+                self.metrics = self.stage.validate(self.directory.samples, self.loop.steps)
+            result = self.stage.export(self.out)
+        if self.ledger.count:
+            logger.warning(self.ledger.summary())
+        return TrainResult(self.out, result, self.loop.steps, self.metrics, self.ledger)
 
 
 def _seed_step(seed: int, step: int, micro: int, process: int) -> None:

@@ -7,12 +7,15 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from davae.errors import DavaeError
 from davae.training.recipe import differing_keys
@@ -26,12 +29,13 @@ class RunDirectory:
     Args:
         path: the folder; made where absent.
         recipe: the resolved recipe as plain values; kept in ``config.yaml``.
+        write: off on all but one of a run's processes.
 
     Raises:
         DavaeError: the folder holds a run with other settings (each difference is named).
     """
 
-    def __init__(self, path: Path, recipe: dict[str, Any]) -> None:
+    def __init__(self, path: Path, recipe: dict[str, Any], *, write: bool = True) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
@@ -44,9 +48,33 @@ class RunDirectory:
                     f"{path} holds a run with other settings ({'; '.join(differing[:5])}"
                     f"{' ...' if len(differing) > 5 else ''}); choose another --out, or remove the folder"
                 )
+        if not write:
+            return
         path.mkdir(parents=True, exist_ok=True)
         config.write_text(yaml.safe_dump(recipe, sort_keys=False))
         (path / "environment.json").write_text(json.dumps(environment(), indent=2))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within the block no other process may train here; a killed one leaves no lock behind.
+
+        Raises:
+            DavaeError: another process trains here.
+        """
+        lock, owner = FileLock(self.path / "run.lock"), self.path / "run.owner"
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            who = owner.read_text().strip() if owner.is_file() else "another process"
+            raise DavaeError(
+                f"{self.path} is in use: {who} trains there; wait for it, stop it, or choose another --out"
+            ) from error
+        try:
+            owner.write_text(f"process {os.getpid()} on {platform.node()}\n")
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            lock.release()
 
     def write_metrics(self, step: int, values: dict[str, float]) -> None:
         """Append one line to ``metrics.jsonl``."""

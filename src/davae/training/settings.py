@@ -46,6 +46,11 @@ class LoopSettings(Section):
     """Images a process and a micro-step."""
     gradient_accumulation: Positive = 1
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """Gradients are scaled down to this norm."""
+    skip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """A step whose gradient norm exceeds this is skipped, like one that is not finite."""
+    max_skipped_steps: Positive = 10
+    """Skipped steps in a row after which the run stops and saves what is needed to find the cause."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
     channels_last: bool = True
@@ -58,6 +63,9 @@ class LoopSettings(Section):
     validation_images: Positive = 16
     checkpoint_every: Positive = 100
     checkpoints_total_limit: Positive = 2
+    best_metric: str | None = None
+    """A validation metric; the checkpoint where it was best is kept besides the newest ones."""
+    best_mode: Literal["min", "max"] = "min"
     report_to: list[str] = ["tensorboard"]
     """Trackers known to accelerate; metrics.jsonl is written in any case."""
 

@@ -1,0 +1,93 @@
+"""Writing checkpoints beside the training, so that steps do not wait for the disk."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from davae.training.checkpoint import Tensors, save_checkpoint, step_of
+
+
+class CheckpointWriter:
+    """Takes a copy of the state at once and writes it in a thread; keeps the newest ones and the best.
+
+    One checkpoint is written at a time: :meth:`save` waits for the one before. What goes wrong while writing is
+    raised by the next call. Used as a context, it finishes writing before it leaves.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        keep: how many of the newest checkpoints stay.
+        best_mode: whether small or large values of the watched metric are good.
+    """
+
+    def __init__(self, folder: Path, *, keep: int, best_mode: Literal["min", "max"] = "min") -> None:
+        self.folder, self.keep, self.best_mode = folder, keep, best_mode
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[Path] | None = None
+        self._best_file = folder / "best.json"
+        self.best: dict[str, float] | None = None
+        if self._best_file.is_file():
+            self.best = json.loads(self._best_file.read_text())
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        finally:
+            self._pool.shutdown()
+
+    def is_best(self, value: float) -> bool:
+        """Whether a value of the watched metric beats every one before."""
+        if self.best is None:
+            return True
+        return value < self.best["value"] if self.best_mode == "min" else value > self.best["value"]
+
+    def save(
+        self, step: int, tensors: Tensors, values: dict[str, Any], *, watched: float | None = None
+    ) -> None:
+        """Copy the state and begin to write it; returns before it is on the disk.
+
+        Args:
+            step: optimizer steps done.
+            tensors: file name (without suffix) to named tensors.
+            values: everything else, as JSON.
+            watched: the watched metric at this step, where it was measured.
+
+        Raises:
+            DavaeError: the checkpoint before could not be written.
+        """
+        self.wait()
+        copied = {
+            name: {k: v.detach().to("cpu", copy=True) for k, v in named.items()}
+            for name, named in tensors.items()
+        }
+        is_best = watched is not None and self.is_best(watched)
+        self._pending = self._pool.submit(self._write, step, copied, values, watched if is_best else None)
+
+    def check(self) -> None:
+        """Raise what went wrong while writing, if it is known by now."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk; raises what went wrong."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, step: int, tensors: Tensors, values: dict[str, Any], best: float | None) -> Path:
+        protected = {step} if best is not None else {int(self.best["step"])} if self.best else set()
+        path = save_checkpoint(self.folder, step, tensors, values, keep=self.keep, protected=protected)
+        if best is not None:
+            self.best = {"step": step_of(path), "value": best}
+            partial = self._best_file.with_suffix(".partial")
+            partial.write_text(json.dumps(self.best))
+            partial.replace(self._best_file)
+        return path

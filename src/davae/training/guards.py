@@ -1,0 +1,198 @@
+"""What keeps one bad step from ruining a run: it is found, left out, counted and told.
+
+A step is bad when a loss or a gradient is not finite, or the gradient's norm exceeds ``skip_grad_norm``. The
+verdict stays on the device, where the fused optimizer reads it, so that good steps never wait for it; it is
+read, and told, when losses are logged anyway.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from davae.errors import DavaeError
+from davae.training.settings import LoopSettings
+
+logger = logging.getLogger(__name__)
+_IDS_TOLD = 8
+
+
+@dataclass
+class _Verdict:
+    """One step of one player, as tensors that nobody has read yet."""
+
+    step: int
+    player: str
+    terms: list[str]
+    finite_terms: Tensor  # bool [terms]
+    finite_layers: Tensor  # bool [parameters]
+    norm: Tensor  # of the whole gradient
+    good: Tensor  # bool
+    ids: list[str]
+
+
+@dataclass
+class StepGuard:
+    """Judges the steps of a run.
+
+    Args:
+        stage: the stage's name, for messages.
+        loop: limits.
+        folder: where ``skipped_steps.jsonl`` and, at the end of patience, ``failure/`` are written.
+    """
+
+    stage: str
+    loop: LoopSettings
+    folder: Path
+    skipped: int = 0
+    """Steps left out in the whole run."""
+    in_a_row: int = 0
+    _unread: list[_Verdict] = field(default_factory=list)
+    _names: dict[str, list[str]] = field(default_factory=dict)
+
+    def judge(
+        self,
+        step: int,
+        player: str,
+        module: nn.Module,
+        losses: list[dict[str, Tensor]],
+        ids: list[str],
+        norm: Tensor | None,
+    ) -> Tensor:
+        """Whether a step is good, as a boolean on the device.
+
+        Args:
+            step: steps done when this one is.
+            player: whose step.
+            module: the player's module, with gradients.
+            losses: named losses of every micro-step.
+            ids: the images of the step.
+            norm: norm of the whole gradient, where it is known.
+        """
+        trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        self._names.setdefault(player, [n for n, _ in trained])
+        gradients = [p.grad if p.grad is not None else p.new_zeros(()) for _, p in trained]
+        norms = torch.stack([n.float() for n in torch._foreach_norm(gradients)])
+        total = norms.norm() if norm is None else norm.detach()
+        terms = [name for part in losses for name in part]
+        finite_terms = torch.stack([v.detach().isfinite().all() for part in losses for v in part.values()])
+        good = finite_terms.all() & norms.isfinite().all()
+        if self.loop.skip_grad_norm is not None:
+            good = good & (total <= self.loop.skip_grad_norm)
+        self._unread.append(_Verdict(step, player, terms, finite_terms, norms.isfinite(), total, good, ids))
+        return good
+
+    def read(self) -> None:
+        """Wait for the verdicts so far; count and tell the bad ones.
+
+        Raises:
+            DavaeError: too many bad steps in a row.
+        """
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        good = torch.stack([v.good for v in unread]).tolist()
+        by_step: dict[int, bool] = {}
+        for verdict, fine in zip(unread, good):
+            by_step[verdict.step] = by_step.get(verdict.step, True) and fine
+            if not fine:
+                self._tell(verdict)
+        for fine in by_step.values():
+            self.in_a_row = 0 if fine else self.in_a_row + 1
+            self.skipped += not fine
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether as many steps in a row were bad as ``max_skipped_steps`` allows."""
+        return self.in_a_row >= self.loop.max_skipped_steps
+
+    def give_up(self, batch: dict[str, Any]) -> None:
+        """Write the last batch beside the report of the bad steps.
+
+        Raises:
+            DavaeError: always; says where everything is.
+        """
+        failure = self.folder / "failure"
+        failure.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in batch.items() if isinstance(v, Tensor)}
+        save_file(tensors, failure / "batch.safetensors")
+        plain = {k: v for k, v in batch.items() if isinstance(v, (list, str, int))}
+        (failure / "batch.json").write_text(json.dumps(plain, indent=1))
+        raise DavaeError(
+            f"{self.stage}: {self.in_a_row} steps in a row were not finite or too steep and were skipped. Each is "
+            f"told in {self.folder / 'skipped_steps.jsonl'}, the last batch is in {failure}, the weights in the last "
+            "checkpoint. Lower the learning rate, set loop.max_grad_norm, or use loop.precision=no to find the cause"
+        )
+
+    def _tell(self, verdict: _Verdict) -> None:
+        bad_terms = [n for n, fine in zip(verdict.terms, verdict.finite_terms.tolist()) if not fine]
+        names = self._names[verdict.player]
+        layers = [n for n, fine in zip(names, verdict.finite_layers.tolist()) if not fine]
+        norm = float(verdict.norm)
+        if bad_terms:
+            what = f"loss '{bad_terms[0]}' is not finite"
+        elif layers:
+            what = f"the gradient of {layers[0]} is not finite"
+        else:
+            what = f"the gradient's norm {norm:.3g} exceeds skip_grad_norm"
+        told = ", ".join(verdict.ids[:_IDS_TOLD]) + (" ..." if len(verdict.ids) > _IDS_TOLD else "")
+        logger.warning("%s: step %d is skipped: %s (images %s)", self.stage, verdict.step, what, told)
+        line = {
+            "step": verdict.step,
+            "player": verdict.player,
+            "reason": what,
+            "terms": sorted(set(bad_terms)),
+            "layers": layers[:_IDS_TOLD],
+            "gradient_norm": norm if verdict.norm.isfinite() else None,
+            "ids": verdict.ids,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "skipped_steps.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on counting."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+
+class KeptBuffers:
+    """Running statistics of batch norms as they were before a step, to be put back when the step was bad."""
+
+    def __init__(self, module: nn.Module) -> None:
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        self._buffers = [b for m in norms for b in m.buffers(recurse=False)]
+        self._before = [b.clone() for b in self._buffers]
+
+    def restore_unless(self, good: Tensor) -> None:
+        """Put the statistics back where ``good`` (a boolean on the device) is false."""
+        for buffer, before in zip(self._buffers, self._before):
+            buffer.copy_(torch.where(good, buffer, before))
+
+
+def told_out_of_memory(stage: str, loop: LoopSettings) -> str:
+    """One line: which settings make a step fit, the cheapest first."""
+    advice = []
+    if not loop.gradient_checkpointing:
+        advice.append(f"{stage}.loop.gradient_checkpointing=true")
+    if loop.precision == "no":
+        advice.append(f"{stage}.loop.precision=bf16")
+    if loop.batch_size > 1:
+        half = loop.batch_size // 2
+        advice.append(
+            f"{stage}.loop.batch_size={half} with {stage}.loop.gradient_accumulation={2 * loop.gradient_accumulation}"
+        )
+    advice += ["data.resolution lower", "data.cache (latents and text made beforehand)"]
+    return f"{stage}: the device's memory is not enough for a step. In this order: " + "; ".join(
+        f"({i}) {a}" for i, a in enumerate(advice[:3], 1)
+    )
