@@ -1,0 +1,13 @@
+"""Ten kills, some of them while a checkpoint is written; `python -m tests.end_to_end.kills` does a hundred."""
+
+from tests.end_to_end.kills import overrides_for, run_and_kill
+
+
+def test_ten_kills_leave_no_trace(tmp_path):
+    overrides = overrides_for("debug", 10)
+    seen = run_and_kill("debug", overrides, 10, tmp_path)
+    assert seen["kills"] == 10
+    assert seen["while_writing"] >= 3
+    assert seen["broken_checkpoints"] == []
+    assert seen["files"] > 4
+    assert seen["differing"] == []
