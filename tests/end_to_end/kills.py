@@ -113,7 +113,9 @@ def main() -> None:
     asked = parser.parse_args()
     overrides = overrides_for(asked.recipe, asked.kills)
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(run_and_kill(asked.recipe, overrides, asked.kills, Path(folder), asked.seed), indent=1))
+        print(
+            json.dumps(run_and_kill(asked.recipe, overrides, asked.kills, Path(folder), asked.seed), indent=1)
+        )
 
 
 def overrides_for(recipe: str, kills: int) -> list[str]:

@@ -113,7 +113,7 @@ def test_accumulated_micro_steps_equal_one_gradient(tmp_path):
     total = 0.0
     for micro in range(2):
         batch = next(stream)
-        _seed_step(0, 0, micro, 0)
+        _seed_step(0, 0, micro)
         total = total + fresh(batch, 0)["total"] / 2
     total.backward()
     norm = torch.cat([p.grad.flatten() for p in fresh.parameters()]).norm()

@@ -4,7 +4,7 @@ A :class:`Stage` says what is trained and what a step costs; :func:`train` does 
 accumulation, clipping, averages, learning rates, metrics, validation, checkpoints and going on after a stop.
 
 All randomness inside a step (noise, dropout, time) is drawn from generators seeded by
-``(seed, step, micro-step, process)``. A run that stops and continues therefore sees what an uninterrupted one
+``(seed, step, micro-step)``. A run that stops and continues therefore sees what an uninterrupted one
 would have seen, and ends with the same weights.
 """
 
@@ -14,7 +14,7 @@ import logging
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from davae.data import BatchStream, SkipLedger
@@ -35,6 +36,7 @@ from davae.training.optimizers import learning_rate, make_optimizer
 from davae.training.progress import Progress
 from davae.training.run_directory import RunDirectory
 from davae.training.settings import LoopSettings, OptimizerSettings
+from davae.training.shared_draws import SharedDraws
 from davae.training.stopping import StopRequest, TrainingStopped
 from davae.training.window import LossWindow
 
@@ -153,7 +155,10 @@ class _Training:
             finished = self._steps(self._resume(), stop_after)
             self.writer.wait()
             result = self._result() if finished else None
-        self.accelerator.end_training()
+        for (
+            tracker
+        ) in self.accelerator.trackers:  # end_training would leave the other stages without processes
+            tracker.finish()
         return result
 
     def _prepare(self) -> None:
@@ -229,8 +234,9 @@ class _Training:
             last = micro == loop.gradient_accumulation - 1
             batch = _to_device(batch, accelerator.device)
             for i, module in enumerate(self.modules):
-                _seed_step(loop.seed, step, micro, accelerator.process_index)
-                with nullcontext() if last else accelerator.no_sync(module), accelerator.autocast():
+                _seed_step(loop.seed, step, micro)
+                synced = nullcontext() if last else accelerator.no_sync(module)
+                with synced, accelerator.autocast(), self._draws():
                     losses[i].append(module(batch, step))
                 accelerator.backward(losses[i][-1]["total"] / loop.gradient_accumulation)
         for i, (player, optimizer) in enumerate(zip(self.stage.players, self.optimizers)):
@@ -247,6 +253,12 @@ class _Training:
         if self.ema is not None:
             self.ema.update()
         return batch
+
+    def _draws(self) -> AbstractContextManager[Any]:
+        world = self.accelerator.num_processes
+        if world == 1:
+            return nullcontext()
+        return SharedDraws(self.accelerator.process_index, world, self.loop.batch_size)
 
     def _judge(
         self,
@@ -303,14 +315,15 @@ class _Training:
 
     def _validate(self, done: int) -> float | None:
         """Measure; returns the watched metric, where one is watched."""
+        if not self.main:
+            return None
         model = self.stage.players[0].module
         model.eval()
         with self.ema.applied() if self.ema is not None else nullcontext(), torch.no_grad():
             self.metrics = self.stage.validate(self.directory.samples, done)
         model.train()
-        if self.main:
-            self.directory.write_metrics(done, self.metrics)
-            self.accelerator.log(self.metrics, step=done)
+        self.directory.write_metrics(done, self.metrics)
+        self.accelerator.log(self.metrics, step=done)
         best = self.loop.best_metric
         if best is None:
             return None
@@ -364,20 +377,29 @@ class _Training:
 
     def _result(self) -> TrainResult:
         self.ledger.check()
+        result = self.out
         with self.ema.applied() if self.ema is not None else nullcontext():
-            if not self.metrics:  # the run had ended before: measure again rather than report nothing
+            if self.main and not self.metrics:  # the run had ended before: measure again, report something
                 self.metrics = self.stage.validate(self.directory.samples, self.loop.steps)
-            result = self.stage.export(self.out)
+            if self.main:
+                result = self.stage.export(self.out)
+        facts = [result, self.metrics]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(facts)  # also keeps the others from reading what is not yet written
+        result, self.metrics = facts
         if self.ledger.count:
             logger.warning(self.ledger.summary())
         return TrainResult(self.out, result, self.loop.steps, self.metrics, self.ledger)
 
 
-def _seed_step(seed: int, step: int, micro: int, process: int) -> None:
-    """Seed torch's generators so that a step's draws depend on nothing that came before it."""
+def _seed_step(seed: int, step: int, micro: int) -> None:
+    """Seed torch's generators so that a step's draws depend on nothing that came before it.
+
+    All processes seed alike; see :class:`SharedDraws`.
+    """
     mixed = torch.Generator().manual_seed(seed * 1_000_003 + step)
     base = int(torch.randint(2**62, (), generator=mixed))
-    torch.manual_seed(base + 1_009 * micro + process)
+    torch.manual_seed(base + 1_009 * micro)
 
 
 def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -20,7 +21,22 @@ from filelock import FileLock, Timeout
 from davae.errors import DavaeError
 from davae.training.recipe import differing_keys
 
+logger = logging.getLogger(__name__)
 _PACKAGES = ("davae", "torch", "diffusers", "accelerate", "peft", "transformers", "safetensors", "datasets")
+
+#: Settings that say how steps are computed and kept, not what is learnt: a run may go on with others, so that
+#: it fits another machine, another number of processes, or the memory that was found too small.
+_MAY_CHANGE = {
+    "batch_size",
+    "gradient_accumulation",
+    "gradient_checkpointing",
+    "precision",
+    "workers",
+    "log_every",
+    "checkpoint_every",
+    "checkpoints_total_limit",
+    "report_to",
+}
 
 
 class RunDirectory:
@@ -32,7 +48,7 @@ class RunDirectory:
         write: off on all but one of a run's processes.
 
     Raises:
-        DavaeError: the folder holds a run with other settings (each difference is named).
+        DavaeError: the folder holds a run that learns something else (each difference is named).
     """
 
     def __init__(self, path: Path, recipe: dict[str, Any], *, write: bool = True) -> None:
@@ -42,7 +58,10 @@ class RunDirectory:
         self.metrics_file = path / "metrics.jsonl"
         config = path / "config.yaml"
         if config.is_file():
-            differing = differing_keys(recipe, yaml.safe_load(config.read_text()))
+            changed = differing_keys(recipe, yaml.safe_load(config.read_text()))
+            differing = [c for c in changed if c.partition(":")[0].rpartition(".")[2] not in _MAY_CHANGE]
+            if changed and not differing:
+                logger.info("%s goes on with %s", path, "; ".join(changed))
             if differing:
                 raise DavaeError(
                     f"{path} holds a run with other settings ({'; '.join(differing[:5])}"

@@ -1,0 +1,96 @@
+"""Two processes learn what one learns from the same images, and a run may change their number."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from davae.training.recipe import load_recipe
+from davae.training.run import train_autoencoder, train_diffusion
+from davae.training.run_directory import read_metrics
+
+STEPS = 50
+
+
+def _overrides(stage: str, batch: int) -> list[str]:
+    loop = {
+        "steps": STEPS,
+        "batch_size": batch,
+        "gradient_accumulation": 2,
+        "log_every": 1,
+        "checkpoint_every": 10,
+        "checkpoints_total_limit": 9,
+        "validate_every": 0,
+    }
+    return [
+        *(f"{stage}.loop.{k}={v}" for k, v in loop.items()),
+        # Adam turns roundings of small gradients into whole steps; small steps keep them small.
+        f"{stage}.optimizer.learning_rate=1e-4",
+        # Both are made from the gradients of one process's images.
+        "autoencoder.alignment.adaptive=false",
+        "autoencoder.reconstruction.gan.weight=0",
+        "diffusion.tune.new_channels_learning_rate=null",
+    ]
+
+
+def _on_two(stage: str, out, extra: list[str], batch: int = 2) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
+    launch += ["--rdzv-endpoint=localhost:0", "-m", "davae", "train", stage, "--recipe", "debug"]
+    done = subprocess.run(
+        [*launch, "--out", str(out), *extra, *_overrides(stage, batch)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    return train_autoencoder(load_recipe("debug"), tmp_path_factory.mktemp("first")).result
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+def test_two_processes_follow_one_and_a_run_goes_from_one_to_two_and_back(stage, autoencoder, tmp_path):
+    recipe = load_recipe("debug", _overrides(stage, 4))
+    extra = ["--autoencoder", str(autoencoder)] if stage == "diffusion" else []
+
+    def on_one(out):
+        torch.set_num_threads(1)
+        if stage == "autoencoder":
+            train_autoencoder(recipe, out)
+        else:
+            train_diffusion(recipe, out, autoencoder)
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    on_one(one)
+    _on_two(stage, two, extra)
+    _require_same(one, two)
+
+    one_to_two, two_to_one = tmp_path / "one_to_two", tmp_path / "two_to_one"
+    for source, copy in ((one, one_to_two), (two, two_to_one)):
+        shutil.copytree(source, copy)
+        for step in (40, 50):
+            shutil.rmtree(copy / "checkpoints" / f"step-{step}")
+    _on_two(stage, one_to_two, extra)
+    on_one(two_to_one)
+    _require_same(one, one_to_two)
+    _require_same(one, two_to_one)
+
+
+def _require_same(one, other) -> None:
+    first, second = (read_metrics(out / "metrics.jsonl") for out in (one, other))
+    assert len(first) == len(second) == STEPS + 1  # and the validation
+    for a, b in zip(first, second):
+        if "total" in a:
+            assert b["total"] == pytest.approx(a["total"], rel=1e-5), f"step {a['step']}"
+    weights = [load_file(out / "checkpoints" / f"step-{STEPS}" / "model.safetensors") for out in (one, other)]
+    first_all, second_all = (torch.cat([v.flatten().float() for v in w.values()]) for w in weights)
+    assert weights[0].keys() == weights[1].keys()
+    assert (first_all - second_all).abs().max() < 1e-4
+    assert (first_all - second_all).norm() / first_all.norm() < 1e-4
