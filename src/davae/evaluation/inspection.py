@@ -1,0 +1,194 @@
+"""What a structured latent holds: statistics, spectra, classes, and what the details are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from davae.errors import DavaeError
+from davae.evaluation.latent_properties import high_frequency_share, local_distant_similarity
+from davae.evaluation.latents import linear_probe_accuracy, nearest_neighbour_accuracy, project_latents
+from davae.evaluation.reconstruction import psnr, ssim
+from davae.evaluation.spectrum import radial_power_spectrum
+from davae.latents import grouped_mean
+from davae.models import AutoencoderDA
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the latent: base, details, or both.
+
+    Attributes:
+        channels: how many.
+        linear_probe, nearest_neighbours: held-out accuracy; none without labels.
+        high_frequency_share, local_distant_similarity: see `davae.evaluation.latent_properties`.
+        projection: ``[N, 2]``, where the images lie in the plane.
+    """
+
+    channels: int
+    linear_probe: float | None
+    nearest_neighbours: float | None
+    high_frequency_share: float
+    local_distant_similarity: float
+    projection: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything `inspect_autoencoder` found.
+
+    Attributes:
+        images: how many were looked at.
+        scale, base_channels, detail_channels: of the autoencoder.
+        labels: class of each image, -1 where there is none.
+        parts: ``base``, ``detail`` and ``structured``.
+        chance: share of the most frequent class.
+        alignment_error: mean square of grouped detail mean minus ``z``, over the mean square of ``z``; Eq. 3.
+        psnr, ssim: of reconstructions, means; ``whole``, details ``zeroed``, details ``shuffled`` among the images,
+            and the ``base`` decoded by its own decoder and enlarged.
+        image_high_frequency_share: of the images themselves, to compare the parts with.
+        spectra: name to (frequency, power): ``z``, each detail group, the images, and what the details add.
+        channel_mean, channel_std: of every channel as the transformer sees it, base first.
+    """
+
+    images: int
+    scale: int
+    base_channels: int
+    detail_channels: int
+    labels: list[int]
+    parts: dict[str, Part]
+    chance: float | None
+    alignment_error: float
+    psnr: dict[str, float]
+    ssim: dict[str, float]
+    image_high_frequency_share: float
+    spectra: dict[str, tuple[list[float], list[float]]] = field(repr=False)
+    channel_mean: list[float] = field(repr=False)
+    channel_std: list[float] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def inspect_autoencoder(
+    vae: AutoencoderDA,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    method: Literal["pca", "tsne"] = "tsne",
+    batch: int = 8,
+    seed: int = 0,
+) -> Inspection:
+    """Look at a trained autoencoder through images it has not seen.
+
+    Args:
+        vae: in any mode; used in evaluation mode.
+        images: ``[N, 3, H, W]`` in [-1, 1], on any device.
+        labels: ``[N]``, -1 for none; accuracies need at least two classes with two images each.
+        method: how images are laid out in the plane.
+        batch: images at a time.
+        seed: of the shuffle, the probe's split and t-SNE.
+
+    Raises:
+        DavaeError: fewer than 8 images, or sizes that do not fit.
+    """
+    if len(images) < 8:
+        raise DavaeError(f"an inspection needs at least 8 images, not {len(images)}")
+    was_training = vae.training
+    vae.eval()
+    latents = _map(lambda x: vae.encode(x).latent_dist.mode(), vae, images, batch)
+    z, details = vae.layout.split(latents)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).roll(1)
+    shuffled = details[_derangement(order)]
+    decoded = {
+        "whole": latents,
+        "zeroed": vae.layout.join(z, torch.zeros_like(details)),
+        "shuffled": vae.layout.join(z, shuffled),
+    }
+    made = {k: _map(lambda x: vae.decode(x).sample, vae, v, batch).clamp(-1, 1) for k, v in decoded.items()}
+    if vae.config.has_base_decoder:
+        small = _map(vae.decode_base, vae, latents, batch).clamp(-1, 1)
+        made["base"] = torch.nn.functional.interpolate(
+            small, size=images.shape[-2:], mode="bicubic", antialias=True
+        ).clamp(-1, 1)
+    vae.train(was_training)
+    known = _usable_labels(labels, len(images))
+    parts = {
+        name: _part(part, known, method, seed)
+        for name, part in (("base", z), ("detail", details), ("structured", latents))
+    }
+    raw_z = _map(lambda x: vae.alignment_target(vae.encode_base(x)), vae, images, batch)
+    raw_details = _map(lambda x: vae.encode_details(x).mean, vae, images, batch)
+    difference = grouped_mean(raw_details.float(), vae.layout.base_channels) - raw_z.float()
+    return Inspection(
+        images=len(images),
+        scale=vae.scale,
+        base_channels=vae.layout.base_channels,
+        detail_channels=vae.layout.detail_channels,
+        labels=[-1] * len(images) if labels is None else labels.tolist(),
+        parts=parts,
+        chance=None if known is None else float(known.bincount().max() / len(known)),
+        alignment_error=float(difference.square().mean() / raw_z.float().square().mean()),
+        psnr={k: float(psnr(images.cpu().float(), v).mean()) for k, v in made.items()},
+        ssim={k: float(ssim(images.cpu().float(), v).mean()) for k, v in made.items()},
+        image_high_frequency_share=high_frequency_share(images),
+        spectra=_spectra(vae, images.cpu(), latents, made),
+        channel_mean=latents.mean(dim=(0, 2, 3)).tolist(),
+        channel_std=latents.std(dim=(0, 2, 3)).tolist(),
+    )
+
+
+def _map(function: Callable[[Tensor], Tensor], vae: AutoencoderDA, x: Tensor, batch: int) -> Tensor:
+    return torch.cat([function(part.to(vae.device, vae.dtype)).float().cpu() for part in x.split(batch)])
+
+
+def _derangement(order: Tensor) -> Tensor:
+    """A permutation that leaves nothing in its place: each image of a random cycle takes its neighbour's."""
+    target = torch.empty_like(order)
+    target[order] = order.roll(1)
+    return target
+
+
+def _usable_labels(labels: Tensor | None, count: int) -> Tensor | None:
+    if labels is None or (labels < 0).any() or len(labels) != count:
+        return None
+    sizes = labels.unique(return_counts=True)[1]
+    return labels.cpu().long() if len(sizes) > 1 and int(sizes.min()) > 1 else None
+
+
+def _part(latents: Tensor, labels: Tensor | None, method: Literal["pca", "tsne"], seed: int) -> Part:
+    return Part(
+        channels=latents.shape[1],
+        linear_probe=None if labels is None else linear_probe_accuracy(latents, labels, seed=seed),
+        nearest_neighbours=None if labels is None else nearest_neighbour_accuracy(latents, labels),
+        high_frequency_share=high_frequency_share(latents),
+        local_distant_similarity=local_distant_similarity(latents),
+        projection=project_latents(latents, method, seed=seed).tolist(),
+    )
+
+
+def _spectra(
+    vae: AutoencoderDA, images: Tensor, latents: Tensor, made: dict[str, Tensor]
+) -> dict[str, tuple[list[float], list[float]]]:
+    z, details = vae.layout.split(latents)
+    signals = {"z": z}
+    groups = (
+        vae.layout.base_channels
+    )  # group i of Eq. 3 belongs to base channel i; here the i-th of each group
+    size = vae.layout.detail_channels // groups
+    if size * groups == vae.layout.detail_channels:
+        by_group = details.unflatten(1, (groups, size))
+        for i in range(size):
+            signals[f"details, channel {i + 1} of each group"] = by_group[:, :, i]
+    else:
+        signals["details"] = details
+    signals |= {"images": images, "reconstruction": made["whole"], "without details": made["zeroed"]}
+    signals["what the details add"] = made["whole"] - made["zeroed"]
+    found = {name: radial_power_spectrum(signal) for name, signal in signals.items()}
+    return {name: (f.tolist(), p.tolist()) for name, (f, p) in found.items()}

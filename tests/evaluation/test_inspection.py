@@ -1,0 +1,112 @@
+"""What an inspection says, against signals whose answer is known."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from typer.testing import CliRunner
+
+from davae.cli.main import app
+from davae.errors import DavaeError
+from davae.evaluation import psnr
+from davae.evaluation.inspection import _derangement, inspect_autoencoder
+from davae.evaluation.latent_properties import high_frequency_share, local_distant_similarity
+from davae.models import AutoencoderDA
+from davae.tiny import debug_base
+
+
+def _wave(cycles, side=32):
+    x = torch.arange(side) / side
+    return torch.sin(2 * torch.pi * cycles * x).expand(2, 3, side, side).clone()
+
+
+def test_high_frequency_share_of_known_signals():
+    assert high_frequency_share(_wave(2)) == pytest.approx(0.0, abs=1e-12)
+    assert high_frequency_share(_wave(12)) == pytest.approx(1.0)
+    both = torch.cat([_wave(2), _wave(12)], dim=1)  # channels count alike, however strong
+    both[:, :3] *= 100
+    assert high_frequency_share(both) == pytest.approx(0.5)
+    noise = torch.randn(8, 2, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert high_frequency_share(noise) == pytest.approx(0.778, abs=0.01)  # 1 - pi (1/4 + 1/64)^2
+    assert high_frequency_share(noise + 100) == pytest.approx(high_frequency_share(noise))
+
+
+def test_local_distant_similarity_of_known_signals():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(16, 8, 8, 8, generator=generator)
+    assert local_distant_similarity(noise) == pytest.approx(0.0, abs=0.01)
+    halves = torch.randn(16, 8, 1, 2, generator=generator).repeat_interleave(8, 2).repeat_interleave(4, 3)
+    assert local_distant_similarity(halves) > 0.5  # the picture's left half is one colour, its right another
+
+
+def test_a_derangement_leaves_nothing_in_its_place():
+    for seed in range(20):
+        order = torch.randperm(9, generator=torch.Generator().manual_seed(seed))
+        moved = _derangement(order)
+        assert sorted(moved.tolist()) == list(range(9))
+        assert (moved != torch.arange(9)).all()
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    torch.manual_seed(0)
+    return AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8)
+
+
+def test_an_inspection_says_what_the_autoencoder_does(autoencoder):
+    images = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    labels = torch.arange(12) % 3
+    found = inspect_autoencoder(autoencoder, images, labels, method="pca", batch=5)
+    with torch.no_grad():
+        latent = autoencoder.encode(images).latent_dist.mode()
+        z, _ = autoencoder.layout.split(latent)
+        whole = autoencoder.decode(latent).sample.clamp(-1, 1)
+        zeroed = torch.cat([z, torch.zeros(12, 8, 4, 4)], dim=1)
+        without = autoencoder.decode(zeroed).sample.clamp(-1, 1)
+    assert found.psnr["whole"] == pytest.approx(float(psnr(images, whole).mean()), abs=1e-4)
+    assert found.psnr["zeroed"] == pytest.approx(float(psnr(images, without).mean()), abs=1e-4)
+    assert {name: part.channels for name, part in found.parts.items()} == {
+        "base": 4,
+        "detail": 8,
+        "structured": 12,
+    }
+    assert found.chance == pytest.approx(1 / 3)
+    assert len(found.channel_mean) == 12
+    assert {
+        "z",
+        "details, channel 1 of each group",
+        "details, channel 2 of each group",
+    } < found.spectra.keys()
+    json.dumps(found.to_json())
+
+
+def test_without_labels_there_is_no_accuracy(autoencoder):
+    images = torch.rand(8, 3, 32, 32)
+    found = inspect_autoencoder(autoencoder, images, torch.full((8,), -1), method="pca")
+    assert found.chance is None
+    assert found.parts["detail"].linear_probe is None
+    with pytest.raises(DavaeError, match="at least 8 images"):
+        inspect_autoencoder(autoencoder, images[:4])
+
+
+def test_an_autoencoder_without_its_base_decoder_can_be_inspected(autoencoder):
+    base = AutoencoderKL.from_config(autoencoder.base.config)
+    other = AutoencoderDA.from_base(base, scale=2, detail_channels=8)
+    other.drop_base_decoder()
+    found = inspect_autoencoder(other, torch.rand(8, 3, 32, 32), method="pca")
+    assert "base" not in found.psnr
+
+
+def test_the_verb_writes_pictures_and_json(autoencoder, tmp_path):
+    autoencoder.save_pretrained(tmp_path / "a")
+    arguments = ["inspect", str(tmp_path / "a"), "--beside", str(tmp_path / "a"), "--data", "procedural:24"]
+    arguments += ["--resolution", "32", "--images", "24", "--method", "pca", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "linear probe" in done.output
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {"map.png", "spectra.png", "details.png", "inspection.json"}
+    found = json.loads((tmp_path / "out" / "inspection.json").read_text())
+    first, second = found.values()
+    assert first == second
