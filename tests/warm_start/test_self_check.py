@@ -12,12 +12,12 @@ from davae.warm_start import (
     ChannelDescription,
     ChannelPlace,
     WarmStartError,
-    channel_places,
     check_warm_start,
     describe,
     description_of,
     input_layer,
     output_layer,
+    registry,
     widen_channels,
 )
 from tests.warm_start.models import VARIANTS, predict, randomise, sd3
@@ -120,10 +120,8 @@ class TestWrongDescriptions:
     @pytest.fixture
     def redescribe(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def change(class_name: str, **changes: object) -> None:
-            known = channel_places._DESCRIPTIONS[class_name]
-            monkeypatch.setitem(
-                channel_places._DESCRIPTIONS, class_name, dataclasses.replace(known, **changes)
-            )
+            known = registry._DESCRIPTIONS[class_name]
+            monkeypatch.setitem(registry._DESCRIPTIONS, class_name, dataclasses.replace(known, **changes))
 
         return change
 
@@ -177,7 +175,7 @@ class PackedInput(nn.Module):
 
 @pytest.fixture
 def described(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    monkeypatch.setattr(channel_places, "_DESCRIPTIONS", dict(channel_places._DESCRIPTIONS))
+    monkeypatch.setattr(registry, "_DESCRIPTIONS", dict(registry._DESCRIPTIONS))
 
     def describe_packed(input_pattern: str) -> None:
         describe(
@@ -199,9 +197,7 @@ def widened_by_hand(model: PackedInput, pattern: str) -> PackedInput:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in places:
-                wide.get_parameter(name).copy_(
-                    channel_places.widen_axis(parameter, places[name], {"p": 2}, LAYOUT)
-                )
+                wide.get_parameter(name).copy_(places[name].widen(parameter, {"p": 2}, LAYOUT))
             else:
                 wide.get_parameter(name).copy_(parameter)
     return wide
@@ -273,9 +269,9 @@ def test_learned_variance_pattern() -> None:
     # (p p 2 c): each half of a doubled head grows behind its own base channels.
     place = ChannelPlace("head.weight", 0, "2 c")
     head = torch.arange(1.0, 5.0).reshape(4, 1)  # 2 halves of 2 channels
-    widened = channel_places.widen_axis(head, place, {}, LatentLayout(2, 1))
+    widened = place.widen(head, {}, LatentLayout(2, 1))
     assert widened.flatten().tolist() == [1, 2, 0, 3, 4, 0]
-    base, detail = channel_places.split_axis(widened, place, {}, LatentLayout(2, 1))
+    base, detail = place.split(widened, {}, LatentLayout(2, 1))
     assert torch.equal(base, head)
     assert detail.flatten().tolist() == [0, 0]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from typing import Annotated
 
 import typer
 
 from davae.tiny import TINY
+from davae.tiny.transformer_table import transformer_table
 from davae.training.run_directory import environment
 
 _OPTIONAL = {
@@ -24,8 +26,15 @@ def register(app: typer.Typer) -> None:
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+    transformers: Annotated[
+        bool, typer.Option("--transformers", help="Widen every known transformer class and print a table.")
+    ] = False,
 ) -> None:
     """Versions, devices, optional parts, and what to install for what is missing."""
+    if transformers:
+        logging.getLogger("davae.warm_start").setLevel(logging.WARNING)  # the table tells the same
+        typer.echo(transformer_table())
+        return
     facts = environment()
     facts["embedded_base"] = (TINY / "model_index.json").is_file()
     facts["optional"] = {name: importlib.util.find_spec(name) is not None for name in _OPTIONAL}

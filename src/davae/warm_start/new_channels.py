@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from davae.latents import LatentLayout
-from davae.warm_start.channel_places import description_of, split_axis, widen_axis
+from davae.warm_start.channel_places import ChannelPlace
+from davae.warm_start.errors import WarmStartError
+from davae.warm_start.registry import description_of
 
 
 def channel_parameters(transformer: nn.Module) -> list[str]:
     """Names of the parameters on which latent channels sit: the input and output layers' own.
 
     Raises:
-        WarmStartError: the class is not described.
+        WarmStartError: the class is not described, or an adapter sits on a layer with latent channels.
     """
     present = dict(transformer.named_parameters())
-    places = description_of(transformer).places
-    return [place.parameter for place in places if not place.optional or place.parameter in present]
+    return [place.parameter for place in _present(description_of(transformer).places, present)]
 
 
 def new_channel_masks(transformer: nn.Module, layout: LatentLayout) -> dict[str, Tensor]:
@@ -30,13 +33,26 @@ def new_channel_masks(transformer: nn.Module, layout: LatentLayout) -> dict[str,
     Returns:
         Parameter name to a boolean tensor of the parameter's shape.
     """
-    description = description_of(transformer)
+    description = description_of(transformer).fitted(transformer, layout.channels)
     sizes = description.resolve_sizes(transformer)
     parameters = dict(transformer.named_parameters())
     masks = {}
-    for place in description.places:
-        if place.optional and place.parameter not in parameters:
-            continue
-        base, _ = split_axis(parameters[place.parameter].detach(), place, sizes, layout)
-        masks[place.parameter] = widen_axis(torch.ones_like(base), place, sizes, layout) == 0
+    for place in _present(description.places, parameters):
+        base, _ = place.split(parameters[place.parameter].detach(), sizes, layout)
+        masks[place.parameter] = place.widen(torch.ones_like(base), sizes, layout) == 0
     return masks
+
+
+def _present(places: Sequence[ChannelPlace], parameters: Mapping[str, Tensor]) -> list[ChannelPlace]:
+    """The places whose parameters are there.
+
+    Raises:
+        WarmStartError: one that every model of the class has is missing.
+    """
+    missing = [p for p in places if p.parameter not in parameters and not p.optional]
+    if missing:
+        raise WarmStartError(
+            f"there is no parameter {missing[0].parameter}: if {missing[0].layer} carries a LoRA, take that layer "
+            "out of its targets (new channels are trained in full)"
+        )
+    return [p for p in places if p.parameter in parameters]

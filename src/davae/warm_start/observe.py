@@ -21,6 +21,16 @@ class Trace:
     entered: dict[str, list[Tensor]] = field(default_factory=dict)
     left: dict[str, list[Tensor]] = field(default_factory=dict)
 
+    @staticmethod
+    def joined(traces: Sequence[Trace]) -> Trace:
+        """Several forwards as one: samples along the batch, calls after each other."""
+        joined = Trace(torch.cat([trace.sample for trace in traces]))
+        for trace in traces:
+            for into, calls in ((joined.entered, trace.entered), (joined.left, trace.left)):
+                for name, tensors in calls.items():
+                    into.setdefault(name, []).extend(tensors)
+        return joined
+
 
 def run_watched(
     model: nn.Module,
@@ -66,9 +76,14 @@ def _jitter(output: Tensor) -> Tensor:
 
 
 def first_tensor(value: Any) -> Tensor:
-    """The tensor itself, an output object's ``sample``, or the first one of a sequence."""
+    """The tensor itself, an output object's ``sample``, the first of a tuple, or a list's tensors stacked."""
     while not isinstance(value, Tensor):
-        value = value.sample if hasattr(value, "sample") else next(v for v in value if v is not None)
+        if hasattr(value, "sample"):
+            value = value.sample
+        elif isinstance(value, list) and all(isinstance(v, Tensor) for v in value):
+            value = torch.stack(value)  # a sample each
+        else:
+            value = next(v for v in value if v is not None)
     return value
 
 

@@ -28,15 +28,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from davae.latents import LatentLayout
-from davae.warm_start.channel_places import (
-    ChannelDescription,
-    description_of,
-    layer_names,
-    split_axis,
-    widen_axis,
-)
+from davae.warm_start.channel_places import ChannelDescription, layer_names
 from davae.warm_start.errors import WarmStartError
 from davae.warm_start.observe import undisturbed
+from davae.warm_start.registry import description_of
 from davae.warm_start.side_by_side import SideBySide
 
 
@@ -97,7 +92,7 @@ def check_warm_start(
     Raises:
         WarmStartError: names the layer that leaks, or says why nothing can be concluded.
     """
-    description = description_of(original)
+    description = description_of(original).fitted(original, layout.base_channels)
     _compare_weights(original, widened, description, layout)
 
     dtype = max({p.dtype for p in original.parameters()}, key=lambda d: torch.finfo(d).eps)
@@ -131,7 +126,7 @@ def _compare_weights(
     for name, tensor in before.items():
         kept = after[name]
         if name in places:
-            kept, detail = split_axis(kept, places[name], sizes, layout)
+            kept, detail = places[name].split(kept, sizes, layout)
             if detail.count_nonzero():
                 raise WarmStartError(
                     f"layer {places[name].layer} leaks: the new part of {name} is not zero "
@@ -164,5 +159,5 @@ def _random_channel_weights(
         noise = torch.randn(before[name].shape, generator=generator)
         noise = (noise / noise[0].numel() ** 0.5).to(before[name])  # by the fan-in: outputs of order one
         random[name] = before[name] + noise
-        random_widened[name] = after[name] + widen_axis(noise, place, sizes, layout)
+        random_widened[name] = after[name] + place.widen(noise, sizes, layout)
     return random, random_widened

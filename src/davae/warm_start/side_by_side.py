@@ -10,9 +10,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from davae.latents import LatentLayout
-from davae.warm_start.channel_places import ChannelDescription, ChannelPlace, layer_names, split_axis
+from davae.warm_start.channel_places import ChannelDescription, layer_names
 from davae.warm_start.errors import WarmStartError
 from davae.warm_start.observe import Trace, largest_difference, relative_difference, run_watched
+from davae.warm_start.patterns import split_axis
 
 #: Largest base difference that passes, relative to the largest value: about eight roundings.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -65,12 +66,15 @@ class SideBySide:
     def run(
         self, model: ModelMixin, weights: Mapping[str, Tensor], latent: Tensor, *, jitter: bool = False
     ) -> Trace:
-        """One forward with some weights replaced for this call."""
-        generator = torch.Generator().manual_seed(self.seed + 2)  # same conditioning in every run
-        arguments = self.description.dummy_inputs(model, latent, generator)
+        """One forward for each of the description's passes, with some weights replaced for this call."""
         layers = (*self.inputs, *self.outputs)
         jittered = self.inputs if jitter else ()
-        return run_watched(model, arguments, weights=weights, layers=layers, jittered=jittered)
+        traces = []
+        for more in self.description.passes:
+            generator = torch.Generator().manual_seed(self.seed + 2)  # same conditioning in every run
+            arguments = {**self.description.dummy_inputs(model, latent, generator), **more}
+            traces.append(run_watched(model, arguments, weights=weights, layers=layers, jittered=jittered))
+        return Trace.joined(traces)
 
     def require_sensitivity(self, weights: Mapping[str, Tensor], tolerance: float) -> None:
         """Another latent must move the output by more than the tolerance, or agreement proves nothing."""
@@ -129,8 +133,15 @@ class SideBySide:
                 )
 
     def _split_sample(self, sample: Tensor) -> tuple[Tensor, Tensor]:
-        place = ChannelPlace("the model's output", 1, self.description.sample_pattern)
-        return split_axis(sample, place, self.description.resolve_sizes(self.original), self.layout)
+        sizes, described = self.description.resolve_sizes(self.original), self.description
+        return split_axis(
+            sample,
+            described.sample_axis,
+            described.sample_pattern,
+            sizes,
+            self.layout,
+            name="the model's output",
+        )
 
     def _judge_sample(self, difference: float, largest_detail: float, tolerance: float) -> None:
         name = ", ".join(self.outputs)

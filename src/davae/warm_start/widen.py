@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from typing import Any, TypeVar
 
 import torch
@@ -17,8 +16,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from davae.latents import LatentLayout
-from davae.warm_start.channel_places import ChannelDescription, description_of, pattern_factors, widen_axis
+from davae.warm_start.channel_places import ChannelDescription
 from davae.warm_start.errors import WarmStartError
+from davae.warm_start.patterns import pattern_count
+from davae.warm_start.registry import description_of
 from davae.warm_start.self_check import check_warm_start
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,8 @@ def widen_channels(transformer: Transformer, *, base_channels: int, detail_chann
     layout = LatentLayout(base_channels, detail_channels)
     if detail_channels < 1:
         raise WarmStartError(f"detail_channels must be at least 1, not {detail_channels}: nothing to widen")
-    description = description_of(transformer)
     _check_widenable(transformer)
+    description = description_of(transformer).fitted(transformer, base_channels)
     widened = _build(transformer, _widened_config(transformer, description, layout))
     _copy_runtime_state(transformer, widened)
     _copy_weights(transformer, widened, description, layout)
@@ -76,20 +77,11 @@ def _widened_config(
     transformer: ModelMixin, description: ChannelDescription, layout: LatentLayout
 ) -> dict[str, int]:
     sizes = description.resolve_sizes(transformer)
-    changes = {}
-    for key, pattern in description.counts.items():
-        found = transformer.config[key]
-        if found is None:
-            continue  # follows another key
-        expected = math.prod(pattern_factors(pattern, sizes, layout.base_channels))
-        if found != expected:
-            counted = f" (counted as '{pattern}': {expected})" if expected != layout.base_channels else ""
-            raise WarmStartError(
-                f"{type(transformer).__name__} has config.{key} = {found}, but the autoencoder's base latent "
-                f"has {layout.base_channels} channels{counted}: they do not belong together"
-            )
-        changes[key] = math.prod(pattern_factors(pattern, sizes, layout.channels))
-    return changes
+    return {
+        key: pattern_count(str(pattern), sizes, layout.channels)
+        for key, pattern in description.counts.items()
+        if transformer.config[key] is not None  # else it follows another key
+    }
 
 
 def _build(transformer: Transformer, changes: dict[str, int]) -> Transformer:
@@ -97,8 +89,9 @@ def _build(transformer: Transformer, changes: dict[str, int]) -> Transformer:
     # Some constructors draw random numbers on the CPU; the caller's stream must not notice.
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         widened = type(transformer).from_config(transformer.config, **changes)
-    if type(widened) is not type(transformer):
-        raise WarmStartError(f"{type(transformer).__name__} rebuilds itself as {type(widened).__name__}")
+        if type(widened) is not type(transformer):  # a legacy class, which configurations lead away from
+            options, _, _ = type(transformer).extract_init_dict(dict(transformer.config))
+            widened = type(transformer)(**{**options, **changes})
     return widened
 
 
@@ -139,7 +132,7 @@ def _copy_weights(
     for name, parameter in parameters.items():
         if id(parameter) not in tied:
             values = parameter.detach()
-            values = widen_axis(values, places[name], sizes, layout) if name in places else values.clone()
+            values = places[name].widen(values, sizes, layout) if name in places else values.clone()
             tied[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
         _place(widened, name, tied[id(parameter)])
     for name, buffer in original.named_buffers(remove_duplicate=False):

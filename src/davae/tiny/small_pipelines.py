@@ -1,0 +1,351 @@
+"""Small pipelines of real diffusers classes with random weights: made in a moment, from nothing.
+
+They behave as the published ones do (the same calls, schedulers, packing, guidance and text encoding) and serve the
+tests, a first try of a recipe, and bug reports. What they paint is noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import nn
+
+from davae.errors import DavaeError
+from davae.tiny import small_text as text
+
+CHANNELS = 4  # of every base latent
+_FLUX_SHIFT = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
+
+
+def small_pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
+    """A pipeline with random weights, in eval mode, without a progress bar; the same at every call.
+
+    Args:
+        name: one of `SMALL_PIPELINES`.
+        seed: of the weights; torch's own random state is left alone.
+
+    Raises:
+        DavaeError: an unknown name.
+    """
+    if name not in _MAKERS:
+        raise DavaeError(f"there is no small pipeline '{name}': choose one of {', '.join(SMALL_PIPELINES)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = _MAKERS[name]()
+    pipe.transformer.eval()
+    pipe.vae.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call_arguments(name: str, *, scale: int = 1, prompt: str = "a red fox in snow") -> dict[str, Any]:
+    """Arguments for a quick call of the pipeline: two steps at its base resolution, guidance as by default.
+
+    The output is a tensor [1, 3, H, W] in [0, 1].
+
+    Args:
+        name: one of `SMALL_PIPELINES`.
+        scale: `s` of an upgraded pipeline, whose sizes are s times as large.
+        prompt: what to paint; where a pipeline takes a class instead, its length chooses one.
+    """
+    arguments: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
+    if name == "dit":
+        return arguments | {"class_labels": [len(prompt)]}  # its size is not for the caller to say
+    side = scale * base_resolution(name)
+    arguments |= {"prompt": prompt, "height": side, "width": side}
+    if name in ("pixart-sigma", "sana"):
+        # The bins begin at 256 pixels; cleaning asks for further packages.
+        arguments |= {"use_resolution_binning": False, "clean_caption": False}
+    return arguments
+
+
+def base_resolution(name: str) -> int:
+    """Side in pixels of the image that :func:`call_arguments` asks a base pipeline for."""
+    return 64 if name in ("lumina2", "sana") else 32
+
+
+@torch.no_grad()
+def _louder(part: nn.Module, factor: float = 2.0) -> None:
+    """Larger weights: with torch's own, a prompt or a latent would hardly show in what this part makes."""
+    for module in part.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+            module.weight *= factor
+
+
+def _kl(levels: int = 3, **further: Any) -> AutoencoderKL:
+    """Compression 4 with three levels, 8 with four."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=(8,) * levels,
+        layers_per_block=1,
+        latent_channels=CHANNELS,
+        norm_num_groups=4,
+        sample_size=32,
+        force_upcast=False,
+        **{"scaling_factor": 1.5, **further},
+    )
+
+
+def _kl_16_channels_style(levels: int = 3) -> AutoencoderKL:
+    """As SD3's and FLUX's: with a shift, without quant convolutions."""
+    return _kl(levels, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
+
+
+def _sd3() -> DiffusionPipeline:
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=text.WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * text.CLIP_WIDTH,
+        pos_embed_max_size=32,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_kl_16_channels_style(),
+        text_encoder=text.clip_encoder(projection=True),
+        tokenizer=text.clip_tokenizer(),
+        text_encoder_2=text.clip_encoder(projection=True),
+        tokenizer_2=text.clip_tokenizer(),
+        text_encoder_3=text.t5_encoder(),
+        tokenizer_3=text.t5_tokenizer(),
+    )
+
+
+def _flux() -> DiffusionPipeline:
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * CHANNELS,  # latents packed two by two
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=text.WIDTH,
+        pooled_projection_dim=text.CLIP_WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**_FLUX_SHIFT),
+        vae=_kl_16_channels_style(),
+        text_encoder=text.clip_encoder(projection=False),
+        tokenizer=text.clip_tokenizer(),
+        text_encoder_2=text.t5_encoder(),
+        tokenizer_2=text.t5_tokenizer(),
+        transformer=transformer,
+    )
+
+
+def _pixart_sigma() -> DiffusionPipeline:
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=CHANNELS,
+        out_channels=2 * CHANNELS,  # noise and variance
+        num_layers=2,
+        cross_attention_dim=16,
+        sample_size=32,
+        patch_size=2,
+        caption_channels=text.WIDTH,
+        use_additional_conditions=False,
+    )
+    return PixArtSigmaPipeline(
+        tokenizer=text.t5_tokenizer(),
+        text_encoder=text.t5_encoder(),
+        vae=_kl(4),
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+
+
+def _sana() -> DiffusionPipeline:
+    levels = 6
+    vae = AutoencoderDC(
+        latent_channels=CHANNELS,
+        attention_head_dim=8,
+        encoder_block_types=("ResBlock",) * (levels - 1) + ("EfficientViTBlock",),
+        decoder_block_types=("ResBlock",) * (levels - 1) + ("EfficientViTBlock",),
+        encoder_block_out_channels=(8,) * levels,
+        decoder_block_out_channels=(8,) * levels,
+        encoder_layers_per_block=(1,) * levels,
+        decoder_layers_per_block=(1,) * levels,
+        encoder_qkv_multiscales=((),) * (levels - 1) + ((5,),),
+        decoder_qkv_multiscales=((),) * (levels - 1) + ((5,),),
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
+    transformer = SanaTransformer2DModel(
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=text.WIDTH,
+        sample_size=32,
+        patch_size=1,
+    )
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    return SanaPipeline(
+        tokenizer=text.gemma_tokenizer(),
+        text_encoder=text.gemma_encoder(),
+        vae=vae,
+        transformer=transformer,
+        scheduler=scheduler,
+    )
+
+
+def _dit() -> DiffusionPipeline:
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=CHANNELS,
+        out_channels=2 * CHANNELS,  # noise and variance
+        num_layers=2,
+        norm_num_groups=4,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,  # the pipeline writes "no class" as 1000
+    )
+    return DiTPipeline(
+        transformer=transformer,
+        vae=_kl(),
+        scheduler=DDIMScheduler(clip_sample=False),
+        id2label={number: f"class {number}" for number in range(1000)},
+    )
+
+
+def _qwenimage() -> DiffusionPipeline:
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=CHANNELS,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[-0.3, 0.1, 0.2, 0.4],
+        latents_std=[1.5, 0.8, 1.1, 2.0],
+    )
+    _louder(vae)
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4 * CHANNELS,  # latents packed two by two
+        out_channels=CHANNELS,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=text.WIDTH,
+        axes_dims_rope=(2, 2, 4),
+    )
+    _louder(transformer)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    )
+    return QwenImagePipeline(
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=text.qwen_encoder(),
+        tokenizer=text.qwen_tokenizer(),
+        transformer=transformer,
+    )
+
+
+def _lumina2() -> DiffusionPipeline:
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=CHANNELS,
+        hidden_size=24,
+        num_layers=1,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=8,
+        axes_dim_rope=(4, 4, 4),
+        axes_lens=(300, 64, 64),
+        cap_feat_dim=text.WIDTH,
+    )
+    return Lumina2Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+        vae=_kl_16_channels_style(levels=4),  # the pipeline takes 8 pixels a latent position for granted
+        text_encoder=text.gemma_encoder(),
+        tokenizer=text.gemma_tokenizer(),
+    )
+
+
+def _auraflow() -> DiffusionPipeline:
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=text.WIDTH,
+        caption_projection_dim=16,
+        pos_embed_max_size=1024,
+    )
+    _louder(transformer)
+    return AuraFlowPipeline(
+        tokenizer=text.t5_tokenizer(),
+        text_encoder=text.umt5_encoder(),
+        vae=_kl(),
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+
+
+_MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "sd3": _sd3,
+    "flux": _flux,
+    "pixart-sigma": _pixart_sigma,
+    "sana": _sana,
+    "dit": _dit,
+    "qwenimage": _qwenimage,
+    "lumina2": _lumina2,
+    "auraflow": _auraflow,
+}
+SMALL_PIPELINES = tuple(_MAKERS)

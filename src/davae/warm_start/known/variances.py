@@ -1,0 +1,156 @@
+"""Classes from before flow matching: their heads may give variances beside the means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_pos_embed_lumina
+from diffusers.models.modeling_utils import ModelMixin
+
+from davae.warm_start.channel_places import ChannelDescription, input_layer, output_layer
+from davae.warm_start.dummy_inputs import Dummy, dummy
+from davae.warm_start.errors import WarmStartError
+from davae.warm_start.registry import describe
+
+
+def _learned_variance(transformer: ModelMixin) -> str:
+    return "2 c" if transformer.config.learn_sigma else "c"
+
+
+@dummy
+def _dit(d: Dummy) -> dict[str, Any]:
+    steps = d.config.num_embeds_ada_norm
+    return {
+        "hidden_states": d.latent,
+        "timestep": d.integers(steps),
+        "class_labels": d.integers(steps + 1),  # the last one is "no class"
+    }
+
+
+describe(
+    "DiTTransformer2DModel",
+    ChannelDescription(
+        inputs=input_layer("pos_embed.proj"),
+        outputs=output_layer("proj_out_2", "p p out_channels"),
+        counts={"in_channels": "c", "out_channels": ("2 c", "c")},
+        sample_pattern="out_channels",
+        dummy_inputs=_dit,
+        tokens=(4, 4),  # it gives square images only
+    ),
+)
+
+
+def _pixart_conditions(d: Dummy) -> dict[str, Any]:
+    sizes = torch.full((d.batch, 2), 512.0, device=d.latent.device)
+    return {"resolution": sizes, "aspect_ratio": torch.ones(d.batch, 1, device=d.latent.device)}
+
+
+@dummy
+def _pixart(d: Dummy) -> dict[str, Any]:
+    inner = d.config.num_attention_heads * d.config.attention_head_dim
+    conditions = _pixart_conditions(d) if d.transformer.use_additional_conditions else {}
+    return {
+        "hidden_states": d.latent,
+        "encoder_hidden_states": d.text(d.config.caption_channels or inner),
+        "encoder_attention_mask": d.text_mask(torch.int64),
+        "timestep": d.integers(1000),
+        "added_cond_kwargs": conditions or {"resolution": None, "aspect_ratio": None},
+    }
+
+
+describe(
+    "PixArtTransformer2DModel",
+    ChannelDescription(
+        inputs=input_layer("pos_embed.proj"),
+        outputs=output_layer("proj_out", "p p out_channels"),
+        counts={"in_channels": "c", "out_channels": ("2 c", "c")},
+        sample_pattern="out_channels",
+        dummy_inputs=_pixart,
+    ),
+)
+
+
+def _legacy_places(transformer: ModelMixin) -> ChannelDescription:
+    # The class that DiT and PixArt were made of; a saved one comes back as the one or the other.
+    config = transformer.config
+    if config.patch_size is None:
+        raise WarmStartError(
+            "Transformer2DModel without patches is a block of a U-Net: its layer norm (a group norm over its "
+            "input) would mix base and detail channels"
+        )
+    text = config.norm_type == "ada_norm_single"
+    return ChannelDescription(
+        inputs=input_layer("pos_embed.proj"),
+        outputs=output_layer("proj_out" if text else "proj_out_2", "p p out_channels"),
+        counts={"in_channels": "c", "out_channels": ("2 c", "c")},
+        sample_pattern="out_channels",
+        dummy_inputs=_pixart if text else _dit,
+        tokens=(4, 4),
+    )
+
+
+describe("Transformer2DModel", _legacy_places)
+
+
+@dummy
+def _lumina_next(d: Dummy) -> dict[str, Any]:
+    head = d.config.hidden_size // d.config.num_attention_heads
+    return {
+        "hidden_states": d.latent,
+        "encoder_hidden_states": d.text(d.config.cross_attention_dim),
+        "encoder_mask": d.text_mask(torch.int64),
+        "timestep": d.time(),
+        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(head, 384, 384),
+        "cross_attention_kwargs": {},
+    }
+
+
+def _lumina_next_places(transformer: ModelMixin) -> ChannelDescription:
+    variance = _learned_variance(transformer)
+    return ChannelDescription(
+        inputs=input_layer("patch_embedder.proj", "c p p"),
+        outputs=output_layer("norm_out.linear_2", f"p p {variance}"),
+        counts={"in_channels": "c"},
+        sample_pattern=variance,
+        dummy_inputs=_lumina_next,
+    )
+
+
+describe("LuminaNextDiT2DModel", _lumina_next_places)
+
+
+@dummy
+def _hunyuan_dit(d: Dummy) -> dict[str, Any]:
+    config, device = d.config, d.latent.device
+    head = config.hidden_size // config.num_attention_heads
+    rows, columns = d.grid(config.patch_size)
+    # The forward adds one learned padding row for each text position, so these lengths are fixed.
+    clip, t5 = config.text_len, config.text_len_t5
+    return {
+        "hidden_states": d.latent,
+        "timestep": d.time(1000).to(d.latent.dtype),
+        "encoder_hidden_states": d.normal(clip, config.cross_attention_dim),
+        "text_embedding_mask": torch.ones(d.batch, clip, dtype=torch.int64, device=device),
+        "encoder_hidden_states_t5": d.normal(t5, config.cross_attention_dim_t5),
+        "text_embedding_mask_t5": torch.ones(d.batch, t5, dtype=torch.int64, device=device),
+        "image_meta_size": torch.full((d.batch, 6), 512.0, device=device),
+        "style": torch.zeros(d.batch, dtype=torch.int64, device=device),
+        "image_rotary_emb": get_2d_rotary_pos_embed(
+            head, ((0, 0), (rows, columns)), (rows, columns), device=device, output_type="pt"
+        ),
+    }
+
+
+def _hunyuan_dit_places(transformer: ModelMixin) -> ChannelDescription:
+    variance = _learned_variance(transformer)
+    return ChannelDescription(
+        inputs=input_layer("pos_embed.proj"),
+        outputs=output_layer("proj_out", f"p p {variance}"),
+        counts={"in_channels": "c"},
+        sample_pattern=variance,
+        dummy_inputs=_hunyuan_dit,
+    )
+
+
+describe("HunyuanDiT2DModel", _hunyuan_dit_places)

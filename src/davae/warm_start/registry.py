@@ -1,0 +1,80 @@
+"""The described classes, and what happens where nobody described one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from davae.warm_start.channel_places import ChannelDescription
+from davae.warm_start.dummy_inputs import TEXT_TOKENS
+from davae.warm_start.errors import WarmStartError
+from davae.warm_start.probing import probed_description
+
+#: A description, or a function of the transformer where the places depend on its configuration.
+Describer = ChannelDescription | Callable[[ModelMixin], ChannelDescription]
+
+_DESCRIPTIONS: dict[str, Describer] = {}
+
+
+def describe(class_name: str, description: Describer) -> None:
+    """Teach the warm start a transformer class; its subclasses are known with it.
+
+    Raises:
+        WarmStartError: the class has another description already.
+    """
+    if _DESCRIPTIONS.setdefault(class_name, description) is not description:
+        raise WarmStartError(f"{class_name} is described already; a class has one description")
+
+
+def described_classes() -> tuple[str, ...]:
+    """Names of the classes that have a description."""
+    return tuple(sorted(_DESCRIPTIONS))
+
+
+def description_of(transformer: ModelMixin) -> ChannelDescription:
+    """The description of the transformer's class, or of the nearest class it derives from; else a probed one.
+
+    Raises:
+        WarmStartError: nobody described it and probing does not find the places; says why, and how to describe.
+    """
+    for cls in type(transformer).__mro__:
+        if cls.__name__ in _DESCRIPTIONS:
+            found = _DESCRIPTIONS[cls.__name__]
+            return found if isinstance(found, ChannelDescription) else found(transformer)
+    name = type(transformer).__name__
+    try:
+        if not isinstance(transformer, ModelMixin):
+            raise WarmStartError("it is no diffusers model that could be built again from its configuration")
+        return probed_description(transformer)
+    except WarmStartError as error:
+        raise WarmStartError(
+            f"{name} is not described, and probing did not find where its latent channels sit: {error}. "
+            f"Describe it with davae.warm_start.describe('{name}', ChannelDescription("
+            "inputs=input_layer('...'), outputs=output_layer('...', 'p p c'), dummy_inputs=...)); the "
+            "self-check then says whether the description is right"
+        ) from error
+
+
+def dummy_arguments(
+    transformer: ModelMixin, latent: Tensor, generator: torch.Generator, *, text_tokens: int = TEXT_TOKENS
+) -> dict[str, Any]:
+    """Keyword arguments that a transformer's ``forward`` takes for a latent, with random conditioning.
+
+    Image positions follow the latent's size. Works on any device, the meta device included.
+
+    Args:
+        transformer: a described model.
+        latent: [B, C, h, w] in the autoencoder's channels; packed here where the class takes it packed.
+        generator: on the CPU; the same seed gives the same conditioning.
+        text_tokens: tokens of each prompt.
+
+    Raises:
+        WarmStartError: the class is not described and cannot be probed.
+    """
+    # Only a caller who wants another length needs a description that knows how to give it.
+    options = {} if text_tokens == TEXT_TOKENS else {"text_tokens": text_tokens}
+    return description_of(transformer).dummy_inputs(transformer, latent, generator, **options)
