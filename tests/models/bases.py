@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny, ModelMixin
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
+    AutoencoderTiny,
+    ModelMixin,
+)
 
 KL: dict[str, Any] = {
     "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -37,7 +45,16 @@ TINY: dict[str, Any] = {
     "num_encoder_blocks": (1, 1, 1),
     "num_decoder_blocks": (1, 1, 1),
 }
-NAMES = ("kl", "kl_plain", "kl_lists", "flux2", "dc", "tiny")
+QWEN: dict[str, Any] = {
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True],
+    "latents_mean": [0.1, 0.2, 0.3, 0.4],
+    "latents_std": [1.0, 2.0, 0.5, 1.5],
+}
+NAMES = ("kl", "kl_plain", "kl_lists", "flux2", "dc", "tiny", "qwen", "qwen21")
 
 
 def make_base(name: str) -> ModelMixin:
@@ -57,6 +74,10 @@ def make_base(name: str) -> ModelMixin:
         base.bn.running_var.uniform_(0.5, 2.0)
     elif name == "dc":
         base = AutoencoderDC(**DC)
+    elif name == "qwen":
+        base = AutoencoderKLQwenImage(**QWEN)
+    elif name == "qwen21":
+        base = AutoencoderKLQwenImage21(**QWEN, decoder_base_dim=8, scale_factor_spatial=4)
     else:
         base = AutoencoderTiny(**TINY)
     return base.eval()
@@ -64,7 +85,18 @@ def make_base(name: str) -> ModelMixin:
 
 def raw_latent(base: ModelMixin, images: torch.Tensor) -> torch.Tensor:
     """What the base itself gives for images at base resolution."""
+    if isinstance(base, AutoencoderKLQwenImage21):  # four channels, the last one opacity
+        images = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
+    if isinstance(base, AutoencoderKLQwenImage | AutoencoderKLQwenImage21):
+        return base.encode(images[:, :, None]).latent_dist.mean[:, :, 0]
     output = base.encode(images)
     if isinstance(base, AutoencoderDC):
         return output.latent
     return output.latents if isinstance(base, AutoencoderTiny) else output.latent_dist.mean
+
+
+def raw_decode(base: ModelMixin, z: torch.Tensor) -> torch.Tensor:
+    """The image, three channels, that the base itself makes of its raw latent."""
+    if isinstance(base, AutoencoderKLQwenImage | AutoencoderKLQwenImage21):
+        return base.decode(z[:, :, None]).sample[:, :3, 0]
+    return base.decode(z).sample

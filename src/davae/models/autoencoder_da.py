@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -16,19 +16,28 @@ from torch import Tensor, nn
 
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
-from davae.models import known_bases  # noqa: F401 (registers the adapters)
-from davae.models.base_adapters import constructor_arguments, find_adapter
+from davae.models import known_bases, video_bases  # noqa: F401 (registers the adapters)
+from davae.models.base_adapters import constructor_arguments, find_adapter, register_adapter
+from davae.models.detail_dropout import detail_dropout_factor
+from davae.models.detail_normalisation import DetailNormalisation
+from davae.models.levels import Levels
+from davae.models.nested_base import NestedAdapter
+from davae.models.option_checks import check_detail_channels, check_options
 from davae.models.pipeline_config import DERIVED_KEYS, derived_config
+from davae.models.portable import Portable
 from davae.models.residual_sampling import ResidualDownsample, ResidualUpsample
+from davae.models.single_frame import takes_single_frame, without_alpha
+from davae.models.start_from_base import start_blocks_from_base
 from davae.models.structured_posterior import StructuredPosterior
-from davae.models.tiling import tiled
-from davae.models.warm_blocks import warm_down_block, warm_up_block
+from davae.models.tiles_and_slices import TilesAndSlices
 
 LatentSpace = Literal["scaled", "raw"]
 ChannelOrder = Literal["base_first", "detail_first"]
 
 
-class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderDA(
+    Levels, DetailNormalisation, TilesAndSlices, Portable, ModelMixin, AutoencoderMixin, ConfigMixin
+):
     """A diffusers autoencoder whose latent is ``[z, z_d]``: the base VAE's latent and ``D`` detail channels.
 
     ``z`` (``C`` channels) is the base latent of the image at base resolution, untouched. ``z_d`` is encoded
@@ -42,11 +51,16 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     The base never changes: its weights take no gradient and it stays in eval mode, also after ``train()``.
 
+    The base may be an ``AutoencoderDA`` itself. The latent then has levels, ``[z, z_d1, z_d2]``, and this one's
+    ``z_d`` is all of the details: ``layout``, ``scale``, ``encode``, ``decode``, ``encode_base``,
+    ``encode_details`` and ``decode_structured`` speak of the whole, ``own_layout``, ``factor``,
+    ``encode_prefix`` and ``encode_own_details`` of what this level adds. See :class:`davae.models.levels.Levels`.
+
     Args:
         base_class: class name of the base, see :func:`davae.models.find_adapter`.
         base_config: its config.
-        scale: ``s``, 2, 4 or 8.
-        detail_channels: ``D``, a multiple of ``s^2 / 2``.
+        scale: 2, 4 or 8: ``s``, or on a base with levels the factor that this level adds to its scale.
+        detail_channels: ``D``, a multiple of ``s^2 / 2``; the channels that this level adds.
         antialias: antialias the bicubic reduction to base resolution.
         clamp_base_image: clamp the reduced image to [-1, 1].
         base_latent_space: what alignment and joint decoder see: ``"scaled"``, ``(z - shift) * scale`` as the
@@ -59,13 +73,14 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             :meth:`set_detail_statistics`.
         branch_config: config of the base class for the detail encoder and the joint decoder, where they are
             built differently from the base (same compression).
-        has_base_decoder: False where the base's decoder is not known, as in some published files. Everything
-            works without it except :meth:`decode_base`.
+        has_base_decoder: False where the base's decoder is not known, as in some published files, or dropped
+            (:meth:`drop_base_decoder`). Everything works without it except :meth:`decode_base` and the lower levels.
 
     Raises:
         DavaeError: an unknown base, or sizes that do not fit.
     """
 
+    __module__ = "davae"  # the library by which saved pipelines know it
     _supports_gradient_checkpointing = True
     _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D"]  # noqa: RUF012 (the family's form)
     _group_offload_block_modules = ["base", "detail_encoder", "down", "up", "joint_decoder"]  # noqa: RUF012
@@ -88,22 +103,29 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         has_base_decoder: bool = True,
     ) -> None:
         super().__init__()
-        _check_options(scale, detail_channels, base_latent_space, decoder_channel_order, detail_dropout)
+        check_options(scale, base_latent_space, decoder_channel_order, detail_dropout)
         model_class, self.adapter = find_adapter(base_class)
         self.base = model_class.from_config(base_config)
-        self.layout = LatentLayout(self.adapter.latent_channels(self.base), detail_channels)
-        self.scale = scale
+        self.factor, self.scale = scale, scale * self.adapter.scale(self.base)
+        check_detail_channels(detail_channels, self.scale)
+        base_layout = self.adapter.latent_layout(self.base)
+        self.own_layout = LatentLayout(base_layout.channels, detail_channels)
+        self.layout = LatentLayout(base_layout.base_channels, base_layout.detail_channels + detail_channels)
 
         branch = self.base if branch_config is None else model_class.from_config(branch_config)
         self.detail_encoder = self.adapter.detail_encoder(branch)
         self.joint_decoder = self.adapter.joint_decoder(branch)
-        encoder_features, self.base_compression = self.adapter.probe_encoder(self.detail_encoder)
-        decoder_features = self.adapter.decoder_channels(self.joint_decoder)
-        self.down = ResidualDownsample(encoder_features, 2 * detail_channels, scale)  # mean and log-variance
-        self.up = ResidualUpsample(self.layout.channels, decoder_features, scale)
+        networks = self.adapter.network_adapter(self.base)
+        encoder_features, self.base_compression = networks.probe_encoder(self.detail_encoder)
+        decoder_features = networks.decoder_channels(self.joint_decoder)
+        self.down = ResidualDownsample(
+            encoder_features, 2 * detail_channels, self.scale
+        )  # mean, log-variance
+        self.up = ResidualUpsample(self.layout.channels, decoder_features, self.scale)
         self._add_pipeline_parts(self.base)
         if not has_base_decoder:
-            self.base.decoder = self.base.post_quant_conv = None
+            self.adapter.drop_decoder(self.base)
+        self.trains_below = False
         self.base.requires_grad_(False).eval()
 
         self.use_slicing = False
@@ -133,7 +155,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         loaded one.
 
         Args:
-            base: a diffusers autoencoder.
+            base: a diffusers autoencoder, or an :class:`AutoencoderDA`, which becomes the levels below.
             warm_blocks: start the two new blocks from the base's layers that they replace (see
                 :mod:`davae.models.warm_blocks`); False leaves torch's random start.
             scale, detail_channels, antialias, clamp_base_image, base_latent_space, decoder_channel_order,
@@ -169,28 +191,21 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         model.joint_decoder.load_state_dict(model.adapter.joint_decoder(base).state_dict())
         model._add_pipeline_parts(base)
         if warm_blocks:
-            model._start_blocks_from_base()
+            start_blocks_from_base(model)
         return model.eval()
 
     def _add_pipeline_parts(self, base: Any) -> None:
         """Config entries and modules that unmodified pipelines read."""
         further = self.adapter.pipeline_config(base)
         compression = self.spatial_compression
-        derived = derived_config(base.config, further, self.layout, scale=self.scale, compression=compression)
+        derived = derived_config(
+            base.config, further, self.own_layout, scale=self.factor, compression=compression
+        )
         self.register_to_config(**derived)
-        for name, module in self.adapter.pipeline_modules(base, self.layout.detail_channels).items():
+        if "temperal_downsample" in derived:  # pipelines read it from the model
+            self.temperal_downsample = derived["temperal_downsample"]
+        for name, module in self.adapter.pipeline_modules(base, self.own_layout.detail_channels).items():
             setattr(self, name, module.to(device=base.device))
-
-    @torch.no_grad()
-    def _start_blocks_from_base(self) -> None:
-        shift, scale = self._base_affine()
-        head, stem = self.adapter.encoder_head(self.base), self.adapter.decoder_stem(self.base)
-        if head is not None:
-            warm_down_block(self.down, head.then(torch.diag(scale), -shift * scale), self.layout)
-        if stem is not None:
-            stem = stem.after(torch.diag(1.0 / scale), shift)
-            detail_first = self.config.decoder_channel_order == "detail_first"
-            warm_up_block(self.up, stem, self.layout, detail_first=detail_first)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -203,11 +218,6 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
     # ------------------------------------------------------------------ what it is
 
     @property
-    def spatial_compression(self) -> int:
-        """Pixels per latent position and side, ``s * f``."""
-        return self.scale * self.base_compression
-
-    @property
     def last_decoder_weight(self) -> Tensor:
         """Weight of the joint decoder's last convolution: the adaptive GAN weight compares gradients here."""
         return [m for m in self.joint_decoder.modules() if isinstance(m, nn.Conv2d)][-1].weight
@@ -218,77 +228,25 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         return self.down.conv.weight
 
     def trained_parameters(self) -> Iterator[nn.Parameter]:
-        """Everything but the base."""
+        """Everything but the base, and of a base with levels everything but its own, where it learns too."""
+        if self.below is not None and self.trains_below:
+            yield from self.below.trained_parameters()
         for part in (self.detail_encoder, self.down, self.up, self.joint_decoder):
             yield from part.parameters()
 
     def train(self, mode: bool = True) -> AutoencoderDA:
         """As in torch, but the base stays in eval mode."""
         super().train(mode)
-        self.base.eval()
+        self.base.train(mode and self.trains_below)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> AutoencoderDA:
         """As in torch, but the base stays frozen."""
         super().requires_grad_(requires_grad)
-        self.base.requires_grad_(False)
+        self.base.requires_grad_(requires_grad and self.trains_below)
         return self
 
-    def enable_tiling(
-        self, tile_sample_min_size: int | None = None, tile_overlap_factor: float | None = None
-    ) -> None:
-        """Encode and decode larger images in overlapping tiles; see :func:`davae.models.tiling.tiled`.
-
-        Args:
-            tile_sample_min_size: side of a tile in pixels of the full-resolution image, a multiple of ``s *
-                f``.
-            tile_overlap_factor: part of a tile that overlaps its neighbour, in [0, 0.5].
-
-        Raises:
-            DavaeError: a value out of range.
-        """
-        size = tile_sample_min_size or self.tile_sample_min_size
-        factor = self.tile_overlap_factor if tile_overlap_factor is None else tile_overlap_factor
-        if size % self.spatial_compression:
-            raise DavaeError(f"tile size {size} is not a multiple of {self.spatial_compression} pixels")
-        if not 0.0 <= factor <= 0.5:
-            raise DavaeError(f"tile_overlap_factor must lie in [0, 0.5], not {factor}")
-        self.use_tiling, self.tile_sample_min_size, self.tile_overlap_factor = True, size, factor
-
-    # ------------------------------------------------------------------ details: normalisation
-
-    def set_detail_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Keep mean and standard deviation of raw ``z_d`` per channel; encode and decode normalise with them.
-
-        They stand in the config.
-
-        Args:
-            mean, std: ``[D]``.
-
-        Raises:
-            DavaeError: another length, a value that is not finite, or a standard deviation of 0.
-        """
-        count = self.layout.detail_channels
-        for name, values in (("mean", mean), ("std", std)):
-            if values.shape != (count,) or not values.isfinite().all():
-                raise DavaeError(
-                    f"detail {name} must be {count} finite values, not {tuple(values.shape)}: {values}"
-                )
-        if not (std > 0).all():
-            raise DavaeError(
-                f"detail channel {int((std <= 0).nonzero()[0])} is constant: its standard deviation is 0"
-            )
-        self.register_to_config(detail_mean=mean.tolist(), detail_std=std.tolist())
-
-    def _detail_affine(self) -> tuple[Tensor, Tensor]:
-        """``mean`` and ``std``, ``[D, 1, 1]``, with ``z_d = x_d * std + mean`` for a pipeline's ``x_d``."""
-        count, config = self.layout.detail_channels, self.config
-        mean = torch.tensor(config.detail_mean or [0.0] * count, device=self.device)
-        std = torch.tensor(config.detail_std or [1.0] * count, device=self.device)
-        scaling, shift = config.scaling_factor or 1.0, config.shift_factor or 0.0
-        return (mean - shift * scaling * std)[:, None, None], (scaling * std)[:, None, None]
-
-    def _base_affine(self) -> tuple[Tensor, Tensor]:
+    def base_affine(self) -> tuple[Tensor, Tensor]:
         """``shift`` and ``scale``, float32 ``[C]``, of the space in which details are aligned and decoded."""
         shift, scale = self.adapter.normalisation(self.base)
         if self.config.base_latent_space == "raw":
@@ -297,14 +255,14 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ the parts
 
-    def downsample(self, images: Tensor) -> Tensor:
-        """Images ``[B, 3, H, W]`` at base resolution, ``[B, 3, H / s, W / s]``; bicubic.
+    def reduce(self, images: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]`` at the resolution of the level below; bicubic.
 
         Raises:
             DavaeError: sides that are not multiples of ``s * f``.
         """
         self._check_sides(images)
-        size = (images.shape[-2] // self.scale, images.shape[-1] // self.scale)
+        size = (images.shape[-2] // self.factor, images.shape[-1] // self.factor)
         small = (
             F.interpolate(  # in float32: bfloat16 has no antialiased resize on every device, and would blur
                 images.float(),
@@ -316,6 +274,15 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         )
         return (small.clamp(-1.0, 1.0) if self.config.clamp_base_image else small).to(images.dtype)
 
+    def downsample(self, images: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]`` at base resolution, ``[B, 3, H / s, W / s]``: reduced level by level.
+
+        Raises:
+            DavaeError: sides that are not multiples of ``s * f``.
+        """
+        small = self.reduce(images)
+        return small if self.below is None else self.below.downsample(small)
+
     @apply_forward_hook
     @torch.no_grad()
     def encode_base(self, images: Tensor) -> Tensor:
@@ -323,8 +290,18 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
 
         It is the base VAE's own on ``downsample(images)``, bit for bit.
         """
+        small = self.reduce(images)
+        if self.below is not None:
+            return self.below.encode_base(small)
         encode = self._tiled(lambda x: self.adapter.encode(self.base, x), self.base, self.base_compression, 1)
-        return self._sliced(encode, self.downsample(images))
+        return self._sliced(encode, small)
+
+    def encode_prefix(self, images: Tensor) -> Tensor:
+        """Raw latent of everything below this level, means, ``[B, own_layout.base_channels, h, w]``."""
+        if self.below is None:
+            return self.encode_base(images)
+        small = self.reduce(images)
+        return self.below.layout.join(self.below.encode_base(small), self.below.encode_details(small).mean)
 
     @apply_forward_hook
     def encode_details(self, images: Tensor) -> DiagonalGaussianDistribution:
@@ -333,6 +310,15 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             DavaeError: sides that are not multiples of ``s * f``.
         """
+        own = self.encode_own_details(images)
+        if self.below is None:
+            return own
+        lower = self.below.encode_details(self.reduce(images))
+        parameters = [lower.mean, own.mean, lower.logvar, own.logvar]
+        return DiagonalGaussianDistribution(torch.cat(parameters, dim=1))
+
+    def encode_own_details(self, images: Tensor) -> DiagonalGaussianDistribution:
+        """As :meth:`encode_details`, but only the channels that this level adds."""
         self._check_sides(images)
         encode = self._tiled(
             lambda x: self.down(self.detail_encoder(x)), self.detail_encoder, self.spatial_compression, 1
@@ -349,24 +335,35 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
             )
 
     def alignment_target(self, z: Tensor) -> Tensor:
-        """The base latent in the space in which details are aligned and decoded (``base_latent_space``)."""
+        """The base latent in the space in which details are aligned and decoded (``base_latent_space``).
+
+        Args:
+            z: raw, ``[B, C, h, w]``, or with the details of the levels below, which stay as they are.
+        """
         if self.config.base_latent_space == "raw":
             return z
-        shift, scale = (v[:, None, None] for v in self._base_affine())
+        shift, scale = (v[: z.shape[1], None, None] for v in self.base_affine())
         return ((z.float() - shift) * scale).to(z.dtype)
 
     @apply_forward_hook
     def decode_structured(self, z: Tensor, z_d: Tensor) -> Tensor:
-        """Images ``[B, 3, H, W]`` from raw ``z`` and raw ``z_d``, with detail dropout in train mode."""
+        """Images ``[B, 3, H, W]`` from raw ``z`` and raw ``z_d``, with detail dropout in train mode.
+
+        Args:
+            z, z_d: ``[B, C, h, w]`` and ``[B, D, h, w]``; with levels below the border between the two may also
+                lie in front of this level's own channels. Dropout takes these alone.
+
+        Raises:
+            DavaeError: another number of channels.
+        """
+        if z.shape[1] != self.own_layout.base_channels:
+            z, z_d = self.own_layout.split(torch.cat([z, z_d], dim=1))
         if self.training and self.config.detail_dropout > 0:
             uniform = torch.rand(z_d.shape[0], device=z_d.device)
             factor = detail_dropout_factor(uniform, self.config.detail_dropout)
             z_d = z_d * factor.to(z_d.dtype)[:, None, None, None]
-        return self._decode(z, z_d)
-
-    def _decode(self, z: Tensor, z_d: Tensor) -> Tensor:
-        z = self.alignment_target(self.adapter.bound(z))
-        latent = self.layout.join(z, z_d)
+        z = self.alignment_target(self._bounded(z))
+        latent = self.own_layout.join(z, z_d)
         if self.config.decoder_channel_order == "detail_first":  # the one place where the order differs
             latent = torch.cat([z_d, z], dim=1)
         decode = self._tiled(
@@ -374,43 +371,28 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         )
         return self._sliced(decode, latent)
 
-    def _tiled(
-        self, function: Callable[[Tensor], Tensor], network: nn.Module, cell_in: int, cell_out: int
-    ) -> Callable[[Tensor], Tensor]:
-        """``function``, which calls ``network``, by tiles where tiling is on and the input larger than one."""
-        tile = self.tile_sample_min_size // self.spatial_compression
-
-        def apply(x: Tensor) -> Tensor:
-            if not self.use_tiling or max(x.shape[-2:]) <= tile * cell_in:
-                return function(x)
-            overlap = round(tile * self.tile_overlap_factor)
-            return tiled(
-                function,
-                x,
-                tile=tile,
-                overlap=overlap,
-                cell_in=cell_in,
-                cell_out=cell_out,
-                networks=[network],
-            )
-
-        return apply
-
-    def _sliced(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """``function(x)``, one sample at a time where slicing is on."""
-        if self.use_slicing and x.shape[0] > 1:
-            return torch.cat([function(part) for part in x.split(1)])
-        return function(x)
+    def _bounded(self, z: Tensor) -> Tensor:
+        """A raw latent as the base's decoder takes it; details below have no bounds."""
+        bound = self.adapter.network_adapter(self.base).bound
+        if self.below is None:
+            return bound(z)
+        base, details = self.below.layout.split(z)
+        return self.below.layout.join(bound(base), details)
 
     # ------------------------------------------------------------------ the diffusers interface
 
     @apply_forward_hook
+    @takes_single_frame
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[StructuredPosterior]:
         """Images ``[B, 3, H, W]`` in [-1, 1] to a posterior over a pipeline's latents ``[B, C + D, h, w]``.
+
+        As pipelines of video-derived bases call it, ``[B, 3 or 4, 1, H, W]`` is one frame (and opacity, which
+        is dropped), and the latents are ``[B, C + D, 1, h, w]``; :meth:`decode` takes those.
 
         Raises:
             DavaeError: sides that are not multiples of ``s * f``.
         """
+        x = without_alpha(x)
         z = self.encode_base(x)
         details = self.encode_details(x)
         mean, std = self._detail_affine()
@@ -423,6 +405,7 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
+    @takes_single_frame
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
@@ -432,23 +415,10 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         base, details = self.layout.split(z)
         mean, std = self._detail_affine()
-        images = self._decode(base, (details.float() * std + mean).to(z.dtype))
+        images = self.decode_structured(base, (details.float() * std + mean).to(z.dtype))
         return DecoderOutput(sample=images) if return_dict else (images,)
 
-    @apply_forward_hook
-    @torch.no_grad()
-    def decode_base(self, latent: Tensor) -> Tensor:
-        """A preview, ``[B, 3, H / s, W / s]``: the untouched base VAE on the first ``C`` channels.
-
-        Args:
-            latent: in the pipelines' convention, ``[B, C + D, h, w]``, or its base part ``[B, C, h, w]``.
-
-        Raises:
-            DavaeError: the model has no base decoder.
-        """
-        if not self.config.has_base_decoder:
-            raise DavaeError("this autoencoder was made without its base's decoder: there is no preview")
-        z = latent if latent.shape[1] == self.layout.base_channels else self.layout.split(latent)[0]
+    def _decode_base(self, z: Tensor) -> Tensor:
         decode = self._tiled(lambda x: self.adapter.decode(self.base, x), self.base, 1, self.base_compression)
         return self._sliced(decode, z)
 
@@ -465,28 +435,4 @@ class AutoencoderDA(ModelMixin, AutoencoderMixin, ConfigMixin):
         return self.decode(latent, return_dict=return_dict)
 
 
-def detail_dropout_factor(uniform: Tensor, probability: float) -> Tensor:
-    """Factor on each sample's detail latent: 0 with ``probability``, else ``1 / (1 - probability)``.
-
-    Args:
-        uniform: numbers in [0, 1), ``[B]``; a sample is kept where its number is below ``1 - probability``.
-        probability: in [0, 1).
-    """
-    keep = 1.0 - probability
-    return (uniform < keep).to(uniform.dtype) / keep
-
-
-def _check_options(scale: int, detail_channels: int, space: str, order: str, dropout: float) -> None:
-    if scale not in (2, 4, 8):
-        raise DavaeError(f"scale must be 2, 4 or 8, not {scale}")
-    if detail_channels < 1 or 2 * detail_channels % scale**2:
-        raise DavaeError(
-            f"detail_channels must be a positive multiple of {scale**2 // 2} for scale {scale}, "
-            f"not {detail_channels}"
-        )
-    if space not in ("scaled", "raw"):
-        raise DavaeError(f"base_latent_space must be 'scaled' or 'raw', not '{space}'")
-    if order not in ("base_first", "detail_first"):
-        raise DavaeError(f"decoder_channel_order must be 'base_first' or 'detail_first', not '{order}'")
-    if not 0.0 <= dropout < 1.0:
-        raise DavaeError(f"detail_dropout must lie in [0, 1), not {dropout}")
+register_adapter(AutoencoderDA, NestedAdapter())

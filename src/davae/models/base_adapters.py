@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from davae.errors import DavaeError
+from davae.latents import LatentLayout
 
 _PROBE_SIDE = 256  # pixels; shows any compression up to 256, and costs nothing on the meta device
 
@@ -88,6 +89,22 @@ class BaseAdapter(ABC):
     def latent_channels(self, base: Any) -> int:
         """``C``."""
         return int(base.config.latent_channels)
+
+    def latent_layout(self, base: Any) -> LatentLayout:
+        """Its base and detail channels: none of the latter but in a base that has levels itself."""
+        return LatentLayout(self.latent_channels(base), 0)
+
+    def scale(self, base: Any) -> int:
+        """Resolution of its images per side, as a multiple of the pretrained VAE's: 1 but with levels."""
+        return 1
+
+    def network_adapter(self, base: Any) -> BaseAdapter:
+        """The adapter that knows the networks: this one but with levels."""
+        return self
+
+    def drop_decoder(self, base: Any) -> None:
+        """Take the decoder out of the base."""
+        base.decoder = base.post_quant_conv = None
 
     def probe_encoder(self, detail_encoder: nn.Module) -> tuple[int, int]:
         """Feature channels ``F`` and compression ``f`` of the detail encoder, found without computing."""

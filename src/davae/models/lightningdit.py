@@ -19,6 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
+from davae.models.portable import Portable
 from davae.models.positions import apply_rope, rope_table, sincos_table
 
 TIME_CHANNELS = 256  # width of the timestep's sinusoid
@@ -44,7 +45,7 @@ SIZES: dict[str, Size] = {
 }
 
 
-class LightningDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class LightningDiTTransformer2DModel(Portable, ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Predicts the velocity of a latent on the straight path from noise to data.
 
     With ``x_t = t * data + (1 - t) * noise`` the output estimates ``data - noise``: ``t = 0`` is noise and
@@ -69,6 +70,7 @@ class LightningDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         class_dropout: in training, the probability that a label is replaced by the null label.
     """
 
+    __module__ = "davae"  # the library by which saved pipelines know it
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["LightningDiTBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["LightningDiTBlock"]

@@ -23,6 +23,8 @@ DERIVED_KEYS = frozenset(
         "force_upcast",
         "batch_norm_eps",
         "patch_size",
+        "z_dim",
+        "temperal_downsample",
     }
 )
 
@@ -65,6 +67,9 @@ def derived_config(
         # (x - mean) * scaling / std and (x - shift) * scaling both give unit variance on the details.
         derived["latents_mean"] = [*mean, *[shift or 0.0] * layout.detail_channels]
         derived["latents_std"] = [*std, *[1.0] * layout.detail_channels]
+    if base.get("temperal_downsample") is not None:  # autoencoders of videos: a level an entry
+        derived["z_dim"] = layout.channels
+        derived["temperal_downsample"] = (list(base["temperal_downsample"]) + [False] * levels)[: levels - 1]
     for key in ("block_out_channels", "encoder_block_out_channels"):
         if key in derived:
             widths = list(derived[key])

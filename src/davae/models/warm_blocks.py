@@ -54,13 +54,86 @@ def warm_up_block(
         estimate = estimate.roll(details, dims=1)
     shuffled = _before_shuffle(stem.weight.float().cpu(), block.factor)  # [F s^2, C s^2, 3, 3]
     weight = torch.einsum("ochw,ci->oihw", shuffled, estimate)
+    _set_up_block(block, Convolution(weight, stem.bias.repeat_interleave(cells)))
+
+
+@torch.no_grad()
+def warm_nested_up_block(
+    block: ResidualUpsample,
+    below: Convolution,
+    stem: Convolution | None,
+    layout: LatentLayout,
+    factor_below: int,
+    *,
+    detail_first: bool,
+) -> None:
+    """Make the block of a further level give the first features of the level below, each repeated.
+
+    The start is thus an enlargement of what the level below makes, as it was trained. With ``D = s^2 C`` the new
+    details are the base latent at full resolution, unshuffled; what they hold beyond the level below, their
+    difference from the mean of a repeated cell, goes through the base's stem and is added.
+
+    Args:
+        block: its channels as the decoder sees them.
+        below: the block below in front of its shuffle, ``[F t^2, C + D_below, 3, 3]``.
+        stem: base channels to first features, ``[F, C, 3, 3]``, where that is one convolution.
+        layout: channels below this level, and the ones that it adds.
+        factor_below: ``t``, the factor of the block below.
+        detail_first: the block's input has the details of this level in front.
+    """
+    repeats, cells = block.factor // factor_below, block.factor**2
+    base, details = layout.base_channels, layout.detail_channels
+    weight = torch.zeros(block.shortcut_channels, layout.channels, 3, 3)
+    weight[:, :base] = _repeat_subpixels(below.weight.cpu(), factor_below, repeats)
+    if stem is not None and details == stem.weight.shape[1] * cells:
+        mean = torch.eye(factor_below).repeat_interleave(repeats, dim=0)  # [s, t]: row -> cell below
+        mean = mean @ mean.T / repeats
+        centred = torch.eye(cells) - torch.kron(mean, mean)  # [s^2, s^2]
+        estimate = torch.block_diag(*[centred] * stem.weight.shape[1])  # [C s^2, D]
+        shuffled = _before_shuffle(stem.weight.float().cpu(), block.factor)
+        weight[:, base:] = torch.einsum("ochw,ci->oihw", shuffled, estimate)
+    if detail_first:
+        weight = weight.roll(details, dims=1)
+    _set_up_block(block, Convolution(weight, _repeat_subpixels(below.bias, factor_below, repeats)))
+
+
+def _repeat_subpixels(channels: Tensor, factor: int, repeats: int) -> Tensor:
+    """Channels in front of a shuffle by ``f``, ``[F f^2, ...]``, for one by ``f r`` that repeats each pixel."""
+    grid = channels.unflatten(0, (-1, factor, factor))
+    grid = grid.repeat_interleave(repeats, dim=1).repeat_interleave(repeats, dim=2)
+    return grid.flatten(0, 2)
+
+
+def _set_up_block(block: ResidualUpsample, wanted: Convolution) -> None:
+    """Set the learned branch so that the whole block gives ``wanted`` in front of its shuffle."""
+    weight = wanted.weight.clone()
     if block.shortcut and block.shortcut_proj is None:  # what the shortcut adds is taken off again
-        repeats = block.shortcut_channels // block.conv.in_channels
-        outputs = torch.arange(block.shortcut_channels)
-        weight[outputs, outputs // repeats, 1, 1] -= 1.0
+        weight -= _shortcut(block).to(weight)
     block.conv.weight.copy_(weight)
     assert block.conv.bias is not None
-    block.conv.bias.copy_(stem.bias.repeat_interleave(cells))
+    block.conv.bias.copy_(wanted.bias)
+
+
+@torch.no_grad()
+def folded_up_block(block: ResidualUpsample, layout: LatentLayout, *, detail_first: bool) -> Convolution:
+    """The block in front of its shuffle as one convolution, ``[F f^2, C + D, 3, 3]``, base channels first."""
+    assert block.conv.bias is not None
+    weight = block.conv.weight.detach().float().clone()
+    if block.shortcut_proj is not None:
+        weight[:, :, 1, 1] += block.shortcut_proj.weight[:, :, 0, 0]
+    elif block.shortcut:
+        weight += _shortcut(block).to(weight)
+    if detail_first:
+        weight = weight.roll(-layout.detail_channels, dims=1)
+    return Convolution(weight, block.conv.bias.detach().float())
+
+
+def _shortcut(block: ResidualUpsample) -> Tensor:
+    """The shortcut that repeats channels as a 3x3 convolution, ``[F f^2, in, 3, 3]``."""
+    weight = torch.zeros(block.shortcut_channels, block.conv.in_channels, 3, 3)
+    outputs = torch.arange(block.shortcut_channels)
+    weight[outputs, outputs // (block.shortcut_channels // block.conv.in_channels), 1, 1] = 1.0
+    return weight
 
 
 def _before_shuffle(weight: Tensor, factor: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
 from davae.pipelines import ClassConditionalPipeline
-from davae.training.autoencoder import BaseAutoencoderStage
+from davae.training.base_autoencoder import BaseAutoencoderStage
 from davae.training.diffusion import DiffusionStage
 from davae.training.images import open_part
 from davae.training.loop import TrainResult, train

@@ -1,0 +1,43 @@
+"""Models that can be opened where davae is not installed."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusers import ModelMixin
+
+from davae.models.custom_code import custom_code
+
+#: Beside the weights. ``model_index.json`` names the library ``davae``, and diffusers looks for a file of that name.
+CODE_FILE = "davae.py"
+
+
+class Portable:
+    """First base of a davae model: saving also writes the file of code with which anyone can open it.
+
+    The class must say ``__module__ = "davae"``: diffusers writes that into ``model_index.json`` as the library of the
+    component. Where davae was imported, it is the class of davae that is loaded; elsewhere the one in the file, for
+    people who pass ``trust_remote_code=True``.
+    """
+
+    _auto_class = "AutoModel"  # config.json names file and class for AutoModel.from_pretrained
+
+    # Pipelines pass on what they find in the signature, which must be the family's.
+    @functools.wraps(ModelMixin.save_pretrained)
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, with the file of code beside the weights."""
+        kind = type(self)
+        if kind.__module__ == "davae":  # a class that someone else derived must bring its own code
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CODE_FILE).write_text(custom_code(kind.__name__), encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """What ``config.json`` says for AutoModel is no argument of the model."""
+        own = {key: value for key, value in config_dict.items() if key != "auto_map"}
+        return super().extract_init_dict(own, **kwargs)  # type: ignore[misc]

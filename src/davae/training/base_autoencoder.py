@@ -1,0 +1,113 @@
+"""The autoencoder stage of a new base: a plain ``AutoencoderKL`` from nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from davae.latents import ChannelStatistics, gaussian_kl
+from davae.training.adversary import Adversary, make_adversary
+from davae.training.images import first_images, mean_psnr, stack_images
+from davae.training.loop import Player, Stage
+from davae.training.losses import ReconstructionLoss
+from davae.training.pictures import PICTURES, save_rows
+from davae.training.settings import BaseAutoencoderSettings, ReconstructionSettings
+
+
+class PlainObjective(nn.Module):
+    """The loss of one step of a base autoencoder: reconstruction, KL and GAN."""
+
+    def __init__(
+        self, autoencoder: AutoencoderKL, settings: ReconstructionSettings, adversary: Adversary | None = None
+    ) -> None:
+        super().__init__()
+        self.autoencoder, self.settings = autoencoder, settings
+        self.reconstruction = ReconstructionLoss(settings)
+        self._adversary = [adversary]
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """Named losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is what is minimised."""
+        images = batch["image"]
+        posterior = self.autoencoder.encode(images).latent_dist
+        made = self.autoencoder.decode(posterior.sample()).sample
+        losses = self.reconstruction(images, made)
+        total = reference = losses["reconstruction"]
+        losses["kl"] = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
+        total = total + self.settings.kl_weight * losses["kl"]
+        if self._adversary[0] is not None:
+            last = self.autoencoder.decoder.conv_out.weight
+            losses["gan"] = self._adversary[0].generator_term(images, made, reference, last, step)
+            total = total + losses["gan"]
+        return {"total": total, **losses}
+
+
+class BaseAutoencoderStage(Stage):
+    """Trains a plain ``AutoencoderKL`` and measures its scaling and shift factors.
+
+    Args:
+        settings: the recipe's section.
+        dataset: training images, at any scales.
+        whole: the images as the transformer will see them; the factors are measured on these.
+        held_out: validation images.
+    """
+
+    name = "base autoencoder"
+
+    def __init__(
+        self,
+        settings: BaseAutoencoderSettings,
+        dataset: Dataset[dict[str, Any]],
+        whole: Dataset[dict[str, Any]],
+        held_out: Dataset[dict[str, Any]],
+    ) -> None:
+        torch.manual_seed(settings.loop.seed)
+        shape = settings.architecture
+        levels = len(shape.block_out_channels)
+        self.autoencoder = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(shape.block_out_channels),
+            latent_channels=shape.latent_channels,
+            layers_per_block=shape.layers_per_block,
+            norm_num_groups=shape.norm_num_groups,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            force_upcast=False,
+            shift_factor=0.0,
+        )
+        self.settings, self.loop = settings, settings.loop
+        self.dataset, self.whole, self.held_out = dataset, whole, held_out
+        adversary, players = make_adversary(settings.reconstruction.gan)
+        self.objective = PlainObjective(self.autoencoder, settings.reconstruction, adversary)
+        self.players = [Player("model", self.objective, settings.optimizer), *players]
+
+    def validate(self, samples: Path, step: int) -> dict[str, float]:
+        """PSNR of held-out images."""
+        images = first_images(self.held_out, self.loop.validation_images)
+        device, made = self.autoencoder.device, []
+        for part in images.split(self.loop.batch_size):
+            made.append(self.autoencoder(part.to(device), sample_posterior=False).sample.cpu())
+        reconstruction = torch.cat(made)
+        rows = {"input": images[:PICTURES], "reconstruction": reconstruction[:PICTURES]}
+        save_rows(samples / f"step-{step}.png", rows)
+        return {"psnr": mean_psnr(images, reconstruction)}
+
+    @torch.no_grad()
+    def export(self, out: Path) -> Path:
+        """Set the scaling and shift factors so that latents have zero mean and unit variance; write ``out/vae``."""
+        self.autoencoder.eval()
+        channels = self.autoencoder.config.latent_channels
+        statistics = ChannelStatistics(channels)
+        for batch in DataLoader(self.whole, self.loop.batch_size, collate_fn=stack_images):
+            statistics.update(self.autoencoder.encode(batch.to(self.autoencoder.device)).latent_dist.mean)
+        mean = statistics.mean.mean()
+        variance = (statistics.std.square() + (statistics.mean - mean).square()).mean()
+        self.autoencoder.register_to_config(scaling_factor=float(variance.rsqrt()), shift_factor=float(mean))
+        self.autoencoder.to(memory_format=torch.contiguous_format)
+        self.autoencoder.save_pretrained(out / "vae")
+        return out / "vae"

@@ -1,0 +1,108 @@
+"""The loss of the autoencoder stage, level by level."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from davae.latents import AlignmentLoss, LatentLayout, adaptive_weight, gaussian_kl
+from davae.models import AutoencoderDA
+from davae.training.adversary import Adversary
+from davae.training.losses import ReconstructionLoss
+from davae.training.settings import AlignmentSettings, ReconstructionSettings
+
+MAX_ADAPTIVE_ALIGNMENT = 1e8  # official code
+
+
+class StructuredObjective(nn.Module):
+    """The loss of one step: reconstruction, KL, GAN and detail alignment, summed over the levels that learn.
+
+    Args:
+        autoencoder: what is trained. Levels learn together where it says so (``train_levels``), else the last alone.
+        alignment, reconstruction: the recipe's sections, the same for every level.
+        adversaries: one for each level that learns, lowest first; none without a GAN.
+    """
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderDA,
+        alignment: AlignmentSettings,
+        reconstruction: ReconstructionSettings,
+        adversaries: list[Adversary | None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.alignment_settings, self.settings = alignment, reconstruction
+        self.learning = levels_that_learn(autoencoder)
+        self.alignments = nn.ModuleList(
+            AlignmentLoss(alignment_layout(level, alignment), alignment.form) for level in self._levels()
+        )
+        self.reconstruction = ReconstructionLoss(reconstruction)
+        self._adversaries = adversaries or [None] * len(
+            self.learning
+        )  # their weights belong to other players
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """Named losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is what is minimised.
+
+        With levels the names begin with the level, as in ``level2_l1``.
+        """
+        levels = self._levels()
+        images = [batch["image"]]  # of each level that learns, lowest first
+        for level in reversed(levels[1:]):
+            images.insert(0, level.reduce(images[0]))
+        latent = levels[0].encode_prefix(images[0])  # [B, C, h, w]; grows by every level's details
+        total: Tensor | float = 0.0
+        named: dict[str, Tensor] = {}
+        for i, (number, level) in enumerate(zip(self.learning, levels)):
+            losses, z_d = self._level(i, level, images[i], latent, step)
+            latent = torch.cat([latent, z_d], dim=1) if i + 1 < len(levels) else latent
+            total = total + losses.pop("total")
+            prefix = f"level{number}_" if len(self.autoencoder.levels) > 2 else ""
+            named |= {prefix + name: value for name, value in losses.items()}
+        return {"total": total, **named}  # type: ignore[dict-item]
+
+    def _level(
+        self, i: int, vae: AutoencoderDA, images: Tensor, latent: Tensor, step: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses of one level, and the details that it adds to the ``latent`` below it."""
+        posterior = vae.encode_own_details(images)
+        z_d = posterior.sample()  # [B, D, h, w]
+        made = vae.decode_structured(latent, z_d)  # [B, 3, H, W]
+
+        losses = self.reconstruction(images, made)
+        total = reference = losses["reconstruction"]
+        losses["kl"] = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
+        total = total + self.settings.kl_weight * losses["kl"]
+        target = latent[:, : alignment_layout(vae, self.alignment_settings).base_channels].detach()
+        losses["alignment"] = self.alignments[i](z_d, vae.alignment_target(target))
+        weight: Tensor | float = self.alignment_settings.weight
+        if weight and self.alignment_settings.adaptive and torch.is_grad_enabled():
+            ratio = adaptive_weight(
+                reference, losses["alignment"], vae.alignment_weight, maximum=MAX_ADAPTIVE_ALIGNMENT
+            )
+            losses["alignment_weight"] = weight = weight * ratio
+        total = total + weight * losses["alignment"]
+        adversary = self._adversaries[i]
+        if adversary is not None:
+            losses["gan"] = adversary.generator_term(images, made, reference, vae.last_decoder_weight, step)
+            total = total + losses["gan"]
+        return {"total": total, **losses}, z_d
+
+    def _levels(self) -> list[AutoencoderDA]:
+        return [self.autoencoder.at_level(number) for number in self.learning]
+
+
+def levels_that_learn(vae: AutoencoderDA) -> list[int]:
+    """Their numbers, lowest first."""
+    last = vae.levels[-1].number
+    return list(range(1, last + 1)) if vae.trains_below else [last]
+
+
+def alignment_layout(vae: AutoencoderDA, settings: AlignmentSettings) -> LatentLayout:
+    """What a level's own details are aligned with: the base latent, or all channels below the level."""
+    if settings.target == "prefix":
+        return vae.own_layout
+    return LatentLayout(vae.layout.base_channels, vae.own_layout.detail_channels)
