@@ -10,9 +10,22 @@
 Importing davae is enough for diffusers to open pipelines that davae saved.
 """
 
+import sys
+
+import diffusers
+
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA, LightningDiTTransformer2DModel
-from davae.pipelines import ClassConditionalPipeline, upgrade_pipeline
+from davae.pipelines import (
+    ClassConditionalPipeline,
+    load_adapters,
+    load_pipeline,
+    push_to_hub,
+    save_adapters,
+    save_pipeline,
+    upgrade_pipeline,
+    write_model_card,
+)
 from davae.version import __version__
 from davae.warm_start import WarmStartError, widen_channels
 
@@ -23,6 +36,17 @@ __all__ = [
     "LightningDiTTransformer2DModel",
     "WarmStartError",
     "__version__",
+    "load_adapters",
+    "load_pipeline",
+    "push_to_hub",
+    "save_adapters",
+    "save_pipeline",
     "upgrade_pipeline",
     "widen_channels",
+    "write_model_card",
 ]
+
+# diffusers looks for the class of a pipeline, and for the library of a component that is not its own, among its own
+# names. It offers no other way that runs davae's classes and not the code in a folder.
+diffusers.ClassConditionalPipeline = ClassConditionalPipeline
+diffusers.pipelines.davae = sys.modules[__name__]

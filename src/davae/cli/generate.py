@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.progress import track
 
+from davae.errors import DavaeError
+from davae.pipelines.generate import generate_images, read_prompts, takes_prompts
 from davae.training.run import load_base
 
 
@@ -18,23 +19,48 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    pipeline: Annotated[str, typer.Argument(help="A class-conditional pipeline: 'tiny', or a folder.")],
-    labels: Annotated[list[str], typer.Argument(help="Class names or numbers, one image each.")],
+    pipeline: Annotated[
+        str, typer.Argument(help="'tiny', a pipeline folder, or a name on the hub; base or upgraded.")
+    ],
+    labels: Annotated[
+        list[str] | None, typer.Argument(help="Class names or numbers, of a class-conditional pipeline.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt, of a text-to-image pipeline; can be given again.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     seed: Annotated[int, typer.Option(help="Seed of the first image; the next ones count up.")] = 0,
-    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 50,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")] = 3.0,
+    count: Annotated[int, typer.Option(help="Images of each.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; the pipeline's own default.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; 1 is none. The pipeline's own default.")
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="A prompt to guide away from.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; the pipeline's own default.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the pipeline's own default.")] = None,
 ) -> None:
-    """Images of the given classes, one PNG each."""
+    """Images of prompts or of classes, one PNG each."""
     pipe = load_base(pipeline)
     pipe.set_progress_bar_config(disable=True)
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    subjects, wrong = (texts, labels) if takes_prompts(pipe) else (labels, texts)
+    if wrong or not subjects:
+        wanted = "prompts: give --prompt or --prompts" if takes_prompts(pipe) else "classes: give their names"
+        raise DavaeError(f"{type(pipe).__name__} makes images of {wanted}")
     out.mkdir(parents=True, exist_ok=True)
-    for i, label in enumerate(track(labels, "generating", transient=True)):
-        image = pipe(
-            int(label) if label.isdecimal() else label,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=torch.Generator().manual_seed(seed + i),
-        ).images[0]
-        image.save(out / f"{label}-{seed + i}.png")
-    typer.echo(f"{len(labels)} images of {image.width} x {image.height} pixels in {out}")
+    images = generate_images(
+        pipe,
+        subjects,
+        count=count,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative,
+        height=height,
+        width=width,
+    )
+    total = count * len(subjects)
+    for made in track(images, "generating", total=total, transient=True):
+        made.image.save(out / made.file_name)
+    typer.echo(f"{total} images of {made.image.width} x {made.image.height} pixels in {out}")

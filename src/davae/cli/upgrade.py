@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
+from davae.pipelines.same_base import layout_over
+from davae.pipelines.timestep_shift import TimestepShift
 from davae.training.run import load_base
+from davae.warm_start import check_warm_start
 
 
 def register(app: typer.Typer) -> None:
@@ -21,8 +27,44 @@ def upgrade(
     pipeline: Annotated[str, typer.Argument(help="'tiny', a pipeline folder, or a name on the hub.")],
     autoencoder: Annotated[Path, typer.Option(help="Folder of an AutoencoderDA made from its VAE.")],
     out: Annotated[Path, typer.Option(help="Where the warm-started pipeline goes.")],
+    timestep_shift: Annotated[
+        str, typer.Option(help="'base', 'native', or a number: see docs/pipelines.md.")
+    ] = "base",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print sizes and the self-check's report as JSON.")
+    ] = False,
 ) -> None:
     """Write the warm-started pipeline: same class, wider latent, base behaviour unchanged."""
-    upgraded = upgrade_pipeline(load_base(pipeline), AutoencoderDA.from_pretrained(autoencoder))
+    base, vae = load_base(pipeline), AutoencoderDA.from_pretrained(autoencoder)
+    upgraded = upgrade_pipeline(base, vae, timestep_shift=_shift(timestep_shift))
     upgraded.save_pretrained(out)
-    typer.echo(f"{type(upgraded).__name__} with {upgraded.vae.layout.channels} latent channels: {out}")
+    layout = layout_over(base.vae, vae)
+    report = check_warm_start(base.transformer, upgraded.transformer, layout)
+    if as_json:
+        facts = {
+            "pipeline": type(upgraded).__name__,
+            "folder": str(out),
+            "scale": vae.scale,
+            "pixels_per_latent_position": vae.spatial_compression,
+            "channels": {"base": layout.base_channels, "detail": layout.detail_channels},
+            "scheduler": {
+                k: v for k, v in upgraded.scheduler.config.items() if "shift" in k or "seq_len" in k
+            },
+            "self_check": {**dataclasses.asdict(report), "dtype": str(report.dtype).removeprefix("torch.")},
+        }
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    typer.echo(str(report))
+    typer.echo(
+        f"{type(upgraded).__name__} with {layout.base_channels} + {layout.detail_channels} latent channels, images "
+        f"{vae.scale} times larger from the same tokens: {out}"
+    )
+
+
+def _shift(text: str) -> TimestepShift:
+    if text in ("base", "native"):
+        return text  # type: ignore[return-value]  # one of the two literals
+    try:
+        return float(text)
+    except ValueError:
+        raise DavaeError(f"--timestep-shift must be 'base', 'native' or a number, not '{text}'") from None

@@ -1,7 +1,34 @@
-"""Pipelines: the class-conditional one, and the upgrade of any."""
+"""Pipelines: the class-conditional one, the upgrade of any, saving and loading."""
 
+from davae.pipelines.adapters import load_adapters, save_adapters
 from davae.pipelines.class_conditional import ClassConditionalPipeline
+from davae.pipelines.full_resolution import fit_to_autoencoder
+from davae.pipelines.licence import Licence, find_licence
+from davae.pipelines.loading import load_pipeline
+from davae.pipelines.lora import attach_lora, attached_lora, merge_lora
+from davae.pipelines.model_card import Making, write_model_card
+from davae.pipelines.previews import Previews, set_preview_decoder
+from davae.pipelines.saving import push_to_hub, save_pipeline
 from davae.pipelines.scaling import latent_scaling
 from davae.pipelines.upgrade import upgrade_pipeline
 
-__all__ = ["ClassConditionalPipeline", "latent_scaling", "upgrade_pipeline"]
+__all__ = [
+    "ClassConditionalPipeline",
+    "Licence",
+    "Making",
+    "Previews",
+    "attach_lora",
+    "attached_lora",
+    "find_licence",
+    "fit_to_autoencoder",
+    "latent_scaling",
+    "load_adapters",
+    "load_pipeline",
+    "merge_lora",
+    "push_to_hub",
+    "save_adapters",
+    "save_pipeline",
+    "set_preview_decoder",
+    "upgrade_pipeline",
+    "write_model_card",
+]

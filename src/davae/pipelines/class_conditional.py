@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
@@ -16,9 +17,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-# Imported for what it does: diffusers loads a component only from a module that is already there.
-import davae.models  # noqa: F401
 from davae.errors import DavaeError
+from davae.models.custom_code import custom_code
 from davae.pipelines.flow import predict_velocity, sigma_velocity
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -41,6 +41,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         DavaeError: the VAE and the transformer disagree about the latent's channels.
     """
 
+    __module__ = "davae"
     model_cpu_offload_seq = "transformer->vae"
 
     def __init__(
@@ -56,6 +57,17 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.register_to_config(id2label=id2label and {str(k): v for k, v in id2label.items()})
         if vae is not None and transformer is not None:
             self._check_channels()
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in diffusers, with ``pipeline.py`` beside it, the code of this class for people without davae.
+
+        They say ``DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)``.
+        """
+        if type(self).__module__ == "davae":
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            code = custom_code(type(self).__name__)
+            (Path(save_directory) / "pipeline.py").write_text(code, encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def vae_scale_factor(self) -> int:
@@ -231,7 +243,3 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"the VAE's latent has {latent} channels, the transformer takes {transformer}: an upgraded "
                 "VAE goes with a transformer widened for it, see davae.upgrade_pipeline"
             )
-
-
-# DiffusionPipeline.from_pretrained looks a pipeline's class up by name in diffusers, and offers no other way.
-diffusers.ClassConditionalPipeline = ClassConditionalPipeline

@@ -3,51 +3,80 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from typing import TypeVar
 
-import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
+from davae.pipelines.full_resolution import fit_to_autoencoder
+from davae.pipelines.previews import set_preview_decoder
+from davae.pipelines.same_base import layout_over
+from davae.pipelines.timestep_shift import TimestepShift, scheduler_for
 from davae.warm_start import widen_channels
 
-logger = logging.getLogger(__name__)
 P = TypeVar("P", bound=DiffusionPipeline)
 
 
-def upgrade_pipeline(pipe: P, vae: AutoencoderDA) -> P:
+def upgrade_pipeline(
+    pipe: P,
+    vae: AutoencoderDA,
+    *,
+    timestep_shift: TimestepShift = "base",
+    preview_decoder: ModelMixin | None = None,
+) -> P:
     """Swap the autoencoder and widen the transformer; everything else is kept and shared with ``pipe``.
 
     The result starts as the pretrained model: its base channels follow the base pipeline exactly and its detail
-    channels are silent until they are tuned. ``height`` and ``width`` then mean the full resolution.
+    channels are silent until they are tuned. ``height`` and ``width`` then mean the full resolution. Where the
+    schedule depends on the size, it stays by default the one that the base was trained with at this number of
+    tokens; the scheduler is a copy that says so in its configuration.
 
     Args:
-        pipe: a pipeline with a ``vae`` and a ``transformer``; it is not changed.
-        vae: made from ``pipe.vae`` by :meth:`AutoencoderDA.from_base`.
+        pipe: a pipeline with a ``vae`` and a 2D ``transformer``, text-to-image, image-to-image or inpainting; it is
+            not changed.
+        vae: made from ``pipe.vae`` by :meth:`AutoencoderDA.from_base`; may add several levels. ``pipe`` may itself be
+            an upgraded pipeline, whose autoencoder is then the lower levels of ``vae``.
+        timestep_shift: ``"base"``, ``"native"`` (the schedule that the base model would have used if it had been
+            asked for the full resolution) or a number (a fixed shift); see :mod:`davae.pipelines.timestep_shift`.
+        preview_decoder: a small decoder of the base's latents (TAESD and kin) for
+            :class:`davae.pipelines.previews.Previews`; it is not part of the saved pipeline.
 
     Returns:
         A new pipeline of the same class.
 
     Raises:
-        DavaeError: the pipeline has no transformer or VAE, or ``vae`` was made from another base.
-        WarmStartError: the widened transformer does not start as the original (the layer is named).
+        DavaeError: the pipeline has no transformer or VAE, ``vae`` was made from another base, the choice of the
+            shift does not fit the pipeline, or the preview decoder takes another number of channels.
+        WarmStartError: the transformer's channels are not the autoencoder's, or the widened transformer does not
+            start as the original (the layer is named).
     """
     for part in ("vae", "transformer"):
         if not isinstance(getattr(pipe, part, None), nn.Module):
             raise DavaeError(f"{type(pipe).__name__} has no {part}: davae upgrades pipelines that have both")
     if not isinstance(vae, AutoencoderDA):
         raise DavaeError(f"upgrade_pipeline takes an AutoencoderDA, not {type(vae).__name__}")
-    _check_same_base(pipe.vae, vae)
-    transformer = widen_channels(
-        pipe.transformer,
-        base_channels=vae.layout.base_channels,
-        detail_channels=vae.layout.detail_channels,
+    layout = layout_over(pipe.vae, vae)
+    scheduler = scheduler_for(
+        pipe,
+        timestep_shift,
+        scale=vae.scale // getattr(pipe.vae, "scale", 1),
+        channels=(layout.base_channels, layout.channels),
     )
-    replaced = {"vae": vae, "transformer": transformer}
-    return type(pipe)(**{**_constructor_arguments(pipe), **replaced})
+    transformer = widen_channels(
+        pipe.transformer, base_channels=layout.base_channels, detail_channels=layout.detail_channels
+    )
+    replaced = {"vae": vae, "transformer": transformer, "scheduler": scheduler}
+    arguments = {**_constructor_arguments(pipe), **replaced}
+    upgraded = fit_to_autoencoder(type(pipe)(**arguments))
+    if "id2label" in arguments and "id2label" not in upgraded.config:  # else it would not be saved
+        upgraded.register_to_config(id2label=arguments["id2label"])
+    if hasattr(pipe, "_progress_bar_config"):
+        upgraded.set_progress_bar_config(**pipe._progress_bar_config)
+    if preview_decoder is not None:
+        set_preview_decoder(upgraded, preview_decoder)
+    return upgraded
 
 
 def _constructor_arguments(pipe: DiffusionPipeline) -> dict[str, object]:
@@ -58,34 +87,14 @@ def _constructor_arguments(pipe: DiffusionPipeline) -> dict[str, object]:
             arguments[name] = pipe.components[name]
         elif name in pipe.config:
             arguments[name] = pipe.config[name]
+        elif name == "id2label" and getattr(pipe, "labels", None):  # DiT keeps the names, not the argument
+            arguments[name] = _names_by_number(pipe.labels)
     return arguments
 
 
-@torch.no_grad()
-def _check_same_base(base: nn.Module, vae: AutoencoderDA) -> None:
-    """The frozen part of ``vae`` must be the pipeline's own VAE, or the latents would mean something else."""
-    if isinstance(base, AutoencoderDA):
-        raise DavaeError("this pipeline has been upgraded before: upgrade the base pipeline instead")
-    if type(vae.base) is not type(base):
-        raise DavaeError(
-            f"the autoencoder was made from a {type(vae.base).__name__}, the pipeline has a {type(base).__name__}"
-        )
-    ours, theirs = vae.base.state_dict(), base.state_dict()
-    if ours.keys() != theirs.keys():
-        raise DavaeError(
-            f"the autoencoder's base has other layers than the pipeline's VAE: {min(ours.keys() ^ theirs.keys())}"
-        )
-    for name, theirs_value in theirs.items():
-        ours_value = ours[name]
-        if ours_value.shape != theirs_value.shape:
-            raise DavaeError(
-                f"the autoencoder was made from another base VAE: '{name}' has shape {tuple(ours_value.shape)}, "
-                f"the pipeline's {tuple(theirs_value.shape)}"
-            )
-        narrow = min(ours_value.dtype, theirs_value.dtype, key=lambda dtype: dtype.itemsize)
-        same = torch.equal(ours_value.to(narrow), theirs_value.to(device=ours_value.device, dtype=narrow))
-        if not same:
-            raise DavaeError(
-                f"the autoencoder was made from another base VAE: '{name}' differs from the pipeline's. "
-                "Train the autoencoder with AutoencoderDA.from_base(pipe.vae, ...)"
-            )
+def _names_by_number(labels: dict[str, int]) -> dict[str, str]:
+    """Class numbers, as text, to their names, several of them joined by commas."""
+    names: dict[str, list[str]] = {}
+    for name, number in labels.items():
+        names.setdefault(str(number), []).append(name)
+    return {number: ", ".join(found) for number, found in names.items()}

@@ -1,0 +1,37 @@
+"""``davae export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from davae.training.export import export_run
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command()(export)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    out: Annotated[Path, typer.Option(help="Folder for the result; must not hold files.")],
+    license: Annotated[
+        str | None,
+        typer.Option(help="The result's licence as the hub names it; default: the base's, from its card."),
+    ] = None,
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="LoRA and widened layers in place of the merged pipeline.")
+    ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Publish the folder as user/name on the hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
+) -> None:
+    """Copy a run's result to a folder with a model card, for others to open; publish it if asked."""
+    told = export_run(
+        run, out, license=license, adapters=adapters, repo_id=push_to_hub, private=private or None
+    )
+    typer.echo(told)

@@ -1,0 +1,278 @@
+"""A tuned pipeline as a few megabytes: the LoRA, and the widened layers that a LoRA file cannot carry.
+
+``pytorch_lora_weights.safetensors`` is what diffusers and others read. ``davae_adapter.safetensors`` beside it holds
+the transformer's input and output layers in full, and samples of the weights that were not trained, by which
+:func:`load_adapters` knows the base again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from davae.errors import DavaeError
+from davae.models import AutoencoderDA
+from davae.pipelines.fingerprint import Samples
+from davae.pipelines.lora import attach_lora, attached_lora
+from davae.pipelines.upgrade import upgrade_pipeline
+from davae.warm_start import description_of
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+LAYERS_FILE = "davae_adapter.safetensors"
+FORMAT = 1
+P = TypeVar("P", bound=DiffusionPipeline)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What ``davae_adapter.safetensors`` says about itself, JSON under the metadata key ``davae``."""
+
+    format: int
+    pipeline: str  # class names
+    transformer: str
+    base_channels: int
+    detail_channels: int
+    scale: int
+    layers: list[str]  # the widened parameters, all of them tensors of the file under "transformer."
+    adapter: str | None  # name of the LoRA; None where only the widened layers were trained
+    scheduler: dict[str, Any]  # its configuration, timestep shift included
+
+
+def save_adapters(pipe: DiffusionPipeline, folder: str | Path) -> Path:
+    """Write what tuning has changed of an upgraded pipeline: LoRA and widened layers, not the base or the VAE.
+
+    Pipelines with diffusers' LoRA methods write the LoRA file themselves; for others (PixArt, DiT) it is written in the
+    same layout. Its header holds rank, alpha and targets.
+
+    Args:
+        pipe: an upgraded pipeline, its transformer with one LoRA attached and not fused, or with none where only the
+            widened layers were trained.
+        folder: made where absent; the autoencoder is saved apart, with ``pipe.vae.save_pretrained``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DavaeError: the pipeline is not upgraded, has several adapters, or has a fused one.
+    """
+    vae, transformer = _upgraded_parts(pipe)
+    attached = attached_lora(transformer)
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in transformer.modules()):
+        raise DavaeError("the LoRA is fused into the weights: call unfuse_lora() before saving it by itself")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if attached is not None:
+        _write_lora(pipe, *attached, folder)
+    layers = _widened_layers(transformer)
+    header = _Header(
+        format=FORMAT,
+        pipeline=type(pipe).__name__,
+        transformer=type(transformer).__name__,
+        base_channels=vae.layout.base_channels,
+        detail_channels=vae.layout.detail_channels,
+        scale=vae.scale,
+        layers=sorted(layers),
+        adapter=attached and attached[0],
+        scheduler=_configuration(pipe.scheduler),
+    )
+    tensors = {f"transformer.{name}": value.detach().cpu().contiguous() for name, value in layers.items()}
+    tensors["check.transformer"] = Samples.of(_frozen(transformer)).values
+    tensors["check.vae"] = Samples.of(dict(vae.named_parameters())).values
+    save_file(
+        tensors,
+        folder / LAYERS_FILE,
+        metadata={"format": "pt", "davae": json.dumps(asdict(header), indent=1)},
+    )
+    return folder
+
+
+def load_adapters(base: P, vae: AutoencoderDA | str | Path, folder: str | Path) -> P:
+    """Upgrade a base pipeline and give it what :func:`save_adapters` wrote: the tuned pipeline in one call.
+
+    Args:
+        base: the base pipeline; it is not changed, and shares its other parts with the result.
+        vae: the autoencoder of the tuned pipeline, or its folder.
+        folder: where the two files are.
+
+    Returns:
+        The tuned pipeline, of the base's class, with the LoRA attached: ``fuse_lora``, ``set_adapters`` and the like
+        work where the class has them.
+
+    Raises:
+        DavaeError: a file is missing or damaged, the base or the autoencoder is not the one that was tuned (the first
+            weight that differs is named), or a tensor is missing, left over or has another shape.
+    """
+    folder = Path(folder)
+    header, tensors = _read(folder / LAYERS_FILE)
+    autoencoder = vae if isinstance(vae, AutoencoderDA) else AutoencoderDA.from_pretrained(vae)
+    _check_kind(base, autoencoder, header)
+    _check_samples("autoencoder", tensors["check.vae"], dict(autoencoder.named_parameters()))
+    pipe = upgrade_pipeline(base, autoencoder)
+    transformer = pipe.transformer
+    _check_samples("base's transformer", tensors["check.transformer"], _frozen(transformer))
+    _put_layers(transformer, header, tensors)
+    if header.adapter is not None:
+        _load_lora(pipe, header.adapter, folder / LORA_FILE)
+    pipe.register_modules(scheduler=type(pipe.scheduler).from_config(header.scheduler))
+    transformer.eval()
+    return pipe
+
+
+# ---------------------------------------------------------------------- widened layers
+
+
+def _upgraded_parts(pipe: DiffusionPipeline) -> tuple[AutoencoderDA, nn.Module]:
+    vae, transformer = getattr(pipe, "vae", None), getattr(pipe, "transformer", None)
+    if not isinstance(vae, AutoencoderDA) or not isinstance(transformer, nn.Module):
+        raise DavaeError(f"this {type(pipe).__name__} is not upgraded: its VAE is a {type(vae).__name__}")
+    return vae, transformer
+
+
+def _configuration(scheduler: Any) -> dict[str, Any]:
+    values = json.loads(scheduler.to_json_string())
+    return {key: value for key, value in values.items() if key != "_name_or_path"}
+
+
+def _plain_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The transformer's own parameters under their own names, whether a LoRA is attached or not."""
+    tuned = [name for name, m in transformer.named_modules() if isinstance(m, BaseTunerLayer)]
+    plain = {}
+    for name, parameter in transformer.named_parameters():
+        owner = next((t for t in tuned if name.startswith(f"{t}.")), None)
+        if owner is not None and not name.startswith(f"{owner}.base_layer."):
+            continue  # the LoRA's
+        plain[name.replace(f"{owner}.base_layer.", f"{owner}.") if owner is not None else name] = parameter
+    return plain
+
+
+def _widened_layers(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    plain = _plain_parameters(transformer)
+    places = [place.parameter for place in description_of(transformer).places]
+    return {name: plain[name] for name in dict.fromkeys(places) if name in plain}
+
+
+def _frozen(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights that adapters leave as they are."""
+    widened = _widened_layers(transformer)
+    return {name: value for name, value in _plain_parameters(transformer).items() if name not in widened}
+
+
+@torch.no_grad()
+def _put_layers(transformer: nn.Module, header: _Header, tensors: dict[str, Tensor]) -> None:
+    found = {name.removeprefix("transformer.") for name in tensors if name.startswith("transformer.")}
+    layers = _widened_layers(transformer)
+    if not found == set(header.layers) == set(layers):
+        odd = sorted(found ^ set(layers) or found ^ set(header.layers))
+        raise DavaeError(
+            f"{LAYERS_FILE} and the transformer do not have the same widened layers: {', '.join(odd)}"
+        )
+    for name, parameter in layers.items():
+        value = tensors[f"transformer.{name}"]
+        if value.shape != parameter.shape:
+            raise DavaeError(
+                f"{LAYERS_FILE}: {name} has shape {tuple(value.shape)}, the transformer's {tuple(parameter.shape)}"
+            )
+        parameter.copy_(value)
+
+
+# ---------------------------------------------------------------------- checks
+
+
+def _read(file: Path) -> tuple[_Header, dict[str, Tensor]]:
+    if not file.is_file():
+        raise DavaeError(f"{file} does not exist: give a folder that davae.save_adapters wrote")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise DavaeError(f"{file} is damaged: {error}") from error
+    if "davae" not in metadata:
+        raise DavaeError(f"{file} was not written by davae: its header has no entry 'davae'")
+    values = json.loads(metadata["davae"])
+    if values.get("format") != FORMAT:
+        raise DavaeError(
+            f"{file} has format {values.get('format')}, this davae reads {FORMAT}: update davae, or save the adapters "
+            "again"
+        )
+    missing = {"check.transformer", "check.vae"} - tensors.keys()
+    if missing:
+        raise DavaeError(f"{file} lacks {', '.join(sorted(missing))}")
+    return _Header(**values), tensors
+
+
+def _check_kind(base: DiffusionPipeline, vae: AutoencoderDA, header: _Header) -> None:
+    transformer = type(getattr(base, "transformer", None)).__name__
+    for what, found, wanted in (
+        ("the base's transformer is a", transformer, header.transformer),
+        ("the autoencoder's scale is", vae.scale, header.scale),
+        ("the autoencoder's base channels are", vae.layout.base_channels, header.base_channels),
+        ("the autoencoder's detail channels are", vae.layout.detail_channels, header.detail_channels),
+    ):
+        if found != wanted:
+            raise DavaeError(f"these adapters belong to another pipeline: {what} {found}, not {wanted}")
+
+
+def _check_samples(what: str, saved: Tensor, parameters: dict[str, nn.Parameter]) -> None:
+    differing = Samples(saved).first_difference(parameters)
+    if differing is not None:
+        raise DavaeError(f"these adapters were tuned with another {what}: {differing}")
+
+
+# ---------------------------------------------------------------------- LoRA
+
+
+def _write_lora(pipe: DiffusionPipeline, name: str, config: LoraConfig, folder: Path) -> None:
+    weights = get_peft_model_state_dict(pipe.transformer, adapter_name=name)
+    weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    metadata = config.to_dict()
+    if hasattr(pipe, "save_lora_weights"):
+        type(pipe).save_lora_weights(
+            folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata
+        )
+        return
+    values = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
+    save_file(
+        {f"transformer.{key}": value for key, value in weights.items()},
+        folder / LORA_FILE,
+        metadata={
+            "format": "pt",
+            LORA_ADAPTER_METADATA_KEY: json.dumps(values, indent=2, sort_keys=True),
+        },
+    )
+
+
+def _load_lora(pipe: DiffusionPipeline, name: str, file: Path) -> None:
+    """Attach the LoRA, and see that every tensor of the file has found its place."""
+    if not file.is_file():
+        raise DavaeError(f"{file} does not exist: {LAYERS_FILE} beside it goes with a LoRA")
+    transformer = pipe.transformer
+    saved = {key.removeprefix("transformer."): value for key, value in load_file(file).items()}
+    if hasattr(transformer, "load_lora_adapter"):
+        transformer.load_lora_adapter(
+            file.parent, prefix="transformer", weight_name=file.name, adapter_name=name
+        )
+    else:
+        with safe_open(file, framework="pt") as opened:
+            values = json.loads(opened.metadata()[LORA_ADAPTER_METADATA_KEY])
+        config = LoraConfig(**{key.removeprefix("transformer."): value for key, value in values.items()})
+        attach_lora(transformer, config, name)
+        set_peft_model_state_dict(transformer, saved, adapter_name=name)
+    taken = get_peft_model_state_dict(transformer, adapter_name=name)
+    if saved.keys() != taken.keys():
+        odd = sorted(saved.keys() ^ taken.keys())
+        raise DavaeError(f"{file}: {len(odd)} tensors do not fit the transformer, the first is {odd[0]}")
+    for key, value in saved.items():
+        if value.shape != taken[key].shape or not torch.equal(value.to(taken[key]), taken[key]):
+            raise DavaeError(f"{file}: {key} has not found its place in the transformer")

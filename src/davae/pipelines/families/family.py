@@ -1,0 +1,236 @@
+"""What training must know about a family of pipelines, behind one face.
+
+Pipelines differ in how they encode prompts, pack latents, count time and sign their prediction. A
+:class:`PipelineFamily` hides all of it: latents are ``[B, C + D, h, w]`` in the autoencoder's channels, a level of
+noise is ``sigma`` in [0, 1] (flow) or an integer timestep (DDPM), and the prediction is ``noise - data`` (flow) or
+the noise (DDPM).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from davae.errors import DavaeError
+from davae.pipelines.full_resolution import fit_to_autoencoder
+
+Conditioning = Mapping[str, Tensor]
+"""Named tensors whose first axis is the sample."""
+
+
+class PipelineFamily(ABC):
+    """Pipelines whose transformer is called in the same way.
+
+    A subclass says how prompts are encoded (``_encode``) and the transformer is called (``_predict``).
+
+    Attributes:
+        pipelines: names of the pipeline classes; the first makes images from text (or classes) alone.
+        kind: ``"flow"`` or ``"ddpm"``, see :meth:`predict`.
+        conditioned_on: ``"text"`` or ``"class"``.
+        lora_targets: module name suffixes that adapters go to by default.
+        text_length: tokens that a prompt is padded to; the pipeline's own default.
+        reads_shift: the pipeline takes the autoencoder's ``shift_factor`` into account.
+        packed: a token is two by two latent positions, packed by the pipeline.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]
+    kind: ClassVar[Literal["flow", "ddpm"]] = "flow"
+    conditioned_on: ClassVar[Literal["text", "class"]] = "text"
+    lora_targets: ClassVar[tuple[str, ...]]
+    text_length: ClassVar[int] = 256
+    reads_shift: ClassVar[bool] = True
+    packed: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The text-to-image (or class-to-image) pipeline's class name."""
+        return self.pipelines[0]
+
+    # Prompts
+
+    @torch.no_grad()
+    def encode_prompts(
+        self, pipe: DiffusionPipeline, prompts: Sequence[str], *, max_length: int | None = None
+    ) -> dict[str, Tensor]:
+        """What the transformer needs of each prompt, through the pipeline's own encoders.
+
+        An empty prompt gives what the pipeline takes for "no prompt" in classifier-free guidance, which in some
+        families is not the encoding of an empty text.
+
+        Args:
+            pipe: a pipeline of this family.
+            prompts: one text a sample; names of classes in a class-conditional family.
+            max_length: tokens that prompts are cut or padded to; none takes :attr:`text_length`.
+
+        Returns:
+            Tensors by name, first axis the prompt, every prompt padded to the same length, so that encodings of
+            different calls can be stacked.
+        """
+        if not prompts:
+            raise DavaeError("there are no prompts to encode")
+        length = max_length or self.text_length
+        found: dict[bool, dict[str, Tensor]] = {}
+        places: dict[bool, list[int]] = {False: [], True: []}
+        for i, prompt in enumerate(prompts):
+            places[not prompt].append(i)
+        for empty, where in places.items():
+            if where:
+                found[empty] = self._encode(pipe, [prompts[i] for i in where], length, empty)
+        order = torch.tensor(places[False] + places[True]).argsort()
+        names = next(iter(found.values())).keys()
+        joined = {n: torch.cat([found[e][n] for e in (False, True) if e in found]) for n in names}
+        return {name: value[order.to(value.device)] for name, value in joined.items()}
+
+    @abstractmethod
+    def _encode(
+        self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool
+    ) -> dict[str, Tensor]:
+        """Encode prompts that are all empty or all not."""
+
+    # Latents
+
+    @torch.no_grad()
+    def latents_of(self, vae: ModelMixin, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` images in [-1, 1] to ``[B, C + D, h, w]`` as the transformer sees them.
+
+        A random posterior gives its mode.
+        """
+        latent = encode_images(vae, images)
+        shift = (getattr(vae.config, "shift_factor", None) or 0.0) if self.reads_shift else 0.0
+        return (latent - shift) * vae.config.scaling_factor
+
+    # The transformer
+
+    def predict(
+        self,
+        transformer: ModelMixin,
+        noisy: Tensor,
+        level: Tensor,
+        conditioning: Conditioning,
+        *,
+        guidance: float = 3.5,
+    ) -> Tensor:
+        """The transformer's prediction, in the channels and the sign of this project.
+
+        Args:
+            transformer: of this family; may carry adapters.
+            noisy: ``[B, C + D, h, w]``.
+            level: ``[B]``: ``sigma``, the share of noise in [0, 1] (flow), or the timestep (DDPM).
+            conditioning: as :meth:`encode_prompts` gives it.
+            guidance: what a guidance-distilled transformer is told; others do not see it.
+
+        Returns:
+            ``[B, C + D, h, w]``: ``noise - data`` for flow, the noise for DDPM (without a learned variance).
+        """
+        floating = {k: v.to(noisy.dtype) if v.is_floating_point() else v for k, v in conditioning.items()}
+        return self._predict(transformer, noisy, level, floating, guidance)
+
+    @abstractmethod
+    def _predict(
+        self,
+        transformer: ModelMixin,
+        noisy: Tensor,
+        level: Tensor,
+        conditioning: Conditioning,
+        guidance: float,
+    ) -> Tensor:
+        """:meth:`predict` with the conditioning in the dtype of ``noisy``."""
+
+    def tokens(self, transformer: ModelMixin, latent: Tensor) -> int:
+        """Image tokens that the transformer makes of a latent ``[B, C + D, h, w]``."""
+        patch = 2 if self.packed else int(transformer.config.patch_size)
+        return (latent.shape[-2] // patch) * (latent.shape[-1] // patch)
+
+    # Schedules and samples
+
+    def timestep_shift(self, pipe: DiffusionPipeline, tokens: int) -> float:
+        """The shift of the training's noise levels: the one that the pipeline samples with at this token count.
+
+        ``sigma <- shift sigma / (1 + (shift - 1) sigma)``. A scheduler with dynamic shifting derives it from the
+        number of image tokens, another holds it in its configuration.
+        """
+        return scheduler_shift(pipe.scheduler.config, tokens)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        pipe: DiffusionPipeline,
+        prompts: Sequence[str],
+        *,
+        height: int,
+        width: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        generators: Sequence[torch.Generator],
+        max_length: int | None = None,
+    ) -> Tensor:
+        """Images of prompts, ``[B, 3, H, W]`` in [-1, 1], one generator an image.
+
+        The pipeline makes one batch of all. An image-to-image pipeline lends its parts to the text-to-image one.
+        """
+        if not any(cls.__name__ == self.name for cls in type(pipe).__mro__):
+            pipe = fit_to_autoencoder(getattr(diffusers, self.name)(**pipe.components))
+        pipe.set_progress_bar_config(disable=True)
+        arguments = self._call_arguments(list(prompts), height, width, guidance_scale, max_length)
+        images = pipe(
+            **arguments,
+            num_inference_steps=num_inference_steps,
+            generator=list(generators),
+            output_type="pt",
+        ).images
+        return images.float().cpu() * 2 - 1
+
+    def _call_arguments(
+        self, prompts: list[str], height: int, width: int, guidance_scale: float, max_length: int | None
+    ) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's call, without the ones that all pipelines share."""
+        return {
+            "prompt": prompts,
+            "height": height,
+            "width": width,
+            "guidance_scale": guidance_scale,
+            "max_sequence_length": max_length or self.text_length,
+        }
+
+
+def encode_images(vae: ModelMixin, images: Tensor) -> Tensor:
+    """The autoencoder's raw latent of images, ``[B, C, h, w]``: the posterior's mode, or the latent itself.
+
+    Autoencoders of images and videos alike get the images as videos of one frame.
+    """
+    images = images.to(vae.device, vae.dtype)
+    if _takes_frames(vae):
+        images = images[:, :, None]  # [B, 3, 1, H, W]
+    encoded = vae.encode(images)
+    latent = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    return latent[:, :, 0] if latent.ndim == 5 else latent
+
+
+def _takes_frames(vae: ModelMixin) -> bool:
+    return any(cls.__name__ == "AutoencoderKLQwenImage" for cls in type(vae).__mro__)
+
+
+def scheduler_shift(config: Mapping[str, Any], tokens: int) -> float:
+    """The timestep shift that a flow-matching scheduler applies at a number of image tokens.
+
+    With dynamic shifting ``mu`` grows linearly from ``base_shift`` at ``base_image_seq_len`` tokens to
+    ``max_shift`` at ``max_image_seq_len``, and the shift is ``exp(mu)`` (or ``mu`` where the scheduler shifts
+    linearly). Otherwise it is ``shift`` (``flow_shift`` of the multistep solvers).
+    """
+    if config.get("use_dynamic_shifting"):
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        at_low, at_high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        mu = at_low + (at_high - at_low) * (tokens - low) / (high - low)
+        return mu if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
+    for key in ("flow_shift", "shift"):
+        if config.get(key):
+            return float(config[key])
+    return 1.0

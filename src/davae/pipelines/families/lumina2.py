@@ -1,0 +1,51 @@
+"""Lumina 2: Gemma with a system prompt, and time from noise: the transformer takes 1 - sigma and gives data - noise."""
+
+from __future__ import annotations
+
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from davae.pipelines.families.family import Conditioning, PipelineFamily, scheduler_shift
+from davae.pipelines.families.registry import register_family
+
+
+class Lumina2(PipelineFamily):
+    """Prompts carry the pipeline's system prompt; the empty prompt of guidance does not, as in the pipeline."""
+
+    pipelines = ("Lumina2Pipeline",)
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def _encode(
+        self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool
+    ) -> dict[str, Tensor]:
+        device = pipe.text_encoder.device
+        positive, mask, negative, negative_mask = pipe.encode_prompt(
+            prompts, do_classifier_free_guidance=empty, device=device, max_sequence_length=length
+        )
+        if empty:
+            positive, mask = negative, negative_mask
+        return {"prompt_embeds": positive, "prompt_attention_mask": mask}
+
+    def _predict(
+        self,
+        transformer: ModelMixin,
+        noisy: Tensor,
+        level: Tensor,
+        conditioning: Conditioning,
+        guidance: float,
+    ) -> Tensor:
+        return -transformer(
+            hidden_states=noisy,
+            timestep=1 - level,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            encoder_attention_mask=conditioning["prompt_attention_mask"],
+            return_dict=False,
+        )[0]
+
+    def timestep_shift(self, pipe: DiffusionPipeline, tokens: int) -> float:
+        """As in the pipeline, which counts channels where others count tokens."""
+        return scheduler_shift(pipe.scheduler.config, int(pipe.transformer.config.in_channels))
+
+
+register_family(Lumina2())

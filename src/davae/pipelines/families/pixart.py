@@ -1,0 +1,71 @@
+"""PixArt-Sigma: T5 with a mask, DDPM noise prediction, a variance head that its samplers do not read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import is_bs4_available, is_ftfy_available
+from torch import Tensor
+
+from davae.pipelines.families.family import Conditioning, PipelineFamily
+from davae.pipelines.families.registry import register_family
+
+
+class PixArtSigma(PipelineFamily):
+    """The learned variance is dropped here as it is in the pipeline, so it gets no gradient of its own.
+
+    Targets are the attention and feed-forward layers of diffusers' PixArt example, without its ``proj``, ``proj_in``
+    and ``proj_out``: by name these also reach the patch embedder and the head, which are trained in full.
+    """
+
+    pipelines = ("PixArtSigmaPipeline",)
+    kind = "ddpm"
+    text_length = 300
+    reads_shift = False
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+
+    def _encode(
+        self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool
+    ) -> dict[str, Tensor]:
+        embeds, mask, _, _ = pipe.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            device=pipe.text_encoder.device,
+            max_sequence_length=length,
+            clean_caption=_cleans_captions(),
+        )
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def _predict(
+        self,
+        transformer: ModelMixin,
+        noisy: Tensor,
+        level: Tensor,
+        conditioning: Conditioning,
+        guidance: float,
+    ) -> Tensor:
+        predicted = transformer(
+            noisy,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            encoder_attention_mask=conditioning["prompt_attention_mask"],
+            timestep=level,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            return_dict=False,
+        )[0]
+        return predicted[:, : noisy.shape[1]]
+
+    def _call_arguments(
+        self, prompts: list[str], height: int, width: int, guidance_scale: float, max_length: int | None
+    ) -> dict[str, Any]:
+        arguments = super()._call_arguments(prompts, height, width, guidance_scale, max_length)
+        return arguments | {"use_resolution_binning": False, "clean_caption": _cleans_captions()}
+
+
+def _cleans_captions() -> bool:
+    """The pipeline cleans captions unless told otherwise, where the packages for it are installed."""
+    return bool(is_bs4_available() and is_ftfy_available())
+
+
+register_family(PixArtSigma())

@@ -1,0 +1,81 @@
+"""Qwen-Image: a language model's last states with a mask, packed latents, channels standardised one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from davae.pipelines.families.family import Conditioning, PipelineFamily, encode_images
+from davae.pipelines.families.packing import pack, unpack
+from davae.pipelines.families.registry import register_family
+
+
+class QwenImage(PipelineFamily):
+    """Texts are padded here: the pipeline pads to the longest of a batch only, and the mask hides the rest."""
+
+    pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
+    text_length = 512
+    packed = True
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def latents_of(self, vae: ModelMixin, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` to ``[B, C + D, h, w]`` with every channel's mean and deviation taken out."""
+        latent = encode_images(vae, images)
+        mean, std = (torch.tensor(v).to(latent).view(1, -1, 1, 1) for v in _statistics(vae))
+        return (latent - mean) / std
+
+    def _encode(
+        self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool
+    ) -> dict[str, Tensor]:
+        embeds, mask = pipe.encode_prompt(
+            prompts, device=pipe.text_encoder.device, max_sequence_length=length
+        )
+        if mask is None:  # the pipeline's sign for "nothing is padding"
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        missing = length - embeds.shape[1]
+        return {
+            "prompt_embeds": F.pad(embeds, (0, 0, 0, missing)),
+            "prompt_embeds_mask": F.pad(mask, (0, missing)),
+        }
+
+    def _predict(
+        self,
+        transformer: ModelMixin,
+        noisy: Tensor,
+        level: Tensor,
+        conditioning: Conditioning,
+        guidance: float,
+    ) -> Tensor:
+        height, width = noisy.shape[-2:]
+        told = noisy.new_full((len(noisy),), guidance, dtype=torch.float32)
+        tokens = transformer(
+            hidden_states=pack(noisy),
+            timestep=level,
+            guidance=told if transformer.config.guidance_embeds else None,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            encoder_hidden_states_mask=conditioning["prompt_embeds_mask"],
+            img_shapes=[[(1, height // 2, width // 2)]] * len(noisy),
+            return_dict=False,
+        )[0]
+        return unpack(tokens, height, width)
+
+    def _call_arguments(
+        self, prompts: list[str], height: int, width: int, guidance_scale: float, max_length: int | None
+    ) -> dict[str, Any]:
+        arguments = super()._call_arguments(prompts, height, width, guidance_scale, max_length)
+        del arguments["guidance_scale"]
+        negative = {"negative_prompt": [""] * len(prompts)} if guidance_scale > 1 else {}
+        return arguments | {"true_cfg_scale": guidance_scale} | negative
+
+
+def _statistics(vae: ModelMixin) -> tuple[list[float], list[float]]:
+    """Means and standard deviations of the latent's channels, as the pipeline reads them."""
+    return list(vae.config.latents_mean), list(vae.config.latents_std)
+
+
+register_family(QwenImage())

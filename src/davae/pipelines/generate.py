@@ -1,0 +1,119 @@
+"""Images of prompts or classes from any pipeline, one seed each."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from davae.errors import DavaeError
+
+
+class Generated(NamedTuple):
+    """One image, what it is of, and its seed."""
+
+    subject: str
+    seed: int
+    image: Image.Image
+
+    @property
+    def file_name(self) -> str:
+        """Such as ``a-red-fox-in-snow-7.png``."""
+        words = re.sub(r"[^\w]+", "-", self.subject).strip("-")[:60].strip("-")
+        return f"{words or 'image'}-{self.seed}.png"
+
+
+def takes_prompts(pipe: DiffusionPipeline) -> bool:
+    """Whether the pipeline makes images of texts; else of classes."""
+    return "prompt" in _parameters(pipe)
+
+
+def generate_images(
+    pipe: DiffusionPipeline,
+    subjects: Sequence[str],
+    *,
+    count: int = 1,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> Iterator[Generated]:
+    """Images one after another, so that the first can be looked at while the rest is made.
+
+    Args:
+        pipe: text-to-image or class-to-image.
+        subjects: prompts, or names or numbers of classes.
+        count: images of each.
+        seed: of the first image; the next ones count up.
+        steps, guidance: the pipeline's own defaults where None. Guidance of a pipeline with ``true_cfg_scale`` and no
+            built-in one (Qwen-Image) is that.
+        negative_prompt: what to guide away from; where guidance needs one and None is given, the empty prompt.
+        height, width: in pixels, full resolution; the pipeline's own default where None.
+
+    Raises:
+        DavaeError: an option that this pipeline does not have, or a class that it does not know.
+    """
+    if count < 1:
+        raise DavaeError(f"{count} images of each is nothing to do: at least 1")
+    known = _parameters(pipe)
+    options: dict[str, Any] = {"num_inference_steps": steps, "height": height, "width": width}
+    options |= _guidance(pipe, guidance, negative_prompt)
+    given = {key: value for key, value in options.items() if value is not None}
+    missing = sorted(given.keys() - known.keys())
+    if missing:
+        raise DavaeError(f"{type(pipe).__name__} takes no {', '.join(missing)}: leave it out")
+    for i, subject in enumerate(subject for subject in subjects for _ in range(count)):
+        generator = torch.Generator().manual_seed(seed + i)
+        made = pipe(**_subject(pipe, subject), **given, generator=generator)
+        yield Generated(subject, seed + i, made.images[0])
+
+
+def read_prompts(file: str | Path) -> list[str]:
+    """Prompts of a text file: one a line; empty lines and lines that begin with # do not count.
+
+    Raises:
+        DavaeError: the file cannot be read or holds no prompt.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DavaeError(f"cannot read the prompts in {file}: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    if not prompts:
+        raise DavaeError(f"{file} holds no prompt: write one a line")
+    return prompts
+
+
+def _parameters(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(type(pipe).__call__).parameters)
+
+
+def _guidance(pipe: DiffusionPipeline, scale: float | None, negative: str | None) -> dict[str, Any]:
+    known = _parameters(pipe)
+    # A transformer that is told the guidance has "guidance_scale" for that; without, the name may be a dead one.
+    told = getattr(pipe.transformer.config, "guidance_embeds", None)
+    if scale is not None and "true_cfg_scale" in known and told is False:
+        empty = " " if scale > 1 else None  # these pipelines guide only where a negative prompt is given
+        return {"true_cfg_scale": scale, "negative_prompt": negative if negative is not None else empty}
+    return {"guidance_scale": scale, "negative_prompt": negative}
+
+
+def _subject(pipe: DiffusionPipeline, subject: str) -> dict[str, Any]:
+    if takes_prompts(pipe):
+        return {"prompt": subject}
+    if "class_labels" not in _parameters(pipe):
+        raise DavaeError(f"{type(pipe).__name__} makes images of neither prompts nor classes")
+    if subject.isdecimal():
+        return {"class_labels": [int(subject)]}
+    labels = getattr(pipe, "labels", {})
+    if subject not in labels and type(pipe).__module__.startswith("diffusers"):
+        raise DavaeError(f"the pipeline knows no class '{subject}': give its number, or a name it knows")
+    return {"class_labels": [labels.get(subject, subject)]}

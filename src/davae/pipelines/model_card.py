@@ -1,0 +1,282 @@
+"""The model card of a saved pipeline, autoencoder or adapter: what it is, its figures, how to make and use it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import safe_open
+
+from davae.errors import DavaeError
+from davae.pipelines.adapters import LAYERS_FILE
+from davae.pipelines.licence import Licence, find_licence
+from davae.version import __version__
+
+CARD = "README.md"
+_FULL = "`height` and `width` mean the full resolution."
+_USE = {
+    "pipeline": """
+With davae installed, either of
+
+```python
+import davae
+
+pipe = davae.load_pipeline("{name}")
+```
+
+```python
+import davae  # is enough for diffusers to know the autoencoder
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}")
+```
+
+Without davae, with the code in this repository (`vae/davae.py`):
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{name}"{custom}, trust_remote_code=True)
+```
+
+{sizes}
+""",
+    "autoencoder": """
+With davae installed:
+
+```python
+import davae
+
+vae = davae.AutoencoderDA.from_pretrained("{name}")
+```
+
+Without it, with the code in this repository (`davae.py`):
+
+```python
+from diffusers import AutoModel
+
+vae = AutoModel.from_pretrained("{name}", trust_remote_code=True)
+```
+""",
+    "adapters": """
+```python
+import davae
+from diffusers import DiffusionPipeline
+
+base = DiffusionPipeline.from_pretrained("{base}")
+pipe = davae.load_adapters(base, "{name}/autoencoder", "{name}")  # local folders
+```
+
+The LoRA alone is not enough: the layers that take and give the detail channels are in `{layers}`.
+""",
+}
+
+
+@dataclass(frozen=True)
+class Making:
+    """How a model was made, as far as its folder does not tell.
+
+    Attributes:
+        figures: measured values by name; nested mappings become dotted names.
+        commands: the exact commands, in order.
+        hardware: device and versions, by name.
+        datasets: hub names of the images it was trained on.
+        recipe: text of the resolved recipe.
+    """
+
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    commands: Sequence[str] = ()
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+    datasets: Sequence[str] = ()
+    recipe: str | None = None
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    base_model: str,
+    license: str | Licence | None = None,
+    making: Making | None = None,
+    name: str | None = None,
+) -> Path:
+    """Write ``README.md`` into a folder that davae saved.
+
+    Args:
+        folder: of an upgraded pipeline, an autoencoder or adapters.
+        base_model: hub name or folder of the base.
+        license: of the result; the base's own where None, see :func:`davae.pipelines.licence.find_licence`.
+        making: figures and commands.
+        name: under which the result is or will be published; the folder's name where None.
+
+    Returns:
+        The card.
+
+    Raises:
+        DavaeError: the licence is not known, or the folder holds none of the three.
+    """
+    folder = Path(folder)
+    licence = find_licence(base_model, license)
+    facts = _Facts.of(folder)
+    text = _card(facts, name or folder.name, base_model, licence, making or Making())
+    (folder / CARD).write_text(text, encoding="utf-8")
+    return folder / CARD
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the folder's own files say."""
+
+    kind: str  # "pipeline", "autoencoder" or "adapters"
+    class_name: str
+    base_channels: int
+    detail_channels: int
+    scale: int
+    pixels: int | None  # per latent position and side
+    task: str | None
+    own_pipeline: bool = False  # the pipeline's class is not one of diffusers
+
+    @classmethod
+    def of(cls, folder: Path) -> _Facts:
+        if (folder / LAYERS_FILE).is_file():
+            with safe_open(folder / LAYERS_FILE, framework="pt") as opened:
+                header = json.loads((opened.metadata() or {})["davae"])
+            counts = header["base_channels"], header["detail_channels"], header["scale"]
+            return cls("adapters", header["pipeline"], *counts, None, _task(header["pipeline"], text=True))
+        if (folder / "model_index.json").is_file():
+            index = json.loads((folder / "model_index.json").read_text())
+            text = any(part.startswith("tokenizer") for part in index)
+            name = index["_class_name"]
+            facts = cls._with("pipeline", name, folder / "vae" / "config.json", _task(name, text=text))
+            return replace(facts, own_pipeline=(folder / "pipeline.py").is_file())
+        return cls._with("autoencoder", "AutoencoderDA", folder / "config.json", None)
+
+    @classmethod
+    def _with(cls, kind: str, name: str, config_file: Path, task: str | None) -> _Facts:
+        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+        if config.get("_class_name") != "AutoencoderDA":
+            raise DavaeError(
+                f"{config_file.parent} holds no AutoencoderDA: a card is written for davae's models"
+            )
+        pixels = 2 ** (len(config["block_out_channels"]) - 1)
+        details, scale = config["detail_channels"], config["scale"]
+        below = config
+        while below["base_class"] == "AutoencoderDA":  # a further level of details
+            below = below["base_config"]
+            details, scale = details + below["detail_channels"], scale * below["scale"]
+        return cls(kind, name, config["latent_channels"] - details, details, scale, pixels, task)
+
+
+def _task(class_name: str, *, text: bool) -> str:
+    """The hub's name for what the pipeline does."""
+    if "Inpaint" in class_name or "Img2Img" in class_name or "Kontext" in class_name:
+        return "image-to-image"
+    return "text-to-image" if text and class_name != "DiTPipeline" else "unconditional-image-generation"
+
+
+def _card(facts: _Facts, name: str, base_model: str, licence: Licence, making: Making) -> str:
+    entries: dict[str, Any] = {
+        "library_name": "diffusers",
+        **licence.front_matter(),
+        "base_model": base_model,
+        "base_model_relation": "adapter" if facts.kind == "adapters" else "finetune",
+    }
+    if facts.task:
+        entries["pipeline_tag"] = facts.task
+    entries["tags"] = ["davae", "autoencoder", *(["lora"] if facts.kind == "adapters" else [])]
+    if making.datasets:
+        entries["datasets"] = list(making.datasets)
+    head = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+    sections = [
+        f"---\n{head}---",
+        f"# {Path(name).name}\n\n{_introduction(facts, base_model)}",
+        f"## Use\n\n{_use(facts, name, base_model)}",
+        _figures(making.figures),
+        _making(making),
+        f"## Licence\n\nThe base's licence applies to this model too: {_named(licence)}.",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _introduction(facts: _Facts, base_model: str) -> str:
+    what = {
+        "pipeline": f"A `{facts.class_name}` upgraded with davae",
+        "autoencoder": "A detail-aligned autoencoder made with davae",
+        "adapters": f"LoRA and widened layers for a `{facts.class_name}` upgraded with davae",
+    }[facts.kind]
+    latent = (
+        f"Its latent has {facts.base_channels} base channels, those of the base's own autoencoder, and "
+        f"{facts.detail_channels} detail channels"
+    )
+    grid = f"; one latent position stands for {facts.pixels} x {facts.pixels} pixels" if facts.pixels else ""
+    return (
+        f"{what}.\nBase: `{base_model}`. It makes {facts.scale} times the base's resolution per side from the same "
+        f"number of tokens.\n{latent}{grid}."
+    )
+
+
+def _use(facts: _Facts, name: str, base_model: str) -> str:
+    custom = ', custom_pipeline="pipeline"' if facts.own_pipeline else ""
+    values = {
+        "name": name,
+        "base": base_model,
+        "custom": custom,
+        "layers": LAYERS_FILE,
+        "sizes": _sizes(facts),
+    }
+    return _USE[facts.kind].format(**values).strip()
+
+
+def _sizes(facts: _Facts) -> str:
+    """What a caller of plain diffusers must know of the classes that write sizes down."""
+    if facts.class_name.startswith("Lumina"):
+        return (
+            f"{_FULL} `davae.load_pipeline` sees to it; loaded in another way, this class takes 8 pixels for a latent "
+            f"position: ask it for the base's size, and the image is {facts.scale} times as large per side."
+        )
+    if facts.class_name.startswith(("PixArt", "Sana")):
+        return (
+            f"{_FULL} `davae.load_pipeline` sees to it; loaded in another way, this class moves sizes to a list for "
+            "the base: pass `use_resolution_binning=False`."
+        )
+    return _FULL
+
+
+def _figures(figures: Mapping[str, Any]) -> str:
+    rows = [f"| {name} | {_shown(value)} |" for name, value in _flat(figures)]
+    return "\n".join(["## Figures\n", "| figure | value |", "|---|---|", *rows]) if rows else ""
+
+
+def _flat(figures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, value in figures.items():
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, bool | int | float):
+            found.append((f"{prefix}{key}", value))
+    return found
+
+
+def _shown(value: float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _making(making: Making) -> str:
+    parts = []
+    if making.commands:
+        parts.append("\n".join(f"    {command}" for command in making.commands))
+    hardware = {"davae": __version__, **making.hardware}
+    parts.append("With " + ", ".join(f"{key} {value}" for key, value in hardware.items()) + ".")
+    if making.recipe:
+        recipe = making.recipe.strip()
+        parts.append(
+            f"<details><summary>The resolved recipe</summary>\n\n```yaml\n{recipe}\n```\n\n</details>"
+        )
+    return "## How it was made\n\n" + "\n\n".join(parts)
+
+
+def _named(licence: Licence) -> str:
+    return f"[{licence.title}]({licence.link})" if licence.link else licence.title

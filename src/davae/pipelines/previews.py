@@ -1,0 +1,164 @@
+"""Previews while an upgraded pipeline samples: its first latent channels are the base's, and a small decoder of the
+base model (TAESD and kin) shows them at base resolution for next to nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from davae.errors import DavaeError
+from davae.models import find_adapter
+from davae.pipelines.families import family_of
+from davae.pipelines.families.packing import unpack
+
+logger = logging.getLogger(__name__)
+OutputType = Literal["pil", "np", "pt"]
+
+
+def set_preview_decoder(pipe: DiffusionPipeline, decoder: ModelMixin) -> None:
+    """Give an upgraded pipeline a decoder for previews. It is no component: saving the pipeline leaves it out.
+
+    Args:
+        pipe: with an :class:`davae.AutoencoderDA`.
+        decoder: an autoencoder of the base model's latent space, such as ``AutoencoderTiny``.
+
+    Raises:
+        DavaeError: the class is unknown, or it decodes another number of channels than the base has.
+    """
+    _, adapter = find_adapter(type(decoder).__name__)
+    found, expected = adapter.latent_channels(decoder), pipe.vae.layout.base_channels
+    if found != expected:
+        raise DavaeError(
+            f"the preview decoder takes {found} latent channels, the base latent has {expected}: take the tiny "
+            "autoencoder of the same base model"
+        )
+    pipe.preview_decoder = decoder
+
+
+class Previews:
+    """Collects images at base resolution while a pipeline samples.
+
+    ::
+
+        previews = Previews(pipe, every=4)
+        pipe("a red fox in snow", callback_on_step_end=previews)
+        previews.images        # {3: [image, ...], 7: [image, ...], ...}
+
+    Pipelines with the older ``callback`` (PixArt) take ``callback=previews.on_step``.
+
+    Shown is the clean image that a step predicts, where it can be had from what the pipeline hands over: with the
+    Euler scheduler from two successive latents (so from the second step on), with DPM-Solver++ from the solver's
+    memory. Elsewhere it is the noisy latent itself.
+
+    Args:
+        pipe: an upgraded pipeline. Without a preview decoder (``upgrade_pipeline(..., preview_decoder=)`` or
+            :func:`set_preview_decoder`) the base's own decoder is used, which costs as much as the base's decoding.
+        every: a preview after every so many steps.
+        output_type: "pil", "np" (float [B, H, W, 3] in [0, 1]) or "pt" (float [B, 3, H, W] in [0, 1]).
+        height, width: what the pipeline was asked for, in pixels; needed for images that are not square where the
+            pipeline packs its latents (FLUX, Qwen-Image).
+        on_preview: called with the number of the step, from 0, and its images.
+
+    Raises:
+        DavaeError: `every` is below 1, or the pipeline is none that davae knows.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        *,
+        every: int = 1,
+        output_type: OutputType = "pil",
+        height: int | None = None,
+        width: int | None = None,
+        on_preview: Callable[[int, Any], None] | None = None,
+    ) -> None:
+        if every < 1:
+            raise DavaeError(f"a preview every {every} steps is not possible: at least 1")
+        if (height is None) != (width is None):
+            raise DavaeError("give both height and width of the image, or neither")
+        self.pipe, self.every, self.output_type, self.on_preview = pipe, every, output_type, on_preview
+        self.size = None if height is None or width is None else (height, width)
+        self.family = family_of(pipe)
+        self.images: dict[int, Any] = {}
+        self._last: Tensor | None = None  # latents after the step before
+        if getattr(pipe, "preview_decoder", None) is None:
+            logger.info("no preview decoder was given: previews take the base's own decoder")
+
+    def __call__(
+        self, pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
+        """For ``callback_on_step_end``; nothing is changed."""
+        self.on_step(step, timestep, tensors["latents"])
+        return {}
+
+    @torch.no_grad()
+    def on_step(self, step: int, timestep: Any, latents: Tensor) -> None:
+        """For ``callback``.
+
+        Raises:
+            DavaeError: packed latents whose height and width are not known.
+        """
+        if step == 0:
+            self.images, self._last = {}, None
+        if (step + 1) % self.every == 0:
+            shown = self.decode(self._predicted(latents))
+            self.images[step] = shown
+            if self.on_preview is not None:
+                self.on_preview(step, shown)
+        self._last = latents
+
+    def _predicted(self, latents: Tensor) -> Tensor:
+        scheduler = self.pipe.scheduler
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            i = scheduler.step_index  # of the next step
+            if self._last is None or i is None or self._last.shape != latents.shape:
+                return latents
+            before, now = scheduler.sigmas[i - 1].item(), scheduler.sigmas[i].item()
+            if now == before:
+                return latents
+            velocity = (latents - self._last).float() / (now - before)
+            return (latents.float() - now * velocity).to(latents.dtype)
+        if str(scheduler.config.get("algorithm_type", "")).endswith("dpmsolver++"):
+            predicted = scheduler.model_outputs[-1]
+            if predicted is not None and predicted.shape == latents.shape:
+                return predicted
+        return latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Any:
+        """Images at base resolution from latents as the pipeline holds them, packed or not."""
+        vae = self.pipe.vae
+        if self.family.packed:
+            latents = unpack(latents, *self._grid(latents.shape[1]))
+        base = latents[:, : vae.layout.base_channels]
+        decoder = getattr(self.pipe, "preview_decoder", None)
+        known = vae.base_vae if decoder is None else decoder
+        _, adapter = find_adapter(type(known).__name__)
+        base = base.to(device=known.device, dtype=known.dtype)
+        shift, scale = (value.to(base)[:, None, None] for value in adapter.normalisation(known))
+        raw = base / scale + shift
+        image = vae.decode_base(raw) if decoder is None else adapter.decode(decoder, raw)
+        return VaeImageProcessor().postprocess(image, output_type=self.output_type)
+
+    def _grid(self, tokens: int) -> tuple[int, int]:
+        if self.size is not None:
+            pixels = 2 * self.pipe.vae_scale_factor
+            rows, columns = (side // pixels for side in self.size)
+        else:
+            rows = columns = math.isqrt(tokens)
+        if rows * columns != tokens:
+            raise DavaeError(
+                f"{tokens} tokens do not make that image: give Previews the height and width that the pipeline "
+                "was asked for"
+            )
+        return 2 * rows, 2 * columns

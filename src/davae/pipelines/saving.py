@@ -1,0 +1,90 @@
+"""Saving upgraded pipelines so that anyone can open them, and publishing what was saved."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi
+
+from davae.errors import DavaeError
+from davae.models import AutoencoderDA
+from davae.pipelines.licence import Licence, find_licence, read_front_matter
+from davae.pipelines.lora import attached_lora, merge_lora
+from davae.pipelines.model_card import CARD, Making, write_model_card
+
+
+def save_pipeline(
+    pipe: DiffusionPipeline,
+    folder: str | Path,
+    *,
+    base_model: str,
+    license: str | Licence | None = None,
+    making: Making | None = None,
+    name: str | None = None,
+) -> Path:
+    """Write a pipeline as a folder with a model card, a LoRA merged into the weights.
+
+    ``pipe.save_pretrained(folder)`` alone writes everything that loading needs, the code for people without davae
+    included, where no LoRA is attached. This adds the card; a LoRA is merged into a copy of the transformer, and
+    ``pipe`` keeps its own as it is.
+
+    Args:
+        pipe: an upgraded pipeline.
+        folder: made where absent.
+        base_model: hub name or folder of the base.
+        license: of the result; the base's own where None.
+        making: figures and commands for the card.
+        name: under which the result will be published; the folder's name where None.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DavaeError: the licence is not known (nothing is written then), or the pipeline is not upgraded.
+    """
+    if not isinstance(getattr(pipe, "vae", None), AutoencoderDA):
+        raise DavaeError(f"this {type(pipe).__name__} is not upgraded: save it with its own save_pretrained")
+    licence = find_licence(base_model, license)
+    tuned = pipe.transformer
+    try:
+        if attached_lora(tuned) is not None:
+            pipe.transformer = copy.deepcopy(tuned)
+            merge_lora(pipe.transformer)
+        pipe.save_pretrained(folder)
+    finally:
+        pipe.transformer = tuned
+    write_model_card(folder, base_model=base_model, license=licence, making=making, name=name)
+    return Path(folder)
+
+
+def push_to_hub(
+    folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None
+) -> str:
+    """Publish a saved pipeline, autoencoder or adapters folder, whole, as a model of the hub.
+
+    Args:
+        folder: with a model card that names a licence.
+        repo_id: ``user/name``; made where absent.
+        private: for a new repository; the account's default where None.
+        token: of the hub; the one of `hf auth login` where None.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        DavaeError: there is no card, or it names no licence.
+    """
+    card = Path(folder) / CARD
+    if not card.is_file() or not read_front_matter(card).get("license"):
+        raise DavaeError(
+            f"{folder} has no model card that names a licence: write one with davae.write_model_card, or use "
+            "davae.save_pipeline"
+        )
+    api = HfApi(token=token)
+    repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = api.upload_folder(
+        repo_id=repository, folder_path=folder, commit_message="Upload a model made with davae"
+    )
+    return str(commit.commit_url)

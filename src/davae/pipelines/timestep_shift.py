@@ -1,0 +1,128 @@
+"""How strongly an upgraded pipeline's scheduler leans towards noise: a decision, written into its configuration.
+
+Flow-matching schedulers move their noise levels by a shift ``a``: ``sigma <- a sigma / (1 + (a - 1) sigma)``. Larger
+images were trained with a larger one, and many pipelines derive it from the number of image tokens ``n``: ``mu(n)`` on
+a line through two points of the configuration, ``a = exp(mu)``. An upgraded pipeline makes an image ``s`` times
+larger per side from the base's tokens, and so has to choose between the shift of its tokens and that of its pixels.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from davae.errors import DavaeError
+
+logger = logging.getLogger(__name__)
+
+TimestepShift = Literal["base", "native"] | float
+
+# The keys of the line, and what pipelines take where a configuration lacks them.
+_LINE = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+
+# Pipelines that derive mu from something else than the configuration and the tokens.
+_OWN_RULES = {
+    "Flux2": "has its own rule for the shift, which reads the number of tokens and of steps alone",
+    "HiDream": "takes the shift from its transformer's largest number of tokens",
+    "Ideogram4": "has its own rule for the shift, which reads the height and width in pixels",
+    "QwenImageLayered": "has its own rule for the shift",
+}
+# Pipelines that count channels where they mean tokens (they look at axis 1 of a latent that is not packed).
+_COUNTS_CHANNELS = ("Lumina2",)
+
+
+def scheduler_for(
+    pipe: DiffusionPipeline, shift: TimestepShift, *, scale: int, channels: tuple[int, int]
+) -> SchedulerMixin:
+    """A copy of the pipeline's scheduler with the shift that its upgraded pipeline is to have.
+
+    Args:
+        pipe: the base pipeline; its scheduler is not changed.
+        shift: ``"base"``: at a number of tokens the schedule that the base was trained with at this number.
+            ``"native"``: the one that the base would have used for the full resolution, ``s^2`` times the tokens
+            (the token counts in the configuration are divided by ``s^2``). A number: that shift ``a``, for every size.
+        scale: ``s``.
+        channels: of the base latent and of the upgraded one.
+
+    Raises:
+        DavaeError: the choice is unknown, or this pipeline does not read it from its scheduler.
+    """
+    config = pipe.scheduler.config
+    changes: dict[str, Any] = {}
+    if isinstance(shift, bool) or not (shift in ("base", "native") or isinstance(shift, int | float)):
+        raise DavaeError(f"timestep_shift must be 'base', 'native' or a number, not {shift!r}")
+    if isinstance(shift, int | float):
+        changes = _fixed(pipe, float(shift))
+    elif config.get("use_dynamic_shifting"):
+        changes = _line(pipe, shift, scale, channels)
+    scheduler = type(pipe.scheduler).from_config(config, **changes)
+    logger.info("timestep shift '%s': %s", shift, _told(scheduler, shift))
+    return scheduler
+
+
+def _line(
+    pipe: DiffusionPipeline, shift: str | float, scale: int, channels: tuple[int, int]
+) -> dict[str, Any]:
+    name = type(pipe).__name__
+    own_rule = next((rule for start, rule in _OWN_RULES.items() if name.startswith(start)), None)
+    if own_rule is not None:
+        if shift == "base" and "pixels" not in own_rule:
+            return {}
+        raise DavaeError(
+            f"timestep_shift '{shift}' cannot be written into the scheduler: {name} {own_rule}. Give a number"
+        )
+    config = pipe.scheduler.config
+    line = {key: config.get(key, value) for key, value in _LINE.items()}
+    if name.startswith(_COUNTS_CHANNELS):
+        # Wider latents must not look like longer ones: the line is stretched by as much as the channels grew.
+        factor = channels[1] / channels[0]
+    else:
+        factor = 1.0 if shift == "base" else 1.0 / scale**2
+    for key in ("base_image_seq_len", "max_image_seq_len"):
+        stretched = line[key] * factor
+        line[key] = int(stretched) if stretched == int(stretched) else stretched
+    return line
+
+
+def _fixed(pipe: DiffusionPipeline, shift: float) -> dict[str, Any]:
+    if not (math.isfinite(shift) and shift > 0):
+        raise DavaeError(f"a timestep shift must be a positive number, not {shift}")
+    config = pipe.scheduler.config
+    key = next((key for key in ("flow_shift", "shift") if key in config), None)
+    flow = (
+        key == "shift" or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
+    )
+    if key is None or not flow:
+        raise DavaeError(
+            f"{type(pipe.scheduler).__name__} has no timestep shift (it is not a flow-matching scheduler here): "
+            "leave timestep_shift at 'base'"
+        )
+    changes: dict[str, Any] = {key: shift}
+    if config.get("use_dynamic_shifting"):  # what the pipeline computes is not asked for then
+        changes["use_dynamic_shifting"] = False
+    return changes
+
+
+def _shift_key(config: Mapping[str, Any]) -> str | None:
+    """Where a scheduler's configuration holds a fixed shift; none where it is no flow-matching scheduler."""
+    if "shift" in config:
+        return "shift"
+    flow = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
+    return "flow_shift" if "flow_shift" in config and flow else None
+
+
+def _told(scheduler: SchedulerMixin, shift: TimestepShift) -> str:
+    config = scheduler.config
+    if config.get("use_dynamic_shifting"):
+        written = ", ".join(f"{key} {config[key]}" for key in _LINE if key in config)
+        return f"follows the number of tokens: {written}"
+    key = _shift_key(config)
+    if key is None:
+        return "this scheduler has none"
+    why = " (the same for every size, so nothing changes)" if isinstance(shift, str) else ""
+    return f"{key} {config[key]}{why}"

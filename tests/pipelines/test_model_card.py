@@ -1,0 +1,151 @@
+"""The card: entries, inherited licence, figures, how to use; and publishing with a stub of the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from peft import LoraConfig
+from tests.pipelines.parts import upgraded
+
+import davae
+from davae.errors import DavaeError
+from davae.pipelines import Licence, Making, attach_lora, find_licence, saving, write_model_card
+from davae.tiny import debug_base
+from davae.tiny.small_pipelines import small_pipeline
+
+SD35 = "license: other\nlicense_name: stabilityai-ai-community\nlicense_link: LICENSE.md"
+
+
+def base_folder(folder: Path, entries: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "README.md").write_text(f"---\n{entries}\n---\n# A base\n")
+    return folder
+
+
+def test_the_licence_is_the_given_one_or_the_base_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_folder(tmp_path / "base", SD35)
+    assert find_licence(base) == Licence("other", "stabilityai-ai-community", "LICENSE.md")
+    assert find_licence(base, "mit") == Licence("mit")
+    assert find_licence(base).title == "stabilityai-ai-community"
+    with pytest.raises(DavaeError, match=r"README\.md names none"):
+        find_licence(base_folder(tmp_path / "other", "tags: [x]"))
+    with pytest.raises(DavaeError, match="not valid YAML"):
+        find_licence(base_folder(tmp_path / "other", "license: [x"))
+    (tmp_path / "empty").mkdir()
+    for name in (str(tmp_path / "empty"), "someone/unknown", "not a name of the hub//"):
+        with pytest.raises(DavaeError, match="give it as license="):
+            find_licence(name)
+    monkeypatch.setattr(
+        "davae.pipelines.licence.try_to_load_from_cache", lambda name, file: str(base / "README.md")
+    )
+    link = "https://huggingface.co/stabilityai/sd/blob/main/LICENSE.md"
+    assert find_licence("stabilityai/sd") == Licence("other", "stabilityai-ai-community", link)
+
+
+def test_card_of_a_pipeline(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", SD35)
+    making = Making(
+        figures={"psnr": 31.415926, "tokens": {"base": 64, "native": 256}, "note": "not a number"},
+        commands=["davae train autoencoder --recipe tiny", "davae train diffusion --recipe tiny"],
+        hardware={"on": "one GPU"},
+        datasets=["someone/pictures"],
+        recipe="base: tiny\n",
+    )
+    out = davae.save_pipeline(
+        upgraded(small_pipeline("sd3")), tmp_path / "out", base_model=str(base), making=making, name="me/fox"
+    )
+    card = ModelCard.load(out / "README.md")  # the hub's own reader
+    entries = card.data.to_dict()
+    assert entries["library_name"] == "diffusers"
+    assert entries["license"] == "other"
+    assert entries["license_name"] == "stabilityai-ai-community"
+    assert entries["base_model"] == str(base)
+    assert entries["base_model_relation"] == "finetune"
+    assert entries["pipeline_tag"] == "text-to-image"
+    assert entries["tags"] == ["davae", "autoencoder"]
+    assert entries["datasets"] == ["someone/pictures"]
+    for said in (
+        "2 times the base's resolution",
+        "4 base channels",
+        "8 x 8 pixels",
+        "| psnr | 31.42 |",
+        "| tokens.native | 256 |",
+        "    davae train diffusion --recipe tiny",
+        'davae.load_pipeline("me/fox")',
+        'DiffusionPipeline.from_pretrained("me/fox")',
+        'DiffusionPipeline.from_pretrained("me/fox", trust_remote_code=True)',
+        "[stabilityai-ai-community](LICENSE.md)",
+    ):
+        assert said in card.text, said
+    assert "not a number" not in card.text
+
+
+def test_card_of_classes_says_that_the_pipeline_is_custom_too(tmp_path: Path) -> None:
+    out = davae.save_pipeline(upgraded(debug_base()), tmp_path, base_model="x/y", license="apache-2.0")
+    card = ModelCard.load(out / "README.md")
+    assert 'custom_pipeline="pipeline", trust_remote_code=True' in card.text
+    assert card.data.pipeline_tag == "unconditional-image-generation"
+
+
+def test_card_of_an_autoencoder_with_levels_and_of_adapters(tmp_path: Path) -> None:
+    pipe = upgraded(debug_base())
+    two = davae.AutoencoderDA.from_base(pipe.vae, scale=2, detail_channels=16)
+    two.save_pretrained(tmp_path / "vae")
+    card = write_model_card(tmp_path / "vae", base_model="x/y", license="mit").read_text()
+    assert "4 times the base's resolution" in card
+    assert "4 base channels" in card
+    assert "20 detail channels" in card
+    assert "AutoModel.from_pretrained" in card
+    attach_lora(pipe.transformer, LoraConfig(r=1, target_modules=["to_q"]))
+    davae.save_adapters(pipe, tmp_path / "adapters")
+    card = write_model_card(tmp_path / "adapters", base_model="x/y", license="mit").read_text()
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["davae", "autoencoder", "lora"]
+    assert "base_model_relation: adapter" in card
+    assert "davae.load_adapters(base" in card
+    debug_base().vae.save_pretrained(tmp_path / "plain")
+    with pytest.raises(DavaeError, match="holds no AutoencoderDA"):
+        write_model_card(tmp_path / "plain", base_model="x/y", license="mit")
+
+
+class StubHub:
+    """Remembers what was asked of it."""
+
+    calls: list[tuple[str, Any]]
+
+    def __init__(self, token: str | None = None) -> None:
+        type(self).calls = [("token", token)]
+
+    def create_repo(self, repo_id: str, **options: Any) -> SimpleNamespace:
+        self.calls.append(("create", (repo_id, options)))
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> SimpleNamespace:
+        files = {str(f.relative_to(folder_path)) for f in Path(folder_path).rglob("*") if f.is_file()}
+        self.calls.append(("upload", (repo_id, files)))
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+
+def test_publishing_uploads_the_folder_with_card_and_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "HfApi", StubHub)
+    pipe = upgraded(debug_base())
+    pipe.save_pretrained(tmp_path / "bare")
+    with pytest.raises(DavaeError, match="no model card that names a licence"):
+        davae.push_to_hub(tmp_path / "bare", "me/fox")
+    out = davae.save_pipeline(pipe, tmp_path / "out", base_model="x/y", license="mit")
+    assert davae.push_to_hub(out, "me/fox", private=True, token="t") == "https://hub/me/fox/commit/1"
+    (_, token), (_, created), (_, (name, files)) = StubHub.calls
+    assert (token, name) == ("t", "me/fox")
+    assert created == ("me/fox", {"private": True, "exist_ok": True})
+    assert {"README.md", "model_index.json", "pipeline.py", "vae/davae.py", "transformer/davae.py"} <= files
+    index = json.loads((out / "model_index.json").read_text())
+    for component, value in index.items():  # what diffusers asks of a repository before it loads anything
+        if isinstance(value, list) and value[0] == "davae":
+            assert f"{component}/{value[0]}.py" in files
