@@ -1,5 +1,8 @@
 """Images from wherever people keep them, as square tensors in an order that can be resumed."""
 
+from davae.data.bucket_sampler import BucketSampler
+from davae.data.buckets import make_buckets
+from davae.data.cache import Fingerprint, LatentCache
 from davae.data.dataset import Facts, ImageDataset, Item, Source
 from davae.data.decode import UnreadableImage, check_header, decode_image
 from davae.data.folder import IMAGE_SUFFIXES, FolderSource
@@ -17,10 +20,13 @@ __all__ = [
     "CLASSES",
     "IMAGE_SUFFIXES",
     "BatchStream",
+    "BucketSampler",
     "Facts",
+    "Fingerprint",
     "FolderSource",
     "ImageDataset",
     "Item",
+    "LatentCache",
     "ProceduralScenes",
     "RenderedDataset",
     "ResumableSampler",
@@ -37,6 +43,7 @@ __all__ = [
     "find_source",
     "image_to_tensor",
     "item_generator",
+    "make_buckets",
     "make_loader",
     "open_dataset",
     "render_scene",

@@ -3,7 +3,7 @@
 An item is a dict:
 
 ======== ============================================================================
-image    float32 ``[3, R, R]`` in [-1, 1]
+image    float32 ``[3, R, R]`` in [-1, 1]; with buckets ``[3, H, W]`` of the image's bucket
 label    class number, -1 where there is none
 caption  text, empty where there is none
 id       the image's name within its source
@@ -13,13 +13,14 @@ skipped  ``(id, reason)`` of unreadable files that were met while looking for th
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from torch.utils.data import Dataset
 
 from davae.data.decode import UnreadableImage, decode_image
-from davae.data.transforms import SquareCrop, item_generator
+from davae.data.transforms import Size, SquareCrop, item_generator
 from davae.errors import DavaeError
 
 Item = dict[str, Any]
@@ -54,6 +55,9 @@ class Source(Protocol):
     def facts(self, index: int) -> Facts:
         """Label and caption. May raise :class:`UnreadableImage` where they cannot be read."""
 
+    def stamp(self, index: int) -> str:
+        """What changes when the image file does, without reading it: its size and time of change."""
+
 
 class ImageDataset(Dataset[Item]):
     """Square image tensors of a source, map-style.
@@ -68,6 +72,8 @@ class ImageDataset(Dataset[Item]):
         seed: of the random crops and flips.
         min_size: shortest side accepted, in pixels.
         skipped: images that were left out when the data set was opened.
+        sizes: the sizes of the buckets, (width, height) in pixels; none for squares.
+        bucket_of: the bucket of each image.
     """
 
     def __init__(
@@ -79,6 +85,8 @@ class ImageDataset(Dataset[Item]):
         seed: int = 0,
         min_size: int = 1,
         skipped: Sequence[Skip] = (),
+        sizes: Sequence[Size] | None = None,
+        bucket_of: Sequence[int] | None = None,
     ) -> None:
         self.source = source
         self.indices = list(indices)
@@ -86,6 +94,8 @@ class ImageDataset(Dataset[Item]):
         self.seed = seed
         self.min_size = min_size
         self.skipped = list(skipped)
+        self.sizes = None if sizes is None else list(sizes)
+        self.bucket_of = None if bucket_of is None else list(bucket_of)
         self.epoch = 0
         self._bad: dict[int, str] = {}  # position -> reason; a shortcut only, never changes what comes out
 
@@ -104,6 +114,32 @@ class ImageDataset(Dataset[Item]):
     def id(self, index: int) -> str:
         """The name of image ``index`` without reading it."""
         return self.source.id(self.indices[index])
+
+    def size(self, index: int) -> Size:
+        """(width, height) of image ``index`` as it comes out, whatever stands in for it."""
+        if self.sizes is None or self.bucket_of is None:
+            return self.transform.resolution, self.transform.resolution
+        return self.sizes[self.bucket_of[index]]
+
+    def stamps(self) -> dict[str, tuple[str, int, str]]:
+        """Of each image by its id: what changes when its file does, its label and its caption."""
+        found = {}
+        for index in self.indices:
+            try:
+                label, caption = self.source.facts(index)
+                stamp = self.source.stamp(index)
+            except (UnreadableImage, OSError):  # replaced by another image when it is read
+                stamp, label, caption = "unreadable", -1, ""
+            found[self.source.id(index)] = (stamp, label, caption)
+        return found
+
+    def content_hash(self, index: int) -> str:
+        """SHA-256 of the image file's bytes, hexadecimal; empty where it cannot be opened."""
+        try:
+            with self.source.open(self.indices[index]) as file:
+                return hashlib.sha256(file.read()).hexdigest()
+        except (UnreadableImage, OSError):
+            return ""
 
     def __getitem__(self, index: int) -> Item:
         return self.item(index, self.epoch)
@@ -127,7 +163,8 @@ class ImageDataset(Dataset[Item]):
                 skipped.append((self.id(position), error.reason))
                 continue
             # The asked-for index draws the crop, so that a substitute is not the same picture twice an epoch.
-            item["image"] = self.transform(item["image"], item_generator(self.seed, epoch, index))
+            generator = item_generator(self.seed, epoch, index)
+            item["image"] = self.transform.to_size(item["image"], generator, self.size(index))
             return item | {"skipped": skipped}
         raise DavaeError(
             f"{self.source.name}: none of the {len(self)} images can be read; "

@@ -81,6 +81,17 @@ def check_header(file: ImageFile, *, min_size: int = 1) -> tuple[int, int]:
         return image.size
 
 
+def upright_size(file: ImageFile, *, min_size: int = 1) -> tuple[int, int]:
+    """(width, height) of the picture that :func:`decode_image` will give, from the header alone.
+
+    Raises:
+        UnreadableImage: as :func:`check_header`.
+    """
+    with _opened(file, min_size) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) >= 5 else (width, height)  # 5 to 8 turn by 90 degrees
+
+
 def decode_image(file: ImageFile, *, min_size: int = 1) -> Image.Image:
     """Decode an image to an upright, opaque picture of mode RGB.
 

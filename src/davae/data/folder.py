@@ -71,6 +71,10 @@ class FolderSource:
         """The image file."""
         return (self.root / self._files[index]).open("rb")
 
+    def stamp(self, index: int) -> str:
+        """The file's size in bytes and time of change in nanoseconds."""
+        return file_stamp(self.root / self._files[index])
+
     def facts(self, index: int) -> Facts:
         """The parent folder's class and the caption, from ``metadata.jsonl`` first, then the text file."""
         name = self._files[index]
@@ -101,6 +105,12 @@ class FolderSource:
                 elif caption is not None:
                     captions[key] = str(caption).strip()
         return captions
+
+
+def file_stamp(path: Path) -> str:
+    """Size in bytes and time of change in nanoseconds: cheap to read, and changed by every usual way of writing."""
+    status = path.stat()
+    return f"{status.st_size} bytes, changed {status.st_mtime_ns}"
 
 
 def _split_folder(root: Path, split: str | None) -> Path:

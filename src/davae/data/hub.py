@@ -39,6 +39,7 @@ class TableSource:
 
         self.name = name
         self.problems: list[Skip] = []
+        self._fingerprint = table._fingerprint
         if not len(table):
             raise DavaeError(f"{name} has no rows")
         features = table.features
@@ -71,6 +72,10 @@ class TableSource:
         if not path or "://" in path:
             raise UnreadableImage(f"the row holds no bytes, only the address {path}")
         return Path(path).open("rb")
+
+    def stamp(self, index: int) -> str:
+        """The table's fingerprint, which ``datasets`` derives from its files and how they were loaded."""
+        return str(self._fingerprint)
 
     def facts(self, index: int) -> Facts:
         """The row's class and caption; of several captions the first."""

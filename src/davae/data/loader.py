@@ -9,21 +9,17 @@ fetched ahead.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from davae.data.bucket_sampler import BucketSampler
+from davae.data.buckets import bucket_of
 from davae.data.dataset import Item
+from davae.data.loader_key import Key
 from davae.errors import DavaeError
-
-
-class Key(NamedTuple):
-    """Which item, in which epoch."""
-
-    epoch: int
-    position: int
 
 
 class ResumableSampler(Sampler[list[Key]]):
@@ -86,6 +82,11 @@ class ResumableSampler(Sampler[list[Key]]):
         Raises:
             DavaeError: the data set or the seed is another one, so the stream cannot be the same.
         """
+        if "buckets" in state:
+            raise DavaeError(
+                "the checkpoint was written with aspect-ratio buckets and the data has none now; set "
+                "data.buckets as it was, or start in a new run directory"
+            )
         for name, now in (("length", self.length), ("seed", self.seed)):
             if state[name] != now:
                 what = "number of images" if name == "length" else "seed of the data order"
@@ -99,7 +100,8 @@ class ResumableSampler(Sampler[list[Key]]):
 class BatchStream:
     """Batches of a data set for the training loop; ``state_dict`` counts what the loop has taken.
 
-    Every ``iter(stream)`` begins at the current place. Iterating leaves torch's global random state alone.
+    Every ``iter(stream)`` begins at the current place. Iterating leaves torch's global random state alone. A data
+    set with aspect-ratio buckets (a list ``bucket_of``) gives batches of one bucket each.
 
     Args:
         dataset: map-style; its ``item(index, epoch)`` is used where it has one, else ``dataset[index]``.
@@ -122,7 +124,12 @@ class BatchStream:
     ) -> None:
         self.dataset, self.workers = dataset, workers
         length = len(dataset)  # type: ignore[arg-type]
-        self.sampler = ResumableSampler(length, batch_size, seed, rank=rank, world_size=world_size)
+        buckets = bucket_of(dataset)
+        self.sampler: ResumableSampler | BucketSampler
+        if buckets is None:
+            self.sampler = ResumableSampler(length, batch_size, seed, rank=rank, world_size=world_size)
+        else:
+            self.sampler = BucketSampler(buckets, batch_size, seed, rank=rank, world_size=world_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in make_loader(self.dataset, self.sampler, workers=self.workers):
@@ -143,7 +150,9 @@ class BatchStream:
         self.sampler.load_state_dict(state)
 
 
-def make_loader(dataset: Dataset[Item], sampler: ResumableSampler, *, workers: int = 0) -> DataLoader[Any]:
+def make_loader(
+    dataset: Dataset[Item], sampler: ResumableSampler | BucketSampler, *, workers: int = 0
+) -> DataLoader[Any]:
     """A torch loader over the sampler's keys, in order, with :func:`collate`."""
     if workers < 0:
         raise DavaeError(f"workers must be 0 or more, not {workers}")
@@ -160,12 +169,18 @@ def make_loader(dataset: Dataset[Item], sampler: ResumableSampler, *, workers: i
 def collate(items: Sequence[Item]) -> dict[str, Any]:
     """Items to a batch.
 
-    Tensors (``image`` ``[B, 3, R, R]``, or a cached ``latent``) are stacked; ``label`` is long ``[B]``,
-    ``caption`` and ``id`` are lists of text, ``skipped`` holds the entries of all items in one list.
+    Tensors (``image`` ``[B, 3, R, R]``, or a cached ``latent``) are stacked, and so are those in dictionaries
+    (``conditioning``); ``label`` is long ``[B]``, ``caption`` and ``id`` are lists of text, ``skipped`` holds
+    the entries of all items in one list.
     """
     tensors = [name for name, value in items[0].items() if isinstance(value, torch.Tensor)]
+    dictionaries = [name for name, value in items[0].items() if isinstance(value, dict)]
     return {
         **{name: torch.stack([item[name] for item in items]) for name in tensors},
+        **{
+            name: {key: torch.stack([item[name][key] for item in items]) for key in items[0][name]}
+            for name in dictionaries
+        },
         "label": torch.tensor([item["label"] for item in items], dtype=torch.long),
         "caption": [item["caption"] for item in items],
         "id": [item["id"] for item in items],

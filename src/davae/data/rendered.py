@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from torch.utils.data import Dataset
 
 from davae.data.dataset import Item, Skip
 from davae.data.procedural import ProceduralScenes
+from davae.data.procedural.dataset import SEED_STRIDE
 from davae.data.transforms import item_generator
 
 
@@ -23,6 +26,14 @@ class RenderedDataset(Dataset[Item]):
 
     def __len__(self) -> int:
         return len(self.scenes)
+
+    def stamps(self) -> dict[str, tuple[str, int, str]]:
+        """As :meth:`ImageDataset.stamps`. A scene follows from its number; the first one stands for the painter."""
+        if not len(self):
+            return {}
+        drawn = hashlib.sha256(self.scenes[0]["image"].numpy().tobytes()).hexdigest()
+        first = self.scenes.seed * SEED_STRIDE + self.scenes.start
+        return {f"procedural/{first + i}": (drawn, -1, "") for i in range(len(self))}
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose mirroring ``dataset[index]`` shows."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from davae.data.dataset import Facts, Skip
-from davae.data.folder import IMAGE_SUFFIXES
+from davae.data.folder import IMAGE_SUFFIXES, file_stamp
 from davae.errors import DavaeError
 
 _MAX_TEXT_BYTES = 1 << 20
@@ -65,6 +65,7 @@ class ShardSource:
         self.problems: list[Skip] = []
         self._files = list(files)
         self._shards = _short_names(self._files)
+        self._stamps: dict[int, str] = {}
         self._samples: list[_Sample] = []
         for number in range(len(self._files)):
             self._samples += self._index(number)
@@ -94,6 +95,13 @@ class ShardSource:
         sample = self._samples[index]
         number = -1 if sample.label is None else self._numbers[sample.label]
         return Facts(number, sample.caption)
+
+    def stamp(self, index: int) -> str:
+        """Where the image lies in its shard, and the shard's size and time of change."""
+        sample = self._samples[index]
+        if sample.shard not in self._stamps:
+            self._stamps[sample.shard] = file_stamp(self._files[sample.shard])
+        return f"{sample.size} bytes at {sample.offset} of {self._stamps[sample.shard]}"
 
     def _index(self, shard: int) -> list[_Sample]:
         path = self._files[shard]

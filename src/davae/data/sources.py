@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import glob
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from davae.data.buckets import assign_buckets
 from davae.data.dataset import ImageDataset, Source
 from davae.data.folder import IMAGE_SUFFIXES, FolderSource
 from davae.data.hub import TABLE_SUFFIXES, open_hub, open_saved, open_tables
@@ -14,7 +16,7 @@ from davae.data.rendered import RenderedDataset
 from davae.data.shards import ShardSource, find_shards
 from davae.data.skips import check_headers, refuse_if_mostly_bad
 from davae.data.splits import Part, choose_part
-from davae.data.transforms import Crop, SquareCrop
+from davae.data.transforms import Crop, Size, SquareCrop
 from davae.errors import DavaeError
 
 PROCEDURAL_LENGTH = 10_000
@@ -34,6 +36,7 @@ def open_dataset(
     hold_out: float = 0,
     part: Part = "train",
     min_size: int | None = None,
+    buckets: Sequence[Size] | None = None,
 ) -> ImageDataset | RenderedDataset:
     """Open a set of images for training or validation.
 
@@ -55,6 +58,8 @@ def open_dataset(
         hold_out: share (below 1) or number of images kept for validation, chosen by a hash of their names.
         part: ``train`` or ``held_out``.
         min_size: images with a shorter side are skipped; by default a quarter of ``resolution``.
+        buckets: sizes (width, height) of which each image takes the nearest; by default all are square.
+            Procedural scenes are always square.
 
     Returns:
         A map-style data set of items (see :mod:`davae.data.dataset`) with ``classes`` and ``skipped``, the
@@ -75,13 +80,16 @@ def open_dataset(
     refuse_if_mostly_bad(skipped, len(source), source.name)
     good = [i for i in range(len(source)) if i not in bad]
     chosen = choose_part([source.id(i) for i in good], hold_out, part)
+    indices = [good[i] for i in chosen]
     return ImageDataset(
         source,
-        [good[i] for i in chosen],
+        indices,
         transform,
         seed=seed,
         min_size=shortest,
         skipped=skipped + source.problems,
+        sizes=buckets,
+        bucket_of=None if buckets is None else assign_buckets(source, indices, buckets),
     )
 
 

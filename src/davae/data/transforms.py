@@ -1,4 +1,4 @@
-"""Pictures to square tensors. All randomness comes from a generator made for one item.
+"""Pictures to tensors of one size. All randomness comes from a generator made for one item.
 
 An item's generator depends on ``(seed, epoch, index)`` and on nothing else, so a resumed run, more loader
 workers or another order of reading give the same crops.
@@ -17,6 +17,8 @@ from torch import Tensor
 from davae.errors import DavaeError
 
 Crop = Literal["center", "random"]
+Size = tuple[int, int]
+"""(width, height) in pixels, as Pillow has it."""
 
 _ZOOM = 1.25
 """Random crops see at least 1/1.25 = 80 % of the short side."""
@@ -33,10 +35,17 @@ def resize_short_side(image: Image.Image, size: int) -> Image.Image:
     Halves with a box filter while at least twice too large, then one bicubic step: the procedure that guided
     diffusion (ADM) introduced and class-conditional models are measured with.
     """
-    while min(image.size) >= 2 * size:
+    return resize_to_cover(image, (size, size))
+
+
+def resize_to_cover(image: Image.Image, size: Size) -> Image.Image:
+    """Scale an image, as :func:`resize_short_side` does, to the smallest size that covers (width, height)."""
+    width, height = size
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    factor = size / min(image.size)
-    target = (round(image.width * factor), round(image.height * factor))
+    factor = max(width / image.width, height / image.height)
+    # One side comes out exactly; rounding must not leave the other short of its goal.
+    target = (max(width, round(image.width * factor)), max(height, round(image.height * factor)))
     return image if target == image.size else image.resize(target, Image.Resampling.BICUBIC)
 
 
@@ -67,16 +76,24 @@ class SquareCrop:
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
         """A picture of mode RGB to ``[3, R, R]`` in [-1, 1]."""
-        size = self.resolution
+        return self.to_size(image, generator, (self.resolution, self.resolution))
+
+    def to_size(self, image: Image.Image, generator: np.random.Generator, size: Size) -> Tensor:
+        """The same for another shape than the square: ``[3, H, W]`` of ``size`` = (width, height)."""
+        width, height = size
         if self.crop == "center":
-            image = resize_short_side(image, size)
-            left, top = (image.width - size) // 2, (image.height - size) // 2
+            image = resize_to_cover(image, size)
+            left, top = (image.width - width) // 2, (image.height - height) // 2
         else:
-            longest = max(size, min(round(_ZOOM * size), min(image.size)))
-            image = resize_short_side(image, int(generator.integers(size, longest, endpoint=True)))
-            left = int(generator.integers(0, image.width - size, endpoint=True))
-            top = int(generator.integers(0, image.height - size, endpoint=True))
-        image = image.crop((left, top, left + size, top + size))
+            # The side that decides the scale becomes up to a quarter longer than needed, never by enlarging.
+            tight = width / image.width >= height / image.height
+            side, has = (width, image.width) if tight else (height, image.height)
+            longest = max(side, min(round(_ZOOM * side), has))
+            zoom = int(generator.integers(side, longest, endpoint=True)) / side
+            image = resize_to_cover(image, (round(width * zoom), round(height * zoom)))
+            left = int(generator.integers(0, image.width - width, endpoint=True))
+            top = int(generator.integers(0, image.height - height, endpoint=True))
+        image = image.crop((left, top, left + width, top + height))
         if self.flip and generator.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image_to_tensor(image)

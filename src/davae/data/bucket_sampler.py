@@ -1,0 +1,136 @@
+"""An endless order of batches in which every batch is of one bucket, and whose place can be saved.
+
+Each bucket has a stream of its own: one permutation of its images after the other. Batch ``j`` of a bucket is
+its images ``j G .. (j + 1) G - 1``, with ``G`` the images that all processes take together, and belongs to the
+epoch in which its first image lies. An epoch takes batches from its buckets in random turns.
+
+So nothing is dropped and nothing repeated: each image comes exactly once in each pass over its bucket. The
+only irregularity is at the seam: a bucket's last batch of an epoch is filled up from its next permutation (up
+to ``G - 1`` images come that much early), as with one size, where batches straddle epochs too.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from davae.data.loader_key import Key
+from davae.errors import DavaeError
+
+
+class BucketSampler(Sampler[list[Key]]):
+    """Batches of keys without end, each of one bucket, starting at :attr:`samples`.
+
+    All processes get parts of the same round and so the same bucket. Iterating does not move
+    :attr:`samples`: whoever consumes batches calls :meth:`advance`.
+
+    Args:
+        buckets: the bucket number of each image.
+        batch_size: images a batch and process.
+        seed: of the permutations.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self, buckets: Sequence[int], batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if not len(buckets):
+            raise DavaeError("the data set is empty")
+        if batch_size < 1:
+            raise DavaeError(f"batch_size must be positive, not {batch_size}")
+        if not 0 <= rank < world_size:
+            raise DavaeError(f"rank {rank} is not one of {world_size} processes")
+        numbers = np.asarray(buckets, dtype=np.int64)
+        self.members = [np.flatnonzero(numbers == bucket) for bucket in np.unique(numbers)]
+        """Positions of the images of each bucket that has any."""
+        self.length, self.batch_size, self.seed = len(numbers), batch_size, seed
+        self.rank, self.round = rank, batch_size * world_size
+        self.samples = 0
+        """Images consumed by all processes since the first epoch began."""
+        self._digest = zlib.crc32(numbers.tobytes())
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        number = self.samples // self.round
+        epoch = self._epoch_of(number)
+        skip = number - self._batches_before(epoch)
+        while True:
+            for bucket, batch in self._batches_of(epoch)[skip:]:
+                yield self._keys(bucket, batch)
+            epoch, skip = epoch + 1, 0
+
+    def advance(self) -> None:
+        """Note that every process has consumed one batch."""
+        self.samples += self.round
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the stream, as plain numbers."""
+        return {
+            "samples": self.samples,
+            "length": self.length,
+            "seed": self.seed,
+            "round": self.round,
+            "buckets": self._digest,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where ``state`` was taken. Batches are made of rounds, so their size must be the same.
+
+        Raises:
+            DavaeError: data set, buckets, seed or round are others, so the stream cannot be the same.
+        """
+        names = {
+            "length": "number of images",
+            "seed": "seed of the data order",
+            "round": "number of images a step (batch size x processes), which buckets fix,",
+            "buckets": "assignment of images to buckets (its checksum)",
+        }
+        for name, what in names.items():
+            now = self.state_dict()[name]
+            if state.get(name) != now:
+                was = state.get(name, "unknown: the run had no buckets")
+                raise DavaeError(
+                    f"the {what} was {was} when the checkpoint was written and is {now} now, so the "
+                    f"training cannot go on exactly; restore it, or start in a new run directory"
+                )
+        self.samples = int(state["samples"])
+
+    def _keys(self, bucket: int, batch: int) -> list[Key]:
+        members = self.members[bucket]
+        start = batch * self.round + self.rank * self.batch_size
+        keys, turn, order = [], -1, members
+        for place in range(start, start + self.batch_size):
+            if place // len(members) != turn:
+                turn = place // len(members)
+                order = members[self._random(turn, bucket).permutation(len(members))]
+            keys.append(Key(turn, int(order[place % len(members)])))
+        return keys
+
+    def _batches_of(self, epoch: int) -> list[tuple[int, int]]:
+        """(bucket, batch of that bucket) of an epoch: buckets in random turns, a bucket's batches in order."""
+        turns: list[int] = []
+        waiting = []
+        for bucket, members in enumerate(self.members):
+            first, last = (-(-e * len(members) // self.round) for e in (epoch, epoch + 1))
+            turns += [bucket] * (last - first)
+            waiting.append(iter(range(first, last)))
+        order = self._random(epoch, len(self.members)).permutation(len(turns))
+        return [(turns[i], next(waiting[turns[i]])) for i in order]
+
+    def _batches_before(self, epoch: int) -> int:
+        return sum(-(-epoch * len(members) // self.round) for members in self.members)
+
+    def _epoch_of(self, number: int) -> int:
+        """The epoch that batch ``number`` of the whole stream belongs to."""
+        # Before epoch e lie at least e n / G batches and at most as many buckets more.
+        epoch = max(0, (number - len(self.members)) * self.round // self.length - 1)
+        while self._batches_before(epoch + 1) <= number:
+            epoch += 1
+        return epoch
+
+    def _random(self, epoch: int, stream: int) -> np.random.Generator:
+        # Four words: an item's generator has three, the sampler of one size two.
+        return np.random.default_rng((self.seed % 2**63, epoch, stream, 0))

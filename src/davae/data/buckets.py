@@ -1,0 +1,142 @@
+"""Aspect-ratio buckets: a few sizes of nearly the same area, and the one that fits each image best.
+
+Images of a bucket are brought to one size with little cropping, so a batch of one bucket stacks into a tensor
+and costs what a square batch costs. Sizes are (width, height) in pixels and multiples of ``unit``, the side of
+one token in pixels: ``f * s * patch``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from davae.data.dataset import Source
+from davae.data.decode import UnreadableImage, upright_size
+from davae.data.transforms import Size
+from davae.errors import DavaeError
+
+logger = logging.getLogger(__name__)
+
+AREA_TOLERANCE = 0.1
+"""Most that a bucket's area differs from the square's, as a share of it."""
+
+MAX_BUCKET_ASPECT = 2.0
+"""Most times that one side of a bucket is longer than the other."""
+
+
+def make_buckets(
+    resolution: int,
+    unit: int,
+    *,
+    max_aspect: float = MAX_BUCKET_ASPECT,
+    tolerance: float = AREA_TOLERANCE,
+) -> list[Size]:
+    """The sizes around ``resolution`` x ``resolution``, from tall to wide.
+
+    For every number of token rows the number of columns whose product is nearest to the square's number of
+    tokens, where that is near enough.
+
+    Args:
+        resolution: side of the square in pixels.
+        unit: side of a token in pixels; all sizes are multiples of it.
+        max_aspect: most times that one side is longer than the other.
+        tolerance: most that an area differs from the square's, as a share of it.
+
+    Raises:
+        DavaeError: the resolution is no multiple of ``unit``.
+    """
+    if unit < 1 or resolution < unit or resolution % unit:
+        near = max(1, round(resolution / unit)) * unit if unit > 0 else resolution
+        raise DavaeError(
+            f"data.resolution is {resolution}, but one token covers {unit} x {unit} pixels: buckets need a "
+            f"multiple of {unit}, the nearest is {near}"
+        )
+    side = resolution // unit
+    found = set()
+    for rows in range(1, math.ceil(side * math.sqrt(max_aspect) * (1 + tolerance)) + 1):
+        columns = max(1, round(side * side / rows))
+        even = max(rows, columns) <= max_aspect * min(rows, columns)
+        if even and abs(rows * columns - side * side) <= tolerance * side * side:
+            found |= {(columns, rows), (rows, columns)}  # both ways up
+    return sorted(((w * unit, h * unit) for w, h in found), key=lambda size: (size[0] / size[1], size))
+
+
+def check_buckets(sizes: Sequence[Sequence[int]], unit: int) -> list[Size]:
+    """The sizes that a person wrote, as (width, height), once each.
+
+    Raises:
+        DavaeError: a size is not two multiples of ``unit``, or there is none.
+    """
+    if not sizes:
+        raise DavaeError("data.buckets is an empty list: give sizes as [width, height], or true")
+    checked: dict[Size, None] = {}
+    for size in sizes:
+        if len(size) != 2 or any(side < unit or side % unit for side in size):
+            raise DavaeError(
+                f"data.buckets: {list(size)} is not [width, height] in multiples of {unit} pixels, "
+                f"the side of one token"
+            )
+        checked[(int(size[0]), int(size[1]))] = None
+    return list(checked)
+
+
+def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
+    """The bucket that keeps most of an image of ``size``: the one of the nearest aspect ratio.
+
+    Scaled to cover a bucket, an image keeps the share ``min(a, b) / max(a, b)`` of its pixels, with ``a`` its
+    aspect ratio and ``b`` the bucket's. Of equals the larger bucket, then the first.
+    """
+    aspect = math.log(size[0] / size[1])
+    return min(
+        range(len(buckets)),
+        key=lambda i: (
+            round(abs(math.log(buckets[i][0] / buckets[i][1]) - aspect), 9),
+            -buckets[i][0] * buckets[i][1],
+        ),
+    )
+
+
+def assign_buckets(source: Source, indices: Sequence[int], buckets: Sequence[Size]) -> list[int]:
+    """The bucket of each image, from its header.
+
+    An image whose header cannot be read is met again, and replaced, when it is decoded; it takes the bucket
+    that is nearest to a square.
+    """
+    if len(indices) > 20_000:
+        logger.info("%s: reading the sizes of %d images for the buckets", source.name, len(indices))
+    known: dict[Size, int] = {}
+    chosen = []
+    for index in indices:
+        try:
+            with source.open(index) as file:
+                size = upright_size(file)
+        except (UnreadableImage, OSError):
+            size = (1, 1)
+        if size not in known:
+            known[size] = nearest_bucket(size, buckets)
+        chosen.append(known[size])
+    counts = np.bincount(chosen, minlength=len(buckets))
+    shown = ", ".join(f"{w} x {h}: {n}" for (w, h), n in zip(buckets, counts) if n)
+    logger.info("%s: images by bucket (width x height): %s", source.name, shown)
+    return chosen
+
+
+def bucket_of(dataset: Any) -> list[int] | None:
+    """The bucket number of each item of a data set; none where all items have one size."""
+    found: list[int] | None = getattr(dataset, "bucket_of", None)
+    return found
+
+
+def same_size_batches(dataset: Any, indices: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Parts of ``indices`` that can be stacked: consecutive ones, or bucket by bucket where there are buckets."""
+    numbers = bucket_of(dataset)
+    groups: dict[int, list[int]] = {}
+    for index in indices:
+        groups.setdefault(0 if numbers is None else numbers[index], []).append(index)
+    for _, members in sorted(groups.items()):
+        for first in range(0, len(members), batch_size):
+            yield members[first : first + batch_size]

@@ -1,0 +1,193 @@
+"""What a cache was made of, so that a cache of something else is never trained on.
+
+A fingerprint has two parts. The *facts* are a tree of plain values: hashes of weights, configurations, the rule
+by which images become tensors, the storage type. The *sources* say of each image what changes when it does: the
+file's size and time of change, its label and a hash of its caption. Comparing must not cost reading a whole set;
+where times alone differ, a hash of the contents in the index decides. Two fingerprints are equal, or the
+difference has a name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from davae.errors import DavaeError
+
+_NAMED = 3
+
+
+class SourceFact(NamedTuple):
+    """One image: ``stamp`` (size and time of change), label, hash of the caption."""
+
+    stamp: str
+    label: int
+    caption: str
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a cache is made of.
+
+    Attributes:
+        facts: a tree of plain values (dictionaries, lists, text, numbers).
+        sources: id of an image -> what is known of it, in the order of the data set.
+    """
+
+    facts: Mapping[str, Any]
+    sources: Mapping[str, SourceFact] = field(default_factory=dict)
+
+    @property
+    def hash(self) -> str:
+        """One number for the whole, as 64 hexadecimal digits."""
+        plain = json.dumps([self.facts, list(self.sources.items())], sort_keys=True)
+        return hashlib.sha256(plain.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def differences(self, wanted: Fingerprint) -> list[str]:
+        """What differs in ``wanted``, in words: ``data.resolution: 64 -> 128``; empty where both are equal."""
+        here, there = dict(_leaves(self.facts)), dict(_leaves(wanted.facts))
+        found = []
+        for name in [*here, *(n for n in there if n not in here)]:
+            a, b = here.get(name, _ABSENT), there.get(name, _ABSENT)
+            if a != b:
+                found.append(name if _is_hash(a) and _is_hash(b) else f"{name}: {_shown(a)} -> {_shown(b)}")
+        return found + self._source_differences(wanted)
+
+    def check(self, wanted: Fingerprint, where: Path) -> None:
+        """Refuse a cache that is not the wanted one.
+
+        Raises:
+            DavaeError: naming everything that differs.
+        """
+        found = self.differences(wanted)
+        if found:
+            raise DavaeError(
+                f"the cache {where} was made of something else (cached -> wanted): {'; '.join(found)}. "
+                f"Use the settings it was made with, or make another with `davae cache --out`"
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write ``sources.jsonl``, then ``fingerprint.json``: where the latter is, both are whole."""
+        with (folder / "sources.jsonl").open("w") as file:
+            for name, fact in self.sources.items():
+                file.write(json.dumps([name, *fact]) + "\n")
+        text = json.dumps({"facts": self.facts, "hash": self.hash}, indent=1)
+        partial = folder / ".fingerprint.json.partial"
+        partial.write_text(text)
+        partial.rename(folder / "fingerprint.json")
+
+    @classmethod
+    def load(cls, folder: Path) -> Fingerprint:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            DavaeError: the files are missing, damaged or do not belong together.
+        """
+        try:
+            saved = json.loads((folder / "fingerprint.json").read_text())
+            sources = {}
+            with (folder / "sources.jsonl").open() as file:
+                for line in file:
+                    name, stamp, label, caption = json.loads(line)
+                    sources[name] = SourceFact(stamp, label, caption)
+            found = cls(saved["facts"], sources)
+            same = found.hash == saved["hash"]
+        except FileNotFoundError as error:
+            raise DavaeError(
+                f"{folder} is no cache of latents: there is no {Path(error.filename).name}. "
+                f"`davae cache --out {folder}` makes one"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DavaeError(f"the fingerprint of the cache {folder} cannot be read: {error}") from error
+        if not same:
+            raise DavaeError(
+                f"the fingerprint of the cache {folder} was changed by hand; make the cache anew"
+            )
+        return found
+
+    def _source_differences(self, wanted: Fingerprint) -> list[str]:
+        ours, theirs = self.sources, wanted.sources
+        shared = [name for name in theirs if name in ours]
+        changed = [n for n in shared if ours[n].stamp != theirs[n].stamp]
+        captions = [n for n in shared if ours[n].caption != theirs[n].caption]
+        labels = [n for n in shared if ours[n].label != theirs[n].label]
+        found = [
+            _count("file", "changed", changed),
+            _count("caption", "changed", captions),
+            _count("label", "changed", labels),
+            _count("file", "added", [n for n in theirs if n not in ours]),
+            _count("file", "gone", [n for n in ours if n not in theirs]),
+        ]
+        same_names = ours.keys() == theirs.keys()
+        if same_names and list(ours) != list(theirs):
+            found.append("the order of the files")
+        return [text for text in found if text]
+
+
+class _Absent:
+    """A value that is not there, which None may be."""
+
+
+_ABSENT = _Absent()
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 of a module's parameters and buffers: names, types, shapes and values, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy() if value.numel() else b"")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def value_hash(value: Any) -> str:
+    """SHA-256 of plain values; text of configurations and vocabularies."""
+    return f"sha256:{hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()}"
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what says nothing about its model: where it was loaded from and by which version."""
+    kept = {k: v for k, v in dict(config).items() if not k.startswith("_")}
+    plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    return plain
+
+
+def caption_key(caption: str) -> str:
+    """The name of a caption in a cache: the first 32 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(caption.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("sha256:")
+
+
+def _shown(value: Any) -> str:
+    if value is _ABSENT:
+        return "absent"
+    if _is_hash(value):
+        return "present"
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _count(what: str, happened: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} {happened}: {', '.join(names[:_NAMED])}{more}"

@@ -1,0 +1,131 @@
+"""Writing a cache: records are gathered, written as whole shards and committed to the index; a second run goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from davae.data.cache.fingerprint import Fingerprint
+from davae.data.cache.index import append, cut, read_index
+from davae.data.cache.shards import SUFFIXES, Format, Record, file_hash, stored, write_shard
+from davae.errors import DavaeError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""Storage types by name."""
+
+SHARD_BYTES = 256 * 2**20
+SHARD_RECORDS = 4096
+LATENTS, TEXTS = "latents", "texts"
+"""The two kinds of shards, by the beginning of their names."""
+
+
+class CacheWriter:
+    """Puts records into shards. Opening a folder that holds a part of the same cache goes on with it.
+
+    Args:
+        folder: the cache; made where it does not exist.
+        fingerprint: what the cache is made of. Its ``dtype`` fact is the storage type.
+        form: ``safetensors`` or ``webdataset`` (tar).
+        about: plain values that readers need (class names, files left out).
+        shard_bytes: a shard is closed when its tensors reach this size.
+        shard_records: or when it holds so many records; a stopped run loses one shard's work at most.
+
+    Raises:
+        DavaeError: the folder holds a cache with another fingerprint or format, or other files.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        fingerprint: Fingerprint,
+        *,
+        form: Format = "safetensors",
+        about: dict[str, Any] | None = None,
+        shard_bytes: int = SHARD_BYTES,
+        shard_records: int = SHARD_RECORDS,
+    ) -> None:
+        if form not in SUFFIXES:
+            raise DavaeError(f"the format is '{form}'; known are {', '.join(SUFFIXES)}")
+        self.folder, self.form = Path(folder), form
+        self.dtype = DTYPES[fingerprint.facts["dtype"]]
+        self.shard_bytes, self.shard_records = shard_bytes, shard_records
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / "fingerprint.json").is_file():
+            Fingerprint.load(self.folder).check(fingerprint, self.folder)
+            made = read_about(self.folder)["format"]
+            if made != form:
+                raise DavaeError(f"the cache {self.folder} is of format {made}, not {form}")
+        else:
+            others = [p.name for p in self.folder.iterdir() if not p.name.startswith(".")]
+            if set(others) - {"cache.json", "sources.jsonl"}:
+                raise DavaeError(f"{self.folder} holds other files ({min(others)}); give an empty folder")
+            text = json.dumps({"format": form, **(about or {})}, indent=1)
+            (self.folder / "cache.json").write_text(text)
+            fingerprint.save(self.folder)
+        for left in self.folder.glob(".*.partial"):
+            left.unlink()
+        self.index = read_index(self.folder)
+        cut(self.folder, self.index.end)
+        self.done = {kind: set[str]() for kind in (LATENTS, TEXTS)}
+        for line in self.index.records:
+            self.done[line["shard"].partition("-")[0]].add(line["key"])
+        self._waiting: dict[str, list[Record]] = {LATENTS: [], TEXTS: []}
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is left to do."""
+        return self.index.complete is not None
+
+    def add(self, kind: str, record: Record) -> None:
+        """Take a record; it is safe once its shard is full or :meth:`flush` was called."""
+        if record.key in self.done[kind]:
+            raise DavaeError(f"the cache {self.folder} holds '{record.key}' already")
+        self.done[kind].add(record.key)
+        waiting = self._waiting[kind]
+        waiting.append(Record(record.key, stored(record.tensors, self.dtype), record.facts))
+        if len(waiting) >= self.shard_records or sum(r.nbytes for r in waiting) >= self.shard_bytes:
+            self._write(kind)
+
+    def flush(self) -> None:
+        """Write the shards that are not full yet."""
+        for kind in self._waiting:
+            self._write(kind)
+
+    def finish(self, notes: dict[str, Any]) -> None:
+        """Write what is left and mark the cache as complete."""
+        self.flush()
+        if not self.complete:
+            append(self.folder, [{"complete": notes}])
+            self.index.complete = notes
+
+    def _write(self, kind: str) -> None:
+        records = self._waiting[kind]
+        if not records:
+            return
+        number = sum(name.startswith(f"{kind}-") for name in self.index.shards)
+        path = self.folder / f"{kind}-{number:05d}{SUFFIXES[self.form]}"
+        lines = write_shard(path, records)
+        commit = {"entries": len(lines), "bytes": path.stat().st_size, "sha256": file_hash(path)}
+        append(self.folder, [*lines, {"commit": path.name, **commit}])
+        self.index.records += lines
+        self.index.shards[path.name] = commit
+        self._waiting[kind] = []
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """``cache.json``: the format and what the writer was told about the data.
+
+    Raises:
+        DavaeError: it is missing or damaged.
+    """
+    try:
+        about: dict[str, Any] = json.loads((folder / "cache.json").read_text())
+    except (OSError, ValueError) as error:
+        raise DavaeError(f"{folder / 'cache.json'} cannot be read ({error}); make the cache anew") from error
+    return about

@@ -1,0 +1,273 @@
+"""`davae cache` and training from it: the same losses as from images, and refusal of what does not fit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from tests.data.files import picture
+from typer.testing import CliRunner
+
+from davae.cli.main import app
+from davae.data.cache import LATENTS, TEXTS, LatentCache, caption_key
+from davae.errors import DavaeError
+from davae.models import AutoencoderDA
+from davae.pipelines.families import family_of
+from davae.training import caching
+from davae.training.caching import open_cache, write_cache
+from davae.training.images import open_training_part, token_side
+from davae.training.recipe import load_recipe
+from davae.training.run import load_base, train_autoencoder, train_diffusion
+from davae.training.run_cache import run_cache, run_verify
+from davae.training.run_directory import read_metrics
+from davae.training.settings import DataSettings, UpgradeRecipe
+
+STEPS = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tall, square and wide pictures with captions, two of them the same; one without, one damaged."""
+    root = tmp_path_factory.mktemp("pictures")
+    sizes = {"tall": (40, 80), "square": (64, 64), "wide": (90, 48)}
+    for number, (name, size) in enumerate(sizes.items()):
+        (root / name).mkdir()
+        for i in range(4):
+            picture(10 * number + i, size).save(root / name / f"{i}.png")
+            if i:
+                (root / name / f"{i}.txt").write_text(f"a {name} picture{'' if i < 3 else ', again'}")
+    whole = (root / "wide" / "2.png").read_bytes()
+    (root / "wide" / "2.png").write_bytes(whole[: len(whole) // 2])
+    return root
+
+
+def base_and_vae(name: str) -> tuple[DiffusionPipeline, AutoencoderDA]:
+    base = load_base(name)
+    torch.manual_seed(0)
+    vae = AutoencoderDA.from_base(base.vae, scale=2, detail_channels=8)
+    torch.manual_seed(1)
+    vae.set_detail_statistics(torch.randn(8) * 0.1, torch.rand(8) + 0.5)
+    return base, vae.eval()
+
+
+def settings(base: str, path: Path, *more: str) -> UpgradeRecipe:
+    recipe = load_recipe(
+        "debug",
+        [
+            f"base={base}",
+            f"data.path={path}",
+            "data.hold_out=2",
+            "data.flip=true",
+            "data.cache_latents=false",
+            f"diffusion.loop.steps={STEPS}",
+            "diffusion.loop.batch_size=3",
+            "diffusion.loop.checkpoint_every=100",
+            "diffusion.loop.validation_images=1",
+            "diffusion.sample.num_inference_steps=1",
+            *more,
+        ],
+    )
+    assert isinstance(recipe, UpgradeRecipe)
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("base", "more"),
+    [
+        ("debug", []),
+        ("debug-sd3", ["diffusion.tune.mode=lora"]),
+        ("debug-sd3", ["data.buckets=true", "data.resolution=64"]),
+    ],
+    ids=["class", "text", "text, buckets"],
+)
+def test_losses_are_those_of_training_from_images(
+    base: str, more: list[str], pictures: Path, tmp_path: Path
+) -> None:
+    """Order, mirroring, noise and dropped prompts are the same; with buckets two shapes at least are trained."""
+    _, vae = base_and_vae(base)
+    vae.save_pretrained(tmp_path / "vae")
+    run_cache_of = settings(base, pictures, *more)
+    made = write_cache(run_cache_of.data, vae, load_base(base), tmp_path / "cache", batch_size=4)
+    assert made.entries == 2 * made.images == 20
+    assert made.texts == (0 if base == "debug" else 6)  # "" among them, each once
+
+    train_diffusion(run_cache_of, tmp_path / "images", tmp_path / "vae")
+    cached = settings(base, pictures, *more, f"data.cache={tmp_path / 'cache'}")
+    train_diffusion(cached, tmp_path / "cached", tmp_path / "vae")
+    a, b = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("images", "cached"))
+    assert len(a) == STEPS + 1
+    for one, other in zip(a, b, strict=True):
+        assert one == pytest.approx(other, rel=1e-6, abs=1e-6)
+    if "data.buckets=true" in more:
+        cache = LatentCache(tmp_path / "cache")
+        assert cache.bucket_of is not None
+        assert len({cache[i]["latent"].shape for i in range(len(cache))}) == 3
+
+
+def test_entries_are_the_latents_and_embeddings_of_the_pipeline(pictures: Path, tmp_path: Path) -> None:
+    base, vae = base_and_vae("debug-sd3")
+    data = settings("debug-sd3", pictures).data
+    write_cache(data, vae, base, tmp_path / "c", batch_size=1)
+    cache = open_cache(data.model_copy(update={"cache": str(tmp_path / "c")}), vae, base)
+    images = open_training_part(data, vae, base)
+    family = family_of(base)
+    for index in range(len(images)):
+        item, image = cache.item(index, 5), images.item(index, 5)
+        torch.testing.assert_close(item["latent"], family.latents_of(vae, image["image"][None])[0])
+        assert (item["id"], item["label"], item["caption"], item["skipped"]) == tuple(
+            image[k] for k in ("id", "label", "caption", "skipped")
+        )
+        for name, value in family.encode_prompts(base, [image["caption"]]).items():
+            torch.testing.assert_close(item["conditioning"][name], value[0])
+    assert any(cache[i]["skipped"] for i in range(len(cache))), "the damaged file is still named"
+    for name, value in family.encode_prompts(base, [""]).items():
+        assert cache.empty_conditioning is not None
+        torch.testing.assert_close(cache.empty_conditioning[name], value[0])
+
+
+@pytest.mark.parametrize("form", ["safetensors", "webdataset"])
+def test_a_run_that_was_stopped_goes_on(
+    form: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, vae = base_and_vae("debug-sd3")
+    data = settings("debug-sd3", pictures).data
+    write_cache(data, vae, base, tmp_path / "whole", form=form, batch_size=2, shard_records=3)
+    added: list[str] = []
+    add = caching.CacheWriter.add
+
+    def stopping(writer: Any, kind: str, record: Any) -> None:
+        add(writer, kind, record)
+        added.append(record.key)
+        if len(added) in {5, 16, 24}:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(caching.CacheWriter, "add", stopping)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            write_cache(data, vae, base, tmp_path / "c", form=form, batch_size=2, shard_records=3)
+    made = write_cache(data, vae, base, tmp_path / "c", form=form, batch_size=2, shard_records=3)
+    assert len(added) <= 26 + 3 * 2, "committed work is not done again"
+    assert (made.entries, made.texts) == (20, 6)
+    run_verify(tmp_path / "c")
+    whole, found = LatentCache(tmp_path / "whole"), LatentCache(tmp_path / "c")
+    for i in range(10):
+        a, b = whole.item(i, 0), found.item(i, 0)
+        torch.testing.assert_close(a.pop("latent"), b.pop("latent"))
+        for name, value in a.pop("conditioning").items():
+            torch.testing.assert_close(value, b["conditioning"][name])
+        b.pop("conditioning")
+        assert a == b
+    before = len(added)
+    write_cache(data, vae, base, tmp_path / "c", form=form)
+    assert len(added) == before, "a finished cache is left as it is"
+
+
+def test_what_differs_is_named(pictures: Path, tmp_path: Path) -> None:
+    base, vae = base_and_vae("debug-sd3")
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    data = settings("debug-sd3", folder, f"data.cache={tmp_path / 'c'}").data
+    write_cache(data, vae, base, tmp_path / "c")
+
+    def refusal(changed: DataSettings = data, vae: AutoencoderDA = vae) -> str:
+        with pytest.raises(DavaeError, match="made of something else") as caught:
+            open_cache(changed, vae, base)
+        return str(caught.value)
+
+    assert len(open_cache(data, vae, base)) == 10
+    assert "data.resolution: 32 -> 64" in refusal(data.model_copy(update={"resolution": 64}))
+    assert "data.flip: true -> false" in refusal(data.model_copy(update={"flip": False}))
+    assert "data.buckets: null -> [[" in refusal(data.model_copy(update={"buckets": True}))
+    assert 'dtype: "float32" -> "float16"' in refusal(data.model_copy(update={"cache_dtype": "float16"}))
+
+    other = base_and_vae("debug-sd3")[1]
+    other.set_detail_statistics(torch.zeros(8), torch.ones(8))
+    assert "vae config.detail_mean" in refusal(vae=other)
+    other = base_and_vae("debug-sd3")[1]
+    with torch.no_grad():
+        next(p for n, p in other.named_parameters() if not n.startswith("base")).add_(1e-3)
+    assert "vae weights. Use" in refusal(vae=other)
+    encoder = base.text_encoder_3.get_input_embeddings().weight
+    before = encoder.detach().clone()
+    with torch.no_grad():
+        encoder.add_(1.0)
+    assert "text_encoder_3.weights. Use" in refusal()
+    with torch.no_grad():
+        encoder.copy_(before)
+
+    (folder / "tall" / "1.txt").write_text("a short picture")
+    os.utime(folder / "tall" / "3.png", (1, 1))  # the same bytes, as after a copy
+    picture(99, (40, 80)).save(folder / "tall" / "2.png")
+    text = refusal()
+    assert "1 file changed: tall/2.png; 1 caption changed: tall/1.png" in text
+    with pytest.raises(DavaeError, match="random crops cannot be cached"):
+        open_cache(data.model_copy(update={"crop": "random"}), vae, base)
+    with pytest.raises(DavaeError, match="random crops cannot be cached"):
+        write_cache(data.model_copy(update={"crop": "random"}), vae, base, tmp_path / "d")
+
+
+def test_captions_are_stored_once(pictures: Path, tmp_path: Path) -> None:
+    base, vae = base_and_vae("debug-sd3")
+    write_cache(settings("debug-sd3", pictures).data, vae, base, tmp_path / "c")
+    cache = LatentCache(tmp_path / "c")
+    captions = {cache[i]["caption"] for i in range(len(cache))} | {""}
+    assert set(cache._texts) == {caption_key(caption) for caption in captions}
+    with pytest.raises(DavaeError, match="does not hold the caption 'a dragon'"):
+        cache.conditioning("a dragon")
+
+
+@pytest.mark.parametrize(("name", "side"), [("debug", 8), ("debug-sd3", 8), ("debug-flux", 8)])
+def test_the_side_of_a_token(name: str, side: int) -> None:
+    """s f patch: the factor by which an image gets larger when the transformer gets one more token a side."""
+    base, vae = base_and_vae(name)
+    found = token_side(vae, base)
+    latent = torch.zeros(1, 1, 4 * found // vae.spatial_compression, 4 * found // vae.spatial_compression)
+    assert family_of(base).tokens(base.transformer, latent) == 16
+    assert found % side == 0
+
+
+def test_both_stages_train_in_buckets(pictures: Path, tmp_path: Path) -> None:
+    """The autoencoder too, with its statistics over three shapes, and sizes that a person chose."""
+    recipe = settings(
+        "debug-sd3", pictures, "data.buckets=[[16, 48], [32, 32]]", "autoencoder.loop.steps=3",
+        "diffusion.loop.steps=3",
+    )  # fmt: skip
+    stage1 = train_autoencoder(recipe, tmp_path / "autoencoder")
+    stage2 = train_diffusion(recipe, tmp_path / "diffusion", stage1.result)
+    assert stage2.steps == 3
+    with pytest.raises(DavaeError, match=r"\[30, 32\] is not \[width, height\] in multiples"):
+        train_diffusion(
+            settings("debug-sd3", pictures, "data.buckets=[[30, 32]]"), tmp_path / "x", stage1.result
+        )
+
+
+def test_the_verb(pictures: Path, tmp_path: Path) -> None:
+    _, vae = base_and_vae("debug")
+    vae.save_pretrained(tmp_path / "vae")
+    out = tmp_path / "c"
+    arguments = ["cache", "--recipe", "debug", "--autoencoder", str(tmp_path / "vae"), "--out", str(out)]
+    data = [f"data.path={pictures}", "data.resolution=32", "data.hold_out=2"]
+    result = CliRunner().invoke(app, [*arguments, "--format", "webdataset", *data], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "10 images as 10 latents" in result.output
+    assert "data.cache=" in result.output
+    assert (
+        CliRunner().invoke(app, [*arguments, "--verify"]).output.startswith("1 shards as they were written")
+    )
+    with pytest.raises(DavaeError, match="davae train autoencoder"):
+        run_cache("debug", [], out, tmp_path / "nothing")
+    with pytest.raises(DavaeError, match="there is no cache"):
+        run_cache("tiny-base", [], out, tmp_path / "vae")
+    assert LATENTS != TEXTS
