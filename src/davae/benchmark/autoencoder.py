@@ -1,0 +1,166 @@
+"""What the upgraded autoencoder costs beside the base VAE at the same resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from davae.benchmark.contestants import Contestant, make_contestants
+from davae.benchmark.inference import _cpu
+from davae.benchmark.memory import peak_tensor_bytes
+from davae.benchmark.planner_architectures import find_architecture
+from davae.benchmark.timing import side_by_side
+
+
+@dataclass(frozen=True)
+class AutoencoderRow:
+    """One autoencoder.
+
+    Attributes:
+        name: ``base``, ``upgraded``, and both again by tiles.
+        encode_images_per_second, decode_images_per_second: from medians.
+        decode_over_base: seconds of a decode over the base's, the median of the ratios round by round.
+        decode_memory_bytes: largest sum of tensors alive during a decode, weights not counted.
+    """
+
+    name: str
+    encode_images_per_second: float
+    decode_images_per_second: float
+    decode_over_base: float
+    decode_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class AutoencoderBenchmark:
+    """A benchmark's rows and under which conditions they were measured."""
+
+    base: str
+    resolution: int
+    scale: int
+    device: str
+    dtype: str
+    batch: int
+    repeats: int
+    compiled: bool
+    torch: str
+    rows: list[AutoencoderRow]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def bench_autoencoder(
+    base: str,
+    *,
+    resolution: int,
+    scale: int = 2,
+    detail_channels: int | None = None,
+    batch: int = 1,
+    repeats: int = 5,
+    tile: int | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    compile: bool = False,
+) -> AutoencoderBenchmark:
+    """Time encode and decode of the base VAE and of the upgraded one on images of one size, in turns.
+
+    Args:
+        base: a preset, a name on the hub, or a pipeline folder.
+        resolution: side of the images in pixels.
+        scale: of the upgrade.
+        detail_channels: ``D``; none takes `default_detail_channels`.
+        batch: images at a time.
+        repeats: rounds; medians are taken.
+        tile: both also by tiles of this side in pixels.
+        device: ``cpu``, ``cuda``; none takes the GPU where there is one.
+        dtype: for both.
+        compile: compile encoders and decoders of both.
+
+    Raises:
+        DavaeError: nothing of that name, or sizes that do not divide.
+    """
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _, native, upgraded = make_contestants(
+        find_architecture(base),
+        resolution=resolution,
+        scales=(scale,),
+        detail_channels=detail_channels,
+        batch=batch,
+        device=where,
+        dtype=getattr(torch, dtype),
+    )
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(batch, 3, resolution, resolution, generator=generator).to(native.latent) * 2 - 1
+    images = images.contiguous(memory_format=torch.channels_last)
+    encoders: dict[str, Callable[[], None]] = {}
+    decoders: dict[str, Callable[[], None]] = {}
+    for name, contestant in (("base", native), ("upgraded", upgraded)):
+        for tiled in (False, True) if tile else (False,):
+            key = f"{name}, tiled" if tiled else name
+            side = tile if tiled else None
+            encoders[key] = _encode(contestant.vae, images, side, compile)
+            decoders[key] = _decode(contestant, side, compile)
+    encoded, decoded = side_by_side(encoders, repeats), side_by_side(decoders, repeats)
+    rows = []
+    for key in encoders:
+        reference = "base, tiled" if key.endswith("tiled") else "base"
+        rows.append(
+            AutoencoderRow(
+                name=key,
+                encode_images_per_second=batch / encoded.medians[key],
+                decode_images_per_second=batch / decoded.medians[key],
+                decode_over_base=decoded.speedup(reference, key),
+                decode_memory_bytes=peak_tensor_bytes(decoders[key], where),
+            )
+        )
+    return AutoencoderBenchmark(
+        base=base,
+        resolution=resolution,
+        scale=scale,
+        device=torch.cuda.get_device_name() if where.startswith("cuda") else _cpu(),
+        dtype=dtype,
+        batch=batch,
+        repeats=repeats,
+        compiled=compile,
+        torch=torch.__version__,
+        rows=rows,
+    )
+
+
+def _tiling(vae: ModelMixin, tile: int | None) -> None:
+    if tile is None:
+        vae.disable_tiling()
+    else:
+        vae.enable_tiling()
+        vae.tile_sample_min_size = tile
+        if hasattr(vae, "tile_latent_min_size"):  # diffusers' KL: the latent's side follows the tile's
+            vae.tile_latent_min_size = tile // 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _encode(vae: ModelMixin, images: Tensor, tile: int | None, compiled: bool) -> Callable[[], None]:
+    call = torch.compile(vae.encode) if compiled and tile is None else vae.encode
+
+    @torch.inference_mode()
+    def run() -> None:
+        _tiling(vae, tile)
+        call(images)
+
+    return run
+
+
+def _decode(contestant: Contestant, tile: int | None, compiled: bool) -> Callable[[], None]:
+    vae = contestant.vae
+    call = torch.compile(vae.decode) if compiled and tile is None else vae.decode
+
+    @torch.inference_mode()
+    def run() -> None:
+        _tiling(vae, tile)
+        call(contestant.latent)
+
+    return run

@@ -1,0 +1,181 @@
+"""The models that an inference benchmark runs side by side: base, native and upgraded, with random weights.
+
+Time and memory do not depend on the values of weights, so a configuration is enough; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from davae.benchmark.flops import count_flops
+from davae.benchmark.planner import default_detail_channels
+from davae.benchmark.planner_architectures import Architecture, build
+from davae.errors import DavaeError
+from davae.models import AutoencoderDA
+from davae.warm_start import dummy_arguments
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Contestant:
+    """One way to make an image of some size: a transformer, a decoder and a latent.
+
+    Attributes:
+        name: ``base``, ``native`` or ``upgraded xS``.
+        resolution: side of the image in pixels.
+        scale: of the upgrade; 1 for base and native.
+        tokens: image tokens.
+        transformer, vae: in evaluation mode on the device.
+        latent: Gaussian ``[B, channels, h, w]``.
+        arguments: keyword arguments of the transformer's forward, both passes of guidance in one batch.
+        steps: denoising steps of an image.
+        passes: 2 with classifier-free guidance, else 1.
+    """
+
+    name: str
+    resolution: int
+    scale: int
+    tokens: int
+    transformer: ModelMixin
+    vae: ModelMixin
+    latent: Tensor
+    arguments: dict[str, Any]
+    steps: int
+    passes: int
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One denoising step of the batch, guidance included."""
+        self.transformer(**self.arguments)
+
+    @torch.inference_mode()
+    def decode(self) -> None:
+        """The batch's latents to images."""
+        latent = self.latent.unsqueeze(2) if getattr(self.vae, "frames", False) else self.latent
+        self.vae.decode(latent)
+
+    def image(self) -> None:
+        """A whole batch of images: every step, then the decoder."""
+        for _ in range(self.steps):
+            self.step()
+        self.decode()
+
+    def step_flops(self) -> int:
+        """Operations of a step for one image."""
+        return count_flops(lambda: self.transformer(**self.arguments), fake=True) // len(self.latent)
+
+    def decode_flops(self) -> int:
+        """Operations of the decoder for one image."""
+        return count_flops(lambda: self.vae.decode(self.latent), fake=True) // len(self.latent)
+
+
+def make_contestants(
+    architecture: Architecture,
+    *,
+    resolution: int,
+    scales: Sequence[int] = (2,),
+    detail_channels: int | None = None,
+    batch: int = 1,
+    steps: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    text_tokens: int | None = None,
+) -> list[Contestant]:
+    """Base at its share of the resolution, native at the full one, and one upgraded model a scale.
+
+    Args:
+        architecture: what to build.
+        resolution: side of the full image in pixels.
+        scales: of the upgraded models; the base makes images of ``resolution / scales[0]``.
+        detail_channels: ``D`` at every scale; none takes `default_detail_channels`.
+        batch: images at a time.
+        steps: denoising steps; none takes the pipeline's.
+        device, dtype: where and in what precision.
+        text_tokens: tokens of a prompt; none takes the pipeline's.
+
+    Raises:
+        DavaeError: sizes that do not divide.
+    """
+    base, vae = _real(architecture.transformer, device, dtype), _real(architecture.vae, device, dtype)
+    text = architecture.text_tokens if text_tokens is None else text_tokens
+    made = []
+
+    def add(name: str, side: int, scale: int, transformer: ModelMixin, decoder: ModelMixin) -> None:
+        compression = architecture.base_compression * scale
+        if side % (compression * architecture.patch):
+            raise DavaeError(
+                f"{name}: {side} pixels are not a multiple of {compression * architecture.patch} "
+                f"(compression {compression} x patch {architecture.patch})"
+            )
+        channels = architecture.base_channels
+        if isinstance(decoder, AutoencoderDA):
+            channels = decoder.layout.channels
+        grid = side // compression
+        generator = torch.Generator().manual_seed(0)
+        latent = torch.randn(batch, channels, grid, grid, generator=generator).to(device, dtype)
+        passes = architecture.passes
+        arguments = dummy_arguments(
+            transformer,
+            torch.cat([latent] * passes),
+            generator,
+            **({"text_tokens": text} if text else {}),
+        )
+        made.append(
+            Contestant(
+                name=name,
+                resolution=side,
+                scale=scale,
+                tokens=(grid // architecture.patch) ** 2,
+                transformer=transformer,
+                vae=decoder,
+                latent=latent,
+                arguments=arguments,
+                steps=steps or architecture.denoising_steps,
+                passes=passes,
+            )
+        )
+
+    add("base", resolution // scales[0], 1, base, vae)
+    add("native", resolution, 1, base, vae)
+    for scale in scales:
+        details = detail_channels or default_detail_channels(architecture.base_channels, scale)
+        autoencoder = AutoencoderDA.from_base(vae, scale=scale, detail_channels=details, warm_blocks=False)
+        wide = architecture.build_transformer(details)
+        wide_config = {**wide.config, "_class_name": type(wide).__name__}
+        nn.Module.to(autoencoder, device, dtype)  # every contestant alike, norms too
+        add(f"upgraded x{scale}", resolution, scale, _real(wide_config, device, dtype), autoencoder)
+    return made
+
+
+def compile_parts(contestants: Sequence[Contestant]) -> None:
+    """Compile the transformers' repeated blocks and the decoders, alike for every contestant."""
+    for transformer in {id(c.transformer): c.transformer for c in contestants}.values():
+        if getattr(transformer, "_repeated_blocks", None):
+            transformer.compile_repeated_blocks(fullgraph=True)
+        else:
+            logger.info("%s names no repeated blocks: compiled whole", type(transformer).__name__)
+            transformer.compile()
+    for vae in {id(c.vae): c.vae for c in contestants}.values():
+        vae.decode = torch.compile(vae.decode)
+
+
+def _real(config: dict[str, Any], device: str, dtype: torch.dtype) -> ModelMixin:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build(config, device=device)
+    model.eval().requires_grad_(False)
+    return _channels_last(nn.Module.to(model, dtype))
+
+
+def _channels_last(model: ModelMixin) -> ModelMixin:
+    if any(isinstance(m, nn.Conv2d) for m in model.modules()):
+        model.to(memory_format=torch.channels_last)
+    return model

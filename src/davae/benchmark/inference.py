@@ -1,0 +1,204 @@
+"""How much faster the upgraded model makes an image, and how much of that the operations explain."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from davae.benchmark.contestants import Contestant, compile_parts, make_contestants
+from davae.benchmark.planner_architectures import find_architecture
+from davae.benchmark.timing import SideBySide, side_by_side
+from davae.errors import DavaeError
+
+
+@dataclass(frozen=True)
+class InferenceRow:
+    """What one contestant costs for one image.
+
+    Attributes:
+        name: ``base``, ``native`` or ``upgraded xS``.
+        resolution: side of the image in pixels.
+        tokens: image tokens.
+        steps: denoising steps.
+        step_seconds, decode_seconds: medians, of one image.
+        image_seconds: all steps and the decoder.
+        step_flops, decode_flops: operations of one image.
+        achieved_flops: operations a second over the whole image.
+        peak_memory_bytes: of torch's allocations on the device, weights included; none on a CPU, where the
+            contestants share a process.
+        speedup: over native, the median of the ratios round by round.
+        flop_limited_speedup: native's operations over these.
+    """
+
+    name: str
+    resolution: int
+    tokens: int
+    steps: int
+    step_seconds: float
+    decode_seconds: float
+    image_seconds: float
+    step_flops: int
+    decode_flops: int
+    achieved_flops: float
+    peak_memory_bytes: int | None
+    speedup: float
+    flop_limited_speedup: float
+
+    @property
+    def share(self) -> float:
+        """The measured speed-up as a share of the FLOP-limited one."""
+        return self.speedup / self.flop_limited_speedup
+
+
+@dataclass(frozen=True)
+class InferenceBenchmark:
+    """A benchmark's rows and under which conditions they were measured."""
+
+    base: str
+    device: str
+    dtype: str
+    batch: int
+    repeats: int
+    compiled: bool
+    attention: str
+    torch: str
+    rows: list[InferenceRow]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, each row with its ``share``."""
+        return {**asdict(self), "rows": [{**asdict(row), "share": row.share} for row in self.rows]}
+
+
+def bench_inference(
+    base: str,
+    *,
+    resolution: int,
+    scales: Sequence[int] = (2,),
+    detail_channels: int | None = None,
+    batch: int = 1,
+    steps: int | None = None,
+    repeats: int = 5,
+    device: str | None = None,
+    dtype: str = "float32",
+    attention: str = "native",
+    compile: bool = False,
+    text_tokens: int | None = None,
+) -> InferenceBenchmark:
+    """Time base, native and upgraded models in one process, in turns, with random weights.
+
+    A step and the decoder are timed apart and every round times all contestants once, so that what slows the
+    machine for a while meets them alike. An image's seconds are its steps' and its decoder's.
+
+    Args:
+        base: a preset, a name on the hub, or a pipeline folder (see `find_architecture`).
+        resolution: side of the full image in pixels.
+        scales: of the upgraded models.
+        detail_channels: ``D``; none takes `default_detail_channels`.
+        batch: images at a time.
+        steps: denoising steps of an image; none takes the pipeline's.
+        repeats: rounds; medians are taken.
+        device: ``cpu``, ``cuda``; none takes the GPU where there is one.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, for all contestants.
+        attention: backend of diffusers' attention dispatcher, for all contestants.
+        compile: compile repeated blocks and decoders, of all contestants.
+        text_tokens: tokens of a prompt; none takes the pipeline's.
+
+    Raises:
+        DavaeError: nothing of that name, sizes that do not divide, an unknown dtype, or too few rounds.
+    """
+    if repeats < 1:
+        raise DavaeError(f"repeats must be at least 1, not {repeats}")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise DavaeError(f"dtype must be float32, bfloat16 or float16, not '{dtype}'")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    contestants = make_contestants(
+        find_architecture(base),
+        resolution=resolution,
+        scales=scales,
+        detail_channels=detail_channels,
+        batch=batch,
+        steps=steps,
+        device=where,
+        dtype=getattr(torch, dtype),
+        text_tokens=text_tokens,
+    )
+    flops = {c.name: (c.step_flops(), c.decode_flops()) for c in contestants}
+    for transformer in {id(c.transformer): c.transformer for c in contestants}.values():
+        if attention != "native":
+            transformer.set_attention_backend(attention)
+    if compile:
+        compile_parts(contestants)
+    steps_timed = side_by_side({c.name: c.step for c in contestants}, repeats)
+    decoded = side_by_side({c.name: c.decode for c in contestants}, repeats)
+    peaks = {c.name: _peak(c, where) for c in contestants}
+    return InferenceBenchmark(
+        base=base,
+        device=torch.cuda.get_device_name() if where.startswith("cuda") else _cpu(),
+        dtype=dtype,
+        batch=batch,
+        repeats=repeats,
+        compiled=compile,
+        attention=attention,
+        torch=torch.__version__,
+        rows=[_row(c, contestants[1], flops, steps_timed, decoded, peaks) for c in contestants],
+    )
+
+
+def _row(
+    contestant: Contestant,
+    native: Contestant,
+    flops: dict[str, tuple[int, int]],
+    steps: SideBySide,
+    decoded: SideBySide,
+    peaks: dict[str, int | None],
+) -> InferenceRow:
+    batch = len(contestant.latent)
+
+    def seconds(c: Contestant) -> list[float]:
+        pairs = zip(steps.times[c.name], decoded.times[c.name], strict=True)
+        return [(c.steps * step + decode) / batch for step, decode in pairs]
+
+    def operations(c: Contestant) -> int:
+        step, decode = flops[c.name]
+        return c.steps * step + decode
+
+    image = median(seconds(contestant))
+    ratios = [n / c for n, c in zip(seconds(native), seconds(contestant), strict=True)]
+    return InferenceRow(
+        name=contestant.name,
+        resolution=contestant.resolution,
+        tokens=contestant.tokens,
+        steps=contestant.steps,
+        step_seconds=steps.medians[contestant.name] / batch,
+        decode_seconds=decoded.medians[contestant.name] / batch,
+        image_seconds=image,
+        step_flops=flops[contestant.name][0],
+        decode_flops=flops[contestant.name][1],
+        achieved_flops=operations(contestant) / image,
+        peak_memory_bytes=peaks[contestant.name],
+        speedup=median(ratios),
+        flop_limited_speedup=operations(native) / operations(contestant),
+    )
+
+
+def _peak(contestant: Contestant, device: str) -> int | None:
+    """Bytes that a step and a decode add at most, plus the contestant's own weights."""
+    if not device.startswith("cuda"):
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    contestant.step()
+    contestant.decode()
+    added = torch.cuda.max_memory_allocated() - before
+    weights = [*contestant.transformer.parameters(), *contestant.vae.parameters()]
+    return added + sum(p.numel() * p.element_size() for p in weights)
+
+
+def _cpu() -> str:
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

@@ -1,0 +1,207 @@
+"""What a computation costs, watched while only shapes flow: operations, and bytes alive at once.
+
+Every operator that torch dispatches is seen. The bytes of a storage count from the operator that makes it until
+the last reference dies, as a caching allocator's would, without its rounding and its fragments.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Attributes: floating point operations; largest number of bytes alive beside what was there before."""
+
+    flops: int
+    peak_bytes: int
+
+
+def cost_of(
+    fn: Callable[[], object], *, given: Iterable[Tensor] = (), watch: bool = True, autocast: bool = False
+) -> Cost:
+    """Operations and peak memory of one call, forward or forward and backward.
+
+    Attention is taken as the fused kernel of a GPU: its score matrix is never stored, and its backward computes
+    the scores again.
+
+    Args:
+        fn: what to measure; its tensors are on the meta device.
+        given: tensors that exist before, such as weights, and do not count.
+        watch: follow the memory as well; without it only operations are counted, several times faster.
+        autocast: 16-bit mixed precision, as on a GPU. Gradient checkpointing must be told apart
+            (:func:`checkpointing`).
+    """
+    meter = Meter(given, watch)
+    with meter, GpuKernels(autocast):
+        fn()
+    return Cost(meter.flops, meter.peak_bytes)
+
+
+class Meter(TorchDispatchMode):
+    """Counts operations, by torch's own formulas, and the bytes of all tensors that are alive, each storage once.
+
+    Torch's ``FlopCounterMode`` follows modules with hooks that keep activations alive, so it cannot be on while
+    memory is watched.
+
+    Args:
+        given: tensors that exist before and do not count.
+        watch: follow the memory.
+    """
+
+    def __init__(self, given: Iterable[Tensor] = (), watch: bool = True) -> None:
+        super().__init__()
+        self.flops = self.live_bytes = self.peak_bytes = 0
+        self.watch = watch
+        self._given = [tensor.untyped_storage() for tensor in given]  # kept: a storage is known by identity
+        self._known = weakref.WeakValueDictionary({s._cdata: s for s in self._given})
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.flops += int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out))
+        if self.watch:
+            tree_map_only(Tensor, self._see, out)
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._known:
+            return
+        self._known[storage._cdata] = storage
+        size = storage.nbytes()
+        self.live_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.live_bytes -= size
+
+
+_NARROW = {
+    F.linear,
+    torch.conv2d,
+    torch.matmul,
+    torch.bmm,
+    torch.mm,
+    torch.addmm,
+    torch.baddbmm,
+    torch.einsum,
+}
+_NARROW |= {Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm}
+_WIDE = {
+    F.layer_norm,
+    torch.layer_norm,
+    F.group_norm,
+    torch.group_norm,
+    F.softmax,
+    torch.softmax,
+    Tensor.softmax,
+}
+
+
+class GpuKernels(TorchFunctionMode):
+    """Computes as a GPU does what the meta device would do otherwise; for shapes only.
+
+    Attention goes to the fused kernels, which keep no score matrix. With ``autocast`` the operators that CUDA's
+    autocast runs in 16 bit or in float32 are cast as there; weights that learn are cast once.
+    """
+
+    def __init__(self, autocast: bool = False) -> None:
+        super().__init__()
+        self.autocast = autocast
+        self._cast_weights: dict[int, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        attention = func is F.scaled_dot_product_attention
+        if self.autocast and (attention or func in _NARROW):
+            args, kwargs = tree_map_only(Tensor, self._narrow, (args, kwargs))
+        elif self.autocast and func in _WIDE:
+            args, kwargs = tree_map_only(Tensor, _wide, (args, kwargs))
+        return _fused_attention(*args, **kwargs) if attention else func(*args, **kwargs)
+
+    def _narrow(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype != torch.float32:
+            return tensor
+        if not (tensor.is_leaf and tensor.requires_grad):
+            return tensor.to(torch.bfloat16)
+        if id(tensor) not in self._cast_weights:
+            self._cast_weights[id(tensor)] = tensor.to(torch.bfloat16)
+        return self._cast_weights[id(tensor)]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa and key.shape[-3] != query.shape[-3]:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+    if attn_mask is None:
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, 0.0, is_causal, False, scale=scale)[0]
+    bias = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+    bias = torch.zeros_like(bias, dtype=query.dtype) if bias.dtype == torch.bool else bias.to(query.dtype)
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, bias, torch.is_grad_enabled(), 0.0, is_causal, scale=scale)[0]
+
+
+def checkpointing(autocast: bool) -> Callable[..., Any]:
+    """What to hand to ``enable_gradient_checkpointing`` of a model on the meta device."""
+
+    def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
+        # Recomputation runs in the backward, where function modes are off: switch this one on again.
+        return checkpoint(
+            function,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), GpuKernels(autocast)),
+        )
+
+    return checkpointed
+
+
+def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Let a gradient vanish as soon as it is complete, so that a peak holds activations only."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(drop)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Size of tensors, each once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())

@@ -1,0 +1,153 @@
+"""``davae bench inference | autoencoder``: measured side by side in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from davae.benchmark.autoencoder import AutoencoderBenchmark, bench_autoencoder
+from davae.benchmark.inference import InferenceBenchmark, bench_inference
+
+app = typer.Typer(no_args_is_help=True)
+
+Base = Annotated[
+    str, typer.Argument(help="A bundled configuration, a name on the hub, or a pipeline folder.")
+]
+Resolution = Annotated[int, typer.Option("--resolution", help="Side of the full image in pixels.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda (default: the GPU, if any).")]
+DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+Batch = Annotated[int, typer.Option("--batch", help="Images at a time.")]
+Repeats = Annotated[int, typer.Option("--repeats", help="Rounds; medians are told.")]
+Compile = Annotated[bool, typer.Option("--compile", help="torch.compile on both sides.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write every figure here.")]
+
+
+@app.command()
+def inference(
+    base: Base,
+    resolution: Resolution = 1024,
+    scale: Annotated[
+        list[int] | None, typer.Option("--scale", help="May be given twice (default 2).")
+    ] = None,
+    detail_channels: Annotated[int | None, typer.Option("--detail-channels", help="D.")] = None,
+    batch: Batch = 1,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Denoising steps (default the pipeline's).")
+    ] = None,
+    repeats: Repeats = 5,
+    device: Device = None,
+    dtype: DType = "float32",
+    attention: Annotated[str, typer.Option("--attention", help="diffusers' attention backend.")] = "native",
+    compile: Compile = False,
+    json_file: Json = None,
+) -> None:
+    """Base, native and upgraded model with random weights: seconds, operations and memory of an image."""
+    result = bench_inference(
+        base,
+        resolution=resolution,
+        scales=tuple(scale or (2,)),
+        detail_channels=detail_channels,
+        batch=batch,
+        steps=steps,
+        repeats=repeats,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        compile=compile,
+    )
+    Console().print(inference_table(result))
+    _write(json_file, result.to_json())
+
+
+@app.command()
+def autoencoder(
+    base: Base,
+    resolution: Resolution = 1024,
+    scale: Annotated[int, typer.Option("--scale")] = 2,
+    detail_channels: Annotated[int | None, typer.Option("--detail-channels", help="D.")] = None,
+    batch: Batch = 1,
+    repeats: Repeats = 5,
+    tile: Annotated[int | None, typer.Option("--tile", help="Also by tiles of this side in pixels.")] = None,
+    device: Device = None,
+    dtype: DType = "float32",
+    compile: Compile = False,
+    json_file: Json = None,
+) -> None:
+    """Encode and decode of the upgraded autoencoder and of the base VAE at the same resolution."""
+    result = bench_autoencoder(
+        base,
+        resolution=resolution,
+        scale=scale,
+        detail_channels=detail_channels,
+        batch=batch,
+        repeats=repeats,
+        tile=tile,
+        device=device,
+        dtype=dtype,
+        compile=compile,
+    )
+    Console().print(autoencoder_table(result))
+    _write(json_file, result.to_json())
+
+
+def inference_table(result: InferenceBenchmark) -> Table:
+    """The rows for people."""
+    title = f"{result.base}: {result.device}, {result.dtype}, batch {result.batch}, {result.repeats} rounds"
+    table = Table(title=title + (", compiled" if result.compiled else ""))
+    for column in (
+        "",
+        "pixels",
+        "tokens",
+        "s / step",
+        "s / decode",
+        "s / image",
+        "TFLOP",
+        "TFLOP/s",
+        "memory",
+    ):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_column("speed-up", justify="right")
+    table.add_column("FLOP-limited", justify="right")
+    for row in result.rows:
+        operations = row.steps * row.step_flops + row.decode_flops
+        table.add_row(
+            row.name,
+            str(row.resolution),
+            str(row.tokens),
+            f"{row.step_seconds:.3g}",
+            f"{row.decode_seconds:.3g}",
+            f"{row.image_seconds:.3g}",
+            f"{operations / 1e12:.3g}",
+            f"{row.achieved_flops / 1e12:.3g}",
+            "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.1f} GiB",
+            f"{row.speedup:.2f}x",
+            f"{row.flop_limited_speedup:.2f}x ({row.share:.0%})",
+        )
+    return table
+
+
+def autoencoder_table(result: AutoencoderBenchmark) -> Table:
+    """The rows for people."""
+    table = Table(title=f"{result.base}: {result.device}, {result.dtype}, {result.resolution} px")
+    for column in ("", "encode, images/s", "decode, images/s", "decode over base", "decode memory"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in result.rows:
+        table.add_row(
+            row.name,
+            f"{row.encode_images_per_second:.3g}",
+            f"{row.decode_images_per_second:.3g}",
+            f"{row.decode_over_base:.2f}x",
+            f"{row.decode_memory_bytes / 2**20:.0f} MiB",
+        )
+    return table
+
+
+def _write(file: Path | None, values: dict) -> None:
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values, indent=1) + "\n")

@@ -1,0 +1,119 @@
+"""Configurations of well-known pipelines, without weights: what `davae plan` and dry runs build offline.
+
+One JSON file a pipeline. ``transformer``, ``vae`` and ``text_encoders`` are what the pipeline's ``config.json``
+files say, as far as they shape the model; ``parameters`` is checked against the built model by a test.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from davae.errors import DavaeError
+
+
+@dataclass(frozen=True)
+class License:
+    """Under which terms a base may be used; what is derived from it inherits them.
+
+    Attributes:
+        id: as on the hub.
+        name: in words.
+        link: where it is written.
+    """
+
+    id: str
+    name: str
+    link: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.link})"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The configuration of a published pipeline.
+
+    Attributes:
+        key: short name, that of the file.
+        name: on the hub.
+        pipeline: class name of the pipeline.
+        resolution: side of the image that the base was published for, in pixels.
+        license: of the weights.
+        source: where the values come from.
+        transformer_parameters: number of parameters of the transformer.
+        published: the size that its authors give, in words.
+        steps: denoising steps, where the model is not sampled with the pipeline's default.
+        transformer, vae: configurations with ``_class_name``.
+        text_encoders: configurations in the form of transformers, by component name.
+    """
+
+    key: str
+    name: str
+    pipeline: str
+    resolution: int
+    license: License
+    source: str
+    transformer_parameters: int
+    published: str
+    steps: int | None
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    text_encoders: dict[str, dict[str, Any]]
+
+
+def preset_names() -> list[str]:
+    """Short names of the bundled configurations."""
+    folder = resources.files(__name__)
+    return sorted(p.name.removesuffix(".json") for p in folder.iterdir() if p.name.endswith(".json"))
+
+
+def find_preset(name: str) -> Preset | None:
+    """The preset of a short name or of a name on the hub (in any case); None where there is none."""
+    wanted = name.lower()
+    for preset in _presets():
+        if wanted in (preset.key, preset.name.lower()):
+            return preset
+    return None
+
+
+def load_preset(name: str) -> Preset:
+    """:func:`find_preset`, where a missing one is an error.
+
+    Raises:
+        DavaeError: no such preset; names the nearest.
+    """
+    found = find_preset(name)
+    if found is not None:
+        return found
+    names = [n for preset in _presets() for n in (preset.key, preset.name)]
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f" (did you mean '{near[0]}'?)" if near else ""
+    raise DavaeError(f"no bundled configuration of '{name}'{hint}; there are {', '.join(preset_names())}")
+
+
+@cache
+def _presets() -> tuple[Preset, ...]:
+    return tuple(_read(key) for key in preset_names())
+
+
+def _read(key: str) -> Preset:
+    values = json.loads((resources.files(__name__) / f"{key}.json").read_text())
+    return Preset(
+        key=key,
+        name=values["name"],
+        pipeline=values["pipeline"],
+        resolution=values["resolution"],
+        license=License(**values["license"]),
+        source=values["source"],
+        transformer_parameters=values["parameters"]["transformer"],
+        published=values["parameters"]["published"],
+        steps=values.get("steps"),
+        transformer=values["transformer"],
+        vae=values["vae"],
+        text_encoders=values["text_encoders"],
+    )

@@ -1,0 +1,92 @@
+"""Benchmarks count and compare what they say; their times are not judged here."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from davae.benchmark import count_flops
+from davae.benchmark.autoencoder import bench_autoencoder
+from davae.benchmark.contestants import make_contestants
+from davae.benchmark.inference import bench_inference
+from davae.benchmark.memory import peak_tensor_bytes
+from davae.benchmark.planner_architectures import find_architecture
+from davae.cli.main import app
+from davae.errors import DavaeError
+
+
+@pytest.fixture(scope="module")
+def contestants():
+    return make_contestants(find_architecture("debug-sd3"), resolution=128, scales=(2, 4), steps=2)
+
+
+def test_tokens_and_sizes_of_the_contestants(contestants):
+    tokens = {c.name: c.tokens for c in contestants}
+    assert tokens["native"] == 4 * tokens["upgraded x2"] == 16 * tokens["upgraded x4"]
+    assert tokens["base"] == tokens["upgraded x2"]
+    for contestant in contestants:
+        with torch.no_grad():
+            image = contestant.vae.decode(contestant.latent).sample
+        assert image.shape[-2:] == (contestant.resolution, contestant.resolution)
+    assert [c.resolution for c in contestants] == [64, 128, 128, 128]
+
+
+def test_counts_are_those_of_the_calls_that_are_timed(contestants):
+    for contestant in contestants[:3]:
+        assert contestant.step_flops() == count_flops(contestant.step)
+        assert contestant.decode_flops() == count_flops(contestant.decode)
+
+
+def test_the_whole_image_is_its_steps_and_its_decoder(contestants):
+    native = contestants[1]
+    assert count_flops(native.image) == 2 * native.step_flops() + native.decode_flops()
+
+
+def test_rows_add_up():
+    result = bench_inference("debug-sd3", resolution=64, repeats=2, steps=3, device="cpu")
+    rows = {row.name: row for row in result.rows}
+    native, upgraded = rows["native"], rows["upgraded x2"]
+    assert native.speedup == pytest.approx(1.0)
+    assert native.flop_limited_speedup == 1.0
+    operations = [3 * r.step_flops + r.decode_flops for r in (native, upgraded)]
+    assert upgraded.flop_limited_speedup == pytest.approx(operations[0] / operations[1])
+    assert upgraded.achieved_flops * upgraded.image_seconds == pytest.approx(operations[1])
+    assert json.loads(json.dumps(result.to_json()))["rows"][2]["share"] == pytest.approx(upgraded.share)
+
+
+def test_autoencoder_rows_and_tiles():
+    result = bench_autoencoder("debug-sd3", resolution=64, repeats=1, tile=32, device="cpu")
+    rows = {row.name: row for row in result.rows}
+    assert list(rows) == ["base", "base, tiled", "upgraded", "upgraded, tiled"]
+    assert rows["base"].decode_over_base == rows["base, tiled"].decode_over_base == 1.0
+    assert rows["upgraded, tiled"].decode_memory_bytes < rows["upgraded"].decode_memory_bytes
+
+
+def test_peak_memory_by_hand():
+    """Two results of 4 kB alive at once, a third after one of them has gone; views cost nothing."""
+    x = torch.ones(1000)
+
+    def call():
+        a = x + 1
+        b = a * 2
+        b.view(10, 100).add_(1)
+        del a
+        return b + 1
+
+    assert peak_tensor_bytes(call) == 2 * 4000
+
+
+def test_mistakes_are_told():
+    with pytest.raises(DavaeError, match="36 pixels are not a multiple of 8"):
+        make_contestants(find_architecture("debug-sd3"), resolution=72)
+    with pytest.raises(DavaeError, match="dtype must be"):
+        bench_inference("debug-sd3", resolution=64, dtype="int8")
+
+
+def test_the_verb_writes_its_json(tmp_path):
+    file = tmp_path / "bench" / "result.json"
+    arguments = ["bench", "inference", "debug-sd3", "--resolution", "64", "--repeats", "1", "--steps", "1"]
+    done = CliRunner().invoke(app, [*arguments, "--json", str(file), "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert {row["name"] for row in json.loads(file.read_text())["rows"]} == {"base", "native", "upgraded x2"}

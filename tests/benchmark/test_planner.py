@@ -1,0 +1,209 @@
+import json
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import davae.benchmark.planner_depth as depth
+from davae.benchmark import planner
+from davae.benchmark.planner_architectures import find_architecture
+from davae.benchmark.planner_hours import GPUS, find_gpu, hours
+from davae.benchmark.planner_memory import checkpointing, cost_of, drop_gradients
+from davae.benchmark.planner_stages import DiffusionRun, diffusion_stage, forward_cost, target_counts
+from davae.benchmark.planner_text import summary_lines
+from davae.errors import DavaeError
+
+MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
+
+
+def _medium_flops(side: int, text: int) -> float:
+    """Operations of one pass of SD3.5-medium, by hand from its paper and configuration."""
+    width, image = 1536, side**2
+    both = image + text
+    total = 2 * image * width * 16 * 4 + 2 * text * 4096 * width + 2 * image * width * 16 * 4
+    total += 2 * (256 + 2048 + 2 * width) * width  # embeddings of time and pooled text
+    for block in range(24):
+        dual, last = block < 13, block == 23
+        total += 2 * 4 * both * width**2 + 4 * both**2 * width  # joint attention
+        total += 2 * 8 * both * width**2  # feed-forward of both streams
+        if last:  # the text stream only gives keys, queries and values
+            total -= 2 * text * width**2 + 2 * 8 * text * width**2
+        if dual:
+            total += 2 * 4 * image * width**2 + 4 * image**2 * width
+        total += 2 * ((9 if dual else 6) + (2 if last else 6)) * width**2  # modulation
+    return total + 2 * 2 * width**2
+
+
+@pytest.fixture(scope="module")
+def medium():
+    return find_architecture(MEDIUM)
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_flops_of_sd35_medium_agree_with_torch_and_with_a_hand_count(medium, side):
+    transformer = medium.build_transformer()
+    latent = torch.empty(1, 16, 2 * side, 2 * side, device="meta")
+    ours = forward_cost(transformer, latent, text_tokens=333).flops
+    text = torch.empty(1, 333, 4096, device="meta")
+    pooled, time = torch.empty(1, 2048, device="meta"), torch.empty(1, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        transformer(latent, text, pooled, time)
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert ours == pytest.approx(_medium_flops(side, 333), rel=0.02)
+
+
+def test_sd35_medium_at_1024_costs_a_quarter_of_the_tokens(medium, monkeypatch):
+    monkeypatch.setattr(planner, "_stages", lambda *a, **k: ({}, {}))
+    monkeypatch.setattr(planner, "hours", lambda *a: 0.0)
+    made = planner.plan(medium, resolution=1024, scale=2)
+    assert made.tokens == {"base": 1024, "native": 4096, "upgraded": 1024}
+    ratio = made.flops_per_image["native"] / made.flops_per_image["upgraded"]
+    assert 4 < ratio < 5
+    assert made.speedup == ratio
+    assert 1 < made.speedup_with_decoding < ratio
+    assert made.flops_per_image["upgraded"] == pytest.approx(made.flops_per_image["base"], rel=1e-3)
+    assert made.parameters["transformer"] == 2_243_171_520
+    assert made.detail_channels == 16
+
+
+def _small(layers: int, device: str) -> SD3Transformer2DModel:
+    torch.manual_seed(0)
+    with torch.device(device):
+        return SD3Transformer2DModel(
+            sample_size=32,
+            num_layers=layers,
+            num_attention_heads=4,
+            attention_head_dim=16,
+            joint_attention_dim=64,
+            pooled_projection_dim=64,
+            caption_projection_dim=64,
+            pos_embed_max_size=32,
+        )
+
+
+def _step(model: SD3Transformer2DModel, device: str):
+    latent, text = torch.ones(1, 16, 32, 32, device=device), torch.ones(1, 20, 64, device=device)
+    pooled, time = torch.ones(1, 64, device=device), torch.ones(1, device=device)
+    drop_gradients(model.parameters())
+    given = [*model.parameters(), *model.buffers(), latent, text, pooled, time]
+    return lambda: model(latent, text, pooled, time).sample.float().sum().backward(), given
+
+
+def _allocated_peak(fn) -> int:
+    """Largest number of bytes that torch's CPU allocator held, from the profiler's record."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        fn()
+    changes = []
+
+    def walk(events):
+        for event in events:
+            if event.name == "[memory]":
+                changes.append((event.start_time_ns, event.extra_fields.alloc_size))
+            walk(event.children)
+
+    walk(recorded.profiler.kineto_results.experimental_event_tree())
+    live = peak = 0
+    for _, size in sorted(changes):
+        live += size
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_memory_of_a_training_step_is_what_torch_allocates(recompute, precision, monkeypatch):
+    mixed = precision == "bf16"
+    # What the CPU runs in float32 under autocast differs from CUDA, which the planner follows.
+    monkeypatch.setattr("davae.benchmark.planner_memory._WIDE", set())
+    real, shapes = _small(4, "cpu"), _small(4, "meta")
+    if recompute:
+        real.enable_gradient_checkpointing()
+        shapes.enable_gradient_checkpointing(checkpointing(mixed))
+    step, _ = _step(real, "cpu")
+
+    def measured():
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            step()
+
+    fn, given = _step(shapes, "meta")
+    assert cost_of(fn, given=given, autocast=mixed).peak_bytes == pytest.approx(
+        _allocated_peak(measured), rel=0.1 if mixed else 0.02
+    )
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_short_models_tell_what_deep_ones_cost(recompute):
+    def measure(shorten):
+        model = shorten(_small(12, "meta"))
+        if recompute:
+            model.enable_gradient_checkpointing(checkpointing(False))
+        fn, given = _step(model, "meta")
+        return cost_of(fn, given=given)
+
+    runs = depth.block_runs(_small(12, "meta"))
+    assert [run.count for run in runs] == [11, 1]  # the last block is built otherwise
+    short, deep = depth.cost_by_depth(measure, runs), measure(lambda model: model)
+    assert short.flops == deep.flops
+    assert short.peak_bytes == pytest.approx(deep.peak_bytes, rel=0.05)
+
+
+def test_lora_stage_of_a_small_pipeline():
+    architecture = find_architecture("debug-sd3")
+    compression = architecture.base_compression
+    vae = architecture.build_autoencoder(2, 2 * architecture.base_channels)
+    full = DiffusionRun(steps=1, batch_size=2, mode="full", precision="no", gradient_checkpointing=False)
+    lora = DiffusionRun(steps=1, batch_size=2, lora_rank=2, lora_targets=("to_q", "to_k"))
+    costs = [
+        diffusion_stage(architecture, vae, 16 * compression, run, text_tokens=8, encoding_flops=0.0)
+        for run in (full, lora)
+    ]
+    assert costs[1].trained_parameters < costs[0].trained_parameters
+    assert costs[1].memory["optimizer"] == 8 * costs[1].trained_parameters
+    assert costs[1].memory["activations"] < costs[0].memory["activations"]
+    wrong = DiffusionRun(steps=1, batch_size=1, lora_targets=("to_quarry",))
+    with pytest.raises(DavaeError, match="to_quarry"):
+        diffusion_stage(architecture, vae, 16 * compression, wrong, text_tokens=8, encoding_flops=0.0)
+
+
+def test_targets_are_counted_as_peft_does(medium):
+    counts = target_counts(medium.build_transformer(), ("to_q", "ff.net.2", "q"))
+    assert counts == {"to_q": 24 + 13, "ff.net.2": 24, "q": 0}  # thirteen blocks attend twice
+
+
+def test_plan_of_the_embedded_base_is_complete_and_plain():
+    made = planner.plan("tiny", resolution=128, scale=2)
+    values = json.loads(json.dumps(made.to_json()))
+    assert values["tokens"] == {"base": 64, "native": 256, "upgraded": 64}
+    assert set(values["flops_per_image"]) == {"base", "native", "upgraded"}
+    for stage in ("autoencoder", "diffusion"):
+        assert values["memory_bytes"][stage] > 0
+        assert values["training_hours"][stage] > 0
+    assert values["speedup"] > 4
+    assert any("autoencoder" in line for line in summary_lines(made))
+
+
+def test_mistakes_are_told():
+    with pytest.raises(DavaeError, match="multiple of 32"):
+        planner.plan("sd35-medium", resolution=1000)
+    with pytest.raises(DavaeError, match="scale must be"):
+        planner.plan("sd35-medium", resolution=1024, scale=3)
+    with pytest.raises(DavaeError, match="did you mean H100"):
+        find_gpu("H10")
+    with pytest.raises(DavaeError, match="model_index"):
+        find_architecture("tests")
+
+
+def test_hours():
+    assert hours(989e12 * 3600, find_gpu("h100"), 0.5) == pytest.approx(2.0)
+    assert find_gpu("RTX 4090") is GPUS["4090"]
+    with pytest.raises(DavaeError, match="utilisation"):
+        hours(1.0, find_gpu("A100"), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("channels", "scale", "expected"), [(16, 2, 16), (16, 4, 48), (4, 4, 16), (32, 2, 32)]
+)
+def test_default_detail_channels(channels, scale, expected):
+    assert planner.default_detail_channels(channels, scale) == expected
