@@ -18,6 +18,7 @@ LAYERS = [
     {"report"},
     {"demo"},
     {"cli"},
+    {"__main__"},
 ]
 BESIDE = {"errors", "version", "__init__"}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -10,9 +10,10 @@ from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
+from davae.pipelines.families import family_of
 from davae.tiny import debug_base
 from davae.training.autoencoder import AutoencoderStage, StructuredObjective
-from davae.training.diffusion import ClassMap, DiffusionStage, FlowObjective
+from davae.training.diffusion import ClassMap, DiffusionObjective, DiffusionStage, FlowProcess
 from davae.training.loop import train
 from davae.training.losses import laplacian_l1
 from davae.training.memory import ImagesInMemory, LatentsInMemory, MixedScales
@@ -124,9 +125,9 @@ class _KnowsTheData(nn.Module):
 def test_a_perfect_transformer_has_no_loss(form):
     """Path, time and sign agree with the transformer's convention: t = 1 - sigma, data - noise."""
     data = torch.randn(16, 6, 4, 4)
-    objective = FlowObjective(
-        _KnowsTheData(data), LatentLayout(2, 4), FlowLossSettings(form=form), TimestepSettings(shift=3.0)
-    )
+    layout, loss = LatentLayout(2, 4), FlowLossSettings(form=form)
+    process = FlowProcess(layout, loss, TimestepSettings(shift=3.0))
+    objective = DiffusionObjective(family_of(debug_base()), _KnowsTheData(data), layout, process, loss)
     terms = objective({"latent": data, "label": torch.zeros(16, dtype=torch.long)}, 0)
     assert float(terms["total"]) < 1e-6
 
@@ -216,7 +217,7 @@ def test_images_in_memory_are_made_once_and_kept_to_a_grey_level():
 def test_latents_in_memory_equal_encoding_each_alone():
     source = open_dataset("procedural:5", resolution=32)
     encode = lambda images: images.mean(1, keepdim=True)  # noqa: E731
-    cached = LatentsInMemory(source, encode, lambda label: label + 1, batch_size=2)
+    cached = LatentsInMemory(source, encode, lambda i: {**i, "label": i["label"] + 1}, batch_size=2)
     for index in range(5):
         item = source[index]
         torch.testing.assert_close(cached[index]["latent"], encode(item["image"][None])[0])

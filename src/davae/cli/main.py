@@ -11,7 +11,20 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from davae import __version__
-from davae.cli import demo, doctor, generate, reconstruct, report, train, upgrade
+from davae.cli import (
+    bench,
+    cache,
+    demo,
+    doctor,
+    export,
+    generate,
+    inspect,
+    plan,
+    reconstruct,
+    report,
+    train,
+    upgrade,
+)
 from davae.errors import DavaeError
 from davae.training.stopping import TrainingStopped
 
@@ -25,9 +38,14 @@ demo.register(app)
 app.add_typer(
     train.app, name="train", help="Train a stage by recipe; the same command continues a stopped run."
 )
+plan.register(app)
 upgrade.register(app)
+cache.register(app)
+app.add_typer(bench.app, name="bench", help="Native and upgraded, side by side in one process.")
 generate.register(app)
 reconstruct.register(app)
+inspect.register(app)
+export.register(app)
 report.register(app)
 doctor.register(app)
 

@@ -1,4 +1,4 @@
-"""``davae train autoencoder | diffusion | base``."""
+"""``davae train autoencoder | diffusion | base | dc-ae``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from davae.training.dc_ae_phases import run_dc_ae
 from davae.training.run import run_autoencoder, run_base, run_diffusion
 
 app = typer.Typer(no_args_is_help=True)
@@ -48,6 +49,24 @@ def base(
 ) -> None:
     """A small base pipeline from nothing, as the embedded one was made."""
     _report(run_base(recipe, overrides or (), out, dry_run=dry_run))
+
+
+@app.command("dc-ae")
+def dc_ae(
+    overrides: Overrides = None,
+    recipe: RecipeName = "dc-ae-small-f32",
+    phase: Annotated[
+        int, typer.Option("--phase", help="1: everything, 2: around the latent, 3: the decoder's head.")
+    ] = 1,
+    start: Annotated[
+        Path | None,
+        typer.Option("--from", help="Run or autoencoder to start from (default: the phase before's run)."),
+    ] = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+) -> None:
+    """A deep compression autoencoder in three phases: low resolution, high resolution, decoder's head."""
+    _report(run_dc_ae(recipe, overrides or (), out, phase=phase, start=start, dry_run=dry_run))
 
 
 def _report(text: str) -> None:

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from davae.data import ImageDataset, RenderedDataset, open_dataset
+from davae.data.buckets import check_buckets, make_buckets
+from davae.data.transforms import Size
+from davae.errors import DavaeError
+from davae.evaluation import psnr
+from davae.models import AutoencoderDA
+from davae.pipelines.families import family_of
 from davae.training.settings import DataSettings
 
 
-def open_part(data: DataSettings, part: Literal["train", "held_out"]) -> ImageDataset | RenderedDataset:
-    """The training or the held-out part; held-out images are never mirrored or cropped at random."""
+def open_part(
+    data: DataSettings, part: Literal["train", "held_out"], unit: int | None = None
+) -> ImageDataset | RenderedDataset:
+    """The training or the held-out part; held-out images are never mirrored, cropped at random or put in buckets.
+
+    Args:
+        data: the recipe's section.
+        part: which.
+        unit: side of a token in pixels, see :func:`token_side`; only buckets need it.
+    """
     training = part == "train"
     return open_dataset(
         data.path,
@@ -19,4 +38,53 @@ def open_part(data: DataSettings, part: Literal["train", "held_out"]) -> ImageDa
         split=data.split,
         hold_out=data.hold_out,
         part=part,
+        buckets=bucket_sizes(data, unit) if training else None,
     )
+
+
+def open_training_part(data: DataSettings, vae: AutoencoderDA, pipe: Any) -> ImageDataset | RenderedDataset:
+    """The training part for an upgrade: in buckets that suit the autoencoder and the transformer, where asked."""
+    return open_part(data, "train", token_side(vae, pipe) if data.buckets else None)
+
+
+def bucket_sizes(data: DataSettings, unit: int | None) -> list[Size] | None:
+    """The sizes that ``data.buckets`` means; none where it is off.
+
+    Raises:
+        DavaeError: sizes that are no multiples of a token, or a training that cannot have buckets.
+    """
+    if data.buckets is False:
+        return None
+    if unit is None:
+        raise DavaeError("data.buckets: the training of a base has one size; set data.buckets=false")
+    if data.buckets is True:
+        return make_buckets(data.resolution, unit)
+    return check_buckets(data.buckets, unit)
+
+
+def token_side(vae: AutoencoderDA, pipe: Any) -> int:
+    """Pixels of the full-resolution image that one token covers a side: ``s * f * patch``.
+
+    Args:
+        vae: the upgraded autoencoder.
+        pipe: the base or the upgraded pipeline.
+    """
+    side = 240  # divided by every patch size in use
+    probe = torch.empty(1, 1, side, side, device="meta")
+    patch = side / math.sqrt(family_of(pipe).tokens(pipe.transformer, probe))
+    return vae.spatial_compression * round(patch)
+
+
+def first_images(dataset: Dataset[dict[str, Any]], count: int) -> Tensor:
+    """The first ``count`` images of a data set, ``[N, 3, H, W]``."""
+    return torch.stack([dataset[i]["image"] for i in range(min(count, len(dataset)))])  # type: ignore[arg-type]
+
+
+def stack_images(items: list[dict[str, Any]]) -> Tensor:
+    """The images of a batch's items, ``[B, 3, H, W]``: what a loader collates where nothing else is needed."""
+    return torch.stack([item["image"] for item in items])
+
+
+def mean_psnr(images: Tensor, made: Tensor) -> float:
+    """PSNR of images in [-1, 1], clamped, averaged over images; dB."""
+    return float(psnr(images, made.float().clamp(-1, 1)).mean())

@@ -232,7 +232,7 @@ class _Training:
             self.ledger.add(batch.pop("skipped", []))
             ids += batch.get("id", [])
             last = micro == loop.gradient_accumulation - 1
-            batch = _to_device(batch, accelerator.device)
+            batch = to_device(batch, accelerator.device)
             for i, module in enumerate(self.modules):
                 _seed_step(loop.seed, step, micro)
                 synced = nullcontext() if last else accelerator.no_sync(module)
@@ -402,8 +402,11 @@ def _seed_step(seed: int, step: int, micro: int) -> None:
     torch.manual_seed(base + 1_009 * micro)
 
 
-def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+def to_device(value: Any, device: torch.device) -> Any:
+    """A batch with its tensors, also those in dictionaries, on the device."""
+    if isinstance(value, dict):
+        return {k: to_device(v, device) for k, v in value.items()}
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 def _use_cpu() -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from davae.data import item_generator
+from davae.data.buckets import bucket_of
 
 Item = dict[str, Any]
 
@@ -90,28 +91,25 @@ class LatentsInMemory(Dataset[Item]):
     Args:
         source: a map-style data set of items with an ``image`` in [-1, 1].
         encode: ``[B, 3, H, W]`` to ``[B, C, h, w]``.
-        relabel: the label that training uses for a label of the data set.
-        batch_size: images encoded together.
+        prepare: what is done to an item besides, for example the pipeline's label or its caption's embedding.
+        batch_size: images encoded together, as far as they have one size.
     """
 
     def __init__(
         self,
         source: Dataset[Item],
         encode: Callable[[Tensor], Tensor],
-        relabel: Callable[[int], int],
+        prepare: Callable[[Item], Item],
         *,
         batch_size: int = 32,
     ) -> None:
-        self.classes: list[str] = source.classes  # type: ignore[attr-defined]
-        self.skipped = getattr(source, "skipped", [])
+        _keep_facts(self, source)
         self.items: list[Item] = []
         count = len(source)  # type: ignore[arg-type]
         for first in range(0, count, batch_size):
             items = [dict(source[i]) for i in range(first, min(first + batch_size, count))]
-            with torch.no_grad():
-                latents = encode(torch.stack([i.pop("image") for i in items])).cpu()
-            for item, latent in zip(items, latents):
-                self.items.append({**item, "latent": latent, "label": relabel(item["label"])})
+            latents = _encode_by_size([i.pop("image") for i in items], encode)
+            self.items += [{**prepare(item), "latent": latent} for item, latent in zip(items, latents)]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -120,17 +118,17 @@ class LatentsInMemory(Dataset[Item]):
         return dict(self.items[index])
 
 
-class Relabelled(Dataset[Item]):
-    """The items of a data set with other labels.
+class Prepared(Dataset[Item]):
+    """The items of a data set with something added or changed when they are asked for.
 
     Args:
         source: a map-style data set of items.
-        relabel: the label that training uses for a label of the data set.
+        prepare: from an item to the one that training sees.
     """
 
-    def __init__(self, source: Dataset[Item], relabel: Callable[[int], int]) -> None:
-        self.source, self.relabel = source, relabel
-        self.skipped = getattr(source, "skipped", [])
+    def __init__(self, source: Dataset[Item], prepare: Callable[[Item], Item]) -> None:
+        self.source, self.prepare = source, prepare
+        _keep_facts(self, source)
 
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]
@@ -141,4 +139,24 @@ class Relabelled(Dataset[Item]):
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``."""
         found = self.source.item(index, epoch) if hasattr(self.source, "item") else self.source[index]
-        return {**found, "label": self.relabel(found["label"])}
+        return self.prepare(found)
+
+
+def _keep_facts(wrapper: Any, source: Any) -> None:
+    """What training asks of a data set besides items: its classes, skipped files and aspect-ratio buckets."""
+    wrapper.classes = source.classes
+    wrapper.skipped = getattr(source, "skipped", [])
+    wrapper.bucket_of = bucket_of(source)
+
+
+@torch.no_grad()
+def _encode_by_size(images: list[Tensor], encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Latents of images in their order, on the CPU; images of one size are encoded together."""
+    places: dict[torch.Size, list[int]] = {}
+    for i, image in enumerate(images):
+        places.setdefault(image.shape, []).append(i)
+    latents: dict[int, Tensor] = {}
+    for where in places.values():
+        encoded = encode(torch.stack([images[i] for i in where])).cpu()
+        latents |= dict(zip(where, encoded))
+    return [latents[i] for i in range(len(images))]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+PICTURES = 8  # images in a row of a validation picture
 _GAP = 2  # pixels between tiles
 
 

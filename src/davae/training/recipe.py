@@ -12,9 +12,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from davae.errors import DavaeError
-from davae.training.settings import BaseRecipe, Recipe, UpgradeRecipe
+from davae.training.dc_ae_settings import DcAeRecipe
+from davae.training.settings import BaseRecipe, UpgradeRecipe
 
-_KINDS: dict[str, type[UpgradeRecipe] | type[BaseRecipe]] = {"upgrade": UpgradeRecipe, "base": BaseRecipe}
+Recipe = UpgradeRecipe | BaseRecipe | DcAeRecipe
+_KINDS: dict[str, type[UpgradeRecipe] | type[BaseRecipe] | type[DcAeRecipe]] = {
+    "upgrade": UpgradeRecipe,
+    "base": BaseRecipe,
+    "dc-ae": DcAeRecipe,
+}
 
 
 def recipe_names() -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
@@ -34,8 +34,20 @@ class DataSettings(Section):
     """Share of the images (below 1) or their number (1 and more) kept for validation."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Loader processes; 0 decodes in the training process."""
+    buckets: bool | list[tuple[Positive, Positive]] = False
+    """Aspect-ratio buckets for the training images: ``true`` for sizes of about ``resolution ** 2`` pixels, or
+    a list of [width, height]. Held-out images stay square."""
     cache_latents: bool = False
     """Diffusion stage: encode the images once and keep the latents in memory."""
+    cache: str | None = None
+    """Diffusion stage: folder that ``davae cache`` wrote; latents and embeddings are read from it."""
+    cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Storage type of a cache; with float32 training gives the same losses as from images."""
+
+
+def _yaml_no(value: object) -> object:
+    """YAML 1.1 reads a bare ``no`` as false; people mean the word."""
+    return "no" if value is False else value
 
 
 class LoopSettings(Section):
@@ -52,7 +64,7 @@ class LoopSettings(Section):
     max_skipped_steps: Positive = 10
     """Skipped steps in a row after which the run stops and saves what is needed to find the cause."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_yaml_no)] = "no"
     channels_last: bool = True
     """Convolutions in channels-last memory order: the same numbers, faster on most devices."""
     gradient_checkpointing: bool = False
@@ -90,6 +102,8 @@ class AlignmentSettings(Section):
     weight: Weight = 0.5
     adaptive: bool = False
     """Multiply the weight by the gradient ratio |grad rec| / |grad alignment| at the last shared layer."""
+    target: Literal["base", "prefix"] = "base"
+    """With several levels: tie each level's details to the base latent, or to all channels below the level."""
 
 
 class GanSettings(Section):
@@ -124,12 +138,24 @@ class AutoencoderModelSettings(Section):
     """Options of ``AutoencoderDA.from_base``."""
 
     scale: Literal[2, 4, 8] = 2
-    detail_channels: Positive
+    detail_channels: Positive | Annotated[list[Positive], Field(min_length=1)]
+    """A list means nested levels, each of a factor 2: the channels that each one adds."""
+    start_from: str | None = None
+    """Folder of a trained autoencoder whose levels are the first ones here."""
     antialias: bool = True
     clamp_base_image: bool = False
     base_latent_space: Literal["scaled", "raw"] = "scaled"
     detail_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     warm_blocks: bool = True
+
+    @model_validator(mode="after")
+    def _a_factor_of_two_a_level(self) -> AutoencoderModelSettings:
+        nested = self.detail_channels if isinstance(self.detail_channels, list) else []
+        if nested and self.scale != 2 ** len(nested):
+            raise ValueError(
+                f"{len(nested)} levels of detail_channels make a scale of {2 ** len(nested)}, not {self.scale}"
+            )
+        return self
 
 
 class AutoencoderSettings(Section):
@@ -138,8 +164,11 @@ class AutoencoderSettings(Section):
     model: AutoencoderModelSettings
     alignment: AlignmentSettings = AlignmentSettings()
     reconstruction: ReconstructionSettings = ReconstructionSettings()
+    levels: Literal["sequential", "together"] = "sequential"
+    """Several levels: one training after another, each with the lower levels frozen, or one training for all."""
     optimizer: OptimizerSettings
     loop: LoopSettings
+    """With sequential levels, of each level's training."""
     statistics_images: Positive = 10_000
     """Most images used to measure the detail channels' mean and standard deviation."""
 
@@ -153,14 +182,31 @@ class LoraSettings(Section):
     """Module name suffixes; none takes the usual ones of the transformer's family."""
 
 
+class SigmaTableSettings(Section):
+    """``sigma = table[int(steps u)]``: a scheduler made with one shift and set to another, times truncated."""
+
+    config_shift: Annotated[float, Field(gt=0)] = 3.0
+    train_shift: Annotated[float, Field(gt=0)] = 4.0
+    steps: Positive = 1000
+
+
 class TimestepSettings(Section):
     """How noise levels are drawn: ``sigma`` is the share of noise, 1 is pure noise."""
 
     scheme: Literal["logit_normal", "uniform"] = "logit_normal"
     logit_mean: float = 0.0
     logit_std: Annotated[float, Field(gt=0)] = 1.0
-    shift: Annotated[float, Field(gt=0)] = 1.0
-    """``sigma <- shift sigma / (1 + (shift - 1) sigma)``; above 1 favours noise."""
+    shift: Annotated[float, Field(gt=0)] | None = None
+    """``sigma <- shift sigma / (1 + (shift - 1) sigma)``; above 1 favours noise. None takes the shift that the
+    pipeline samples with at the training's token count (1 for the class-conditional pipeline)."""
+    table: SigmaTableSettings | None = None
+    """Take noise levels from a table instead of shifting them: the official SD3 training."""
+
+    @model_validator(mode="after")
+    def _one_shift(self) -> TimestepSettings:
+        if self.table is not None and self.shift is not None:
+            raise ValueError("shift and table exclude each other: the table holds its own shifts")
+        return self
 
 
 class FlowLossSettings(Section):
@@ -182,6 +228,22 @@ class TuneSettings(Section):
     lora: LoraSettings = LoraSettings()
     new_channels_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the widened input and output layers; none takes the optimizer's."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the weights that do not learn; those that do stay in float32. ``bfloat16`` halves the memory
+    of the transformer, needs ``loop.precision=bf16``, and the result is saved in it."""
+
+
+class PromptSettings(Section):
+    """Text-conditional models: how captions become what the transformer sees."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of samples trained with the empty prompt, for classifier-free guidance."""
+    max_length: Positive | None = None
+    """Tokens a prompt is cut or padded to; none takes the pipeline's default (SD3 256, FLUX 512, ...)."""
+    guidance: float = 3.5
+    """What a guidance-distilled transformer (FLUX.1-dev) is told in training."""
+    validation: list[str] = []
+    """Prompts of the validation images; empty takes captions of held-out images."""
 
 
 class SampleSettings(Section):
@@ -196,11 +258,21 @@ class DiffusionSettings(Section):
     """The diffusion stage: the warm-started transformer."""
 
     tune: TuneSettings = TuneSettings()
+    prompts: PromptSettings = PromptSettings()
     timesteps: TimestepSettings = TimestepSettings()
     loss: FlowLossSettings = FlowLossSettings()
     optimizer: OptimizerSettings
     loop: LoopSettings
     sample: SampleSettings = SampleSettings()
+
+    @model_validator(mode="after")
+    def _frozen_weights_fit(self) -> DiffusionSettings:
+        if self.tune.frozen_dtype == "bfloat16":
+            if self.tune.mode == "full":
+                raise ValueError("tune.frozen_dtype=bfloat16 needs frozen weights: set tune.mode=lora")
+            if self.loop.precision != "bf16":
+                raise ValueError("tune.frozen_dtype=bfloat16 needs loop.precision=bf16")
+        return self
 
 
 class UpgradeRecipe(Section):
@@ -279,6 +351,3 @@ class BaseRecipe(Section):
     """Precision of the saved weights; training is not affected."""
     autoencoder: BaseAutoencoderSettings
     transformer: BaseTransformerSettings
-
-
-Recipe = UpgradeRecipe | BaseRecipe

@@ -1,0 +1,284 @@
+"""The DC-AE stage: one phase of decoupled high-resolution adaptation (Chen et al., 2024, section 3.3).
+
+A phase trains some layers of a whole autoencoder and leaves the others bit for bit as they were, their
+batch norm's running averages too. Which layers, at which resolution and with which loss is all that
+tells the phases apart:
+
+===== ================ ======================== ======================
+phase resolution       layers                   loss
+===== ================ ======================== ======================
+1     low              all                      reconstruction
+2     high             around the latent        reconstruction
+3     low              the decoder's head       reconstruction and GAN
+===== ================ ======================== ======================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from davae.errors import DavaeError
+from davae.evaluation import log_spectral_distance, psnr, radial_power_spectrum, ssim
+from davae.latents import ChannelStatistics, gaussian_kl
+from davae.models.dc_ae import (
+    DeepAutoencoder,
+    PlainAutoencoderDC,
+    head_layers,
+    last_decoder_weight,
+    latent_layers,
+)
+from davae.training.adversary import Adversary
+from davae.training.dc_ae_settings import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
+from davae.training.images import first_images, stack_images
+from davae.training.loop import Player, Stage
+from davae.training.losses import ReconstructionLoss
+from davae.training.pictures import save_rows
+from davae.training.settings import OptimizerSettings, ReconstructionSettings
+
+Images = Dataset[dict[str, Any]]
+_PICTURES = 6  # images in a validation picture
+
+
+def build_autoencoder(shape: DcArchitecture | KlArchitecture) -> DeepAutoencoder:
+    """The network of a recipe with random weights, on torch's default device."""
+    count = len(shape.block_out_channels)
+    if isinstance(shape, KlArchitecture):
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * count,
+            up_block_types=("UpDecoderBlock2D",) * count,
+            block_out_channels=tuple(shape.block_out_channels),
+            latent_channels=shape.latent_channels,
+            layers_per_block=shape.layers_per_block,
+            norm_num_groups=shape.norm_num_groups,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            force_upcast=False,
+            shift_factor=0.0,
+        )
+    attention = count - shape.residual_stages
+    blocks = ("ResBlock",) * shape.residual_stages + ("EfficientViTBlock",) * attention
+    norms = ("batch_norm",) * shape.residual_stages + ("rms_norm",) * attention
+    activations = ("relu",) * shape.residual_stages + ("silu",) * attention
+    network = AutoencoderDC if shape.residual_autoencoding else PlainAutoencoderDC
+    return network(
+        latent_channels=shape.latent_channels,
+        attention_head_dim=shape.attention_head_dim,
+        encoder_block_types=blocks[:count],
+        decoder_block_types=blocks[:count],
+        encoder_block_out_channels=tuple(shape.block_out_channels),
+        decoder_block_out_channels=tuple(shape.block_out_channels),
+        encoder_layers_per_block=tuple(shape.encoder_layers),
+        decoder_layers_per_block=tuple(shape.decoder_layers),
+        encoder_qkv_multiscales=((),) * count,
+        decoder_qkv_multiscales=((),) * count,
+        decoder_norm_types=norms[:count],
+        decoder_act_fns=activations[:count],
+    )
+
+
+def trained_layers(autoencoder: DeepAutoencoder, phase: Phase) -> list[nn.Module]:
+    """The layers that a phase trains: all, those around the latent, or the decoder's head."""
+    if isinstance(phase, LatentPhase):
+        return latent_layers(autoencoder, phase.stages)
+    if isinstance(phase, HeadPhase):
+        return head_layers(autoencoder, phase.stages)
+    return [autoencoder]
+
+
+def encode(autoencoder: DeepAutoencoder, images: Tensor) -> Tensor:
+    """``[B, 3, H, W]`` to the latent ``[B, C, H / f, W / f]``; of an ``AutoencoderKL`` the mean."""
+    output = autoencoder.encode(images)
+    return output.latent if isinstance(autoencoder, AutoencoderDC) else output.latent_dist.mean
+
+
+class DcAeObjective(nn.Module):
+    """The loss of one step; its parameters are the whole autoencoder, of which ``layers`` learn.
+
+    Args:
+        autoencoder: an ``AutoencoderDC``, or an ``AutoencoderKL`` (sampled, with the KL term).
+        layers: the parts that learn. The rest takes no gradient and stays in eval mode also after ``train()``.
+        settings: weights of the terms.
+        adversary: of phase 3.
+    """
+
+    def __init__(
+        self,
+        autoencoder: DeepAutoencoder,
+        layers: Sequence[nn.Module],
+        settings: ReconstructionSettings,
+        adversary: Adversary | None = None,
+    ) -> None:
+        super().__init__()
+        self.autoencoder, self.settings = autoencoder, settings
+        self._layers = list(layers)  # in a list: the autoencoder holds them already
+        self._adversary = [adversary]  # its weights belong to the other player
+        self.reconstruction = ReconstructionLoss(settings)
+        autoencoder.requires_grad_(False)
+        for layer in self._layers:
+            layer.requires_grad_(True)
+            for norm in layer.modules():
+                if isinstance(norm, nn.GroupNorm):
+                    norm.register_forward_pre_hook(_with_gradient)
+        self.train()
+
+    def train(self, mode: bool = True) -> DcAeObjective:
+        """As in torch, for the layers that learn; the others keep their running averages."""
+        super().train(mode)
+        self.autoencoder.eval()
+        for layer in self._layers:
+            layer.train(mode)
+        return self
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """Named losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is what is minimised."""
+        model, images = self.autoencoder, batch["image"]
+        kl = None
+        if isinstance(model, AutoencoderKL):
+            posterior = model.encode(images).latent_dist
+            z = posterior.sample()  # [B, C, H / f, W / f]
+            kl = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
+        else:
+            z = encode(model, images)
+        made = model.decode(z).sample  # [B, 3, H, W]
+
+        losses = self.reconstruction(images, made)
+        total = losses["reconstruction"]
+        if kl is not None:
+            losses["kl"] = kl
+            total = total + self.settings.kl_weight * kl
+        if self._adversary[0] is not None:
+            last = last_decoder_weight(model)
+            losses["gan"] = self._adversary[0].generator_term(
+                images, made, losses["reconstruction"], last, step
+            )
+            total = total + losses["gan"]
+        return {"total": total, **losses}
+
+
+class DcAeStage(Stage):
+    """One phase on a whole autoencoder.
+
+    Args:
+        autoencoder: what the phase starts from; trained in place.
+        phase: the recipe's section; its class says which layers learn.
+        dataset: training images at the phase's resolution.
+        held_out: images by resolution; each validation measures all of them.
+        scaling_images: most training images used to measure the latent's scale.
+        workers: loader processes.
+
+    Raises:
+        DavaeError: gradient checkpointing is asked of a network that has none.
+    """
+
+    name = "dc-ae"
+
+    def __init__(
+        self,
+        autoencoder: DeepAutoencoder,
+        phase: Phase,
+        dataset: Images,
+        held_out: Mapping[int, Images],
+        *,
+        scaling_images: int = 1024,
+        workers: int = 0,
+    ) -> None:
+        self.autoencoder, self.phase, self.loop = autoencoder, phase, phase.loop
+        self.dataset, self.held_out = dataset, held_out
+        self.scaling_images, self.workers = scaling_images, workers
+        if phase.loop.gradient_checkpointing:
+            if not autoencoder._supports_gradient_checkpointing:
+                raise DavaeError(
+                    f"loop.gradient_checkpointing: diffusers' {type(autoencoder).__name__} has none; lower "
+                    "loop.batch_size and raise loop.gradient_accumulation instead"
+                )
+            autoencoder.enable_gradient_checkpointing()
+        adversary, players = None, []
+        gan = phase.reconstruction.gan
+        if gan.weight:
+            torch.manual_seed(phase.loop.seed)
+            adversary = Adversary(gan)
+            optimizer = OptimizerSettings(learning_rate=gan.learning_rate, betas=gan.betas)
+            players = [Player("discriminator", adversary, optimizer)]
+        layers = trained_layers(autoencoder, phase)
+        self.objective = DcAeObjective(autoencoder, layers, phase.reconstruction, adversary)
+        self.players = [Player("model", self.objective, phase.optimizer), *players]
+
+    def validate(self, samples: Path, step: int) -> dict[str, float]:
+        """PSNR, SSIM and spectral distance at every resolution; a picture of each."""
+        values: dict[str, float] = {}
+        for side in self.held_out:
+            images, made = self._reconstructed(side)
+            rows = {"input": images[:_PICTURES], "reconstruction": made[:_PICTURES]}
+            save_rows(samples / f"step-{step}-{side}px.png", rows)
+            values[f"psnr_{side}"] = float(psnr(images, made).mean())
+            values[f"ssim_{side}"] = float(ssim(images, made).mean())
+            values[f"spectral_distance_{side}"] = log_spectral_distance(images, made)
+        return values
+
+    @torch.no_grad()
+    def spectra(self) -> dict[int, dict[str, list[float]]]:
+        """By resolution: the rings' frequencies, and the power of images and of reconstructions on them."""
+        found = {}
+        for side in self.held_out:
+            images, made = self._reconstructed(side)
+            frequency, power = radial_power_spectrum(images)
+            found[side] = {
+                "frequency": frequency.tolist(),
+                "images": power.tolist(),
+                "reconstructions": radial_power_spectrum(made)[1].tolist(),
+            }
+        return found
+
+    @torch.no_grad()
+    def export(self, out: Path) -> Path:
+        """Set ``scaling_factor`` so that latents have unit variance; write ``out/autoencoder``."""
+        model = self.autoencoder.eval()
+        if any(p.requires_grad for p in model.encoder.parameters()):
+            mean, std = self._latent_scale()
+            factors = {"scaling_factor": 1.0 / std}
+            if isinstance(model, AutoencoderKL):
+                factors["shift_factor"] = mean
+            model.register_to_config(**factors)
+        model.to(memory_format=torch.contiguous_format)
+        model.save_pretrained(out / "autoencoder")
+        return out / "autoencoder"
+
+    def _latent_scale(self) -> tuple[float, float]:
+        """Mean and standard deviation of all latent elements of training images."""
+        model = self.autoencoder
+        statistics = ChannelStatistics(model.config.latent_channels)
+        count = min(self.scaling_images, len(self.dataset))  # type: ignore[arg-type]
+        subset = Subset(self.dataset, range(count))
+        for batch in DataLoader(subset, self.loop.batch_size, collate_fn=stack_images):
+            statistics.update(encode(model, batch.to(model.device)))
+        mean = statistics.mean.mean()
+        variance = (statistics.std.square() + (statistics.mean - mean).square()).mean()
+        return float(mean), float(variance.sqrt())
+
+    def _reconstructed(self, side: int) -> tuple[Tensor, Tensor]:
+        """Held-out images and their reconstructions ``[N, 3, side, side]``, clamped, on the CPU."""
+        held_out, model = self.held_out[side], self.autoencoder
+        images = first_images(held_out, self.loop.validation_images)
+        at_once = max(1, self.loop.batch_size * self.phase.resolution**2 // side**2)
+        made = [
+            model.decode(encode(model, part.to(model.device))).sample.float().cpu()
+            for part in images.split(at_once)
+        ]
+        return images, torch.cat(made).clamp(-1, 1)
+
+
+def _with_gradient(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Let a group norm behind frozen layers compute its input's gradient, which nobody needs.
+
+    torch (2.13, CPU, channels-last) crashes in a group norm's backward pass when only its weights take a gradient.
+    """
+    if not torch.is_grad_enabled() or inputs[0].requires_grad:
+        return None
+    return (inputs[0].detach().requires_grad_(), *inputs[1:])

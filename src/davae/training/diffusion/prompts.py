@@ -1,0 +1,97 @@
+"""Captions to what the transformer sees, each distinct caption once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from davae.data import ImageDataset, UnreadableImage
+from davae.errors import DavaeError
+from davae.pipelines.families import PipelineFamily
+
+logger = logging.getLogger(__name__)
+_BATCH = 16  # captions encoded together
+
+
+def captions_of(dataset: Dataset[dict[str, Any]]) -> list[str]:
+    """The captions of a data set in its order, without decoding images where they come from files."""
+    inner = dataset
+    while not isinstance(inner, ImageDataset) and hasattr(inner, "source"):
+        inner = inner.source
+    if not isinstance(inner, ImageDataset):
+        return [dataset[i]["caption"] for i in range(len(dataset))]  # type: ignore[arg-type]
+    found = []
+    for index in inner.indices:
+        try:
+            found.append(inner.source.facts(index).caption)
+        except UnreadableImage:
+            continue  # another item of the data set stands in for it
+    return found
+
+
+class PromptEmbeddings:
+    """Embeddings of captions in memory, as the family's pipeline makes them.
+
+    Args:
+        family: how prompts are encoded.
+        pipe: its encoders are used here and not afterwards.
+        captions: what will be asked for; each distinct one is encoded once.
+        device: where the encoders run; they go back to the CPU.
+        max_length: tokens a prompt is cut or padded to.
+
+    Raises:
+        DavaeError: no image has a caption.
+    """
+
+    def __init__(
+        self,
+        family: PipelineFamily,
+        pipe: DiffusionPipeline,
+        captions: Iterable[str],
+        device: torch.device,
+        max_length: int | None = None,
+    ) -> None:
+        every = list(captions)
+        empty = sum(not caption for caption in every)
+        if every and empty == len(every):
+            raise DavaeError(
+                f"{type(pipe).__name__} learns from captions and none of the {len(every)} images has one: put a "
+                "text file of the same name beside each image, or a metadata.jsonl (see docs/data.md)"
+            )
+        if empty:
+            logger.warning("%d of %d images have no caption: trained without a prompt", empty, len(every))
+        self.kept: dict[str, dict[str, Tensor]] = {}
+        distinct = list(dict.fromkeys(["", *every]))
+        logger.info("encoding %d captions", len(distinct))
+        move_text_encoders(pipe, device)
+        for first in range(0, len(distinct), _BATCH):
+            part = distinct[first : first + _BATCH]
+            encoded = {
+                name: value.cpu()
+                for name, value in family.encode_prompts(pipe, part, max_length=max_length).items()
+            }
+            for i, caption in enumerate(part):
+                self.kept[caption] = {name: value[i].clone() for name, value in encoded.items()}
+        move_text_encoders(pipe, torch.device("cpu"))
+
+    @property
+    def unconditional(self) -> dict[str, Tensor]:
+        """The empty prompt's conditioning, first axis 1."""
+        return {name: value[None] for name, value in self.kept[""].items()}
+
+    def prepare(self, item: dict[str, Any]) -> dict[str, Any]:
+        """An item with the ``conditioning`` of its caption."""
+        return {**item, "conditioning": self.kept[item["caption"]]}
+
+
+def move_text_encoders(pipe: DiffusionPipeline, device: torch.device) -> None:
+    """Move the pipeline's text encoders; everything else stays."""
+    for name, part in pipe.components.items():
+        if name.startswith("text_encoder") and isinstance(part, nn.Module):
+            part.to(device)

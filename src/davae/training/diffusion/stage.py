@@ -1,0 +1,237 @@
+"""The diffusion stage: a widened transformer learns the structured latents, Eq. 12 and 13."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from davae.evaluation import sliced_wasserstein
+from davae.latents import LatentLayout
+from davae.pipelines.adapters import save_adapters
+from davae.pipelines.families import family_of
+from davae.pipelines.lora import merge_lora
+from davae.training.diffusion.class_map import ClassMap
+from davae.training.diffusion.noise import noise_process
+from davae.training.diffusion.objective import DiffusionObjective
+from davae.training.diffusion.prompts import PromptEmbeddings, captions_of, move_text_encoders
+from davae.training.diffusion.tuning import select_trained
+from davae.training.diffusion.validation import generate_classes, generate_prompts, held_out_loss
+from davae.training.loop import Player, Stage
+from davae.training.memory import LatentsInMemory, Prepared
+from davae.training.pictures import save_rows
+from davae.training.settings import DiffusionSettings
+
+logger = logging.getLogger(__name__)
+_PICTURES = 12  # in a row
+_SHOWN = 48
+
+
+class DiffusionStage(Stage):
+    """Tunes the transformer of a pipeline on the latents of its autoencoder.
+
+    Args:
+        pipeline: an upgraded pipeline (or a base one) of a known family.
+        layout: its base and detail channels.
+        settings: the recipe's section.
+        dataset: images with labels or captions; a cache has ``latent`` and ``conditioning`` in place of them.
+        held_out: the same for validation; always images.
+        cache_latents: encode the images once and keep the latents in memory.
+        workers: loader processes.
+        before: the pipeline before the upgrade, whose samples stand beside the new ones.
+
+    Raises:
+        DavaeError: an unknown pipeline, no caption where one is needed, or settings that do not fit.
+    """
+
+    name = "diffusion"
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        layout: LatentLayout,
+        settings: DiffusionSettings,
+        dataset: Dataset[dict[str, Any]],
+        held_out: Dataset[dict[str, Any]],
+        *,
+        cache_latents: bool = True,
+        workers: int = 0,
+        before: DiffusionPipeline | None = None,
+    ) -> None:
+        self.pipeline, self.layout, self.settings, self.loop = pipeline, layout, settings, settings.loop
+        self.family = family_of(pipeline)
+        self.before = before
+        self.workers = workers
+        self.images = held_out
+        self.vae = pipeline.vae.eval().requires_grad_(False)
+        device = _best_device()
+        self.vae.to(device)
+        cached = getattr(dataset, "holds_latents", False)
+        self.conditions = self._conditions(dataset, held_out, device, cached)
+        prompts = self.conditions if isinstance(self.conditions, PromptEmbeddings) else None
+        if cached and self.family.conditioned_on == "text":
+            self.dataset = dataset
+        elif cached:  # labels are kept as the data set has them
+            self.dataset = Prepared(dataset, self.conditions.prepare)
+        elif cache_latents and not cached:
+            logger.info("encoding %d images", len(dataset))  # type: ignore[arg-type]
+            self.dataset = LatentsInMemory(dataset, self._encode, self.conditions.prepare)
+        else:
+            self.dataset = Prepared(dataset, self.conditions.prepare)
+        self.held_out = LatentsInMemory(held_out, self._encode, self.conditions.prepare)
+
+        transformer = pipeline.transformer
+        rates = select_trained(transformer, self.family, layout, settings)
+        if settings.loop.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        self.objective = DiffusionObjective(
+            self.family,
+            transformer,
+            layout,
+            noise_process(self.family, pipeline, layout, settings.loss, settings.timesteps),
+            settings.loss,
+            encode=self._encode,
+            unconditional=prompts.unconditional if prompts else None,
+            dropout=settings.prompts.dropout if prompts else 0.0,
+            guidance=settings.prompts.guidance,
+        )
+        self.players = [
+            Player(
+                "model",
+                self.objective,
+                settings.optimizer,
+                {f"transformer.{name}": rate for name, rate in rates.items()},
+            )
+        ]
+        self._base_row: Tensor | None = None
+
+    def to(self, device: torch.device) -> None:
+        """Move the pipeline's frozen parts."""
+        self.vae.to(device)
+
+    def _conditions(
+        self,
+        dataset: Dataset[dict[str, Any]],
+        held_out: Dataset[dict[str, Any]],
+        device: torch.device,
+        cached: bool,
+    ) -> ClassMap | PromptEmbeddings:
+        """What turns an item's label or caption into the transformer's conditioning."""
+        if self.family.conditioned_on == "class":
+            return ClassMap(dataset.classes, self.pipeline)  # type: ignore[attr-defined]
+        asked = captions_of(held_out)
+        if not cached:
+            asked = captions_of(dataset) + asked
+        length = self.settings.prompts.max_length
+        return PromptEmbeddings(self.family, self.pipeline, asked, device, length)
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` images to latents as the transformer sees them, in the autoencoder's own precision."""
+        with torch.autocast(self.vae.device.type, enabled=False):
+            return self.family.latents_of(self.vae, images)
+
+    def validate(self, samples: Path, step: int) -> dict[str, float]:
+        """Held-out loss at fixed noise, and a sheet of samples from fixed seeds (below: the base's, same seeds)."""
+        device = self.vae.device
+        with self._precision():
+            values = held_out_loss(
+                self.objective,
+                self.held_out,
+                batch_size=self.loop.batch_size,
+                step=self.loop.steps,
+                seed=self.loop.seed,
+                device=device,
+            )
+            count = self.loop.validation_images
+            move_text_encoders(self.pipeline, device)
+            made = self._samples(self.pipeline, count, self._size())
+            base = self._base_samples(min(count, _PICTURES))
+            move_text_encoders(self.pipeline, torch.device("cpu"))
+        rows = {
+            f"samples {i // _PICTURES}": made[i : i + _PICTURES]
+            for i in range(0, min(count, _SHOWN), _PICTURES)
+        }
+        if base is not None:
+            rows["base"] = base
+        save_rows(samples / f"step-{step}.png", rows)
+        if isinstance(self.conditions, PromptEmbeddings):
+            (samples / "prompts.txt").write_text(
+                "\n".join(self.validation_prompts()) + "\n", encoding="utf-8"
+            )
+        if len(self.images):  # type: ignore[arg-type]
+            shown = [self.images[i]["image"] for i in range(min(count, len(self.images)))]  # type: ignore[arg-type]
+            real = torch.stack([image for image in shown if image.shape == made.shape[1:]] or shown[:1])
+            if real.shape[1:] == made.shape[1:]:
+                values["swd"] = next(iter(sliced_wasserstein(made, real).values()))
+        return values
+
+    def _samples(self, pipeline: DiffusionPipeline, count: int, size: tuple[int, int]) -> Tensor:
+        """``[count, 3, H, W]`` in [-1, 1], of the data's classes or the validation prompts in turn."""
+        if isinstance(self.conditions, ClassMap):
+            return generate_classes(
+                pipeline, self.conditions.known, count, self.settings.sample, seed=self.loop.seed
+            )
+        prompts = self.validation_prompts()
+        return generate_prompts(
+            pipeline,
+            [prompts[i % len(prompts)] for i in range(count)],
+            size,
+            self.settings.sample,
+            seed=self.loop.seed,
+            max_length=self.settings.prompts.max_length,
+        )
+
+    def _base_samples(self, count: int) -> Tensor | None:
+        """The base pipeline's, at its own resolution; made once, since neither changes."""
+        if self.before is not None:
+            height, width = self._size()
+            scale = getattr(self.pipeline.vae, "scale", 1)
+            parts = (self.before.transformer, self.before.vae)
+            for part in parts:
+                part.to(self.vae.device)
+            self._base_row = self._samples(self.before, count, (height // scale, width // scale))
+            self.before = None  # its memory is free again
+        return self._base_row
+
+    def validation_prompts(self) -> list[str]:
+        """The recipe's, or the distinct captions of the held-out images, or of any image, in their order."""
+        found = self.settings.prompts.validation or captions_of(self.images)
+        return list(dict.fromkeys(caption for caption in found if caption)) or [""]
+
+    def _size(self) -> tuple[int, int]:
+        """Height and width of the validation images: those of the data."""
+        item = self.images[0] if len(self.images) else self.dataset[0]  # type: ignore[arg-type]
+        height, width = item["image" if "image" in item else "latent"].shape[-2:]
+        unit = 1 if "image" in item else self.pipeline.vae_scale_factor
+        return height * unit, width * unit
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Frozen weights in bfloat16 meet float32 ones: autocast brings them together outside of training too."""
+        mixed = self.settings.tune.frozen_dtype == "bfloat16"
+        return torch.autocast(self.vae.device.type, dtype=torch.bfloat16, enabled=mixed)
+
+    def export(self, out: Path) -> Path:
+        """Write ``out/pipeline`` in diffusers format, with the LoRA merged.
+
+        What was tuned, where not everything was, is written by itself into ``out/adapters``.
+        """
+        transformer = self.pipeline.transformer.eval()
+        if self.settings.tune.mode != "full":
+            save_adapters(self.pipeline, out / "adapters")
+            merge_lora(transformer)
+        if self.settings.tune.frozen_dtype == "bfloat16":
+            transformer.to(torch.bfloat16)
+        transformer.to(memory_format=torch.contiguous_format)
+        self.pipeline.save_pretrained(out / "pipeline")
+        return out / "pipeline"
+
+
+def _best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

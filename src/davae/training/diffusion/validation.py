@@ -1,0 +1,149 @@
+"""What the diffusion stage measures and shows: a loss at fixed noise, and samples beside the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from davae.data import collate
+from davae.errors import DavaeError
+from davae.pipelines.families import ClassFamily, family_of
+from davae.training.loop import to_device
+from davae.training.settings import SampleSettings
+
+Item = dict[str, Any]
+_ITEMS = 256  # held-out items measured at most
+
+
+@torch.no_grad()
+def held_out_loss(
+    objective: Callable[[Item, int], dict[str, Tensor]],
+    items: Dataset[Item],
+    *,
+    batch_size: int,
+    step: int,
+    seed: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """The objective's named losses over held-out items, at the same noise every time.
+
+    Args:
+        objective: the stage's, in eval mode.
+        items: with ``latent`` and what the objective needs besides.
+        batch_size: items together; part of what is measured, since the noise is drawn batch by batch.
+        step: for the schedule of the detail channels.
+        seed: of the noise; torch's own state is left alone.
+        device: of the objective.
+    """
+    sums: dict[str, float] = {}
+    chosen = [items[i] for i in range(min(len(items), _ITEMS))]  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for part in _parts(chosen, batch_size):
+            batch = to_device({k: v for k, v in collate(part).items() if k != "skipped"}, device)
+            for name, value in objective(batch, step).items():
+                sums[name] = sums.get(name, 0.0) + float(value) * len(part) / len(chosen)
+    return {f"held_out_{name}": value for name, value in sums.items() if name != "detail_weight"}
+
+
+def _parts(items: list[Item], size: int) -> list[list[Item]]:
+    """Runs of at most ``size`` items of one shape."""
+    parts: list[list[Item]] = []
+    for item in items:
+        same = parts and parts[-1][0]["latent"].shape == item["latent"].shape
+        if same and len(parts[-1]) < size:
+            parts[-1].append(item)
+        else:
+            parts.append([item])
+    return parts
+
+
+def generate_classes(
+    pipeline: DiffusionPipeline,
+    labels: list[int],
+    count: int,
+    sample: SampleSettings,
+    *,
+    seed: int,
+    batch: int = 48,
+) -> Tensor:
+    """Samples of the given labels in turn, ``[count, 3, H, W]`` in [-1, 1], image ``i`` from seed ``seed + i``."""
+    family = family_of(pipeline)
+    if not isinstance(family, ClassFamily):
+        raise DavaeError(f"{type(pipeline).__name__} makes images of prompts, not of classes")
+    made = []
+    with _evaluating(pipeline):
+        for first in range(0, count, batch):
+            indices = range(first, min(first + batch, count))
+            made.append(
+                family.sample_labels(
+                    pipeline,
+                    [labels[i % len(labels)] for i in indices],
+                    num_inference_steps=sample.num_inference_steps,
+                    guidance_scale=sample.guidance_scale,
+                    guidance_interval=sample.guidance_interval,
+                    generators=[torch.Generator().manual_seed(seed + i) for i in indices],
+                )
+            )
+    return torch.cat(made)
+
+
+def generate_prompts(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    size: tuple[int, int],
+    sample: SampleSettings,
+    *,
+    seed: int,
+    batch: int = 4,
+    max_length: int | None = None,
+) -> Tensor:
+    """One image a prompt, ``[len(prompts), 3, H, W]`` in [-1, 1], image ``i`` from seed ``seed + i``.
+
+    Args:
+        pipeline: of a text family.
+        prompts: what to paint.
+        size: height and width in pixels.
+        sample: steps and guidance.
+        seed: of the first image.
+        batch: images together.
+        max_length: tokens a prompt is cut or padded to.
+    """
+    family = family_of(pipeline)
+    made = []
+    with _evaluating(pipeline):
+        for first in range(0, len(prompts), batch):
+            part = list(prompts[first : first + batch])
+            made.append(
+                family.sample(
+                    pipeline,
+                    part,
+                    height=size[0],
+                    width=size[1],
+                    num_inference_steps=sample.num_inference_steps,
+                    guidance_scale=sample.guidance_scale,
+                    generators=[torch.Generator().manual_seed(seed + first + i) for i in range(len(part))],
+                    max_length=max_length,
+                )
+            )
+    return torch.cat(made)
+
+
+class _evaluating(AbstractContextManager[None]):
+    """The pipeline's transformer in eval mode for a while."""
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self.transformer = pipeline.transformer
+        self.was_training = pipeline.transformer.training
+
+    def __enter__(self) -> None:
+        self.transformer.eval()
+
+    def __exit__(self, *error: object) -> None:
+        self.transformer.train(self.was_training)

@@ -1,0 +1,319 @@
+"""The diffusion stage on pipelines with prompts: what is drawn, what learns, what is shown to whom."""
+
+import math
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+
+from davae.data import open_dataset
+from davae.errors import DavaeError
+from davae.latents import LatentLayout
+from davae.models import AutoencoderDA
+from davae.pipelines import upgrade_pipeline
+from davae.pipelines.families import PipelineFamily, family_of
+from davae.tiny.small_pipelines import SMALL_PIPELINES, base_resolution, small_pipeline
+from davae.training.diffusion import (
+    DdpmProcess,
+    DiffusionObjective,
+    DiffusionStage,
+    FlowProcess,
+    PromptEmbeddings,
+    captions_of,
+    noise_process,
+    select_trained,
+)
+from davae.training.loop import train
+from davae.training.recipe import load_recipe
+from davae.training.run_directory import read_metrics
+from davae.training.settings import FlowLossSettings, SigmaTableSettings, TimestepSettings
+from davae.warm_start import channel_parameters, sd3_sigma_table
+
+LAYOUT = LatentLayout(2, 4)
+SETTINGS = FlowLossSettings()
+
+
+def _upgraded(name):
+    base = small_pipeline(name)
+    torch.manual_seed(0)
+    vae = AutoencoderDA.from_base(base.vae, scale=2, detail_channels=8)
+    return upgrade_pipeline(base, vae)
+
+
+def _parts(name, length=10):
+    side = 2 * base_resolution(name)
+    return (
+        open_dataset(f"procedural:{length}", resolution=side),
+        open_dataset("procedural", resolution=side, hold_out=2, part="held_out"),
+    )
+
+
+def _stage(name, *overrides, **options):
+    recipe = load_recipe("debug-text", ["diffusion.loop.validation_images=1", *overrides])
+    pipe = _upgraded(name)
+    torch.manual_seed(1)
+    return DiffusionStage(pipe, pipe.vae.layout, recipe.diffusion, *_parts(name), **options)
+
+
+# What is drawn
+
+
+def test_latents_in_memory_and_images_give_the_same_losses(tmp_path):
+    """Over 20 steps to 1e-6: noise, levels and dropped prompts do not depend on where latents come from."""
+    losses = []
+    for cached in (True, False):
+        overrides = ["diffusion.loop.steps=20", "diffusion.prompts.dropout=0.3"]
+        train(_stage("sd3", *overrides, cache_latents=cached), tmp_path / str(cached), {})
+        lines = read_metrics(tmp_path / str(cached) / "metrics.jsonl")
+        losses.append([line["total"] for line in lines if "total" in line])
+    assert len(losses[0]) == 20
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+class _Told(PipelineFamily):
+    """Keeps what it is told and predicts nothing."""
+
+    pipelines = ("Told",)
+    lora_targets = ()
+
+    def __init__(self):
+        self.seen = []
+
+    def _encode(self, pipe, prompts, length, empty):
+        raise NotImplementedError
+
+    def _predict(self, transformer, noisy, level, conditioning, guidance):
+        self.seen.append({k: v.clone() for k, v in conditioning.items()} | {"noisy": noisy.clone()})
+        return torch.zeros_like(noisy)
+
+
+def _told(dropout):
+    family = _Told()
+    process = FlowProcess(LAYOUT, SETTINGS, TimestepSettings())
+    unconditional = {"embeds": torch.full((1, 3, 5), -1.0), "mask": torch.zeros(1, 3, dtype=torch.long)}
+    objective = DiffusionObjective(
+        family, nn.Identity(), LAYOUT, process, SETTINGS, unconditional=unconditional, dropout=dropout
+    )
+    count = 2000
+    batch = {
+        "latent": torch.zeros(count, 6, 1, 1),
+        "conditioning": {"embeds": torch.ones(count, 3, 5), "mask": torch.ones(count, 3, dtype=torch.long)},
+    }
+    return family, objective, batch
+
+
+def test_a_share_of_prompts_is_dropped_whole_in_training_only():
+    family, objective, batch = _told(0.1)
+    torch.manual_seed(0)
+    objective.train()(batch, 0)
+    objective.eval()(batch, 0)
+    dropped = family.seen[0]["embeds"][:, 0, 0] == -1
+    assert 0.08 < dropped.float().mean() < 0.12
+    assert torch.equal(family.seen[0]["mask"][:, 0] == 0, dropped), "mask and embeddings go together"
+    assert (family.seen[0]["embeds"] == torch.where(dropped, -1.0, 1.0)[:, None, None]).all()
+    assert (family.seen[1]["embeds"] == 1).all()
+
+
+def test_dropping_prompts_changes_no_other_draw():
+    noisy = []
+    for dropout in (0.0, 0.5):
+        family, objective, batch = _told(dropout)
+        torch.manual_seed(0)
+        objective.train()(batch, 0)
+        noisy.append(family.seen[0]["noisy"])
+    assert torch.equal(*noisy)
+
+
+def test_the_unconditional_prompt_stays_out_of_checkpoints():
+    _, objective, _ = _told(0.1)
+    assert not objective.state_dict()
+
+
+def test_levels_from_the_official_table_are_truncated_times():
+    process = FlowProcess(LAYOUT, SETTINGS, TimestepSettings(table=SigmaTableSettings()))
+    sample = process.draw(torch.zeros(500, 6, 1, 1))
+    table = sd3_sigma_table(3.0, 4.0)
+    assert torch.isin(sample.share, table.sigmas).all()
+    milli = sample.level * 1000
+    torch.testing.assert_close(milli, milli.round(), atol=1e-3, rtol=0)
+    behind = 1000 * (sample.share - sample.level)  # what truncation took, in thousandths
+    assert behind.min() > -1e-3
+    assert behind.max() < 1.001
+    torch.testing.assert_close(sample.noisy, sample.share.view(-1, 1, 1, 1) * sample.noise)
+
+
+def test_a_table_and_a_shift_exclude_each_other():
+    with pytest.raises(DavaeError, match="exclude each other"):
+        load_recipe("debug-text", ["diffusion.timesteps.shift=3", "diffusion.timesteps.table.train_shift=4"])
+
+
+def test_noise_levels_follow_the_schedulers_shift_by_default():
+    """FLUX at 64 tokens; a shift in the recipe wins."""
+    pipe = small_pipeline("flux")
+    family, latent = family_of(pipe), torch.zeros(4000, 12, 16, 16)
+    process = noise_process(family, pipe, LatentLayout(4, 8), SETTINGS, TimestepSettings())
+    mu = 0.5 + (1.15 - 0.5) * (64 - 256) / (4096 - 256)
+    assert process.shift(latent) == pytest.approx(math.exp(mu))
+    median = process.draw(latent).share.median()
+    assert float(median) == pytest.approx(math.exp(mu) / (1 + math.exp(mu)), abs=0.02)
+    fixed = noise_process(family, pipe, LatentLayout(4, 8), SETTINGS, TimestepSettings(shift=1.0))
+    assert float(fixed.draw(latent).share.median()) == pytest.approx(0.5, abs=0.02)
+
+
+# DDPM
+
+
+def test_ddpm_noise_is_the_schedulers_and_a_right_prediction_costs_nothing():
+    scheduler = small_pipeline("pixart-sigma").scheduler.config
+    process = DdpmProcess(LAYOUT, SETTINGS, scheduler)
+    data = torch.randn(64, 6, 4, 4)
+    sample = process.draw(data)
+    assert sample.level.dtype == torch.long
+    assert int(sample.level.max()) < 1000
+    reference = DDPMScheduler(
+        beta_start=scheduler.beta_start, beta_end=scheduler.beta_end, beta_schedule=scheduler.beta_schedule
+    )
+    expected = reference.add_noise(data, sample.noise, sample.level)
+    torch.testing.assert_close(sample.noisy, expected)
+    assert float(process.loss(sample.noise, sample, 1.0)) == 0
+    assert float(process.loss(sample.noise + 2, sample, 1.0)) == pytest.approx(4)
+
+
+def test_ddpm_min_snr_caps_the_clean_samples():
+    """``min(SNR, 5) / SNR`` by hand: SNR 20 counts a quarter, SNR 2 counts in full."""
+    process = DdpmProcess(LAYOUT, FlowLossSettings(min_snr_gamma=5.0), small_pipeline("dit").scheduler.config)
+    sample = process.draw(torch.zeros(1, 6, 2, 2))
+    for snr, factor in ((20.0, 0.25), (2.0, 1.0)):
+        at = type(sample)(**{**vars(sample), "share": torch.tensor([1 / (1 + snr)])})
+        assert float(process.loss(at.noise + 1, at, 1.0)) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("loss", "scheduler", "words"),
+    [({"form": "x0"}, {}, "flow matching"), ({}, {"prediction_type": "v_prediction"}, "v_prediction")],
+)
+def test_ddpm_refuses_what_it_does_not_do(loss, scheduler, words):
+    with pytest.raises(DavaeError, match=words):
+        DdpmProcess(LAYOUT, FlowLossSettings(**loss), scheduler)
+
+
+def test_the_learned_variance_gets_no_gradient():
+    stage = _stage("pixart-sigma", "diffusion.tune.mode=full")
+    batch = {k: stage.dataset[0][k] for k in ("latent", "conditioning")}
+    batch = {
+        "latent": batch["latent"][None],
+        "conditioning": {k: v[None] for k, v in batch["conditioning"].items()},
+    }
+    stage.objective.train()(batch, 0)["total"].backward()
+    head = stage.pipeline.transformer.proj_out
+    per_output = head.weight.grad.unflatten(0, (2, 2, 24)).abs().sum((0, 1, 3))  # p p (noise, variance)
+    assert (per_output[12:] == 0).all()
+    assert (per_output[:4] > 0).all()
+
+
+# What learns
+
+
+@pytest.mark.parametrize("name", [n for n in SMALL_PIPELINES if n != "dit"])
+def test_the_usual_targets_fit_and_leave_the_widened_layers_alone(name):
+    pipe = _upgraded(name)
+    settings = load_recipe("debug-text").diffusion
+    widened = channel_parameters(pipe.transformer)
+    rates = select_trained(pipe.transformer, family_of(pipe), pipe.vae.layout, settings)
+    trained = {n for n, p in pipe.transformer.named_parameters() if p.requires_grad}
+    lora = {n for n in trained if ".lora_" in n}
+    assert trained - lora == set(widened)
+    assert rates == dict.fromkeys(widened, settings.tune.new_channels_learning_rate)
+    assert len(lora) >= 8
+    for target in family_of(pipe).lora_targets:
+        assert any(f".{target}.lora_A" in n for n in lora), target
+
+
+def test_targets_that_name_the_patch_embedder_do_not_reach_it():
+    """diffusers' PixArt example targets ``proj`` and ``proj_out``; here these are the widened layers."""
+    pipe = _upgraded("pixart-sigma")
+    settings = load_recipe("debug-text", ["diffusion.tune.lora.targets=[to_q, proj, proj_out]"]).diffusion
+    select_trained(pipe.transformer, family_of(pipe), pipe.vae.layout, settings)
+    names = [n for n, _ in pipe.transformer.named_parameters()]
+    assert "pos_embed.proj.weight" in names
+    assert "proj_out.weight" in names
+
+
+def test_a_target_that_does_not_exist_is_named_with_its_nearest():
+    with pytest.raises(DavaeError, match=r"named 'to_query'.*to_q"):
+        _stage("sd3", "diffusion.tune.lora.targets=[to_query]")
+
+
+def test_frozen_weights_in_bfloat16(tmp_path):
+    """What learns stays in float32 and learns; the rest is bfloat16, in training and in the saved pipeline."""
+    overrides = ["diffusion.tune.frozen_dtype=bfloat16", "diffusion.loop.precision=bf16"]
+    stage = _stage("sd3", *overrides, "diffusion.loop.steps=2")
+    named = dict(stage.pipeline.transformer.named_parameters())
+    assert {p.dtype for p in named.values() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in named.values() if not p.requires_grad} == {torch.bfloat16}
+    before = named["pos_embed.proj.weight"].detach().clone()
+    result = train(stage, tmp_path, {})
+    assert math.isfinite(result.metrics["held_out_total"])
+    after = stage.pipeline.transformer.pos_embed.proj.weight
+    assert not torch.equal(after, before.bfloat16())
+    assert stage.pipeline.transformer.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["diffusion.tune.mode=full", "diffusion.loop.precision=bf16"], "needs frozen weights"),
+        (["diffusion.loop.precision=no"], "needs loop.precision=bf16"),
+    ],
+)
+def test_bfloat16_weights_need_what_they_need(overrides, words):
+    with pytest.raises(DavaeError, match=words):
+        load_recipe("debug-text", ["diffusion.tune.frozen_dtype=bfloat16", *overrides])
+
+
+# Captions
+
+
+def test_each_caption_is_encoded_once_and_as_alone():
+    pipe = small_pipeline("sd3")
+    family = family_of(pipe)
+    asked, encode = [], family.encode_prompts
+
+    def counting(pipe, prompts, **options):
+        asked.extend(prompts)
+        return encode(pipe, prompts, **options)
+
+    family.encode_prompts = counting
+    try:
+        prompts = PromptEmbeddings(family, pipe, ["fox", "cat", "fox", ""], torch.device("cpu"), 16)
+    finally:
+        del family.encode_prompts
+    assert asked == ["", "fox", "cat"]
+    found = prompts.prepare({"caption": "cat"})["conditioning"]
+    for name, value in family.encode_prompts(pipe, ["cat"], max_length=16).items():
+        torch.testing.assert_close(found[name], value[0])
+    empty = family.encode_prompts(pipe, [""], max_length=16)
+    torch.testing.assert_close(prompts.unconditional, empty)
+
+
+def test_images_without_any_caption_are_an_error():
+    pipe = small_pipeline("sd3")
+    with pytest.raises(DavaeError, match="none of the 2 images has one"):
+        PromptEmbeddings(family_of(pipe), pipe, ["", ""], torch.device("cpu"))
+
+
+def test_captions_are_those_of_the_items():
+    data = open_dataset("procedural:6", resolution=32)
+    assert captions_of(data) == [data[i]["caption"] for i in range(6)]
+
+
+def test_the_held_out_loss_is_the_same_twice_and_leaves_the_random_state(tmp_path):
+    stage = _stage("auraflow", "diffusion.prompts.validation=[a red fox, a cat]")
+    stage.objective.eval()
+    torch.manual_seed(5)
+    first, state = stage.validate(tmp_path, 1), torch.get_rng_state()
+    assert first == stage.validate(tmp_path, 2)
+    torch.manual_seed(5)
+    assert torch.equal(state, torch.get_rng_state())
+    assert stage.validation_prompts() == ["a red fox", "a cat"]
