@@ -33,7 +33,23 @@ def autoencoder(tmp_path):
     return tmp_path / "vae"
 
 
-@pytest.mark.parametrize("verb", ["demo", "train", "upgrade", "generate", "reconstruct", "report", "doctor"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "demo",
+        "plan",
+        "train",
+        "cache",
+        "upgrade",
+        "generate",
+        "reconstruct",
+        "inspect",
+        "bench",
+        "export",
+        "report",
+        "doctor",
+    ],
+)
 def test_every_verb_has_help(verb, monkeypatch, capsys):
     status, out, _ = _run(monkeypatch, capsys, verb, "--help")
     assert status == 0
