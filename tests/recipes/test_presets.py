@@ -23,6 +23,7 @@ PUBLISHED = {
     "auraflow": 6.86,
     "dit-xl-2-512": 0.750,
     "lightningdit-xl-1": 0.675,
+    "sd3-reduced": 0.0341,  # made for benchmarks on a CPU
 }
 ENCODERS = {
     "CLIPTextModel": 0.123,

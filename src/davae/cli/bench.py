@@ -60,7 +60,7 @@ def inference(
         attention=attention,
         compile=compile,
     )
-    Console().print(inference_table(result))
+    _console().print(inference_table(result))
     _write(json_file, result.to_json())
 
 
@@ -91,7 +91,7 @@ def autoencoder(
         dtype=dtype,
         compile=compile,
     )
-    Console().print(autoencoder_table(result))
+    _console().print(autoencoder_table(result))
     _write(json_file, result.to_json())
 
 
@@ -145,6 +145,11 @@ def autoencoder_table(result: AutoencoderBenchmark) -> Table:
             f"{row.decode_memory_bytes / 2**20:.0f} MiB",
         )
     return table
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=140)  # a file has room for every column
 
 
 def _write(file: Path | None, values: dict) -> None:
