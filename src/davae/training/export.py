@@ -114,14 +114,22 @@ def _making(stage: Path, recipe: dict[str, Any]) -> Making:
         hardware["on"] = environment["device"]
     summary = _json(stage / "summary.json") or _json(stage.parent / "summary.json")
     sections = {key: value for key, value in summary.items() if key not in ("hardware", "title", "created")}
-    command = summary.get("command") or environment.get("command")
+    commands = [str(summary["command"])] if "command" in summary else _commands(stage, recipe)
     own = {key: value for key, value in recipe.items() if key != "autoencoder_folder"}
     return Making(
         figures=sections or _last_figures(stage),
-        commands=[command] if command else [],
+        commands=commands,
         hardware=hardware,
         recipe=yaml.safe_dump(own, sort_keys=False),
     )
+
+
+def _commands(stage: Path, recipe: dict[str, Any]) -> list[str]:
+    """The commands of the run, that of its autoencoder first where its run is still there."""
+    first = Path(recipe["autoencoder_folder"]).parent if recipe.get("autoencoder_folder") else None
+    runs = [first, stage] if first is not None else [stage]
+    found = [_json(run / "environment.json").get("command") for run in runs]
+    return [command for command in found if command]
 
 
 def _last_figures(stage: Path) -> dict[str, float]:
