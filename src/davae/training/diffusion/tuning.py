@@ -40,6 +40,8 @@ def select_trained(
     if mode != "full" and not layout.detail_channels:
         raise DavaeError(f"tune.mode={mode} needs detail channels; a base model is trained in full")
     widened = channel_parameters(transformer)
+    if tune.new_channels_start == "random":
+        _start_at_random(transformer, layout, settings.loop.seed)
     transformer.requires_grad_(mode == "full")
     if mode == "lora":
         attach_lora(transformer, lora_config(transformer, family, tune.lora))
@@ -52,6 +54,17 @@ def select_trained(
             named[name].register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient))
     rate = tune.new_channels_learning_rate
     return {} if rate is None else dict.fromkeys(widened, rate)
+
+
+@torch.no_grad()
+def _start_at_random(transformer: ModelMixin, layout: LatentLayout, seed: int) -> None:
+    """Give the new channels weights with the spread of the base's: what the warm start does not do."""
+    generator = torch.Generator().manual_seed(seed)
+    named = dict(transformer.named_parameters())
+    for name, mask in new_channel_masks(transformer, layout).items():
+        weight, mask = named[name], mask.to(named[name].device)
+        noise = torch.randn(weight.shape, generator=generator).to(weight)
+        weight[mask] = noise[mask] * weight[~mask].std()
 
 
 def lora_config(transformer: ModelMixin, family: PipelineFamily, settings: LoraSettings) -> LoraConfig:

@@ -1,0 +1,42 @@
+"""The picture of an ablation: every variant's figures, with the values of the single seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from davae.training.ablation import Ablation
+
+#: Metrics drawn where they were measured, with what is told about them.
+SHOWN = {
+    "swd": "sliced Wasserstein, finest level\n(lower is better)",
+    "swd_mean": "sliced Wasserstein, all levels\n(lower is better)",
+    "spectrum_db": "spectral distance in dB\n(lower is better)",
+    "autoencoder_psnr": "PSNR in dB\n(higher is better)",
+}
+
+
+def draw_ablation(result: Ablation, file: Path) -> Path:
+    """Write one picture: a panel a metric, a row a variant, dots for the seeds and a bar for their mean."""
+    names = list(result.variants)
+    shown = [m for m in SHOWN if all(m in result.variants[n] for n in names)]
+    figure = Figure(figsize=(2.6 * len(shown) + 1.6, 0.45 * len(names) + 1.4), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown):
+        for row, name in enumerate(names):
+            spread = result.variants[name][metric]
+            axes.plot(
+                [spread.mean] * 2, [row - 0.3, row + 0.3], color="C0" if row == 0 else "C1", linewidth=2.5
+            )
+            axes.scatter(
+                spread.values, [row] * len(spread.values), s=16, color="0.3", alpha=0.7, linewidths=0
+            )
+        axes.set_title(SHOWN[metric], fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", linewidth=0.4)
+    figure.axes[0].invert_yaxis()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    return file

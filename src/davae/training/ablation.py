@@ -1,0 +1,165 @@
+"""``davae ablate``: does each part of the method earn its place?
+
+Every variant is trained with every seed. Variants that differ in the diffusion stage alone share an autoencoder of
+the same seed. What is finished is never done again, so the same command continues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+
+from davae.errors import DavaeError
+from davae.evaluation import log_spectral_distance, sliced_wasserstein
+from davae.pipelines.loading import load_pipeline
+from davae.training.ablation_settings import AblationRecipe
+from davae.training.diffusion.validation import generate_classes
+from davae.training.images import open_part
+from davae.training.recipe import load_recipe
+from davae.training.run import train_autoencoder, train_diffusion
+from davae.training.run_directory import environment
+from davae.training.settings import UpgradeRecipe
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over the seeds: its mean, sample standard deviation (0 for one seed) and values."""
+
+    mean: float
+    std: float
+    values: list[float]
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """Of at least one value."""
+        return cls(mean(values), stdev(values) if len(values) > 1 else 0.0, values)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What the variants came to.
+
+    Attributes:
+        seeds: of every variant.
+        samples: images behind a generation figure.
+        variants: name to metric to figure; metrics of the autoencoder begin with ``autoencoder_``. ``swd`` is the
+            sliced Wasserstein distance at the finest level, ``swd_mean`` over all levels, ``spectrum_db`` the
+            distance of radial power spectra.
+        environment: versions and hardware.
+    """
+
+    seeds: list[int]
+    samples: int
+    variants: dict[str, dict[str, Spread]]
+    environment: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
+    """Train and measure every variant with every seed; continues what an interrupted call left.
+
+    Writes ``out/ablation.json``; runs lie in ``out/autoencoders`` and ``out/runs``.
+
+    Raises:
+        DavaeError: a variant is not a class-conditional upgrade recipe, or ``out`` holds another ablation.
+    """
+    cases = {
+        (name, seed): _recipe_of(recipe, name, seed) for name in recipe.variants for seed in recipe.seeds
+    }  # all are read before anything is trained
+    _claim(out, recipe)
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in recipe.variants}
+    for seed in recipe.seeds:  # a whole comparison stands after every seed
+        for name in recipe.variants:
+            figures[name].append(_run(cases[name, seed], name, seed, recipe.samples, out))
+        result = Ablation(
+            seeds=list(recipe.seeds[: recipe.seeds.index(seed) + 1]),
+            samples=recipe.samples,
+            variants={n: _spreads(found) for n, found in figures.items()},
+            environment=environment(),
+        )
+        (out / "ablation.json").write_text(json.dumps(result.to_json(), indent=1))
+    return result
+
+
+def _recipe_of(recipe: AblationRecipe, name: str, seed: int) -> UpgradeRecipe:
+    seeds = [f"autoencoder.loop.seed={seed}", f"diffusion.loop.seed={seed}"]
+    found = load_recipe(recipe.recipe, [*recipe.overrides, *recipe.variants[name], *seeds])
+    if not isinstance(found, UpgradeRecipe):
+        raise DavaeError(
+            f"variant '{name}': {recipe.recipe} is a recipe of kind '{found.kind}', not an upgrade"
+        )
+    return found
+
+
+def _claim(out: Path, recipe: AblationRecipe) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    file, asked = out / "ablation.recipe.json", recipe.model_dump(mode="json")
+    if file.is_file():
+        before = json.loads(file.read_text())
+        differing = [k for k in asked if k not in ("seeds", "description") and asked[k] != before.get(k)]
+        if differing:
+            raise DavaeError(
+                f"{out} holds another ablation ({', '.join(differing)} differ): choose another --out"
+            )
+    file.write_text(json.dumps(asked, indent=1))
+
+
+def _run(recipe: UpgradeRecipe, name: str, seed: int, samples: int, out: Path) -> dict[str, float]:
+    folder = out / "runs" / name.replace(" ", "-") / f"seed-{seed}"
+    done = folder / "result.json"
+    if done.is_file():
+        return json.loads(done.read_text())
+    logger.info("ablation: %s, seed %d", name, seed)
+    autoencoder, figures = _autoencoder(recipe, out)
+    trained = train_diffusion(recipe, folder, autoencoder)
+    figures = {
+        **figures,
+        **{k: v for k, v in trained.metrics.items() if k.startswith("held_out_")},
+        **_generation(recipe, trained.result, samples),
+    }
+    done.write_text(json.dumps(figures, indent=1))
+    return figures
+
+
+def _autoencoder(recipe: UpgradeRecipe, out: Path) -> tuple[Path, dict[str, float]]:
+    """The autoencoder of these settings, trained where no other variant did."""
+    settings = recipe.model_dump(mode="json")
+    asked = {key: settings[key] for key in ("base", "data", "autoencoder")}
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    folder = out / "autoencoders" / key
+    done = folder / "result.json"
+    if not done.is_file():
+        trained = train_autoencoder(recipe, folder)
+        done.write_text(json.dumps({f"autoencoder_{k}": v for k, v in trained.metrics.items()}, indent=1))
+    return folder / "autoencoder", json.loads(done.read_text())
+
+
+def _generation(recipe: UpgradeRecipe, pipeline: Path, samples: int) -> dict[str, float]:
+    pipe = load_pipeline(pipeline)
+    held_out = open_part(recipe.data, "held_out")
+    labels = sorted({held_out[i]["label"] for i in range(len(held_out))} - {-1})
+    known = dict(pipe.labels)
+    numbers = [known[held_out.classes[label]] for label in labels if held_out.classes[label] in known]
+    made = generate_classes(
+        pipe, numbers or [0], samples, recipe.diffusion.sample, seed=recipe.diffusion.loop.seed
+    )
+    real = torch.stack([held_out[i]["image"] for i in range(len(held_out))])
+    levels = list(sliced_wasserstein(made, real).values())
+    return {"swd": levels[0], "swd_mean": mean(levels), "spectrum_db": log_spectral_distance(made, real)}
+
+
+def _spreads(found: list[dict[str, float]]) -> dict[str, Spread]:
+    names = [name for name in found[0] if all(name in one for one in found)]
+    return {name: Spread.of([one[name] for one in found]) for name in names}
