@@ -28,7 +28,6 @@ from davae.models import AutoencoderDA, find_adapter
 from davae.models.base_adapters import constructor_arguments
 from davae.recipes.presets import License, find_preset, preset_names
 from davae.tiny import debug_base, load_tiny
-from davae.tiny.small_pipelines import SMALL_PIPELINES, small_pipeline
 from davae.warm_start import description_of
 from davae.warm_start.patterns import pattern_count
 
@@ -199,7 +198,9 @@ def find_architecture(base: str | Path | DiffusionPipeline) -> Architecture:
         return _of_pipeline(load_tiny(), name)
     if name == "debug":
         return _of_pipeline(debug_base(), name)
-    if name.removeprefix("debug-") in SMALL_PIPELINES and name.startswith("debug-"):
+    if name.startswith("debug-") and not Path(name).exists():
+        from davae.tiny.small_pipelines import small_pipeline  # imports eight families: only when asked for
+
         return _of_pipeline(small_pipeline(name.removeprefix("debug-")), name)
     preset = find_preset(name)
     if preset is not None:

@@ -11,12 +11,10 @@ from __future__ import annotations
 import logging
 from typing import TypeVar
 
-import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import PixArtImageProcessor, VaeImageProcessor
 
 from davae.models import AutoencoderDA
-from davae.pipelines.sd3_inpaint import StableDiffusion3InpaintPipeline
 from davae.pipelines.silent_details import guard_silent_details
 
 logger = logging.getLogger(__name__)
@@ -74,7 +72,10 @@ def fit_to_autoencoder(pipe: P) -> P:
         if type(processor) is PixArtImageProcessor:
             setattr(pipe, name, FullResolutionProcessor(vae.scale, processor.config.vae_scale_factor))
     guard_silent_details(pipe, vae.layout)
-    if type(pipe) is diffusers.StableDiffusion3InpaintPipeline:
+    cls = type(pipe)
+    if cls.__name__ == "StableDiffusion3InpaintPipeline" and cls.__module__.startswith("diffusers."):
+        from davae.pipelines.sd3_inpaint import StableDiffusion3InpaintPipeline  # imports all of SD3: only here
+
         pipe.__class__ = StableDiffusion3InpaintPipeline
     return pipe
 

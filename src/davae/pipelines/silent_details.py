@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, Lumina2Pipeline
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from davae.latents import LatentLayout
@@ -25,7 +25,8 @@ def guard_silent_details(pipe: DiffusionPipeline, layout: LatentLayout) -> None:
         pipe: an upgraded pipeline.
         layout: of its latent.
     """
-    if not isinstance(pipe, Lumina2Pipeline) or hasattr(pipe.transformer, "guards_silent_details"):
+    is_lumina = any(cls.__name__ == "Lumina2Pipeline" for cls in type(pipe).__mro__)
+    if not is_lumina or hasattr(pipe.transformer, "guards_silent_details"):
         return
 
     def off_zero(module: nn.Module, arguments: Any, output: Any) -> Any:
