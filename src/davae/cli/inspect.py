@@ -53,7 +53,7 @@ def _inspect(
         if not (folder / "config.json").is_file():
             raise DavaeError(f"no autoencoder in {folder}: it has no config.json")
         vae = AutoencoderDA.from_pretrained(folder)
-        side = resolution or _trained_resolution(folder)
+        side = resolution or trained_resolution(folder)
         dataset = open_dataset(data, resolution=side)
         count = min(images, len(dataset))
         items = [dataset[i * len(dataset) // count] for i in range(count)]
@@ -70,7 +70,8 @@ def _inspect(
     typer.echo("\n".join(map(str, [*files, out / "inspection.json"])))
 
 
-def _trained_resolution(folder: Path) -> int:
+def trained_resolution(folder: Path) -> int:
+    """Side in pixels of the images that the run of an autoencoder's folder was trained on."""
     recipe = folder.resolve().parent / "config.yaml"
     if not recipe.is_file():
         raise DavaeError(f"{folder} is not in a run, so its resolution is not known: give --resolution")

@@ -12,10 +12,14 @@ from rich.logging import RichHandler
 
 from davae import __version__
 from davae.cli import (
+    ablate,
     bench,
     cache,
+    compare,
+    convert,
     demo,
     doctor,
+    evaluate,
     export,
     generate,
     inspect,
@@ -42,9 +46,13 @@ plan.register(app)
 upgrade.register(app)
 cache.register(app)
 app.add_typer(bench.app, name="bench", help="Native and upgraded, side by side in one process.")
+app.add_typer(compare.app, name="compare", help="Autoencoders side by side on the same images.")
+app.add_typer(convert.app, name="convert", help="Files that the authors published, to diffusers folders.")
 generate.register(app)
 reconstruct.register(app)
+app.add_typer(evaluate.app, name="evaluate", help="How good images are: reconstructed and generated.")
 inspect.register(app)
+ablate.register(app)
 export.register(app)
 report.register(app)
 doctor.register(app)

@@ -67,8 +67,38 @@ def log_spectral_distance(a: Tensor, b: Tensor) -> float:
     if a.shape[-2:] != b.shape[-2:]:
         raise DavaeError(f"spectra of different sizes cannot be compared: {list(a.shape)}, {list(b.shape)}")
     frequency, power_a = radial_power_spectrum(a)
-    _, power_b = radial_power_spectrum(b)
+    return spectra_distance(frequency, power_a, radial_power_spectrum(b)[1])
+
+
+def spectra_distance(frequency: Tensor, power_a: Tensor, power_b: Tensor) -> float:
+    """:func:`log_spectral_distance` from two spectra ``[K]`` that :func:`radial_power_spectrum` made."""
     ring = (frequency > 0) & (frequency <= NYQUIST)
     floor = 1e-20  # a constant image has no power outside ring 0
     ratio = 10 * torch.log10(power_a[ring].clamp_min(floor) / power_b[ring].clamp_min(floor))
     return float(ratio.square().mean().sqrt())
+
+
+class SpectrumMean:
+    """Radial power spectrum of a set of images that comes in batches, all of one size."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._size: torch.Size | None = None
+        self._total = torch.zeros(())
+        self._frequency = torch.zeros(())
+
+    def update(self, images: Tensor) -> SpectrumMean:
+        """Add images ``[B, C, H, W]``; returns itself."""
+        frequency, power = radial_power_spectrum(images)
+        if self._size is not None and images.shape[-2:] != self._size:
+            raise DavaeError(f"a spectrum needs one size: {list(images.shape[-2:])} after {list(self._size)}")
+        self._size, self._frequency = images.shape[-2:], frequency
+        self._total = self._total + power * len(images)
+        self.count += len(images)
+        return self
+
+    def distance(self, other: SpectrumMean) -> float:
+        """:func:`log_spectral_distance` of the two sets, in dB."""
+        if self.count == 0 or self._size != other._size:
+            raise DavaeError(f"spectra of different sizes cannot be compared: {self._size}, {other._size}")
+        return spectra_distance(self._frequency, self._total / self.count, other._total / other.count)

@@ -63,17 +63,43 @@ def generate_images(
     """
     if count < 1:
         raise DavaeError(f"{count} images of each is nothing to do: at least 1")
-    known = _parameters(pipe)
-    options: dict[str, Any] = {"num_inference_steps": steps, "height": height, "width": width}
-    options |= _guidance(pipe, guidance, negative_prompt)
-    given = {key: value for key, value in options.items() if value is not None}
-    missing = sorted(given.keys() - known.keys())
-    if missing:
-        raise DavaeError(f"{type(pipe).__name__} takes no {', '.join(missing)}: leave it out")
+    given = _given_options(pipe, steps, guidance, negative_prompt, height, width)
     for i, subject in enumerate(subject for subject in subjects for _ in range(count)):
         generator = torch.Generator().manual_seed(seed + i)
         made = pipe(**_subject(pipe, subject), **given, generator=generator)
         yield Generated(subject, seed + i, made.images[0])
+
+
+def generate_batch(
+    pipe: DiffusionPipeline,
+    subjects: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> list[Image.Image]:
+    """Images in one call of the pipeline, each from its own seed.
+
+    Args:
+        pipe, steps, guidance, negative_prompt, height, width: as for :func:`generate_images`.
+        subjects: prompts, or names or numbers of classes.
+        seeds: one a subject.
+
+    Raises:
+        DavaeError: as for :func:`generate_images`.
+    """
+    given = _given_options(pipe, steps, guidance, negative_prompt, height, width)
+    if "negative_prompt" in given:
+        given["negative_prompt"] = [given["negative_prompt"]] * len(subjects)
+    joined: dict[str, list[Any]] = {}
+    for subject in subjects:
+        for key, value in _subject(pipe, subject).items():
+            joined.setdefault(key, []).extend(value if isinstance(value, list) else [value])
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return list(pipe(**joined, **given, generator=generators).images)
 
 
 def read_prompts(file: str | Path) -> list[str]:
@@ -94,6 +120,24 @@ def read_prompts(file: str | Path) -> list[str]:
 
 def _parameters(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(type(pipe).__call__).parameters)
+
+
+def _given_options(
+    pipe: DiffusionPipeline,
+    steps: int | None,
+    guidance: float | None,
+    negative_prompt: str | None,
+    height: int | None,
+    width: int | None,
+) -> dict[str, Any]:
+    """Arguments of the call without those left to the pipeline."""
+    options: dict[str, Any] = {"num_inference_steps": steps, "height": height, "width": width}
+    options |= _guidance(pipe, guidance, negative_prompt)
+    given = {key: value for key, value in options.items() if value is not None}
+    missing = sorted(given.keys() - _parameters(pipe).keys())
+    if missing:
+        raise DavaeError(f"{type(pipe).__name__} takes no {', '.join(missing)}: leave it out")
+    return given
 
 
 def _guidance(pipe: DiffusionPipeline, scale: float | None, negative: str | None) -> dict[str, Any]:

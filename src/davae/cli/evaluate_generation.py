@@ -1,0 +1,151 @@
+"""``davae evaluate generation``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from rich.progress import track
+
+from davae.cli.evaluate_parts import (
+    Device,
+    FeatureNames,
+    Json,
+    chosen_device,
+    open_networks,
+    optional,
+    report,
+    write_json,
+)
+from davae.errors import DavaeError
+from davae.evaluation.contest import Processes, run_contest
+from davae.evaluation.features import TextImageNetwork
+from davae.evaluation.generation import compare_generation, open_reference
+from davae.evaluation.image_run import RunSettings, write_geneval_folder
+from davae.pipelines import load_pipeline
+from davae.training.run import load_base
+
+logger = logging.getLogger(__name__)
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def generation(
+    pipeline: Annotated[str, typer.Argument(help="A pipeline folder, a run, a hub name, or 'tiny'.")],
+    reference: Annotated[
+        str, typer.Option("--reference", help="Images, as in a recipe, or an .npz of statistics.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder of the images; the same command continues.")
+    ] = Path("generation"),
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base pipeline, measured beside: upscaled, and native.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option("--count", help="Images (default: every prompt, or 50000 of classes).")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Text, MJHQ-30K .json or GenEval .jsonl.")
+    ] = None,
+    features: FeatureNames = None,
+    clip: Annotated[str | None, typer.Option("--clip", help="A CLIP model, for the CLIP score.")] = None,
+    reference_images: Annotated[
+        int | None, typer.Option("--reference-images", help="At most so many (default: all).")
+    ] = None,
+    save_to: Annotated[
+        Path | None,
+        typer.Option("--save-statistics", help="Write the reference's mu and sigma to this .npz."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of image 0; the next ones count up.")] = 0,
+    batch: Annotated[int, typer.Option("--batch", help="Images in one call.")] = 1,
+    steps: Annotated[int | None, typer.Option("--steps", help="The pipeline's own default.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="The pipeline's own default.")] = None,
+    height: Annotated[int | None, typer.Option("--height", help="Pixels, full resolution.")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels, full resolution.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Generate, then measure. Stopped at any time, the same command continues; under torchrun work is shared."""
+    if dtype not in _DTYPES:
+        raise DavaeError(f"--dtype must be one of {', '.join(_DTYPES)}, not '{dtype}'")
+    if batch < 1:
+        raise DavaeError(f"--batch is {batch}: at least 1 image in a call")
+    compared = open_reference(reference, limit=reference_images)
+    # Waiting for the slowest process may take hours; torch would give up after minutes.
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
+    where = str(state.device) if state.num_processes > 1 else chosen_device(device)
+    unavailable: dict[str, str] = {}
+    networks, clip_network = [], None
+    if state.is_main_process:  # before the images: what is missing should be known early
+        networks = open_networks(["inception"] if features is None else features, where, unavailable)
+        if clip is not None:
+            clip_network = optional("clip_score", lambda: TextImageNetwork(clip, device=where), unavailable)
+        if save_to is not None and (len(networks) != 1 or compared.moments is not None):
+            raise DavaeError(
+                "--save-statistics writes the moments of reference images by one feature network: give images as the "
+                "reference, and one --features that can be had"
+            )
+        for name, reason in unavailable.items():
+            logger.warning("%s will not be measured: %s", name, reason)
+    contest = run_contest(
+        lambda name: _open_pipeline(name, dtype, where),
+        RunSettings(
+            pipeline, {}, seed, batch, steps=steps, guidance=guidance, height=height, width=width, dtype=dtype
+        ),
+        out,
+        base=base,
+        prompts=prompts,
+        count=count,
+        processes=Processes(
+            state.process_index, state.num_processes, state.wait_for_everyone, _progress(state)
+        ),
+    )
+    if not state.is_main_process:
+        return
+    unavailable |= contest.unavailable
+    if contest.prompts.kind == "classes" and clip is not None:
+        clip_network, unavailable["clip_score"] = None, "the pipeline makes images of classes, not of texts"
+    found = compare_generation(
+        contest.models,
+        compared,
+        networks=networks,
+        clip=clip_network,
+        prompts=contest.prompts,
+        unavailable=unavailable,
+        save_statistics_to=save_to,
+    )
+    about: dict[str, Any] = {
+        name: run.describe() | {"folder": str(run.folder)} for name, run in contest.runs.items()
+    }
+    if contest.prompts.kind == "geneval":
+        for name, run in contest.runs.items():
+            write_geneval_folder(run, contest.prompts, contest.count, out / "geneval" / name)
+    for row in found.rows.values():
+        unavailable |= row.unavailable
+    report({name: row.figures for name, row in found.rows.items()}, unavailable)
+    write_json(json_file or out / "evaluation.json", {"runs": about} | found.to_json())
+
+
+def _open_pipeline(name: str, dtype: str, device: str) -> DiffusionPipeline:
+    if name in ("tiny", "debug") or name.startswith("debug-"):
+        pipe = load_base(name)
+        if dtype != "float32":
+            pipe.to(dtype=getattr(torch, dtype))
+    else:
+        pipe = load_pipeline(name, dtype=getattr(torch, dtype))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def _progress(state: PartialState) -> Any:
+    def show(made: Iterable[int], name: str, missing: int) -> Iterable[int]:
+        return track(made, name, total=missing, transient=True, disable=not state.is_main_process)
+
+    return show

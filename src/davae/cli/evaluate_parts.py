@@ -1,0 +1,81 @@
+"""What both verbs of ``davae evaluate`` need: optional parts, tables and files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from davae.errors import DavaeError
+from davae.evaluation.features import FeatureNetwork, open_network
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write every figure here.")]
+FeatureNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--features",
+        help="inception, inception:FILE, efficientnet-lite0, or a transformers model; can be given again.",
+    ),
+]
+Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda (default: the GPU, if any).")]
+Part = TypeVar("Part")
+
+
+def chosen_device(device: str | None) -> str:
+    """What was asked for, else the GPU where there is one."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def optional(name: str, make: Callable[[], Part], unavailable: dict[str, str]) -> Part | None:
+    """A part that may be missing: then the reason is noted under ``name``, and the other metrics still run."""
+    try:
+        return make()
+    except DavaeError as error:
+        unavailable[name] = str(error)
+        return None
+
+
+def open_networks(names: Sequence[str], device: str, unavailable: dict[str, str]) -> list[FeatureNetwork]:
+    """The feature networks that can be had."""
+    opened = [
+        optional(f"fid/{name}", lambda n=name: open_network(n, device=device), unavailable) for name in names
+    ]  # type: ignore[misc]
+    return [network for network in opened if network is not None]
+
+
+def figures_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row a metric, a column a contestant."""
+    table = Table()
+    table.add_column("")
+    for name in rows:
+        table.add_column(name, justify="right")
+    metrics = list(dict.fromkeys(metric for figures in rows.values() for metric in figures))
+    for metric in metrics:
+        table.add_row(metric, *(_shown(figures.get(metric)) for figures in rows.values()))
+    return table
+
+
+def report(rows: Mapping[str, Mapping[str, float]], unavailable: Mapping[str, str]) -> None:
+    """Print the table, and below it what is missing and why."""
+    console = Console()
+    console.print(figures_table(rows))
+    for name, reason in unavailable.items():
+        console.print(f"{name}: not measured. {reason}", markup=False, highlight=False, soft_wrap=True)
+
+
+def write_json(file: Path | None, values: dict[str, Any]) -> None:
+    """Every figure, where a file was named."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        typer.echo(str(file))
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,152 @@
+"""The images of an upgraded pipeline and of its baselines, from the same prompts and seeds."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from davae.errors import DavaeError
+from davae.evaluation.generation import Batches
+from davae.evaluation.image_run import ImageRun, RunSettings
+from davae.evaluation.prompt_sets import GENEVAL_SAMPLES, PromptSet, class_set, open_prompt_set
+from davae.pipelines.generate import takes_prompts
+
+UPGRADED, BASE_UPSCALED, BASE_NATIVE = "upgraded", "base, upscaled", "base, native"
+CLASS_IMAGES = 50_000
+"""Images of a class-conditional model where no number is given: what published distances use."""
+
+
+@dataclass
+class Processes:
+    """This process among all, and how to wait for the others.
+
+    Attributes:
+        rank, world: number of this one, and how many.
+        wait: returns once every process has called it.
+        progress: wraps the numbers of images as they are made; told what they are for and how many are missing.
+    """
+
+    rank: int = 0
+    world: int = 1
+    wait: Callable[[], None] = lambda: None
+    progress: Callable[[Iterable[int], str, int], Iterable[int]] = lambda made, _name, _missing: made
+
+
+@dataclass
+class Contest:
+    """Runs by folder name, models by the name they are reported under, and what could not take part."""
+
+    prompts: PromptSet
+    count: int
+    runs: dict[str, ImageRun] = field(default_factory=dict)
+    models: dict[str, Batches] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+def run_contest(
+    open_pipeline: Callable[[str], DiffusionPipeline],
+    settings: RunSettings,
+    out: str | Path,
+    *,
+    base: str | None = None,
+    prompts: str | Path | None = None,
+    count: int | None = None,
+    processes: Processes | None = None,
+) -> Contest:
+    """Make all images that are missing.
+
+    Args:
+        open_pipeline: a pipeline by name.
+        settings: of the upgraded pipeline; the baselines follow it.
+        out: one folder each for ``upgraded``, ``base`` (at base resolution) and ``native`` (at full).
+        base: name of the base pipeline; none leaves the baselines out.
+        prompts: file of prompts, for pipelines that take them.
+        count: images of each; none takes every prompt once (GenEval: four times), or 50 000 of classes.
+        processes: who else works in the same folder.
+
+    Raises:
+        DavaeError: prompts for a class-conditional pipeline or none for the other kind, or a folder of another run.
+    """
+    out, processes = Path(out), processes or Processes()
+    pipe = open_pipeline(settings.pipeline)
+    subjects = find_subjects(pipe, prompts)
+    total = _count(count, subjects)
+    contest = Contest(subjects, total)
+    settings = replace(settings, prompts=subjects.describe())
+    upgraded = contest.runs["upgraded"] = _make(pipe, settings, out / "upgraded", contest, processes)
+    contest.models[UPGRADED] = partial(upgraded.batches, total)
+    scale = int(getattr(pipe.vae, "scale", 1))
+    processes.wait()
+    if base is None:
+        return contest
+    del pipe  # its memory may be needed
+    full = (upgraded.size()[0], upgraded.size()[1])
+    pipe = open_pipeline(base)
+    flexible = "height" in inspect.signature(type(pipe).__call__).parameters
+    height, width = (full[0] // scale, full[1] // scale) if flexible else (None, None)
+    small = replace(settings, pipeline=base, height=height, width=width)
+    lower = contest.runs["base"] = _make(pipe, small, out / "base", contest, processes)
+    contest.models[BASE_UPSCALED] = partial(_upscaled, lower, total, full)
+    if scale == 1:
+        contest.unavailable[BASE_NATIVE] = "the pipeline is not upgraded: it is native itself"
+    elif flexible:
+        large = replace(settings, pipeline=base, height=full[0], width=full[1])
+        native = contest.runs["native"] = _make(pipe, large, out / "native", contest, processes)
+        contest.models[BASE_NATIVE] = partial(native.batches, total)
+    else:
+        contest.unavailable[BASE_NATIVE] = f"{type(pipe).__name__} takes no height and width"
+    processes.wait()
+    return contest
+
+
+def find_subjects(pipe: DiffusionPipeline, prompts: str | Path | None) -> PromptSet:
+    """What the images are of: the file's prompts, or every class the transformer knows.
+
+    Raises:
+        DavaeError: the file and the kind of pipeline do not go together.
+    """
+    if takes_prompts(pipe):
+        if prompts is None:
+            raise DavaeError(
+                f"{type(pipe).__name__} makes images of prompts: name a file of them with --prompts"
+            )
+        return open_prompt_set(prompts)
+    if prompts is not None:
+        raise DavaeError(f"{type(pipe).__name__} makes images of classes: leave --prompts out")
+    config = pipe.transformer.config
+    classes = getattr(config, "num_classes", None) or getattr(config, "num_embeds_ada_norm", None)
+    if not classes:
+        raise DavaeError(f"{type(pipe.transformer).__name__} does not tell how many classes it knows")
+    return class_set(int(classes))
+
+
+def _count(count: int | None, subjects: PromptSet) -> int:
+    if count is not None and count < 2:
+        raise DavaeError(f"--count is {count}: distances need at least 2 images")
+    if count is None:
+        count = CLASS_IMAGES if subjects.kind == "classes" else len(subjects.subjects)
+        count *= GENEVAL_SAMPLES if subjects.kind == "geneval" else 1
+    return count
+
+
+def _make(
+    pipe: DiffusionPipeline, settings: RunSettings, folder: Path, contest: Contest, processes: Processes
+) -> ImageRun:
+    run = ImageRun(folder, settings)
+    missing = run.share_missing(contest.count, processes.rank, processes.world)
+    made = run.make(pipe, contest.prompts, contest.count, rank=processes.rank, world=processes.world)
+    for _ in processes.progress(made, folder.name, len(missing)):
+        pass
+    return run
+
+
+def _upscaled(run: ImageRun, count: int, size: tuple[int, int]) -> Iterator[Tensor]:
+    for images in run.batches(count):
+        yield F.interpolate(images, size=size, mode="bicubic", align_corners=False).clamp(-1, 1)

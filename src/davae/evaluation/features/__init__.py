@@ -1,0 +1,6 @@
+"""Networks whose features stand for images: Inception, EfficientNet-Lite0, or any transformers model."""
+
+from davae.evaluation.features.network import FeatureNetwork, Features, open_network
+from davae.evaluation.features.text_image import TextImageNetwork
+
+__all__ = ["FeatureNetwork", "Features", "TextImageNetwork", "open_network"]

@@ -1,0 +1,122 @@
+"""Features of any image model of transformers: DINOv2, CLIP, ViT, ResNet and so on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel
+from transformers.utils import cached_file
+
+from davae.errors import DavaeError
+from davae.evaluation.features.network import Features
+from davae.evaluation.features.resize import resize_bicubic, standardise, to_bytes
+from davae.evaluation.frechet import file_hash
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+class TransformersFeatures:
+    """Pooled features of a transformers model.
+
+    The features are ``image_embeds`` of a model that knows texts too (CLIP, SigLIP), else the pooler's output, else,
+    where there is none or the weights have none for it, the mean over positions. Images are resized to the model's
+    side, whole; mean and standard deviation are the model's own.
+
+    Args:
+        name: a folder, or a name on the hub.
+        device: where it computes.
+
+    Raises:
+        DavaeError: nothing can be loaded, or weights other than the pooler's are missing.
+    """
+
+    def __init__(self, name: str, *, device: str | torch.device = "cpu") -> None:
+        self.name = name
+        self._device = device
+        try:
+            self._model, info = AutoModel.from_pretrained(name, output_loading_info=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise DavaeError(
+                f"feature network '{name}': not 'inception', not 'efficientnet-lite0', and no transformers model can "
+                f"be loaded from a folder or hub name of that kind ({_first_line(error)}). Where there is no network, "
+                f"fetch it elsewhere with `hf download {name} --local-dir FOLDER` and give the folder"
+            ) from error
+        missing = sorted(info["missing_keys"])
+        self._has_pooler = not any("pooler" in key for key in missing)
+        others = [key for key in missing if "pooler" not in key]
+        if others:
+            raise DavaeError(
+                f"feature network '{name}': the weights lack {others[0]} and {len(others) - 1} more"
+            )
+        self._model.to(device).eval().requires_grad_(False)
+        self._side, self._mean, self._std = self._preprocessing()
+        self._pooled = "unknown until used"
+
+    def describe(self) -> dict[str, Any]:
+        """See `FeatureNetwork`."""
+        weights = self._weights_file()
+        return {
+            "network": f"{type(self._model).__name__} {self.name}",
+            "weights": None if weights is None else weights.name,
+            "weights_sha256": None if weights is None else file_hash(weights),
+            "features": self._pooled,
+            "resize": f"bicubic, antialiased, to {self._side} x {self._side}, aspect ratio not kept",
+            "range": f"8 bits, / 255, mean {list(self._mean)}, std {list(self._std)}",
+        }
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Features:
+        """See `FeatureNetwork`."""
+        x = resize_bicubic(to_bytes(images.to(self._device)), self._side, self._side)
+        x = standardise(x, self._mean, self._std).to(self._model.dtype)
+        if hasattr(self._model, "get_image_features"):
+            self._pooled = "image embedding"
+            return Features(embedding(self._model.get_image_features(pixel_values=x)).float())
+        out = self._model(pixel_values=x)
+        pooled = getattr(out, "pooler_output", None)
+        if pooled is not None and self._has_pooler:
+            self._pooled = "pooler output"
+            return Features(pooled.flatten(1).float())
+        last = out.last_hidden_state
+        self._pooled = "mean over positions"
+        return Features((last.mean(dim=1) if last.ndim == 3 else last.mean(dim=(2, 3))).float())
+
+    def _preprocessing(self) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+        found = _beside(self.name, "preprocessor_config.json")
+        stored = json.loads(found.read_text()) if found else {}
+        size = stored.get("crop_size") or stored.get("size") or {}
+        side = size if isinstance(size, int) else size.get("height") or size.get("shortest_edge")
+        config = getattr(self._model.config, "vision_config", self._model.config)
+        side = side or getattr(config, "image_size", None) or 224
+        side = max(side) if isinstance(side, list | tuple) else int(side)
+        return (
+            side,
+            tuple(stored.get("image_mean", _IMAGENET_MEAN)),
+            tuple(stored.get("image_std", _IMAGENET_STD)),
+        )
+
+    def _weights_file(self) -> Path | None:
+        return next((found for name in _WEIGHTS if (found := _beside(self.name, name))), None)
+
+
+def embedding(output: Any) -> Tensor:
+    """``[B, F]``; newer transformers wrap what older ones return as a tensor."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def _beside(name: str, file: str) -> Path | None:
+    """A file of a model's folder or, of a hub model, of the local cache."""
+    found = cached_file(
+        name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+    )  # fmt: skip
+    return None if found is None else Path(found)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,178 @@
+"""Generated images of several models against one reference, with everything that another needs to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from davae.data import open_dataset
+from davae.errors import DavaeError
+from davae.evaluation.clip_score import ClipScore
+from davae.evaluation.features import FeatureNetwork, TextImageNetwork
+from davae.evaluation.frechet import Gaussian, file_hash, load_statistics, save_statistics
+from davae.evaluation.image_set import PATCH_IMAGES, Distances, ImageSet, compare_sets
+from davae.evaluation.prompt_sets import PromptSet
+
+Batches = Callable[[], Iterable[Tensor]]
+"""Begins anew at every call: images ``[B, 3, H, W]`` in [-1, 1], in the order of their numbers."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What generated images are compared with: real images, or the moments of their features alone.
+
+    Attributes:
+        name: as it was given.
+        moments: of a file of statistics.
+        limit: at most so many images, evenly from the whole set; none takes all.
+    """
+
+    name: str
+    moments: Gaussian | None = None
+    limit: int | None = None
+
+    def gather(
+        self, networks: list[FeatureNetwork], height: int, width: int, *, spatial: bool = True
+    ) -> ImageSet | Gaussian:
+        """The moments, or the images cut to ``height`` x ``width`` as the metrics see them.
+
+        Raises:
+            DavaeError: no images there.
+        """
+        if self.moments is not None:
+            return self.moments
+        return ImageSet(networks, spatial=spatial).extend(self.batches(height, width))
+
+    def batches(self, height: int, width: int, *, size: int = 32) -> Iterator[Tensor]:
+        """Images ``[B, 3, H, W]`` in [-1, 1]: resized as in ADM, the middle cut out."""
+        shape = {} if height == width else {"buckets": [(width, height)]}
+        dataset = open_dataset(self.name, resolution=min(height, width), **shape)  # type: ignore[arg-type]
+        count = min(self.limit or len(dataset), len(dataset))
+        for start in range(0, count, size):
+            numbers = range(start, min(start + size, count))
+            yield torch.stack([dataset[i * len(dataset) // count]["image"] for i in numbers])
+
+    def describe(self, gathered: ImageSet | Gaussian) -> dict[str, Any]:
+        """For the JSON."""
+        if isinstance(gathered, Gaussian):
+            return {
+                "statistics": self.name,
+                "sha256": file_hash(self.name),
+                "features": len(gathered.mean),
+                "images": gathered.count,
+            }
+        return {
+            "data": self.name,
+            "images": gathered.count,
+            "preprocessing": "short side halved by boxes while twice too large, then bicubic; centre crop; 8 bits",
+        }
+
+
+def open_reference(name: str, *, limit: int | None = None) -> Reference:
+    """A reference by name: an ``.npz`` of statistics, or images as in a recipe's ``data.path``.
+
+    Raises:
+        DavaeError: the statistics cannot be read.
+    """
+    return Reference(name, load_statistics(name) if Path(name).suffix == ".npz" else None, limit)
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """Everything that :func:`compare_generation` found.
+
+    Attributes:
+        count: images of each model.
+        reference: which, with its hash or its preprocessing.
+        rows: figures by model.
+        networks: preprocessing and weights of each feature network.
+        settings: of the metrics themselves.
+    """
+
+    count: int
+    reference: dict[str, Any]
+    rows: dict[str, Distances]
+    networks: list[dict[str, Any]]
+    settings: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def compare_generation(
+    models: Mapping[str, Batches],
+    reference: Reference,
+    *,
+    networks: list[FeatureNetwork] | None = None,
+    clip: TextImageNetwork | None = None,
+    prompts: PromptSet | None = None,
+    unavailable: Mapping[str, str] | None = None,
+    save_statistics_to: Path | None = None,
+) -> GenerationReport:
+    """Measure the images of every model.
+
+    Args:
+        models: name to images; all of one size and number.
+        reference: what they are compared with.
+        networks: for the distances of features.
+        clip: for the CLIP score, with ``prompts``.
+        prompts: what image ``i`` is of.
+        unavailable: metrics that were asked for and cannot be had, with the reason; told in every row.
+        save_statistics_to: ``.npz`` for the moments of the reference's features, with one network only.
+
+    Raises:
+        DavaeError: no model, no images, images of different sizes, or moments that cannot be saved.
+    """
+    networks = networks or []
+    gathered: ImageSet | Gaussian | None = None
+    rows: dict[str, Distances] = {}
+    count = 0
+    for name, batches in models.items():
+        found, score = ImageSet(networks), ClipScore()
+        for images in batches():
+            if clip is not None and prompts is not None:
+                texts = [prompts.subject(found.count + i) for i in range(len(images))]
+                score.update(clip(images).rows, clip.texts(texts))
+            if gathered is None:
+                gathered = reference.gather(networks, *images.shape[-2:])
+            found.update(images)
+        if gathered is None or found.count == 0:
+            raise DavaeError(f"there are no images of '{name}'")
+        count = found.count
+        rows[name] = compare_sets(found, gathered)
+        if clip is not None and prompts is not None:
+            rows[name].figures["clip_score"] = score.score()
+        rows[name].unavailable |= dict(unavailable or {})
+    if gathered is None:
+        raise DavaeError("there is no model to measure")
+    about = reference.describe(gathered)
+    if save_statistics_to is not None:
+        about["saved"] = _save_moments(gathered, save_statistics_to)
+    return GenerationReport(
+        count=count,
+        reference=about,
+        rows=rows,
+        networks=[network.describe() for network in networks]
+        + ([] if clip is None else [clip.describe() | {"for": "clip_score"}]),
+        settings={
+            "kid": "polynomial kernel (x.y / F + 1)^3, unbiased, 100 subsets of at most 1000, seed 2020",
+            "precision_recall": "3 neighbours",
+            "class_score": "10 parts of the shuffled images, of at least 10 images each, seed 2020",
+            "swd": f"patches 7 x 7, 128 an image and level, first {PATCH_IMAGES} images, pooled moments, seed 0",
+        },
+    )
+
+
+def _save_moments(gathered: ImageSet | Gaussian, file: Path) -> dict[str, str]:
+    if isinstance(gathered, Gaussian) or len(gathered.features) != 1:
+        raise DavaeError(
+            "statistics are saved of images, with one feature network: give one --features that is there"
+        )
+    ((network, features),) = gathered.features.items()
+    return {"file": str(file), "network": network, "sha256": save_statistics(features.gaussian(), file)}

@@ -1,0 +1,167 @@
+"""What is gathered of a set of images, batch by batch, and every distance between two such sets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from davae.errors import DavaeError
+from davae.evaluation.class_score import class_score
+from davae.evaluation.features import FeatureNetwork, Features
+from davae.evaluation.frechet import Gaussian, GaussianStatistics, frechet_distance
+from davae.evaluation.kernel_distance import kernel_distance
+from davae.evaluation.manifold import precision_recall
+from davae.evaluation.sliced_wasserstein import PatchSet
+from davae.evaluation.spectrum import SpectrumMean
+
+PATCH_IMAGES = 8192
+"""Patches are cut from the first so many images of a set; more would only fill the memory."""
+
+KID_SUBSET = 1000
+NEIGHBOURS = 3
+
+
+class FeatureSet:
+    """Features of a set by one network: the rows, and their moments as they come."""
+
+    def __init__(self) -> None:
+        self._rows: list[Tensor] = []
+        self._logits: list[Tensor] = []
+        self._statistics = GaussianStatistics()
+        self._gaussian: Gaussian | None = None
+
+    def update(self, features: Features) -> None:
+        """Add a batch."""
+        self._statistics.update(features.rows)
+        self._rows.append(features.rows.float().cpu())
+        if features.logits is not None:
+            self._logits.append(features.logits.float().cpu())
+
+    @property
+    def rows(self) -> Tensor:
+        """``[N, F]``."""
+        return torch.cat(self._rows)
+
+    @property
+    def logits(self) -> Tensor | None:
+        """``[N, K]``, none where the network knows no classes."""
+        return torch.cat(self._logits) if self._logits else None
+
+    def gaussian(self) -> Gaussian:
+        """Their moments; the same object until more are added, for its factor is dear."""
+        if self._gaussian is None or self._gaussian.count != self._statistics.count:
+            self._gaussian = self._statistics.gaussian()
+        return self._gaussian
+
+
+class ImageSet:
+    """A set of images as the metrics see it.
+
+    Args:
+        networks: whose features are wanted.
+        spatial: also gather patches and the power spectrum; the images must be of one size then.
+        seed: of the patches.
+    """
+
+    def __init__(
+        self, networks: Sequence[FeatureNetwork] = (), *, spatial: bool = True, seed: int = 0
+    ) -> None:
+        self.networks = list(networks)
+        self.features = {network.name: FeatureSet() for network in networks}
+        self.patches = PatchSet(seed=seed) if spatial else None
+        self.spectrum = SpectrumMean() if spatial else None
+        self.count = 0
+
+    def update(self, images: Tensor) -> ImageSet:
+        """Add images ``[B, 3, H, W]`` in [-1, 1]; returns itself."""
+        for network in self.networks:
+            self.features[network.name].update(network(images))
+        if self.patches is not None and self.patches.count < PATCH_IMAGES:
+            self.patches.update(images[: PATCH_IMAGES - self.patches.count].cpu())
+        if self.spectrum is not None:
+            self.spectrum.update(images.cpu())
+        self.count += len(images)
+        return self
+
+    def extend(self, batches: Iterable[Tensor]) -> ImageSet:
+        """Add every batch; returns itself."""
+        for batch in batches:
+            self.update(batch)
+        return self
+
+
+@dataclass
+class Distances:
+    """Figures by name, and for each figure that could not be had the reason.
+
+    Attributes:
+        figures: such as ``fid/inception``; names are told in ``docs/evaluation.md``.
+        unavailable: name to reason.
+    """
+
+    figures: dict[str, float] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"figures": self.figures, "unavailable": self.unavailable}
+
+
+def compare_sets(found: ImageSet, reference: ImageSet | Gaussian, *, seed: int = 2020) -> Distances:
+    """Every distance of a set of images to a reference set, and the Inception Score of the first.
+
+    Args:
+        found: generated or reconstructed images.
+        reference: real images with the same networks, or the moments of their features alone.
+        seed: of subsets and shuffles.
+    """
+    result = Distances()
+    for name, features in found.features.items():
+        known = reference if isinstance(reference, Gaussian) else reference.features[name]
+        _feature_distances(result, name, features, known, seed)
+    spatial = ("swd", "spectrum_db")
+    if isinstance(reference, Gaussian):
+        result.unavailable |= dict.fromkeys(
+            spatial, "the reference is a file of statistics: images are needed"
+        )
+    elif found.patches is not None and reference.patches is not None:
+        assert found.spectrum is not None
+        assert reference.spectrum is not None
+        levels = found.patches.distance(reference.patches)
+        result.figures["swd"] = sum(levels.values()) / len(levels)
+        result.figures |= {f"swd/level{level}": value for level, value in levels.items()}
+        result.figures["spectrum_db"] = found.spectrum.distance(reference.spectrum)
+    return result
+
+
+def _feature_distances(
+    result: Distances, name: str, features: FeatureSet, reference: FeatureSet | Gaussian, seed: int
+) -> None:
+    rows, logits = features.rows, features.logits
+    moments = reference if isinstance(reference, Gaussian) else reference.gaussian()
+    try:
+        result.figures[f"fid/{name}"] = frechet_distance(features.gaussian(), moments)
+    except DavaeError as error:
+        result.unavailable[f"fid/{name}"] = str(error)
+    if isinstance(reference, Gaussian):
+        reason = "the reference is a file of statistics: images are needed"
+        result.unavailable |= {f"{m}/{name}": reason for m in ("kid", "precision", "recall")}
+    else:
+        others = reference.rows
+        size = min(KID_SUBSET, len(rows), len(others))
+        kid = kernel_distance(rows, others, subset_size=size, seed=seed)
+        result.figures |= {f"kid/{name}": kid.mean, f"kid_std/{name}": kid.std}
+        if min(len(rows), len(others)) > NEIGHBOURS:
+            both = precision_recall(others, rows, neighbours=NEIGHBOURS)
+            result.figures |= {f"precision/{name}": both.precision, f"recall/{name}": both.recall}
+        else:
+            reason = f"needs more than {NEIGHBOURS} images"
+            result.unavailable |= {f"{m}/{name}": reason for m in ("precision", "recall")}
+    if logits is not None:
+        # Ten parts as published; fewer where a part would have less than ten images, and say nothing.
+        score = class_score(logits, splits=min(10, max(1, len(logits) // 10)), seed=seed)
+        result.figures |= {f"class_score/{name}": score.mean, f"class_score_std/{name}": score.std}

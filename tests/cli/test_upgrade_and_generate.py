@@ -1,0 +1,113 @@
+"""``davae upgrade`` and ``davae generate`` for text-to-image pipelines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from davae.cli.main import main
+from davae.models import AutoencoderDA
+from davae.pipelines.generate import generate_images
+from davae.tiny.small_pipelines import small_pipeline
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object):
+    """Exit status, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["davae", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "500")
+    try:
+        main()
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+@pytest.fixture
+def autoencoder(tmp_path: Path) -> Path:
+    vae = AutoencoderDA.from_base(small_pipeline("sd3").vae, scale=2, detail_channels=8)
+    vae.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+def test_upgrade_reports_and_generate_reads_prompts(autoencoder, monkeypatch, capsys, tmp_path) -> None:
+    out = tmp_path / "upgraded"
+    arguments = ("upgrade", "debug-sd3", "--autoencoder", autoencoder, "--out", out)
+    status, told, _ = run(monkeypatch, capsys, *arguments, "--timestep-shift", "2.5")
+    assert status == 0
+    assert "warm start verified: base outputs differ by" in told
+    assert "StableDiffusion3Pipeline with 4 + 8 latent channels, images 2 times larger" in told
+    assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["shift"] == 2.5
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# two of them\na red fox in snow\n\nein Haus am See, früh\n", encoding="utf-8")
+    images = tmp_path / "images"
+    further = ("--count", 2, "--seed", 5, "--steps", 1, "--height", 64, "--width", 128, "--negative", "a car")
+    arguments = ("generate", out, "--prompts", prompts, "--prompt", "a cat", "--out", images, *further)
+    status, told, _ = run(monkeypatch, capsys, *arguments)
+    assert status == 0
+    assert "6 images of 128 x 64 pixels" in told
+    names = {path.name for path in images.iterdir()}
+    assert names == {
+        *("a-cat-5.png", "a-cat-6.png", "a-red-fox-in-snow-7.png", "a-red-fox-in-snow-8.png"),
+        *("ein-Haus-am-See-früh-9.png", "ein-Haus-am-See-früh-10.png"),
+    }
+    assert {Image.open(images / name).size for name in names} == {(128, 64)}
+
+
+def test_upgrade_as_json(autoencoder, monkeypatch, capsys, tmp_path) -> None:
+    arguments = ("upgrade", "debug-sd3", "--autoencoder", autoencoder, "--out", tmp_path / "up", "--json")
+    status, told, _ = run(monkeypatch, capsys, *arguments)
+    assert status == 0
+    facts = json.loads(told)
+    assert facts["channels"] == {"base": 4, "detail": 8}
+    assert facts["pixels_per_latent_position"] == 8
+    assert facts["self_check"]["max_detail_output"] == 0
+    assert facts["scheduler"]["shift"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "debug-sd3", "cat"], "makes images of prompts: give --prompt"),
+        (["generate", "debug-sd3"], "makes images of prompts: give --prompt"),
+        (["generate", "debug-dit", "--prompt", "cat"], "makes images of classes: give their names"),
+        (["generate", "debug-dit", "cat"], "knows no class 'cat'"),
+        (["generate", "debug-dit", "7", "--height", "64"], "DiTPipeline takes no height"),
+        (["generate", "debug-sd3", "--prompts", "absent.txt"], "cannot read the prompts in absent.txt"),
+        (["generate", "debug-sd3", "--prompt", "cat", "--count", "0"], "at least 1"),
+        (
+            ["upgrade", "debug-sd3", "--timestep-shift", "big"],
+            "must be 'base', 'native' or a number, not 'big'",
+        ),
+    ],
+)
+def test_mistakes(arguments, words, autoencoder, monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] == "upgrade":
+        arguments = [*arguments, "--autoencoder", autoencoder, "--out", "up"]
+    status, _, err = run(monkeypatch, capsys, *arguments)
+    assert status == 2
+    assert words in err
+
+
+@pytest.mark.parametrize("name", ["flux", "qwenimage", "dit"])
+def test_generate_by_library(name: str) -> None:
+    """Seeds give the same images as the pipeline itself, and guidance reaches the one that the pipeline has."""
+    pipe = small_pipeline(name)
+    sizes = {} if name == "dit" else {"height": 32, "width": 32}
+    made = [
+        next(generate_images(pipe, ["7"], seed=3, steps=2, guidance=scale, **sizes)) for scale in (1.0, 6.0)
+    ]
+    assert made[0].image.tobytes() != made[1].image.tobytes()
+    subject = {"class_labels": [7]} if name == "dit" else {"prompt": "7"}
+    own = {"true_cfg_scale": 6.0, "negative_prompt": " "} if name == "qwenimage" else {"guidance_scale": 6.0}
+    generator = torch.Generator().manual_seed(3)
+    expected = pipe(**subject, **sizes, **own, num_inference_steps=2, generator=generator).images[0]
+    assert made[1].image.tobytes() == expected.tobytes()

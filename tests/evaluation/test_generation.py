@@ -1,0 +1,217 @@
+"""Runs of many images: stopped, continued, shared; and what is measured on them."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from davae.data import open_dataset
+from davae.errors import DavaeError
+from davae.evaluation import image_run
+from davae.evaluation.contest import Processes, run_contest
+from davae.evaluation.features import Features
+from davae.evaluation.frechet import GaussianStatistics, save_statistics
+from davae.evaluation.generation import compare_generation, open_reference
+from davae.evaluation.image_run import ImageRun, RunSettings, write_geneval_folder
+from davae.evaluation.prompt_sets import class_set, open_prompt_set
+from davae.models import AutoencoderDA
+from davae.pipelines import upgrade_pipeline
+from davae.tiny import debug_base
+from davae.tiny.small_pipelines import small_pipeline
+
+_SETTINGS = RunSettings("debug", {"kind": "classes"}, steps=1, guidance=1.0, batch=3)
+_COUNT = 40
+
+
+class _Pixels:
+    name = "pixels"
+
+    def describe(self):
+        return {"network": self.name}
+
+    def __call__(self, images):
+        return Features(torch.nn.functional.adaptive_avg_pool2d(images, 1).flatten(1))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    made = debug_base()
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pipe, tmp_path_factory):
+    run = ImageRun(tmp_path_factory.mktemp("undisturbed"), _SETTINGS)
+    assert list(run.make(pipe, class_set(12), _COUNT)) == list(range(_COUNT))
+    return run
+
+
+def _same_files(a, b, count=_COUNT):
+    return all(a.path(i).read_bytes() == b.path(i).read_bytes() for i in range(count))
+
+
+def _figures(run):
+    reference = open_reference("procedural:30")
+    report = compare_generation({"it": lambda: run.batches(_COUNT)}, reference, networks=[_Pixels()])
+    return report.to_json()["rows"]["it"]
+
+
+def test_a_run_killed_twice_ends_as_an_undisturbed_one(pipe, undisturbed, tmp_path):
+    for after in (10, 8):  # both in the middle of a batch of three
+        run = ImageRun(tmp_path, _SETTINGS)
+        made = run.make(pipe, class_set(12), _COUNT)
+        for _ in range(after):
+            next(made)
+        made.close()
+        (tmp_path / "images" / f".{run.path(after + 2).name}.1.part").write_bytes(b"half a pic")
+    assert len(run.missing(_COUNT)) == _COUNT - 18
+    last = ImageRun(tmp_path, _SETTINGS)
+    assert len(list(last.make(pipe, class_set(12), _COUNT))) == _COUNT - 18
+    assert list(last.make(pipe, class_set(12), _COUNT)) == []
+    files = sorted((tmp_path / "images").glob("*.png"))
+    assert len(files) == _COUNT
+    assert len({f.read_bytes() for f in files}) == _COUNT, "an image was made twice"
+    assert _same_files(last, undisturbed)
+    assert _figures(last) == _figures(undisturbed)
+
+
+def test_processes_share_a_run_without_overlap(pipe, undisturbed, tmp_path):
+    made = []
+    for rank in (2, 0, 1):
+        run = ImageRun(tmp_path, _SETTINGS)
+        made += run.make(pipe, class_set(12), _COUNT, rank=rank, world=3)
+    assert sorted(made) == list(range(_COUNT))
+    assert _same_files(run, undisturbed)
+
+
+def test_batches_are_cut_by_number_and_belong_to_one_process(tmp_path, monkeypatch):
+    calls = []
+
+    def paint(_pipe, subjects, seeds, **_options):
+        calls.append(list(zip(subjects, seeds, strict=True)))
+        return [Image.new("RGB", (4, 4))] * len(seeds)
+
+    monkeypatch.setattr(image_run, "generate_batch", paint)
+    run = ImageRun(tmp_path, replace(_SETTINGS, seed=100))
+    (tmp_path / "images" / "0000001.png").write_bytes(b"made before")
+    shares = [list(run.make(None, class_set(4), 10, rank=rank, world=2)) for rank in range(2)]
+    assert shares == [[0, 2, 6, 7, 8], [3, 4, 5, 9]]
+    # The interrupted batch and the last one are whole: their arithmetic is that of any other run.
+    assert [[seed for _, seed in call] for call in calls] == [
+        [100, 101, 102],
+        [106, 107, 108],
+        [103, 104, 105],
+        [109, 110, 111],
+    ]
+    assert [subject for subject, _ in calls[1]] == ["2", "3", "0"]
+    assert run.path(1).read_bytes() == b"made before"
+
+
+def test_the_clip_score_pairs_every_image_with_its_own_prompt():
+    class Clip:
+        def __call__(self, images):
+            return Features(images[:, :, 0, 0])
+
+        def texts(self, texts):
+            return torch.eye(3)[[int(text) for text in texts]]
+
+        def describe(self):
+            return {}
+
+    images = torch.eye(3).repeat(2, 1)[:, :, None, None].expand(-1, -1, 16, 16)  # image i shows i % 3
+    report = compare_generation(
+        {"it": lambda: images.split([2, 3, 1])},
+        open_reference("procedural:4"),
+        clip=Clip(),
+        prompts=class_set(3),
+    )
+    assert report.rows["it"].figures["clip_score"] == pytest.approx(100)
+
+
+def test_a_run_can_be_made_longer_and_keeps_its_settings(pipe, undisturbed, tmp_path):
+    run = ImageRun(tmp_path, _SETTINGS)
+    list(run.make(pipe, class_set(12), 4))
+    list(run.make(pipe, class_set(12), 8))
+    assert _same_files(run, undisturbed, 8)
+    with pytest.raises(DavaeError, match="begun with seed = 0, not 1"):
+        ImageRun(tmp_path, replace(_SETTINGS, seed=1))
+    run.path(3).unlink()
+    with pytest.raises(DavaeError, match="image 3 of the run"):
+        list(run.batches(8))
+
+
+def test_prompt_sets_of_every_form(tmp_path):
+    (tmp_path / "p.txt").write_text("# words\na fox\n\na house\n")
+    (tmp_path / "m.json").write_text(json.dumps({"0a": {"prompt": "a fox", "category": "animals"}}))
+    lines = [{"tag": "counting", "include": [{"class": "dog", "count": 2}], "prompt": "two dogs"}]
+    (tmp_path / "g.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    text, mjhq, geneval = (open_prompt_set(tmp_path / name) for name in ("p.txt", "m.json", "g.jsonl"))
+    assert (text.kind, list(text.subjects)) == ("lines", ["a fox", "a house"])
+    assert (mjhq.kind, list(mjhq.subjects)) == ("mjhq", ["a fox"])
+    assert (geneval.kind, list(geneval.metadata)) == ("geneval", lines)
+    assert [text.subject(i) for i in range(3)] == ["a fox", "a house", "a fox"]
+    for content, words in (('{"a": {"text": 1}}', "entry 'a'"), ("[]", "MJHQ-30K"), ("{", "not JSON")):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(DavaeError, match=words):
+            open_prompt_set(tmp_path / "bad.json")
+
+
+@pytest.fixture(scope="module")
+def sd3():
+    base = small_pipeline("sd3")
+    torch.manual_seed(0)
+    upgraded = upgrade_pipeline(
+        small_pipeline("sd3"), AutoencoderDA.from_base(base.vae, scale=2, detail_channels=8)
+    )
+    for made in (base, upgraded):
+        made.set_progress_bar_config(disable=True)
+    return {"base": base, "upgraded": upgraded}
+
+
+def test_a_text_pipeline_beside_its_baselines_and_the_geneval_folder(sd3, tmp_path):
+    rows = [{"tag": "single_object", "prompt": f"a photo of a {name}"} for name in ("fox", "boat")]
+    (tmp_path / "g.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = RunSettings("upgraded", steps=1, guidance=1.0, height=64, width=64, batch=2)
+    contest = run_contest(
+        sd3.__getitem__, settings, tmp_path, base="base", prompts=tmp_path / "g.jsonl", processes=Processes()
+    )
+    assert contest.count == 8
+    sizes = {name: Image.open(run.path(0)).size for name, run in contest.runs.items()}
+    assert sizes == {"upgraded": (64, 64), "base": (32, 32), "native": (64, 64)}
+    assert {tuple(next(iter(make())).shape[-2:]) for make in contest.models.values()} == {(64, 64)}
+    report = compare_generation(contest.models, open_reference("procedural:12"), prompts=contest.prompts)
+    assert list(report.rows) == ["upgraded", "base, upscaled", "base, native"]
+    assert report.rows["upgraded"].figures["spectrum_db"] > 0
+    out = write_geneval_folder(contest.runs["upgraded"], contest.prompts, contest.count, tmp_path / "geneval")
+    assert sorted(p.name for p in out.iterdir()) == ["00000", "00001"]
+    assert json.loads((out / "00001" / "metadata.jsonl").read_text()) == rows[1]
+    samples = sorted((out / "00001" / "samples").iterdir())
+    assert [s.name for s in samples] == [f"{i:05d}.png" for i in range(4)]
+    assert samples[2].read_bytes() == contest.runs["upgraded"].path(5).read_bytes()
+
+
+def test_prompts_and_classes_are_not_mixed_up(sd3, pipe, tmp_path):
+    with pytest.raises(DavaeError, match="--prompts"):
+        run_contest(sd3.__getitem__, RunSettings("base"), tmp_path)
+    with pytest.raises(DavaeError, match="leave --prompts out"):
+        run_contest(lambda _: pipe, RunSettings("debug"), tmp_path, prompts="p.txt", count=2)
+
+
+def test_the_reference_as_statistics_gives_the_distance_of_the_images(undisturbed, tmp_path):
+    dataset = open_dataset("procedural:30", resolution=16)
+    moments = GaussianStatistics()
+    for i in range(30):
+        moments.update(_Pixels()(dataset[i]["image"][None]).rows)
+    told = save_statistics(moments.gaussian(), tmp_path / "reference.npz")
+    report = compare_generation(
+        {"it": lambda: undisturbed.batches(_COUNT)},
+        open_reference(str(tmp_path / "reference.npz")),
+        networks=[_Pixels()],
+    )
+    expected = _figures(undisturbed)["figures"]["fid/pixels"]
+    assert report.rows["it"].figures["fid/pixels"] == pytest.approx(expected, rel=1e-9)
+    assert report.reference["sha256"] == told
+    assert report.reference["images"] == 30

@@ -1,0 +1,79 @@
+"""Sets of images against each other: what every distance says, and that batches do not show."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from davae.data import open_dataset
+from davae.evaluation.features import Features
+from davae.evaluation.frechet import frechet_distance
+from davae.evaluation.image_set import ImageSet, compare_sets
+
+
+class _Pooled:
+    """Features that can be checked by hand: the image at 2 x 2, and three 'classes'."""
+
+    name = "pooled"
+
+    def describe(self):
+        return {"network": "pooled"}
+
+    def __call__(self, images):
+        rows = F.adaptive_avg_pool2d(images, 2).flatten(1)
+        return Features(rows, rows[:, :3])
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    dataset = open_dataset("procedural:24", resolution=32)
+    return torch.stack([dataset[i]["image"] for i in range(24)])
+
+
+def _blurred(images, width):
+    kernel = torch.ones(3, 1, width, width) / width**2
+    return F.conv2d(F.pad(images, (width // 2,) * 4, mode="reflect"), kernel, groups=3)
+
+
+def test_equal_sets_are_at_distance_zero_and_blur_moves_them_apart(scenes):
+    reference = ImageSet([_Pooled()]).update(scenes)
+    same = compare_sets(ImageSet([_Pooled()]).update(scenes), reference).figures
+    assert same["swd"] == 0
+    assert same["spectrum_db"] == 0
+    assert same["fid/pooled"] == pytest.approx(0, abs=1e-6)
+    assert same["precision/pooled"] == same["recall/pooled"] == 1
+    swd, spectrum = [0.0], [0.0]
+    for width in (3, 5, 9):
+        found = compare_sets(ImageSet([_Pooled()]).update(_blurred(scenes, width)), reference).figures
+        swd.append(found["swd/level0"])
+        spectrum.append(found["spectrum_db"])
+    assert swd == sorted(swd)
+    assert spectrum == sorted(spectrum)
+    assert swd[1] > 0.01
+
+
+def test_every_figure_is_the_same_in_batches(scenes):
+    other = _blurred(scenes, 3) + 0.1
+    whole = compare_sets(ImageSet([_Pooled()]).update(other), ImageSet([_Pooled()]).update(scenes))
+    parts = compare_sets(
+        ImageSet([_Pooled()]).extend(other.split(5)), ImageSet([_Pooled()]).extend(scenes.split([1, 16, 7]))
+    )
+    assert whole.unavailable == parts.unavailable == {}
+    assert whole.figures.keys() == parts.figures.keys()
+    for name, value in whole.figures.items():
+        assert parts.figures[name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+
+
+def test_against_moments_alone_the_rest_is_named_as_missing(scenes):
+    reference = ImageSet([_Pooled()], spatial=False).update(scenes).features["pooled"].gaussian()
+    found = ImageSet([_Pooled()]).update(-scenes)
+    told = compare_sets(found, reference)
+    expected = frechet_distance(found.features["pooled"].gaussian(), reference)
+    assert told.figures["fid/pooled"] == pytest.approx(expected)
+    assert {
+        "kid/pooled",
+        "precision/pooled",
+        "recall/pooled",
+        "swd",
+        "spectrum_db",
+    } == told.unavailable.keys()
+    assert "class_score/pooled" in told.figures

@@ -1,0 +1,78 @@
+"""An autoencoder beside its baselines."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from davae.errors import DavaeError
+from davae.evaluation.reconstruction_baselines import compare_reconstructions
+from davae.models import AutoencoderDA
+from davae.tiny import debug_base
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    torch.manual_seed(0)
+    return AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_rows_are_the_autoencoder_and_every_baseline(autoencoder, images):
+    report = compare_reconstructions(autoencoder, images.split(4))
+    assert report.images == 6
+    assert {name: row.positions for name, row in report.rows.items()} == {
+        "upgraded": 1,
+        "base, upscaled": 1,
+        "base, native": 4,
+        "image, reduced": 0,
+    }
+    base = debug_base().vae
+    with torch.no_grad():
+        native = base.decode(base.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+        small = F.interpolate(images, scale_factor=0.5, mode="bicubic", antialias=True)
+        small = base.decode(base.encode(small).latent_dist.mode()).sample.clamp(-1, 1)
+        upscaled = F.interpolate(small, scale_factor=2, mode="bicubic").clamp(-1, 1)
+    for name, made in (("base, native", native), ("base, upscaled", upscaled)):
+        pairs = [(a.permute(1, 2, 0).numpy(), b.permute(1, 2, 0).numpy()) for a, b in zip(images, made)]
+        psnr = [peak_signal_noise_ratio(a, b, data_range=2) for a, b in pairs]
+        ssim = [
+            structural_similarity(
+                a, b, data_range=2, channel_axis=2, gaussian_weights=True, use_sample_covariance=False
+            )
+            for a, b in pairs
+        ]
+        assert report.rows[name].figures["psnr"] == pytest.approx(sum(psnr) / 6, abs=1e-3)
+        assert report.rows[name].figures["ssim"] == pytest.approx(sum(ssim) / 6, abs=1e-4)
+    json.dumps(report.to_json())
+
+
+def test_batches_do_not_show(autoencoder, images):
+    one = compare_reconstructions(autoencoder, [images]).rows["upgraded"].figures
+    two = compare_reconstructions(autoencoder, images.split(1)).rows["upgraded"].figures
+    assert one == pytest.approx(two, rel=1e-4, abs=1e-5)
+
+
+def test_crops_of_any_size_are_told_apart(autoencoder, images):
+    crops = {"lettering": [images[:1, :, :16, :24], images[1:2]], "faces": [images[2:3]]}
+    report = compare_reconstructions(
+        autoencoder, [images], crops=crops, perceptual=lambda a, b: (a - b).abs().mean((1, 2, 3))
+    )
+    assert report.crops == {"lettering": 2, "faces": 1}
+    alone = compare_reconstructions(autoencoder, [images[2:3]]).rows["upgraded"].figures["psnr"]
+    assert report.rows["upgraded"].crops["faces"]["psnr"] == pytest.approx(alone)
+    assert report.rows["upgraded"].crops["lettering"].keys() == {"psnr", "ssim", "lpips"}
+    with pytest.raises(DavaeError, match="crops 'empty'"):
+        compare_reconstructions(autoencoder, [images], crops={"empty": []})
+
+
+def test_without_its_base_decoder_two_rows_remain(images):
+    autoencoder = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8)
+    autoencoder.drop_base_decoder()
+    assert list(compare_reconstructions(autoencoder, [images]).rows) == ["upgraded", "image, reduced"]
