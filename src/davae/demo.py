@@ -35,7 +35,7 @@ from davae.training.diffusion import ClassMap, generate_classes
 from davae.training.images import open_part
 from davae.training.pictures import save_rows
 from davae.training.recipe import load_recipe
-from davae.training.run import load_base, train_autoencoder, train_diffusion
+from davae.training.run import load_recipe_base, train_autoencoder, train_diffusion
 from davae.training.run_directory import environment, read_metrics
 from davae.training.settings import UpgradeRecipe
 from davae.warm_start import check_warm_start
@@ -84,7 +84,7 @@ def run_demo(
     began = time.perf_counter()
     out = Path(out)
     settings = _settings(recipe, seed, quick, data)
-    base = load_base(settings.base)
+    base = load_recipe_base(settings)
 
     stage1 = train_autoencoder(settings, out / "autoencoder")
     vae = AutoencoderDA.from_pretrained(stage1.result).eval()

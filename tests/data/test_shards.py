@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from davae.data import BatchStream, image_to_tensor, open_dataset
+from davae.data import BatchStream, SkipLedger, image_to_tensor, open_dataset
 from davae.data.shards import expand_braces
 from davae.errors import DavaeError
 from tests.data.files import encoded, picture
@@ -126,3 +126,54 @@ def test_workers_read_the_same(shards: Path) -> None:
     plain, forked = (itertools.islice(BatchStream(data, 3, workers=n), 4) for n in (0, 2))
     for a, b in zip(plain, forked, strict=True):
         assert torch.equal(a["image"], b["image"])
+
+
+def test_a_shard_that_is_cut_or_goes_away_while_it_is_read(tmp_path: Path) -> None:
+    """What is left is used, what is not is named; nothing ends the training."""
+    path = shard(tmp_path / "w/a.tar", {f"{n}.png": png(n) for n in range(3)})
+    gone = shard(tmp_path / "w/b.tar", {f"{n}.png": png(n) for n in range(3, 5)})
+    data = open_dataset(tmp_path / "w", resolution=32)
+    with tarfile.open(path) as archive:
+        cut = archive.getmember("1.png").offset_data + len(png(1)) // 2
+    os.truncate(path, cut)
+    gone.unlink()
+    for asked in range(5):
+        item = data[asked]
+        assert item["id"] == "a.tar/0.png"
+        assert torch.equal(item["image"], image_to_tensor(picture(0, (32, 32))))
+    reasons = dict(data[1]["skipped"])
+    assert "truncated" in reasons["a.tar/1.png"]
+    assert reasons["b.tar/3.png"] == "cannot be opened (No such file or directory)"
+    with pytest.raises(DavaeError, match=r"4 of 5 images.*more than half"):
+        SkipLedger.for_dataset(data).add(data[1]["skipped"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_an_epoch_over_all_processes_and_workers_is_a_permutation(
+    tmp_path: Path, world: int, workers: int
+) -> None:
+    """Three shards of 4, 3 and 5 images; 2 images a process and step, so 12 divides by each of 2, 4 and 6."""
+    sizes, start = (4, 3, 5), 0
+    for number, size in enumerate(sizes):
+        shard(tmp_path / f"part-{number}.tar", {f"{n}.png": png(n) for n in range(start, start + size)})
+        start += size
+    data = open_dataset(tmp_path, resolution=32)
+    everything = sorted(data.id(i) for i in range(12))
+    steps = 12 // (2 * world)
+    streams = [
+        list(
+            itertools.islice(
+                BatchStream(data, 2, seed=3, workers=workers, rank=r, world_size=world), 2 * steps
+            )
+        )
+        for r in range(world)
+    ]
+    orders = []
+    for epoch in range(2):
+        taken = [s[i]["id"] for i in range(epoch * steps, (epoch + 1) * steps) for s in streams]
+        orders.append([name for ids in taken for name in ids])
+        assert sorted(orders[epoch]) == everything
+    assert orders[0] != orders[1]
+    one = itertools.islice(BatchStream(data, 12, seed=3), 2)
+    assert orders == [batch["id"] for batch in one]  # and it is the order that one process has

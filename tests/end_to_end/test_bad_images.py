@@ -1,6 +1,8 @@
 """A folder as people have them: training runs, and its end names what was skipped."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -16,6 +18,14 @@ def _photo(index):
     return Image.fromarray(render_scene(index % 12, index, 48))
 
 
+def _bomb():
+    """A PNG of some hundred bytes that says it is 60,000 pixels wide and high."""
+    start = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    parts = [start, b"IDAT" + zlib.compress(b"\0" * 1000), b"IEND"]
+    chunks = (struct.pack(">I", len(p) - 4) + p + struct.pack(">I", zlib.crc32(p)) for p in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 @pytest.fixture
 def folder(tmp_path):
     photos = tmp_path / "photos"
@@ -27,6 +37,8 @@ def folder(tmp_path):
     (photos / "truncated.jpg").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
     (photos / "text.png").write_text("this is no picture")
     Image.new("RGB", (1, 1)).save(photos / "dot.png")
+    Image.fromarray(np.full((48, 48), np.nan, np.float32)).save(photos / "nan.tiff")
+    (photos / "bomb.png").write_bytes(_bomb())
     _photo(21).convert("CMYK").save(photos / "print.jpg")
     grey = (np.asarray(_photo(22).convert("L")).astype(np.uint16)) * 257
     Image.fromarray(grey).save(photos / "sixteen-bit.png")
@@ -39,7 +51,16 @@ def _recipe(folder):
 
 def test_training_runs_and_names_what_it_skipped(folder, tmp_path, caplog):
     result = train_autoencoder(_recipe(folder), tmp_path / "run")
-    assert {name for name, _ in result.skipped.entries} == {"truncated.jpg", "text.png", "dot.png"}
+    assert {name for name, _ in result.skipped.entries} == {
+        "truncated.jpg",
+        "text.png",
+        "dot.png",
+        "nan.tiff",
+        "bomb.png",
+    }
+    reasons = dict(result.skipped.entries)
+    assert "decompression bomb" in reasons["bomb.png"]
+    assert "nan" in reasons["nan.tiff"]
     told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
     assert any(all(name in text for name in ("truncated.jpg", "text.png", "dot.png")) for text in told)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -19,6 +27,7 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.models.lightningdit import LightningDiTTransformer2DModel
 from davae.pipelines.class_conditional import ClassConditionalPipeline
+from davae.pipelines.families import family_of
 from davae.pipelines.flow import guide, is_guided, path_point, path_velocity, shift_time, sigma_shift
 
 
@@ -195,6 +204,7 @@ def test_names_and_numbers_mean_the_same_class() -> None:
         ({"width": 0}, "width 0 is not a multiple"),
         ({"output_type": "png"}, "output_type 'png' is unknown: choose one of pil, np, pt, latent"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"timestep_shift": 0.0}, "timestep_shift is 0.0: it must be above 0"),
         ({"latents": torch.zeros(1, 5, 4, 4)}, r"latents have shape \(1, 5, 4, 4\), expected \(1, 4, 4, 4\)"),
         ({"generator": [seeded(), seeded()]}, "2 generators for 1 labels"),
     ],
@@ -244,3 +254,103 @@ def test_saved_pipeline_loads_in_a_new_process_and_makes_the_same_image(tmp_path
         "assert torch.equal(made, torch.load(sys.argv[1] + '/image.pt'))\n"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True)
+
+
+FLOW_SOLVER = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "order"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), 1),
+        (FlowMatchHeunDiscreteScheduler(), 2),
+        (DPMSolverMultistepScheduler(**FLOW_SOLVER), 2),
+        (UniPCMultistepScheduler(**FLOW_SOLVER), 2),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_flow_scheduler_nears_the_exact_flow(scheduler: Any, order: int) -> None:
+    rate, label = 0.9, 2
+    noise = torch.randn(1, 4, 4, 4, generator=seeded())
+    exact = (noise + label / rate) * math.exp(rate) - label / rate  # of x' = rate x + label, from t = 0 to 1
+
+    def error(steps: int) -> float:
+        call = {"num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "latent"}
+        made = pipeline_around(LinearField(rate=rate), scheduler=scheduler)(label, latents=noise, **call)
+        return float((made.images - exact).abs().max() / exact.abs().max())
+
+    coarse, fine = error(6), error(24)
+    assert fine < 0.06 if order == 1 else fine < 0.006
+    assert fine < coarse / (3 if order == 1 else 6)
+
+
+def test_heun_asks_twice_a_step_at_the_times_of_its_corrector() -> None:
+    field = LinearField()
+    pipeline = pipeline_around(field, scheduler=FlowMatchHeunDiscreteScheduler())
+    pipeline(0, num_inference_steps=3, guidance_scale=1.0, output_type="latent")
+    times = [round(time, 3) for time, _ in field.calls]
+    assert len(times) == 5
+    assert times[1] == times[2]
+    assert times[3] == times[4] == 0.999
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(),
+        FlowMatchHeunDiscreteScheduler(),
+        UniPCMultistepScheduler(**FLOW_SOLVER),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_timestep_shift_of_a_call_equals_the_scheduler_s_own(scheduler: Any) -> None:
+    call = {"num_inference_steps": 4, "output_type": "latent", "guidance_scale": 1.0}
+    before = dict(scheduler.config)
+    asked = pipeline_around(LinearField(), scheduler=scheduler)
+    name = "shift" if "shift" in scheduler.config else "flow_shift"
+    own = pipeline_around(
+        LinearField(), scheduler=type(scheduler).from_config(before, **{name: sigma_shift(0.3)})
+    )
+    shifted = asked(1, generator=seeded(), timestep_shift=0.3, **call).images
+    assert torch.equal(shifted, own(1, generator=seeded(), **call).images)
+    assert not torch.equal(shifted, asked(1, generator=seeded(), **call).images)
+    assert dict(asked.scheduler.config) == before
+
+
+def test_the_official_count_of_250_points_is_249_steps() -> None:
+    field = LinearField()
+    call = {"num_inference_steps": 249, "timestep_shift": 0.3, "guidance_scale": 1.0, "output_type": "latent"}
+    pipeline_around(field)(0, **call)
+    official = shift_time(torch.linspace(0, 1, 250, dtype=torch.float64), 0.3)[:-1]
+    times = torch.tensor([time for time, _ in field.calls], dtype=torch.float64)
+    torch.testing.assert_close(times, official, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (DDIMScheduler(), "DDIMScheduler is not set up for flow matching: take FlowMatchEuler"),
+        (UniPCMultistepScheduler(), "UniPCMultistepScheduler is not set up for flow matching"),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "set use_dynamic_shifting=False"),
+    ],
+)
+def test_a_scheduler_of_another_kind_is_refused(scheduler: Any, message: str) -> None:
+    with pytest.raises(DavaeError, match=message):
+        pipeline_around(LinearField(), scheduler=scheduler)(0)
+
+
+def test_statistics_of_each_channel_are_undone_before_decoding_and_applied_after_encoding() -> None:
+    vae = small_vae()
+    mean, std = [0.5, -1.0, 2.0, 0.0], [2.0, 0.5, 1.0, 4.0]
+    vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
+    pipeline = pipeline_around(LinearField(rate=0.0), vae=vae)
+    latent = torch.randn(1, 4, 4, 4, generator=seeded())
+    call = {"num_inference_steps": 1, "guidance_scale": 1.0, "latents": latent}
+    made = pipeline(0, output_type="pt", **call).images * 2 - 1
+    mean_, std_ = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    with torch.no_grad():
+        expected = vae.decode(latent * std_ + mean_).sample.clamp(-1, 1)
+        raw = vae.encode(expected).latent_dist.mode()
+    torch.testing.assert_close(made, expected)
+    seen = family_of(pipeline).latents_of(vae, expected)
+    torch.testing.assert_close(seen, (raw - mean_) / std_)

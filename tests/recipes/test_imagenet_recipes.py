@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from davae.errors import DavaeError
+from davae.models import LightningDiTTransformer2DModel
 from davae.pipelines import ClassConditionalPipeline
 from davae.tiny import debug_base
 from davae.training.diffusion import ClassMap
@@ -78,6 +79,15 @@ def test_mistakes_are_told(overrides: list[str], message: str) -> None:
         dry_run_base(load_recipe("imagenet-512-native", overrides))
 
 
+def test_a_resolution_that_the_compression_does_not_divide_is_told_before_training(tmp_path: Path) -> None:
+    small = ["data.path=procedural:4", "data.hold_out=2", "data.resolution=72"]
+    with pytest.raises(DavaeError, match=r"36 pixels are not a multiple of 16 .*; the nearest is 32"):
+        run_base("imagenet-small-base", small, tmp_path)
+    native = [*small, "start_from.pipeline=debug", "data.resolution=36"]
+    with pytest.raises(DavaeError, match=r"36 pixels are not a multiple of 8 .*; the nearest is 32"):
+        run_base("imagenet-small-native", native, tmp_path)
+
+
 def test_published_files_must_be_converted_first() -> None:
     with pytest.raises(DavaeError, match="convert them with `davae convert vavae`"):
         load_base("lightningdit-xl-1")
@@ -92,20 +102,21 @@ def test_classes_without_names_are_taken_in_their_order(caplog: pytest.LogCaptur
     assert "all images are trained without a label" in caplog.text
 
 
-def test_a_native_fine_tune_of_the_debug_base(tmp_path: Path) -> None:
-    data = ["data.path=procedural:16", "data.resolution=32", "data.hold_out=4"]
-    start = ["start_from.pipeline=debug", "start_from.qk_norm=true"]
-    sample = ["transformer.sample.num_inference_steps=2"]
-    overrides = [*data, *start, *quick("transformer"), *sample]
-    run_base("imagenet-small-native", overrides, tmp_path)
-    pipe = ClassConditionalPipeline.from_pretrained(tmp_path / "pipeline")
+def test_a_native_fine_tune_with_larger_patches_and_qk_norm(tmp_path: Path) -> None:
     base = debug_base()
+    config = {k: v for k, v in base.transformer.config.items() if not k.startswith("_")}
+    base.transformer = LightningDiTTransformer2DModel(**{**config, "qk_norm": False})
+    base.save_pretrained(tmp_path / "base")
+    data = ["data.path=procedural:16", "data.resolution=32", "data.hold_out=4"]
+    start = [f"start_from.pipeline={tmp_path / 'base'}", "start_from.qk_norm=true"]
+    sample = ["transformer.sample.num_inference_steps=2"]
+    run_base("imagenet-small-native", [*data, *start, *quick("transformer"), *sample], tmp_path / "run")
+    pipe = ClassConditionalPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipe.transformer.config.patch_size == 2 * base.transformer.config.patch_size
     assert pipe.transformer.config.qk_norm
     assert pipe.labels == base.labels
-    assert all(
-        torch.equal(value, base.vae.state_dict()[name]) for name, value in pipe.vae.state_dict().items()
-    )
+    kept = base.vae.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in pipe.vae.state_dict().items())
     assert pipe(0, num_inference_steps=1, output_type="pt").images.shape[-1] == 32
 
 

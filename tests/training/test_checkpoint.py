@@ -1,7 +1,10 @@
 """Checkpoints hold everything, are whole or absent, and refuse what does not fit."""
 
 import errno
+import hashlib
+import json
 import os
+import pickle
 import subprocess
 
 import pytest
@@ -194,3 +197,31 @@ def test_other_weights_are_refused_by_name(tmp_path):
         restore_module(model, {k: v for k, v in tensors.items() if k != "2.weight"}, tmp_path)
     with pytest.raises(DavaeError, match="has shape"):
         restore_module(model, {**tensors, "2.weight": torch.ones(5, 5)}, tmp_path)
+
+
+class _Harmful:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("it-ran",)
+
+
+@pytest.mark.parametrize("pretended", ["pickle", "elsewhere"])
+def test_a_checkpoint_with_a_fitting_manifest_cannot_run_code_or_lead_out(tmp_path, pretended, monkeypatch):
+    """Whoever brings a checkpoint can bring its hashes too."""
+    monkeypatch.chdir(tmp_path)
+    path = save_checkpoint(tmp_path / "run", 5, {"model": {"w": torch.ones(1)}}, {}, keep=2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    if pretended == "pickle":
+        name = "model.safetensors"
+        (path / name).write_bytes(pickle.dumps(_Harmful()))
+        content = (path / name).read_bytes()
+        manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    else:
+        other = save_checkpoint(tmp_path / "other", 5, {"model": {"w": torch.zeros(1)}}, {}, keep=2)
+        facts = json.loads((other / "manifest.json").read_text())["model.safetensors"]
+        manifest["../../other/step-5/model.safetensors"] = facts
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DavaeError, match="step-5 is broken"):
+        load_checkpoint(path)
+    assert not (tmp_path / "it-ran").exists()

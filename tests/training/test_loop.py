@@ -279,3 +279,16 @@ def test_parameters_named_apart_have_their_own_rate(tmp_path):
     train(stage, tmp_path, {})
     moved = (_weights(stage) - before).abs()  # the first step of Adam moves by the learning rate
     torch.testing.assert_close(moved, torch.tensor([0.01, 0.01, 0.01, 0.05]), rtol=1e-3, atol=1e-5)
+
+
+def test_a_loader_process_that_dies_in_the_middle_of_a_step_is_told(tmp_path):
+    stage = _Stage()
+
+    def news(*_):
+        raise RuntimeError(
+            "DataLoader worker (pid 7) is killed by signal: Killed. "
+        )  # torch's handler of SIGCHLD
+
+    stage.objective.register_forward_pre_hook(news)
+    with pytest.raises(DavaeError, match=r"toy: a loader process was ended from outside.*data\.workers"):
+        train(stage, tmp_path, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -44,8 +45,9 @@ def optional(name: str, make: Callable[[], Part], unavailable: dict[str, str]) -
 def open_networks(names: Sequence[str], device: str, unavailable: dict[str, str]) -> list[FeatureNetwork]:
     """The feature networks that can be had."""
     opened = [
-        optional(f"fid/{name}", lambda n=name: open_network(n, device=device), unavailable) for name in names
-    ]  # type: ignore[misc]
+        optional(f"fid/{name}", functools.partial(open_network, name, device=device), unavailable)
+        for name in names
+    ]
     return [network for network in opened if network is not None]
 
 

@@ -19,6 +19,7 @@ from davae.data.bucket_sampler import BucketSampler
 from davae.data.buckets import bucket_of
 from davae.data.dataset import Item
 from davae.data.loader_key import Key
+from davae.data.stalls import WatchedItems, end_workers, outlive_signals
 from davae.errors import DavaeError
 
 
@@ -110,6 +111,8 @@ class BatchStream:
         workers: loader processes; 0 decodes in this one. The batches are the same either way.
         rank: this process.
         world_size: number of processes.
+        timeout_s: seconds to wait for a batch before a :class:`DavaeError` names what was being read; 0 waits
+            for ever.
     """
 
     def __init__(
@@ -121,8 +124,9 @@ class BatchStream:
         workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        timeout_s: float = 0.0,
     ) -> None:
-        self.dataset, self.workers = dataset, workers
+        self.dataset, self.workers, self.timeout_s = dataset, workers, timeout_s
         length = len(dataset)  # type: ignore[arg-type]
         buckets = bucket_of(dataset)
         self.sampler: ResumableSampler | BucketSampler
@@ -132,9 +136,20 @@ class BatchStream:
             self.sampler = BucketSampler(buckets, batch_size, seed, rank=rank, world_size=world_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in make_loader(self.dataset, self.sampler, workers=self.workers):
-            self.sampler.advance()
-            yield batch
+        items = WatchedItems(self.dataset, self.workers, self.timeout_s)
+        batches = iter(_loader(items, self.sampler))
+        try:
+            while True:
+                try:
+                    with items.told():
+                        batch = next(batches)
+                except DavaeError:
+                    end_workers(batches)
+                    raise
+                self.sampler.advance()
+                yield batch
+        finally:
+            items.close()
 
     @property
     def epoch(self) -> float:
@@ -153,15 +168,19 @@ class BatchStream:
 def make_loader(
     dataset: Dataset[Item], sampler: ResumableSampler | BucketSampler, *, workers: int = 0
 ) -> DataLoader[Any]:
-    """A torch loader over the sampler's keys, in order, with :func:`collate`."""
-    if workers < 0:
-        raise DavaeError(f"workers must be 0 or more, not {workers}")
+    """A torch loader over the sampler's keys, in order, with :func:`collate`; it waits for ever."""
+    return _loader(WatchedItems(dataset, workers), sampler)
+
+
+def _loader(items: WatchedItems, sampler: ResumableSampler | BucketSampler) -> DataLoader[Any]:
     return DataLoader(
-        _ByKey(dataset),
+        items,
         batch_sampler=sampler,
-        num_workers=workers,
+        num_workers=items.workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
+        timeout=items.timeout_s if items.workers else 0,
+        worker_init_fn=outlive_signals,
         generator=torch.Generator(),  # otherwise the loader draws from torch's global state
     )
 
@@ -186,14 +205,3 @@ def collate(items: Sequence[Item]) -> dict[str, Any]:
         "id": [item["id"] for item in items],
         "skipped": [entry for item in items for entry in item.get("skipped", ())],
     }
-
-
-class _ByKey(Dataset[Item]):
-    """Looks items up by (epoch, index), so that loader processes need not be told of a new epoch."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-        self._item = getattr(dataset, "item", None)
-
-    def __getitem__(self, key: Key) -> Item:
-        return self._dataset[key.position] if self._item is None else self._item(key.position, key.epoch)

@@ -1,5 +1,7 @@
 """Weights published by the authors of DA-VAE and LightningDiT, read into davae's models.
 
+* :mod:`~davae.interop.conversion`: from a published file to a diffusers folder, what ``davae convert`` does.
+* :mod:`~davae.interop.official_vavae`: ``convert_vavae`` gives an ``AutoencoderKL``.
 * :mod:`~davae.interop.official_autoencoders`: ``convert_imagenet`` and ``convert_sd3`` give an ``AutoencoderDA``.
 * :mod:`~davae.interop.official_lightningdit`: ``load`` gives a ``LightningDiTTransformer2DModel``.
 * :mod:`~davae.interop.official_sd3_transformer`: ``load_transformer`` gives a widened ``SD3Transformer2DModel``;

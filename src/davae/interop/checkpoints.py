@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from davae.errors import DavaeError
 
+logger = logging.getLogger(__name__)
 _WRAPPERS = ("module.", "_orig_mod.")  # put before every name by data parallelism and by torch.compile
 
 
@@ -23,27 +26,48 @@ def read_state_dict(
 
     Args:
         path: the file.
-        entries: where a file nests several models under names, the first of these it has is taken.
+        entries: where a file nests several models under names, the first of these it has is taken, and said.
 
     Returns:
         Tensors by name on the CPU, without the prefixes of data parallelism and torch.compile.
 
     Raises:
-        DavaeError: no such file, a pickle that would have to run code, or no tensors where they should be.
+        DavaeError: no such file, a damaged one, a pickle that would have to run code, or no tensors where they
+            should be.
     """
-    path = Path(path)
+    content = _read(Path(path))
+    return strip_wrappers(_find_tensors(content, Path(path), entries))
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Named tensors that lie bare in a file of either kind, such as statistics.
+
+    Raises:
+        DavaeError: as :func:`read_state_dict`.
+    """
+    return dict(_find_tensors(_read(Path(path)), Path(path), ()))
+
+
+def _read(path: Path) -> Any:
     if not path.is_file():
         raise DavaeError(f"there is no file {path}")
-    if path.suffix == ".safetensors":
-        return strip_wrappers(load_file(path))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DavaeError(
-            f"{path} holds more than tensors, and reading it would run code from the file. Save its weights "
-            f"alone with the program that made it, or as safetensors. ({str(error).splitlines()[0]})"
+            f"{path} holds more than tensors, and reading it would run code from the file. If you trust where it "
+            "comes from, write its weights alone with the program that made it, and convert that file: "
+            f'`content = torch.load("{path.name}", weights_only=False); torch.save({{"state_dict": '
+            'content["state_dict"]}, "weights.pt")`, with "ema" or "model" where the weights are under that name. '
+            f"({str(error).splitlines()[0]})"
         ) from error
-    return strip_wrappers(_find_tensors(content, path, entries))
+    except (RuntimeError, EOFError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DavaeError(
+            f"{path} cannot be read: it is damaged, or no checkpoint. Download it again. ({reason})"
+        ) from error
 
 
 def strip_wrappers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -59,6 +83,9 @@ def _find_tensors(content: Any, path: Path, entries: Sequence[str]) -> Mapping[s
     if isinstance(content, Mapping):
         for entry in entries:
             if isinstance(content.get(entry), Mapping):
+                others = [str(name) for name in content if name != entry]
+                besides = f" (not: {', '.join(others)})" if others else ""
+                logger.info("%s: taking the weights under '%s'%s", path.name, entry, besides)
                 return _find_tensors(content[entry], path, ())
         if content and all(isinstance(value, Tensor) for value in content.values()):
             return content

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.interop.checking import check_keys, require
 from davae.interop.checkpoints import read_state_dict, strip_wrappers
-from davae.models.lightningdit import LightningDiTTransformer2DModel
+from davae.models.lightningdit import SIZES, LightningDiTTransformer2DModel
 from davae.models.positions import rope_table, sincos_table
 
 #: Official module -> ours. Modules of a block are listed without their ``blocks.N.``.
@@ -40,6 +41,7 @@ _BLOCK_MODULES = {
     "mlp.fc1": "ff.net.0.proj",  # the plain GELU layer
     "mlp.fc2": "ff.net.2",
 }
+_WHAT = "a LightningDiT state dict"
 _TABLE_TOLERANCE = 1e-4  # float32 rounding of the largest angles; another table differs by about 1
 
 
@@ -92,19 +94,20 @@ def convert(
             unexpected.append(name)
     with torch.device("meta"):
         expected = LightningDiTTransformer2DModel(**config).state_dict()
-    faults = {
-        "missing": sorted(expected.keys() - converted.keys()),
-        "unexpected": unexpected + sorted(converted.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} {tuple(converted[name].shape)}, expected {tuple(expected[name].shape)}"
-            for name in expected.keys() & converted.keys()
-            if converted[name].shape != expected[name].shape
-        ],
-    }
-    if any(faults.values()):
-        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
-        raise DavaeError(f"this is not a LightningDiT state dict as published. {listed}")
+    check_keys(converted, expected, _WHAT, unexpected)
     return config, converted
+
+
+def size_name(config: Mapping[str, Any]) -> str:
+    """What papers call a model of this configuration: ``XL/1``, or ``width 16, depth 1, 2 heads, patch 1``."""
+    shape = {key: config[key] for key in ("num_layers", "hidden_size", "num_attention_heads")}
+    for name, size in SIZES.items():
+        if shape == size:
+            return f"{name}/{config['patch_size']}"
+    return (
+        f"width {config['hidden_size']}, depth {config['num_layers']}, "
+        f"{config['num_attention_heads']} heads, patch {config['patch_size']}"
+    )
 
 
 def _translate(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -129,14 +132,10 @@ def _read_config(official: Mapping[str, Tensor], num_attention_heads: int | None
         "final_layer.linear.weight",
         "y_embedder.embedding_table.weight",
         "pos_embed",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.adaLN_modulation.1.weight",
     )
-    absent = [
-        name
-        for name in (*needed, "blocks.0.attn.qkv.weight", "blocks.0.adaLN_modulation.1.weight")
-        if name not in official
-    ]
-    if absent:
-        raise DavaeError(f"this is not a LightningDiT state dict as published. missing: {', '.join(absent)}")
+    require(official, needed, _WHAT)
     hidden, channels, patch, _ = official["x_embedder.proj.weight"].shape
     out_channels = len(official["final_layer.linear.weight"]) // patch**2
     rope, qk_norm = "feat_rope.freqs_cos" in official, "blocks.0.attn.q_norm.weight" in official

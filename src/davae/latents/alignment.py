@@ -13,6 +13,7 @@ from davae.errors import DavaeError
 from davae.latents.layout import LatentLayout
 
 AlignmentForm = Literal["mean", "relational", "projection"]
+_FLOAT16_SCALE = 4096.0
 _FORMS = ("mean", "relational", "projection")
 
 
@@ -109,7 +110,8 @@ def adaptive_weight(reference_loss: Tensor, loss: Tensor, parameter: Tensor, *, 
     """Weight that gives ``loss`` as large a gradient as ``reference_loss`` has, at one parameter.
 
     ``|d reference / d parameter| / (|d loss / d parameter| + 1e-4)``, clamped to ``[0, maximum]``, with
-    Euclidean norms. The graph is kept, and no gradient flows through the weight.
+    Euclidean norms. The graph is kept, and no gradient flows through the weight. Under float16 autocast the losses are
+    scaled up on the way back: the gradient of a mean over an image's pixels lies below float16's smallest number.
 
     Args:
         reference_loss, loss: scalars that both depend on ``parameter``.
@@ -119,7 +121,10 @@ def adaptive_weight(reference_loss: Tensor, loss: Tensor, parameter: Tensor, *, 
     Returns:
         Detached float32 scalar.
     """
-    (reference_gradient,) = torch.autograd.grad(reference_loss, parameter, retain_graph=True)
-    (gradient,) = torch.autograd.grad(loss, parameter, retain_graph=True)
-    ratio = reference_gradient.float().norm() / (gradient.float().norm() + 1e-4)
+    device = parameter.device.type
+    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    scale = _FLOAT16_SCALE if half else 1.0
+    (reference_gradient,) = torch.autograd.grad(scale * reference_loss, parameter, retain_graph=True)
+    (gradient,) = torch.autograd.grad(scale * loss, parameter, retain_graph=True)
+    ratio = reference_gradient.float().norm() / (gradient.float().norm() + 1e-4 * scale)
     return ratio.clamp(0.0, maximum).detach()

@@ -50,9 +50,9 @@ def _initialise(module: nn.Module) -> None:
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """``(mean relu(1 - D(real)) + mean relu(1 + D(fake))) / 2`` of logits of any shape."""
-    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+    return 0.5 * (F.relu(1.0 - real.float()).mean() + F.relu(1.0 + fake.float()).mean())
 
 
 def hinge_generator_loss(fake: Tensor) -> Tensor:
     """``-mean D(fake)`` of logits of any shape."""
-    return -fake.mean()
+    return -fake.float().mean()

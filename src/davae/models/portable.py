@@ -25,8 +25,6 @@ class Portable:
 
     _auto_class = "AutoModel"  # config.json names file and class for AutoModel.from_pretrained
 
-    # Pipelines pass on what they find in the signature, which must be the family's.
-    @functools.wraps(ModelMixin.save_pretrained)
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As in diffusers, with the file of code beside the weights."""
         kind = type(self)
@@ -35,6 +33,9 @@ class Portable:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / CODE_FILE).write_text(custom_code(kind.__name__), encoding="utf-8")
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    # Pipelines pass on what they find in the signature, which must be the family's.
+    functools.update_wrapper(save_pretrained, ModelMixin.save_pretrained, assigned=(), updated=())
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:

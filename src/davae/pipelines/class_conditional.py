@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -19,13 +18,15 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.models.custom_code import custom_code
-from davae.pipelines.flow import predict_velocity, sigma_velocity
+from davae.pipelines.flow import predict_velocity, sigma_shift, sigma_velocity
+from davae.pipelines.flow_schedules import check_flow_scheduler, scheduler_step, set_times, shifted_scheduler
+from davae.pipelines.scaling import from_model_space
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Makes images of given classes by an Euler walk from noise (t = 0) to data (t = 1).
+    """Makes images of given classes by a walk from noise (t = 0) to data (t = 1).
 
     The same class serves a base model and its upgrade: the VAE's configuration says how large the image is
     and how many channels a latent has. From one seed an upgraded pipeline starts at the base's own noise,
@@ -34,7 +35,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
     Args:
         vae: a diffusers image autoencoder or :class:`davae.AutoencoderDA`.
         transformer: :class:`davae.LightningDiTTransformer2DModel`, or one that is called alike.
-        scheduler: its `shift` is in sigma = 1 - t; a shift of 0.3 in t is 1 / 0.3 here.
+        scheduler: of flow matching: Euler, Heun, LCM, or DPM-Solver++ and UniPC set up for it. Its `shift` is in
+            sigma = 1 - t; a shift of 0.3 in t is 1 / 0.3 here.
         id2label: names of the classes by number, kept in the pipeline's configuration.
 
     Raises:
@@ -48,7 +50,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self,
         vae: ModelMixin,
         transformer: ModelMixin,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: SchedulerMixin,
         id2label: Mapping[int, str] | Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
@@ -72,7 +74,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     @property
     def vae_scale_factor(self) -> int:
         """Image pixels per latent position, a side."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        config = self.vae.config
+        widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
+        return int(2 ** (len(widths) - 1))
 
     @property
     def labels(self) -> dict[str, int]:
@@ -89,6 +93,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         guidance_scale: float = 4.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_channels: int | None = None,
+        timestep_shift: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -101,10 +106,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
             class_labels: numbers or names: one, or one for each image. Number `num_classes` means no class.
             height: image height in pixels; the trained size if None.
             width: image width in pixels; the trained size if None.
-            num_inference_steps: Euler steps.
+            num_inference_steps: steps of the scheduler. The official samplers count the points of the grid, one
+                more: their 250 is 249 here.
             guidance_scale: classifier-free guidance; 1 turns it off and halves the work.
             guidance_interval: guide only while ``start <= t <= end``, where t = 0 is noise.
             guidance_channels: guide this many first latent channels; None guides all.
+            timestep_shift: warp the grid by ``s t / (1 + (s - 1) t)``, 0.3 in the official samplers; None leaves
+                it to the scheduler.
             generator: one for all images, or a list of one for each.
             latents: noise to start from, [B, C, h, w], instead of drawing it.
             output_type: "pil", "np" (float [B, H, W, 3] in [0, 1]), "pt" (float [B, 3, H, W] in [0, 1]) or
@@ -122,7 +130,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
             )
         if num_inference_steps < 1:
             raise DavaeError(f"num_inference_steps is {num_inference_steps}: at least 1 is needed")
+        if timestep_shift is not None and timestep_shift <= 0:
+            raise DavaeError(f"timestep_shift is {timestep_shift}: it must be above 0, and 1 changes nothing")
         self._check_channels()
+        check_flow_scheduler(self.scheduler)
         device = self._execution_device
         labels = torch.tensor(self._label_numbers(class_labels), device=device)  # [B]
         if latents is None:
@@ -130,13 +141,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         else:
             latents = self._given_latents(latents, len(labels), height, width).to(device, torch.float32)
 
-        # A uniform grid in sigma from 1; the scheduler shifts it and adds the end, sigma = 0.
-        sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        self.scheduler.set_timesteps(sigmas=sigmas, device=device)
-        self.scheduler.set_begin_index(0)
-        times = (1 - self.scheduler.sigmas.double()).tolist()  # one transfer, before the loop
-        with self.progress_bar(total=num_inference_steps) as progress:
-            for step, timestep in enumerate(self.scheduler.timesteps):
+        scheduler = self.scheduler
+        if timestep_shift is not None:
+            scheduler = shifted_scheduler(scheduler, sigma_shift(timestep_shift))
+        times = set_times(scheduler, num_inference_steps, device)
+        with self.progress_bar(total=len(times)) as progress:
+            for step, timestep in enumerate(scheduler.timesteps):
                 velocity = predict_velocity(
                     self.transformer,
                     latents.to(self.transformer.dtype),
@@ -146,9 +156,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
                     guidance_interval=guidance_interval,
                     guidance_channels=guidance_channels,
                 )
-                (latents,) = self.scheduler.step(
-                    sigma_velocity(velocity), timestep, latents, generator=generator, return_dict=False
-                )
+                prediction = sigma_velocity(velocity)
+                latents = scheduler_step(scheduler, prediction, timestep, latents, generator)
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, step, timestep, {"latents": latents})
                     latents = (changed or {}).get("latents", latents)
@@ -159,8 +168,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
-        config = self.vae.config
-        raw = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        raw = from_model_space(self.vae, latents)
         images = self.vae.decode(raw.to(self.vae.dtype)).sample.float()  # [B, 3, H, W]
         return VaeImageProcessor(self.vae_scale_factor).postprocess(images, output_type=output_type)
 

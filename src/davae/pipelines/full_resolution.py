@@ -74,7 +74,9 @@ def fit_to_autoencoder(pipe: P) -> P:
     guard_silent_details(pipe, vae.layout)
     cls = type(pipe)
     if cls.__name__ == "StableDiffusion3InpaintPipeline" and cls.__module__.startswith("diffusers."):
-        from davae.pipelines.sd3_inpaint import StableDiffusion3InpaintPipeline  # imports all of SD3: only here
+        from davae.pipelines.sd3_inpaint import (
+            StableDiffusion3InpaintPipeline,  # imports all of SD3: only here
+        )
 
         pipe.__class__ = StableDiffusion3InpaintPipeline
     return pipe

@@ -126,6 +126,10 @@ def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         for name, facts in manifest.items():
+            if Path(name).name != name:
+                raise DavaeError(
+                    f"checkpoint {path} is broken: its manifest names {name}, which lies elsewhere"
+                )
             if _facts(path / name) != facts:
                 raise DavaeError(f"checkpoint {path} is broken: {name} is not what was written; not used")
         values = json.loads((path / "state.json").read_text())

@@ -210,8 +210,10 @@ class DcAeStage(Stage):
         self.objective = DcAeObjective(autoencoder, layers, phase.reconstruction, adversary)
         self.players = [Player("model", self.objective, phase.optimizer), *players]
 
+    @torch.no_grad()
     def validate(self, samples: Path, step: int) -> dict[str, float]:
-        """PSNR, SSIM and spectral distance at every resolution; a picture of each."""
+        """PSNR, SSIM and spectral distance at every resolution; a picture of each. Leaves eval mode on."""
+        self.objective.eval()  # batch norms must not learn from held-out images, whoever asks
         values: dict[str, float] = {}
         for side in self.held_out:
             images, made = self._reconstructed(side)

@@ -102,7 +102,10 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
         scaling_images=recipe.measure.scaling_images,
         workers=recipe.data.workers,
     )
-    plain = recipe.model_dump(mode="json") | {"phase": phase, "start": None if start is None else str(start)}
+    stage.timeout_s = recipe.data.timeout_s
+    others = {f"phase{n}" for n in (1, 2, 3) if n != phase}  # may change without making this another run
+    plain = recipe.model_dump(mode="json", exclude=others)
+    plain |= {"phase": phase, "start": None if start is None else str(start)}
     figures_before = _measured_before(stage, out, plain)
     result = train(stage, out, plain)
     assert result is not None
@@ -260,10 +263,7 @@ def _measured_before(stage: DcAeStage, out: Path, plain: dict[str, Any]) -> dict
         return json.loads(kept.read_text())
     if torch.accelerator.is_available():
         stage.objective.to(torch.accelerator.current_accelerator())
-    stage.objective.eval()
-    with torch.no_grad():
-        figures = stage.validate(out / "samples", 0)
-    stage.objective.train()
+    figures = stage.validate(out / "samples", 0)
     kept.write_text(json.dumps(figures))
     return figures
 

@@ -70,6 +70,8 @@ class DcAeDataSettings(Section):
     hold_out: Annotated[float, Field(ge=0)] = 0.05
     """Share of the images (below 1) or their number (1 and more) kept for measuring."""
     workers: Annotated[int, Field(ge=0)] = 0
+    timeout_s: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds to wait for a batch before the run stops and names the files being read; 0 waits for ever."""
     in_memory: bool = False
     """Decode each image once and keep it; crops and flips are then drawn once too, windows every time."""
 

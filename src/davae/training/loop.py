@@ -16,17 +16,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from davae.data import BatchStream, SkipLedger
+from davae.data.stalls import is_of_a_dead_worker, told_dead_worker
 from davae.errors import DavaeError
+from davae.models.float32_islands import keep_linear_attention_in_float32
 from davae.training.checkpoint import newest_whole
 from davae.training.checkpoint_writer import CheckpointWriter
 from davae.training.ema import Ema
@@ -41,6 +44,9 @@ from davae.training.stopping import StopRequest, TrainingStopped
 from davae.training.window import LossWindow
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_WAIT = timedelta(hours=2)
+"""For the first process, which validates and exports while the others wait. torch's own limit is ten minutes."""
 
 
 @dataclass
@@ -68,6 +74,10 @@ class Stage(ABC):
     dataset: torch.utils.data.Dataset[dict[str, Any]]
     workers: int = 0
     """Loader processes."""
+    timeout_s: float = 0.0
+    """Seconds to wait for a batch of images; 0 waits for ever."""
+    facts: dict[str, Any] = {}  # replaced, never changed  # noqa: RUF012
+    """What the run's ``environment.json`` says besides: where the base's weights came from."""
 
     @abstractmethod
     def validate(self, samples: Path, step: int) -> dict[str, float]:
@@ -118,6 +128,10 @@ def train(
         return _Training(stage, out, recipe).run(stop_after)
     except torch.OutOfMemoryError as error:
         raise DavaeError(told_out_of_memory(stage.name, stage.loop)) from error
+    except RuntimeError as error:
+        if not is_of_a_dead_worker(error):
+            raise
+        raise DavaeError(f"{stage.name}: {told_dead_worker()}") from error
 
 
 class _Training:
@@ -132,10 +146,11 @@ class _Training:
             log_with=loop.report_to or None,
             project_dir=str(out),
             cpu=_use_cpu(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
         )
         self.main = self.accelerator.is_main_process
         with self.accelerator.main_process_first():
-            self.directory = RunDirectory(out, recipe, write=self.main)
+            self.directory = RunDirectory(out, recipe, facts=stage.facts, write=self.main)
         self.metrics: dict[str, float] = {}
 
     def run(self, stop_after: int | None) -> TrainResult | None:
@@ -168,6 +183,7 @@ class _Training:
         stage.to(accelerator.device)
         for player in stage.players:
             player.module.to(accelerator.device).train()  # loaded models come in eval mode
+            keep_linear_attention_in_float32(player.module)
             if loop.channels_last:
                 player.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.modules, self.optimizers = [], []
@@ -184,6 +200,7 @@ class _Training:
             workers=stage.workers,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
+            timeout_s=stage.timeout_s,
         )
         self.ledger = SkipLedger.for_dataset(stage.dataset)
         self.window = LossWindow()
@@ -203,10 +220,9 @@ class _Training:
                     self._guard(done, batch)
                 if due:
                     progress.losses(self._log(done))
-                watched = None
+                watched, best = None, False
                 if done == loop.steps or (loop.validate_every and done % loop.validate_every == 0):
-                    watched = self._validate(done)
-                best = watched is not None and self.writer.is_best(watched)
+                    watched, best = self._validate(done)
                 if done % loop.checkpoint_every == 0 or done == loop.steps or stopping or best:
                     self._guard(done, batch)
                     self._save(done, watched)
@@ -313,10 +329,15 @@ class _Training:
             self.accelerator.log(values, step=done)
         return values
 
-    def _validate(self, done: int) -> float | None:
-        """Measure; returns the watched metric, where one is watched."""
-        if not self.main:
-            return None
+    def _validate(self, done: int) -> tuple[float | None, bool]:
+        """Measure in the first process; returns, in all, the watched metric and whether it was never better."""
+        watched = self._measure(done) if self.main else None
+        found = [watched, watched is not None and self.writer.is_best(watched)]
+        if self.accelerator.num_processes > 1 and self.loop.best_metric is not None:
+            broadcast_object_list(found)  # all save the best, or none
+        return found[0], bool(found[1])
+
+    def _measure(self, done: int) -> float | None:
         model = self.stage.players[0].module
         model.eval()
         with self.ema.applied() if self.ema is not None else nullcontext(), torch.no_grad():
@@ -335,6 +356,7 @@ class _Training:
         return self.metrics[best]
 
     def _save(self, done: int, watched: float | None) -> None:
+        self._merge_ledgers()
         if self.main:
             tensors = {}
             for player, optimizer in zip(self.stage.players, self.optimizers):
@@ -352,6 +374,12 @@ class _Training:
                 values["ema_updates"] = self.ema.updates
             self.writer.save(done, tensors, values, watched=watched)
         self.accelerator.wait_for_everyone()
+
+    def _merge_ledgers(self) -> None:
+        """Every process met bad files of its own; afterwards each knows all."""
+        if self.accelerator.num_processes > 1:
+            for state in gather_object([self.ledger.state_dict()]):
+                self.ledger.load_state_dict(state)
 
     def _resume(self) -> int:
         """Put the newest whole checkpoint back; returns its step, 0 where there is none."""
@@ -376,6 +404,7 @@ class _Training:
         return step
 
     def _result(self) -> TrainResult:
+        self._merge_ledgers()
         self.ledger.check()
         result = self.out
         with self.ema.applied() if self.ema is not None else nullcontext():
@@ -383,11 +412,11 @@ class _Training:
                 self.metrics = self.stage.validate(self.directory.samples, self.loop.steps)
             if self.main:
                 result = self.stage.export(self.out)
-        facts = [result, self.metrics]
+        facts: list[Any] = [result, self.metrics]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(facts)  # also keeps the others from reading what is not yet written
         result, self.metrics = facts
-        if self.ledger.count:
+        if self.ledger.count and self.main:
             logger.warning(self.ledger.summary())
         return TrainResult(self.out, result, self.loop.steps, self.metrics, self.ledger)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
+from davae.interop.checkpoints import read_state_dict
 
 _BACKBONE_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
@@ -38,8 +38,7 @@ class LpipsLoss(nn.Module):
                 f"LPIPS needs the VGG-16 backbone: reconstruction.lpips_backbone is {backbone!r}, which is no file. "
                 f"Fetch {_BACKBONE_URL} where there is a network and give its path"
             )
-        path = Path(backbone)
-        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+        weights = read_state_dict(backbone)
         self.network = lpips.LPIPS(net="vgg", pretrained=True, pnet_rand=True, verbose=False)
         features = {k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")}
         with torch.no_grad():

@@ -12,14 +12,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from davae.errors import DavaeError
+from davae.training.ablation_settings import AblationRecipe
 from davae.training.dc_ae_settings import DcAeRecipe
 from davae.training.settings import BaseRecipe, UpgradeRecipe
 
-Recipe = UpgradeRecipe | BaseRecipe | DcAeRecipe
-_KINDS: dict[str, type[UpgradeRecipe] | type[BaseRecipe] | type[DcAeRecipe]] = {
+Recipe = UpgradeRecipe | BaseRecipe | DcAeRecipe | AblationRecipe
+_KINDS: dict[str, type[UpgradeRecipe] | type[BaseRecipe] | type[DcAeRecipe] | type[AblationRecipe]] = {
     "upgrade": UpgradeRecipe,
     "base": BaseRecipe,
     "dc-ae": DcAeRecipe,
+    "ablation": AblationRecipe,
 }
 
 

@@ -12,18 +12,21 @@ from torch.utils.data import Dataset
 
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
+from davae.models.lightningdit_start import restarted
 from davae.pipelines import fit_to_autoencoder, upgrade_pipeline
 from davae.pipelines.same_base import layout_over
+from davae.recipes.presets import find_preset
 from davae.tiny import debug_base, load_tiny
-from davae.tiny.small_pipelines import small_pipeline
 from davae.training.base import train_base
 from davae.training.caching import open_cache
 from davae.training.diffusion import DiffusionStage
 from davae.training.dry_run import dry_run as describe_run
+from davae.training.dry_run_base import dry_run_base as describe_base_run
 from davae.training.images import open_part, open_training_part
 from davae.training.levels import train_levels
 from davae.training.loop import TrainResult, train
-from davae.training.recipe import dump_recipe, load_recipe
+from davae.training.provenance import base_facts
+from davae.training.recipe import load_recipe
 from davae.training.settings import BaseRecipe, UpgradeRecipe
 
 
@@ -72,18 +75,22 @@ def run_base(
     if not isinstance(settings, BaseRecipe):
         raise DavaeError(f"recipe '{recipe}' upgrades a base; `davae train base` needs one of kind: base")
     if dry_run:
-        return dump_recipe(settings)
-    return _told(train_base(settings, out or Path("runs") / _stem(recipe)))
+        return describe_base_run(settings)
+    start = settings.start_from
+    base = None if start is None else load_base(start.pipeline)
+    return _told(train_base(settings, out or Path("runs") / _stem(recipe), base))
 
 
 def train_autoencoder(recipe: UpgradeRecipe, out: Path) -> TrainResult:
     """Stage 1 into ``out/autoencoder``. Continues from the newest checkpoint in ``out``."""
-    return train_levels(recipe, load_base(recipe.base), out)
+    return train_levels(recipe, load_recipe_base(recipe), out)
 
 
 def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> TrainResult:
     """Stage 2 into ``out/pipeline``. Continues from the newest checkpoint in ``out``."""
-    base = load_base(recipe.base, transformer_dtype=getattr(torch, recipe.diffusion.tune.frozen_dtype))
+    base = load_recipe_base(recipe, transformer_dtype=getattr(torch, recipe.diffusion.tune.frozen_dtype))
+    if recipe.diffusion.tune.add_qk_norm:
+        base.transformer = restarted(base.transformer, qk_norm=True)
     vae = AutoencoderDA.from_pretrained(autoencoder)
     pipeline = upgrade_pipeline(base, vae)
     data = recipe.data
@@ -103,29 +110,92 @@ def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Trai
         workers=recipe.data.workers,
         before=base,
     )
+    stage.timeout_s, stage.facts = data.timeout_s, base_facts(recipe, base)
     result = train(stage, out, recipe.model_dump(mode="json") | {"autoencoder_folder": str(autoencoder)})
     assert result is not None
     return result
 
 
-def load_base(name: str, *, transformer_dtype: torch.dtype | None = None) -> DiffusionPipeline:
+def load_recipe_base(
+    recipe: UpgradeRecipe, *, transformer_dtype: torch.dtype | None = None
+) -> DiffusionPipeline:
+    """The base that a recipe names, at the revision that it pins."""
+    return load_base(
+        recipe.base,
+        revision=recipe.base_revision,
+        remote_code=recipe.base_remote_code,
+        transformer_dtype=transformer_dtype,
+    )
+
+
+def load_base(
+    name: str,
+    *,
+    revision: str | None = None,
+    remote_code: bool = False,
+    transformer_dtype: torch.dtype | None = None,
+) -> DiffusionPipeline:
     """The base pipeline of a recipe.
 
     Args:
         name: ``tiny``, ``debug``, ``debug-sd3`` and kin, a folder, or a hub name.
+        revision: of a hub name: branch, tag or commit; none takes the newest.
+        remote_code: whether Python files beside the weights may be executed.
         transformer_dtype: of the transformer alone, where it is not to be float32. Read so from the start: a large
             one would not fit twice.
+
+    Raises:
+        DavaeError: the base brings code and ``remote_code`` is off, its weights are pickles, or a folder is to have a
+            revision.
     """
     if name == "tiny" or name == "debug" or name.startswith("debug-"):
         if name == "tiny":
             pipe: DiffusionPipeline = load_tiny()
+        elif name == "debug":
+            pipe = debug_base()
         else:
-            pipe = debug_base() if name == "debug" else small_pipeline(name.removeprefix("debug-"))
+            from davae.tiny.small_pipelines import (
+                small_pipeline,  # imports eight families: only when asked for
+            )
+
+            pipe = small_pipeline(name.removeprefix("debug-"))
         if transformer_dtype is not None:
             pipe.transformer.to(transformer_dtype)
         return pipe
-    options = {} if transformer_dtype is None else {"dtype": {"transformer": transformer_dtype}}
-    return fit_to_autoencoder(DiffusionPipeline.from_pretrained(name, **options))
+    preset = None if Path(name).exists() else find_preset(name)
+    if preset is not None and preset.pipeline == "ClassConditionalPipeline":
+        raise DavaeError(
+            f"'{name}' is published as checkpoint files, not as a pipeline: convert them with `davae convert vavae` "
+            "and `davae convert lightningdit --vae`, and give the folder; see docs/imagenet.md"
+        )
+    options: dict[str, Any] = {"use_safetensors": True}
+    if transformer_dtype is not None:
+        options["dtype"] = {"transformer": transformer_dtype}
+    if revision is not None:
+        if Path(name).is_dir():
+            raise DavaeError(
+                f"base_revision is set, but {name} is a folder; revisions are of names on the hub"
+            )
+        options["revision"] = revision
+    if remote_code:
+        options["trust_remote_code"] = True
+    try:
+        return fit_to_autoencoder(DiffusionPipeline.from_pretrained(name, **options))
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise DavaeError(
+            f"the base {name} has weights that are not safetensors but pickles, which can run code when they are read "
+            f"({str(error).splitlines()[0]}). Where you trust them, convert them once: "
+            f"DiffusionPipeline.from_pretrained({name!r}).save_pretrained('FOLDER'), then base: FOLDER"
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error) or remote_code:
+            raise
+        raise DavaeError(
+            f"the base {name} brings Python code of its own, which is not executed unless the recipe says "
+            "base_remote_code: true. Read that code first"
+        ) from error
 
 
 def _upgrade_recipe(recipe: str | Path, overrides: Sequence[str]) -> UpgradeRecipe:

@@ -10,7 +10,7 @@ from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.training.caching import write_cache
 from davae.training.recipe import load_recipe
-from davae.training.run import load_base
+from davae.training.run import load_recipe_base
 from davae.training.settings import UpgradeRecipe
 
 
@@ -42,7 +42,7 @@ def run_cache(
     made = write_cache(
         settings.data,
         vae,
-        load_base(settings.base),
+        load_recipe_base(settings),
         out,
         form=form,
         batch_size=batch_size,

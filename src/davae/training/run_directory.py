@@ -32,6 +32,7 @@ _MAY_CHANGE = {
     "gradient_checkpointing",
     "precision",
     "workers",
+    "timeout_s",
     "log_every",
     "checkpoint_every",
     "checkpoints_total_limit",
@@ -45,13 +46,16 @@ class RunDirectory:
     Args:
         path: the folder; made where absent.
         recipe: the resolved recipe as plain values; kept in ``config.yaml``.
+        facts: what ``environment.json`` says besides, such as where the base's weights came from.
         write: off on all but one of a run's processes.
 
     Raises:
         DavaeError: the folder holds a run that learns something else (each difference is named).
     """
 
-    def __init__(self, path: Path, recipe: dict[str, Any], *, write: bool = True) -> None:
+    def __init__(
+        self, path: Path, recipe: dict[str, Any], *, facts: dict[str, Any] | None = None, write: bool = True
+    ) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
@@ -71,7 +75,7 @@ class RunDirectory:
             return
         path.mkdir(parents=True, exist_ok=True)
         config.write_text(yaml.safe_dump(recipe, sort_keys=False))
-        (path / "environment.json").write_text(json.dumps(environment(), indent=2))
+        (path / "environment.json").write_text(json.dumps(environment() | (facts or {}), indent=2))
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -34,6 +34,8 @@ class DataSettings(Section):
     """Share of the images (below 1) or their number (1 and more) kept for validation."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Loader processes; 0 decodes in the training process."""
+    timeout_s: Annotated[float, Field(ge=0)] = 600.0
+    """Seconds to wait for a batch before the run stops and names the files being read; 0 waits for ever."""
     buckets: bool | list[tuple[Positive, Positive]] = False
     """Aspect-ratio buckets for the training images: ``true`` for sizes of about ``resolution ** 2`` pixels, or
     a list of [width, height]. Held-out images stay square."""
@@ -228,9 +230,15 @@ class TuneSettings(Section):
     lora: LoraSettings = LoraSettings()
     new_channels_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the widened input and output layers; none takes the optimizer's."""
+    new_channels_start: Literal["zero", "random"] = "zero"
+    """Weights of the new channels at step 0. ``random`` is for ablations: with the spread of the base's own weights,
+    so that step 0 is no longer the pretrained model."""
     frozen_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the weights that do not learn; those that do stay in float32. ``bfloat16`` halves the memory
     of the transformer, needs ``loop.precision=bf16``, and the result is saved in it."""
+    add_qk_norm: bool = False
+    """LightningDiT without QK-norm: put it in, as the official ImageNet training does. Attention changes at once,
+    so the start is no longer an exact copy of the base."""
 
 
 class PromptSettings(Section):
@@ -282,6 +290,11 @@ class UpgradeRecipe(Section):
     description: str
     base: str = "tiny"
     """``tiny`` (embedded), ``debug`` (random weights), a pipeline folder, or a name on the hub."""
+    base_revision: str | None = None
+    """A name on the hub: the branch, tag or commit to take; none takes the newest. The run's environment.json says
+    which commit it was, to be pinned here."""
+    base_remote_code: bool = False
+    """Whether Python files that lie beside the base's weights may be executed."""
     data: DataSettings = DataSettings()
     autoencoder: AutoencoderSettings
     diffusion: DiffusionSettings
@@ -325,10 +338,21 @@ class BaseTransformerArchitecture(Section):
         return self
 
 
+class StartFromSettings(Section):
+    """A native fine-tune: a pipeline's autoencoder is kept and its transformer is the start."""
+
+    pipeline: str
+    """A class-conditional pipeline's folder, ``tiny`` or ``debug``; a bundled configuration for dry runs."""
+    patch_size: Positive | None = None
+    """Another patch size, a multiple of the pipeline's: twice the resolution at the same number of tokens."""
+    qk_norm: bool | None = None
+    """Put QK-norm in, or take it as it is."""
+
+
 class BaseTransformerSettings(Section):
     """Second half of a base training: the transformer on the autoencoder's latents."""
 
-    architecture: BaseTransformerArchitecture
+    architecture: BaseTransformerArchitecture | None = None
     timesteps: TimestepSettings = TimestepSettings()
     loss: FlowLossSettings = FlowLossSettings()
     optimizer: OptimizerSettings
@@ -349,5 +373,18 @@ class BaseRecipe(Section):
     """Share of the autoencoder's training images that are crops at full resolution, not reduced ones."""
     save_dtype: Literal["float32", "float16"] = "float32"
     """Precision of the saved weights; training is not affected."""
-    autoencoder: BaseAutoencoderSettings
+    start_from: StartFromSettings | None = None
+    """A pipeline to fine-tune; none trains both halves from nothing."""
+    autoencoder: BaseAutoencoderSettings | None = None
     transformer: BaseTransformerSettings
+
+    @model_validator(mode="after")
+    def _one_start(self) -> BaseRecipe:
+        own = {"autoencoder": self.autoencoder, "transformer.architecture": self.transformer.architecture}
+        given = [name for name, value in own.items() if value is not None]
+        if self.start_from is not None and given:
+            raise ValueError(f"with start_from, {' and '.join(given)} come from its pipeline: leave out")
+        if self.start_from is None and len(given) < 2:
+            absent = [name for name in own if name not in given]
+            raise ValueError(f"{' and '.join(absent)} needed, or start_from")
+        return self

@@ -7,6 +7,7 @@ meets the same noise on one process with batch ``2 B`` as on two with batch ``B`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,9 +53,7 @@ class SharedDraws(TorchFunctionMode):
                 facts.pop("memory_format", None)
                 return self._rows(_LIKE[func], tuple(like.shape), facts)
             if func is torch.randint and len(args) >= 2 and isinstance(args[-1], (tuple, list)):
-                return self._rows(
-                    lambda size, **rest: torch.randint(*args[:-1], size, **rest), tuple(args[-1]), kwargs
-                )
+                return self._rows(functools.partial(func, *args[:-1]), tuple(args[-1]), kwargs)
         return func(*args, **kwargs)
 
     def _rows(self, draw: Callable[..., Tensor], shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -53,7 +53,9 @@ class StructuredObjective(nn.Module):
         images = [batch["image"]]  # of each level that learns, lowest first
         for level in reversed(levels[1:]):
             images.insert(0, level.reduce(images[0]))
-        latent = levels[0].encode_prefix(images[0])  # [B, C, h, w]; grows by every level's details
+        # What is aimed at is exact, as in stage 2; some bases (SDXL's) overflow in float16.
+        with torch.autocast(images[0].device.type, enabled=False):
+            latent = levels[0].encode_prefix(images[0])  # [B, C, h, w]; grows by every level's details
         total: Tensor | float = 0.0
         named: dict[str, Tensor] = {}
         for i, (number, level) in enumerate(zip(self.learning, levels)):

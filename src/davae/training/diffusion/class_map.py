@@ -30,6 +30,18 @@ class ClassMap:
             raise DavaeError(f"{type(pipeline).__name__} is conditioned on {family.conditioned_on}")
         self.null = family.null_label(pipeline)
         self.numbers = [int(pipeline.labels.get(name, self.null)) for name in classes]
+        if not pipeline.labels and len(classes) == self.null:  # converted checkpoints know no names
+            logger.info(
+                "the pipeline knows no class names: its %d classes are taken in their order", self.null
+            )
+            self.numbers = list(range(self.null))
+        elif not pipeline.labels and classes:
+            logger.warning(
+                "the pipeline knows no class names, and the data set has %d of its %d classes: all images are trained "
+                "without a label",
+                len(classes),
+                self.null,
+            )
         unknown = [name for name, number in zip(classes, self.numbers) if number == self.null]
         if unknown and pipeline.labels:
             logger.warning(

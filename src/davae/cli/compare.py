@@ -1,0 +1,144 @@
+"""``davae compare autoencoder``: autoencoders side by side, alone and under one transformer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from davae.errors import DavaeError
+from davae.training.compare import Comparison, DiffusionOptions, compare_autoencoders
+from davae.training.compare.diffusion import transformer_size
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps ``autoencoder`` a word of its own while it is the only one."""
+
+
+@app.command()
+def autoencoder(
+    autoencoders: Annotated[
+        list[str],
+        typer.Argument(help="NAME=FOLDER, an autoencoder's or a pipeline's; the first is the reference."),
+    ],
+    data: Annotated[str, typer.Option("--data", help="A folder or data set of images.")],
+    resolution: Annotated[int, typer.Option("--resolution", help="Side of the square image in pixels.")],
+    images: Annotated[
+        int, typer.Option("--images", help="Images to reconstruct, held out of training.")
+    ] = 64,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", help="One token budget for all, by the patch size (default patch 1)."),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Images at a time through the autoencoders.")] = 8,
+    diffusion_steps: Annotated[
+        int, typer.Option("--diffusion-steps", help="Train a transformer over each for so many steps.")
+    ] = 0,
+    transformer: Annotated[
+        str, typer.Option("--transformer", help="Its size: S, B, L, XL or WIDTHxDEPTHxHEADS.")
+    ] = "S",
+    diffusion_batch: Annotated[int, typer.Option("--diffusion-batch", help="Images a training step.")] = 32,
+    train_images: Annotated[
+        int, typer.Option("--train-images", help="Images to learn from, at most.")
+    ] = 2048,
+    samples: Annotated[int, typer.Option("--samples", help="Samples to make with each.")] = 32,
+    sample_steps: Annotated[int, typer.Option("--sample-steps", help="Euler steps of a sample.")] = 25,
+    guidance: Annotated[float, typer.Option("--guidance", help="Classifier-free guidance.")] = 2.0,
+    repeats: Annotated[int, typer.Option("--repeats", help="Rounds of the timing; medians are told.")] = 5,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda (default: the GPU, if any).")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for figures and picture sheets.")] = None,
+) -> None:
+    """Compression, reconstruction and speed on the same images; with --diffusion-steps generation too."""
+    options = None
+    if diffusion_steps:
+        options = DiffusionOptions(
+            steps=diffusion_steps,
+            batch=diffusion_batch,
+            size=transformer_size(transformer),
+            samples=samples,
+            sample_steps=sample_steps,
+            guidance=guidance,
+            repeats=repeats,
+        )
+    result = compare_autoencoders(
+        named_folders(autoencoders),
+        data=data,
+        resolution=resolution,
+        images=images,
+        tokens=tokens,
+        diffusion=options,
+        train_images=train_images,
+        batch=batch,
+        repeats=repeats,
+        device=device,
+        out=out,
+    )
+    Console().print(comparison_table(result))
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def named_folders(texts: Sequence[str]) -> dict[str, str]:
+    """``NAME=FOLDER`` pairs in their order.
+
+    Raises:
+        DavaeError: one is of another form, or a name is given twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not (equals and name and folder):
+            raise DavaeError(f"'{text}' is not of the form NAME=FOLDER")
+        if name in found:
+            raise DavaeError(f"the name '{name}' is given twice")
+        found[name] = folder
+    return found
+
+
+def comparison_table(result: Comparison) -> Table:
+    """One table, an autoencoder a column, a measurement a row."""
+    table = Table(title=f"{result.images} images of {result.resolution} px, {result.device}")
+    table.add_column("")
+    for row in result.autoencoders:
+        table.add_column(row.name, justify="right")
+    lines = {
+        "model": [row.kind for row in result.autoencoders],
+        "latent": [f"f{row.compression} c{row.channels} p{row.patch}" for row in result.autoencoders],
+        "tokens": [str(row.tokens) for row in result.autoencoders],
+        "parameters": [f"{row.parameters / 1e6:.1f}M" for row in result.autoencoders],
+        "PSNR, dB": [f"{row.psnr:.2f}" for row in result.autoencoders],
+        "SSIM": [f"{row.ssim:.3f}" for row in result.autoencoders],
+        "SWD": [f"{row.swd:.3f}" for row in result.autoencoders],
+        "spectrum, dB off": [f"{row.spectrum_db:.2f}" for row in result.autoencoders],
+        "encode, images/s": [f"{row.encode_images_per_second:.3g}" for row in result.autoencoders],
+        "decode, images/s": [f"{row.decode_images_per_second:.3g}" for row in result.autoencoders],
+    }
+    if result.diffusion:
+        lines |= {
+            "transformer": [f"{row.parameters / 1e6:.1f}M" for row in result.diffusion],
+            "training, images/s": [f"{row.train_images_per_second:.3g}" for row in result.diffusion],
+            "  over the first (FLOP-limited)": [
+                f"{row.train_speedup:.2f}x ({row.train_flop_limited:.2f}x)" for row in result.diffusion
+            ],
+            "sampling, images/s": [f"{row.sample_images_per_second:.3g}" for row in result.diffusion],
+            "  over the first (FLOP-limited) ": [
+                f"{row.sample_speedup:.2f}x ({row.sample_flop_limited:.2f}x)" for row in result.diffusion
+            ],
+            "loss at the end": [f"{row.loss:.3f}" for row in result.diffusion],
+            "SWD of samples": [f"{row.swd:.3f}" for row in result.diffusion],
+        }
+    for name, values in lines.items():
+        table.add_row(name, *values)
+    return table

@@ -1,0 +1,190 @@
+"""A data source that stops answering: noticed after a time, and named.
+
+A network disk that hangs raises no error; a training on it waits for ever and nobody knows for what. Whoever reads
+an image therefore writes down which one, in memory that all loader processes share, and whoever waits for the batch
+gives up after ``timeout_s`` and says what was being read.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from davae.data.dataset import Item
+from davae.data.loader_key import Key
+from davae.errors import DavaeError
+
+_NAMED = 4
+_DEAD_WORKER = "a loader process was ended from outside, perhaps for want of memory"
+_WHAT_TO_DO = "Lower data.workers, or look in the system's log for what ended it"
+#: How torch wraps errors of loader processes.
+_FROM_A_WORKER = "Original Traceback (most recent call last)"
+
+
+class WatchedItems(Dataset[Item]):
+    """A data set's items by (epoch, position), so that loader processes need not be told of a new epoch.
+
+    Args:
+        dataset: map-style; its ``item(index, epoch)`` is used where it has one, else ``dataset[index]``.
+        workers: loader processes.
+        timeout_s: seconds that reading a batch may take; 0 waits for ever.
+    """
+
+    def __init__(self, dataset: Any, workers: int = 0, timeout_s: float = 0.0) -> None:
+        if workers < 0:
+            raise DavaeError(f"workers must be 0 or more, not {workers}")
+        if timeout_s < 0:
+            raise DavaeError(f"timeout_s must be 0 (wait for ever) or more seconds, not {timeout_s:g}")
+        self.workers, self.timeout_s = workers, timeout_s
+        self._dataset = dataset
+        self._item = getattr(dataset, "item", None)
+        # Position being read (-1: none) and when that began, of each loader process.
+        self._reading = torch.full((max(1, workers), 2), -1.0, dtype=torch.float64).share_memory_()
+        self._thread: _ReadingThread | None = None
+
+    def __getitem__(self, key: Key) -> Item:
+        worker = get_worker_info()
+        slot = self._reading[0 if worker is None else worker.id]
+        slot[1], slot[0] = time.monotonic(), key.position
+        item: Item = (
+            self._dataset[key.position] if self._item is None else self._item(key.position, key.epoch)
+        )
+        slot[0] = -1
+        return item
+
+    def __getitems__(self, keys: list[Key]) -> list[Item]:
+        """A batch's items. Read in a thread where this process is also the one that waits."""
+        if self.timeout_s == 0 or get_worker_info() is not None:
+            return [self[key] for key in keys]
+        if self._thread is None:
+            self._thread = _ReadingThread()
+        try:
+            return self._thread.call(lambda: [self[key] for key in keys], self.timeout_s)
+        except queue.Empty:
+            raise DavaeError(self._told_stalled()) from None
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Within the block, what goes wrong in loader processes is told as it would be in this one.
+
+        Raises:
+            DavaeError: the time is over or a loader process has died; says which images were being read.
+        """
+        try:
+            yield
+        except DavaeError as error:
+            if _FROM_A_WORKER not in str(error):
+                raise
+            raise DavaeError(str(error).strip().rpartition("DavaeError: ")[2]) from error
+        except RuntimeError as error:
+            if "DataLoader timed out" in str(error):
+                raise DavaeError(self._told_stalled()) from error
+            if is_of_a_dead_worker(error):
+                raise DavaeError(f"{_DEAD_WORKER}; {self._told_reading()}. {_WHAT_TO_DO}") from error
+            raise
+
+    def close(self) -> None:
+        """End the reading thread, where there is one."""
+        if self._thread is not None:
+            self._thread.end()
+            self._thread = None
+
+    def _told_stalled(self) -> str:
+        return (
+            f"no batch came for {self.timeout_s:g} s; {self._told_reading()}. Look at the disk or the network that "
+            "holds it, then run the same command again; data.timeout_s sets another time, 0 waits for ever"
+        )
+
+    def _told_reading(self) -> str:
+        now = time.monotonic()
+        slots = sorted((began, int(position)) for position, began in self._reading.tolist() if position >= 0)
+        if not slots:
+            return "no image was being read"
+        told = [f"{self._name(position)} (for {now - began:.0f} s)" for began, position in slots[:_NAMED]]
+        return f"being read: {', '.join(told)}"  # the longest first
+
+    def _name(self, position: int) -> str:
+        known: Callable[[int], str] | None = getattr(self._dataset, "id", None)
+        return f"image {position}" if known is None else known(position)
+
+
+def is_of_a_dead_worker(error: RuntimeError) -> bool:
+    """Whether torch says that a loader process has died; it may say so anywhere, as the news comes by a signal."""
+    return "DataLoader worker" in str(error) and any(
+        words in str(error) for words in ("exited unexpectedly", "killed by signal")
+    )
+
+
+def told_dead_worker() -> str:
+    """One line, where it is not known what was being read."""
+    return f"{_DEAD_WORKER}. {_WHAT_TO_DO}"
+
+
+def outlive_signals(_worker: int) -> None:
+    """Begin a loader process that does not end when all processes of a run are asked to stop.
+
+    Ctrl-C and Slurm's SIGTERM reach these too, and the training needs them to finish its step and save. They end with
+    the training, or at the second SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    asked: list[bool] = []
+
+    def listen(*_: Any) -> None:
+        if asked:
+            os._exit(0)
+        asked.append(True)
+
+    signal.signal(signal.SIGTERM, listen)
+
+
+def end_workers(batches: Any) -> None:
+    """End the loader processes of a torch loader's iterator, also one that hangs and does not listen."""
+    workers = list(getattr(batches, "_workers", ()))
+    if workers:
+        batches._shutdown_workers()  # first: afterwards torch takes a killed process for no mistake
+    for process in workers:
+        process.kill()
+
+
+class _ReadingThread:
+    """A thread that may be left behind: a read that hangs cannot be ended, and must not keep the program."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="reading", daemon=True).start()
+
+    def call(self, job: Callable[[], Any], timeout_s: float) -> Any:
+        """The job's result; its errors are raised here.
+
+        Raises:
+            queue.Empty: it takes longer than ``timeout_s``.
+        """
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._jobs.put((job, answer))
+        value, error = answer.get(timeout=timeout_s)
+        if error is not None:
+            raise error
+        return value
+
+    def end(self) -> None:
+        """No more jobs."""
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (asked := self._jobs.get()) is not None:
+            job, answer = asked
+            del asked
+            try:
+                answer.put((job(), None))
+            except Exception as error:  # noqa: BLE001 - raised where the answer is taken
+                answer.put((None, error))
+            del job, answer  # else the last batch would stay in memory while waiting

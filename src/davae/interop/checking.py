@@ -1,0 +1,78 @@
+"""Every tensor accounted for: what is missing, unknown or of another shape is named before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from davae.errors import DavaeError
+
+logger = logging.getLogger(__name__)
+
+
+def require(weights: Mapping[str, Tensor], names: Sequence[str], what: str, prefix: str = "") -> None:
+    """The tensors from which a configuration is read must be there.
+
+    Args:
+        weights: by name.
+        names: what is needed.
+        what: what the weights should be, for the message.
+        prefix: was taken off the names; the message puts it back.
+
+    Raises:
+        DavaeError: names what is absent.
+    """
+    absent = [prefix + name for name in names if name not in weights]
+    if absent:
+        raise DavaeError(f"this is not {what} as published. missing: {', '.join(absent)}")
+
+
+def check_keys(
+    converted: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    what: str,
+    unknown: Sequence[str] = (),
+) -> None:
+    """The converted tensors are exactly the model's, by name and shape.
+
+    Args:
+        converted: under our names.
+        expected: the model's state dict; may be on the meta device.
+        what: what the weights should be, for the message.
+        unknown: names for which there was no translation.
+
+    Raises:
+        DavaeError: lists all that is missing, unexpected or of another shape.
+    """
+    faults = {
+        "missing": sorted(expected.keys() - converted.keys()),
+        "unexpected": [*unknown, *sorted(converted.keys() - expected.keys())],
+        "of another shape": [
+            f"{name} {tuple(converted[name].shape)}, expected {tuple(expected[name].shape)}"
+            for name in sorted(expected.keys() & converted.keys())
+            if converted[name].shape != expected[name].shape
+        ],
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
+        raise DavaeError(f"this is not {what} as published. {listed}")
+
+
+def set_aside(
+    state_dict: Mapping[str, Tensor], reasons: Mapping[str, str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights that are used, and names of those known to be of no use, logged with the reason.
+
+    Args:
+        state_dict: by name.
+        reasons: beginnings of names -> why they are of no use.
+    """
+    unused = {name for name in state_dict if name.startswith(tuple(reasons))}
+    for start, reason in reasons.items():
+        count = sum(name.startswith(start) for name in unused)
+        if count:
+            logger.info("not used: %s* (%d tensors), %s", start, count, reason)
+    kept = {name: tensor for name, tensor in state_dict.items() if name not in unused}
+    return kept, [name for name in state_dict if name in unused]

@@ -1,0 +1,214 @@
+"""From a published file to a diffusers folder: what ``davae convert`` does."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from davae.errors import DavaeError
+from davae.interop import official_lightningdit
+from davae.interop.checkpoints import read_state_dict, read_tensors
+from davae.interop.official_autoencoders import convert_imagenet, convert_sd3
+from davae.interop.official_vavae import convert_vavae
+from davae.models import AutoencoderDA, LightningDiTTransformer2DModel
+from davae.models.any_autoencoder import open_autoencoder
+from davae.pipelines import ClassConditionalPipeline
+from davae.pipelines.flow import sigma_shift
+
+logger = logging.getLogger(__name__)
+
+Which = Literal["ema", "model"]
+Statistics = tuple[list[float], list[float]]
+OFFICIAL_SHIFT = 0.3  # of LightningDiT's sampler, in t
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written.
+
+    Attributes:
+        out: the folder.
+        kind: class name, with the size where it has one.
+        parameters: how many.
+        unused: official tensors of no use in it.
+    """
+
+    out: Path
+    kind: str
+    parameters: int
+    unused: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        left = f"; {len(self.unused)} tensors of training left out" if self.unused else ""
+        count = f"{self.parameters / 1e6:.1f}M" if self.parameters >= 1e6 else f"{self.parameters:,}"
+        return f"{self.out}: {self.kind}, {count} parameters{left}"
+
+
+def convert_lightningdit_file(
+    file: Path,
+    out: Path,
+    *,
+    weights: Which = "ema",
+    heads: int | None = None,
+    size: str | None = None,
+    vae: Path | None = None,
+) -> Converted:
+    """A LightningDiT checkpoint to a transformer's folder, or with ``vae`` to a whole pipeline's.
+
+    Args:
+        file: as published.
+        out: folder, made if need be.
+        weights: which, where the file has both.
+        heads: for weights that do not tell, see :func:`davae.interop.official_lightningdit.convert`.
+        size: what it must be, for example ``XL/1``.
+        vae: folder of its autoencoder. The pipeline's scheduler gets the official shift, 0.3 in t.
+
+    Raises:
+        DavaeError: not a LightningDiT as published, another size, or an autoencoder that does not fit.
+    """
+    model = official_lightningdit.load(file, weights=weights, num_attention_heads=heads)
+    found = official_lightningdit.size_name(model.config)
+    if size is not None and size.lower() != found.lower():
+        raise DavaeError(f"{file} is LightningDiT-{found}, not {size}")
+    if vae is None:
+        _save(model, out)
+    else:
+        _pipeline(model, vae).save_pretrained(_empty(out))
+    return Converted(out, f"LightningDiT-{found}", _count(model))
+
+
+def convert_vavae_file(
+    file: Path, out: Path, *, resolution: int = 256, statistics: Path | None = None
+) -> Converted:
+    """A VA-VAE, or another LDM autoencoder, to the folder of an ``AutoencoderKL``.
+
+    Args:
+        file: as published.
+        out: folder, made if need be.
+        resolution: image size that it was trained at.
+        statistics: the file of the latent's statistics, see :func:`read_statistics`.
+    """
+    read = None if statistics is None else read_statistics(statistics)
+    model, unused = convert_vavae(read_state_dict(file), resolution=resolution, statistics=read)
+    _save(model, out)
+    return Converted(out, _described(model), _count(model), unused)
+
+
+def convert_imagenet_file(
+    file: Path, out: Path, *, base: Path | None = None, resolution: int = 256, statistics: Path | None = None
+) -> Converted:
+    """The authors' ImageNet autoencoder to the folder of an ``AutoencoderDA``.
+
+    Args:
+        file: as published.
+        out: folder, made if need be.
+        base: folder of the VA-VAE, whose decoder the file does not hold; only ``decode_base`` needs it.
+        resolution: of the base.
+        statistics: of all channels, see :func:`read_statistics`.
+    """
+    model, unused = convert_imagenet(
+        read_state_dict(file),
+        base=None if base is None else _vae(base),
+        base_resolution=resolution,
+        statistics=None if statistics is None else read_statistics(statistics),
+    )
+    _save(model, out)
+    return Converted(out, _described(model), _count(model), unused)
+
+
+def convert_sd3_file(file: Path, out: Path, *, base: Path, statistics: Path | None = None) -> Converted:
+    """The authors' SD3 autoencoder to the folder of an ``AutoencoderDA``.
+
+    Args:
+        file: as published.
+        out: folder, made if need be.
+        base: folder of the SD3 VAE, or of a pipeline with it.
+        statistics: of the detail channels, see :func:`read_statistics`.
+    """
+    vae = _vae(base)
+    read = None if statistics is None else read_statistics(statistics)
+    model, unused = convert_sd3(read_state_dict(file), dict(vae.config), base=vae, statistics=read)
+    _save(model, out)
+    return Converted(out, _described(model), _count(model), unused)
+
+
+def read_statistics(file: Path) -> Statistics:
+    """Mean and standard deviation of each channel: ``mean`` and ``std`` of a JSON file, or of one with tensors.
+
+    Raises:
+        DavaeError: no such file, or it holds something else.
+    """
+    if file.suffix == ".json":
+        try:
+            content: Any = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise DavaeError(f"there is no file {file}") from error
+        except ValueError as error:
+            raise DavaeError(f"{file} is not JSON: {error}") from error
+    else:
+        content = read_tensors(file)
+    if not isinstance(content, dict) or not {"mean", "std"} <= content.keys():
+        raise DavaeError(f"{file} must hold 'mean' and 'std', one value a channel each")
+    mean, std = (_flat(content[name]) for name in ("mean", "std"))
+    if len(mean) != len(std) or not min(std) > 0:
+        raise DavaeError(f"{file}: {len(mean)} means and {len(std)} deviations, which must be above 0")
+    return mean, std
+
+
+def _flat(values: Any) -> list[float]:
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values)
+    return [float(value) for value in tensor.flatten()]
+
+
+def _pipeline(transformer: LightningDiTTransformer2DModel, folder: Path) -> ClassConditionalPipeline:
+    vae = _vae(folder)
+    if not getattr(vae.config, "latents_mean", None):
+        logger.warning(
+            "%s has no statistics of its channels: LightningDiT was trained on normalised latents. "
+            "Convert the autoencoder with --statistics",
+            folder,
+        )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=sigma_shift(OFFICIAL_SHIFT))
+    return ClassConditionalPipeline(vae=vae, transformer=transformer, scheduler=scheduler)
+
+
+def _vae(folder: Path) -> AutoencoderKL | AutoencoderDA:
+    """An autoencoder's folder, or a pipeline's that has one."""
+    vae = open_autoencoder(folder)
+    if not isinstance(vae, AutoencoderKL | AutoencoderDA):
+        raise DavaeError(f"{folder} holds a {type(vae).__name__}: expected an AutoencoderKL or AutoencoderDA")
+    return vae
+
+
+def _empty(out: Path) -> Path:
+    if out.is_dir() and any(out.iterdir()):
+        raise DavaeError(f"{out} is not empty: give another folder with --out")
+    return out
+
+
+def _save(model: ModelMixin, out: Path) -> None:
+    model.save_pretrained(_empty(out))
+
+
+def _count(model: ModelMixin) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _described(model: Any) -> str:
+    name = type(model).__name__
+    if hasattr(model, "layout"):
+        compression = model.spatial_compression
+        return (
+            f"{name} f{compression}, {model.layout.base_channels} + {model.layout.detail_channels} channels"
+        )
+    return (
+        f"{name} f{2 ** (len(model.config.block_out_channels) - 1)}, {model.config.latent_channels} channels"
+    )

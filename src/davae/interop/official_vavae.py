@@ -1,0 +1,101 @@
+"""The published VA-VAE (LDM names) as diffusers' ``AutoencoderKL``.
+
+VA-VAE is an LDM autoencoder whose latent was aligned with a vision model in training (Yao et al. 2025,
+arXiv 2501.01423). That model, its projection and the losses lie in some of the files and are of no use afterwards.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from davae.errors import DavaeError
+from davae.interop.checking import check_keys, require, set_aside
+from davae.interop.ldm_names import ldm_class, ldm_config, translate_ldm
+from davae.models.ldm_autoencoder import LDMAutoencoderKL
+
+logger = logging.getLogger(__name__)
+_WHAT = "an LDM autoencoder"
+_EMA = "model_ema."
+_EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
+_UNUSED = {
+    "loss.": "belongs to training",
+    "foundation_model.": "the vision model that the latent was aligned with in training",
+    "linear_proj.": "the projection of the alignment in training",
+}
+
+
+def convert_vavae(
+    state_dict: Mapping[str, Tensor],
+    *,
+    resolution: int = 256,
+    statistics: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> tuple[AutoencoderKL, list[str]]:
+    """The autoencoder in eval mode; every tensor is accounted for.
+
+    Args:
+        state_dict: official names (``encoder.*``, ``decoder.*``, ``quant_conv.*``, ``post_quant_conv.*``, perhaps
+            ``model_ema.*``, ``loss.*``, ``foundation_model.*``, ``linear_proj.*``).
+        resolution: image size that it was trained at, for the config.
+        statistics: per-channel mean and standard deviation of the latent, by which LightningDiT's is normalised.
+
+    Returns:
+        The model, and the names of official tensors that have no use in it.
+
+    Raises:
+        DavaeError: tensors are missing, unknown or of another shape (all are listed).
+    """
+    weights, unused = set_aside(state_dict, _UNUSED)
+    weights, left = _prefer_ema(weights)
+    needed = (
+        "encoder.conv_in.weight",
+        "encoder.conv_out.weight",
+        "quant_conv.weight",
+        "post_quant_conv.weight",
+    )
+    require(weights, needed, _WHAT)
+    channels = weights["post_quant_conv.weight"].shape[1]
+    config: dict[str, Any] = {
+        **ldm_config(weights, "encoder."),
+        "latent_channels": channels,
+        "sample_size": resolution,
+        "scaling_factor": 1.0,
+        "force_upcast": False,
+    }
+    if statistics is not None:
+        mean, std = (list(map(float, values)) for values in statistics)
+        if len(mean) != channels or len(std) != channels:
+            raise DavaeError(f"statistics of {len(mean)} and {len(std)} channels, the latent has {channels}")
+        config |= {"latents_mean": mean, "latents_std": std}
+    model_class = (
+        AutoencoderKL if ldm_class(weights, {"encoder.": config}) == "AutoencoderKL" else LDMAutoencoderKL
+    )
+    model = model_class(**config)
+    converted: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        part, _, inner = name.partition(".")
+        if part in ("encoder", "decoder"):
+            inner, tensor = translate_ldm(inner, tensor, len(config["block_out_channels"]))
+        converted[f"{part}.{inner}"] = tensor
+    check_keys(converted, model.state_dict(), _WHAT)
+    model.load_state_dict(converted)
+    return model.eval(), unused + left
+
+
+def _prefer_ema(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Running means in place of the weights, where the file has them; LDM writes their names without dots."""
+    averaged = {name: tensor for name, tensor in weights.items() if name.startswith(_EMA)}
+    if not averaged:
+        return weights, []
+    kept = {name: tensor for name, tensor in weights.items() if name not in averaged}
+    counters = [name for name in _EMA_COUNTERS if averaged.pop(name, None) is not None]
+    by_name = {_EMA + name.replace(".", ""): name for name in kept}
+    unknown = sorted(averaged.keys() - by_name.keys())
+    if unknown:
+        raise DavaeError(f"this is not {_WHAT} as published. unexpected: {', '.join(unknown)}")
+    logger.info("taking the running means of %d tensors (model_ema)", len(averaged))
+    return kept | {by_name[name]: tensor for name, tensor in averaged.items()}, counters

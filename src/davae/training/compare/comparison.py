@@ -1,0 +1,125 @@
+"""The whole comparison: images in, rows and picture sheets out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from davae.data import open_dataset
+from davae.errors import DavaeError
+from davae.training.compare.autoencoders import AutoencoderScore, open_contenders, score_autoencoders
+from davae.training.compare.diffusion import DiffusionOptions, DiffusionScore, score_diffusion
+from davae.training.pictures import PICTURES, save_rows
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Measurements of several autoencoders, and under which conditions they were made.
+
+    Attributes:
+        data: where the images come from.
+        resolution: side of an image in pixels.
+        images: how many were reconstructed.
+        device: where.
+        torch: version.
+        autoencoders: one row each.
+        diffusion: one row each, empty where no transformer was trained.
+        options: of the diffusion part.
+    """
+
+    data: str
+    resolution: int
+    images: int
+    device: str
+    torch: str
+    autoencoders: list[AutoencoderScore]
+    diffusion: list[DiffusionScore] = field(default_factory=list)
+    options: DiffusionOptions | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def compare_autoencoders(
+    autoencoders: Mapping[str, str | Path | ModelMixin],
+    *,
+    data: str,
+    resolution: int,
+    images: int = 64,
+    tokens: int | None = None,
+    diffusion: DiffusionOptions | None = None,
+    train_images: int = 2048,
+    batch: int = 8,
+    repeats: int = 5,
+    device: str | None = None,
+    out: Path | None = None,
+) -> Comparison:
+    """Measure autoencoders on the same images, and with ``diffusion`` a transformer over each.
+
+    Args:
+        autoencoders: name -> folder of an autoencoder or of a pipeline, or a model. The first is the reference.
+        data: a folder or data set of images, see docs/data.md.
+        resolution: side of the square image in pixels; every compression must divide it.
+        images: held-out images to reconstruct and to compare samples with.
+        tokens: one token budget for all transformers; None takes patch 1 everywhere.
+        diffusion: how to train and sample; None leaves that part out.
+        train_images: images that the transformers learn from, at most; all are kept in memory.
+        batch: images at a time through the autoencoders.
+        repeats: rounds of the timing of the autoencoders.
+        device: ``cpu``, ``cuda``; None takes the GPU where there is one.
+        out: folder for ``comparison.json``, ``reconstructions.png`` and ``samples.png``.
+
+    Raises:
+        DavaeError: no images, or an autoencoder that does not fit.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    contenders = open_contenders(autoencoders, resolution, tokens=tokens, device=where)
+    if diffusion is None:
+        held_out, _, _ = _images(data, resolution, images)
+    else:
+        held_out, _, _ = _images(data, resolution, images, hold_out=images, part="held_out")
+    rows, made = score_autoencoders(contenders, held_out, batch=batch, repeats=repeats)
+    scores: list[DiffusionScore] = []
+    sheets = {"reconstructions": {"input": held_out, **made}}
+    if diffusion is not None:
+        learned, labels, classes = _images(data, resolution, train_images, hold_out=images, part="train")
+        scores, samples = score_diffusion(
+            contenders, learned, labels, held_out, diffusion, classes=max(1, classes)
+        )
+        sheets["samples"] = {"held-out images": held_out, **samples}
+    result = Comparison(
+        data=data,
+        resolution=resolution,
+        images=len(held_out),
+        device=torch.cuda.get_device_name() if where.type == "cuda" else "CPU",
+        torch=torch.__version__,
+        autoencoders=rows,
+        diffusion=scores,
+        options=diffusion,
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "comparison.json").write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+        for name, pictures in sheets.items():
+            save_rows(out / f"{name}.png", {row: shown[:PICTURES] for row, shown in pictures.items()})
+    return result
+
+
+def _images(data: str, resolution: int, count: int, **part: Any) -> tuple[Tensor, Tensor, int]:
+    """Images [N, 3, R, R], labels [N] in which the number of classes means none, and that number."""
+    dataset = open_dataset(data, resolution=resolution, **part)
+    items = [dataset[i] for i in range(min(count, len(dataset)))]
+    if not items:
+        raise DavaeError(f"{data} has no image for this part of the comparison: give more, or ask for fewer")
+    classes = len(dataset.classes)
+    none = max(1, classes)
+    labels = [none if item["label"] < 0 else item["label"] for item in items]
+    return torch.stack([item["image"] for item in items]), torch.tensor(labels), classes

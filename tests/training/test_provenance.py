@@ -1,0 +1,102 @@
+"""Bases from the hub: pinned, written down, and never allowed to run code of their own unasked."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from davae.errors import DavaeError
+from davae.tiny import debug_base
+from davae.training import run
+from davae.training.provenance import base_facts, commit_of
+from davae.training.recipe import load_recipe
+from davae.training.run import load_base, train_autoencoder
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that gives the debug base and remembers what it was asked."""
+    asked = []
+
+    def from_pretrained(name, **options):
+        asked.append((name, options))
+        pipe = debug_base()
+        place = f"/home/me/.cache/huggingface/hub/models--a--b/snapshots/{COMMIT}/transformer"
+        pipe.transformer.register_to_config(_name_or_path=place)
+        return pipe
+
+    monkeypatch.setattr(run, "DiffusionPipeline", SimpleNamespace(from_pretrained=from_pretrained))
+    return asked
+
+
+def _recipe(*overrides):
+    loop = ["steps=1", "log_every=1", "validation_images=2"]
+    data = ["data.path=procedural:8", "data.hold_out=2"]
+    return load_recipe("debug", [*data, *(f"autoencoder.loop.{o}" for o in loop), *overrides])
+
+
+def test_the_recipe_pins_and_the_run_writes_down_the_commit(hub, tmp_path):
+    train_autoencoder(_recipe("base=a/b", "base_revision=v1.0"), tmp_path)
+    assert hub == [("a/b", {"use_safetensors": True, "revision": "v1.0"})]  # and no permission to run code
+    said = json.loads((tmp_path / "environment.json").read_text())["base"]
+    assert said == {"name": "a/b", "revision": "v1.0", "commit": COMMIT}
+
+
+def test_a_run_does_not_go_on_with_another_revision(hub, tmp_path):
+    train_autoencoder(_recipe("base=a/b", f"base_revision={COMMIT}"), tmp_path)
+    with pytest.raises(DavaeError, match="base_revision"):
+        train_autoencoder(_recipe("base=a/b", "base_revision=main"), tmp_path)
+
+
+def test_the_embedded_base_has_a_name_only():
+    said = base_facts(_recipe(), load_base("debug"))["base"]
+    assert said == {"name": "debug", "revision": None, "commit": None}
+
+
+def test_commits_are_found_in_tokenizers_too_and_only_in_the_cache():
+    def pipe(**parts):
+        return SimpleNamespace(components=parts)
+
+    tokenizer = SimpleNamespace(name_or_path=f"C:\\cache\\models--a--b\\snapshots\\{COMMIT}\\tokenizer")
+    assert commit_of(pipe(vae=None, tokenizer=tokenizer)) == COMMIT
+    assert commit_of(pipe(vae=SimpleNamespace(config=SimpleNamespace(_name_or_path="/models/sd3")))) is None
+
+
+def _brings_code(folder: Path, marker: Path) -> Path:
+    """The debug base as a pipeline whose class is defined by a file beside it."""
+    debug_base().save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = ["brought", "BroughtPipeline"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "brought.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from davae.pipelines import ClassConditionalPipeline\n"
+        "class BroughtPipeline(ClassConditionalPipeline):\n    pass\n"
+    )
+    return folder
+
+
+def test_code_beside_the_weights_runs_only_where_the_recipe_says_so(tmp_path):
+    marker = tmp_path / "it-ran"
+    folder = _brings_code(tmp_path / "base", marker)
+    with pytest.raises(DavaeError, match="base_remote_code: true"):
+        load_base(str(folder))
+    assert not marker.exists()
+    load_base(str(folder), remote_code=True)
+    assert marker.exists()
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    debug_base().save_pretrained(tmp_path / "base")
+    with pytest.raises(DavaeError, match="revisions are of names on the hub"):
+        load_base(str(tmp_path / "base"), revision="main")
+
+
+def test_pickled_weights_of_a_base_are_refused_with_the_way_to_convert_them(tmp_path):
+    debug_base().save_pretrained(tmp_path / "base", safe_serialization=False)
+    assert not list((tmp_path / "base").rglob("*.safetensors"))
+    with pytest.raises(DavaeError, match=r"not safetensors but pickles.*save_pretrained\('FOLDER'\)"):
+        load_base(str(tmp_path / "base"))
