@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
+import transformers
 import typer
 from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
@@ -68,6 +69,8 @@ def _options(
     logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
     logging.getLogger("davae").setLevel(logging.DEBUG if verbose else logging.INFO)
     disable_progress_bar()  # diffusers' own, of a second's loading
+    if not verbose:
+        transformers.logging.set_verbosity_error()  # it warns of optional parts that nothing here uses
     if version:
         typer.echo(f"davae {__version__}")
         raise typer.Exit
