@@ -7,7 +7,7 @@ import sys
 
 import transformers
 import typer
-from diffusers.utils.logging import disable_progress_bar
+from diffusers.utils.logging import disable_progress_bar, set_verbosity_error
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -70,7 +70,8 @@ def _options(
     logging.getLogger("davae").setLevel(logging.DEBUG if verbose else logging.INFO)
     disable_progress_bar()  # diffusers' own, of a second's loading
     if not verbose:
-        transformers.logging.set_verbosity_error()  # it warns of optional parts that nothing here uses
+        transformers.logging.set_verbosity_error()  # it warns of optional parts that nothing here uses,
+        set_verbosity_error()  # and diffusers of an autoencoder class that it does not know
     if version:
         typer.echo(f"davae {__version__}")
         raise typer.Exit
