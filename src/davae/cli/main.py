@@ -68,7 +68,8 @@ def _options(
     handler = RichHandler(console=console, show_path=False, show_level=False, omit_repeated_times=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
     logging.getLogger("davae").setLevel(logging.DEBUG if verbose else logging.INFO)
-    disable_progress_bar()  # diffusers' own, of a second's loading
+    disable_progress_bar()  # of a second's loading
+    transformers.logging.disable_progress_bar()
     if not verbose:
         transformers.logging.set_verbosity_error()  # it warns of optional parts that nothing here uses,
         set_verbosity_error()  # and diffusers of an autoencoder class that it does not know
