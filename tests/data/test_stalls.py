@@ -108,13 +108,13 @@ def test_workers_outlive_a_signal_to_all_processes_of_a_run(tmp_path: Path) -> N
     """The step under way needs its batch; whoever waits for the workers ends them."""
     before = set(multiprocessing.active_children())
     batches = iter(BatchStream(_Numbers(lambda _: None), 2, workers=2, timeout_s=60))
-    seen = [next(batches)["id"]]
+    seen = [next(batches)["id"] for _ in range(2)]  # one of each worker, so that both are up
     workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     for worker in workers:
         for number in (signal.SIGINT, signal.SIGTERM):
             os.kill(worker.pid, number)
-    seen += [next(batches)["id"] for _ in range(5)]
+    seen += [next(batches)["id"] for _ in range(4)]
     assert seen == [b["id"] for b in itertools.islice(BatchStream(_Numbers(lambda _: None), 2), 6)]
     del batches
     for worker in workers:
