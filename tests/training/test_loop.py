@@ -250,8 +250,13 @@ def test_another_recipe_in_the_same_directory_is_refused(tmp_path):
 def test_a_finished_run_called_again_only_reports(tmp_path):
     first = _Stage()
     train(first, tmp_path, {})
-    again = _Stage()
+    again, modes = _Stage(), []
+    measure = again.validate
+    again.validate = lambda *a: (
+        modes.append((again.objective.training, torch.is_grad_enabled())) or measure(*a)
+    )
     result = train(again, tmp_path, {})
+    assert modes == [(False, False)]
     assert again.objective.seen == []
     assert torch.equal(_weights(first), _weights(again))
     assert result.metrics == {"weight": pytest.approx(float(first.objective.layer.weight.sum()))}

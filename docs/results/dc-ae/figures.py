@@ -32,5 +32,6 @@ def _digest(folder: Path) -> dict:
     return summary
 
 
-table = {folder: _digest(runs / folder) for folder in [*F64.values(), *(p.name for p in PHASES.values())]}
+folders = [*F64.values(), *(p.name for p in PHASES.values()), "f32-phase2-at-128px"]
+table = {folder: _digest(runs / folder) for folder in folders}
 (out / "figures.json").write_text(json.dumps(table, indent=1))

@@ -11,6 +11,9 @@ gap="--recipe dc-ae-small-f32 data.path=$PHOTOS data.hold_out=8 measure.path=$LA
 $DAVAE train dc-ae $gap --phase 1 --out "$RUNS/f32-phase1" phase1.loop.report_to=[]
 $DAVAE train dc-ae $gap --phase 2 --out "$RUNS/f32-phase2" --from "$RUNS/f32-phase1" phase2.loop.report_to=[]
 $DAVAE train dc-ae $gap --phase 3 --out "$RUNS/f32-phase3" --from "$RUNS/f32-phase2" phase3.loop.report_to=[]
+# Control: phase 2's layers and steps at low resolution.
+$DAVAE train dc-ae $gap --phase 2 --out "$RUNS/f32-phase2-at-128px" --from "$RUNS/f32-phase1" phase2.loop.report_to=[] \
+    phase2.resolution=128 phase2.loop.batch_size=8 phase2.loop.validate_every=0
 
 # Residual autoencoding, and SD-VAE, at f64: equal steps, images and parameters.
 for name in dc-ae-small-f64 dc-ae-small-f64-plain sd-vae-small-f64; do

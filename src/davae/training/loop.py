@@ -337,12 +337,16 @@ class _Training:
             broadcast_object_list(found)  # all save the best, or none
         return found[0], bool(found[1])
 
-    def _measure(self, done: int) -> float | None:
+    def _evaluate(self, done: int) -> None:
+        """Validate with the averaged weights, as the result will be used."""
         model = self.stage.players[0].module
         model.eval()
         with self.ema.applied() if self.ema is not None else nullcontext(), torch.no_grad():
             self.metrics = self.stage.validate(self.directory.samples, done)
         model.train()
+
+    def _measure(self, done: int) -> float | None:
+        self._evaluate(done)
         self.directory.write_metrics(done, self.metrics)
         self.accelerator.log(self.metrics, step=done)
         best = self.loop.best_metric
@@ -407,10 +411,12 @@ class _Training:
         self._merge_ledgers()
         self.ledger.check()
         result = self.out
-        with self.ema.applied() if self.ema is not None else nullcontext():
-            if self.main and not self.metrics:  # the run had ended before: measure again, report something
-                self.metrics = self.stage.validate(self.directory.samples, self.loop.steps)
-            if self.main:
+        if (
+            self.main and not self.metrics
+        ):  # the run had ended before: measure again rather than report nothing
+            self._evaluate(self.loop.steps)
+        if self.main:
+            with self.ema.applied() if self.ema is not None else nullcontext():
                 result = self.stage.export(self.out)
         facts: list[Any] = [result, self.metrics]
         if self.accelerator.num_processes > 1:
