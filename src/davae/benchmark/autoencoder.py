@@ -11,7 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from davae.benchmark.contestants import Contestant, make_contestants
-from davae.benchmark.inference import _cpu
+from davae.benchmark.inference import device_name
 from davae.benchmark.memory import peak_tensor_bytes
 from davae.benchmark.planner_architectures import find_architecture
 from davae.benchmark.timing import side_by_side
@@ -123,7 +123,7 @@ def bench_autoencoder(
         base=base,
         resolution=resolution,
         scale=scale,
-        device=torch.cuda.get_device_name() if where.startswith("cuda") else _cpu(),
+        device=device_name(where),
         dtype=dtype,
         batch=batch,
         repeats=repeats,

@@ -138,7 +138,7 @@ def bench_inference(
     peaks = {c.name: _peak(c, where) for c in contestants}
     return InferenceBenchmark(
         base=base,
-        device=torch.cuda.get_device_name() if where.startswith("cuda") else _cpu(),
+        device=device_name(where),
         dtype=dtype,
         batch=batch,
         repeats=repeats,
@@ -200,5 +200,8 @@ def _peak(contestant: Contestant, device: str) -> int | None:
     return added + sum(p.numel() * p.element_size() for p in weights)
 
 
-def _cpu() -> str:
+def device_name(device: str) -> str:
+    """What a figure was measured on."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

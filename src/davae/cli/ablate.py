@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from davae.cli.output import wide_console
 from davae.errors import DavaeError
 from davae.report.ablation import SHOWN, draw_ablation
 from davae.training.ablation import Ablation, ablate
@@ -41,8 +41,7 @@ def _ablate(
     folder = out or Path("runs") / Path(recipe).stem
     result = ablate(settings, folder)
     picture = draw_ablation(result, folder / "ablation.png")
-    console = Console()
-    (console if console.is_terminal else Console(width=140)).print(ablation_table(result))
+    wide_console().print(ablation_table(result))
     typer.echo(f"{folder / 'ablation.json'}\n{picture}")
 
 

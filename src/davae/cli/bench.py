@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from davae.benchmark.autoencoder import AutoencoderBenchmark, bench_autoencoder
 from davae.benchmark.inference import InferenceBenchmark, bench_inference
+from davae.cli.output import wide_console, write_figures
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -60,8 +59,8 @@ def inference(
         attention=attention,
         compile=compile,
     )
-    _console().print(inference_table(result))
-    _write(json_file, result.to_json())
+    wide_console().print(inference_table(result))
+    write_figures(json_file, result.to_json())
 
 
 @app.command()
@@ -91,8 +90,8 @@ def autoencoder(
         dtype=dtype,
         compile=compile,
     )
-    _console().print(autoencoder_table(result))
-    _write(json_file, result.to_json())
+    wide_console().print(autoencoder_table(result))
+    write_figures(json_file, result.to_json())
 
 
 def inference_table(result: InferenceBenchmark) -> Table:
@@ -145,14 +144,3 @@ def autoencoder_table(result: AutoencoderBenchmark) -> Table:
             f"{row.decode_memory_bytes / 2**20:.0f} MiB",
         )
     return table
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=140)  # a file has room for every column
-
-
-def _write(file: Path | None, values: dict) -> None:
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(values, indent=1) + "\n")

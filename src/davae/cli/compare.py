@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from davae.cli.output import write_figures
 from davae.errors import DavaeError
 from davae.training.compare import Comparison, DiffusionOptions, compare_autoencoders
 from davae.training.compare.diffusion import transformer_size
@@ -85,9 +85,7 @@ def autoencoder(
         out=out,
     )
     Console().print(comparison_table(result))
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_figures(json_file, result.to_json())
 
 
 def named_folders(texts: Sequence[str]) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from davae.cli.output import write_figures
 from davae.errors import DavaeError
 from davae.evaluation.features import FeatureNetwork, open_network
 
@@ -73,9 +73,8 @@ def report(rows: Mapping[str, Mapping[str, float]], unavailable: Mapping[str, st
 
 def write_json(file: Path | None, values: dict[str, Any]) -> None:
     """Every figure, where a file was named."""
+    write_figures(file, values)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         typer.echo(str(file))
 
 

@@ -12,11 +12,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from davae.latents import ChannelStatistics, gaussian_kl
 from davae.training.adversary import Adversary, make_adversary
+from davae.training.dc_ae_settings import KlArchitecture
 from davae.training.images import first_images, mean_psnr, stack_images
 from davae.training.loop import Player, Stage
 from davae.training.losses import ReconstructionLoss
 from davae.training.pictures import PICTURES, save_rows
-from davae.training.settings import BaseAutoencoderSettings, ReconstructionSettings
+from davae.training.settings import (
+    BaseAutoencoderArchitecture,
+    BaseAutoencoderSettings,
+    ReconstructionSettings,
+)
 
 
 class PlainObjective(nn.Module):
@@ -46,6 +51,23 @@ class PlainObjective(nn.Module):
         return {"total": total, **losses}
 
 
+def build_kl(shape: BaseAutoencoderArchitecture | KlArchitecture) -> AutoencoderKL:
+    """An ``AutoencoderKL`` of a recipe's architecture with random weights, without quant convolutions."""
+    levels = len(shape.block_out_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(shape.block_out_channels),
+        latent_channels=shape.latent_channels,
+        layers_per_block=shape.layers_per_block,
+        norm_num_groups=shape.norm_num_groups,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        force_upcast=False,
+        shift_factor=0.0,
+    )
+
+
 class BaseAutoencoderStage(Stage):
     """Trains a plain ``AutoencoderKL`` and measures its scaling and shift factors.
 
@@ -66,20 +88,7 @@ class BaseAutoencoderStage(Stage):
         held_out: Dataset[dict[str, Any]],
     ) -> None:
         torch.manual_seed(settings.loop.seed)
-        shape = settings.architecture
-        levels = len(shape.block_out_channels)
-        self.autoencoder = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=tuple(shape.block_out_channels),
-            latent_channels=shape.latent_channels,
-            layers_per_block=shape.layers_per_block,
-            norm_num_groups=shape.norm_num_groups,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            force_upcast=False,
-            shift_factor=0.0,
-        )
+        self.autoencoder = build_kl(settings.architecture)
         self.settings, self.loop = settings, settings.loop
         self.dataset, self.whole, self.held_out = dataset, whole, held_out
         adversary, players = make_adversary(settings.reconstruction.gan)

@@ -35,6 +35,7 @@ from davae.models.dc_ae import (
     latent_layers,
 )
 from davae.training.adversary import Adversary
+from davae.training.base_autoencoder import build_kl
 from davae.training.dc_ae_settings import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
 from davae.training.images import first_images, stack_images
 from davae.training.loop import Player, Stage
@@ -50,18 +51,7 @@ def build_autoencoder(shape: DcArchitecture | KlArchitecture) -> DeepAutoencoder
     """The network of a recipe with random weights, on torch's default device."""
     count = len(shape.block_out_channels)
     if isinstance(shape, KlArchitecture):
-        return AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * count,
-            up_block_types=("UpDecoderBlock2D",) * count,
-            block_out_channels=tuple(shape.block_out_channels),
-            latent_channels=shape.latent_channels,
-            layers_per_block=shape.layers_per_block,
-            norm_num_groups=shape.norm_num_groups,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            force_upcast=False,
-            shift_factor=0.0,
-        )
+        return build_kl(shape)
     attention = count - shape.residual_stages
     blocks = ("ResBlock",) * shape.residual_stages + ("EfficientViTBlock",) * attention
     norms = ("batch_norm",) * shape.residual_stages + ("rms_norm",) * attention

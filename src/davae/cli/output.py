@@ -1,0 +1,22 @@
+"""How the verbs that measure hand out their figures: a table for people, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+
+def wide_console() -> Console:
+    """A console for tables of many columns; where it is no terminal, a file has room for all of them."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def write_figures(file: Path | None, values: dict[str, Any]) -> None:
+    """Every figure as JSON, where a file was named."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
