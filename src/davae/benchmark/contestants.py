@@ -150,7 +150,8 @@ def make_contestants(
         autoencoder = AutoencoderDA.from_base(vae, scale=scale, detail_channels=details, warm_blocks=False)
         wide = architecture.build_transformer(details)
         wide_config = {**wide.config, "_class_name": type(wide).__name__}
-        nn.Module.to(autoencoder, device, dtype)  # every contestant alike, norms too
+        nn.Module.to(autoencoder, device, dtype)  # every contestant alike, norms and memory format too
+        _channels_last(autoencoder)
         add(f"upgraded x{scale}", resolution, scale, _real(wide_config, device, dtype), autoencoder)
     return made
 
