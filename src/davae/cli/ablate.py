@@ -55,4 +55,5 @@ def ablation_table(result: Ablation) -> Table:
         table.add_column(SHOWN[metric], justify="right")
     for name, figures in result.variants.items():
         table.add_row(name, *(f"{figures[m].mean:.3f} ({figures[m].std:.3f})" for m in shown))
+    table.add_row("real images", *(f"{result.real[m]:.3f}" if m in result.real else "" for m in shown))
     return table

@@ -14,14 +14,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-
 from davae.errors import DavaeError
-from davae.evaluation import log_spectral_distance, sliced_wasserstein
-from davae.pipelines.loading import load_pipeline
+from davae.evaluation.features import open_network
+from davae.training.ablation_measures import GenerationMeasures, generated_images, real_images
 from davae.training.ablation_settings import AblationRecipe
-from davae.training.diffusion.validation import generate_classes
-from davae.training.images import open_part
 from davae.training.recipe import load_recipe
 from davae.training.run import train_autoencoder, train_diffusion
 from davae.training.run_directory import environment
@@ -51,15 +47,17 @@ class Ablation:
     Attributes:
         seeds: of every variant.
         samples: images behind a generation figure.
-        variants: name to metric to figure; metrics of the autoencoder begin with ``autoencoder_``. ``swd`` is the
-            sliced Wasserstein distance at the finest level, ``swd_mean`` over all levels, ``spectrum_db`` the
-            distance of radial power spectra.
+        variants: name to metric to figure; metrics of the autoencoder begin with ``autoencoder_``, the others are
+            those of `GenerationMeasures` and the losses on held-out images.
+        real: the same distances of as many training images to the held-out ones of the first variant's data: what
+            no model can be expected to beat.
         environment: versions and hardware.
     """
 
     seeds: list[int]
     samples: int
     variants: dict[str, dict[str, Spread]]
+    real: dict[str, float]
     environment: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -78,15 +76,31 @@ def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
     cases = {
         (name, seed): _recipe_of(recipe, name, seed) for name in recipe.variants for seed in recipe.seeds
     }  # all are read before anything is trained
+    network = None if recipe.features is None else open_network(recipe.features)
     _claim(out, recipe)
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in recipe.variants}
+    first = next(iter(cases.values()))
+    measures: dict[str, GenerationMeasures] = {}  # variants may differ in their data
+
+    def measures_of(case: UpgradeRecipe) -> GenerationMeasures:
+        key = case.data.model_dump_json()
+        if key not in measures:
+            measures[key] = GenerationMeasures(real_images(case, "held_out"), network)
+        return measures[key]
+
+    real = measures_of(first)(real_images(first, "train", recipe.samples))
     for seed in recipe.seeds:  # a whole comparison stands after every seed
         for name in recipe.variants:
-            figures[name].append(_run(cases[name, seed], name, seed, recipe.samples, out))
+            case = cases[name, seed]
+            folder = out / "runs" / name.replace(" ", "-") / f"seed-{seed}"
+            trained = _trained(case, folder, out, f"{name}, seed {seed}")
+            made = generated_images(case, folder / "pipeline", recipe.samples, folder / "samples.safetensors")
+            figures[name].append({**trained, **measures_of(case)(made)})
         result = Ablation(
             seeds=list(recipe.seeds[: recipe.seeds.index(seed) + 1]),
             samples=recipe.samples,
             variants={n: _spreads(found) for n, found in figures.items()},
+            real=real,
             environment=environment(),
         )
         (out / "ablation.json").write_text(json.dumps(result.to_json(), indent=1))
@@ -108,7 +122,9 @@ def _claim(out: Path, recipe: AblationRecipe) -> None:
     file, asked = out / "ablation.recipe.json", recipe.model_dump(mode="json")
     if file.is_file():
         before = json.loads(file.read_text())
-        differing = [k for k in asked if k not in ("seeds", "description") and asked[k] != before.get(k)]
+        differing = [
+            k for k in asked if k not in ("seeds", "description", "features") and asked[k] != before.get(k)
+        ]
         if differing:
             raise DavaeError(
                 f"{out} holds another ablation ({', '.join(differing)} differ): choose another --out"
@@ -116,21 +132,16 @@ def _claim(out: Path, recipe: AblationRecipe) -> None:
     file.write_text(json.dumps(asked, indent=1))
 
 
-def _run(recipe: UpgradeRecipe, name: str, seed: int, samples: int, out: Path) -> dict[str, float]:
-    folder = out / "runs" / name.replace(" ", "-") / f"seed-{seed}"
+def _trained(recipe: UpgradeRecipe, folder: Path, out: Path, told: str) -> dict[str, float]:
+    """What the two trainings measured of themselves; the pipeline lies in ``folder/pipeline``."""
     done = folder / "result.json"
-    if done.is_file():
-        return json.loads(done.read_text())
-    logger.info("ablation: %s, seed %d", name, seed)
-    autoencoder, figures = _autoencoder(recipe, out)
-    trained = train_diffusion(recipe, folder, autoencoder)
-    figures = {
-        **figures,
-        **{k: v for k, v in trained.metrics.items() if k.startswith("held_out_")},
-        **_generation(recipe, trained.result, samples),
-    }
-    done.write_text(json.dumps(figures, indent=1))
-    return figures
+    if not done.is_file():
+        logger.info("ablation: %s", told)
+        autoencoder, figures = _autoencoder(recipe, out)
+        trained = train_diffusion(recipe, folder, autoencoder)
+        figures |= {k: v for k, v in trained.metrics.items() if k.startswith("held_out_")}
+        done.write_text(json.dumps(figures, indent=1))
+    return json.loads(done.read_text())
 
 
 def _autoencoder(recipe: UpgradeRecipe, out: Path) -> tuple[Path, dict[str, float]]:
@@ -144,20 +155,6 @@ def _autoencoder(recipe: UpgradeRecipe, out: Path) -> tuple[Path, dict[str, floa
         trained = train_autoencoder(recipe, folder)
         done.write_text(json.dumps({f"autoencoder_{k}": v for k, v in trained.metrics.items()}, indent=1))
     return folder / "autoencoder", json.loads(done.read_text())
-
-
-def _generation(recipe: UpgradeRecipe, pipeline: Path, samples: int) -> dict[str, float]:
-    pipe = load_pipeline(pipeline)
-    held_out = open_part(recipe.data, "held_out")
-    labels = sorted({held_out[i]["label"] for i in range(len(held_out))} - {-1})
-    known = dict(pipe.labels)
-    numbers = [known[held_out.classes[label]] for label in labels if held_out.classes[label] in known]
-    made = generate_classes(
-        pipe, numbers or [0], samples, recipe.diffusion.sample, seed=recipe.diffusion.loop.seed
-    )
-    real = torch.stack([held_out[i]["image"] for i in range(len(held_out))])
-    levels = list(sliced_wasserstein(made, real).values())
-    return {"swd": levels[0], "swd_mean": mean(levels), "spectrum_db": log_spectral_distance(made, real)}
 
 
 def _spreads(found: list[dict[str, float]]) -> dict[str, Spread]:

@@ -21,5 +21,7 @@ class AblationRecipe(Section):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
     samples: Positive = 192
     """Images generated for the generation metrics, classes in turn."""
+    features: str | None = None
+    """A network for distances of features, as ``davae evaluate generation --features`` takes it."""
     variants: Annotated[dict[str, list[str]], Field(min_length=1)]
     """Name to the overrides that make the variant. The first is what the others are compared with."""
