@@ -111,3 +111,12 @@ def test_generate_by_library(name: str) -> None:
     generator = torch.Generator().manual_seed(3)
     expected = pipe(**subject, **sizes, **own, num_inference_steps=2, generator=generator).images[0]
     assert made[1].image.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("name", ["sana", "pixart-sigma"])
+def test_sizes_are_those_asked_for_where_the_pipeline_would_choose_its_own(name) -> None:
+    pipe = small_pipeline(name)  # of a sample size for which diffusers has no list of sizes
+    pipe.set_progress_bar_config(disable=True)
+    with torch.inference_mode():
+        made = next(generate_images(pipe, ["a cat"], steps=1, height=64, width=128))
+    assert made.image.size == (128, 64)

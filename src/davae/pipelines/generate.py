@@ -133,6 +133,8 @@ def _given_options(
     """Arguments of the call without those left to the pipeline."""
     options: dict[str, Any] = {"num_inference_steps": steps, "height": height, "width": width}
     options |= _guidance(pipe, guidance, negative_prompt)
+    if "use_resolution_binning" in _parameters(pipe):
+        options["use_resolution_binning"] = False  # its sizes are the base's, and other sizes it refuses
     given = {key: value for key, value in options.items() if value is not None}
     missing = sorted(given.keys() - _parameters(pipe).keys())
     if missing:

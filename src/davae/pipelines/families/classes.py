@@ -48,21 +48,12 @@ class ClassFamily(PipelineFamily):
         Raises:
             DavaeError: an interval, and a pipeline that guides always.
         """
-        extra: dict[str, Any] = {}
+        arguments: dict[str, Any] = {"class_labels": list(labels), "guidance_scale": guidance_scale}
         if self.has_guidance_interval:
-            extra["guidance_interval"] = guidance_interval
+            arguments["guidance_interval"] = guidance_interval
         elif guidance_interval != (0.0, 1.0):
             raise DavaeError(f"{self.name} guides at every step: leave sample.guidance_interval at [0, 1]")
-        pipe.set_progress_bar_config(disable=True)
-        images = pipe(
-            list(labels),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=list(generators),
-            output_type="pt",
-            **extra,
-        ).images
-        return images.float().cpu() * 2 - 1
+        return self._images(pipe, num_inference_steps, generators, arguments)
 
     def _call_arguments(
         self, prompts: list[str], height: int, width: int, guidance_scale: float, max_length: int | None

@@ -178,8 +178,18 @@ class PipelineFamily(ABC):
         """
         if not any(cls.__name__ == self.name for cls in type(pipe).__mro__):
             pipe = fit_to_autoencoder(getattr(diffusers, self.name)(**pipe.components))
-        pipe.set_progress_bar_config(disable=True)
         arguments = self._call_arguments(list(prompts), height, width, guidance_scale, max_length)
+        return self._images(pipe, num_inference_steps, generators, arguments)
+
+    @staticmethod
+    def _images(
+        pipe: DiffusionPipeline,
+        num_inference_steps: int,
+        generators: Sequence[torch.Generator],
+        arguments: dict[str, Any],
+    ) -> Tensor:
+        """One quiet call of the pipeline, ``[B, 3, H, W]`` in [-1, 1] on the CPU."""
+        pipe.set_progress_bar_config(disable=True)
         images = pipe(
             **arguments,
             num_inference_steps=num_inference_steps,
