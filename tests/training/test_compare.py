@@ -15,12 +15,14 @@ from typer.testing import CliRunner
 from davae.cli.compare import comparison_table, named_folders
 from davae.cli.main import app
 from davae.errors import DavaeError
+from davae.evaluation.features import Features
 from davae.models import AutoencoderDA
 from davae.models.any_autoencoder import compression_of, decode_raw, encode_mode, open_autoencoder
 from davae.models.lightningdit import SIZES
 from davae.tiny import debug_base
 from davae.training.compare import DiffusionOptions, compare_autoencoders, open_contenders, score_autoencoders
-from davae.training.compare.diffusion import _Trial, transformer_size
+from davae.training.compare.distances import FeatureReference
+from davae.training.compare.trial import Trial, transformer_size
 
 SIZE = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
 
@@ -143,7 +145,7 @@ def test_trials_see_the_same_batches_and_their_latents_are_normalised() -> None:
     options = DiffusionOptions(steps=2, batch=3, size=SIZE)
     images, labels = torch.rand(6, 3, 16, 16) * 2 - 1, torch.arange(6) % 2
     contender = open_contenders({"f2": kl()}, 16)[0]
-    first, second = (_Trial(contender, images, labels, 2, options) for _ in range(2))
+    first, second = (Trial(contender, images, labels, 2, options) for _ in range(2))
     torch.testing.assert_close(first.latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(first.latents.std((0, 2, 3)), torch.ones(4))
     assert [first.step(i) for i in range(2)] == [second.step(i) for i in range(2)]
@@ -172,7 +174,7 @@ def test_training_on_one_image_finds_it_again() -> None:
         guidance=1.0,
         ema=0.9,
     )
-    trial = _Trial(contender, images, torch.zeros(1, dtype=torch.long), 1, options)
+    trial = Trial(contender, images, torch.zeros(1, dtype=torch.long), 1, options)
     losses = [trial.step(number) for number in range(options.steps)]
     assert losses[-1] < 0.5 * losses[0]
     made = trial.sampled(torch.zeros(2, dtype=torch.long))
@@ -203,6 +205,73 @@ def test_the_whole_comparison_with_a_transformer(tmp_path: Path) -> None:
     assert sheet.text["Rows"] == "held-out images | f2 | f8"
     assert Image.open(tmp_path / "reconstructions.png").text["Rows"] == "input | f2 | f8"
     assert comparison_table(result).row_count == 17
+
+
+class Colours:
+    """A feature network: the mean colours of the four quarters."""
+
+    name = "colours"
+
+    def __init__(self, name: str = "colours", device: object = None) -> None:
+        pass
+
+    def describe(self) -> dict[str, object]:
+        return {"network": self.name}
+
+    def __call__(self, images: torch.Tensor) -> Features:
+        return Features(torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1))
+
+
+def test_table_two_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token budget by the patch, one transformer, and every column of the paper's table."""
+    monkeypatch.setattr("davae.training.compare.comparison.open_network", Colours)
+
+    class Lpips(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return (a - b).abs().mean()
+
+    monkeypatch.setattr("davae.training.compare.comparison.LpipsLoss", lambda file: Lpips())
+    options = DiffusionOptions(steps=2, batch=4, size=SIZE, samples=6, sample_steps=1, repeats=1)
+    result = compare_autoencoders(
+        {"f2": kl(), "f4": AutoencoderDA.from_base(kl(), scale=2, detail_channels=4), "f8": dc()},
+        data="procedural:24",
+        resolution=32,
+        images=6,
+        tokens=16,
+        diffusion=options,
+        train_images=12,
+        repeats=1,
+        device="cpu",
+        features=["colours"],
+        lpips=tmp_path,
+    )
+    assert [row.patch for row in result.autoencoders] == [4, 2, 1]
+    assert {row.tokens for row in result.diffusion} == {16}
+    blocks = {row.parameters for row in result.diffusion}
+    assert max(blocks) - min(blocks) < 3000  # the first and the last layer
+    for row in result.autoencoders:
+        assert row.lpips is not None
+        assert row.distances["fid/colours"] > 0
+    assert all(row.distances["fid/colours"] > 0 for row in result.diffusion)
+    assert result.training_images == 12
+    assert result.networks == [{"network": "colours"}]
+    named = [str(cell) for cell in comparison_table(result).columns[0].cells]
+    assert {
+        "LPIPS",
+        "rFID, colours",
+        "FID of samples, colours",
+        "KID of samples, colours",
+        "PSNR, dB",
+        "SSIM",
+    } <= set(named)
+
+
+def test_distances_of_features_are_zero_for_a_lossless_autoencoder() -> None:
+    images = torch.rand(8, 3, 32, 32) * 2 - 1
+    reference = FeatureReference([Colours()], images, 3)
+    assert reference.distances(images)["fid/colours"] == pytest.approx(0, abs=1e-4)
+    assert reference.distances(images + 0.5)["fid/colours"] == pytest.approx(12 * 0.25, rel=1e-3)
+    assert FeatureReference([], images, 3).distances(images) == {}
 
 
 def test_the_verb(tmp_path: Path) -> None:

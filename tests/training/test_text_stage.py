@@ -198,8 +198,9 @@ def test_ddpm_refuses_what_it_does_not_do(loss, scheduler, words):
         DdpmProcess(LAYOUT, FlowLossSettings(**loss), scheduler)
 
 
-def test_the_learned_variance_gets_no_gradient():
-    stage = _stage("pixart-sigma", "diffusion.tune.mode=full")
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_learned_variance_learns_where_asked(weight):
+    stage = _stage("pixart-sigma", "diffusion.tune.mode=full", f"diffusion.loss.variance_weight={weight}")
     batch = {k: stage.dataset[0][k] for k in ("latent", "conditioning")}
     batch = {
         "latent": batch["latent"][None],
@@ -208,7 +209,8 @@ def test_the_learned_variance_gets_no_gradient():
     stage.objective.train()(batch, 0)["total"].backward()
     head = stage.pipeline.transformer.proj_out
     per_output = head.weight.grad.unflatten(0, (2, 2, 24)).abs().sum((0, 1, 3))  # p p (noise, variance)
-    assert (per_output[12:] == 0).all()
+    assert ((per_output[12:16] > 0) == bool(weight)).all()
+    assert (per_output[16:] == 0).all()  # of the details, whose loss has not begun at step 0
     assert (per_output[:4] > 0).all()
 
 
@@ -317,3 +319,14 @@ def test_the_held_out_loss_is_the_same_twice_and_leaves_the_random_state(tmp_pat
     torch.manual_seed(5)
     assert torch.equal(state, torch.get_rng_state())
     assert stage.validation_prompts() == ["a red fox", "a cat"]
+
+
+@pytest.mark.parametrize(("cache_latents", "place"), [(True, "cpu"), (False, "cuda")])
+def test_the_autoencoder_is_off_the_gpu_unless_images_are_encoded_as_they_come(
+    cache_latents, place, monkeypatch
+):
+    stage = _stage("auraflow", cache_latents=cache_latents)
+    moves = []
+    monkeypatch.setattr(stage.vae, "to", lambda device: moves.append(str(device)))
+    stage.to(torch.device("cuda"))
+    assert moves == [place]

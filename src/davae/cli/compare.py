@@ -10,10 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from davae.cli.evaluate_parts import FeatureNames
 from davae.cli.output import write_figures
 from davae.errors import DavaeError
 from davae.training.compare import Comparison, DiffusionOptions, compare_autoencoders
-from davae.training.compare.diffusion import transformer_size
+from davae.training.compare.trial import transformer_size
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -56,6 +57,10 @@ def autoencoder(
     device: Annotated[
         str | None, typer.Option("--device", help="cpu or cuda (default: the GPU, if any).")
     ] = None,
+    features: FeatureNames = None,
+    lpips: Annotated[
+        Path | None, typer.Option("--lpips", help="torchvision's VGG-16 weights, for LPIPS.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for figures and picture sheets.")] = None,
 ) -> None:
@@ -83,6 +88,8 @@ def autoencoder(
         repeats=repeats,
         device=device,
         out=out,
+        features=features or (),
+        lpips=lpips,
     )
     Console().print(comparison_table(result))
     write_figures(json_file, result.to_json())
@@ -137,6 +144,16 @@ def comparison_table(result: Comparison) -> Table:
             "loss at the end": [f"{row.loss:.3f}" for row in result.diffusion],
             "SWD of samples": [f"{row.swd:.3f}" for row in result.diffusion],
         }
+    if result.autoencoders[0].lpips is not None:
+        lines["LPIPS"] = [f"{row.lpips:.3f}" for row in result.autoencoders]
+    for part, metric, scores in (
+        ("rFID", "fid", result.autoencoders),
+        ("FID of samples", "fid", result.diffusion),
+        ("KID of samples", "kid", result.diffusion),  # unbiased: the better one for few samples
+    ):
+        for name in scores[0].distances if scores else ():
+            if name.startswith(f"{metric}/"):
+                lines[f"{part}, {name.partition('/')[2]}"] = [f"{row.distances[name]:.3f}" for row in scores]
     for name, values in lines.items():
         table.add_row(name, *values)
     return table

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from davae.errors import DavaeError
 from davae.interop.conversion import (
+    Which,
     convert_imagenet_file,
     convert_lightningdit_file,
     convert_sd3_file,
     convert_vavae_file,
 )
+from davae.interop.official_sd3_transformer import ChannelOrder
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -22,6 +24,7 @@ File = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write; must be new or empty.")]
 Resolution = Annotated[int, typer.Option("--resolution", help="Image side that the base was trained at.")]
+Weights = Annotated[str, typer.Option("--weights", help="ema or model, where the file has both.")]
 Statistics = Annotated[
     Path | None,
     typer.Option("--statistics", help="File of the latent's 'mean' and 'std', one value a channel."),
@@ -32,7 +35,7 @@ Statistics = Annotated[
 def lightningdit(
     file: File,
     out: Out,
-    weights: Annotated[str, typer.Option("--weights", help="ema or model, where the file has both.")] = "ema",
+    weights: Weights = "ema",
     size: Annotated[str | None, typer.Option("--size", help="What it must be, for example XL/1.")] = None,
     heads: Annotated[
         int | None, typer.Option("--heads", help="Attention heads, where the weights do not tell.")
@@ -42,16 +45,7 @@ def lightningdit(
     ] = None,
 ) -> None:
     """A LightningDiT transformer; with --vae a pipeline that `davae generate` and `davae upgrade` open."""
-    if weights not in ("ema", "model"):
-        raise DavaeError(f"--weights is '{weights}': it is ema or model")
-    made = convert_lightningdit_file(
-        file,
-        out,
-        weights=weights,  # type: ignore[arg-type]
-        heads=heads,
-        size=size,
-        vae=vae,
-    )
+    made = convert_lightningdit_file(file, out, weights=_which(weights), heads=heads, size=size, vae=vae)
     typer.echo(str(made))
 
 
@@ -80,8 +74,40 @@ def davae_imagenet(
 def davae_sd3(
     file: File,
     out: Out,
-    base: Annotated[Path, typer.Option("--base", help="Folder of the SD3 VAE, or of a pipeline with it.")],
+    base: Annotated[
+        Path, typer.Option("--base", help="Folder of the SD3 pipeline, or of its VAE or transformer alone.")
+    ],
     statistics: Statistics = None,
+    weights: Weights = "ema",
+    lora: Annotated[
+        Path | None, typer.Option("--lora", help="The transformer's LoRA, where it is in a file of its own.")
+    ] = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option("--vae", help="Folder of the converted autoencoder: write a whole pipeline."),
+    ] = None,
+    order: Annotated[
+        str,
+        typer.Option("--order", help="Channels of a transformer without branches: detail_first, base_first."),
+    ] = "detail_first",
 ) -> None:
-    """The authors' SD3 autoencoder to an AutoencoderDA."""
-    typer.echo(str(convert_sd3_file(file, out, base=base, statistics=statistics)))
+    """The authors' SD3 autoencoder to an AutoencoderDA, or their tuned SD3 transformer to diffusers' class."""
+    if order not in get_args(ChannelOrder):
+        raise DavaeError(f"--order is '{order}': it is {' or '.join(get_args(ChannelOrder))}")
+    made = convert_sd3_file(
+        file,
+        out,
+        base=base,
+        statistics=statistics,
+        weights=_which(weights),
+        lora=lora,
+        vae=vae,
+        order=order,  # type: ignore[arg-type]
+    )
+    typer.echo(str(made))
+
+
+def _which(weights: str) -> Which:
+    if weights not in get_args(Which):
+        raise DavaeError(f"--weights is '{weights}': it is ema or model")
+    return weights  # type: ignore[return-value]

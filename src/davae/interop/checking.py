@@ -10,6 +10,16 @@ from torch import Tensor
 from davae.errors import DavaeError
 
 logger = logging.getLogger(__name__)
+_SHOWN = 20  # names of a kind in a message; a model of another size differs in hundreds
+
+
+def listed(faults: Mapping[str, Sequence[str]]) -> str:
+    """Names by kind of fault in one line, the first of many."""
+    return "; ".join(
+        f"{kind}: {', '.join(names[:_SHOWN])}" + (f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN))
+        for kind, names in faults.items()
+        if names
+    )
 
 
 def require(weights: Mapping[str, Tensor], names: Sequence[str], what: str, prefix: str = "") -> None:
@@ -44,7 +54,7 @@ def check_keys(
         unknown: names for which there was no translation.
 
     Raises:
-        DavaeError: lists all that is missing, unexpected or of another shape.
+        DavaeError: lists what is missing, unexpected or of another shape.
     """
     faults = {
         "missing": sorted(expected.keys() - converted.keys()),
@@ -56,8 +66,8 @@ def check_keys(
         ],
     }
     if any(faults.values()):
-        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
-        raise DavaeError(f"this is not {what} as published. {listed}")
+        ours = " (missing ones by their names in the diffusers model)" if faults["missing"] else ""
+        raise DavaeError(f"this is not {what} as published. {listed(faults)}{ours}")
 
 
 def set_aside(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ def read_state_dict(
     """
     content = _read(Path(path))
     return strip_wrappers(_find_tensors(content, Path(path), entries))
+
+
+@contextmanager
+def about_file(path: str | Path) -> Iterator[None]:
+    """Errors about what a file holds begin with its name."""
+    try:
+        yield
+    except DavaeError as error:
+        raise DavaeError(f"{path}: {error}") from error
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

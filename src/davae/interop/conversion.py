@@ -9,25 +9,37 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+)
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.interop import official_lightningdit
-from davae.interop.checkpoints import read_state_dict, read_tensors
+from davae.interop.checkpoints import about_file, read_state_dict, read_tensors
 from davae.interop.official_autoencoders import convert_imagenet, convert_sd3
+from davae.interop.official_sd3_transformer import ChannelOrder
 from davae.interop.official_vavae import convert_vavae
+from davae.interop.sd3_transformer_files import convert_transformer, is_transformer
+from davae.latents import LatentLayout
 from davae.models import AutoencoderDA, LightningDiTTransformer2DModel
 from davae.models.any_autoencoder import open_autoencoder
-from davae.pipelines import ClassConditionalPipeline
+from davae.pipelines import ClassConditionalPipeline, load_pipeline
 from davae.pipelines.flow import sigma_shift
+from davae.pipelines.full_resolution import fit_to_autoencoder
+from davae.pipelines.same_base import layout_over
+from davae.pipelines.timestep_shift import scheduler_for
 
 logger = logging.getLogger(__name__)
 
 Which = Literal["ema", "model"]
 Statistics = tuple[list[float], list[float]]
 OFFICIAL_SHIFT = 0.3  # of LightningDiT's sampler, in t
+SD3_SHIFT = 4.0  # of the authors' released SD3.5 configuration, in sigma
 
 
 @dataclass(frozen=True)
@@ -97,7 +109,9 @@ def convert_vavae_file(
         statistics: the file of the latent's statistics, see :func:`read_statistics`.
     """
     read = None if statistics is None else read_statistics(statistics)
-    model, unused = convert_vavae(read_state_dict(file), resolution=resolution, statistics=read)
+    state = read_state_dict(file)
+    with about_file(file):
+        model, unused = convert_vavae(state, resolution=resolution, statistics=read)
     _save(model, out)
     return Converted(out, _described(model), _count(model), unused)
 
@@ -114,30 +128,91 @@ def convert_imagenet_file(
         resolution: of the base.
         statistics: of all channels, see :func:`read_statistics`.
     """
-    model, unused = convert_imagenet(
-        read_state_dict(file),
-        base=None if base is None else _vae(base),
-        base_resolution=resolution,
-        statistics=None if statistics is None else read_statistics(statistics),
-    )
+    vae = None if base is None else _vae(base)
+    read = None if statistics is None else read_statistics(statistics)
+    state = read_state_dict(file)
+    with about_file(file):
+        model, unused = convert_imagenet(state, base=vae, base_resolution=resolution, statistics=read)
     _save(model, out)
     return Converted(out, _described(model), _count(model), unused)
 
 
-def convert_sd3_file(file: Path, out: Path, *, base: Path, statistics: Path | None = None) -> Converted:
-    """The authors' SD3 autoencoder to the folder of an ``AutoencoderDA``.
+def convert_sd3_file(
+    file: Path,
+    out: Path,
+    *,
+    base: Path,
+    statistics: Path | None = None,
+    weights: Which = "ema",
+    lora: Path | None = None,
+    vae: Path | None = None,
+    order: ChannelOrder = "detail_first",
+) -> Converted:
+    """A file of the authors' SD3 track: the autoencoder, or the tuned transformer, told apart by their names.
 
     Args:
         file: as published.
-        out: folder, made if need be.
-        base: folder of the SD3 VAE, or of a pipeline with it.
-        statistics: of the detail channels, see :func:`read_statistics`.
+        out: folder, made if need be: of an ``AutoencoderDA``, of an ``SD3Transformer2DModel``, or with ``vae`` of a
+            whole pipeline.
+        base: folder of the SD3 VAE or of the pretrained transformer, as the file needs, or of a pipeline with both.
+        statistics: of the detail channels, see :func:`read_statistics`; for the autoencoder.
+        weights: which, where the file has both.
+        lora: file of the transformer's LoRA, where it is apart.
+        vae: folder of the converted autoencoder: writes the upgraded pipeline, whose other parts are the base's and
+            whose scheduler gets the authors' shift, 4.
+        order: of the channels in a transformer without branches.
+
+    Raises:
+        DavaeError: neither of the two as published, an option for the other of them, or parts that do not fit.
     """
-    vae = _vae(base)
+    state = read_state_dict(file, entries=_sd3_entries(weights))
+    if is_transformer(state):
+        if statistics is not None:
+            raise DavaeError(
+                f"{file} is a transformer: the statistics belong to the autoencoder's conversion"
+            )
+        with about_file(file):
+            transformer, layout = convert_transformer(state, base, lora=lora, order=order)
+        if vae is None:
+            _save(transformer, out)
+        else:
+            _sd3_pipeline(transformer, layout, base, vae).save_pretrained(_empty(out))
+        kind = f"{type(transformer).__name__}, {layout.base_channels} + {layout.detail_channels} channels"
+        return Converted(out, kind, _count(transformer))
+    if lora is not None or vae is not None:
+        raise DavaeError(f"{file} is no transformer of SD3: --lora and --vae go with the transformer's file")
+    base_vae = _vae(base)
     read = None if statistics is None else read_statistics(statistics)
-    model, unused = convert_sd3(read_state_dict(file), dict(vae.config), base=vae, statistics=read)
+    with about_file(file):
+        model, unused = convert_sd3(state, dict(base_vae.config), base=base_vae, statistics=read)
     _save(model, out)
     return Converted(out, _described(model), _count(model), unused)
+
+
+def _sd3_entries(weights: Which) -> tuple[str, ...]:
+    other = "model" if weights == "ema" else "ema"
+    return (f"{weights}_state_dict", weights, f"{other}_state_dict", other, "state_dict")
+
+
+def _sd3_pipeline(
+    transformer: SD3Transformer2DModel, layout: LatentLayout, base: Path, folder: Path
+) -> DiffusionPipeline:
+    """The base pipeline with the converted autoencoder and transformer."""
+    vae = _vae(folder)
+    if not isinstance(vae, AutoencoderDA):
+        raise DavaeError(f"{folder} holds a {type(vae).__name__}: convert the authors' autoencoder first")
+    pipe = load_pipeline(base, transformer=transformer, dtype=transformer.dtype)
+    expected = layout_over(pipe.vae, vae)
+    if expected != layout:
+        raise DavaeError(
+            f"the transformer has {layout.base_channels} + {layout.detail_channels} channels, the autoencoder of "
+            f"{folder} {expected.base_channels} + {expected.detail_channels}"
+        )
+    scheduler = scheduler_for(
+        pipe, SD3_SHIFT, scale=vae.scale, channels=(layout.base_channels, layout.channels)
+    )
+    parts = pipe.components | {"vae": vae.to(transformer.dtype), "scheduler": scheduler}
+    return fit_to_autoencoder(type(pipe)(**parts))
 
 
 def read_statistics(file: Path) -> Statistics:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.interop.checking import check_keys, require
-from davae.interop.checkpoints import read_state_dict, strip_wrappers
+from davae.interop.checkpoints import about_file, read_state_dict, strip_wrappers
 from davae.models.lightningdit import SIZES, LightningDiTTransformer2DModel
 from davae.models.positions import rope_table, sincos_table
 
@@ -59,9 +59,9 @@ def load(
         DavaeError: see :func:`convert` and :func:`davae.interop.checkpoints.read_state_dict`.
     """
     entries = (weights, *{"ema", "model", "state_dict"} - {weights})
-    config, state_dict = convert(
-        read_state_dict(path, entries=entries), num_attention_heads=num_attention_heads
-    )
+    official = read_state_dict(path, entries=entries)
+    with about_file(path):
+        config, state_dict = convert(official, num_attention_heads=num_attention_heads)
     model = LightningDiTTransformer2DModel(**config)
     model.load_state_dict(state_dict, strict=True)
     return model.eval()

@@ -22,6 +22,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.interop.checking import listed
 from davae.latents import LatentLayout
 
 #: ``"detail_first"`` is the authors' ``reverse=True``, which their SD3 autoencoder needs.
@@ -57,9 +58,13 @@ def load_transformer(
         )
     expected = transformer.state_dict()
     _require(converted, present=tuple(expected), absent=sorted(converted.keys() - expected.keys()))
-    reshaped = [name for name, tensor in converted.items() if tensor.shape != expected[name].shape]
+    reshaped = [
+        f"{name} {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+        for name, tensor in converted.items()
+        if tensor.shape != expected[name].shape
+    ]
     if reshaped:
-        raise DavaeError(f"the configuration does not fit the weights; other shapes: {', '.join(reshaped)}")
+        raise DavaeError(f"the configuration does not fit the weights; {listed({'other shapes': reshaped})}")
     transformer.load_state_dict(converted, strict=True, assign=True)
     return transformer.eval(), layout
 
@@ -129,8 +134,42 @@ def to_official(state_dict: Mapping[str, Tensor], layout: LatentLayout) -> dict[
     return converted
 
 
+def split_plain_layers(
+    state_dict: Mapping[str, Tensor], base_channels: int, order: ChannelOrder
+) -> dict[str, Tensor]:
+    """Plain wider layers as branches, whose names tell the order of the channels; branches are left as they are.
+
+    Args:
+        state_dict: official names.
+        base_channels: of the transformer before it was widened.
+        order: of the channels in the layers.
+
+    Raises:
+        DavaeError: the layers are no wider than the base's.
+    """
+    if f"{_INPUT}.weight" not in state_dict:
+        return dict(state_dict)
+    _require(state_dict, present=_OURS, absent=_OFFICIAL)
+    channels = state_dict[f"{_INPUT}.weight"].shape[1]
+    if channels <= base_channels:
+        raise DavaeError(
+            f"'{_INPUT}.weight' takes {channels} channels, the base {base_channels}: this transformer was not widened"
+        )
+    layout = LatentLayout(base_channels, channels - base_channels)
+    if len(state_dict[f"{_OUTPUT}.weight"]) % channels:
+        raise DavaeError(
+            f"{_OUTPUT}.weight has {len(state_dict[f'{_OUTPUT}.weight'])} rows, which {channels} channels do not divide"
+        )
+    reordered = dict(state_dict)
+    reordered[f"{_INPUT}.weight"] = from_official_order(state_dict[f"{_INPUT}.weight"], layout, order)
+    for kind in ("weight", "bias"):
+        positions = state_dict[f"{_OUTPUT}.{kind}"].unflatten(0, (-1, channels))  # [p * p, C + D, ...]
+        reordered[f"{_OUTPUT}.{kind}"] = from_official_order(positions, layout, order).flatten(0, 1)
+    return to_official(reordered, layout)
+
+
 def from_official_order(latent: Tensor, layout: LatentLayout, order: ChannelOrder) -> Tensor:
-    """A latent or a prediction in the authors' channel order, base first: [B, C + D, h, w] both."""
+    """A latent or a prediction in the authors' channel order, base first: [B, C + D, ...] both."""
     if order == "base_first":
         return latent
     detail, base = latent.split([layout.detail_channels, layout.base_channels], dim=1)
@@ -149,5 +188,4 @@ def _require(state_dict: Mapping[str, Any], *, present: Sequence[str], absent: S
         "unexpected": [name for name in absent if name in state_dict],
     }
     if any(faults.values()):
-        listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in faults.items() if names)
-        raise DavaeError(f"this is not the expected SD3 transformer state dict. {listed}")
+        raise DavaeError(f"this is not the expected SD3 transformer state dict. {listed(faults)}")

@@ -158,8 +158,18 @@ def _subject(pipe: DiffusionPipeline, subject: str) -> dict[str, Any]:
     if "class_labels" not in _parameters(pipe):
         raise DavaeError(f"{type(pipe).__name__} makes images of neither prompts nor classes")
     if subject.isdecimal():
-        return {"class_labels": [int(subject)]}
+        return {"class_labels": [_number(pipe, int(subject))]}
     labels = getattr(pipe, "labels", {})
     if subject not in labels and type(pipe).__module__.startswith("diffusers"):
         raise DavaeError(f"the pipeline knows no class '{subject}': give its number, or a name it knows")
     return {"class_labels": [labels.get(subject, subject)]}
+
+
+def _number(pipe: DiffusionPipeline, number: int) -> int:
+    # Diffusers' own pipeline would fail inside of an embedding.
+    none = getattr(pipe.transformer.config, "num_embeds_ada_norm", None)
+    if none is not None and number > none:
+        raise DavaeError(
+            f"class {number} is out of range: the model knows 0 to {none - 1}, and {none} for no class"
+        )
+    return number

@@ -10,6 +10,7 @@ from davae.warm_start.loss import (
     min_snr_weight,
     predicted_data,
     structured_loss,
+    structured_mean,
 )
 from davae.warm_start.new_channels import channel_parameters, new_channel_masks
 from davae.warm_start.probing import probed_description
@@ -53,5 +54,6 @@ __all__ = [
     "sd3_sigma_table",
     "shift_sigmas",
     "structured_loss",
+    "structured_mean",
     "widen_channels",
 ]

@@ -45,12 +45,20 @@ def structured_loss(
         DavaeError: shapes differ, another number of channels, or a negative weight.
     """
     _check_shapes(prediction, target)
+    return _reduce(structured_mean((prediction.float() - target.float()).square(), layout, weight), reduction)
+
+
+def structured_mean(errors: Tensor, layout: LatentLayout, weight: float) -> Tensor:
+    """Eq. 13's mean over a sample's elements, detail channels counted ``weight`` times: ``[B, C + D, h, w]`` to [B].
+
+    Raises:
+        DavaeError: another number of channels, or a negative weight.
+    """
     if not weight >= 0:
         raise DavaeError(f"the detail weight must not be negative, got {weight}")
-    base, detail = layout.split((prediction.float() - target.float()).square())  # [B, C, h, w], [B, D, h, w]
-    weighted = base.flatten(1).sum(1) + weight * detail.flatten(1).sum(1)  # [B]
-    per_sample = weighted / (base[0].numel() + weight * detail[0].numel())
-    return _reduce(per_sample, reduction)
+    base, detail = layout.split(errors)  # [B, C, h, w], [B, D, h, w]
+    weighted = base.flatten(1).sum(1) + weight * detail.flatten(1).sum(1)
+    return weighted / (base[0].numel() + weight * detail[0].numel())
 
 
 def cosine_loss(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:

@@ -96,7 +96,7 @@ class ClassConditional(ClassFamily):
 
 
 class DiT(ClassFamily):
-    """DiT: the learned variance is dropped as in the pipeline; labels are dropped by the transformer itself."""
+    """DiT: its sampler passes over the learned variance; labels are dropped by the transformer itself."""
 
     pipelines = ("DiTPipeline",)
     kind = "ddpm"
@@ -115,8 +115,7 @@ class DiT(ClassFamily):
         conditioning: Conditioning,
         guidance: float,
     ) -> Tensor:
-        predicted = transformer(noisy, timestep=level, class_labels=conditioning["class_labels"]).sample
-        return predicted[:, : noisy.shape[1]]
+        return transformer(noisy, timestep=level, class_labels=conditioning["class_labels"]).sample
 
 
 def _number(pipe: DiffusionPipeline, name: str) -> int:

@@ -130,8 +130,23 @@ class PipelineFamily(ABC):
         Returns:
             ``[B, C + D, h, w]``: ``noise - data`` for flow, the noise for DDPM (without a learned variance).
         """
+        return self.predict_with_variance(transformer, noisy, level, conditioning, guidance=guidance)[0]
+
+    def predict_with_variance(
+        self,
+        transformer: ModelMixin,
+        noisy: Tensor,
+        level: Tensor,
+        conditioning: Conditioning,
+        *,
+        guidance: float = 3.5,
+    ) -> tuple[Tensor, Tensor | None]:
+        """:meth:`predict`, and what the transformer says of the variance, the same shape, where it learns one."""
         floating = {k: v.to(noisy.dtype) if v.is_floating_point() else v for k, v in conditioning.items()}
-        return self._predict(transformer, noisy, level, floating, guidance)
+        predicted = self._predict(transformer, noisy, level, floating, guidance)
+        channels = noisy.shape[1]
+        learned = predicted[:, channels:] if predicted.shape[1] == 2 * channels else None
+        return predicted[:, :channels], learned
 
     @abstractmethod
     def _predict(
@@ -142,7 +157,7 @@ class PipelineFamily(ABC):
         conditioning: Conditioning,
         guidance: float,
     ) -> Tensor:
-        """:meth:`predict` with the conditioning in the dtype of ``noisy``."""
+        """:meth:`predict` with the conditioning in the dtype of ``noisy``; a learned variance may follow."""
 
     def tokens(self, transformer: ModelMixin, latent: Tensor) -> int:
         """Image tokens that the transformer makes of a latent ``[B, C + D, h, w]``."""

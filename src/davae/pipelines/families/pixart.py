@@ -46,7 +46,7 @@ class PixArtSigma(PipelineFamily):
         conditioning: Conditioning,
         guidance: float,
     ) -> Tensor:
-        predicted = transformer(
+        return transformer(
             noisy,
             encoder_hidden_states=conditioning["prompt_embeds"],
             encoder_attention_mask=conditioning["prompt_attention_mask"],
@@ -54,7 +54,6 @@ class PixArtSigma(PipelineFamily):
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
         )[0]
-        return predicted[:, : noisy.shape[1]]
 
     def _call_arguments(
         self, prompts: list[str], height: int, width: int, guidance_scale: float, max_length: int | None

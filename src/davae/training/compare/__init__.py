@@ -7,7 +7,8 @@ from davae.training.compare.autoencoders import (
     score_autoencoders,
 )
 from davae.training.compare.comparison import Comparison, compare_autoencoders
-from davae.training.compare.diffusion import DiffusionOptions, DiffusionScore, score_diffusion
+from davae.training.compare.diffusion import DiffusionScore, score_diffusion
+from davae.training.compare.trial import DiffusionOptions
 
 __all__ = [
     "AutoencoderScore",

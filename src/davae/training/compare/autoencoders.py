@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from davae.benchmark import side_by_side
 from davae.errors import DavaeError
 from davae.evaluation import log_spectral_distance, psnr, sliced_wasserstein, ssim
+from davae.evaluation.features import FeatureNetwork
 from davae.models.any_autoencoder import compression_of, decode_raw, encode_mode, open_autoencoder
+from davae.training.compare.distances import FeatureReference
 
 _SMALLEST = 16  # pixels: of SSIM's window and the Wasserstein pyramid
 
@@ -55,6 +57,8 @@ class AutoencoderScore:
         swd: sliced Wasserstein distance to the images at the finest level.
         spectrum_db: distance of the radial power spectra, dB.
         encode_images_per_second, decode_images_per_second: medians, all autoencoders measured in turns.
+        lpips: mean over images; None without the weights.
+        distances: of the reconstructions to the images by feature networks, such as ``fid/inception`` (rFID).
     """
 
     name: str
@@ -70,6 +74,8 @@ class AutoencoderScore:
     spectrum_db: float
     encode_images_per_second: float
     decode_images_per_second: float
+    lpips: float | None = None
+    distances: dict[str, float] = field(default_factory=dict)
 
 
 def open_contenders(
@@ -146,7 +152,13 @@ def decode_all(contender: Contender, latents: Tensor, batch: int) -> Tensor:
 
 
 def score_autoencoders(
-    contenders: Sequence[Contender], images: Tensor, *, batch: int = 8, repeats: int = 5
+    contenders: Sequence[Contender],
+    images: Tensor,
+    *,
+    batch: int = 8,
+    repeats: int = 5,
+    networks: Sequence[FeatureNetwork] = (),
+    lpips: nn.Module | None = None,
 ) -> tuple[list[AutoencoderScore], dict[str, Tensor]]:
     """Reconstruct the same images with each and measure.
 
@@ -155,10 +167,13 @@ def score_autoencoders(
         images: [N, 3, R, R] in [-1, 1].
         batch: images at a time, also where time is taken.
         repeats: rounds of the timing.
+        networks: for distances of features.
+        lpips: from two batches to their mean distance, see :class:`davae.training.perceptual.LpipsLoss`.
 
     Returns:
         One row each, and the reconstructions by name.
     """
+    real = FeatureReference(networks, images, batch)
     part = images[:batch]
     encoders = {c.name: partial(encode_mode, c.model, part.to(c.model.device)) for c in contenders}
     latents = {c.name: encode_all(c, images, batch) for c in contenders}
@@ -189,6 +204,14 @@ def score_autoencoders(
                 spectrum_db=log_spectral_distance(again, images),
                 encode_images_per_second=len(part) / encoded[c.name],
                 decode_images_per_second=len(part) / decoded[c.name],
+                lpips=None if lpips is None else _mean_lpips(lpips, images, again, batch),
+                distances=real.distances(again),
             )
         )
     return rows, made
+
+
+@torch.no_grad()
+def _mean_lpips(lpips: nn.Module, images: Tensor, again: Tensor, batch: int) -> float:
+    pairs = zip(images.split(batch), again.split(batch), strict=True)
+    return sum(float(lpips(a, b)) * len(a) for a, b in pairs) / len(images)

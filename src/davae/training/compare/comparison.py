@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,11 @@ from torch import Tensor
 
 from davae.data import open_dataset
 from davae.errors import DavaeError
+from davae.evaluation.features import open_network
 from davae.training.compare.autoencoders import AutoencoderScore, open_contenders, score_autoencoders
-from davae.training.compare.diffusion import DiffusionOptions, DiffusionScore, score_diffusion
+from davae.training.compare.diffusion import DiffusionScore, score_diffusion
+from davae.training.compare.trial import DiffusionOptions
+from davae.training.perceptual import LpipsLoss
 from davae.training.pictures import PICTURES, save_rows
 
 
@@ -32,6 +35,8 @@ class Comparison:
         autoencoders: one row each.
         diffusion: one row each, empty where no transformer was trained.
         options: of the diffusion part.
+        training_images: that the transformers learned from.
+        networks: weights and preprocessing of the feature networks.
     """
 
     data: str
@@ -42,6 +47,8 @@ class Comparison:
     autoencoders: list[AutoencoderScore]
     diffusion: list[DiffusionScore] = field(default_factory=list)
     options: DiffusionOptions | None = None
+    training_images: int = 0
+    networks: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -61,6 +68,8 @@ def compare_autoencoders(
     repeats: int = 5,
     device: str | None = None,
     out: Path | None = None,
+    features: Sequence[str] = (),
+    lpips: Path | None = None,
 ) -> Comparison:
     """Measure autoencoders on the same images, and with ``diffusion`` a transformer over each.
 
@@ -76,23 +85,36 @@ def compare_autoencoders(
         repeats: rounds of the timing of the autoencoders.
         device: ``cpu``, ``cuda``; None takes the GPU where there is one.
         out: folder for ``comparison.json``, ``reconstructions.png`` and ``samples.png``.
+        features: networks for the distances of reconstructions (rFID) and of samples (FID), as in
+            :func:`davae.evaluation.features.open_network`.
+        lpips: file of torchvision's VGG-16 weights; None leaves LPIPS out.
 
     Raises:
-        DavaeError: no images, or an autoencoder that does not fit.
+        DavaeError: no images, an autoencoder that does not fit, or weights that are not there.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    networks = [open_network(name, device=where) for name in features]
+    perceptual = None if lpips is None else LpipsLoss(str(lpips))
     contenders = open_contenders(autoencoders, resolution, tokens=tokens, device=where)
     if diffusion is None:
         held_out, _, _ = _images(data, resolution, images)
     else:
         held_out, _, _ = _images(data, resolution, images, hold_out=images, part="held_out")
-    rows, made = score_autoencoders(contenders, held_out, batch=batch, repeats=repeats)
+    rows, made = score_autoencoders(
+        contenders, held_out, batch=batch, repeats=repeats, networks=networks, lpips=perceptual
+    )
     scores: list[DiffusionScore] = []
     sheets = {"reconstructions": {"input": held_out, **made}}
     if diffusion is not None:
         learned, labels, classes = _images(data, resolution, train_images, hold_out=images, part="train")
         scores, samples = score_diffusion(
-            contenders, learned, labels, held_out, diffusion, classes=max(1, classes)
+            contenders,
+            learned,
+            labels,
+            held_out,
+            diffusion,
+            classes=max(1, classes),
+            networks=networks,
         )
         sheets["samples"] = {"held-out images": held_out, **samples}
     result = Comparison(
@@ -104,6 +126,8 @@ def compare_autoencoders(
         autoencoders=rows,
         diffusion=scores,
         options=diffusion,
+        training_images=0 if diffusion is None else len(learned),
+        networks=[network.describe() for network in networks],
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

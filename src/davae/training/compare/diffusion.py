@@ -6,61 +6,21 @@ steps, batches, noise levels and learning rate. Fewer tokens make it faster; whe
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from davae.benchmark import count_flops, side_by_side
-from davae.errors import DavaeError
-from davae.evaluation import sliced_wasserstein
-from davae.latents import LatentLayout
-from davae.models import LightningDiTTransformer2DModel
-from davae.models.any_autoencoder import decode_raw
-from davae.models.lightningdit import SIZES, Size
-from davae.pipelines.families.classes import ClassConditional
-from davae.pipelines.flow import predict_velocity, sigma_velocity
-from davae.pipelines.flow_schedules import scheduler_step, set_times
-from davae.training.compare.autoencoders import Contender, decode_all, encode_all
-from davae.training.diffusion import DiffusionObjective, FlowProcess
-from davae.training.ema import Ema
-from davae.training.optimizers import make_optimizer
-from davae.training.settings import FlowLossSettings, OptimizerSettings, TimestepSettings
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DiffusionOptions:
-    """The training and sampling that all autoencoders get alike.
-
-    Attributes:
-        steps: of the training.
-        batch: images a step.
-        size: of the transformer, see :func:`transformer_size`.
-        learning_rate: of AdamW, betas 0.9 and 0.95.
-        ema: decay of the running mean that is sampled with.
-        samples: images made for the metric.
-        sample_steps: Euler steps of a sample.
-        guidance: classifier-free guidance.
-        seed: of the weights, batches, noise and samples.
-        repeats: rounds of the timing.
-    """
-
-    steps: int
-    batch: int = 32
-    size: Size = field(default_factory=lambda: SIZES["S"])
-    learning_rate: float = 5e-4
-    ema: float = 0.995
-    samples: int = 32
-    sample_steps: int = 25
-    guidance: float = 2.0
-    seed: int = 0
-    repeats: int = 5
+from davae.benchmark import side_by_side
+from davae.evaluation.features import FeatureNetwork
+from davae.evaluation.image_set import ImageSet
+from davae.evaluation.sliced_wasserstein import PatchSet
+from davae.training.compare.autoencoders import Contender
+from davae.training.compare.distances import FeatureReference
+from davae.training.compare.trial import DiffusionOptions, Trial
+from davae.training.pictures import PICTURES
 
 
 @dataclass(frozen=True)
@@ -77,6 +37,7 @@ class DiffusionScore:
         train_flop_limited, sample_flop_limited: the ratios of the operations.
         loss: mean of the last tenth of the training.
         swd: of decoded samples to held-out images at the finest level, the samples' classes as in the data.
+        distances: of the samples to the training images by feature networks, such as ``fid/inception`` (FID).
     """
 
     name: str
@@ -90,127 +51,7 @@ class DiffusionScore:
     sample_flop_limited: float
     loss: float
     swd: float
-
-
-def transformer_size(text: str) -> Size:
-    """``S``, ``B``, ``L``, ``XL`` and kin, or ``WIDTHxDEPTHxHEADS`` such as ``256x8x4``.
-
-    Raises:
-        DavaeError: neither.
-    """
-    named = {name.lower(): size for name, size in SIZES.items()}
-    if text.lower() in named:
-        return named[text.lower()]
-    parts = text.lower().split("x")
-    if len(parts) == 3 and all(part.isdecimal() and int(part) for part in parts):
-        width, depth, heads = map(int, parts)
-        return Size(num_layers=depth, hidden_size=width, num_attention_heads=heads)
-    raise DavaeError(
-        f"transformer size '{text}' is unknown: it is one of {', '.join(SIZES)}, or WIDTHxDEPTHxHEADS"
-    )
-
-
-class _Trial:
-    """One autoencoder's transformer, its normalised latents and its optimizer."""
-
-    def __init__(
-        self, contender: Contender, images: Tensor, labels: Tensor, classes: int, options: DiffusionOptions
-    ) -> None:
-        self.contender, self.options, self.labels = contender, options, labels
-        self.device = contender.model.device
-        raw = encode_all(contender, images, options.batch)
-        # As LightningDiT does: every channel to mean 0 and deviation 1, whatever the autoencoder's own scaling.
-        self.mean = raw.mean((0, 2, 3), keepdim=True)
-        self.std = raw.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
-        self.latents = (raw - self.mean) / self.std  # [N, C, h, w]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
-            self.transformer = LightningDiTTransformer2DModel(
-                **options.size,
-                sample_size=raw.shape[-1],
-                patch_size=contender.patch,
-                in_channels=contender.channels,
-                num_classes=classes,
-                qk_norm=True,
-            ).to(self.device)
-        layout = LatentLayout(contender.channels, 0)
-        loss = FlowLossSettings()
-        self.objective = DiffusionObjective(
-            ClassConditional(),
-            self.transformer,
-            layout,
-            FlowProcess(layout, loss, TimestepSettings()),
-            loss,
-        ).train()
-        settings = OptimizerSettings(learning_rate=options.learning_rate, betas=(0.9, 0.95))
-        self.optimizer = make_optimizer(contender.name, self.objective, settings, {})
-        self.ema = Ema(self.transformer.parameters(), options.ema)
-
-    def step(self, number: int) -> float:
-        """One training step; the batch and its noise depend on ``number`` alone."""
-        generator = torch.Generator().manual_seed(self.options.seed + number)
-        chosen = torch.randint(len(self.latents), (self.options.batch,), generator=generator)
-        batch = {
-            "latent": self.latents[chosen].to(self.device),
-            "label": self.labels[chosen].to(self.device),
-        }
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.options.seed + number)
-            loss = self.objective(batch, number)["total"]
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), 1.0)
-        self.optimizer.step()
-        self.ema.update()
-        return float(loss.detach())
-
-    def velocity(self, latents: Tensor, time: float, labels: Tensor) -> Tensor:
-        """Guided, as in sampling."""
-        with torch.no_grad():
-            return predict_velocity(
-                self.transformer, latents, time, labels, guidance_scale=self.options.guidance
-            )
-
-    def sampled(self, labels: Tensor) -> Tensor:
-        """Images of labels [N], in [-1, 1] on the CPU."""
-        made = []
-        self.transformer.eval()
-        with self.ema.applied():
-            for first in range(0, len(labels), self.options.batch):
-                part = labels[first : first + self.options.batch].to(self.device)
-                shape = (len(part), *self.latents.shape[1:])
-                generator = torch.Generator().manual_seed(self.options.seed + first)
-                latents = torch.randn(shape, generator=generator).to(self.device)
-                scheduler = FlowMatchEulerDiscreteScheduler()
-                times = set_times(scheduler, self.options.sample_steps, self.device)
-                for time, timestep in zip(times, scheduler.timesteps, strict=True):
-                    prediction = sigma_velocity(self.velocity(latents, time, part))
-                    latents = scheduler_step(scheduler, prediction, timestep, latents, None)
-                made.append(latents.cpu() * self.std + self.mean)
-        self.transformer.train()
-        return decode_all(self.contender, torch.cat(made), self.options.batch)
-
-    def probes(self) -> dict[str, Callable[[], object]]:
-        """What is timed: a training step, a denoising step with guidance, and a decode, of one batch each.
-
-        For after the training: they go on with it.
-        """
-        count = self.options.batch
-        latents = self.latents[torch.arange(count) % len(self.latents)].to(self.device)
-        raw = latents * self.std.to(self.device) + self.mean.to(self.device)
-        labels = torch.zeros(count, dtype=torch.long, device=self.device)
-        return {
-            "train": lambda: self.step(0),
-            "denoise": lambda: self.velocity(latents, 0.5, labels),
-            "decode": lambda: decode_raw(self.contender.model, raw),
-        }
-
-    def flops(self) -> tuple[int, int]:
-        """Operations for one image: of a training step (three forwards), and of a sample with its decoding."""
-        probes, count = self.probes(), self.options.batch
-        guided, decode = (count_flops(probes[name]) // count for name in ("denoise", "decode"))
-        passes = 2 if self.options.guidance != 1 else 1
-        return 3 * guided // passes, self.options.sample_steps * guided + decode
+    distances: dict[str, float] = field(default_factory=dict)
 
 
 def score_diffusion(
@@ -221,6 +62,7 @@ def score_diffusion(
     options: DiffusionOptions,
     *,
     classes: int,
+    networks: Sequence[FeatureNetwork] = (),
 ) -> tuple[list[DiffusionScore], dict[str, Tensor]]:
     """Time, train and sample the same transformer over each autoencoder.
 
@@ -231,17 +73,19 @@ def score_diffusion(
         held_out: images that samples are compared with, [M, 3, R, R].
         options: alike for all.
         classes: number of classes.
+        networks: for distances of features to the training images, as the published FID is measured.
 
     Returns:
-        One row each, and the samples by name.
+        One row each, and the first samples by name.
     """
-    trials = {c.name: _Trial(c, images, labels, classes, options) for c in contenders}
+    real = FeatureReference(networks, images, options.batch)
+    patches = PatchSet().update(held_out)
+    trials = {c.name: Trial(c, images, labels, classes, options) for c in contenders}
     wanted = labels[torch.arange(options.samples) % len(labels)]
-    losses, made = {}, {}
+    losses, found, shown = {}, {}, {}
     for name, trial in trials.items():
-        logger.info("%s: %d steps on %d tokens", name, options.steps, trial.contender.tokens)
-        losses[name] = [trial.step(number) for number in range(options.steps)]
-        made[name] = trial.sampled(wanted)
+        losses[name] = trial.train()
+        found[name], shown[name] = _gather(trial.batches(wanted), networks)
     cost = _Cost(trials, options)
     rows = []
     for name, trial in trials.items():
@@ -252,17 +96,34 @@ def score_diffusion(
                 tokens=trial.contender.tokens,
                 parameters=sum(p.numel() for p in trial.transformer.parameters()),
                 loss=sum(last) / len(last),
-                swd=next(iter(sliced_wasserstein(made[name], held_out).values())),
+                swd=_patches(found[name]).distance(patches)[0],
+                distances=real.distances(found[name]),
                 **cost.of(name, over=contenders[0].name),
             )
         )
-    return rows, made
+    return rows, shown
+
+
+def _gather(batches: Iterable[Tensor], networks: Sequence[FeatureNetwork]) -> tuple[ImageSet, Tensor]:
+    """What the metrics need of all the images, and the first of them."""
+    found = ImageSet(networks)
+    shown: list[Tensor] = []
+    for images in batches:
+        found.update(images)
+        if len(shown) < PICTURES:
+            shown += images[: PICTURES - len(shown)]
+    return found, torch.stack(shown)
+
+
+def _patches(images: ImageSet) -> PatchSet:
+    assert images.patches is not None  # gathered with them
+    return images.patches
 
 
 class _Cost:
     """Seconds, measured in turns, and operations of training and sampling."""
 
-    def __init__(self, trials: dict[str, _Trial], options: DiffusionOptions) -> None:
+    def __init__(self, trials: dict[str, Trial], options: DiffusionOptions) -> None:
         self.options = options
         probes = {name: trial.probes() for name, trial in trials.items()}
         self.timed = {

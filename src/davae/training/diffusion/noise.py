@@ -14,6 +14,7 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.pipelines.families import PipelineFamily
+from davae.training.diffusion.variational import VariationalBound
 from davae.training.settings import FlowLossSettings, TimestepSettings
 from davae.warm_start import (
     FlowLoss,
@@ -22,6 +23,7 @@ from davae.warm_start import (
     sample_unit,
     sd3_sigma_table,
     structured_loss,
+    structured_mean,
 )
 
 
@@ -56,6 +58,16 @@ class NoiseProcess(ABC):
     @abstractmethod
     def loss(self, prediction: Tensor, sample: NoisySample, weight: float) -> Tensor:
         """The training loss, a float32 scalar; ``weight`` is ``w(n)`` of Eq. 12."""
+
+    def variance_loss(
+        self, prediction: Tensor, variance: Tensor, sample: NoisySample, weight: float
+    ) -> Tensor:
+        """The loss of a learned variance, a float32 scalar.
+
+        Raises:
+            DavaeError: the process knows none.
+        """
+        raise DavaeError("a learned variance beside a velocity is not known: set loss.variance_weight=0")
 
 
 class FlowProcess(NoiseProcess):
@@ -122,8 +134,8 @@ class DdpmProcess(NoiseProcess):
     """``x = sqrt(a) data + sqrt(1 - a) noise`` at an integer timestep, target: the noise.
 
     ``a`` is the cumulative product of ``1 - beta`` from the pipeline's own scheduler; timesteps are uniform, as
-    these models were trained. Eq. 13 applies to the error of the predicted noise. A learned variance is not
-    trained: the samplers of these pipelines do not read it.
+    these models were trained. Eq. 13 applies to the error of the predicted noise, and to the variational bound of
+    a learned variance (`VariationalBound`): together the objective of DiT.
 
     Args:
         layout: base and detail channels.
@@ -150,6 +162,7 @@ class DdpmProcess(NoiseProcess):
         )
         known = {name: scheduler[name] for name in names if scheduler.get(name) is not None}
         self.kept = DDPMScheduler(**known).alphas_cumprod  # a_t, float32 [T], falling
+        self.bound = VariationalBound(self.kept)
         self.layout, self.settings = layout, loss
 
     def draw(self, data: Tensor) -> NoisySample:
@@ -171,6 +184,13 @@ class DdpmProcess(NoiseProcess):
             snr = (1 - sample.share) / sample.share
             loss = loss * (self.settings.min_snr_gamma / snr).clamp(max=1)
         return loss.mean()
+
+    def variance_loss(
+        self, prediction: Tensor, variance: Tensor, sample: NoisySample, weight: float
+    ) -> Tensor:
+        """The variational bound in bits an element, detail channels weighted as in Eq. 13."""
+        terms = self.bound(prediction, variance, data=sample.data, noisy=sample.noisy, timestep=sample.level)
+        return structured_mean(terms, self.layout, weight).mean()
 
 
 def noise_process(

@@ -70,7 +70,7 @@ class DiffusionObjective(nn.Module):
         # Draws fill memory in its order: channels-last latents of an encoder would meet other noise than cached.
         sample = self.process.draw(data.contiguous())
         conditioning = self._conditioning(batch)
-        prediction = self.family.predict(
+        prediction, variance = self.family.predict_with_variance(
             self.transformer,
             sample.noisy,
             sample.level,
@@ -81,9 +81,15 @@ class DiffusionObjective(nn.Module):
             step, self.settings.detail_warmup_steps, shape=self.settings.detail_schedule
         )  # w(n), Eq. 12
         loss = self.process.loss(prediction, sample, weight)
+        bound = None
+        if variance is not None and self.settings.variance_weight:
+            bound = self.process.variance_loss(prediction, variance, sample, weight)
+            loss = loss + self.settings.variance_weight * bound
         with torch.no_grad():  # the two parts of Eq. 13 apart, for the log
             base, detail = self.layout.split((prediction.float() - sample.target).square())
         parts = {"base": base.mean(), "detail": detail.mean()} if self.layout.detail_channels else {}
+        if bound is not None:
+            parts["variance"] = bound.detach()
         return {"total": loss, **parts, "detail_weight": torch.tensor(weight)}
 
     def _conditioning(self, batch: dict[str, Any]) -> Mapping[str, Tensor]:

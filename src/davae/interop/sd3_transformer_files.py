@@ -1,0 +1,157 @@
+"""The forms in which the authors' training writes its SD3 transformer, made one state dict under the official names.
+
+* A whole transformer, with branches (``pos_embed.proj.base_conv``, ``extra_conv``) or with plain wider layers.
+* A checkpoint of what was trained: patch embedder and head (``tokenizer_patch_embed.*``, ``project_out.*``), under
+  ``model_state_dict``; the LoRA lies in a file of its own. Its running means (``ema_state_dict``) hold the LoRA too.
+  The other weights are the base's.
+
+A LoRA is added to the weights, as ``W + B A``: the authors train with alpha equal to the rank.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from davae.errors import DavaeError
+from davae.interop.checkpoints import about_file, read_state_dict
+from davae.interop.official_sd3_transformer import ChannelOrder, load_transformer, split_plain_layers
+from davae.latents import LatentLayout
+
+logger = logging.getLogger(__name__)
+
+_PARTS = ("transformer_blocks.", "pos_embed.", "proj_out.")
+_ALIASES = {"tokenizer_patch_embed.": "pos_embed.", "project_out.": "proj_out."}
+_LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
+
+
+def is_transformer(names: Mapping[str, Any]) -> bool:
+    """Whether the tensors are an SD3 transformer's, whole or in part."""
+    return any(_tidy(name).startswith(_PARTS) for name in names)
+
+
+def convert_transformer(
+    official: Mapping[str, Tensor],
+    base: Path,
+    *,
+    lora: Path | None = None,
+    order: ChannelOrder = "detail_first",
+) -> tuple[SD3Transformer2DModel, LatentLayout]:
+    """A plain, wider transformer, base channels first, from what a file holds.
+
+    Args:
+        official: in one of the forms above.
+        base: folder of the pretrained transformer, or of a pipeline with it. Its configuration is always read, its
+            weights only where the file holds the trained ones alone.
+        lora: file of the LoRA, where it is apart.
+        order: of the channels in plain wider layers; branches tell by themselves.
+
+    Returns:
+        The transformer in eval mode in the file's dtype, and its channels.
+
+    Raises:
+        DavaeError: a tensor is missing, unknown, of another shape or there twice, or the base does not fit.
+    """
+    place = _folder(base)
+    config = SD3Transformer2DModel.load_config(place)
+    weights = _renamed(official)
+    pairs = _take_lora(weights)
+    if lora is not None:
+        with about_file(lora):
+            if pairs:
+                raise DavaeError("the transformer's file holds a LoRA already: leave out --lora")
+            separate = _renamed(read_state_dict(lora))
+            pairs = _take_lora(separate)
+            if separate or not pairs:
+                raise DavaeError(
+                    f"this is not a LoRA. unexpected: {', '.join(sorted(separate)) or 'no tensor'}"
+                )
+    weights = split_plain_layers(weights, int(config["in_channels"]), order)
+    if not any(name.startswith("transformer_blocks.") for name in weights):
+        if not pairs:
+            logger.warning(
+                "no LoRA: the blocks of the transformer will be the base's, as they are in %s", place
+            )
+        weights = _completed(weights, place)
+    _add_lora(weights, pairs)
+    return load_transformer(weights, config)
+
+
+def _folder(base: Path) -> Path:
+    for place in (base / "transformer", base):
+        if (place / "config.json").is_file():
+            return place
+    raise DavaeError(f"{base} holds no transformer: there is no config.json in it, nor in its transformer/")
+
+
+def _tidy(name: str) -> str:
+    """Without what wrappers put before and into a name."""
+    while name.startswith("transformer."):
+        name = name.removeprefix("transformer.")
+    for alias, ours in _ALIASES.items():
+        if name.startswith(alias):
+            name = ours + name.removeprefix(alias)
+    return name.replace(".base_layer.", ".").replace(".default.weight", ".weight")  # PEFT's, of a LoRA
+
+
+def _renamed(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, tensor in official.items():
+        ours = _tidy(name)
+        # The authors' wrapper has its patch embedder and head under two names each.
+        if ours in found and not torch.equal(found[ours], tensor):
+            raise DavaeError(f"'{ours}' is there twice, with different values (the second time as '{name}')")
+        found[ours] = tensor
+    return found
+
+
+def _take_lora(weights: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """LoRA pairs (A [rank, in], B [out, rank]) by the name of their layer, removed from ``weights``."""
+    ends = (_LORA_A, _LORA_B)
+    layers = {name.removesuffix(end) for end in ends for name in weights if name.endswith(end)}
+    absent = [layer + end for layer in sorted(layers) for end in ends if layer + end not in weights]
+    if absent:
+        raise DavaeError(f"a LoRA has two matrices a layer. missing: {', '.join(absent)}")
+    return {layer: (weights.pop(layer + _LORA_A), weights.pop(layer + _LORA_B)) for layer in layers}
+
+
+def _add_lora(weights: dict[str, Tensor], pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    for layer, (a, b) in sorted(pairs.items()):
+        name = f"{layer}.weight"
+        if name not in weights:
+            raise DavaeError(f"the LoRA adapts '{layer}', which the transformer has not")
+        weight = weights[name]
+        if a.ndim != 2 or b.ndim != 2 or (len(b), a.shape[1]) != weight.shape or len(a) != b.shape[1]:
+            raise DavaeError(
+                f"the LoRA of '{layer}' has matrices {tuple(a.shape)} and {tuple(b.shape)}, which do not fit its "
+                f"weight {tuple(weight.shape)}"
+            )
+        weights[name] = (weight.float() + b.float() @ a.float()).to(weight.dtype)
+    if pairs:
+        logger.info("added the LoRA of %d layers", len(pairs))
+
+
+def _completed(trained: Mapping[str, Tensor], place: Path) -> dict[str, Tensor]:
+    """With the base's weights for all but the patch embedder and the head."""
+    base: dict[str, Tensor] = {}
+    files = sorted(place.glob("diffusion_pytorch_model*.safetensors"))
+    if not files:
+        raise DavaeError(
+            f"the file holds the trained weights alone, and {place} has no diffusion_pytorch_model*.safetensors with "
+            "the others"
+        )
+    for file in files:
+        base |= load_file(file)
+    own = {
+        name: tensor for name, tensor in base.items() if not name.startswith(("pos_embed.proj.", "proj_out."))
+    }
+    logger.info("%d tensors of %s beside the %d trained ones", len(own), place, len(trained))
+    dtype = next(tensor.dtype for tensor in own.values() if tensor.is_floating_point())
+    return own | {name: tensor.to(dtype) for name, tensor in trained.items()}

@@ -1,0 +1,72 @@
+"""The variational bound of learned variances, as DiT and PixArt have them.
+
+Source: Nichol and Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models".
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class VariationalBound:
+    """One term of the bound for each element, in bits: what trains a variance that the noise's error does not see.
+
+    The transformer's second half ``v`` lies between the two extremes of the reverse step's variance (Eq. 15):
+    ``log s^2 = (v + 1) / 2 log beta_t + (1 - v) / 2 log beta~_t``. The term is the divergence of the true reverse step
+    ``q(x_{t-1} | x_t, x_0)`` from the model's, and at ``t = 0`` the likelihood of the data in bins of 1 / 127.5, as for
+    images of 8 bits; DiT uses it on latents too. The mean takes no gradient here: the noise's error trains it.
+
+    Args:
+        kept: cumulative products of ``1 - beta``, ``[T]``, falling.
+    """
+
+    def __init__(self, kept: Tensor) -> None:
+        kept = kept.double()
+        before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
+        beta = 1 - kept / before
+        posterior = beta * (1 - before) / (1 - kept)
+        posterior = torch.cat([posterior[1:2], posterior[1:]])  # at t = 0 it is 0, whose logarithm is not
+        self._log_low, self._log_high = posterior.log(), beta.log()
+        self._of_data = before.sqrt() * beta / (1 - kept)
+        self._of_noisy = (1 - beta).sqrt() * (1 - before) / (1 - kept)
+        self._kept = kept
+
+    def __call__(
+        self, noise: Tensor, variance: Tensor, *, data: Tensor, noisy: Tensor, timestep: Tensor
+    ) -> Tensor:
+        """The bound's term, float32 of the data's shape.
+
+        Args:
+            noise: predicted noise, ``[B, C, h, w]``.
+            variance: ``v``, the same shape.
+            data: clean latents, the same shape.
+            noisy: latents at ``timestep``, the same shape.
+            timestep: ``[B]``, integers in ``[0, T)``.
+        """
+        noise, variance, data, noisy = (x.float() for x in (noise.detach(), variance, data, noisy))
+
+        def at(table: Tensor) -> Tensor:
+            return table[timestep.cpu()].to(data.device, torch.float32).view(-1, 1, 1, 1)
+
+        kept = at(self._kept)
+        found = (noisy - (1 - kept).sqrt() * noise) / kept.sqrt()
+        mean = at(self._of_data) * found + at(self._of_noisy) * noisy
+        true = at(self._of_data) * data + at(self._of_noisy) * noisy
+        low, share = at(self._log_low), (variance + 1) / 2
+        log = share * at(self._log_high) + (1 - share) * low
+        divergence = 0.5 * (log - low - 1 + (low - log).exp() + (true - mean).square() * (-log).exp())
+        likelihood = -_log_likelihood(data, mean, 0.5 * log)
+        first = (timestep == 0).to(data.device).view(-1, 1, 1, 1)
+        return torch.where(first, likelihood, divergence) / math.log(2)
+
+
+def _log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log-probability of the bin around ``x`` (1 / 127.5 wide; open at -1 and 1) under a Gaussian."""
+    scale = (-log_std).exp()
+    above = torch.special.ndtr((x - mean + 1 / 255) * scale)
+    below = torch.special.ndtr((x - mean - 1 / 255) * scale)
+    inside = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return inside.clamp(min=1e-12).log()
