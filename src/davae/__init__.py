@@ -23,6 +23,7 @@ from davae.pipelines import (
     push_to_hub,
     save_adapters,
     save_pipeline,
+    speed_up,
     upgrade_pipeline,
     write_model_card,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "push_to_hub",
     "save_adapters",
     "save_pipeline",
+    "speed_up",
     "upgrade_pipeline",
     "widen_channels",
     "write_model_card",

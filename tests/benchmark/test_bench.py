@@ -38,18 +38,45 @@ def test_counts_are_those_of_the_calls_that_are_timed(contestants):
         assert contestant.decode_flops() == count_flops(contestant.decode)
 
 
-def test_the_whole_image_is_its_steps_and_its_decoder(contestants):
+def test_the_whole_image_is_its_text_its_steps_and_its_decoder(contestants):
     native = contestants[1]
-    assert count_flops(native.image) == 2 * native.step_flops() + native.decode_flops()
+    assert native.text_flops() > 0
+    parts = native.text_flops() + 2 * native.step_flops() + native.decode_flops()
+    assert count_flops(native.image) == parts
+
+
+def test_text_is_encoded_for_both_passes_of_guidance_at_once(contestants):
+    native, upgraded = contestants[1], contestants[2]
+    seen = []
+    for name, encoder in native.text.encoders.items():
+        encoder.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: seen.append((name, tuple(kwargs["input_ids"].shape))),
+            with_kwargs=True,
+        )
+    native.encode_text()
+    length = {name: shape[1] for name, shape in seen}
+    assert [shape[0] for _, shape in seen] == [native.passes] * 3 == [2] * 3
+    assert length == {"text_encoder": 77, "text_encoder_2": 77, "text_encoder_3": 256}
+    assert upgraded.text is native.text
+
+
+def test_a_base_that_describes_no_text_encoder_has_no_text_seconds():
+    result = bench_inference("debug", resolution=32, repeats=1, steps=1, device="cpu")
+    assert {row.text_seconds for row in result.rows} == {None}
+    assert {row.text_flops for row in result.rows} == {0}
+    assert {row.whole_image_seconds for row in result.rows} == {None}
 
 
 def test_rows_add_up():
-    result = bench_inference("debug-sd3", resolution=64, repeats=2, steps=3, device="cpu")
+    result = bench_inference("debug-sd3", resolution=64, repeats=2, steps=3, device="cpu", end_to_end=True)
     rows = {row.name: row for row in result.rows}
     native, upgraded = rows["native"], rows["upgraded x2"]
     assert native.speedup == pytest.approx(1.0)
     assert native.flop_limited_speedup == 1.0
-    operations = [3 * r.step_flops + r.decode_flops for r in (native, upgraded)]
+    operations = [r.text_flops + 3 * r.step_flops + r.decode_flops for r in (native, upgraded)]
+    assert native.whole_image_speedup == pytest.approx(1.0)
+    assert upgraded.share == pytest.approx(upgraded.whole_image_speedup / upgraded.flop_limited_speedup)
+    assert upgraded.whole_image_seconds > 0
     assert upgraded.flop_limited_speedup == pytest.approx(operations[0] / operations[1])
     assert upgraded.achieved_flops * upgraded.image_seconds == pytest.approx(operations[1])
     assert json.loads(json.dumps(result.to_json()))["rows"][2]["share"] == pytest.approx(upgraded.share)
@@ -61,6 +88,11 @@ def test_autoencoder_rows_and_tiles():
     assert list(rows) == ["base", "base, tiled", "upgraded", "upgraded, tiled"]
     assert rows["base"].decode_over_base == rows["base, tiled"].decode_over_base == 1.0
     assert rows["upgraded, tiled"].decode_memory_bytes < rows["upgraded"].decode_memory_bytes
+
+
+def test_the_upgraded_decoder_takes_no_more_memory_than_the_bases():
+    base, upgraded = bench_autoencoder("debug-sd3", resolution=128, repeats=1, device="cpu").rows
+    assert upgraded.decode_memory_bytes <= base.decode_memory_bytes
 
 
 def test_peak_memory_by_hand():

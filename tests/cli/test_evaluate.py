@@ -29,9 +29,14 @@ def _run(*arguments):
 def test_reconstruction_tells_every_baseline_and_what_is_missing(autoencoder, tmp_path):
     (tmp_path / "crops").mkdir()
     Image.new("RGB", (21, 40), "red").save(tmp_path / "crops" / "a.png")
+    boxes = "file,name,left,top,right,bottom\ncrops/a.png,lettering,2,3,12,9\ncrops/a.png,faces,0,0,21,40\n"
+    (tmp_path / "boxes.csv").write_text(boxes)
+    size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16}
+    Dinov2Model(Dinov2Config(**size, patch_size=8)).save_pretrained(tmp_path / "dino")
     done = _run(
         "reconstruction", autoencoder, "--data", "procedural:8", "--resolution", 32, "--images", 5,
         "--crops", f"lettering={tmp_path / 'crops'}", "--lpips", tmp_path / "vgg.pth",
+        "--boxes", tmp_path / "boxes.csv", "--dino", tmp_path / "dino",
         "--json", tmp_path / "r.json", "--device", "cpu",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -39,7 +44,10 @@ def test_reconstruction_tells_every_baseline_and_what_is_missing(autoencoder, tm
         assert words in done.output
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["images"] == 5
-    assert found["crops"] == {"lettering": 1}
+    assert found["crops"] == {"fine texture": 5, "lettering": 2, "faces": 1}
+    assert found["rows"]["base, upscaled"]["crops"]["faces"]["dino"] > 0
+    assert len(found["perceptual"]["dino"]["weights_sha256"]) == 64
+    assert len(found["reference"]["pixels_sha256"]) == 64
     assert "lpips" in found["unavailable"]
     assert found["rows"]["upgraded"]["figures"]["psnr"] > 0
 

@@ -27,6 +27,7 @@ from davae.data.cache import (
     verify_cache,
     weights_hash,
 )
+from davae.data.cache.index import merge_journals
 from davae.errors import DavaeError
 
 FORMATS = ["safetensors", "webdataset"]
@@ -303,3 +304,49 @@ def test_folders_that_are_no_cache(tmp_path: Path) -> None:
         CacheWriter(folder, fingerprint()).add(LATENTS, records()[0])
     with pytest.raises(DavaeError, match="letters, digits"):
         Record("../x", {})
+
+
+def test_several_processes_write_one_cache_and_fewer_go_on(tmp_path: Path) -> None:
+    """Two writers, stopped at different points, one of them between a shard and its commit; then a single one."""
+    folder, options = tmp_path / "c", {"shard_records": 2}
+    writers = [CacheWriter(folder, fingerprint(), rank=rank, world_size=2, **options) for rank in (0, 1)]
+    every = records()
+    for rank, count in ((0, 5), (1, 4)):
+        for record in every[rank::2][:count]:
+            writers[rank].add(LATENTS, record)
+    names = {p.name for p in folder.glob("latents-*")}
+    assert names == {f"latents-0000{n}.safetensors" for n in (0, 1, 2, 3)}
+    shutil.copy(folder / "latents-00003.safetensors", folder / "latents-00005.safetensors")
+    journals = sorted(folder.glob(".index-*.jsonl"))
+    assert len(journals) == 2
+    with journals[1].open("a") as file:
+        file.write('{"key": "torn')
+
+    writer = CacheWriter(folder, fingerprint(), **options)
+    assert len(writer.done[LATENTS]) == 8, "what was committed is kept"
+    assert not list(folder.glob(".index-*.jsonl"))
+    assert not (folder / "latents-00005.safetensors").exists(), "what was not is gone"
+    for record in every:
+        if record.key not in writer.done[LATENTS]:
+            writer.add(LATENTS, record)
+    for record in texts():
+        writer.add(TEXTS, record)
+    writer.finish({"images": 6, "texts": 3})
+    cache, whole = LatentCache(folder), LatentCache(write(tmp_path / "whole"))
+    for index in range(6):
+        assert torch.equal(cache.item(index, 0)["latent"], whole.item(index, 0)["latent"])
+    assert verify_cache(folder) == 6 + 2
+
+
+def test_journals_that_were_taken_in_before_a_kill_are_not_taken_twice(tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    first = CacheWriter(folder, fingerprint(), rank=0, world_size=2, shard_records=3)
+    second = CacheWriter(folder, fingerprint(), rank=1, world_size=2, shard_records=3)
+    for record in records():
+        (first if "flip" in record.key else second).add(LATENTS, record)
+    journal = (folder / ".index-1.jsonl").read_bytes()
+    merge_journals(folder)
+    (folder / ".index-1.jsonl").write_bytes(journal)  # as a kill before its removal leaves it
+    writer = CacheWriter(folder, fingerprint())
+    assert [line["key"] for line in writer.index.records].count("0") == 1
+    assert len(writer.done[LATENTS]) == len(writer.index.records) == 12

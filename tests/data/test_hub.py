@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from davae.data import TableSource, image_to_tensor, open_dataset
+from davae.data import TableSource, hub, image_to_tensor, open_dataset
 from davae.errors import DavaeError
 from tests.data.files import encoded, picture
 
@@ -136,14 +136,19 @@ def test_what_cannot_be_used(tmp_path: Path) -> None:
 def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(*arguments: Any) -> datasets.DatasetDict:
-        asked.append(arguments)
+    def load(*arguments: Any, **options: Any) -> datasets.DatasetDict:
+        asked.append((*arguments, *options.items()))
         return datasets.DatasetDict({"train": table()})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     check(open_dataset("someone/things", resolution=32))
     open_dataset("someone/things:small", resolution=32)
-    assert asked == [("someone/things", None), ("someone/things", "small")]
+    open_dataset("someone/things", resolution=32, revision="v2")
+    assert asked == [
+        ("someone/things", None),
+        ("someone/things", "small"),
+        ("someone/things", None, ("revision", "v2")),
+    ]
 
     def absent(*_: Any) -> None:
         raise datasets.exceptions.DatasetNotFoundError("doesn't exist on the Hub")
@@ -151,3 +156,24 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", absent)
     with pytest.raises(DavaeError, match=r"'someone/things' is not a local folder .* cannot be loaded"):
         open_dataset("someone/things", resolution=32)
+
+
+def test_the_commit_is_that_of_the_folder_in_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As `datasets` lays its cache out: owner___name/configuration/version/commit/split.arrow."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "someone___things" / "default" / "0.0.0" / commit
+    table().save_to_disk(str(tmp_path / "saved"))
+    folder.parent.mkdir(parents=True)
+    (tmp_path / "saved").rename(folder)
+    loaded = datasets.DatasetDict({"train": datasets.load_from_disk(str(folder))})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
+    assert open_dataset("someone/things", resolution=32).source.commit == commit
+    assert hub.commit_of(table()) is None
+
+
+@pytest.mark.parametrize("path", ["procedural", "./photos", "/data/photos", "shards/{00..03}.tar"])
+def test_only_names_on_the_hub_have_revisions(path: str) -> None:
+    with pytest.raises(DavaeError, match=r"data.revision is set, but .* is not a name on the hub"):
+        open_dataset(path, resolution=32, revision="main")

@@ -1,9 +1,10 @@
-"""Kill a training again and again, at random moments and while it writes, and see that nothing shows.
+"""Kill a training again and again, at random moments, while it writes and while it starts; see that nothing shows.
 
     python -m tests.end_to_end.kills --kills 100
 
 trains stage 1 of the embedded recipe in a child process that is killed (SIGKILL) as often as asked, then lets it
-finish and compares every exported and checkpointed file with an undisturbed run's.
+finish and compares every exported and checkpointed file, and the logged losses, with an undisturbed run's. What was
+seen is printed as JSON; the status is 1 where anything differs, or a checkpoint under its own name was not whole.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +28,9 @@ import torch
 from davae.training.checkpoint import checkpoints, load_checkpoint
 from davae.training.recipe import load_recipe
 from davae.training.run import train_autoencoder
+from davae.training.run_directory import read_metrics
 
+_KINDS = ("after", "writing", "starting", "writing", "after")
 _FORK = multiprocessing.get_context("fork")  # a child need not import torch again
 
 
@@ -42,11 +47,44 @@ def _child(recipe: str, overrides: list[str], out: Path) -> multiprocessing.Proc
     return process
 
 
+@dataclass
+class Pace:
+    """How long things take, in seconds, so that random moments fall into them; learnt as lives go by."""
+
+    step: float
+    to_first: float = 1.0
+    to_write: float = 0.01
+
+    def wait(self, kind: str, process: multiprocessing.Process, run: Path, draw: random.Random) -> None:
+        """Until the moment at which a life is to end."""
+        began, first = time.monotonic(), _newest(run)
+        if kind == "starting":
+            time.sleep(draw.uniform(0, self.to_first))
+            return
+        while process.is_alive() and _newest(run) == first:  # a life gets at least one checkpoint further
+            time.sleep(0.0005)
+        self.to_first = time.monotonic() - began
+        if kind == "after":
+            time.sleep(draw.uniform(0, 2 * self.step))
+            return
+        second = _newest(run)
+        while process.is_alive() and not _partial(run):
+            time.sleep(0.0002)
+        began, moment = time.monotonic(), draw.uniform(0, self.to_write)
+        while time.monotonic() - began < moment and _newest(run) == second:
+            time.sleep(0.0002)
+        if _newest(run) != second:  # it was written before
+            self.to_write = time.monotonic() - began
+        elif moment > 0.9 * self.to_write:  # it takes longer than was thought
+            self.to_write *= 2
+
+
 def run_and_kill(recipe: str, overrides: list[str], kills: int, folder: Path, seed: int = 0) -> dict:
     """Train once undisturbed and once with `kills` kills; returns what was seen.
 
-    Half of the kills come a random time after the newest checkpoint, the other half as soon as the next
-    checkpoint is being written.
+    Of five kills two come a random time after a new checkpoint, two a random time after the next one begins to be
+    written (most of them inside; ``partial_files`` counts by how many of its files were there), and one at a random
+    moment before a life has made any: while it reads, restores or makes its first steps.
     """
     draw = random.Random(seed)
     whole, killed = folder / "whole", folder / "killed"
@@ -56,24 +94,22 @@ def run_and_kill(recipe: str, overrides: list[str], kills: int, folder: Path, se
     assert process.exitcode == 0, whole.with_suffix(".log").read_text()
     step_seconds = (time.monotonic() - began) / load_recipe(recipe, overrides).autoencoder.loop.steps
 
-    done, in_writing, lives, broken = 0, 0, 0, []
+    done, starting, broken = 0, 0, []
+    partial_files: Counter[int] = Counter()
+    pace = Pace(step_seconds)
     while done < kills:
-        process, lives = _child(recipe, overrides, killed), lives + 1
-        writing = done % 2 == 1
-        first = _newest(killed)
-        while process.is_alive() and _newest(killed) == first:  # a life gets at least one checkpoint further
-            time.sleep(0.0005)
-        if writing:
-            while process.is_alive() and not list((killed / "checkpoints").glob(".step-*")):
-                time.sleep(0.0002)
-        else:
-            time.sleep(draw.uniform(0, 2 * step_seconds))
-        in_writing += bool(list((killed / "checkpoints").glob(".step-*")))
+        kind, before = _KINDS[done % len(_KINDS)], _newest(killed)
+        process = _child(recipe, overrides, killed)
+        pace.wait(kind, process, killed, draw)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         if process.exitcode != -signal.SIGKILL:
             raise SystemExit(f"the run ended after {done} of {kills} kills; give it more steps")
         done += 1
+        if _newest(killed) == before:
+            starting += 1  # what lies there half written is of a life before
+        else:
+            partial_files.update(len(list(folder.iterdir())) for folder in _partial(killed))
         for path in checkpoints(killed / "checkpoints"):
             try:
                 load_checkpoint(path)
@@ -84,12 +120,19 @@ def run_and_kill(recipe: str, overrides: list[str], kills: int, folder: Path, se
     assert process.exitcode == 0, killed.with_suffix(".log").read_text()
     return {
         "kills": done,
-        "while_writing": in_writing,
-        "lives": lives + 1,
+        "while_writing": sum(partial_files.values()),
+        "partial_files": dict(sorted(partial_files.items())),
+        "while_starting": starting,
         "broken_checkpoints": broken,
         "files": len(_hashes(whole)),
         "differing": sorted(k for k, v in _hashes(whole).items() if _hashes(killed).get(k) != v),
+        "same_losses": read_metrics(whole / "metrics.jsonl") == read_metrics(killed / "metrics.jsonl"),
     }
+
+
+def _partial(run: Path) -> list[Path]:
+    """Folders of checkpoints that are being written or removed."""
+    return list((run / "checkpoints").glob(".step-*"))
 
 
 def _newest(run: Path) -> str | None:
@@ -110,12 +153,17 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write what was seen to this file too")
     asked = parser.parse_args()
     overrides = overrides_for(asked.recipe, asked.kills)
     with tempfile.TemporaryDirectory() as folder:
-        print(
-            json.dumps(run_and_kill(asked.recipe, overrides, asked.kills, Path(folder), asked.seed), indent=1)
+        seen = run_and_kill(asked.recipe, overrides, asked.kills, Path(folder), asked.seed)
+    print(json.dumps(seen, indent=1))
+    if asked.out is not None:
+        asked.out.write_text(
+            json.dumps({"recipe": asked.recipe, "seed": asked.seed, **seen}, indent=1) + "\n"
         )
+    sys.exit(bool(seen["differing"] or seen["broken_checkpoints"] or not seen["same_losses"]))
 
 
 def overrides_for(recipe: str, kills: int) -> list[str]:

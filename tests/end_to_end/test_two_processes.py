@@ -21,8 +21,11 @@ def test_bad_files_of_all_processes_are_counted_and_the_best_is_saved_together(t
     )
     assert done.returncode == 0, done.stderr[-3000:]
     everything = [["0.png", "damaged"], ["4.png", "damaged"], ["8.png", "damaged"]]
-    for rank in (0, 1):
-        assert json.loads((tmp_path / f"rank-{rank}.json").read_text())["skipped"] == everything
+    facts = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    for found in facts:
+        assert found["skipped"] == everything
+    epoch = [int(i) for found in facts for i in found["seen"][:6]]  # of 12 images, in 8 steps
+    assert sorted(epoch) == list(range(12))
     assert done.stderr.count("3 files were skipped") == 1
     kept = checkpoints(tmp_path / "checkpoints")
     assert [p.name for p in kept][-1] == "step-8"

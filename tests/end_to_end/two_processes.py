@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from davae.training.loop import Player, Stage, train
+from davae.training.loop import train
 from davae.training.settings import LoopSettings, OptimizerSettings
+from davae.training.stage import Player, Stage
 
 
 class _Numbers(torch.utils.data.Dataset):
@@ -31,8 +32,10 @@ class _Objective(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(3, 1)
+        self.seen = []
 
     def forward(self, batch, step):
+        self.seen += batch["id"]
         return {"total": self.layer(batch["image"]).square().mean()}
 
 
@@ -62,6 +65,8 @@ class _Stage(Stage):
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
-    result = train(_Stage(), out, {})
+    stage = _Stage()
+    result = train(stage, out, {})
     rank = torch.distributed.get_rank()
-    (out / f"rank-{rank}.json").write_text(json.dumps({"skipped": result.skipped.entries}))
+    facts = {"skipped": result.skipped.entries, "seen": stage.objective.seen}
+    (out / f"rank-{rank}.json").write_text(json.dumps(facts))

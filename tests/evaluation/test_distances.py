@@ -111,6 +111,14 @@ def test_kernel_distance_by_loops_and_in_expectation():
     assert polynomial_kernel(a, b).shape == (7, 9)
 
 
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.5])
+def test_kernel_distance_of_isotropic_gaussians_has_a_closed_form(scale):
+    # x, y ~ N(0, a^2 I), N(0, b^2 I): E k = 1 + 3 a^2 b^2 / F, odd moments vanish; so MMD^2 = 3 (a^2 - b^2)^2 / F.
+    a, b = _rows(3000, 8, seed=5), _rows(3000, 8, seed=6, scale=scale)
+    expected = 3 * (1 - scale**2) ** 2 / 8
+    assert unbiased_mmd(a, b) == pytest.approx(expected, rel=0.05, abs=2e-3)
+
+
 def test_batches_give_the_value_of_one_pass():
     rows = _rows(53, shift=1000.0)
     whole, parts = _moments(rows), GaussianStatistics()

@@ -1,5 +1,9 @@
 """Feature networks: preprocessing, weights that are missing, and what they tell about themselves."""
 
+import importlib.util
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
@@ -9,6 +13,7 @@ from davae.evaluation.features import TextImageNetwork, open_network
 from davae.evaluation.features.inception import WEIGHTS
 from davae.evaluation.features.inception_network import InceptionNetwork
 from davae.evaluation.features.resize import resize_tensorflow1, to_bytes
+from davae.evaluation.features.transformers_model import preprocessing
 from davae.tiny.small_text import clip_tokenizer
 
 _SMALL = {
@@ -58,6 +63,17 @@ def test_a_transformers_model_gives_pooled_features(config, model, kind, tmp_pat
     assert torch.equal(rows, open_network(str(tmp_path))(_images()).rows)
     assert len(opened.describe()["weights_sha256"]) == 64
     assert "16 x 16" in opened.describe()["resize"]
+
+
+def test_a_timm_network_is_seen_as_it_was_trained_and_timm_named_where_it_is_missing(tmp_path):
+    trained = {"input_size": [3, 240, 240], "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    assert preprocessing(SimpleNamespace(pretrained_cfg=trained), {}) == (240, (0.5,) * 3, (0.25,) * 3)
+    assert preprocessing(SimpleNamespace(image_size=96), {"size": {"height": 64}})[0] == 64
+    if importlib.util.find_spec("timm") is None:
+        wrapper = {"model_type": "timm_wrapper", "architecture": "resnet18", "pretrained_cfg": trained}
+        (tmp_path / "config.json").write_text(json.dumps(wrapper))
+        with pytest.raises(DavaeError, match="timm"):
+            open_network(str(tmp_path))
 
 
 def test_clip_embeds_images_and_texts(tmp_path):

@@ -18,6 +18,7 @@ from davae.evaluation.image_run import ImageRun, RunSettings, write_geneval_fold
 from davae.evaluation.prompt_sets import class_set, open_prompt_set
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
+from davae.report.pictures import save_png
 from davae.tiny import debug_base
 from davae.tiny.small_pipelines import small_pipeline
 
@@ -126,9 +127,66 @@ def test_the_clip_score_pairs_every_image_with_its_own_prompt():
         {"it": lambda: images.split([2, 3, 1])},
         open_reference("procedural:4"),
         clip=Clip(),
-        prompts=class_set(3),
+        prompts=replace(class_set(3), categories=["a", "b", "a"]),
     )
-    assert report.rows["it"].figures["clip_score"] == pytest.approx(100)
+    row = report.rows["it"]
+    assert row.figures["clip_score"] == pytest.approx(100)
+    assert [row.categories[name].figures["clip_score"] for name in "ab"] == pytest.approx([100, 100])
+    # One image of category b shows another prompt: its category suffers, the other does not.
+    report = compare_generation(
+        {"it": lambda: [images[[0, 2, 2, 0, 1, 2]]]},
+        open_reference("procedural:4"),
+        clip=Clip(),
+        prompts=replace(class_set(3), categories=["a", "b", "a"]),
+    )
+    found = report.rows["it"].categories
+    assert [found[name].figures["clip_score"] for name in "ab"] == pytest.approx([100, 50])
+
+
+def _mjhq(tmp_path):
+    """Prompts of two categories in turn, reference folders of their names, and six images."""
+    entries = {f"{i:02d}": {"prompt": str(i % 3), "category": ("animals", "food")[i % 2]} for i in range(6)}
+    (tmp_path / "meta_data.json").write_text(json.dumps(entries))
+    generator = torch.Generator().manual_seed(0)
+    for category, level in (("animals", -0.5), ("food", 0.5)):
+        for i in range(5):
+            image = (level + 0.2 * torch.randn(3, 16, 16, generator=generator)).clamp(-1, 1)
+            save_png(image, tmp_path / "real" / category / f"{i}.png")
+    images = torch.rand(6, 3, 16, 16, generator=generator) - 0.5
+    return open_prompt_set(tmp_path / "meta_data.json"), images
+
+
+def test_categories_of_prompts_are_measured_apart(tmp_path):
+    prompts, images = _mjhq(tmp_path)
+    report = compare_generation(
+        {"it": lambda: images.split(4)},
+        open_reference(str(tmp_path / "real")),
+        networks=[_Pixels()],
+        prompts=prompts,
+    )
+    assert report.categories == {"animals": 3, "food": 3}
+    for category, ours in (("animals", images[::2]), ("food", images[1::2])):
+        alone = compare_generation(
+            {"it": lambda ours=ours: [ours]},
+            open_reference(str(tmp_path / "real" / category)),
+            networks=[_Pixels()],
+        )
+        found = report.rows["it"].categories[category].figures
+        for metric in ("fid/pixels", "kid/pixels"):
+            assert found[metric] == pytest.approx(alone.rows["it"].figures[metric], rel=1e-6)
+    json.dumps(report.to_json())
+
+
+def test_a_reference_without_the_categories_is_told(tmp_path):
+    prompts, images = _mjhq(tmp_path)
+    report = compare_generation(
+        {"it": lambda: [images]},
+        open_reference(str(tmp_path / "real" / "food")),
+        networks=[_Pixels()],
+        prompts=prompts,
+    )
+    assert "fid/pixels" in report.rows["it"].figures
+    assert "no class 'animals'" in report.rows["it"].categories["animals"].unavailable["fid/pixels"]
 
 
 def test_a_run_can_be_made_longer_and_keeps_its_settings(pipe, undisturbed, tmp_path):
@@ -153,6 +211,7 @@ def test_prompt_sets_of_every_form(tmp_path):
     assert (mjhq.kind, list(mjhq.subjects)) == ("mjhq", ["a fox"])
     assert (geneval.kind, list(geneval.metadata)) == ("geneval", lines)
     assert [text.subject(i) for i in range(3)] == ["a fox", "a house", "a fox"]
+    assert [prompts.category(3) for prompts in (text, mjhq, geneval)] == ["", "animals", "counting"]
     for content, words in (('{"a": {"text": 1}}', "entry 'a'"), ("[]", "MJHQ-30K"), ("{", "not JSON")):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(DavaeError, match=words):
@@ -191,6 +250,19 @@ def test_a_text_pipeline_beside_its_baselines_and_the_geneval_folder(sd3, tmp_pa
     samples = sorted((out / "00001" / "samples").iterdir())
     assert [s.name for s in samples] == [f"{i:05d}.png" for i in range(4)]
     assert samples[2].read_bytes() == contest.runs["upgraded"].path(5).read_bytes()
+
+
+def test_another_pipeline_of_equal_tokens_stands_beside(sd3, tmp_path):
+    (tmp_path / "p.txt").write_text("a fox\na boat\n")
+    settings = RunSettings("upgraded", steps=1, guidance=1.0, height=64, width=64, batch=2)
+    asked = {"prompts": tmp_path / "p.txt", "others": {"equal tokens": "upgraded"}}
+    contest = run_contest(sd3.__getitem__, settings, tmp_path / "out", **asked)
+    assert list(contest.models) == ["upgraded", "equal tokens"]
+    assert _same_files(contest.runs["upgraded"], contest.runs["equal tokens"], 2)
+    assert torch.equal(*(next(iter(make())) for make in contest.models.values()))
+    for name in ("native", "a/b"):
+        with pytest.raises(DavaeError, match=f"cannot be called '{name}'"):
+            run_contest(sd3.__getitem__, settings, tmp_path / "out", others={name: "base"})
 
 
 def test_prompts_and_classes_are_not_mixed_up(sd3, pipe, tmp_path):

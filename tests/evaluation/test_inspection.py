@@ -4,14 +4,17 @@ import json
 
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL
 from typer.testing import CliRunner
 
 from davae.cli.main import app
+from davae.data import open_dataset
 from davae.errors import DavaeError
-from davae.evaluation import psnr
+from davae.evaluation import psnr, radial_power_spectrum
 from davae.evaluation.inspection import _derangement, inspect_autoencoder
 from davae.evaluation.latent_properties import high_frequency_share, local_distant_similarity
+from davae.evaluation.latent_spectra import detail_groups
 from davae.models import AutoencoderDA
 from davae.tiny import debug_base
 
@@ -73,12 +76,37 @@ def test_an_inspection_says_what_the_autoencoder_does(autoencoder):
     }
     assert found.chance == pytest.approx(1 / 3)
     assert len(found.channel_mean) == 12
-    assert {
-        "z",
-        "details, channel 1 of each group",
-        "details, channel 2 of each group",
-    } < found.spectra.keys()
-    json.dumps(found.to_json())
+    assert list(found.latent_spectra) == ["z", "details 1", "details 2", "details 3", "details 4"]
+    assert found.parts["detail"].linear_probe_std >= 0
+    told = found.to_json()
+    assert "examples" not in told
+    json.dumps(told)
+
+
+def test_the_band_of_a_group_is_what_its_absence_takes_away(autoencoder):
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    found = inspect_autoencoder(autoencoder, images, method="pca")
+    with torch.no_grad():
+        latent = autoencoder.encode(images).latent_dist.mode()
+        lacking = latent.clone()
+        lacking[:, 4 + 2 : 4 + 4] = 0  # 4 base channels; the second group of two
+        band = autoencoder.decode(latent).sample.clamp(-1, 1) - autoencoder.decode(lacking).sample.clamp(
+            -1, 1
+        )
+    _, power = radial_power_spectrum(band)
+    torch.testing.assert_close(
+        torch.tensor(found.image_spectra["added by details 2"][1]).double(), power, rtol=1e-3, atol=1e-9
+    )
+    _, power = radial_power_spectrum(latent[:, 6:8])
+    torch.testing.assert_close(
+        torch.tensor(found.latent_spectra["details 2"][1]).double(), power, rtol=1e-3, atol=1e-9
+    )
+
+
+def test_nested_levels_are_the_groups_of_a_nested_autoencoder(autoencoder):
+    groups = detail_groups(AutoencoderDA.from_base(autoencoder, scale=2, detail_channels=8))
+    assert groups == {"details of level 1": slice(0, 8), "details of level 2": slice(8, 16)}
+    assert detail_groups(autoencoder)["details 4"] == slice(6, 8)
 
 
 def test_without_labels_there_is_no_accuracy(autoencoder):
@@ -106,7 +134,24 @@ def test_the_verb_writes_pictures_and_json(autoencoder, tmp_path):
     assert done.exit_code == 0, done.output
     assert "linear probe" in done.output
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {"map.png", "spectra.png", "details.png", "inspection.json"}
+    pictures = {"map.png", "spectra.png", "channels.png", "details.png", "examples.png"}
+    assert names == pictures | {"inspection.json"}
     found = json.loads((tmp_path / "out" / "inspection.json").read_text())
     first, second = found.values()
     assert first == second
+
+
+def test_without_images_the_verb_takes_those_that_the_run_held_out(autoencoder, tmp_path):
+    autoencoder.save_pretrained(tmp_path / "run" / "autoencoder")
+    data = {"path": "procedural:30", "resolution": 32, "hold_out": 12, "split": "train"}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    arguments = ["inspect", str(tmp_path / "run" / "autoencoder"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*arguments, "--method", "pca"])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out" / "inspection.json").read_text())["run"]
+    assert found["images"] == 12
+    held = open_dataset("procedural:30", resolution=32, hold_out=12, part="held_out")
+    assert found["labels"] == [held[i]["label"] for i in range(12)]
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"data": data | {"hold_out": 0}}))
+    done = CliRunner().invoke(app, arguments)
+    assert "--data" in str(done.exception)

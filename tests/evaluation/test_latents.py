@@ -5,10 +5,12 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.evaluation import (
     PrincipalAxes,
+    linear_probe,
     linear_probe_accuracy,
     nearest_neighbour_accuracy,
     project_latents,
 )
+from davae.evaluation.separability import ridge_accuracies
 
 
 def _clusters(spread: float, count: int = 30, classes: int = 4) -> tuple[Tensor, Tensor]:
@@ -70,6 +72,33 @@ def test_probe_is_the_same_by_either_gram_matrix() -> None:
     narrow_accuracy = linear_probe_accuracy(rows, labels)
     assert 0.3 < narrow_accuracy < 1
     assert linear_probe_accuracy(wide, labels) == narrow_accuracy
+
+
+def test_a_probe_chooses_the_regularisation_that_a_part_needs() -> None:
+    # As many features as latents to fit: without regularisation the solution follows the noise.
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(4).repeat(30)
+    centres = 0.4 * torch.randn(4, 60, generator=generator)
+    latents = centres[labels] + torch.randn(120, 60, generator=generator)
+    weak = linear_probe(latents, labels, strengths=(1e-6,))
+    chosen = linear_probe(latents, labels)
+    assert chosen.mean > weak.mean + 0.2
+    assert chosen == linear_probe(latents, labels)
+    shuffled = linear_probe(latents, labels[torch.randperm(120, generator=generator)])
+    assert shuffled.mean == pytest.approx(0.25, abs=0.12)
+
+
+def test_a_probe_is_the_ridge_solution() -> None:
+    latents, labels = _clusters(2.5, count=20)
+    rows = latents.flatten(1).double()
+    train = torch.arange(80) % 2 == 0
+    x = (rows - rows[train].mean(0)) / rows[train].std(0, correction=0)
+    y = torch.nn.functional.one_hot(labels).double()
+    prior = y[train].mean(0)
+    gram = x[train].T @ x[train] + 0.3 * 40 * torch.eye(36, dtype=torch.float64)
+    weight = torch.linalg.solve(gram, x[train].T @ (y[train] - prior))
+    right = (x[~train] @ weight + prior).argmax(1) == labels[~train]
+    assert ridge_accuracies(rows, labels, 4, train, [0.3]) == [float(right.double().mean())]
 
 
 def test_nearest_neighbours_by_hand() -> None:

@@ -115,6 +115,9 @@ def test_a_native_fine_tune_with_larger_patches_and_qk_norm(tmp_path: Path) -> N
     assert pipe.transformer.config.patch_size == 2 * base.transformer.config.patch_size
     assert pipe.transformer.config.qk_norm
     assert pipe.labels == base.labels
+    averaged = ClassConditionalPipeline.from_pretrained(tmp_path / "run" / "transformer" / "pipeline")
+    learned = averaged.transformer.state_dict()
+    assert all(torch.equal(value, learned[name]) for name, value in pipe.transformer.state_dict().items())
     kept = base.vae.state_dict()
     assert all(torch.equal(value, kept[name]) for name, value in pipe.vae.state_dict().items())
     assert pipe(0, num_inference_steps=1, output_type="pt").images.shape[-1] == 32

@@ -4,9 +4,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from davae.errors import DavaeError
-from davae.report import build_report
+from davae.report import FigureRecorder, build_report
 from tests.report.conftest import make_summary
 
 VOID = {"meta", "link", "img", "br", "input"}
@@ -78,6 +79,21 @@ def test_names_from_outside_show_as_text(page: str) -> None:
     assert "davae demo --out 'runs/<demo>'" in parsed.text
     assert "<img src=x>.png" in parsed.text
     assert "brick & weave" in parsed.text
+
+
+def test_a_prompt_with_a_script_is_text(run_dir: Path) -> None:
+    """As the caption of a picture, as its description and in the settings of the run."""
+    prompt = "a fox\"'></td><script>alert('prompt')</script>"
+    recorder = FigureRecorder(run_dir, classes=[prompt])
+    images = torch.zeros(1, 3, 32, 32)
+    recorder.add_samples(images[..., :16, :16], images, [prompt])
+    recorder.write()
+    make_summary(settings={"diffusion": {"prompts": {"validation": [prompt]}}}).write(run_dir)
+    text = build_report(run_dir).read_text(encoding="utf-8")
+    parsed = _Page(text)
+    assert "<script" not in text
+    assert "script" not in [tag for tag, _ in parsed.tags]
+    assert "<script>alert('prompt')</script>" in parsed.text
 
 
 def test_every_picture_is_there_and_described(page: str) -> None:

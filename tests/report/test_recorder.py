@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from davae.errors import DavaeError
 from davae.report import FigureRecorder, Figures, Summary
-from davae.report.pictures import busiest_crop, save_png, upscaled
+from davae.report.pictures import save_png, upscaled
 from davae.report.schema import TENSOR_FILE
 from tests.report.conftest import CLASSES, make_summary
 
@@ -42,14 +42,6 @@ def test_png_holds_the_image(tmp_path: Path) -> None:
     assert found[..., 0].tolist() == [[0, 128], [255, 255]]
     with pytest.raises(DavaeError, match="NaN"):
         save_png(image * float("nan"), tmp_path / "b.png")
-
-
-def test_busiest_crop_finds_the_texture() -> None:
-    image = torch.zeros(3, 40, 60)
-    image[:, 20:30, 45:55] = torch.randn(3, 10, 10, generator=torch.Generator().manual_seed(0))
-    rows, columns = busiest_crop(image, 12)
-    assert rows.start <= 20 <= 30 <= rows.stop
-    assert columns.start <= 45 <= 55 <= columns.stop
 
 
 def test_crops_lie_at_the_same_place_in_all_columns(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0, SanaMultiscaleLinearAttention
+from diffusers.models.normalization import RMSNorm
 from torch import nn
 
 from davae.latents import AlignmentLoss, ChannelStatistics, LatentLayout, adaptive_weight, gaussian_kl
+from davae.models import lightningdit
 from davae.models.float32_islands import keep_linear_attention_in_float32
 from davae.tiny import debug_base
 from davae.tiny.small_transformers import SMALL_TRANSFORMERS
@@ -208,3 +210,30 @@ def test_the_base_latent_is_exact_in_training(half, monkeypatch):
     whole = objective({"image": images}, 0)
     assert losses["l1"].item() == pytest.approx(whole["l1"].item(), rel=0.02)
     assert losses["alignment"].item() == pytest.approx(whole["alignment"].item(), rel=0.05)
+
+
+NORMS = {
+    "group": lambda: nn.GroupNorm(4, 16, eps=1e-6),
+    "layer": lambda: nn.LayerNorm((16, 8, 8), eps=1e-6),
+    "batch": lambda: nn.BatchNorm2d(16, eps=1e-6),
+    "rms": lambda: RMSNorm(8, eps=1e-6),  # diffusers', in DC-AE, SANA, SD3.5 and FLUX
+    "rms, LightningDiT": lambda: lightningdit.RMSNorm(8, eps=1e-6),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_take_their_statistics_in_float32(norm, half):
+    """Values of 200 +- 1: in bfloat16, where steps are of 1 there, their mean and spread would be gone."""
+    if norm == "batch" and half is torch.float16:
+        pytest.skip("torch has no float16 batch norm on the CPU")
+    module = NORMS[norm]()
+    x = (200 + torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0))).to(half)
+    with torch.no_grad():
+        exact = copy.deepcopy(module)(x.float())
+        with torch.autocast("cpu", half):
+            found = module(x).float()
+    assert float((found - exact).abs().max()) <= 2**-7 * float(exact.abs().max())
+    assert {p.dtype for p in module.parameters()} <= {torch.float32}
+    if norm == "batch":
+        assert module.running_mean.dtype == torch.float32
+        torch.testing.assert_close(module.running_mean, 0.1 * x.float().mean((0, 2, 3)), rtol=1e-5, atol=0)

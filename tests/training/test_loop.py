@@ -11,10 +11,11 @@ from torch import nn
 
 from davae.errors import DavaeError
 from davae.training.checkpoint import checkpoints
-from davae.training.loop import Player, Stage, train
+from davae.training.loop import train
 from davae.training.optimizers import learning_rate
 from davae.training.run_directory import read_metrics
 from davae.training.settings import LoopSettings, OptimizerSettings
+from davae.training.stage import Player, Stage
 from davae.training.stopping import TrainingStopped
 
 

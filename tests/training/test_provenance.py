@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.tiny import debug_base
+from davae.training import images as images_of_recipes
 from davae.training import run
-from davae.training.provenance import base_facts, commit_of
+from davae.training.provenance import base_facts, commit_of, data_facts
 from davae.training.recipe import load_recipe
-from davae.training.run import load_base, train_autoencoder
+from davae.training.run import load_base, train_autoencoder, train_diffusion
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -54,6 +56,30 @@ def test_a_run_does_not_go_on_with_another_revision(hub, tmp_path):
 def test_the_embedded_base_has_a_name_only():
     said = base_facts(_recipe(), load_base("debug"))["base"]
     assert said == {"name": "debug", "revision": None, "commit": None}
+
+
+def test_the_images_are_pinned_and_written_down_too(tmp_path, monkeypatch):
+    """A data set from the hub is asked for at the recipe's revision; the run says which commit that was."""
+    asked = []
+
+    def from_hub(name, **options):
+        asked.append((name, options["revision"]))
+        images = open_dataset(
+            "procedural:8", resolution=options["resolution"], hold_out=2, part=options["part"]
+        )
+        images.commit = COMMIT
+        return images
+
+    monkeypatch.setattr(images_of_recipes, "open_dataset", from_hub)
+    recipe = _recipe("data.path=someone/photos", "data.revision=v3", "diffusion.loop.steps=1")
+    result = train_autoencoder(recipe, tmp_path / "1")
+    train_diffusion(recipe, tmp_path / "2", result.result)
+    assert set(asked) == {("someone/photos", "v3")}
+    for run_folder in ("1", "2"):
+        said = json.loads((tmp_path / run_folder / "environment.json").read_text())["data"]
+        assert said == {"name": "someone/photos", "revision": "v3", "commit": COMMIT}
+    around = SimpleNamespace(source=SimpleNamespace(source=SimpleNamespace(commit=COMMIT)))
+    assert data_facts(recipe.data, around)["data"]["commit"] == COMMIT
 
 
 def test_commits_are_found_in_tokenizers_too_and_only_in_the_cache():

@@ -1,5 +1,6 @@
 """Recipes: typed, strict, and every setting is read by some code."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import davae
 from davae.errors import DavaeError
 from davae.training import settings as settings_module
 from davae.training.recipe import differing_keys, dump_recipe, load_recipe, parse_recipe, recipe_names
-from davae.training.settings import Section
+from davae.training.run_directory import RunDirectory
+from davae.training.settings import ReconstructionSettings, Section
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -82,3 +84,16 @@ def test_every_setting_is_read_somewhere():
                 if field not in {"kind", "description"} and not re.search(wanted, code):
                     unread.append(f"{name}.{field}")
     assert not unread
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_settings_that_came_since(tmp_path):
+    recipe = load_recipe("debug").model_dump(mode="json")
+    older = copy.deepcopy(recipe)
+    del older["diffusion"]["loss"]["variance_weight"], older["autoencoder"]["reconstruction"]["kl_weight"]
+    RunDirectory(tmp_path, {**older, "autoencoder_folder": "here"})
+    default = ReconstructionSettings().kl_weight
+    recipe["autoencoder"]["reconstruction"]["kl_weight"] = default
+    RunDirectory(tmp_path, {**recipe, "autoencoder_folder": "here"})
+    recipe["diffusion"]["loss"]["variance_weight"] = 0.5
+    with pytest.raises(DavaeError, match=r"variance_weight: 1\.0 -> 0\.5"):
+        RunDirectory(tmp_path, {**recipe, "autoencoder_folder": "here"})

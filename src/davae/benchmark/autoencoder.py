@@ -94,6 +94,7 @@ def bench_autoencoder(
         batch=batch,
         device=where,
         dtype=getattr(torch, dtype),
+        encode_text=False,
     )
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(batch, 3, resolution, resolution, generator=generator).to(native.latent) * 2 - 1

@@ -5,7 +5,6 @@ Time and memory do not depend on the values of weights, so a configuration is en
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +16,16 @@ from torch import Tensor, nn
 from davae.benchmark.flops import count_flops
 from davae.benchmark.planner import default_detail_channels
 from davae.benchmark.planner_architectures import Architecture, build
+from davae.benchmark.text_encoders import TextEncoders, text_encoders_of
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
+from davae.pipelines.speed import compile_regions, order_channels_last
 from davae.warm_start import dummy_arguments
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Contestant:
-    """One way to make an image of some size: a transformer, a decoder and a latent.
+    """One way to make an image of some size: text encoders, a transformer, a decoder and a latent.
 
     Attributes:
         name: ``base``, ``native`` or ``upgraded xS``.
@@ -38,6 +37,7 @@ class Contestant:
         arguments: keyword arguments of the transformer's forward, both passes of guidance in one batch.
         steps: denoising steps of an image.
         passes: 2 with classifier-free guidance, else 1.
+        text: the text encoders, which all contestants share; none where the configuration describes none.
     """
 
     name: str
@@ -50,6 +50,13 @@ class Contestant:
     arguments: dict[str, Any]
     steps: int
     passes: int
+    text: TextEncoders | None = None
+
+    @torch.inference_mode()
+    def encode_text(self) -> None:
+        """The batch's prompts, and those that guidance needs besides, in one batch; once an image, not once a step."""
+        if self.text is not None:
+            self.text.encode(self.passes * len(self.latent))
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -63,10 +70,15 @@ class Contestant:
         self.vae.decode(latent)
 
     def image(self) -> None:
-        """A whole batch of images: every step, then the decoder."""
+        """A whole batch of images: text, every step, then the decoder."""
+        self.encode_text()
         for _ in range(self.steps):
             self.step()
         self.decode()
+
+    def text_flops(self) -> int:
+        """Operations of the text encoders for one image."""
+        return 0 if self.text is None else self.text.flops(self.passes * len(self.latent)) // len(self.latent)
 
     def step_flops(self) -> int:
         """Operations of a step for one image."""
@@ -88,6 +100,7 @@ def make_contestants(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     text_tokens: int | None = None,
+    encode_text: bool = True,
 ) -> list[Contestant]:
     """Base at its share of the resolution, native at the full one, and one upgraded model a scale.
 
@@ -100,10 +113,12 @@ def make_contestants(
         steps: denoising steps; none takes the pipeline's.
         device, dtype: where and in what precision.
         text_tokens: tokens of a prompt; none takes the pipeline's.
+        encode_text: with the text encoders, where the architecture describes some.
 
     Raises:
-        DavaeError: sizes that do not divide.
+        DavaeError: sizes that do not divide, or a text encoder of an unknown class.
     """
+    encoders = text_encoders_of(architecture, device=device, dtype=dtype) if encode_text else None
     base, vae = _real(architecture.transformer, device, dtype), _real(architecture.vae, device, dtype)
     text = architecture.text_tokens if text_tokens is None else text_tokens
     made = []
@@ -140,6 +155,7 @@ def make_contestants(
                 arguments=arguments,
                 steps=steps or architecture.denoising_steps,
                 passes=passes,
+                text=encoders,
             )
         )
 
@@ -151,21 +167,16 @@ def make_contestants(
         wide = architecture.build_transformer(details)
         wide_config = {**wide.config, "_class_name": type(wide).__name__}
         nn.Module.to(autoencoder, device, dtype)  # every contestant alike, norms and memory format too
-        _channels_last(autoencoder)
+        order_channels_last(autoencoder)
         add(f"upgraded x{scale}", resolution, scale, _real(wide_config, device, dtype), autoencoder)
     return made
 
 
 def compile_parts(contestants: Sequence[Contestant]) -> None:
-    """Compile the transformers' repeated blocks and the decoders, alike for every contestant."""
-    for transformer in {id(c.transformer): c.transformer for c in contestants}.values():
-        if getattr(transformer, "_repeated_blocks", None):
-            transformer.compile_repeated_blocks(fullgraph=True)
-        else:
-            logger.info("%s names no repeated blocks: compiled whole", type(transformer).__name__)
-            transformer.compile()
-    for vae in {id(c.vae): c.vae for c in contestants}.values():
-        vae.decode = torch.compile(vae.decode)
+    """Compile the transformers' repeated blocks and the autoencoders' stages, alike for every contestant."""
+    parts = [part for c in contestants for part in (c.transformer, c.vae)]
+    for part in {id(part): part for part in parts}.values():
+        compile_regions(part, one_size=True)
 
 
 def _real(config: dict[str, Any], device: str, dtype: torch.dtype) -> ModelMixin:
@@ -173,10 +184,6 @@ def _real(config: dict[str, Any], device: str, dtype: torch.dtype) -> ModelMixin
         torch.manual_seed(0)
         model = build(config, device=device)
     model.eval().requires_grad_(False)
-    return _channels_last(nn.Module.to(model, dtype))
-
-
-def _channels_last(model: ModelMixin) -> ModelMixin:
-    if any(isinstance(m, nn.Conv2d) for m in model.modules()):
-        model.to(memory_format=torch.channels_last)
+    nn.Module.to(model, dtype)
+    order_channels_last(model)
     return model

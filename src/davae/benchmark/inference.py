@@ -14,6 +14,7 @@ from davae.benchmark.contestants import Contestant, compile_parts, make_contesta
 from davae.benchmark.planner_architectures import find_architecture
 from davae.benchmark.timing import SideBySide, side_by_side
 from davae.errors import DavaeError
+from davae.pipelines.speed import set_attention
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,16 @@ class InferenceRow:
         resolution: side of the image in pixels.
         tokens: image tokens.
         steps: denoising steps.
-        step_seconds, decode_seconds: medians, of one image.
-        image_seconds: all steps and the decoder.
-        step_flops, decode_flops: operations of one image.
+        text_seconds, step_seconds, decode_seconds: medians, of one image; no text where the configuration describes no
+            encoder or none was asked for.
+        image_seconds: text, all steps and the decoder, added up.
+        whole_image_seconds: median of whole images made in one go, where asked for.
+        text_flops, step_flops, decode_flops: operations of one image.
         achieved_flops: operations a second over the whole image.
         peak_memory_bytes: of torch's allocations on the device, weights included; none on a CPU, where the
             contestants share a process.
-        speedup: over native, the median of the ratios round by round.
+        speedup: over native, the median of the ratios round by round, of the parts added up.
+        whole_image_speedup: the same of whole images.
         flop_limited_speedup: native's operations over these.
     """
 
@@ -39,20 +43,25 @@ class InferenceRow:
     resolution: int
     tokens: int
     steps: int
+    text_seconds: float | None
     step_seconds: float
     decode_seconds: float
     image_seconds: float
+    whole_image_seconds: float | None
+    text_flops: int
     step_flops: int
     decode_flops: int
     achieved_flops: float
     peak_memory_bytes: int | None
     speedup: float
+    whole_image_speedup: float | None
     flop_limited_speedup: float
 
     @property
     def share(self) -> float:
-        """The measured speed-up as a share of the FLOP-limited one."""
-        return self.speedup / self.flop_limited_speedup
+        """The measured speed-up as a share of the FLOP-limited one; of whole images where they were made."""
+        measured = self.speedup if self.whole_image_speedup is None else self.whole_image_speedup
+        return measured / self.flop_limited_speedup
 
 
 @dataclass(frozen=True)
@@ -88,11 +97,14 @@ def bench_inference(
     attention: str = "native",
     compile: bool = False,
     text_tokens: int | None = None,
+    text: bool = True,
+    end_to_end: bool = False,
 ) -> InferenceBenchmark:
     """Time base, native and upgraded models in one process, in turns, with random weights.
 
-    A step and the decoder are timed apart and every round times all contestants once, so that what slows the
-    machine for a while meets them alike. An image's seconds are its steps' and its decoder's.
+    Text encoding, a step and the decoder are timed apart and every round times all contestants once, so that what slows
+    the machine for a while meets them alike. An image's seconds are its parts' added up, and, where asked for, also
+    measured.
 
     Args:
         base: a preset, a name on the hub, or a pipeline folder (see `find_architecture`).
@@ -107,6 +119,8 @@ def bench_inference(
         attention: backend of diffusers' attention dispatcher, for all contestants.
         compile: compile repeated blocks and decoders, of all contestants.
         text_tokens: tokens of a prompt; none takes the pipeline's.
+        text: with the text encoders, where the configuration describes some.
+        end_to_end: also time whole images: text, every step and the decoder in one go.
 
     Raises:
         DavaeError: nothing of that name, sizes that do not divide, an unknown dtype, or too few rounds.
@@ -126,15 +140,24 @@ def bench_inference(
         device=where,
         dtype=getattr(torch, dtype),
         text_tokens=text_tokens,
+        encode_text=text,
     )
-    flops = {c.name: (c.step_flops(), c.decode_flops()) for c in contestants}
+    text_flops = contestants[0].text_flops()
+    flops = {c.name: _Flops(text_flops, c.step_flops(), c.decode_flops()) for c in contestants}
     for transformer in {id(c.transformer): c.transformer for c in contestants}.values():
         if attention != "native":
-            transformer.set_attention_backend(attention)
+            set_attention(transformer, attention)
     if compile:
         compile_parts(contestants)
-    steps_timed = side_by_side({c.name: c.step for c in contestants}, repeats)
-    decoded = side_by_side({c.name: c.decode for c in contestants}, repeats)
+    encoded = None  # the same encoders and prompts for all: timed once a round
+    if contestants[0].text is not None:
+        encoded = side_by_side({"text": contestants[0].encode_text}, repeats).times["text"]
+    timed = _Times(
+        encoded or [0.0] * repeats,
+        side_by_side({c.name: c.step for c in contestants}, repeats),
+        side_by_side({c.name: c.decode for c in contestants}, repeats),
+        side_by_side({c.name: c.image for c in contestants}, repeats, warmup=0) if end_to_end else None,
+    )
     peaks = {c.name: _peak(c, where) for c in contestants}
     return InferenceBenchmark(
         base=base,
@@ -145,44 +168,64 @@ def bench_inference(
         compiled=compile,
         attention=attention,
         torch=torch.__version__,
-        rows=[_row(c, contestants[1], flops, steps_timed, decoded, peaks) for c in contestants],
+        rows=[_row(c, contestants[1], flops, timed, peaks) for c in contestants],
     )
+
+
+@dataclass(frozen=True)
+class _Flops:
+    text: int
+    step: int
+    decode: int
+
+    def image(self, steps: int) -> int:
+        return self.text + steps * self.step + self.decode
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Seconds of a whole batch, round by round."""
+
+    text: list[float]
+    steps: SideBySide
+    decoded: SideBySide
+    images: SideBySide | None
+
+    def added_up(self, c: Contestant) -> list[float]:
+        parts = zip(self.text, self.steps.times[c.name], self.decoded.times[c.name], strict=True)
+        return [text + c.steps * step + decode for text, step, decode in parts]
 
 
 def _row(
     contestant: Contestant,
     native: Contestant,
-    flops: dict[str, tuple[int, int]],
-    steps: SideBySide,
-    decoded: SideBySide,
+    flops: dict[str, _Flops],
+    timed: _Times,
     peaks: dict[str, int | None],
 ) -> InferenceRow:
-    batch = len(contestant.latent)
-
-    def seconds(c: Contestant) -> list[float]:
-        pairs = zip(steps.times[c.name], decoded.times[c.name], strict=True)
-        return [(c.steps * step + decode) / batch for step, decode in pairs]
-
-    def operations(c: Contestant) -> int:
-        step, decode = flops[c.name]
-        return c.steps * step + decode
-
-    image = median(seconds(contestant))
-    ratios = [n / c for n, c in zip(seconds(native), seconds(contestant), strict=True)]
+    batch, name, whole = len(contestant.latent), contestant.name, timed.images
+    own, natives = flops[name], flops[native.name]
+    mine = timed.added_up(contestant)
+    image = median(mine) / batch
+    ratios = [n / c for n, c in zip(timed.added_up(native), mine, strict=True)]
     return InferenceRow(
-        name=contestant.name,
+        name=name,
         resolution=contestant.resolution,
         tokens=contestant.tokens,
         steps=contestant.steps,
-        step_seconds=steps.medians[contestant.name] / batch,
-        decode_seconds=decoded.medians[contestant.name] / batch,
+        text_seconds=median(timed.text) / batch if contestant.text is not None else None,
+        step_seconds=timed.steps.medians[name] / batch,
+        decode_seconds=timed.decoded.medians[name] / batch,
         image_seconds=image,
-        step_flops=flops[contestant.name][0],
-        decode_flops=flops[contestant.name][1],
-        achieved_flops=operations(contestant) / image,
-        peak_memory_bytes=peaks[contestant.name],
+        whole_image_seconds=None if whole is None else whole.medians[name] / batch,
+        text_flops=own.text,
+        step_flops=own.step,
+        decode_flops=own.decode,
+        achieved_flops=own.image(contestant.steps) / image,
+        peak_memory_bytes=peaks[name],
         speedup=median(ratios),
-        flop_limited_speedup=operations(native) / operations(contestant),
+        whole_image_speedup=None if whole is None else whole.speedup(name, native.name),
+        flop_limited_speedup=natives.image(native.steps) / own.image(contestant.steps),
     )
 
 

@@ -117,7 +117,12 @@ class Architecture:
     @property
     def text_tokens(self) -> int:
         """Tokens of a prompt as the transformer sees it, at the pipeline's default length."""
-        return self.text_tokens_at(int(_defaults(self.pipeline).get("max_sequence_length") or 256))
+        return self.text_tokens_at(self.prompt_length)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens that the pipeline pads a prompt to by default."""
+        return int(_defaults(self.pipeline).get("max_sequence_length") or 256)
 
     def text_tokens_at(self, length: int) -> int:
         """Tokens that the transformer sees of prompts padded to `length`; 0 without prompts."""
@@ -286,14 +291,24 @@ def _defaults(pipeline: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-def _text_encoder_size(name: str, config: Mapping[str, Any]) -> TextEncoderSize:
+def build_text_encoder(name: str, config: Mapping[str, Any], device: str = "meta") -> nn.Module:
+    """A text encoder from its configuration: on the meta device, or with random weights.
+
+    Raises:
+        DavaeError: transformers does not know the class.
+    """
     class_name = (config.get("architectures") or [""])[0]
     model_class = getattr(transformers, class_name, None)
     if model_class is None or "model_type" not in config:
         raise DavaeError(f"{name}: transformers has no class '{class_name}' (config key architectures)")
     rest = {k: v for k, v in config.items() if k != "architectures"}
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         encoder: nn.Module = model_class(transformers.AutoConfig.for_model(**rest))
+    return encoder
+
+
+def _text_encoder_size(name: str, config: Mapping[str, Any]) -> TextEncoderSize:
+    encoder = build_text_encoder(name, config)
     looked_up = {f"{n}.weight" for n, m in encoder.named_modules() if isinstance(m, nn.Embedding)}
     total = multiplied = 0
     for parameter_name, parameter in encoder.named_parameters():
@@ -301,4 +316,4 @@ def _text_encoder_size(name: str, config: Mapping[str, Any]) -> TextEncoderSize:
         unused = any(part.startswith(("vis", "lm_head")) for part in parameter_name.split("."))
         if parameter_name not in looked_up and not unused:
             multiplied += parameter.numel()
-    return TextEncoderSize(name, class_name, total, multiplied)
+    return TextEncoderSize(name, type(encoder).__name__, total, multiplied)

@@ -1,4 +1,4 @@
-"""``davae bench inference | autoencoder``: measured side by side in one process."""
+"""``davae bench inference | autoencoder | training``: measured side by side in one process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from rich.table import Table
 
 from davae.benchmark.autoencoder import AutoencoderBenchmark, bench_autoencoder
 from davae.benchmark.inference import InferenceBenchmark, bench_inference
+from davae.cli.bench_training import training
 from davae.cli.output import wide_console, write_figures
 
 app = typer.Typer(no_args_is_help=True)
+app.command()(training)
 
 Base = Annotated[
     str, typer.Argument(help="A bundled configuration, a name on the hub, or a pipeline folder.")
@@ -43,6 +45,8 @@ def inference(
     dtype: DType = "float32",
     attention: Annotated[str, typer.Option("--attention", help="diffusers' attention backend.")] = "native",
     compile: Compile = False,
+    text: Annotated[bool, typer.Option(help="Time the text encoders too.")] = True,
+    end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Also time whole images.")] = False,
     json_file: Json = None,
 ) -> None:
     """Base, native and upgraded model with random weights: seconds, operations and memory of an image."""
@@ -58,6 +62,8 @@ def inference(
         dtype=dtype,
         attention=attention,
         compile=compile,
+        text=text,
+        end_to_end=end_to_end,
     )
     wide_console().print(inference_table(result))
     write_figures(json_file, result.to_json())
@@ -98,33 +104,38 @@ def inference_table(result: InferenceBenchmark) -> Table:
     """The rows for people."""
     title = f"{result.base}: {result.device}, {result.dtype}, batch {result.batch}, {result.repeats} rounds"
     table = Table(title=title + (", compiled" if result.compiled else ""))
+    whole = any(row.whole_image_seconds is not None for row in result.rows)
     for column in (
         "",
         "pixels",
         "tokens",
+        "s / text",
         "s / step",
         "s / decode",
         "s / image",
+        *(["s, whole image"] if whole else []),
         "TFLOP",
         "TFLOP/s",
         "memory",
+        "speed-up",
+        "FLOP-limited",
     ):
         table.add_column(column, justify="left" if not column else "right")
-    table.add_column("speed-up", justify="right")
-    table.add_column("FLOP-limited", justify="right")
     for row in result.rows:
-        operations = row.steps * row.step_flops + row.decode_flops
+        operations = row.text_flops + row.steps * row.step_flops + row.decode_flops
         table.add_row(
             row.name,
             str(row.resolution),
             str(row.tokens),
+            "no encoders" if row.text_seconds is None else f"{row.text_seconds:.3g}",
             f"{row.step_seconds:.3g}",
             f"{row.decode_seconds:.3g}",
             f"{row.image_seconds:.3g}",
+            *([f"{row.whole_image_seconds:.3g}"] if row.whole_image_seconds is not None else []),
             f"{operations / 1e12:.3g}",
             f"{row.achieved_flops / 1e12:.3g}",
             "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.1f} GiB",
-            f"{row.speedup:.2f}x",
+            f"{row.speedup if row.whole_image_speedup is None else row.whole_image_speedup:.2f}x",
             f"{row.flop_limited_speedup:.2f}x ({row.share:.0%})",
         )
     return table

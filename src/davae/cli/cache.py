@@ -45,4 +45,6 @@ def cache(
     if verify:
         typer.echo(run_verify(out))
         return
-    typer.echo(run_cache(recipe, overrides or (), out, autoencoder, shard_format.value, batch_size))
+    text = run_cache(recipe, overrides or (), out, autoencoder, shard_format.value, batch_size)
+    if text:
+        typer.echo(text)

@@ -19,6 +19,7 @@ from davae.cli.evaluate_parts import (
     FeatureNames,
     Json,
     chosen_device,
+    named,
     open_networks,
     optional,
     report,
@@ -29,6 +30,7 @@ from davae.evaluation.contest import Processes, run_contest
 from davae.evaluation.features import TextImageNetwork
 from davae.evaluation.generation import compare_generation, open_reference
 from davae.evaluation.image_run import RunSettings, write_geneval_folder
+from davae.evaluation.image_set import Distances
 from davae.pipelines import load_pipeline
 from davae.training.run import load_base
 
@@ -46,6 +48,10 @@ def generation(
     ] = Path("generation"),
     base: Annotated[
         str | None, typer.Option("--base", help="The base pipeline, measured beside: upscaled, and native.")
+    ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option("--beside", help="NAME=PIPELINE, such as another of equal tokens; can be given again."),
     ] = None,
     count: Annotated[
         int | None, typer.Option("--count", help="Images (default: every prompt, or 50000 of classes).")
@@ -77,6 +83,7 @@ def generation(
         raise DavaeError(f"--dtype must be one of {', '.join(_DTYPES)}, not '{dtype}'")
     if batch < 1:
         raise DavaeError(f"--batch is {batch}: at least 1 image in a call")
+    others = dict(named(text, "--beside", "equal-tokens=PIPELINE") for text in beside or [])
     compared = open_reference(reference, limit=reference_images)
     # Waiting for the slowest process may take hours; torch would give up after minutes.
     state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
@@ -101,6 +108,7 @@ def generation(
         ),
         out,
         base=base,
+        others=others,
         prompts=prompts,
         count=count,
         processes=Processes(
@@ -129,8 +137,22 @@ def generation(
             write_geneval_folder(run, contest.prompts, contest.count, out / "geneval" / name)
     for row in found.rows.values():
         unavailable |= row.unavailable
-    report({name: row.figures for name, row in found.rows.items()}, unavailable)
+        for category, part in row.categories.items():
+            unavailable |= {f"{category}: {metric}": reason for metric, reason in part.unavailable.items()}
+    report({name: _flat(row) for name, row in found.rows.items()}, unavailable)
     write_json(json_file or out / "evaluation.json", {"runs": about} | found.to_json())
+
+
+def _flat(row: Distances) -> dict[str, float]:
+    """Figures of a row, then of its categories the Fréchet distance and the CLIP score; the JSON has all."""
+    shown = dict(row.figures)
+    for category, part in row.categories.items():
+        shown |= {
+            f"{category}: {metric}": value
+            for metric, value in part.figures.items()
+            if metric.startswith("fid/") or metric == "clip_score"
+        }
+    return shown
 
 
 def _open_pipeline(name: str, dtype: str, device: str) -> DiffusionPipeline:

@@ -33,6 +33,18 @@ def chosen_device(device: str | None) -> str:
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def named(text: str, option: str, example: str) -> tuple[str, str]:
+    """``NAME=VALUE`` taken apart.
+
+    Raises:
+        DavaeError: it is not of that form; the option is named, with an example.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise DavaeError(f"{option} {text}: write NAME=..., such as {example}")
+    return name, value
+
+
 def optional(name: str, make: Callable[[], Part], unavailable: dict[str, str]) -> Part | None:
     """A part that may be missing: then the reason is noted under ``name``, and the other metrics still run."""
     try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -16,15 +17,19 @@ from davae.cli.evaluate_parts import (
     FeatureNames,
     Json,
     chosen_device,
+    named,
     open_networks,
     optional,
     report,
     write_json,
 )
 from davae.cli.inspect import trained_resolution
-from davae.data import FolderSource, decode_image, image_to_tensor, open_dataset
+from davae.data import open_dataset
 from davae.errors import DavaeError
-from davae.evaluation.reconstruction_baselines import Perceptual, Row, compare_reconstructions
+from davae.evaluation.crops import folder_crops, read_boxes
+from davae.evaluation.dino_distance import DinoDistance
+from davae.evaluation.frechet import file_hash
+from davae.evaluation.reconstruction_baselines import Row, compare_reconstructions
 from davae.models import AutoencoderDA
 from davae.training.perceptual import LpipsLoss
 
@@ -42,9 +47,16 @@ def reconstruction(
             "--crops", help="NAME=FOLDER of crops told apart, such as lettering; can be given again."
         ),
     ] = None,
+    boxes: Annotated[
+        Path | None,
+        typer.Option("--boxes", help="Table (.csv) of parts of image files told apart by name."),
+    ] = None,
     features: FeatureNames = None,
     lpips: Annotated[
         Path | None, typer.Option("--lpips", help="torchvision's VGG-16 weights, for LPIPS.")
+    ] = None,
+    dino: Annotated[
+        Path | None, typer.Option("--dino", help="Folder of a DINO network, for its perceptual distance.")
     ] = None,
     batch: Annotated[int, typer.Option("--batch", help="Images at a time.")] = 8,
     device: Device = None,
@@ -55,16 +67,27 @@ def reconstruction(
         raise DavaeError(f"no autoencoder in {autoencoder}: it has no config.json")
     where = chosen_device(device)
     side = resolution or trained_resolution(autoencoder)
-    folders = dict(_named_folder(text) for text in crops or [])
+    folders = dict(named(text, "--crops", "lettering=crops/lettering") for text in crops or [])
+    boxed = {} if boxes is None else read_boxes(boxes)
     dataset = open_dataset(data, resolution=side)
     vae = AutoencoderDA.from_pretrained(autoencoder).to(where)
+    unit = vae.spatial_compression
+    apart: dict[str, Iterable[Tensor]] = {
+        n: folder_crops(Path(folder), unit) for n, folder in folders.items()
+    }
+    for name, parts in boxed.items():
+        apart[name] = chain(apart.get(name, ()), (box.cut(unit) for box in parts))
     unavailable: dict[str, str] = {}
+    perceptual = {
+        "lpips": None if lpips is None else optional("lpips", lambda: _Lpips(lpips, where), unavailable),
+        "dino": None if dino is None else optional("dino", lambda: _Dino(dino, where), unavailable),
+    }
     found = compare_reconstructions(
         vae,
         _batches(dataset, min(images, len(dataset)), batch),
-        crops={name: crop_images(folder, vae.spatial_compression) for name, folder in folders.items()},
+        crops=apart,
         networks=open_networks(features or [], where, unavailable),
-        perceptual=None if lpips is None else optional("lpips", lambda: _lpips(lpips, where), unavailable),
+        perceptual={name: distance for name, distance in perceptual.items() if distance is not None},
     )
     rows = {name: _flat(row) for name, row in found.rows.items()}
     for row in found.rows.values():
@@ -74,34 +97,11 @@ def reconstruction(
     write_json(json_file, about | found.to_json())
 
 
-def crop_images(folder: Path, unit: int) -> Iterator[Tensor]:
-    """Images of a folder one by one, ``[1, 3, H, W]``, never resized: sides cut to multiples of ``unit``."""
-    source = FolderSource(folder, split=None)
-    for index in range(len(source)):
-        with source.open(index) as file:
-            image = image_to_tensor(decode_image(file))
-        height, width = (side // unit * unit for side in image.shape[-2:])
-        if not height or not width:
-            raise DavaeError(
-                f"{folder}: {source.id(index)} has {image.shape[-1]} x {image.shape[-2]} pixels, less than the "
-                f"{unit} of one latent position"
-            )
-        top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
-        yield image[None, :, top : top + height, left : left + width]
-
-
 def _batches(dataset: object, count: int, size: int) -> Iterator[Tensor]:
     length = len(dataset)  # type: ignore[arg-type]
     for start in range(0, count, size):
         numbers = range(start, min(start + size, count))
         yield torch.stack([dataset[i * length // count]["image"] for i in numbers])  # type: ignore[index]
-
-
-def _named_folder(text: str) -> tuple[str, Path]:
-    name, equals, folder = text.partition("=")
-    if not equals or not name or not folder:
-        raise DavaeError(f"--crops {text}: write NAME=FOLDER, such as lettering=crops/lettering")
-    return name, Path(folder)
 
 
 def _flat(row: Row) -> dict[str, float]:
@@ -112,19 +112,42 @@ def _flat(row: Row) -> dict[str, float]:
     return shown
 
 
-def _lpips(weights: Path, device: str) -> Perceptual:
-    if importlib.util.find_spec("lpips") is None:
-        raise DavaeError("LPIPS needs the package lpips: pip install 'davae[lpips]'")
-    if not weights.is_file():
-        raise DavaeError(
-            f"LPIPS needs torchvision's VGG-16 weights, and {weights} is no file: fetch "
-            "https://download.pytorch.org/models/vgg16-397923af.pth where there is a network and give its path"
-        )
-    network = LpipsLoss(str(weights)).to(device)
+class _Lpips:
+    """LPIPS of each pair, on the CPU."""
+
+    def __init__(self, weights: Path, device: str) -> None:
+        if importlib.util.find_spec("lpips") is None:
+            raise DavaeError("LPIPS needs the package lpips: pip install 'davae[lpips]'")
+        if not weights.is_file():
+            raise DavaeError(
+                f"LPIPS needs torchvision's VGG-16 weights, and {weights} is no file: fetch "
+                "https://download.pytorch.org/models/vgg16-397923af.pth where there is a network and give its path"
+            )
+        self._weights, self._device = weights, device
+        self._network = LpipsLoss(str(weights)).to(device)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "network": "LPIPS, VGG-16",
+            "weights": self._weights.name,
+            "weights_sha256": file_hash(self._weights),
+            "resize": "none",
+        }
 
     @torch.no_grad()
-    def distances(images: Tensor, made: Tensor) -> Tensor:
-        pairs = zip(images.to(device).split(1), made.to(device).split(1), strict=True)
-        return torch.stack([network(a, b) for a, b in pairs]).cpu()  # the loss is a mean, so one by one
+    def __call__(self, images: Tensor, made: Tensor) -> Tensor:
+        pairs = zip(images.to(self._device).split(1), made.to(self._device).split(1), strict=True)
+        return torch.stack([self._network(a, b) for a, b in pairs]).cpu()  # the loss is a mean, so one by one
 
-    return distances
+
+class _Dino:
+    """DINO distance of each pair, on the CPU."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self._device = device
+        self._network = DinoDistance(folder).to(device)
+        self.describe = self._network.describe
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, made: Tensor) -> Tensor:
+        return self._network(images.to(self._device), made.to(self._device)).cpu()

@@ -10,6 +10,7 @@ from rich.progress import track
 
 from davae.errors import DavaeError
 from davae.pipelines.generate import generate_images, read_prompts, takes_prompts
+from davae.pipelines.speed import speed_up
 from davae.training.run import load_base
 
 
@@ -39,9 +40,22 @@ def generate(
     negative: Annotated[str | None, typer.Option(help="A prompt to guide away from.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the pipeline's own default.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the pipeline's own default.")] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Every measure for speed that changes images by rounding alone.")
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile repeated blocks: slow at first, with --fast.")
+    ] = False,
+    attention: Annotated[
+        str | None, typer.Option("--attention", help="diffusers' attention backend, with --fast.")
+    ] = None,
 ) -> None:
     """Images of prompts or of classes, one PNG each."""
+    if (compile or attention) and not fast:
+        raise DavaeError("--compile and --attention belong to --fast: give it too")
     pipe = load_base(pipeline)
+    if fast:
+        speed_up(pipe, compile=compile, attention=attention)
     pipe.set_progress_bar_config(disable=True)
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     subjects, wrong = (texts, labels) if takes_prompts(pipe) else (labels, texts)

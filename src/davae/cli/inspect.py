@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -12,7 +13,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from davae.data import open_dataset
+from davae.cli.evaluate_parts import Device, chosen_device
+from davae.data import ImageDataset, RenderedDataset, open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.inspection import Inspection, inspect_autoencoder
 from davae.models import AutoencoderDA
@@ -26,9 +28,17 @@ def register(app: typer.Typer) -> None:
 
 def _inspect(
     autoencoder: Annotated[Path, typer.Argument(help="Folder of a trained autoencoder.")],
-    data: Annotated[str, typer.Option("--data", help="Images, as in a recipe (see docs/data.md).")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="Images, as in a recipe (see docs/data.md; default: those the run held out)."
+        ),
+    ] = None,
     beside: Annotated[
-        Path | None, typer.Option("--beside", help="A second autoencoder, such as one without alignment.")
+        list[Path] | None,
+        typer.Option(
+            "--beside", help="Another autoencoder, such as one without alignment; can be given again."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of the pictures and inspection.json.")] = Path(
         "inspection"
@@ -40,26 +50,21 @@ def _inspect(
         int | None, typer.Option("--resolution", help="Side in pixels (default: the run's).")
     ] = None,
     method: Annotated[str, typer.Option("--method", help="tsne or pca.")] = "tsne",
+    device: Device = None,
 ) -> None:
     """Class maps, spectra, channel statistics, and reconstruction with the details zeroed and shuffled."""
     if method not in ("tsne", "pca"):
         raise DavaeError(f"--method must be tsne or pca, not '{method}'")
-    folders = {"this": autoencoder} if beside is None else {autoencoder_title(autoencoder): autoencoder}
-    if beside is not None:
-        title = autoencoder_title(beside)
-        folders[title if title not in folders else f"{title} (beside)"] = beside
+    folders = named_folders([autoencoder, *(beside or [])])
+    # One set for all: an autoencoder beside was trained on other images perhaps.
+    dataset = _images(autoencoder, data, resolution or trained_resolution(autoencoder))
+    count = min(images, len(dataset))
+    items = [dataset[i * len(dataset) // count] for i in range(count)]
+    labels = torch.tensor([item["label"] for item in items])
     found: dict[str, Inspection] = {}
     for title, folder in folders.items():
-        if not (folder / "config.json").is_file():
-            raise DavaeError(f"no autoencoder in {folder}: it has no config.json")
-        vae = AutoencoderDA.from_pretrained(folder)
-        side = resolution or trained_resolution(folder)
-        dataset = open_dataset(data, resolution=side)
-        count = min(images, len(dataset))
-        items = [dataset[i * len(dataset) // count] for i in range(count)]
-        labels = torch.tensor([item["label"] for item in items])
         found[title] = inspect_autoencoder(
-            vae,
+            AutoencoderDA.from_pretrained(folder).to(chosen_device(device)),
             torch.stack([item["image"] for item in items]),
             labels,
             method=method,  # type: ignore[arg-type]
@@ -70,12 +75,46 @@ def _inspect(
     typer.echo("\n".join(map(str, [*files, out / "inspection.json"])))
 
 
+def named_folders(folders: Sequence[Path]) -> dict[str, Path]:
+    """Autoencoders by title; of equal titles the later ones are numbered."""
+    named: dict[str, Path] = {}
+    for folder in folders:
+        if not (folder / "config.json").is_file():
+            raise DavaeError(f"no autoencoder in {folder}: it has no config.json")
+        title = autoencoder_title(folder)
+        again = sum(name.partition(" (")[0] == title for name in named)
+        named[f"{title} ({again + 1})" if again else title] = folder
+    return named
+
+
+def _images(folder: Path, data: str | None, resolution: int) -> ImageDataset | RenderedDataset:
+    """What was asked for, else the images that the folder's run did not learn from."""
+    if data is not None:
+        return open_dataset(data, resolution=resolution)
+    settings = _run_data(folder)
+    if settings is None or not settings["hold_out"]:
+        raise DavaeError(f"{folder} is in no run that held images out: name images with --data")
+    return open_dataset(
+        settings["path"],
+        resolution=resolution,
+        split=settings["split"],
+        hold_out=settings["hold_out"],
+        part="held_out",
+    )
+
+
 def trained_resolution(folder: Path) -> int:
     """Side in pixels of the images that the run of an autoencoder's folder was trained on."""
-    recipe = folder.resolve().parent / "config.yaml"
-    if not recipe.is_file():
+    settings = _run_data(folder)
+    if settings is None:
         raise DavaeError(f"{folder} is not in a run, so its resolution is not known: give --resolution")
-    return int(yaml.safe_load(recipe.read_text())["data"]["resolution"])
+    return int(settings["resolution"])
+
+
+def _run_data(folder: Path) -> dict[str, Any] | None:
+    """The section ``data`` of the recipe of a folder's run; none where the folder is not in one."""
+    recipe = folder.resolve().parent / "config.yaml"
+    return yaml.safe_load(recipe.read_text())["data"] if recipe.is_file() else None
 
 
 def autoencoder_title(folder: Path) -> str:
@@ -104,6 +143,7 @@ def inspection_table(found: dict[str, Inspection]) -> Table:
     row("alignment error, relative", [i.alignment_error for i in some], ".3f")
     for part in ("base", "detail", "structured"):
         row(f"linear probe, {part}", [i.parts[part].linear_probe for i in some], ".1%")
+        row("   its deviation over splits", [i.parts[part].linear_probe_std for i in some], ".1%")
         row(f"nearest neighbours, {part}", [i.parts[part].nearest_neighbours for i in some], ".1%")
     row("chance", [i.chance for i in some], ".1%")
     for part in ("base", "detail"):

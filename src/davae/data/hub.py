@@ -8,6 +8,7 @@ named ``text`` or ``caption``. Local files never touch the network.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ from davae.errors import DavaeError
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 
 _IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
+_COMMIT = re.compile(r"[/\\]([0-9a-f]{40})[/\\]")
 _LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")
 _CAPTION_NAMES = ("text", "caption", "captions", "prompt", "txt")
 
@@ -29,15 +31,16 @@ class TableSource:
     Args:
         table: the data set.
         name: for messages.
+        commit: of the repository on the hub that the table was read from, where it was.
 
     Raises:
         DavaeError: the table is empty or no column holds images.
     """
 
-    def __init__(self, table: Any, name: str) -> None:
+    def __init__(self, table: Any, name: str, commit: str | None = None) -> None:
         import datasets
 
-        self.name = name
+        self.name, self.commit = name, commit
         self.problems: list[Skip] = []
         self._fingerprint = table._fingerprint
         if not len(table):
@@ -116,13 +119,23 @@ def open_tables(files: Sequence[Path], name: str) -> TableSource:
     return TableSource(table, name)
 
 
-def open_hub(name: str, split: str | None) -> TableSource:
-    """A data set on the Hugging Face hub, ``owner/name`` or ``owner/name:configuration``; downloads once."""
+def open_hub(name: str, split: str | None, revision: str | None = None) -> TableSource:
+    """A data set on the Hugging Face hub, ``owner/name`` or ``owner/name:configuration``; downloads once.
+
+    Args:
+        name: as above.
+        split: of several, which.
+        revision: branch, tag or commit; none takes the newest.
+
+    Raises:
+        DavaeError: it is not there, or not at that revision.
+    """
     import datasets
 
     repository, _, configuration = name.partition(":")
+    pinned = {} if revision is None else {"revision": revision}
     try:
-        table = datasets.load_dataset(repository, configuration or None)
+        table = datasets.load_dataset(repository, configuration or None, **pinned)
     except (
         OSError,
         ValueError,
@@ -132,7 +145,20 @@ def open_hub(name: str, split: str | None) -> TableSource:
             f"'{name}' is not a local folder or file, and as a data set on the Hugging Face hub it cannot be "
             f"loaded: {error}"
         ) from error
-    return TableSource(_one_split(table, split, name), name)
+    chosen = _one_split(table, split, name)
+    return TableSource(chosen, name, commit_of(chosen))
+
+
+def commit_of(table: Any) -> str | None:
+    """The commit on the hub that a table was made from, 40 hexadecimal digits; none where that is not known.
+
+    ``datasets`` keeps the tables of each commit in a folder of its name.
+    """
+    for file in table.cache_files:
+        found = _COMMIT.search(str(file["filename"]))
+        if found:
+            return found.group(1)
+    return None
 
 
 def _one_split(table: Any, split: str | None, name: str) -> Any:

@@ -37,6 +37,7 @@ def open_dataset(
     part: Part = "train",
     min_size: int | None = None,
     buckets: Sequence[Size] | None = None,
+    revision: str | None = None,
 ) -> ImageDataset | RenderedDataset:
     """Open a set of images for training or validation.
 
@@ -60,20 +61,21 @@ def open_dataset(
         min_size: images with a shorter side are skipped; by default a quarter of ``resolution``.
         buckets: sizes (width, height) of which each image takes the nearest; by default all are square.
             Procedural scenes are always square.
+        revision: of a name on the hub: branch, tag or commit; none takes the newest.
 
     Returns:
         A map-style data set of items (see :mod:`davae.data.dataset`) with ``classes`` and ``skipped``, the
         files already found to be unusable.
 
     Raises:
-        DavaeError: nothing there, no images in it, or more than half of them unusable.
+        DavaeError: nothing there, no images in it, more than half of them unusable, or a revision of what has none.
     """
     transform = SquareCrop(resolution, crop, flip)
     name = str(path_or_name)
-    if re.fullmatch(r"procedural(:.*)?", name):
+    if re.fullmatch(r"procedural(:.*)?", name) and revision is None:
         return RenderedDataset(_procedural(name, resolution, hold_out, part), flip=flip, seed=seed)
     shortest = max(1, resolution // 4 if min_size is None else min_size)
-    source = find_source(path_or_name, split)
+    source = find_source(path_or_name, split, revision)
     warn_below = resolution if part == "train" else 0  # once is enough when both parts are opened
     bad = check_headers(source, min_size=shortest, warn_below=warn_below)
     skipped = [(source.id(i), reason) for i, reason in bad.items()]
@@ -93,14 +95,20 @@ def open_dataset(
     )
 
 
-def find_source(path_or_name: str | Path, split: str | None = "train") -> Source:
+def find_source(path_or_name: str | Path, split: str | None = "train", revision: str | None = None) -> Source:
     """Recognise a path, pattern or hub name and open its source.
 
     Raises:
-        DavaeError: it is none of the known kinds, with what was looked for.
+        DavaeError: it is none of the known kinds, with what was looked for; or a revision of what has none.
     """
     name = str(path_or_name)
     path = Path(name).expanduser()
+    if _is_on_hub(name, path):
+        return open_hub(name, split, revision)
+    if revision is not None:
+        raise DavaeError(
+            f"data.revision is set, but '{name}' is not a name on the hub; only those have revisions"
+        )
     if path.is_dir():
         return _in_folder(path, split)
     if path.is_file():
@@ -112,13 +120,19 @@ def find_source(path_or_name: str | Path, split: str | None = "train") -> Source
         if not files:
             raise DavaeError(f"no file matches {name}")
         return _from_files(files, name)
-    local = path.is_absolute() or name.startswith((".", "~")) or ("/" in name and path.parent.is_dir())
-    if not local and _HUB_NAME.fullmatch(name):
-        return open_hub(name, split)
     raise DavaeError(
         f"no images at '{name}': there is no such folder or file. Give a folder of images, parquet or arrow "
         f"files, WebDataset .tar shards, owner/name of a data set on the Hugging Face hub, or procedural"
     )
+
+
+def _is_on_hub(name: str, path: Path) -> bool:
+    """Whether a name can only be one on the hub: what exists on disk, or lies beside what does, comes first."""
+    local = path.exists() or name.endswith(".tar") or glob.has_magic(name)
+    local = (
+        local or path.is_absolute() or name.startswith((".", "~")) or ("/" in name and path.parent.is_dir())
+    )
+    return not local and _HUB_NAME.fullmatch(name) is not None
 
 
 def _in_folder(folder: Path, split: str | None) -> Source:

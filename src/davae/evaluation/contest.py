@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ def run_contest(
     out: str | Path,
     *,
     base: str | None = None,
+    others: Mapping[str, str] | None = None,
     prompts: str | Path | None = None,
     count: int | None = None,
     processes: Processes | None = None,
@@ -65,16 +66,20 @@ def run_contest(
     Args:
         open_pipeline: a pipeline by name.
         settings: of the upgraded pipeline; the baselines follow it.
-        out: one folder each for ``upgraded``, ``base`` (at base resolution) and ``native`` (at full).
+        out: one folder each for ``upgraded``, ``base`` (at base resolution) and ``native`` (at full), and for others.
         base: name of the base pipeline; none leaves the baselines out.
+        others: further pipelines by the name they are reported under, such as one of equal tokens on another
+            autoencoder; asked for the full resolution, and resized to it where they make another.
         prompts: file of prompts, for pipelines that take them.
         count: images of each; none takes every prompt once (GenEval: four times), or 50 000 of classes.
         processes: who else works in the same folder.
 
     Raises:
-        DavaeError: prompts for a class-conditional pipeline or none for the other kind, or a folder of another run.
+        DavaeError: prompts for a class-conditional pipeline or none for the other kind, a folder of another run, or
+            two models of one name.
     """
     out, processes = Path(out), processes or Processes()
+    _check_names(others or {})
     pipe = open_pipeline(settings.pipeline)
     subjects = find_subjects(pipe, prompts)
     total = _count(count, subjects)
@@ -84,12 +89,33 @@ def run_contest(
     contest.models[UPGRADED] = partial(upgraded.batches, total)
     scale = int(getattr(pipe.vae, "scale", 1))
     processes.wait()
-    if base is None:
-        return contest
     del pipe  # its memory may be needed
     full = (upgraded.size()[0], upgraded.size()[1])
-    pipe = open_pipeline(base)
-    flexible = "height" in inspect.signature(type(pipe).__call__).parameters
+    if base is not None:
+        _add_base(open_pipeline(base), base, settings, out, contest, processes, full, scale)
+    for name, pipeline in (others or {}).items():
+        pipe = open_pipeline(pipeline)
+        sized = replace(settings, pipeline=pipeline)
+        if _takes_size(pipe):
+            sized = replace(sized, height=full[0], width=full[1])
+        run = contest.runs[name] = _make(pipe, sized, out / name, contest, processes)
+        contest.models[name] = partial(_upscaled, run, total, full)
+        processes.wait()
+    return contest
+
+
+def _add_base(
+    pipe: DiffusionPipeline,
+    base: str,
+    settings: RunSettings,
+    out: Path,
+    contest: Contest,
+    processes: Processes,
+    full: tuple[int, int],
+    scale: int,
+) -> None:
+    """The base at base resolution, enlarged (equal tokens), and at full resolution."""
+    total, flexible = contest.count, _takes_size(pipe)
     height, width = (full[0] // scale, full[1] // scale) if flexible else (None, None)
     small = replace(settings, pipeline=base, height=height, width=width)
     lower = contest.runs["base"] = _make(pipe, small, out / "base", contest, processes)
@@ -103,7 +129,19 @@ def run_contest(
     else:
         contest.unavailable[BASE_NATIVE] = f"{type(pipe).__name__} takes no height and width"
     processes.wait()
-    return contest
+
+
+def _takes_size(pipe: DiffusionPipeline) -> bool:
+    return "height" in inspect.signature(type(pipe).__call__).parameters
+
+
+def _check_names(others: Mapping[str, str]) -> None:
+    taken = {"upgraded", "base", "native", "geneval", BASE_UPSCALED, BASE_NATIVE}
+    for name in others:
+        if name in taken or not name or Path(name).name != name:
+            raise DavaeError(
+                f"a model beside cannot be called '{name}': it names a row and a folder of its own"
+            )
 
 
 def find_subjects(pipe: DiffusionPipeline, prompts: str | Path | None) -> PromptSet:
@@ -149,4 +187,7 @@ def _make(
 
 def _upscaled(run: ImageRun, count: int, size: tuple[int, int]) -> Iterator[Tensor]:
     for images in run.batches(count):
+        if images.shape[-2:] == size:
+            yield images
+            continue
         yield F.interpolate(images, size=size, mode="bicubic", align_corners=False).clamp(-1, 1)

@@ -42,6 +42,12 @@ class Gaussian:
         kept = values > rounding
         return vectors[:, kept] * values[kept].sqrt()
 
+    def sha256(self) -> str:
+        """Hash of mean and covariance as float64 bytes, the mean first."""
+        found = hashlib.sha256(self.mean.double().numpy().tobytes())
+        found.update(self.covariance.double().contiguous().numpy().tobytes())
+        return found.hexdigest()
+
 
 class GaussianStatistics:
     """Mean and covariance of rows that come in batches, in float64.

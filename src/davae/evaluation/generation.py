@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from davae.data import open_dataset
 from davae.errors import DavaeError
+from davae.evaluation.categories import categories_of, compare_categories
 from davae.evaluation.clip_score import ClipScore
 from davae.evaluation.features import FeatureNetwork, TextImageNetwork
 from davae.evaluation.frechet import Gaussian, file_hash, load_statistics, save_statistics
@@ -46,16 +48,21 @@ class Reference:
         """
         if self.moments is not None:
             return self.moments
-        return ImageSet(networks, spatial=spatial).extend(self.batches(height, width))
+        found = ImageSet(networks, spatial=spatial)
+        for images, classes in self.batches(height, width):
+            found.update(images, classes)
+        return found
 
-    def batches(self, height: int, width: int, *, size: int = 32) -> Iterator[Tensor]:
-        """Images ``[B, 3, H, W]`` in [-1, 1]: resized as in ADM, the middle cut out."""
+    def batches(self, height: int, width: int, *, size: int = 32) -> Iterator[tuple[Tensor, list[str]]]:
+        """Images ``[B, 3, H, W]`` in [-1, 1], resized as in ADM, the middle cut out; and their classes' names."""
         shape = {} if height == width else {"buckets": [(width, height)]}
         dataset = open_dataset(self.name, resolution=min(height, width), **shape)  # type: ignore[arg-type]
         count = min(self.limit or len(dataset), len(dataset))
         for start in range(0, count, size):
             numbers = range(start, min(start + size, count))
-            yield torch.stack([dataset[i * len(dataset) // count]["image"] for i in numbers])
+            items = [dataset[i * len(dataset) // count] for i in numbers]
+            classes = ["" if item["label"] < 0 else dataset.classes[item["label"]] for item in items]
+            yield torch.stack([item["image"] for item in items]), classes
 
     def describe(self, gathered: ImageSet | Gaussian) -> dict[str, Any]:
         """For the JSON."""
@@ -70,7 +77,7 @@ class Reference:
             "data": self.name,
             "images": gathered.count,
             "preprocessing": "short side halved by boxes while twice too large, then bicubic; centre crop; 8 bits",
-        }
+        } | gathered.hashes()
 
 
 def open_reference(name: str, *, limit: int | None = None) -> Reference:
@@ -90,6 +97,7 @@ class GenerationReport:
         count: images of each model.
         reference: which, with its hash or its preprocessing.
         rows: figures by model.
+        categories: how many images of each model have a category, by its name.
         networks: preprocessing and weights of each feature network.
         settings: of the metrics themselves.
     """
@@ -97,6 +105,7 @@ class GenerationReport:
     count: int
     reference: dict[str, Any]
     rows: dict[str, Distances]
+    categories: dict[str, int]
     networks: list[dict[str, Any]]
     settings: dict[str, Any]
 
@@ -132,22 +141,28 @@ def compare_generation(
     networks = networks or []
     gathered: ImageSet | Gaussian | None = None
     rows: dict[str, Distances] = {}
+    categories: dict[str, int] = {}
     count = 0
     for name, batches in models.items():
-        found, score = ImageSet(networks), ClipScore()
+        found, scores = ImageSet(networks), defaultdict[str, ClipScore](ClipScore)
         for images in batches():
+            numbers = range(found.count, found.count + len(images))
+            groups = [""] * len(images) if prompts is None else [prompts.category(i) for i in numbers]
             if clip is not None and prompts is not None:
-                texts = [prompts.subject(found.count + i) for i in range(len(images))]
-                score.update(clip(images).rows, clip.texts(texts))
+                pairs = clip(images).rows, clip.texts([prompts.subject(i) for i in numbers])
+                _score_by_category(scores, groups, *pairs)
             if gathered is None:
                 gathered = reference.gather(networks, *images.shape[-2:])
-            found.update(images)
+            found.update(images, groups)
         if gathered is None or found.count == 0:
             raise DavaeError(f"there are no images of '{name}'")
         count = found.count
+        categories = {category: len(found.numbers_of(category)) for category in categories_of(found)}
         rows[name] = compare_sets(found, gathered)
-        if clip is not None and prompts is not None:
-            rows[name].figures["clip_score"] = score.score()
+        rows[name].categories = compare_categories(found, gathered)
+        for category, score in scores.items():
+            told = rows[name].categories[category] if category else rows[name]
+            told.figures["clip_score"] = score.score()
         rows[name].unavailable |= dict(unavailable or {})
     if gathered is None:
         raise DavaeError("there is no model to measure")
@@ -158,6 +173,7 @@ def compare_generation(
         count=count,
         reference=about,
         rows=rows,
+        categories=categories,
         networks=[network.describe() for network in networks]
         + ([] if clip is None else [clip.describe() | {"for": "clip_score"}]),
         settings={
@@ -167,6 +183,16 @@ def compare_generation(
             "swd": f"patches 7 x 7, 128 an image and level, first {PATCH_IMAGES} images, pooled moments, seed 0",
         },
     )
+
+
+def _score_by_category(
+    scores: defaultdict[str, ClipScore], groups: Sequence[str], images: Tensor, texts: Tensor
+) -> None:
+    """Add pairs of embeddings ``[B, F]`` to the score of all, under an empty name, and to their categories'."""
+    scores[""].update(images, texts)
+    for category in {group for group in groups if group}:
+        chosen = [i for i, group in enumerate(groups) if group == category]
+        scores[category].update(images[chosen], texts[chosen])
 
 
 def _save_moments(gathered: ImageSet | Gaussian, file: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.evaluation.class_score import class_score
 from davae.evaluation.features import FeatureNetwork, Features
+from davae.evaluation.features.resize import to_bytes
 from davae.evaluation.frechet import Gaussian, GaussianStatistics, frechet_distance
 from davae.evaluation.kernel_distance import kernel_distance
 from davae.evaluation.manifold import precision_recall
@@ -51,6 +53,18 @@ class FeatureSet:
         """``[N, K]``, none where the network knows no classes."""
         return torch.cat(self._logits) if self._logits else None
 
+    def part(self, numbers: Sequence[int]) -> FeatureSet:
+        """The features of some of the images, without logits.
+
+        Raises:
+            DavaeError: fewer than two are asked of: they have no covariance.
+        """
+        if len(numbers) < 2:
+            raise DavaeError(f"a distance needs at least 2 images, got {len(numbers)}")
+        chosen = FeatureSet()
+        chosen.update(Features(self.rows[list(numbers)]))
+        return chosen
+
     def gaussian(self) -> Gaussian:
         """Their moments; the same object until more are added, for its factor is dear."""
         if self._gaussian is None or self._gaussian.count != self._statistics.count:
@@ -74,18 +88,36 @@ class ImageSet:
         self.features = {network.name: FeatureSet() for network in networks}
         self.patches = PatchSet(seed=seed) if spatial else None
         self.spectrum = SpectrumMean() if spatial else None
+        self.groups: list[str] = []
+        """Class or category of each image, empty where it has none."""
+        self._pixels = hashlib.sha256()
         self.count = 0
 
-    def update(self, images: Tensor) -> ImageSet:
-        """Add images ``[B, 3, H, W]`` in [-1, 1]; returns itself."""
+    def update(self, images: Tensor, groups: Sequence[str] | None = None) -> ImageSet:
+        """Add images ``[B, 3, H, W]`` in [-1, 1], with a class or category each; returns itself."""
         for network in self.networks:
             self.features[network.name].update(network(images))
         if self.patches is not None and self.patches.count < PATCH_IMAGES:
             self.patches.update(images[: PATCH_IMAGES - self.patches.count].cpu())
         if self.spectrum is not None:
             self.spectrum.update(images.cpu())
+        self._pixels.update(to_bytes(images).to(torch.uint8).cpu().numpy().tobytes())
+        self.groups += groups or [""] * len(images)
         self.count += len(images)
         return self
+
+    def numbers_of(self, group: str) -> list[int]:
+        """Which images are of a class or category."""
+        return [i for i, name in enumerate(self.groups) if name == group]
+
+    def hashes(self) -> dict[str, Any]:
+        """SHA-256 of the 8-bit pixels ``[N, 3, H, W]`` in their order, and of each network's moments.
+
+        The first is the same wherever the images are. The last digits of moments depend on the machine, and their hash
+        with them; those that must stay the same are saved and handed on as a file.
+        """
+        moments = {name: features.gaussian().sha256() for name, features in self.features.items()}
+        return {"pixels_sha256": self._pixels.hexdigest()} | ({"moments_sha256": moments} if moments else {})
 
     def extend(self, batches: Iterable[Tensor]) -> ImageSet:
         """Add every batch; returns itself."""
@@ -101,14 +133,12 @@ class Distances:
     Attributes:
         figures: such as ``fid/inception``; names are told in ``docs/evaluation.md``.
         unavailable: name to reason.
+        categories: the same of parts of the set, by name.
     """
 
     figures: dict[str, float] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"figures": self.figures, "unavailable": self.unavailable}
+    categories: dict[str, Distances] = field(default_factory=dict)
 
 
 def compare_sets(found: ImageSet, reference: ImageSet | Gaussian, *, seed: int = 2020) -> Distances:
@@ -122,7 +152,7 @@ def compare_sets(found: ImageSet, reference: ImageSet | Gaussian, *, seed: int =
     result = Distances()
     for name, features in found.features.items():
         known = reference if isinstance(reference, Gaussian) else reference.features[name]
-        _feature_distances(result, name, features, known, seed)
+        feature_distances(result, name, features, known, seed)
     spatial = ("swd", "spectrum_db")
     if isinstance(reference, Gaussian):
         result.unavailable |= dict.fromkeys(
@@ -138,9 +168,10 @@ def compare_sets(found: ImageSet, reference: ImageSet | Gaussian, *, seed: int =
     return result
 
 
-def _feature_distances(
+def feature_distances(
     result: Distances, name: str, features: FeatureSet, reference: FeatureSet | Gaussian, seed: int
 ) -> None:
+    """Add what one network's features tell, under ``metric/name``, to ``result``."""
     rows, logits = features.rows, features.logits
     moments = reference if isinstance(reference, Gaussian) else reference.gaussian()
     try:

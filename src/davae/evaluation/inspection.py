@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -11,11 +11,16 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.evaluation.latent_properties import high_frequency_share, local_distant_similarity
-from davae.evaluation.latents import linear_probe_accuracy, nearest_neighbour_accuracy, project_latents
+from davae.evaluation.latent_spectra import Spectrum, image_spectra, latent_spectra
+from davae.evaluation.latents import project_latents
 from davae.evaluation.reconstruction import psnr, ssim
-from davae.evaluation.spectrum import radial_power_spectrum
+from davae.evaluation.separability import linear_probe, nearest_neighbour_accuracy
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA
+
+_BAND_IMAGES = 32
+"""Spectra of what each detail group adds are taken of so many images: each group costs one decoding of them."""
+_EXAMPLES = 6
 
 
 @dataclass(frozen=True)
@@ -24,13 +29,16 @@ class Part:
 
     Attributes:
         channels: how many.
-        linear_probe, nearest_neighbours: held-out accuracy; none without labels.
+        linear_probe, linear_probe_std: held-out accuracy, mean and standard deviation over splits; none without
+            labels.
+        nearest_neighbours: accuracy of the five nearest others.
         high_frequency_share, local_distant_similarity: see `davae.evaluation.latent_properties`.
         projection: ``[N, 2]``, where the images lie in the plane.
     """
 
     channels: int
     linear_probe: float | None
+    linear_probe_std: float | None
     nearest_neighbours: float | None
     high_frequency_share: float
     local_distant_similarity: float
@@ -51,8 +59,10 @@ class Inspection:
         psnr, ssim: of reconstructions, means; ``whole``, details ``zeroed``, details ``shuffled`` among the images,
             and the ``base`` decoded by its own decoder and enlarged.
         image_high_frequency_share: of the images themselves, to compare the parts with.
-        spectra: name to (frequency, power): ``z``, each detail group, the images, and what the details add.
+        latent_spectra: name to (frequency, power): ``z`` and each detail group.
+        image_spectra: the same of images, reconstructions, and what each detail group adds to them.
         channel_mean, channel_std: of every channel as the transformer sees it, base first.
+        examples: a few ``images`` and what was made of them, ``[n, 3, H, W]``; not in the JSON.
     """
 
     images: int
@@ -66,13 +76,17 @@ class Inspection:
     psnr: dict[str, float]
     ssim: dict[str, float]
     image_high_frequency_share: float
-    spectra: dict[str, tuple[list[float], list[float]]] = field(repr=False)
+    latent_spectra: dict[str, Spectrum] = field(repr=False)
+    image_spectra: dict[str, Spectrum] = field(repr=False)
     channel_mean: list[float] = field(repr=False)
     channel_std: list[float] = field(repr=False)
+    examples: dict[str, Tensor] = field(repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values; without the examples."""
+        values = asdict(replace(self, examples={}))
+        del values["examples"]
+        return values
 
 
 @torch.no_grad()
@@ -111,12 +125,19 @@ def inspect_autoencoder(
         "zeroed": vae.layout.join(z, torch.zeros_like(details)),
         "shuffled": vae.layout.join(z, shuffled),
     }
-    made = {k: _map(lambda x: vae.decode(x).sample, vae, v, batch).clamp(-1, 1) for k, v in decoded.items()}
+
+    def decode(x: Tensor) -> Tensor:
+        return _map(lambda part: vae.decode(part).sample, vae, x, batch).clamp(-1, 1)
+
+    made = {name: decode(latent) for name, latent in decoded.items()}
     if vae.config.has_base_decoder:
         small = _map(vae.decode_base, vae, latents, batch).clamp(-1, 1)
         made["base"] = torch.nn.functional.interpolate(
             small, size=images.shape[-2:], mode="bicubic", antialias=True
         ).clamp(-1, 1)
+    images = images.cpu().float()
+    few = {name: made[name][:_BAND_IMAGES] for name in ("whole", "zeroed")}
+    in_images = image_spectra(vae, latents[:_BAND_IMAGES], images[:_BAND_IMAGES], few, decode)
     vae.train(was_training)
     known = _usable_labels(labels, len(images))
     parts = {
@@ -135,12 +156,14 @@ def inspect_autoencoder(
         parts=parts,
         chance=None if known is None else float(known.bincount().max() / len(known)),
         alignment_error=float(difference.square().mean() / raw_z.float().square().mean()),
-        psnr={k: float(psnr(images.cpu().float(), v).mean()) for k, v in made.items()},
-        ssim={k: float(ssim(images.cpu().float(), v).mean()) for k, v in made.items()},
+        psnr={k: float(psnr(images, v).mean()) for k, v in made.items()},
+        ssim={k: float(ssim(images, v).mean()) for k, v in made.items()},
         image_high_frequency_share=high_frequency_share(images),
-        spectra=_spectra(vae, images.cpu(), latents, made),
+        latent_spectra=latent_spectra(vae, latents),
+        image_spectra=in_images,
         channel_mean=latents.mean(dim=(0, 2, 3)).tolist(),
         channel_std=latents.std(dim=(0, 2, 3)).tolist(),
+        examples={name: x[:_EXAMPLES] for name, x in ({"images": images} | made).items()},
     )
 
 
@@ -163,32 +186,13 @@ def _usable_labels(labels: Tensor | None, count: int) -> Tensor | None:
 
 
 def _part(latents: Tensor, labels: Tensor | None, method: Literal["pca", "tsne"], seed: int) -> Part:
+    probe = None if labels is None else linear_probe(latents, labels, seed=seed)
     return Part(
         channels=latents.shape[1],
-        linear_probe=None if labels is None else linear_probe_accuracy(latents, labels, seed=seed),
+        linear_probe=None if probe is None else probe.mean,
+        linear_probe_std=None if probe is None else probe.std,
         nearest_neighbours=None if labels is None else nearest_neighbour_accuracy(latents, labels),
         high_frequency_share=high_frequency_share(latents),
         local_distant_similarity=local_distant_similarity(latents),
         projection=project_latents(latents, method, seed=seed).tolist(),
     )
-
-
-def _spectra(
-    vae: AutoencoderDA, images: Tensor, latents: Tensor, made: dict[str, Tensor]
-) -> dict[str, tuple[list[float], list[float]]]:
-    z, details = vae.layout.split(latents)
-    signals = {"z": z}
-    groups = (
-        vae.layout.base_channels
-    )  # group i of Eq. 3 belongs to base channel i; here the i-th of each group
-    size = vae.layout.detail_channels // groups
-    if size * groups == vae.layout.detail_channels:
-        by_group = details.unflatten(1, (groups, size))
-        for i in range(size):
-            signals[f"details, channel {i + 1} of each group"] = by_group[:, :, i]
-    else:
-        signals["details"] = details
-    signals |= {"images": images, "reconstruction": made["whole"], "without details": made["zeroed"]}
-    signals["what the details add"] = made["whole"] - made["zeroed"]
-    found = {name: radial_power_spectrum(signal) for name, signal in signals.items()}
-    return {name: (f.tolist(), p.tolist()) for name, (f, p) in found.items()}

@@ -24,6 +24,7 @@ class PromptSet:
         kind: where they come from.
         subjects: prompts, or class numbers as text.
         metadata: one entry a prompt, of GenEval files.
+        categories: of each prompt, told apart in the results; empty, or an empty name, where a file has none.
         sha256: of the file; empty for classes.
     """
 
@@ -31,10 +32,15 @@ class PromptSet:
     subjects: Sequence[str]
     metadata: Sequence[dict[str, Any]] = ()
     sha256: str = ""
+    categories: Sequence[str] = ()
 
     def subject(self, index: int) -> str:
         """Subject of image ``index``."""
         return self.subjects[index % len(self.subjects)]
+
+    def category(self, index: int) -> str:
+        """Category of image ``index``; empty where there is none."""
+        return self.categories[index % len(self.categories)] if self.categories else ""
 
     def describe(self) -> dict[str, Any]:
         """For the JSON."""
@@ -49,8 +55,9 @@ def class_set(classes: int) -> PromptSet:
 def open_prompt_set(file: str | Path) -> PromptSet:
     """Read a file of prompts; its form is seen from its ending.
 
-    * ``.json``: ``{"name": {"prompt": ..., ...}, ...}``, as MJHQ-30K's ``meta_data.json``;
-    * ``.jsonl``: an object a line with ``prompt``, as GenEval's ``evaluation_metadata.jsonl``;
+    * ``.json``: ``{"name": {"prompt": ..., "category": ...}, ...}``, as MJHQ-30K's ``meta_data.json``;
+    * ``.jsonl``: an object a line with ``prompt``, as GenEval's ``evaluation_metadata.jsonl``; its ``tag``, the
+      task, is the category;
     * else text, a prompt a line; empty lines and lines that begin with # do not count.
 
     Raises:
@@ -68,12 +75,13 @@ def open_prompt_set(file: str | Path) -> PromptSet:
         if not isinstance(entries, dict):
             raise DavaeError(f'{path}: an object {{"name": {{"prompt": ...}}}} is needed, as in MJHQ-30K')
         found = [_prompt(entry, f"{path}, entry '{name}'") for name, entry in entries.items()]
-        result = PromptSet("mjhq", found, sha256=file_hash(path))
+        categories = _categories(list(entries.values()), "category")
+        result = PromptSet("mjhq", found, sha256=file_hash(path), categories=categories)
     else:
         lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
         rows = [_parsed(line, f"{path}, line {i}") for i, line in lines]
         found = [_prompt(row, f"{path}, line {i}") for (i, _), row in zip(lines, rows, strict=True)]
-        result = PromptSet("geneval", found, rows, sha256=file_hash(path))
+        result = PromptSet("geneval", found, rows, file_hash(path), _categories(rows, "tag"))
     if not found:
         raise DavaeError(f"{path} holds no prompt")
     return result
@@ -84,6 +92,12 @@ def _parsed(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise DavaeError(f"{where}: not JSON ({error})") from error
+
+
+def _categories(entries: Sequence[dict[str, Any]], key: str) -> list[str]:
+    """Of every entry, or of none where no entry tells."""
+    found = [str(entry.get(key, "")) for entry in entries]
+    return found if any(found) else []
 
 
 def _prompt(entry: Any, where: str) -> str:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.evaluation.crops import FINE_TEXTURE, fine_texture
 from davae.evaluation.features import FeatureNetwork
 from davae.evaluation.image_set import ImageSet, compare_sets
 from davae.evaluation.reconstruction import psnr, ssim
 from davae.models import AutoencoderDA
 
-Perceptual = Callable[[Tensor, Tensor], Tensor]
-"""Images and reconstructions ``[B, 3, H, W]`` in [-1, 1] to distances ``[B]``."""
+
+class Perceptual(Protocol):
+    """A distance of pairs through a network."""
+
+    def describe(self) -> dict[str, Any]:
+        """Weights with their SHA-256, and the preprocessing."""
+
+    def __call__(self, images: Tensor, made: Tensor, /) -> Tensor:
+        """Distances ``[B]`` of images and reconstructions ``[B, 3, H, W]`` in [-1, 1]."""
+
 
 UPGRADED, BASE_UPSCALED, BASE_NATIVE, REDUCED = "upgraded", "base, upscaled", "base, native", "image, reduced"
 _MEANING = {
@@ -56,6 +65,8 @@ class ReconstructionReport:
         scale: full over base resolution.
         rows: by name; the first is the autoencoder.
         networks: preprocessing and weights of each feature network.
+        perceptual: the same of each perceptual distance, by name.
+        reference: hashes of the images' 8-bit pixels and of the moments of their features.
     """
 
     images: int
@@ -63,6 +74,8 @@ class ReconstructionReport:
     scale: int
     rows: dict[str, Row]
     networks: list[dict[str, Any]]
+    perceptual: dict[str, dict[str, Any]]
+    reference: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -76,21 +89,24 @@ def compare_reconstructions(
     *,
     crops: dict[str, Iterable[Tensor]] | None = None,
     networks: list[FeatureNetwork] | None = None,
-    perceptual: Perceptual | None = None,
+    perceptual: Mapping[str, Perceptual] | None = None,
 ) -> ReconstructionReport:
     """Reconstruct images in every way and measure each.
+
+    The squares of fine texture are found in the images (`davae.evaluation.crops`) and cut out of their
+    reconstructions; all other crops are images of their own.
 
     Args:
         vae: in any mode; used in evaluation mode, with the mean of its posterior.
         batches: images ``[B, 3, H, W]`` in [-1, 1], all of one size.
         crops: name to images ``[1, 3, H, W]`` of any sizes, reported apart.
         networks: for Fréchet and kernel distances.
-        perceptual: a further distance of each pair, such as LPIPS.
+        perceptual: further distances of each pair by name, such as LPIPS.
 
     Raises:
         DavaeError: no image, or sizes that do not fit the autoencoder.
     """
-    networks = networks or []
+    networks, perceptual = networks or [], perceptual or {}
     was_training = vae.training
     vae.eval()
     names = list(reconstruct_all_ways(vae, None))
@@ -99,20 +115,24 @@ def compare_reconstructions(
     real = ImageSet(networks)
     made = {name: ImageSet(networks) for name in names}
     means = {name: _Means(perceptual) for name in names}
+    textures = {name: _Means(perceptual) for name in names}
     for images in batches:
         real.update(images)
+        cut = fine_texture(images)
         for name, ours in reconstruct_all_ways(vae, images).items():
             made[name].update(ours)
             means[name].update(images, ours)
+            textures[name].update(cut(images), cut(ours))
     if real.count == 0:
         raise DavaeError("there is no image to reconstruct")
     for name, row in rows.items():
         row.figures |= means[name].figures()
+        row.crops[FINE_TEXTURE] = textures[name].figures()
         if real.count > 1:
             distances = compare_sets(made[name], real)
             row.figures |= {k: v for k, v in distances.figures.items() if not k.startswith("class_score")}
             row.unavailable |= distances.unavailable
-    counts = {}
+    counts = {FINE_TEXTURE: real.count}
     for crop, images_of in (crops or {}).items():
         apart = {name: _Means(perceptual) for name in names}
         for images in images_of:
@@ -124,7 +144,15 @@ def compare_reconstructions(
         for name, row in rows.items():
             row.crops[crop] = apart[name].figures()
     vae.train(was_training)
-    return ReconstructionReport(real.count, counts, vae.scale, rows, [n.describe() for n in networks])
+    return ReconstructionReport(
+        images=real.count,
+        crops=counts,
+        scale=vae.scale,
+        rows=rows,
+        networks=[network.describe() for network in networks],
+        perceptual={name: distance.describe() for name, distance in perceptual.items()},
+        reference=real.hashes(),
+    )
 
 
 def reconstruct_all_ways(vae: AutoencoderDA, images: Tensor | None) -> dict[str, Tensor]:
@@ -157,7 +185,7 @@ def native_reconstruction(vae: AutoencoderDA, images: Tensor) -> Tensor:
 class _Means:
     """Means over pairs that come in batches."""
 
-    def __init__(self, perceptual: Perceptual | None) -> None:
+    def __init__(self, perceptual: Mapping[str, Perceptual]) -> None:
         self.count = 0
         self._perceptual = perceptual
         self._sums: dict[str, float] = {}
@@ -165,8 +193,7 @@ class _Means:
     def update(self, images: Tensor, made: Tensor) -> None:
         images = images.float().cpu()
         found = {"psnr": psnr(images, made), "ssim": ssim(images, made)}
-        if self._perceptual is not None:
-            found["lpips"] = self._perceptual(images, made)
+        found |= {name: distance(images, made) for name, distance in self._perceptual.items()}
         for name, values in found.items():
             self._sums[name] = self._sums.get(name, 0.0) + float(values.double().sum())
         self.count += len(images)

@@ -4,6 +4,8 @@ from davae.latents.alignment import (
     AlignmentForm,
     AlignmentLoss,
     adaptive_weight,
+    gradient_ratio,
+    gradient_scale,
     grouped_mean,
     self_similarity,
 )
@@ -18,6 +20,8 @@ __all__ = [
     "LatentLayout",
     "adaptive_weight",
     "gaussian_kl",
+    "gradient_ratio",
+    "gradient_scale",
     "grouped_mean",
     "self_similarity",
     "token_count",

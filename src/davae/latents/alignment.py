@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -106,7 +107,14 @@ class AlignmentLoss(nn.Module):
             return F.mse_loss(grouped_mean(z_d, self.layout.base_channels), z)
 
 
-def adaptive_weight(reference_loss: Tensor, loss: Tensor, parameter: Tensor, *, maximum: float) -> Tensor:
+def adaptive_weight(
+    reference_loss: Tensor,
+    loss: Tensor,
+    parameter: Tensor,
+    *,
+    maximum: float,
+    among: Sequence[Tensor] | None = None,
+) -> Tensor:
     """Weight that gives ``loss`` as large a gradient as ``reference_loss`` has, at one parameter.
 
     ``|d reference / d parameter| / (|d loss / d parameter| + 1e-4)``, clamped to ``[0, maximum]``, with
@@ -117,14 +125,33 @@ def adaptive_weight(reference_loss: Tensor, loss: Tensor, parameter: Tensor, *, 
         reference_loss, loss: scalars that both depend on ``parameter``.
         parameter: where the gradients are compared, such as the decoder's last weight.
         maximum: upper bound.
+        among: take the gradients at all of these, ``parameter`` one of them, as a plain backward pass does; for
+            comparisons of speed.
 
     Returns:
         Detached float32 scalar.
     """
-    device = parameter.device.type
-    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    scale = _FLOAT16_SCALE if half else 1.0
-    (reference_gradient,) = torch.autograd.grad(scale * reference_loss, parameter, retain_graph=True)
-    (gradient,) = torch.autograd.grad(scale * loss, parameter, retain_graph=True)
-    ratio = reference_gradient.float().norm() / (gradient.float().norm() + 1e-4 * scale)
+    scale = gradient_scale(parameter.device)
+    inputs = [parameter] if among is None else list(among)
+    place = next(i for i, tensor in enumerate(inputs) if tensor is parameter)
+    reference_gradient, gradient = (
+        torch.autograd.grad(scale * term, inputs, retain_graph=True, allow_unused=among is not None)[place]
+        for term in (reference_loss, loss)
+    )
+    return gradient_ratio(reference_gradient, gradient, maximum=maximum, scale=scale)
+
+
+def gradient_ratio(reference: Tensor, gradient: Tensor, *, maximum: float, scale: float = 1.0) -> Tensor:
+    """``|reference| / (|gradient| + 1e-4)``, clamped to ``[0, maximum]``, of gradients times ``scale``.
+
+    Returns:
+        Detached float32 scalar.
+    """
+    ratio = reference.float().norm() / (gradient.float().norm() + 1e-4 * scale)
     return ratio.clamp(0.0, maximum).detach()
+
+
+def gradient_scale(device: torch.device) -> float:
+    """Factor on a loss before it goes back by hand: above 1 under float16 autocast, see `adaptive_weight`."""
+    half = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
+    return _FLOAT16_SCALE if half else 1.0

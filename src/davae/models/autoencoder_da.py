@@ -82,7 +82,7 @@ class AutoencoderDA(
 
     __module__ = "davae"  # the library by which saved pipelines know it
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D"]  # noqa: RUF012 (the family's form)
+    _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D", "FrugalResnetBlock2D"]  # noqa: RUF012 (the form)
     _group_offload_block_modules = ["base", "detail_encoder", "down", "up", "joint_decoder"]  # noqa: RUF012
 
     @register_to_config

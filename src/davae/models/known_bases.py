@@ -11,6 +11,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, Autoenco
 from torch import Tensor, nn
 
 from davae.models.base_adapters import BaseAdapter, Convolution, FeatureChain, register_adapter
+from davae.models.frugal_blocks import with_frugal_blocks
 from davae.models.ldm_autoencoder import LDMAutoencoderKL
 
 
@@ -41,13 +42,13 @@ class KLAdapter(BaseAdapter):
         """The encoder without ``conv_out``: after its norm and activation."""
         encoder = copy.deepcopy(base.encoder)
         encoder.conv_out = nn.Identity()
-        return encoder
+        return with_frugal_blocks(encoder)
 
     def joint_decoder(self, base: Any) -> nn.Module:
         """The decoder without ``conv_in``."""
         decoder = copy.deepcopy(base.decoder)
         decoder.conv_in = nn.Identity()
-        return decoder
+        return with_frugal_blocks(decoder)
 
     def encoder_head(self, base: Any) -> Convolution | None:
         """``conv_out`` and the quant convolution, the mean's half."""

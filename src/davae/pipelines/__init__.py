@@ -10,6 +10,7 @@ from davae.pipelines.model_card import Making, write_model_card
 from davae.pipelines.previews import Previews, set_preview_decoder
 from davae.pipelines.saving import push_to_hub, save_pipeline
 from davae.pipelines.scaling import latent_scaling
+from davae.pipelines.speed import speed_up
 from davae.pipelines.upgrade import upgrade_pipeline
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "save_adapters",
     "save_pipeline",
     "set_preview_decoder",
+    "speed_up",
     "upgrade_pipeline",
     "write_model_card",
 ]

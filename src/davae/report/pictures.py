@@ -36,27 +36,6 @@ def upscaled(images: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(images, (height, width), mode="bicubic", align_corners=False).clamp(-1, 1)
 
 
-def busiest_crop(image: Tensor, side: int) -> tuple[slice, slice]:
-    """The square with the most fine structure: largest mean squared Laplacian.
-
-    Args:
-        image: [3, H, W].
-        side: of the square in pixels; clipped to the image.
-
-    Returns:
-        Slices of rows and columns.
-    """
-    height, width = image.shape[-2:]
-    side = min(side, height, width)
-    grey = image.detach().float().cpu().mean(0)[None, None]  # [1, 1, H, W]
-    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]).view(1, 1, 3, 3)
-    energy = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), kernel).square()
-    # One strong edge, such as a horizon, would win over a whole texture: roots tame it.
-    score = F.avg_pool2d(energy.sqrt(), side, stride=1)[0, 0]
-    row, column = divmod(int(score.argmax()), score.shape[1])
-    return slice(row, row + side), slice(column, column + side)
-
-
 def data_uri(run_dir: Path, file: str) -> str:
     """A PNG of the run directory as a ``data:`` address.
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.evaluation import linear_probe_accuracy, project_latents, radial_power_spectrum
-from davae.report.pictures import busiest_crop, save_png, upscaled
+from davae.evaluation.crops import busiest_crop
+from davae.report.pictures import save_png, upscaled
 from davae.report.schema import (
     TENSOR_FILE,
     Curve,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from davae.latents import adaptive_weight
 from davae.models import PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
-from davae.training.loop import Player
 from davae.training.settings import GanSettings, OptimizerSettings
+from davae.training.stage import Player
 
 MAX_ADAPTIVE_GAN = 1e4  # official code
 
@@ -25,7 +26,14 @@ class Adversary(nn.Module):
         self._pair: tuple[Tensor, Tensor] | None = None
 
     def generator_term(
-        self, images: Tensor, made: Tensor, reconstruction: Tensor, last: Tensor, step: int
+        self,
+        images: Tensor,
+        made: Tensor,
+        reconstruction: Tensor,
+        last: Tensor,
+        step: int,
+        *,
+        among: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """``weight * ratio * hinge`` for the generator; zero before ``start_step``.
 
@@ -34,17 +42,29 @@ class Adversary(nn.Module):
             reconstruction: scalar reconstruction loss, the reference of the adaptive ratio.
             last: weight of the decoder's last layer.
             step: the loop's step.
+            among: see :func:`davae.latents.adaptive_weight`.
+        """
+        loss = self.hinge(images, made, step)
+        if loss is None:
+            return reconstruction.new_zeros(())
+        weight: Tensor | float = self.settings.weight
+        if self.settings.adaptive and torch.is_grad_enabled():
+            ratio = adaptive_weight(reconstruction, loss, last, maximum=MAX_ADAPTIVE_GAN, among=among)
+            weight = weight * ratio
+        return weight * loss
+
+    def hinge(self, images: Tensor, made: Tensor, step: int) -> Tensor | None:
+        """The generator's hinge loss without its weight; none before ``start_step``.
+
+        What was made is kept for the discriminator's turn.
         """
         self._pair = (images.detach(), made.detach())
         if step < self.settings.start_step:
-            return reconstruction.new_zeros(())
+            return None
         self.discriminator.requires_grad_(False)
         loss = hinge_generator_loss(self.discriminator(made))
         self.discriminator.requires_grad_(True)
-        weight: Tensor | float = self.settings.weight
-        if self.settings.adaptive and torch.is_grad_enabled():
-            weight = weight * adaptive_weight(reconstruction, loss, last, maximum=MAX_ADAPTIVE_GAN)
-        return weight * loss
+        return loss
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """The discriminator's hinge loss; zero before ``start_step``."""

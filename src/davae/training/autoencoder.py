@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from davae.data.buckets import same_size_batches
 from davae.latents import ChannelStatistics, grouped_mean
 from davae.models import AutoencoderDA
 from davae.training.adversary import make_adversary
-from davae.training.images import first_images, mean_psnr, stack_images
-from davae.training.loop import Player, Stage
-from davae.training.pictures import PICTURES, save_rows
+from davae.training.images import mean_of_all, mean_psnr, own_images, stack_images
+from davae.training.memory import WithBaseLatents
+from davae.training.pictures import save_shared_rows
+from davae.training.processes import start_processes
 from davae.training.settings import AutoencoderSettings
+from davae.training.stage import Player, Stage
 from davae.training.structured_objective import StructuredObjective, alignment_layout, levels_that_learn
+
+logger = logging.getLogger(__name__)
 
 
 class AutoencoderStage(Stage):
@@ -30,6 +35,8 @@ class AutoencoderStage(Stage):
         dataset: training images at the last level's resolution.
         held_out: validation images.
         workers: loader processes.
+        cache_latents: encode what never changes, the latents below the levels that learn, once and keep them in memory.
+            The images must be the same in every epoch.
     """
 
     name = "autoencoder"
@@ -42,6 +49,7 @@ class AutoencoderStage(Stage):
         held_out: Dataset[dict[str, Any]],
         *,
         workers: int = 0,
+        cache_latents: bool = False,
     ) -> None:
         self.autoencoder, self.settings, self.loop = autoencoder, settings, settings.loop
         self.dataset, self.held_out, self.workers = dataset, held_out, workers
@@ -59,20 +67,36 @@ class AutoencoderStage(Stage):
             adversaries.append(adversary)
             players += player
         self.objective = StructuredObjective(
-            autoencoder, settings.alignment, settings.reconstruction, adversaries
+            autoencoder,
+            settings.alignment,
+            settings.reconstruction,
+            adversaries,
+            plain=settings.loop.plain,
         )
-        self.players = [Player("model", self.objective, settings.optimizer), *players]
+        if cache_latents and not settings.loop.plain:
+            autoencoder.to(start_processes().device)
+            logger.info("encoding %d images", len(dataset))  # type: ignore[arg-type]
+            self.dataset = WithBaseLatents(dataset, self._frozen_latent)
+        gan = settings.reconstruction.gan
+        adaptive = settings.alignment.adaptive or (gan.weight > 0 and gan.adaptive)
+        model = Player("model", self.objective, settings.optimizer, can_be_sharded=not adaptive)
+        self.players = [model, *players]
+
+    def _frozen_latent(self, images: Tensor) -> Tensor:
+        vae = self.autoencoder
+        return self.objective.frozen_latent(images.to(vae.device, vae.dtype))
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
         """PSNR of every level enlarged to full resolution, of the base, without details; and the alignment.
 
         Without details means without those that the last level adds.
         """
-        vae, images = self.autoencoder, first_images(self.held_out, self.loop.validation_images)
+        vae = self.autoencoder
+        images, count = own_images(self.held_out, self.loop.validation_images)
         lower = [level.number for level in vae.levels[1:-1]]
         names = ["input", "base, upscaled", *(f"level {n}, upscaled" for n in lower)]
         rows: dict[str, list[Tensor]] = {name: [] for name in [*names, "reconstruction", "no details"]}
-        aligned, energy, elements = 0.0, 0.0, 0
+        aligned, energy = [], []  # mean squares of each image
         layout = alignment_layout(vae, self.settings.alignment)
         for part in images.split(self.loop.batch_size):
             part = part.to(vae.device, vae.dtype)
@@ -88,18 +112,17 @@ class AutoencoderStage(Stage):
             rows["no details"].append(vae.decode_structured(below, torch.zeros_like(z_d)).cpu())
             target = vae.alignment_target(below[:, : layout.base_channels]).float()
             projected = grouped_mean(z_d.float(), layout.base_channels)
-            aligned += float((projected - target).square().sum())
-            energy += float(target.square().sum())
-            elements += target.numel()
+            aligned.append((projected - target).square().flatten(1).mean(1).cpu())
+            energy.append(target.square().flatten(1).mean(1).cpu())
         whole = {name: torch.cat(parts) for name, parts in rows.items()}
-        save_rows(samples / f"step-{step}.png", {k: v[:PICTURES] for k, v in whole.items()})
+        save_shared_rows(samples / f"step-{step}.png", whole, count)
+        compared = {"": "reconstruction", "_base_upscaled": "base, upscaled", "_no_details": "no details"}
+        compared |= {f"_level{n}_upscaled": f"level {n}, upscaled" for n in lower}
+        alignment = mean_of_all(torch.cat(aligned), count)
         return {
-            "psnr": mean_psnr(images, whole["reconstruction"]),
-            "psnr_base_upscaled": mean_psnr(images, whole["base, upscaled"]),
-            **{f"psnr_level{n}_upscaled": mean_psnr(images, whole[f"level {n}, upscaled"]) for n in lower},
-            "psnr_no_details": mean_psnr(images, whole["no details"]),
-            "alignment": aligned / elements,
-            "alignment_relative": aligned / energy,
+            **{f"psnr{name}": mean_psnr(images, whole[row], count) for name, row in compared.items()},
+            "alignment": alignment,
+            "alignment_relative": alignment / mean_of_all(torch.cat(energy), count),
         }
 
     def export(self, out: Path) -> Path:

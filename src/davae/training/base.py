@@ -21,6 +21,8 @@ from davae.training.diffusion import DiffusionStage
 from davae.training.images import open_part
 from davae.training.loop import TrainResult, train
 from davae.training.memory import ImagesInMemory, MixedScales
+from davae.training.processes import is_first, wait_for_everyone
+from davae.training.provenance import data_facts
 from davae.training.settings import BaseRecipe, DiffusionSettings
 
 logger = logging.getLogger(__name__)
@@ -48,9 +50,13 @@ def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = N
     settings = DiffusionSettings(**{k: getattr(recipe.transformer, k) for k in _SHARED_SECTIONS})
     layout = LatentLayout(pipeline.vae.config.latent_channels, 0)
     diffusion = DiffusionStage(pipeline, layout, settings, images, held_out, cache_latents=True)
+    diffusion.facts = data_facts(recipe.data, full)
     result = train(diffusion, out / "transformer", plain)
     assert result is not None
-    pipeline.to(getattr(torch, recipe.save_dtype)).save_pretrained(out / "pipeline")
+    if is_first():  # the result holds the averaged weights, the pipeline in memory the last ones
+        averaged = ClassConditionalPipeline.from_pretrained(result.result)
+        averaged.to(getattr(torch, recipe.save_dtype)).save_pretrained(out / "pipeline")
+    wait_for_everyone()
     return result
 
 
@@ -108,6 +114,7 @@ def _new_pipeline(
     if not vae_folder.is_dir():
         mixed = MixedScales(full, reduce, recipe.full_resolution_crops, recipe.autoencoder.loop.seed)
         stage = BaseAutoencoderStage(recipe.autoencoder, mixed, images, held_out)
+        stage.facts = data_facts(recipe.data, full)
         train(stage, out / "autoencoder", recipe.model_dump(mode="json"))
     vae = AutoencoderKL.from_pretrained(vae_folder)
 

@@ -13,15 +13,15 @@ from torch.utils.data import DataLoader, Dataset
 from davae.latents import ChannelStatistics, gaussian_kl
 from davae.training.adversary import Adversary, make_adversary
 from davae.training.dc_ae_settings import KlArchitecture
-from davae.training.images import first_images, mean_psnr, stack_images
-from davae.training.loop import Player, Stage
+from davae.training.images import mean_psnr, own_images, stack_images
 from davae.training.losses import ReconstructionLoss
-from davae.training.pictures import PICTURES, save_rows
+from davae.training.pictures import save_shared_rows
 from davae.training.settings import (
     BaseAutoencoderArchitecture,
     BaseAutoencoderSettings,
     ReconstructionSettings,
 )
+from davae.training.stage import Player, Stage
 
 
 class PlainObjective(nn.Module):
@@ -93,18 +93,21 @@ class BaseAutoencoderStage(Stage):
         self.dataset, self.whole, self.held_out = dataset, whole, held_out
         adversary, players = make_adversary(settings.reconstruction.gan)
         self.objective = PlainObjective(self.autoencoder, settings.reconstruction, adversary)
-        self.players = [Player("model", self.objective, settings.optimizer), *players]
+        gan = settings.reconstruction.gan
+        adaptive = gan.weight > 0 and gan.adaptive
+        model = Player("model", self.objective, settings.optimizer, can_be_sharded=not adaptive)
+        self.players = [model, *players]
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
         """PSNR of held-out images."""
-        images = first_images(self.held_out, self.loop.validation_images)
+        images, count = own_images(self.held_out, self.loop.validation_images)
         device, made = self.autoencoder.device, []
         for part in images.split(self.loop.batch_size):
             made.append(self.autoencoder(part.to(device), sample_posterior=False).sample.cpu())
         reconstruction = torch.cat(made)
-        rows = {"input": images[:PICTURES], "reconstruction": reconstruction[:PICTURES]}
-        save_rows(samples / f"step-{step}.png", rows)
-        return {"psnr": mean_psnr(images, reconstruction)}
+        rows = {"input": images, "reconstruction": reconstruction}
+        save_shared_rows(samples / f"step-{step}.png", rows, count)
+        return {"psnr": mean_psnr(images, reconstruction, count)}
 
     @torch.no_grad()
     def export(self, out: Path) -> Path:

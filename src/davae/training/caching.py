@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 
 from davae.data import ImageDataset, RenderedDataset, SkipLedger
@@ -23,11 +25,14 @@ from davae.data.cache import (
     Record,
     caption_key,
 )
+from davae.data.cache.index import read_index
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import PipelineFamily, family_of
 from davae.training.cache_facts import cache_fingerprint, pipeline_parts, without_touched
+from davae.training.full_disk import telling_of_a_full_disk
 from davae.training.images import open_training_part
+from davae.training.processes import everyone, rank_and_world, start_processes, wait_for_everyone
 from davae.training.progress import Progress
 from davae.training.settings import DataSettings
 
@@ -58,6 +63,9 @@ def write_cache(
 ) -> CacheResult:
     """Encode the training images of a recipe, and their captions, into a folder; goes on where a run stopped.
 
+    Under a launcher (torchrun, accelerate) the work is shared out: each process writes shards of its own, and the
+    first one makes one index of them. A run may go on with another number of processes.
+
     With ``data.flip`` each image is stored as it is and mirrored. A caption is stored once however many images
     have it, and the empty prompt beside them for dropout.
 
@@ -72,9 +80,10 @@ def write_cache(
         writer_options: ``shard_bytes`` and ``shard_records`` of :class:`CacheWriter`.
 
     Raises:
-        DavaeError: the images cannot be cached, or ``out`` holds another cache or other files.
+        DavaeError: the images cannot be cached, ``out`` holds another cache or other files, or the disk is full.
     """
     family = family_of(pipe)
+    processes = start_processes()
     images = open_training_part(data.model_copy(update={"flip": False}), vae, pipe)
     fingerprint = cache_fingerprint(data, vae, pipe, images, text_length=text_length)
     about = {
@@ -82,21 +91,30 @@ def write_cache(
         "skipped": [list(entry) for entry in images.skipped],
         "in_buckets": bucket_of(images) is not None,
     }
-    writer = CacheWriter(out, fingerprint, form=form, about=about, **writer_options)
-    if not writer.complete:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        _write_latents(writer, images, data, vae, family, device, batch_size)
-        texts = 0
-        if family.conditioned_on == "text":
-            texts = _write_texts(writer, pipe, family, device, batch_size, text_length)
-        writer.finish({"images": len(images), "texts": texts})
-    assert writer.index.complete is not None
+    rank, world = rank_and_world()
+    kept = "The shards that were written are whole"
+    with telling_of_a_full_disk(Path(out), kept), _locked(Path(out), first=rank == 0):
+        with processes.main_process_first():
+            writer = CacheWriter(
+                out, fingerprint, form=form, about=about, rank=rank, world_size=world, **writer_options
+            )
+        if not writer.complete:
+            _write_latents(writer, images, data, vae, family, processes.device, batch_size)
+            texts = 0
+            if family.conditioned_on == "text":
+                texts = _write_texts(writer, pipe, family, processes.device, batch_size, text_length)
+            wait_for_everyone()
+            if rank == 0:
+                writer.finish({"images": len(images), "texts": texts})
+        wait_for_everyone()
+    index = read_index(Path(out))
+    assert index.complete is not None
     return CacheResult(
         Path(out),
-        writer.index.complete["images"],
-        sum(line["shard"].startswith(LATENTS) for line in writer.index.records),
-        writer.index.complete["texts"],
-        sum(shard["bytes"] for shard in writer.index.shards.values()),
+        index.complete["images"],
+        sum(line["shard"].startswith(LATENTS) for line in index.records),
+        index.complete["texts"],
+        sum(shard["bytes"] for shard in index.shards.values()),
     )
 
 
@@ -128,7 +146,8 @@ def _write_latents(
     mirrored = (False, True) if data.flip else (False,)
     done = writer.done[LATENTS]
     missing = [i for i in range(len(images)) if any(_key(i, flip) not in done for flip in mirrored)]
-    parts = list(same_size_batches(images, missing, batch_size))
+    rank, world = rank_and_world()
+    parts = list(same_size_batches(images, missing, batch_size))[rank::world]
     loader = DataLoader(
         images,
         batch_sampler=parts,
@@ -139,7 +158,8 @@ def _write_latents(
     ledger = SkipLedger.for_dataset(images)
     before, training = vae.device, vae.training
     vae.to(device).eval()
-    with Progress("latents", len(images), len(images) - len(missing)) as progress:
+    before_this_run, mine = len(images) - len(missing), sum(map(len, parts))
+    with Progress("latents", before_this_run + mine, before_this_run, enabled=rank == 0) as progress:
         for positions, items in zip(parts, loader, strict=True):
             pixels = torch.stack([item["image"] for item in items])  # [B, 3, H, W]
             latents = {
@@ -157,8 +177,10 @@ def _write_latents(
                 progress.advance()
     writer.flush()
     vae.to(before).train(training)
+    for state in everyone(ledger.state_dict()):
+        ledger.load_state_dict(state)
     ledger.check()
-    if ledger.count:
+    if ledger.count and rank == 0:
         logger.warning(ledger.summary())
 
 
@@ -170,15 +192,19 @@ def _write_texts(
     batch_size: int,
     text_length: int | None,
 ) -> int:
-    captions = ["", *(line["caption"] for line in writer.index.records if "caption" in line)]
+    rank, world = rank_and_world()
+    known = [(line["position"], line["caption"]) for line in writer.index.records if "caption" in line]
+    captions = ["", *(caption for _, caption in sorted({pair for part in everyone(known) for pair in part}))]
     distinct = {caption_key(c): c for c in captions}
     missing = [c for key, c in distinct.items() if key not in writer.done[TEXTS]]
+    parts = list(_parts(missing, batch_size))[rank::world]
     encoders = dict(pipeline_parts(pipe, "text_encoder"))
     places = {name: module.device for name, module in encoders.items()}
     for module in encoders.values():
         module.to(device)
-    with Progress("captions", len(distinct), len(distinct) - len(missing)) as progress:
-        for part in _parts(missing, batch_size):
+    before_this_run, mine = len(distinct) - len(missing), sum(map(len, parts))
+    with Progress("captions", before_this_run + mine, before_this_run, enabled=rank == 0) as progress:
+        for part in parts:
             encoded = family.encode_prompts(pipe, part, max_length=text_length)
             for row, caption in enumerate(part):
                 tensors = {name: value[row] for name, value in encoded.items()}
@@ -188,6 +214,30 @@ def _write_texts(
     for name, module in encoders.items():
         module.to(places[name])
     return len(distinct)
+
+
+@contextmanager
+def _locked(folder: Path, *, first: bool) -> Iterator[None]:
+    """No other run writes this cache meanwhile; the first of a run's processes answers for all of them.
+
+    Raises:
+        DavaeError: another one does.
+    """
+    if not first:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise DavaeError(
+            f"{folder} is in use: another `davae cache` writes there; wait for it, or give another --out"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _facts(

@@ -8,7 +8,6 @@ whole when it got its name; the manifest shows whether it still is.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.training.full_disk import is_full_disk
 
 logger = logging.getLogger(__name__)
 Tensors = dict[str, dict[str, Tensor]]
@@ -72,7 +72,7 @@ def save_checkpoint(
             _flush(file)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if not _is_full_disk(error):
+        if not is_full_disk(error):
             raise
         raise DavaeError(_told_full(folder, step, tensors)) from error
     final = folder / f"step-{step}"
@@ -158,12 +158,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _is_full_disk(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error)
 
 
 def _told_full(folder: Path, step: int, tensors: Tensors) -> str:

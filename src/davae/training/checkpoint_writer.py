@@ -50,7 +50,13 @@ class CheckpointWriter:
         return value < self.best["value"] if self.best_mode == "min" else value > self.best["value"]
 
     def save(
-        self, step: int, tensors: Tensors, values: dict[str, Any], *, watched: float | None = None
+        self,
+        step: int,
+        tensors: Tensors,
+        values: dict[str, Any],
+        *,
+        watched: float | None = None,
+        copied: bool = False,
     ) -> None:
         """Copy the state and begin to write it; returns before it is on the disk.
 
@@ -59,17 +65,19 @@ class CheckpointWriter:
             tensors: file name (without suffix) to named tensors.
             values: everything else, as JSON.
             watched: the watched metric at this step, where it was measured.
+            copied: the tensors are copies already, on the CPU, that nobody else will change.
 
         Raises:
             DavaeError: the checkpoint before could not be written.
         """
         self.wait()
-        copied = {
-            name: {k: v.detach().to("cpu", copy=True) for k, v in named.items()}
-            for name, named in tensors.items()
-        }
+        if not copied:
+            tensors = {
+                name: {k: v.detach().to("cpu", copy=True) for k, v in named.items()}
+                for name, named in tensors.items()
+            }
         is_best = watched is not None and self.is_best(watched)
-        self._pending = self._pool.submit(self._write, step, copied, values, watched if is_best else None)
+        self._pending = self._pool.submit(self._write, step, tensors, values, watched if is_best else None)
 
     def check(self) -> None:
         """Raise what went wrong while writing, if it is known by now."""

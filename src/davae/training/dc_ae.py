@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from davae.errors import DavaeError
-from davae.evaluation import log_spectral_distance, psnr, radial_power_spectrum, ssim
+from davae.evaluation import psnr, radial_power_spectrum, ssim
+from davae.evaluation.spectrum import spectra_distance
 from davae.latents import ChannelStatistics, gaussian_kl
 from davae.models.dc_ae import (
     DeepAutoencoder,
@@ -37,11 +38,12 @@ from davae.models.dc_ae import (
 from davae.training.adversary import Adversary
 from davae.training.base_autoencoder import build_kl
 from davae.training.dc_ae_settings import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
-from davae.training.images import first_images, stack_images
-from davae.training.loop import Player, Stage
+from davae.training.images import mean_of_all, own_images, stack_images
 from davae.training.losses import ReconstructionLoss
-from davae.training.pictures import save_rows
+from davae.training.pictures import save_shared_rows
+from davae.training.processes import gathered
 from davae.training.settings import OptimizerSettings, ReconstructionSettings
+from davae.training.stage import Player, Stage
 
 Images = Dataset[dict[str, Any]]
 _PICTURES = 6  # images in a validation picture
@@ -198,7 +200,9 @@ class DcAeStage(Stage):
             players = [Player("discriminator", adversary, optimizer)]
         layers = trained_layers(autoencoder, phase)
         self.objective = DcAeObjective(autoencoder, layers, phase.reconstruction, adversary)
-        self.players = [Player("model", self.objective, phase.optimizer), *players]
+        adaptive = gan.weight > 0 and gan.adaptive
+        model = Player("model", self.objective, phase.optimizer, can_be_sharded=not adaptive)
+        self.players = [model, *players]
 
     @torch.no_grad()
     def validate(self, samples: Path, step: int) -> dict[str, float]:
@@ -206,12 +210,14 @@ class DcAeStage(Stage):
         self.objective.eval()  # batch norms must not learn from held-out images, whoever asks
         values: dict[str, float] = {}
         for side in self.held_out:
-            images, made = self._reconstructed(side)
-            rows = {"input": images[:_PICTURES], "reconstruction": made[:_PICTURES]}
-            save_rows(samples / f"step-{step}-{side}px.png", rows)
-            values[f"psnr_{side}"] = float(psnr(images, made).mean())
-            values[f"ssim_{side}"] = float(ssim(images, made).mean())
-            values[f"spectral_distance_{side}"] = log_spectral_distance(images, made)
+            images, made, count = self._reconstructed(side)
+            rows = {"input": images, "reconstruction": made}
+            save_shared_rows(samples / f"step-{step}-{side}px.png", rows, count, at_most=_PICTURES)
+            values[f"psnr_{side}"] = mean_of_all(psnr(images, made), count)
+            values[f"ssim_{side}"] = mean_of_all(ssim(images, made), count)
+            frequency, power = _mean_spectrum(images, count)
+            distance = spectra_distance(frequency, power, _mean_spectrum(made, count)[1])
+            values[f"spectral_distance_{side}"] = distance
         return values
 
     @torch.no_grad()
@@ -219,12 +225,12 @@ class DcAeStage(Stage):
         """By resolution: the rings' frequencies, and the power of images and of reconstructions on them."""
         found = {}
         for side in self.held_out:
-            images, made = self._reconstructed(side)
-            frequency, power = radial_power_spectrum(images)
+            images, made, count = self._reconstructed(side)
+            frequency, power = _mean_spectrum(images, count)
             found[side] = {
                 "frequency": frequency.tolist(),
                 "images": power.tolist(),
-                "reconstructions": radial_power_spectrum(made)[1].tolist(),
+                "reconstructions": _mean_spectrum(made, count)[1].tolist(),
             }
         return found
 
@@ -254,16 +260,25 @@ class DcAeStage(Stage):
         variance = (statistics.std.square() + (statistics.mean - mean).square()).mean()
         return float(mean), float(variance.sqrt())
 
-    def _reconstructed(self, side: int) -> tuple[Tensor, Tensor]:
-        """Held-out images and their reconstructions ``[N, 3, side, side]``, clamped, on the CPU."""
+    def _reconstructed(self, side: int) -> tuple[Tensor, Tensor, int]:
+        """This process's held-out images, their reconstructions ``[n, 3, side, side]``, clamped, on the CPU, and how
+        many images all processes have together.
+        """
         held_out, model = self.held_out[side], self.autoencoder
-        images = first_images(held_out, self.loop.validation_images)
+        images, count = own_images(held_out, self.loop.validation_images)
         at_once = max(1, self.loop.batch_size * self.phase.resolution**2 // side**2)
         made = [
             model.decode(encode(model, part.to(model.device))).sample.float().cpu()
             for part in images.split(at_once)
         ]
-        return images, torch.cat(made).clamp(-1, 1)
+        return images, torch.cat(made).clamp(-1, 1), count
+
+
+def _mean_spectrum(images: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Frequencies ``[K]`` and mean power ``[K]`` of the images of all processes, ``count`` in all."""
+    spectra = [radial_power_spectrum(image[None]) for image in images]
+    powers = gathered([power for _, power in spectra], count)
+    return spectra[0][0], torch.stack(powers).mean(0)
 
 
 def _with_gradient(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

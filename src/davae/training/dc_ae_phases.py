@@ -20,6 +20,8 @@ from davae.training.dc_ae_settings import DcAeRecipe, Phase
 from davae.training.images import open_part
 from davae.training.loop import TrainResult, train
 from davae.training.memory import ImagesInMemory, MixedScales
+from davae.training.processes import everyone, is_first, start_processes
+from davae.training.provenance import data_facts
 from davae.training.recipe import differing_keys, dump_recipe, load_recipe
 from davae.training.run_directory import RunDirectory
 from davae.training.settings import DataSettings
@@ -103,6 +105,7 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
         workers=recipe.data.workers,
     )
     stage.timeout_s = recipe.data.timeout_s
+    stage.facts = data_facts(_data(recipe, settings.path, settings.resolution), stage.dataset)
     others = {f"phase{n}" for n in (1, 2, 3) if n != phase}  # may change without making this another run
     plain = recipe.model_dump(mode="json", exclude=others)
     plain |= {"phase": phase, "start": None if start is None else str(start)}
@@ -128,7 +131,8 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
         },
         "spectra": stage.spectra(),
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    if is_first():
+        (out / "summary.json").write_text(json.dumps(summary, indent=1))
     return result
 
 
@@ -220,6 +224,7 @@ def _data(recipe: DcAeRecipe, path: str | None, resolution: int) -> DataSettings
         crop=data.crop,
         flip=data.flip,
         split=data.split,
+        revision=data.revision if path is None or path == data.path else None,
         hold_out=data.hold_out,
     )
 
@@ -257,14 +262,19 @@ def _shape(autoencoder: DeepAutoencoder) -> dict[str, Any]:
 
 def _measured_before(stage: DcAeStage, out: Path, plain: dict[str, Any]) -> dict[str, float]:
     """The figures of what the phase starts from, measured once a run."""
-    RunDirectory(out, plain)  # refuses a folder of other settings before anything is written
+    with start_processes().main_process_first():
+        RunDirectory(out, plain, write=is_first())  # refuses a folder of other settings before all else
     kept = out / "before.json"
-    if kept.is_file():
-        return json.loads(kept.read_text())
+    known = everyone(json.loads(kept.read_text()) if kept.is_file() else None)[
+        0
+    ]  # what the first process sees
+    if known is not None:
+        return known
     if torch.accelerator.is_available():
         stage.objective.to(torch.accelerator.current_accelerator())
     figures = stage.validate(out / "samples", 0)
-    kept.write_text(json.dumps(figures))
+    if is_first():
+        kept.write_text(json.dumps(figures))
     return figures
 
 

@@ -67,6 +67,8 @@ class DcAeDataSettings(Section):
     crop: Literal["center", "random"] = "random"
     flip: bool = True
     split: str = "train"
+    revision: str | None = None
+    """A name on the hub: the branch, tag or commit to take; none takes the newest."""
     hold_out: Annotated[float, Field(ge=0)] = 0.05
     """Share of the images (below 1) or their number (1 and more) kept for measuring."""
     workers: Annotated[int, Field(ge=0)] = 0

@@ -161,6 +161,7 @@ def _loop(loop: LoopSettings, optimizer: OptimizerSettings) -> dict[str, object]
         "precision": loop.precision,
         "gradient_checkpointing": loop.gradient_checkpointing,
         "ema": loop.ema_decay is not None,
+        "optimizer_bytes": 2.0 if optimizer.kind == "adamw8bit" else 8.0,
     }
 
 

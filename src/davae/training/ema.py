@@ -8,12 +8,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from davae.training.sharded_tensors import like
+
 
 class Ema:
     """``average <- d average + (1 - d) weight`` after every step, kept in float32.
 
     The decay is warmed up as ``d = min(decay, (1 + n) / (10 + n))`` for the n-th update, so that a short
     training is not dominated by its first weights.
+
+    Averages of sharded parameters are sharded alike: every process keeps its own part.
 
     Args:
         parameters: the trained parameters, in a fixed order.
@@ -43,6 +47,15 @@ class Ema:
             yield
         finally:
             self._write(own)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages by number, as a checkpoint keeps them."""
+        return {str(i): average for i, average in enumerate(self.averages)}
+
+    def restore(self, saved: dict[str, Tensor], updates: int) -> None:
+        """Put whole averages written from :meth:`tensors` back, and the number of updates that made them."""
+        self.updates = updates
+        self.averages = [like(saved[name], average) for name, average in self.tensors().items()]
 
     @torch.no_grad()
     def _write(self, values: list[Tensor]) -> None:

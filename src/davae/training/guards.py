@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from davae.errors import DavaeError
 from davae.training.settings import LoopSettings
+from davae.training.sharded_tensors import gradient_norms
 
 logger = logging.getLogger(__name__)
 _IDS_TOLD = 8
@@ -78,8 +79,7 @@ class StepGuard:
         """
         trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         self._names.setdefault(player, [n for n, _ in trained])
-        gradients = [p.grad if p.grad is not None else p.new_zeros(()) for _, p in trained]
-        norms = torch.stack([n.float() for n in torch._foreach_norm(gradients)])
+        norms = gradient_norms([p for _, p in trained])
         total = norms.norm() if norm is None else norm.detach()
         terms = [name for part in losses for name in part]
         finite_terms = torch.stack([v.detach().isfinite().all() for part in losses for v in part.values()])

@@ -16,6 +16,7 @@ from davae.errors import DavaeError
 from davae.evaluation import psnr
 from davae.models import AutoencoderDA
 from davae.pipelines.families import family_of
+from davae.training.processes import gathered, share
 from davae.training.settings import DataSettings
 
 
@@ -39,6 +40,7 @@ def open_part(
         hold_out=data.hold_out,
         part=part,
         buckets=bucket_sizes(data, unit) if training else None,
+        revision=data.revision,
     )
 
 
@@ -80,11 +82,34 @@ def first_images(dataset: Dataset[dict[str, Any]], count: int) -> Tensor:
     return torch.stack([dataset[i]["image"] for i in range(min(count, len(dataset)))])  # type: ignore[arg-type]
 
 
+def own_images(dataset: Dataset[dict[str, Any]], count: int) -> tuple[Tensor, int]:
+    """This process's share of the first ``count`` images, ``[n, 3, H, W]``, and how many all have together."""
+    count = min(count, len(dataset))  # type: ignore[arg-type]
+    return torch.stack([dataset[i]["image"] for i in share(count)]), count
+
+
 def stack_images(items: list[dict[str, Any]]) -> Tensor:
     """The images of a batch's items, ``[B, 3, H, W]``: what a loader collates where nothing else is needed."""
     return torch.stack([item["image"] for item in items])
 
 
-def mean_psnr(images: Tensor, made: Tensor) -> float:
-    """PSNR of images in [-1, 1], clamped, averaged over images; dB."""
-    return float(psnr(images, made.float().clamp(-1, 1)).mean())
+def mean_psnr(images: Tensor, made: Tensor, count: int | None = None) -> float:
+    """PSNR of images in [-1, 1], clamped, averaged over images; dB.
+
+    Args:
+        images: ``[n, 3, H, W]``.
+        made: the same.
+        count: where each process has its :func:`own_images`: how many all have together.
+    """
+    values = psnr(images, made.float().clamp(-1, 1))
+    return float(values.mean()) if count is None else mean_of_all(values, count)
+
+
+def mean_of_all(values: Tensor, count: int) -> float:
+    """The mean over the images of all processes, the same in each.
+
+    Args:
+        values: ``[n]``, of this process's images.
+        count: images in all.
+    """
+    return float(torch.tensor(gathered(values.tolist(), count)).mean())

@@ -14,7 +14,7 @@ from davae.pipelines.same_base import layout_over
 from davae.training.autoencoder import AutoencoderStage
 from davae.training.images import open_part, open_training_part
 from davae.training.loop import TrainResult, train
-from davae.training.provenance import base_facts
+from davae.training.provenance import base_facts, data_facts
 from davae.training.settings import AutoencoderModelSettings, UpgradeRecipe
 
 logger = logging.getLogger(__name__)
@@ -98,8 +98,15 @@ def _train(recipe: UpgradeRecipe, base: Any, vae: AutoencoderDA, out: Path) -> T
             )
         data = data.model_copy(update={"resolution": data.resolution // ratio})
     train_set, held_out = open_training_part(data, vae, base), open_part(data, "held_out")
-    stage = AutoencoderStage(vae, recipe.autoencoder, train_set, held_out, workers=data.workers)
-    stage.timeout_s, stage.facts = data.timeout_s, base_facts(recipe, base)
+    stage = AutoencoderStage(
+        vae,
+        recipe.autoencoder,
+        train_set,
+        held_out,
+        workers=data.workers,
+        cache_latents=data.cache_latents and data.crop == "center" and not data.flip,
+    )
+    stage.timeout_s, stage.facts = data.timeout_s, base_facts(recipe, base) | data_facts(data, train_set)
     plain = recipe.model_dump(mode="json") | ({"level": len(vae.levels) - 1} if ratio > 1 else {})
     result = train(stage, out, plain)
     assert result is not None

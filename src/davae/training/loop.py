@@ -10,85 +10,42 @@ would have seen, and ends with the same weights.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import signal
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
-from torch import Tensor, nn
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from torch import Tensor
 
 from davae.data import BatchStream, SkipLedger
 from davae.data.stalls import is_of_a_dead_worker, told_dead_worker
 from davae.errors import DavaeError
 from davae.models.float32_islands import keep_linear_attention_in_float32
-from davae.training.checkpoint import newest_whole
+from davae.pipelines.speed import compile_regions
 from davae.training.checkpoint_writer import CheckpointWriter
 from davae.training.ema import Ema
+from davae.training.full_disk import telling_of_a_full_disk
 from davae.training.guards import KeptBuffers, StepGuard, told_out_of_memory
-from davae.training.module_state import module_tensors, optimizer_tensors, restore_module, restore_optimizer
 from davae.training.optimizers import learning_rate, make_optimizer
+from davae.training.processes import LONGEST_WAIT, use_cpu
 from davae.training.progress import Progress
 from davae.training.run_directory import RunDirectory
-from davae.training.settings import LoopSettings, OptimizerSettings
+from davae.training.run_state import RunState
+from davae.training.sharded_tensors import clip_gradients, mask_gradients, spread_masks
+from davae.training.sharding import begin_accelerator, is_sharding, replicate, shard, unsynced
 from davae.training.shared_draws import SharedDraws
+from davae.training.stage import Player, Stage
 from davae.training.stopping import StopRequest, TrainingStopped
+from davae.training.whole_models import dissolve, whole
 from davae.training.window import LossWindow
 
 logger = logging.getLogger(__name__)
-
-_LONGEST_WAIT = timedelta(hours=2)
-"""For the first process, which validates and exports while the others wait. torch's own limit is ten minutes."""
-
-
-@dataclass
-class Player:
-    """A module with its own optimizer. ``module(batch, step)`` gives named losses, among them ``total``."""
-
-    name: str
-    module: nn.Module
-    optimizer: OptimizerSettings
-    learning_rates: dict[str, float] = field(default_factory=dict)
-    """Learning rates of parameters by exact name, where they differ from the optimizer's."""
-
-    def trained(self) -> list[nn.Parameter]:
-        """The parameters that learn."""
-        return [p for p in self.module.parameters() if p.requires_grad]
-
-
-class Stage(ABC):
-    """What a training brings to the loop."""
-
-    name: str
-    loop: LoopSettings
-    players: list[Player]
-    """The first is the model (averaged, validated); a discriminator may follow."""
-    dataset: torch.utils.data.Dataset[dict[str, Any]]
-    workers: int = 0
-    """Loader processes."""
-    timeout_s: float = 0.0
-    """Seconds to wait for a batch of images; 0 waits for ever."""
-    facts: dict[str, Any] = {}  # replaced, never changed  # noqa: RUF012
-    """What the run's ``environment.json`` says besides: where the base's weights came from."""
-
-    @abstractmethod
-    def validate(self, samples: Path, step: int) -> dict[str, float]:
-        """Measure the model on held-out images and write a picture into ``samples``."""
-
-    @abstractmethod
-    def export(self, out: Path) -> Path:
-        """Write the result in diffusers format below ``out`` and return its folder."""
-
-    def to(self, device: torch.device) -> None:  # noqa: B027 (most stages hold nothing else)
-        """Move what the players do not hold (frozen models) to the device."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +82,8 @@ def train(
         TrainingStopped: a signal asked for it.
     """
     try:
-        return _Training(stage, out, recipe).run(stop_after)
+        with telling_of_a_full_disk(out, "Its checkpoints are whole"):
+            return _Training(stage, out, recipe).run(stop_after)
     except torch.OutOfMemoryError as error:
         raise DavaeError(told_out_of_memory(stage.name, stage.loop)) from error
     except RuntimeError as error:
@@ -134,19 +92,40 @@ def train(
         raise DavaeError(f"{stage.name}: {told_dead_worker()}") from error
 
 
+def steps_of(stage: Stage, out: Path) -> Callable[[], None]:
+    """A call that makes the next step of a stage as :func:`train` does, data and all; nothing is logged or saved.
+
+    For benchmarks and profiles.
+
+    Args:
+        stage: what to train.
+        out: an empty folder.
+    """
+    training = _Training(stage, out, {})
+    training._prepare()
+    batches, steps = iter(training.stream), itertools.count()
+
+    def step() -> None:
+        number = next(steps)
+        batch = training._step(number, batches)
+        if training.accelerator.device.type == "cpu":
+            training._guard(number + 1, batch)
+
+    return step
+
+
 class _Training:
     """A stage, prepared: what its steps need beside the model."""
 
     def __init__(self, stage: Stage, out: Path, recipe: dict[str, Any]) -> None:
         self.stage, self.loop, self.out = stage, stage.loop, out
         loop = self.loop
-        AcceleratorState._reset_state()  # one process may train several stages, each with its own precision
-        self.accelerator = Accelerator(
+        self.accelerator = begin_accelerator(
             mixed_precision=loop.precision,
             log_with=loop.report_to or None,
             project_dir=str(out),
-            cpu=_use_cpu(),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
+            cpu=use_cpu(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
         )
         self.main = self.accelerator.is_main_process
         with self.accelerator.main_process_first():
@@ -182,14 +161,26 @@ class _Training:
             accelerator.init_trackers("tracking")
         stage.to(accelerator.device)
         for player in stage.players:
-            player.module.to(accelerator.device).train()  # loaded models come in eval mode
+            if not self._shards(player):  # a model that must be sharded may not fit the device whole
+                player.module.to(accelerator.device)
+            player.module.train()  # loaded models come in eval mode
             keep_linear_attention_in_float32(player.module)
-            if loop.channels_last:
+            if loop.channels_last and not loop.plain:
                 player.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if loop.compile and not loop.plain:
+                compile_regions(player.module)
         self.modules, self.optimizers = [], []
         for player in stage.players:
-            optimizer = make_optimizer(player.name, player.module, player.optimizer, player.learning_rates)
-            module, optimizer = accelerator.prepare(player.module, optimizer)
+            optimizer = make_optimizer(
+                player.name, player.module, player.optimizer, player.learning_rates, fused=not loop.plain
+            )
+            if self._shards(player):
+                module, optimizer = shard(accelerator, player.module, optimizer)
+            elif is_sharding(accelerator):
+                module = replicate(player.module, accelerator.device)
+                optimizer = accelerator.prepare_optimizer(optimizer)
+            else:
+                module, optimizer = accelerator.prepare(player.module, optimizer)
             self.modules.append(module)
             self.optimizers.append(optimizer)
         self.ema = Ema(stage.players[0].trained(), loop.ema_decay) if loop.ema_decay is not None else None
@@ -205,6 +196,20 @@ class _Training:
         self.ledger = SkipLedger.for_dataset(stage.dataset)
         self.window = LossWindow()
         self.guard = StepGuard(stage.name, loop, self.out)
+        self.masks = {p.name: spread_masks(p.module, p.gradient_masks) for p in stage.players}
+        names = [player.name for player in stage.players]
+        self.state = RunState(
+            modules={player.name: player.module for player in stage.players},
+            optimizers=dict(zip(names, self.optimizers)),
+            ema=self.ema,
+            stream=self.stream,
+            ledger=self.ledger,
+            guard=self.guard,
+        )
+
+    def _shards(self, player: Player) -> bool:
+        """Whether a player's weights are spread over the processes: the model's are, where the launcher asks."""
+        return is_sharding(self.accelerator) and player is self.stage.players[0] and player.can_be_sharded
 
     def _steps(self, start: int, stop_after: int | None) -> bool:
         """The loop. Returns whether it went to its end."""
@@ -225,7 +230,7 @@ class _Training:
                     watched, best = self._validate(done)
                 if done % loop.checkpoint_every == 0 or done == loop.steps or stopping or best:
                     self._guard(done, batch)
-                    self._save(done, watched)
+                    self.state.save(self.writer, done, watched)
                 self.writer.check()
                 progress.advance()
                 if stopping and done < loop.steps:
@@ -251,10 +256,12 @@ class _Training:
             batch = to_device(batch, accelerator.device)
             for i, module in enumerate(self.modules):
                 _seed_step(loop.seed, step, micro)
-                synced = nullcontext() if last else accelerator.no_sync(module)
+                synced = nullcontext() if last else unsynced(accelerator, module)
                 with synced, accelerator.autocast(), self._draws():
                     losses[i].append(module(batch, step))
                 accelerator.backward(losses[i][-1]["total"] / loop.gradient_accumulation)
+        for player in self.stage.players:
+            mask_gradients(player.module, self.masks[player.name])
         for i, (player, optimizer) in enumerate(zip(self.stage.players, self.optimizers)):
             for part in losses[i]:
                 self.window.add(part, "" if i == 0 else player.name)
@@ -263,7 +270,9 @@ class _Training:
                 group["lr"] = rate * group["rate_factor"]
             good = self._judge(step + 1, player, optimizer, losses[i], ids, log_norm=i == 0)
             kept[i].restore_unless(good)
-            if loop.precision != "fp16":  # there the gradient scaler does the same
+            if loop.plain and not good:  # the plain optimizer cannot read the verdict on the device
+                continue
+            if loop.precision != "fp16" and not loop.plain:  # the gradient scaler of fp16 does the same
                 optimizer.optimizer.found_inf = (~good).float()  # read by the fused optimizer, on the device
             optimizer.step()
         if self.ema is not None:
@@ -289,7 +298,7 @@ class _Training:
         norm = None
         self.accelerator.unscale_gradients(optimizer)
         if self.loop.max_grad_norm is not None:
-            norm = self.accelerator.clip_grad_norm_(player.trained(), self.loop.max_grad_norm)
+            norm = clip_gradients(player.trained(), self.loop.max_grad_norm)
             if log_norm:
                 self.window.add({"gradient_norm": norm})
         good = self.guard.judge(done, player.name, player.module, losses, ids, norm)
@@ -301,7 +310,7 @@ class _Training:
     def _guard(self, done: int, batch: dict[str, Any]) -> None:
         self.guard.read()
         if self.guard.exhausted:
-            self._save(done, None)
+            self.state.save(self.writer, done, None)
             self.writer.wait()
             self.guard.give_up(batch)
 
@@ -330,8 +339,9 @@ class _Training:
         return values
 
     def _validate(self, done: int) -> tuple[float | None, bool]:
-        """Measure in the first process; returns, in all, the watched metric and whether it was never better."""
-        watched = self._measure(done) if self.main else None
+        """Measure in all processes; returns the watched metric and whether it was never better."""
+        self._evaluate(done)
+        watched = self._measured(done) if self.main else None
         found = [watched, watched is not None and self.writer.is_best(watched)]
         if self.accelerator.num_processes > 1 and self.loop.best_metric is not None:
             broadcast_object_list(found)  # all save the best, or none
@@ -341,12 +351,12 @@ class _Training:
         """Validate with the averaged weights, as the result will be used."""
         model = self.stage.players[0].module
         model.eval()
-        with self.ema.applied() if self.ema is not None else nullcontext(), torch.no_grad():
+        averaged = self.ema.applied() if self.ema is not None else nullcontext()
+        with averaged, whole(model), torch.no_grad():
             self.metrics = self.stage.validate(self.directory.samples, done)
         model.train()
 
-    def _measure(self, done: int) -> float | None:
-        self._evaluate(done)
+    def _measured(self, done: int) -> float | None:
         self.directory.write_metrics(done, self.metrics)
         self.accelerator.log(self.metrics, step=done)
         best = self.loop.best_metric
@@ -359,64 +369,24 @@ class _Training:
             )
         return self.metrics[best]
 
-    def _save(self, done: int, watched: float | None) -> None:
-        self._merge_ledgers()
-        if self.main:
-            tensors = {}
-            for player, optimizer in zip(self.stage.players, self.optimizers):
-                tensors[player.name] = module_tensors(player.module)
-                tensors[f"{player.name}_optimizer"] = optimizer_tensors(optimizer)
-            values: dict[str, Any] = {
-                "stream": self.stream.state_dict(),
-                "skipped": self.ledger.state_dict(),
-                "guard": {"skipped": self.guard.skipped, "in_a_row": 0}
-                if self.guard.exhausted
-                else self.guard.state_dict(),
-            }
-            if self.ema is not None:
-                tensors["averages"] = {str(i): a for i, a in enumerate(self.ema.averages)}
-                values["ema_updates"] = self.ema.updates
-            self.writer.save(done, tensors, values, watched=watched)
-        self.accelerator.wait_for_everyone()
-
-    def _merge_ledgers(self) -> None:
-        """Every process met bad files of its own; afterwards each knows all."""
-        if self.accelerator.num_processes > 1:
-            for state in gather_object([self.ledger.state_dict()]):
-                self.ledger.load_state_dict(state)
-
     def _resume(self) -> int:
         """Put the newest whole checkpoint back; returns its step, 0 where there is none."""
-        found = newest_whole(self.directory.checkpoints)
-        if found is None:
-            return 0
-        path, tensors, values = found
-        for player, optimizer in zip(self.stage.players, self.optimizers):
-            restore_module(player.module, tensors[player.name], path)
-            restore_optimizer(optimizer, tensors[f"{player.name}_optimizer"])
-        if self.ema is not None:
-            self.ema.updates = values["ema_updates"]
-            for i, average in enumerate(self.ema.averages):
-                average.copy_(tensors["averages"][str(i)])
-        self.stream.load_state_dict(values["stream"])
-        self.ledger.load_state_dict(values["skipped"])
-        self.guard.load_state_dict(values["guard"])
-        step = int(values["step"])
-        logger.info("%s continues from step %d", self.stage.name, step)
-        if self.main:
-            self.directory.forget_metrics_after(step)
+        step = self.state.restore(self.directory.checkpoints)
+        if step:
+            logger.info("%s continues from step %d", self.stage.name, step)
+            if self.main:
+                self.directory.forget_metrics_after(step)
         return step
 
     def _result(self) -> TrainResult:
-        self._merge_ledgers()
+        self.state.merge_ledgers()
         self.ledger.check()
         result = self.out
-        if (
-            self.main and not self.metrics
-        ):  # the run had ended before: measure again rather than report nothing
+        if not self.metrics:  # the run had ended before: measure again rather than report nothing
             self._evaluate(self.loop.steps)
-        if self.main:
-            with self.ema.applied() if self.ema is not None else nullcontext():
+        with self.ema.applied() if self.ema is not None else nullcontext():
+            dissolve(self.stage.players[0].module)
+            if self.main:
                 result = self.stage.export(self.out)
         facts: list[Any] = [result, self.metrics]
         if self.accelerator.num_processes > 1:
@@ -442,7 +412,3 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {k: to_device(v, device) for k, v in value.items()}
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-
-def _use_cpu() -> bool:
-    return not torch.cuda.is_available() and not torch.backends.mps.is_available()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from davae.errors import DavaeError
+from davae.evaluation.dino_distance import DinoDistance
 from davae.training.perceptual import LpipsLoss
 from davae.training.settings import ReconstructionSettings
 
@@ -29,12 +31,13 @@ def laplacian_l1(error: Tensor, levels: int = 3) -> Tensor:
 
 
 class ReconstructionLoss(nn.Module):
-    """Weighted sum of L1, squared error, Laplacian-pyramid L1 and LPIPS between images in [-1, 1]."""
+    """Weighted sum of L1, squared error, Laplacian-pyramid L1, LPIPS and DINO distance of images in [-1, 1]."""
 
     def __init__(self, settings: ReconstructionSettings) -> None:
         super().__init__()
         self.settings = settings
         self.lpips = LpipsLoss(settings.lpips_backbone) if settings.lpips_weight else None
+        self.dino = _dino(settings.dino_backbone) if settings.dino_weight else None
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """Named terms of ``[B, 3, H, W]`` images and ``reconstruction``, their weighted sum."""
@@ -50,4 +53,14 @@ class ReconstructionLoss(nn.Module):
         if self.lpips is not None:
             terms["lpips"] = self.lpips(images, reconstruction)
             total = total + self.settings.lpips_weight * terms["lpips"]
+        if self.dino is not None:
+            terms["dino"] = self.dino(images, reconstruction).mean()
+            total = total + self.settings.dino_weight * terms["dino"]
         return {**terms, "reconstruction": total}
+
+
+def _dino(backbone: str | None) -> DinoDistance:
+    try:
+        return DinoDistance(backbone)
+    except DavaeError as error:
+        raise DavaeError(f"reconstruction.dino_backbone: {error}") from error

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from davae.data import item_generator
 from davae.data.buckets import bucket_of
+from davae.training.processes import gathered, share
 
 Item = dict[str, Any]
 
@@ -86,7 +87,7 @@ class MixedScales(Dataset[Item]):
 
 
 class LatentsInMemory(Dataset[Item]):
-    """The latents of all images of a data set, encoded once.
+    """The latents of all images of a data set, encoded once; each process encodes its share and holds all.
 
     Args:
         source: a map-style data set of items with an ``image`` in [-1, 1].
@@ -104,18 +105,52 @@ class LatentsInMemory(Dataset[Item]):
         batch_size: int = 32,
     ) -> None:
         _keep_facts(self, source)
-        self.items: list[Item] = []
+        encoded: list[Item] = []
         count = len(source)  # type: ignore[arg-type]
-        for first in range(0, count, batch_size):
-            items = [dict(source[i]) for i in range(first, min(first + batch_size, count))]
+        mine = share(count)
+        for first in range(0, len(mine), batch_size):
+            items = [dict(source[i]) for i in mine[first : first + batch_size]]
             latents = _encode_by_size([i.pop("image") for i in items], encode)
-            self.items += [{**prepare(item), "latent": latent} for item, latent in zip(items, latents)]
+            encoded += [{**item, "latent": latent} for item, latent in zip(items, latents)]
+        # Prepared here, not before: what items share (embeddings of a caption) must not be sent with each of them.
+        self.items = [prepare(item) for item in gathered(encoded, count)]
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Item:
         return dict(self.items[index])
+
+
+class WithBaseLatents(Dataset[Item]):
+    """The images of a data set with the latents of a frozen encoder beside them, as ``base_latent``.
+
+    As in `LatentsInMemory` each process encodes its share and holds all.
+
+    Args:
+        source: a map-style data set of items with an ``image`` in [-1, 1], the same in every epoch.
+        encode: ``[B, 3, H, W]`` to ``[B, C, h, w]``.
+        batch_size: images encoded together, as far as they have one size.
+    """
+
+    def __init__(
+        self, source: Dataset[Item], encode: Callable[[Tensor], Tensor], *, batch_size: int = 32
+    ) -> None:
+        self.source = source
+        _keep_facts(self, source)
+        encoded: list[Tensor] = []
+        count = len(source)  # type: ignore[arg-type]
+        mine = share(count)
+        for first in range(0, len(mine), batch_size):
+            images = [source[i]["image"] for i in mine[first : first + batch_size]]
+            encoded += _encode_by_size(images, encode)
+        self.latents = gathered(encoded, count)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> Item:
+        return {**self.source[index], "base_latent": self.latents[index]}
 
 
 class Prepared(Dataset[Item]):

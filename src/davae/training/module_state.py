@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
+from davae.training.sharded_tensors import like
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -33,7 +34,7 @@ def restore_module(module: nn.Module, saved: dict[str, Tensor], where: Path) -> 
             raise DavaeError(
                 f"checkpoint {where}: '{name}' has shape {tuple(saved[name].shape)}, expected {tuple(tensor.shape)}"
             )
-        tensor.copy_(saved[name])
+        tensor.copy_(like(saved[name], tensor))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -49,7 +50,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
     """Put moments written by :func:`optimizer_tensors` back.
 
-    Files hold contiguous tensors. Moments get the memory order of their parameter again, as fused optimizers
+    Files hold whole, contiguous tensors. Moments are spread and ordered as their parameter is, which fused optimizers
     expect: a channels-last weight with contiguous moments would be updated wrongly.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -58,6 +59,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
         index, _, name = key.partition(".")
         parameter = parameters[int(index)]
         if value.shape == parameter.shape:
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            value = like(value, parameter)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from davae.errors import DavaeError
+from davae.training.eight_bit import eight_bit_adamw
 from davae.training.settings import OptimizerSettings
 
 
@@ -23,9 +24,14 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
 
 
 def make_optimizer(
-    name: str, module: nn.Module, settings: OptimizerSettings, rates: dict[str, float]
-) -> torch.optim.AdamW:
-    """Fused AdamW over a module's trained parameters.
+    name: str,
+    module: nn.Module,
+    settings: OptimizerSettings,
+    rates: dict[str, float],
+    *,
+    fused: bool = True,
+) -> torch.optim.Optimizer:
+    """AdamW over a module's trained parameters: torch's fused one, or the one of 8 bits.
 
     Args:
         name: whose optimizer it is, for the error.
@@ -33,9 +39,10 @@ def make_optimizer(
         settings: of AdamW.
         rates: learning rates of parameters by exact name, where they differ from the settings'; kept as
             ``rate_factor`` of the parameter group, which multiplies the scheduled rate.
+        fused: False goes from parameter to parameter.
 
     Raises:
-        DavaeError: no parameter requires gradients.
+        DavaeError: no parameter requires gradients, or bitsandbytes is needed and not installed.
     """
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     if not named:
@@ -44,11 +51,14 @@ def make_optimizer(
     for parameter_name, parameter in named:
         by_rate.setdefault(rates.get(parameter_name, settings.learning_rate), []).append(parameter)
     groups = [{"params": p, "rate_factor": rate / settings.learning_rate} for rate, p in by_rate.items()]
+    if settings.kind == "adamw8bit":
+        return eight_bit_adamw(groups, settings)
     return torch.optim.AdamW(
         groups,
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused=True,
+        fused=fused,
+        foreach=None if fused else False,
     )

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from davae.training.processes import gathered_in_first, is_first, share
+
 PICTURES = 8  # images in a row of a validation picture
 _GAP = 2  # pixels between tiles
 
@@ -32,6 +34,19 @@ def image_grid(rows: list[Tensor]) -> Image.Image:
     whole = torch.cat([F.pad(t, (0, width - t.shape[2]), value=1.0) for t in tiles], dim=1)
     pixels = ((whole + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
     return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def save_shared_rows(path: Path, rows: dict[str, Tensor], count: int, *, at_most: int = PICTURES) -> None:
+    """:func:`save_rows` of the first of ``count`` images; each process gives its share of every row."""
+    mine = share(count)
+    shown = {}
+    for name, row in rows.items():
+        own = [image.float().cpu() if i < at_most else None for i, image in zip(mine, row, strict=True)]
+        found = [image for image in gathered_in_first(own, count) if image is not None]
+        if is_first():
+            shown[name] = torch.stack(found)
+    if is_first():
+        save_rows(path, shown)
 
 
 def save_rows(path: Path, rows: dict[str, Tensor]) -> None:

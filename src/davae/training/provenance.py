@@ -1,11 +1,11 @@
-"""Where a run's base came from: what its environment.json says, and what a recipe can pin."""
+"""Where a run's base and its images came from: what its environment.json says, and what a recipe can pin."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from davae.training.settings import UpgradeRecipe
+from davae.training.settings import DataSettings, UpgradeRecipe
 
 _SNAPSHOT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\]|$)")
 
@@ -14,6 +14,20 @@ def base_facts(recipe: UpgradeRecipe, pipe: Any) -> dict[str, Any]:
     """``{"base": {"name", "revision", "commit"}}``; ``commit`` is none where it is not known (folders, embedded)."""
     return {
         "base": {"name": recipe.base, "revision": recipe.base_revision, "commit": commit_of(pipe)},
+    }
+
+
+def data_facts(data: DataSettings, images: Any) -> dict[str, Any]:
+    """``{"data": {"name", "revision", "commit"}}``; ``commit`` is none where images are not from the hub.
+
+    Args:
+        data: the recipe's section.
+        images: a data set that was opened by it, or one around such a data set.
+    """
+    while hasattr(images, "source"):
+        images = images.source
+    return {
+        "data": {"name": data.path, "revision": data.revision, "commit": getattr(images, "commit", None)},
     }
 
 

@@ -78,6 +78,21 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
+def with_later_settings(dumped: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that an earlier version dumped, with settings that came since at their defaults.
+
+    What is no recipe of today (a setting was taken away, say) stays as it is, to be compared as it is.
+    """
+    kind = _KINDS.get(dumped.get("kind", "upgrade"))
+    if kind is None:
+        return dumped
+    try:
+        known = kind.model_validate({key: dumped[key] for key in dumped if key in kind.model_fields})
+    except ValidationError:
+        return dumped
+    return dumped | known.model_dump(mode="json")
+
+
 def differing_keys(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
     """Dotted names of the values in which two dumped recipes differ, with both values."""
     found = []

@@ -25,7 +25,7 @@ from davae.training.dry_run_base import dry_run_base as describe_base_run
 from davae.training.images import open_part, open_training_part
 from davae.training.levels import train_levels
 from davae.training.loop import TrainResult, train
-from davae.training.provenance import base_facts
+from davae.training.provenance import base_facts, data_facts
 from davae.training.recipe import load_recipe
 from davae.training.settings import BaseRecipe, UpgradeRecipe
 
@@ -110,7 +110,7 @@ def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Trai
         workers=recipe.data.workers,
         before=base,
     )
-    stage.timeout_s, stage.facts = data.timeout_s, base_facts(recipe, base)
+    stage.timeout_s, stage.facts = data.timeout_s, base_facts(recipe, base) | data_facts(data, held_out)
     result = train(stage, out, recipe.model_dump(mode="json") | {"autoencoder_folder": str(autoencoder)})
     assert result is not None
     return result

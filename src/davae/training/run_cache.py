@@ -9,6 +9,7 @@ from davae.data.cache import Format, verify_cache
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.training.caching import write_cache
+from davae.training.processes import is_first
 from davae.training.recipe import load_recipe
 from davae.training.run import load_recipe_base
 from davae.training.settings import UpgradeRecipe
@@ -22,7 +23,8 @@ def run_cache(
     form: Format = "safetensors",
     batch_size: int = 8,
 ) -> str:
-    """Cache the training images of a recipe in ``out``; returns what to tell the person who asked.
+    """Cache the training images of a recipe in ``out``; returns what to tell the person who asked (of several
+    processes the first one does).
 
     Raises:
         DavaeError: the recipe, the data or the autoencoder is wrong, or ``out`` holds something else.
@@ -48,6 +50,8 @@ def run_cache(
         batch_size=batch_size,
         text_length=settings.diffusion.prompts.max_length,
     )
+    if not is_first():
+        return ""
     texts = f" and {made.texts} texts" if made.texts else ""
     return (
         f"{made.images} images as {made.entries} latents{texts}, {made.nbytes / 1e6:.1f} MB: {made.folder}\n"

@@ -19,7 +19,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from davae.errors import DavaeError
-from davae.training.recipe import differing_keys
+from davae.training.recipe import differing_keys, with_later_settings
 
 logger = logging.getLogger(__name__)
 _PACKAGES = ("davae", "torch", "diffusers", "accelerate", "peft", "transformers", "safetensors", "datasets")
@@ -62,7 +62,7 @@ class RunDirectory:
         self.metrics_file = path / "metrics.jsonl"
         config = path / "config.yaml"
         if config.is_file():
-            changed = differing_keys(recipe, yaml.safe_load(config.read_text()))
+            changed = differing_keys(recipe, with_later_settings(yaml.safe_load(config.read_text())))
             differing = [c for c in changed if c.partition(":")[0].rpartition(".")[2] not in _MAY_CHANGE]
             if changed and not differing:
                 logger.info("%s goes on with %s", path, "; ".join(changed))
@@ -74,8 +74,8 @@ class RunDirectory:
         if not write:
             return
         path.mkdir(parents=True, exist_ok=True)
-        config.write_text(yaml.safe_dump(recipe, sort_keys=False))
-        (path / "environment.json").write_text(json.dumps(environment() | (facts or {}), indent=2))
+        _write_whole(config, yaml.safe_dump(recipe, sort_keys=False))
+        _write_whole(path / "environment.json", json.dumps(environment() | (facts or {}), indent=2))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -107,9 +107,14 @@ class RunDirectory:
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines that a resumed run will write again."""
         kept = [line for line in read_metrics(self.metrics_file) if line["step"] <= step]
-        partial = self.metrics_file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self.metrics_file)
+        _write_whole(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write beside and rename: a full disk or a kill leaves what was there before."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -30,6 +30,9 @@ class DataSettings(Section):
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     split: str = "train"
+    revision: str | None = None
+    """A name on the hub: the branch, tag or commit to take; none takes the newest. The run's environment.json says
+    which commit it was, to be pinned here."""
     hold_out: Annotated[float, Field(ge=0)] = 0.05
     """Share of the images (below 1) or their number (1 and more) kept for validation."""
     workers: Annotated[int, Field(ge=0)] = 0
@@ -40,7 +43,8 @@ class DataSettings(Section):
     """Aspect-ratio buckets for the training images: ``true`` for sizes of about ``resolution ** 2`` pixels, or
     a list of [width, height]. Held-out images stay square."""
     cache_latents: bool = False
-    """Diffusion stage: encode the images once and keep the latents in memory."""
+    """Encode the images once and keep the latents in memory: all of them in the diffusion stage, the base's in the
+    autoencoder stage (where images are the same in every epoch: no random crop, no flip)."""
     cache: str | None = None
     """Diffusion stage: folder that ``davae cache`` wrote; latents and embeddings are read from it."""
     cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -69,6 +73,10 @@ class LoopSettings(Section):
     precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_yaml_no)] = "no"
     channels_last: bool = True
     """Convolutions in channels-last memory order: the same numbers, faster on most devices."""
+    compile: bool = False
+    """``torch.compile`` of what is repeated: the blocks of a transformer, encoders and decoders."""
+    plain: bool = False
+    """Every measure for speed off, at equal results (docs/speed.md): what benchmarks compare with."""
     gradient_checkpointing: bool = False
     seed: int = 0
     log_every: Positive = 10
@@ -87,6 +95,8 @@ class LoopSettings(Section):
 class OptimizerSettings(Section):
     """AdamW and its learning-rate schedule."""
 
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    """``adamw8bit`` keeps the moments in 8 bits, a quarter of the memory; it needs bitsandbytes, and no FSDP."""
     learning_rate: Annotated[float, Field(gt=0)]
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Weight = 0.0
@@ -131,6 +141,10 @@ class ReconstructionSettings(Section):
     """LPIPS (VGG); needs the ``lpips`` extra and its backbone file."""
     lpips_backbone: str | None = None
     """File of the VGG-16 weights (torchvision layout, safetensors or .pth)."""
+    dino_weight: Weight = 0.0
+    """Distance through the layers of a DINO network; 250 to 1000 beside an L1 of weight 1 is usual."""
+    dino_backbone: str | None = None
+    """Folder of the network (transformers layout: ``config.json``, ``model.safetensors``)."""
     kl_weight: Weight = 1e-6
     kl_reduction: Literal["mean", "sum"] = "mean"
     gan: GanSettings = GanSettings()
@@ -218,6 +232,9 @@ class FlowLossSettings(Section):
     min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
     cosine_weight: Weight = 0.0
     """Weight of ``1 - cos(prediction, target)`` over channels, not scheduled (LightningDiT)."""
+    variance_weight: Weight = 1.0
+    """Weight of the variational bound of variances that a transformer predicts beside the noise (DiT, PixArt), in
+    bits; 0 leaves them as they are. Others have no such term."""
     detail_warmup_steps: Annotated[int, Field(ge=0)] = 0
     """``N`` of Eq. 12: steps over which the detail channels' loss fades in."""
     detail_schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -11,6 +11,7 @@ from davae.latents import AlignmentLoss, LatentLayout, adaptive_weight, gaussian
 from davae.models import AutoencoderDA
 from davae.training.adversary import Adversary
 from davae.training.losses import ReconstructionLoss
+from davae.training.one_backward import decode_once
 from davae.training.settings import AlignmentSettings, ReconstructionSettings
 
 MAX_ADAPTIVE_ALIGNMENT = 1e8  # official code
@@ -23,6 +24,7 @@ class StructuredObjective(nn.Module):
         autoencoder: what is trained. Levels learn together where it says so (``train_levels``), else the last alone.
         alignment, reconstruction: the recipe's sections, the same for every level.
         adversaries: one for each level that learns, lowest first; none without a GAN.
+        plain: adaptive weights by whole backward passes of their own, and no use of what was computed before.
     """
 
     def __init__(
@@ -31,9 +33,11 @@ class StructuredObjective(nn.Module):
         alignment: AlignmentSettings,
         reconstruction: ReconstructionSettings,
         adversaries: list[Adversary | None] | None = None,
+        *,
+        plain: bool = False,
     ) -> None:
         super().__init__()
-        self.autoencoder = autoencoder
+        self.autoencoder, self.plain = autoencoder, plain
         self.alignment_settings, self.settings = alignment, reconstruction
         self.learning = levels_that_learn(autoencoder)
         self.alignments = nn.ModuleList(
@@ -47,15 +51,14 @@ class StructuredObjective(nn.Module):
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Named losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is what is minimised.
 
-        With levels the names begin with the level, as in ``level2_l1``.
+        With levels the names begin with the level, as in ``level2_l1``. A batch may hold :meth:`frozen_latent` of its
+        images as ``base_latent``.
         """
         levels = self._levels()
-        images = [batch["image"]]  # of each level that learns, lowest first
-        for level in reversed(levels[1:]):
-            images.insert(0, level.reduce(images[0]))
-        # What is aimed at is exact, as in stage 2; some bases (SDXL's) overflow in float16.
-        with torch.autocast(images[0].device.type, enabled=False):
-            latent = levels[0].encode_prefix(images[0])  # [B, C, h, w]; grows by every level's details
+        images = self._images(batch["image"])
+        cached = None if self.plain else batch.get("base_latent")
+        latent = self._encode(images[0]) if cached is None else cached
+        # [B, C, h, w]; grows by every level's details
         total: Tensor | float = 0.0
         named: dict[str, Tensor] = {}
         for i, (number, level) in enumerate(zip(self.learning, levels)):
@@ -66,32 +69,86 @@ class StructuredObjective(nn.Module):
             named |= {prefix + name: value for name, value in losses.items()}
         return {"total": total, **named}  # type: ignore[dict-item]
 
+    @torch.no_grad()
+    def frozen_latent(self, images: Tensor) -> Tensor:
+        """What the levels that learn stand on, ``[B, C, h, w]``, of full-resolution images: it never changes."""
+        return self._encode(self._images(images)[0])
+
+    def _images(self, images: Tensor) -> list[Tensor]:
+        """Those of each level that learns, lowest first."""
+        found = [images]
+        for level in reversed(self._levels()[1:]):
+            found.insert(0, level.reduce(found[0]))
+        return found
+
+    def _encode(self, images: Tensor) -> Tensor:
+        # What is aimed at is exact, as in stage 2; some bases (SDXL's) overflow in float16.
+        with torch.autocast(images.device.type, enabled=False):
+            return self._levels()[0].encode_prefix(images)
+
     def _level(
         self, i: int, vae: AutoencoderDA, images: Tensor, latent: Tensor, step: int
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of one level, and the details that it adds to the ``latent`` below it."""
         posterior = vae.encode_own_details(images)
         z_d = posterior.sample()  # [B, D, h, w]
-        made = vae.decode_structured(latent, z_d)  # [B, 3, H, W]
-
-        losses = self.reconstruction(images, made)
-        total = reference = losses["reconstruction"]
-        losses["kl"] = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
-        total = total + self.settings.kl_weight * losses["kl"]
         target = latent[:, : alignment_layout(vae, self.alignment_settings).base_channels].detach()
-        losses["alignment"] = self.alignments[i](z_d, vae.alignment_target(target))
+        kl = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
+        alignment = self.alignments[i](z_d, vae.alignment_target(target))
+
         weight: Tensor | float = self.alignment_settings.weight
-        if weight and self.alignment_settings.adaptive and torch.is_grad_enabled():
-            ratio = adaptive_weight(
-                reference, losses["alignment"], vae.alignment_weight, maximum=MAX_ADAPTIVE_ALIGNMENT
-            )
-            losses["alignment_weight"] = weight = weight * ratio
-        total = total + weight * losses["alignment"]
         adversary = self._adversaries[i]
-        if adversary is not None:
-            losses["gan"] = adversary.generator_term(images, made, reference, vae.last_decoder_weight, step)
-            total = total + losses["gan"]
+        aligns = bool(weight) and self.alignment_settings.adaptive and torch.is_grad_enabled()
+        adapts = adversary is not None and adversary.settings.adaptive and torch.is_grad_enabled()
+        decoded = (latent, z_d, images, adversary, step)
+        ratio: Tensor | None = None
+        if (aligns or adapts) and not self.plain:
+            found = decode_once(vae, *decoded[:3], self.reconstruction, *decoded[3:], at_details=aligns)
+            losses, total = found.losses, found.total
+            if aligns:
+                ratio = found.alignment_ratio(
+                    z_d, alignment, vae.alignment_weight, maximum=MAX_ADAPTIVE_ALIGNMENT
+                )
+        else:
+            losses, total = self._decode(vae, *decoded)
+            if aligns:
+                ratio = adaptive_weight(
+                    losses["reconstruction"],
+                    alignment,
+                    vae.alignment_weight,
+                    maximum=MAX_ADAPTIVE_ALIGNMENT,
+                    among=list(vae.trained_parameters()),
+                )
+        losses |= {"kl": kl, "alignment": alignment}
+        if ratio is not None:
+            losses["alignment_weight"] = weight = weight * ratio
+        total = total + self.settings.kl_weight * kl + weight * alignment
         return {"total": total, **losses}, z_d
+
+    def _decode(
+        self,
+        vae: AutoencoderDA,
+        latent: Tensor,
+        z_d: Tensor,
+        images: Tensor,
+        adversary: Adversary | None,
+        step: int,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses of the decoded image, and their weighted sum."""
+        made = vae.decode_structured(latent, z_d)  # [B, 3, H, W]
+        losses = self.reconstruction(images, made)
+        total = losses["reconstruction"]
+        if adversary is not None:
+            losses["gan"] = adversary.generator_term(
+                images,
+                made,
+                total,
+                vae.last_decoder_weight,
+                step,
+                among=list(vae.trained_parameters()),
+            )
+            total = total + losses["gan"]
+        return losses, total
 
     def _levels(self) -> list[AutoencoderDA]:
         return [self.autoencoder.at_level(number) for number in self.learning]

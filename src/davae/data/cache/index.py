@@ -3,6 +3,9 @@
 Lines of records (``key``, ``shard``, facts) stand before the line that commits their shard (``commit`` with the
 shard's size and SHA-256). A shard without a commit line was not finished and does not count; its lines are cut
 off when a writer goes on. The last line, ``complete``, says that nothing is missing.
+
+Several processes that write one cache have a journal each, ``.index-N.jsonl``, of the same form. The first process
+takes what they committed into the index, at the end or when a stopped run goes on.
 """
 
 from __future__ import annotations
@@ -36,15 +39,16 @@ class Index:
     end: int = 0
 
 
-def read_index(folder: Path) -> Index:
-    """Read the committed part of an index and check that its shards are there, whole by their sizes.
+def read_index(folder: Path, name: str = INDEX) -> Index:
+    """Read the committed part of an index, or of a process's journal, and check that its shards are there, whole by
+    their sizes.
 
     Raises:
         DavaeError: a shard is missing, has another size, or lies outside the folder; a line is no JSON.
     """
     index, at = Index(), 0
     waiting: list[dict[str, Any]] = []
-    path = folder / INDEX
+    path = folder / name
     if not path.is_file():
         return index
     with path.open("rb") as file:
@@ -59,23 +63,25 @@ def read_index(folder: Path) -> Index:
                     raise DavaeError(f"{path}, line {number}, is not JSON: {error}") from error
                 break  # the writer was stopped inside this line
             if "commit" in line:
-                name = line["commit"]
-                wrong = [r for r in waiting if r.get("shard") != name or "key" not in r]
+                shard_name = line["commit"]
+                wrong = [r for r in waiting if r.get("shard") != shard_name or "key" not in r]
                 if wrong or len(waiting) != line["entries"]:
-                    raise DavaeError(f"{path}, line {number}: the lines before do not belong to shard {name}")
-                shard_path(folder, name)
+                    raise DavaeError(
+                        f"{path}, line {number}: the lines before do not belong to shard {shard_name}"
+                    )
+                shard_path(folder, shard_name)
                 index.records += waiting
-                index.shards[name] = {k: line[k] for k in ("entries", "bytes", "sha256")}
+                index.shards[shard_name] = {k: line[k] for k in ("entries", "bytes", "sha256")}
                 waiting, index.end = [], at
             elif "complete" in line:
                 index.complete, index.end = line["complete"], at
             else:
                 waiting.append(line)
-    for name, shard in index.shards.items():
-        file_path = shard_path(folder, name)
+    for shard_name, shard in index.shards.items():
+        file_path = shard_path(folder, shard_name)
         if not file_path.is_file():
             raise DavaeError(
-                f"the cache {folder} lacks its shard {name}: copy it again, or make the cache anew"
+                f"the cache {folder} lacks its shard {shard_name}: copy it again, or make the cache anew"
             )
         if file_path.stat().st_size != shard["bytes"]:
             raise DavaeError(
@@ -85,9 +91,9 @@ def read_index(folder: Path) -> Index:
     return index
 
 
-def append(folder: Path, lines: list[dict[str, Any]]) -> None:
-    """Add lines and put them on the disk."""
-    with (folder / INDEX).open("ab") as file:
+def append(folder: Path, lines: list[dict[str, Any]], name: str = INDEX) -> None:
+    """Add lines to the index, or to a process's journal, and put them on the disk."""
+    with (folder / name).open("ab") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         file.flush()
         os.fsync(file.fileno())
@@ -99,6 +105,27 @@ def cut(folder: Path, end: int) -> None:
     if path.is_file() and path.stat().st_size > end:
         with path.open("r+b") as file:
             file.truncate(end)
+
+
+def journal_of(rank: int, world_size: int) -> str:
+    """The file that process ``rank`` of ``world_size`` commits its shards to: the index itself where it is alone."""
+    return INDEX if world_size == 1 else f".index-{rank}.jsonl"
+
+
+def merge_journals(folder: Path) -> None:
+    """Take the shards that processes committed to journals of their own into the index, and remove the journals.
+
+    A kill in the middle does no harm: shards that the index knows already are passed over the next time.
+    """
+    index = read_index(folder)
+    cut(folder, index.end)
+    for journal in sorted(folder.glob(".index-*.jsonl")):
+        found = read_index(folder, journal.name)
+        for name, shard in found.shards.items():
+            if name not in index.shards:
+                lines = [line for line in found.records if line["shard"] == name]
+                append(folder, [*lines, {"commit": name, **shard}])
+        journal.unlink()
 
 
 def verify_cache(folder: str | Path) -> int:

@@ -88,6 +88,11 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_shard_name(name: str) -> bool:
+    """Whether davae gives such a name to shards."""
+    return _NAME.fullmatch(name) is not None
+
+
 def shard_path(folder: Path, name: str) -> Path:
     """The file of a shard that an index names.
 

@@ -1,17 +1,29 @@
-"""Writing a cache: records are gathered, written as whole shards and committed to the index; a second run goes on."""
+"""Writing a cache: records are gathered, written as whole shards and committed to the index; a second run goes on.
+
+Several processes may write one cache together: each has shards and a journal of its own.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from davae.data.cache.fingerprint import Fingerprint
-from davae.data.cache.index import append, cut, read_index
-from davae.data.cache.shards import SUFFIXES, Format, Record, file_hash, stored, write_shard
+from davae.data.cache.index import append, journal_of, merge_journals, read_index
+from davae.data.cache.shards import (
+    SUFFIXES,
+    Format,
+    Record,
+    file_hash,
+    is_shard_name,
+    stored,
+    write_shard,
+)
 from davae.errors import DavaeError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +47,8 @@ class CacheWriter:
         about: plain values that readers need (class names, files left out).
         shard_bytes: a shard is closed when its tensors reach this size.
         shard_records: or when it holds so many records; a stopped run loses one shard's work at most.
+        rank: number of this process. The first one, 0, must open the cache before the others do.
+        world_size: number of processes that write it together.
 
     Raises:
         DavaeError: the folder holds a cache with another fingerprint or format, or other files.
@@ -49,33 +63,46 @@ class CacheWriter:
         about: dict[str, Any] | None = None,
         shard_bytes: int = SHARD_BYTES,
         shard_records: int = SHARD_RECORDS,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if form not in SUFFIXES:
             raise DavaeError(f"the format is '{form}'; known are {', '.join(SUFFIXES)}")
         self.folder, self.form = Path(folder), form
         self.dtype = DTYPES[fingerprint.facts["dtype"]]
         self.shard_bytes, self.shard_records = shard_bytes, shard_records
+        self._journal, self._every = journal_of(rank, world_size), world_size
+        if rank == 0:
+            self._prepare(fingerprint, about or {})
+        self.index = read_index(self.folder)
+        self.done = {kind: set[str]() for kind in (LATENTS, TEXTS)}
+        for line in self.index.records:
+            self.done[line["shard"].partition("-")[0]].add(line["key"])
+        self._next = {kind: _first_free(self.index.shards, kind) + rank for kind in (LATENTS, TEXTS)}
+        self._waiting: dict[str, list[Record]] = {LATENTS: [], TEXTS: []}
+
+    def _prepare(self, fingerprint: Fingerprint, about: dict[str, Any]) -> None:
+        """Make the folder, or see that it is the same cache's, and tidy up after a run that was stopped."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / "fingerprint.json").is_file():
             Fingerprint.load(self.folder).check(fingerprint, self.folder)
             made = read_about(self.folder)["format"]
-            if made != form:
-                raise DavaeError(f"the cache {self.folder} is of format {made}, not {form}")
+            if made != self.form:
+                raise DavaeError(f"the cache {self.folder} is of format {made}, not {self.form}")
         else:
             others = [p.name for p in self.folder.iterdir() if not p.name.startswith(".")]
             if set(others) - {"cache.json", "sources.jsonl"}:
                 raise DavaeError(f"{self.folder} holds other files ({min(others)}); give an empty folder")
-            text = json.dumps({"format": form, **(about or {})}, indent=1)
+            text = json.dumps({"format": self.form, **about}, indent=1)
             (self.folder / "cache.json").write_text(text)
             fingerprint.save(self.folder)
         for left in self.folder.glob(".*.partial"):
             left.unlink()
-        self.index = read_index(self.folder)
-        cut(self.folder, self.index.end)
-        self.done = {kind: set[str]() for kind in (LATENTS, TEXTS)}
-        for line in self.index.records:
-            self.done[line["shard"].partition("-")[0]].add(line["key"])
-        self._waiting: dict[str, list[Record]] = {LATENTS: [], TEXTS: []}
+        merge_journals(self.folder)
+        committed = read_index(self.folder).shards
+        for file in self.folder.iterdir():
+            if is_shard_name(file.name) and file.name not in committed:
+                file.unlink()  # written whole, and stopped before it was committed
 
     @property
     def complete(self) -> bool:
@@ -98,9 +125,13 @@ class CacheWriter:
             self._write(kind)
 
     def finish(self, notes: dict[str, Any]) -> None:
-        """Write what is left and mark the cache as complete."""
+        """Write what is left and mark the cache as complete.
+
+        Called in the first process alone, after the others have flushed.
+        """
         self.flush()
         if not self.complete:
+            merge_journals(self.folder)
             append(self.folder, [{"complete": notes}])
             self.index.complete = notes
 
@@ -108,14 +139,20 @@ class CacheWriter:
         records = self._waiting[kind]
         if not records:
             return
-        number = sum(name.startswith(f"{kind}-") for name in self.index.shards)
-        path = self.folder / f"{kind}-{number:05d}{SUFFIXES[self.form]}"
+        path = self.folder / f"{kind}-{self._next[kind]:05d}{SUFFIXES[self.form]}"
+        self._next[kind] += self._every
         lines = write_shard(path, records)
         commit = {"entries": len(lines), "bytes": path.stat().st_size, "sha256": file_hash(path)}
-        append(self.folder, [*lines, {"commit": path.name, **commit}])
+        append(self.folder, [*lines, {"commit": path.name, **commit}], self._journal)
         self.index.records += lines
         self.index.shards[path.name] = commit
         self._waiting[kind] = []
+
+
+def _first_free(shards: Iterable[str], kind: str) -> int:
+    """The number after those of a kind's shards."""
+    numbers = [int(Path(name).stem.partition("-")[2]) for name in shards if name.startswith(f"{kind}-")]
+    return max(numbers, default=-1) + 1
 
 
 def read_about(folder: Path) -> dict[str, Any]:

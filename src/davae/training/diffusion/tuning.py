@@ -8,12 +8,13 @@ import re
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig
+from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.pipelines.families import PipelineFamily
 from davae.pipelines.lora import attach_lora
-from davae.training.settings import DiffusionSettings, LoraSettings
+from davae.training.settings import DiffusionSettings, LoraSettings, TuneSettings
 from davae.warm_start import channel_parameters, new_channel_masks
 
 
@@ -49,11 +50,16 @@ def select_trained(
     for name in widened:
         named[name].requires_grad_(True)
     _cast(transformer, getattr(torch, tune.frozen_dtype))
-    if mode == "new_channels":  # a zero gradient leaves the base's entries exactly as they are
-        for name, mask in new_channel_masks(transformer, layout).items():
-            named[name].register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient))
     rate = tune.new_channels_learning_rate
     return {} if rate is None else dict.fromkeys(widened, rate)
+
+
+def learning_masks(transformer: ModelMixin, layout: LatentLayout, tune: TuneSettings) -> dict[str, Tensor]:
+    """Where the widened layers learn, by parameter name, boolean; empty where all of them does.
+
+    A gradient of zero leaves the base's entries exactly as they are.
+    """
+    return new_channel_masks(transformer, layout) if tune.mode == "new_channels" else {}
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from davae.data import collate
 from davae.errors import DavaeError
 from davae.pipelines.families import ClassFamily, family_of
 from davae.training.loop import to_device
+from davae.training.processes import gathered, share
 from davae.training.settings import SampleSettings
 
 Item = dict[str, Any]
@@ -30,8 +31,12 @@ def held_out_loss(
     step: int,
     seed: int,
     device: torch.device,
+    draw: Callable[[Tensor], object],
 ) -> dict[str, float]:
     """The objective's named losses over held-out items, at the same noise every time.
+
+    Batches are shared out among the processes. All make the draws of every batch, so that each batch meets the noise
+    that it meets in a single process.
 
     Args:
         objective: the stage's, in eval mode.
@@ -40,15 +45,24 @@ def held_out_loss(
         step: for the schedule of the detail channels.
         seed: of the noise; torch's own state is left alone.
         device: of the objective.
+        draw: what the objective draws for latents ``[B, C, h, w]`` from torch's generators.
     """
-    sums: dict[str, float] = {}
     chosen = [items[i] for i in range(min(len(items), _ITEMS))]  # type: ignore[arg-type]
+    parts = list(_parts(chosen, batch_size))
+    mine = share(len(parts))
+    found: list[dict[str, float]] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for part in _parts(chosen, batch_size):
+        for number, part in enumerate(parts):
             batch = to_device({k: v for k, v in collate(part).items() if k != "skipped"}, device)
-            for name, value in objective(batch, step).items():
-                sums[name] = sums.get(name, 0.0) + float(value) * len(part) / len(chosen)
+            if number not in mine:
+                draw(batch["latent"].contiguous())
+            for _ in range(mine.count(number)):  # the last one may stand in for one that is not there
+                found.append({name: float(value) for name, value in objective(batch, step).items()})
+    sums: dict[str, float] = {}
+    for part, losses in zip(parts, gathered(found, len(parts)), strict=True):
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value * len(part) / len(chosen)
     return {f"held_out_{name}": value for name, value in sums.items() if name != "detail_weight"}
 
 
@@ -72,15 +86,27 @@ def generate_classes(
     *,
     seed: int,
     batch: int = 48,
+    positions: Sequence[int] | None = None,
 ) -> Tensor:
-    """Samples of the given labels in turn, ``[count, 3, H, W]`` in [-1, 1], image ``i`` from seed ``seed + i``."""
+    """Samples of the given labels in turn, ``[count, 3, H, W]`` in [-1, 1], image ``i`` from seed ``seed + i``.
+
+    Args:
+        pipeline: a class-conditional one.
+        labels: the pipeline's own.
+        count: images.
+        sample: steps and guidance.
+        seed: of the first image.
+        batch: images together.
+        positions: which of the images to make; none makes all.
+    """
+    wanted = list(range(count) if positions is None else positions)
     family = family_of(pipeline)
     if not isinstance(family, ClassFamily):
         raise DavaeError(f"{type(pipeline).__name__} makes images of prompts, not of classes")
     made = []
     with _evaluating(pipeline):
-        for first in range(0, count, batch):
-            indices = range(first, min(first + batch, count))
+        for first in range(0, len(wanted), batch):
+            indices = wanted[first : first + batch]
             made.append(
                 family.sample_labels(
                     pipeline,
@@ -103,6 +129,7 @@ def generate_prompts(
     seed: int,
     batch: int = 4,
     max_length: int | None = None,
+    positions: Sequence[int] | None = None,
 ) -> Tensor:
     """One image a prompt, ``[len(prompts), 3, H, W]`` in [-1, 1], image ``i`` from seed ``seed + i``.
 
@@ -114,21 +141,23 @@ def generate_prompts(
         seed: of the first image.
         batch: images together.
         max_length: tokens a prompt is cut or padded to.
+        positions: which of the images to make; none makes all.
     """
+    wanted = list(range(len(prompts)) if positions is None else positions)
     family = family_of(pipeline)
     made = []
     with _evaluating(pipeline):
-        for first in range(0, len(prompts), batch):
-            part = list(prompts[first : first + batch])
+        for first in range(0, len(wanted), batch):
+            indices = wanted[first : first + batch]
             made.append(
                 family.sample(
                     pipeline,
-                    part,
+                    [prompts[i] for i in indices],
                     height=size[0],
                     width=size[1],
                     num_inference_steps=sample.num_inference_steps,
                     guidance_scale=sample.guidance_scale,
-                    generators=[torch.Generator().manual_seed(seed + first + i) for i in range(len(part))],
+                    generators=[torch.Generator().manual_seed(seed + i) for i in indices],
                     max_length=max_length,
                 )
             )

@@ -1,0 +1,114 @@
+"""Sharing out what need not be done by all processes of a training: validation, encoding, measuring.
+
+Every process takes equally many of the things to do, so that models whose weights are spread over the processes are
+called equally often by all; where the number does not divide, the last thing is done twice and counted once. Results
+are put together in the order of the things, so they do not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+from davae.training.sharding import refuse_deepspeed
+
+T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(hours=2)
+"""For the slowest process, or the one that exports while the others wait. torch's own limit is ten minutes."""
+
+
+def start_processes() -> PartialState:
+    """Let the processes that a launcher started find each other, and give each its device; once is enough.
+
+    Training does it by itself. It must happen before anything is shared out or put on "the" GPU.
+
+    Raises:
+        DavaeError: the launcher asks for DeepSpeed.
+    """
+    refuse_deepspeed()
+    return PartialState(cpu=use_cpu(), timeout=LONGEST_WAIT)
+
+
+def use_cpu() -> bool:
+    """Whether there is no accelerator that training knows."""
+    return not torch.cuda.is_available() and not torch.backends.mps.is_available()
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are; ``(0, 1)`` where no launcher started any."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return rank_and_world()[0] == 0
+
+
+def share(count: int) -> list[int]:
+    """This process's positions of ``range(count)``, in order and equally many in every process.
+
+    Process ``r`` of ``W`` takes ``r n ... r n + n - 1`` with ``n = ceil(count / W)``; beyond the end the last position
+    stands in, which :func:`gathered` leaves out again.
+    """
+    rank, world = rank_and_world()
+    each = -(-count // world)
+    return [min(rank * each + i, count - 1) for i in range(each)]
+
+
+def gathered(own: Sequence[T], count: int) -> list[T]:
+    """The results of all positions of ``range(count)``, in every process.
+
+    Args:
+        own: this process's results, one for each position of :func:`share`. Tensors should be on the CPU.
+        count: how many there are in all.
+    """
+    if rank_and_world()[1] == 1:
+        return _put_together([own], count)
+    return _put_together(everyone([_compact(value) for value in own]), count)
+
+
+def gathered_in_first(own: Sequence[T], count: int) -> list[T]:
+    """As :func:`gathered` in the first process, nothing in the others: for pictures, which are large."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return _put_together([own], count)
+    parts: list[Any] | None = [None] * world if rank == 0 else None
+    dist.gather_object([_compact(value) for value in own], parts, dst=0)
+    return [] if parts is None else _put_together(parts, count)
+
+
+def everyone(value: T) -> list[T]:
+    """A plain value of each process, in every process; all must have come here."""
+    _, world = rank_and_world()
+    if world == 1:
+        return [value]
+    values: list[Any] = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_everyone() -> None:
+    """Until all processes have come here."""
+    everyone(None)
+
+
+def _compact(value: Any) -> Any:
+    """The same value for sending: a row of a batch would take the whole batch with it."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+    if isinstance(value, dict):
+        return {key: _compact(inner) for key, inner in value.items()}
+    return value
+
+
+def _put_together(parts: Sequence[Sequence[T]], count: int) -> list[T]:
+    return [value for part in parts for value in part][:count]

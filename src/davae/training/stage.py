@@ -1,0 +1,63 @@
+"""What a training brings to the loop: what learns, from which data, how it is measured and exported."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from davae.training.settings import LoopSettings, OptimizerSettings
+
+
+@dataclass
+class Player:
+    """A module with its own optimizer. ``module(batch, step)`` gives named losses, among them ``total``."""
+
+    name: str
+    module: nn.Module
+    optimizer: OptimizerSettings
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Learning rates of parameters by exact name, where they differ from the optimizer's."""
+    gradient_masks: dict[str, Tensor] = field(default_factory=dict)
+    """By exact name of a parameter: where it learns. Elsewhere its gradient is set to zero."""
+    can_be_sharded: bool = True
+    """False where ``module`` takes gradients of single weights by itself, which FSDP has out of reach by then."""
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that learn."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+
+class Stage(ABC):
+    """What a training brings to the loop."""
+
+    name: str
+    loop: LoopSettings
+    players: list[Player]
+    """The first is the model (averaged, validated); a discriminator may follow."""
+    dataset: torch.utils.data.Dataset[dict[str, Any]]
+    workers: int = 0
+    """Loader processes."""
+    timeout_s: float = 0.0
+    """Seconds to wait for a batch of images; 0 waits for ever."""
+    facts: dict[str, Any] = {}  # replaced, never changed  # noqa: RUF012
+    """What the run's ``environment.json`` says besides: where the base's weights came from."""
+
+    @abstractmethod
+    def validate(self, samples: Path, step: int) -> dict[str, float]:
+        """Measure the model on held-out images and write a picture into ``samples``.
+
+        Called in every process, each of which takes its share (see :mod:`davae.training.processes`); the first one
+        writes, and its figures count.
+        """
+
+    @abstractmethod
+    def export(self, out: Path) -> Path:
+        """Write the result in diffusers format below ``out`` and return its folder."""
+
+    def to(self, device: torch.device) -> None:  # noqa: B027 (most stages hold nothing else)
+        """Move what the players do not hold (frozen models) to the device."""

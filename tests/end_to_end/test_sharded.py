@@ -1,0 +1,159 @@
+"""FSDP2 by the shipped configuration, on two gloo processes: it learns, saves and goes on as one process does."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.end_to_end.trainings import POISONED_STEP, run
+
+from davae.models import AutoencoderDA
+from davae.pipelines import upgrade_pipeline
+from davae.tiny import debug_base
+from davae.training.run_directory import read_metrics
+from davae.warm_start import new_channel_masks
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "configs" / "accelerate" / "fsdp2.yaml"
+STEPS, MIDDLE = 4, 2
+LOOP = {
+    "steps": STEPS,
+    "gradient_accumulation": 2,
+    "max_grad_norm": 0.5,  # below what comes, so that it clips
+    "log_every": 1,
+    "checkpoint_every": MIDDLE,
+    "validate_every": 0,
+    "validation_images": 2,
+}
+
+
+def _job(stage: str, out: Path, batch: int, autoencoder: Path, *extra: str) -> dict:
+    overrides = [
+        *(f"{stage}.loop.{k}={v}" for k, v in (LOOP | {"batch_size": batch}).items()),
+        f"{stage}.optimizer.learning_rate=1e-4",
+        "autoencoder.alignment.adaptive=false",
+        "autoencoder.reconstruction.gan.weight=0",
+        *extra,
+    ]
+    return {"stage": stage, "out": str(out), "overrides": overrides, "autoencoder": str(autoencoder)}
+
+
+def _jobs(out: Path, batch: int, autoencoder: Path) -> dict[str, dict]:
+    def diffusion(name: str, *extra: str) -> dict:
+        return _job("diffusion", out / name, batch, autoencoder, *extra)
+
+    return {
+        "autoencoder": _job("autoencoder", out / "autoencoder", batch, autoencoder),
+        "full": diffusion("full"),
+        "lora": diffusion("lora", "diffusion.tune.mode=lora"),
+        "new": diffusion("new", "diffusion.tune.mode=new_channels"),
+        "poisoned": {"stage": "poisoned", "out": str(out / "poisoned")},
+    }
+
+
+def _back_to_the_middle(run_directory: Path, copy: Path) -> None:
+    shutil.copytree(run_directory, copy)
+    shutil.rmtree(copy / "checkpoints" / f"step-{STEPS}")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Each training on one process and, sharded, on two; of two the second half on the other number."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("sharded")
+    vae = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8)
+    vae.save_pretrained(out / "autoencoder")
+    one = _jobs(out / "one", 4, out / "autoencoder")
+    two = _jobs(out / "two", 2, out / "autoencoder")
+    for name in ("autoencoder", "full", "lora", "new"):
+        run(one[name])
+    one_to_two = two["full"] | {"out": str(out / "one_to_two" / "full")}
+    _back_to_the_middle(out / "one" / "full", Path(one_to_two["out"]))
+    file = out / "jobs.json"
+    file.write_text(json.dumps([*two.values(), one_to_two]))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
+    launch += [
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+        "-m",
+        "tests.end_to_end.trainings",
+        str(file),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-9000:]
+    two_to_one = one["lora"] | {"out": str(out / "two_to_one" / "lora")}
+    _back_to_the_middle(out / "two" / "lora", Path(two_to_one["out"]))
+    run(two_to_one)
+    return out
+
+
+PAIRS = [
+    "two/autoencoder",
+    "two/full",
+    "two/lora",  # trained and frozen weights in one sharded block
+    "two/new",  # a part of a weight learns
+    "one_to_two/full",
+    "two_to_one/lora",
+]
+
+
+@pytest.mark.parametrize("other", PAIRS)
+def test_losses_norms_and_every_tensor_agree_with_one_process(runs, other):
+    one, other = runs / "one" / other.split("/")[1], runs / other
+    first, second = (read_metrics(found / "metrics.jsonl") for found in (one, other))
+    assert len(first) == len(second) == STEPS + 1
+    for a, b in zip(first[:STEPS], second[:STEPS]):
+        assert b["total"] == pytest.approx(a["total"], rel=1e-5)
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-5)
+    files = sorted(p.relative_to(one) for p in one.rglob("*.safetensors"))
+    assert files == sorted(p.relative_to(other) for p in other.rglob("*.safetensors"))
+    assert len(files) >= 7  # two checkpoints of three files, and a result
+    for file in files:
+        a, b = load_file(one / file), load_file(other / file)
+        assert a.keys() == b.keys(), file
+        for name in a:
+            torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5, msg=f"{file}: {name}")
+
+
+@pytest.mark.parametrize("number", ["one", "two"])
+def test_the_new_channels_alone_learn_where_they_shall(runs, number):
+    """The base's entries of a widened weight stay bit for bit, in the same tensor where others change."""
+    start = upgrade_pipeline(debug_base(), AutoencoderDA.from_pretrained(runs / "autoencoder"))
+    found = load_file(runs / number / "new" / "checkpoints" / f"step-{STEPS}" / "model.safetensors")
+    before = start.transformer.state_dict()
+    masks = new_channel_masks(start.transformer, start.vae.layout)
+    assert len(masks) >= 2
+    for name, mask in masks.items():
+        after = found[f"transformer.{name}"]
+        assert torch.equal(after[~mask], before[name][~mask]), name
+        assert not torch.equal(after[mask], before[name][mask]), name
+
+
+@pytest.mark.parametrize("name", ["full", "lora"])
+def test_results_are_ordinary_folders(runs, name):
+    """Sharded modules have classes of their own, which must not reach the files."""
+    folder = "pipeline/transformer/config.json"
+    one, two = (json.loads((runs / n / name / folder).read_text()) for n in ("one", "two"))
+    assert one == two
+    assert two["_class_name"] == "LightningDiTTransformer2DModel"
+
+
+def test_what_one_shard_finds_not_finite_all_leave_out_and_name(runs):
+    out = runs / "two" / "poisoned"
+    told = [json.loads(line) for line in (out / "skipped_steps.jsonl").read_text().splitlines()]
+    assert [(t["step"], t["layers"]) for t in told] == [(POISONED_STEP + 1, ["bad"])] * 2  # in both processes
+
+    def weights(step: int) -> dict[str, torch.Tensor]:
+        return load_file(out / "checkpoints" / f"step-{step}" / "model.safetensors")
+
+    before, after, later = (weights(POISONED_STEP + i) for i in range(3))
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert not any(torch.equal(after[n], later[n]) for n in after)

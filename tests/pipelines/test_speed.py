@@ -1,0 +1,149 @@
+"""What is switched on for speed changes images by rounding alone, and waits for no value on the device."""
+
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import davae
+from davae.errors import DavaeError
+from davae.models.frugal_blocks import FrugalResnetBlock2D
+from davae.pipelines.speed import compile_regions, regions, speed_up
+from davae.tiny import debug_base
+from davae.tiny.small_pipelines import call_arguments, small_pipeline
+
+
+def _upgraded(name):
+    pipe = small_pipeline(name)
+    vae = davae.AutoencoderDA.from_base(pipe.vae, scale=2, detail_channels=4)
+    return davae.upgrade_pipeline(pipe, vae)
+
+
+def _image(pipe, name):
+    generator = torch.Generator().manual_seed(3)
+    return pipe(**call_arguments(name, scale=2), generator=generator).images
+
+
+@pytest.mark.parametrize("name", ["sd3", "sana"])
+def test_a_faster_pipeline_makes_the_same_image(name):
+    pipe = _upgraded(name)
+    before = _image(pipe, name)
+    assert speed_up(pipe, attention="native") is pipe
+    torch.testing.assert_close(_image(pipe, name), before, atol=1e-4, rtol=0)
+    if name == "sd3":
+        assert any(
+            m.weight.is_contiguous(memory_format=torch.channels_last) and not m.weight.is_contiguous()
+            for m in pipe.vae.modules()
+            if isinstance(m, nn.Conv2d)
+        )
+        assert pipe.vae.use_slicing
+
+
+def test_decoding_in_bfloat16_is_near_and_comes_back_in_the_own_precision():
+    pipe = _upgraded("sd3")
+    latent = torch.randn(2, pipe.vae.layout.channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = pipe.vae.decode(latent).sample
+        for _ in range(2):  # switching it on again changes nothing
+            speed_up(pipe, decode_dtype="bfloat16")
+        near = pipe.vae.decode(latent).sample
+        (again,) = pipe.vae.decode(latent, return_dict=False)
+    assert near.dtype == exact.dtype == torch.float32
+    assert torch.equal(near, again)
+    difference = (near - exact).abs().max() / exact.abs().max()
+    assert 0 < difference < 0.03
+    speed_up(pipe, decode_dtype="float32")
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.vae.decode(latent).sample, exact, atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_regions_are_the_repeated_ones_and_give_the_same(monkeypatch):
+    """Compiled for real only where a test asks for it: here the calls are recorded and run as they are."""
+    pipe = _upgraded("sd3")
+    before = _image(pipe, "sd3")
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(self))
+    speed_up(pipe, compile=True)
+    blocks = list(pipe.transformer.transformer.transformer_blocks)
+    assert compiled[: len(blocks)] == blocks
+    stages = [*pipe.vae.joint_decoder.up_blocks, pipe.vae.joint_decoder.mid_block]
+    assert all(stage in compiled for stage in stages)
+    assert len(set(map(id, compiled))) == len(compiled)
+    inside = [m for region in compiled for m in region.modules() if m is not region]
+    assert not any(region is m for region in compiled for m in inside)
+    torch.testing.assert_close(_image(pipe, "sd3"), before, atol=1e-4, rtol=0)
+
+
+def test_only_models_are_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(self))
+    transformer = debug_base().transformer
+    assert compile_regions(nn.ModuleList([nn.Linear(2, 2), transformer])) == 2
+    assert compiled == list(transformer.transformer_blocks)
+    assert compile_regions(nn.Linear(2, 2)) == 0
+
+
+def test_a_compiled_block_computes_the_same():
+    transformer = debug_base().transformer
+    latent, label = torch.randn(2, 4, 4, 4), torch.tensor([0, 1])
+    with torch.no_grad():
+        before = transformer(latent, torch.tensor([0.3, 0.6]), label).sample
+        assert compile_regions(transformer) == 2
+        for block in regions(transformer):
+            block.compile(backend="eager")  # traced, without the minute of compiling
+        after = transformer(latent, torch.tensor([0.3, 0.6]), label).sample
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+
+
+def test_mistakes_are_told():
+    pipe = debug_base()
+    with pytest.raises(DavaeError, match="decode_dtype must be auto, float32"):
+        speed_up(pipe, decode_dtype="int8")
+    with pytest.raises(DavaeError, match="attention 'quick'"):
+        speed_up(_upgraded("sd3"), attention="quick")
+
+
+@pytest.mark.parametrize(("channels", "out"), [(8, 8), (8, 16)])
+def test_a_frugal_block_is_bit_equal_and_trains(channels, out):
+    torch.manual_seed(0)
+    block = ResnetBlock2D(
+        in_channels=channels, out_channels=out, temb_channels=None, groups=4, output_scale_factor=2.0
+    ).eval()
+    x = torch.randn(2, channels, 5, 5)
+    kept = x.clone()
+    expected = block(x, None)
+    block.__class__ = FrugalResnetBlock2D
+    with torch.no_grad():
+        assert torch.equal(block(x, None), expected)
+    assert torch.equal(x, kept)
+    x.requires_grad_(True)
+    assert torch.equal(block(x, None), expected)
+    block(x, None).sum().backward()
+    assert x.grad is not None
+
+
+class _Reads(TorchDispatchMode):
+    """Counts values that are read back from a tensor: on a GPU each waits for all that was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def _reads(call):
+    with _Reads() as reads:
+        call()
+    return reads.count
+
+
+def test_the_class_conditional_sampler_reads_nothing_back_in_a_step():
+    pipe = debug_base()
+    pipe.set_progress_bar_config(disable=True)
+    reads = [_reads(lambda n=n: pipe([0], num_inference_steps=n, output_type="latent")) for n in (2, 6)]
+    on_cpu_alone = 1  # a step: LightningDiT checks labels where that is free, on a CPU
+    assert reads[1] - reads[0] <= 4 * on_cpu_alone

@@ -1,0 +1,197 @@
+"""The fast forms of a step are the plain one, computed otherwise; the benchmark's rows say what was measured."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from davae.benchmark.planner_architectures import find_architecture
+from davae.cli.main import app
+from davae.errors import DavaeError
+from davae.models import AutoencoderDA
+from davae.tiny import debug_base
+from davae.training.adversary import make_adversary
+from davae.training.benchmark import bench_training, profile_step
+from davae.training.benchmark.stages import FORMS, DiffusionBenchStage, StepSettings, autoencoder_stage
+from davae.training.loop import steps_of
+from davae.training.one_backward import with_gradients
+from davae.training.settings import AlignmentSettings, GanSettings, ReconstructionSettings
+from davae.training.structured_objective import StructuredObjective
+
+# A large eps keeps AdamW from turning rounding of a vanishing gradient into a whole step.
+SMALL = {"resolution": 32, "detail_channels": 8, "batch": 2, "learning_rate": 1e-3, "eps": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def architecture():
+    return find_architecture("debug")
+
+
+# The discriminator's AdamW makes whole steps of rounding, so that with it later steps drift apart.
+@pytest.mark.parametrize(
+    ("stage", "steps"), [("autoencoder", 4), ("autoencoder with GAN", 1), ("diffusion", 4)]
+)
+def test_weights_agree_after_some_steps_of_every_form(architecture, tmp_path, stage, steps):
+    make = DiffusionBenchStage if stage == "diffusion" else autoencoder_stage
+    settings = StepSettings(**SMALL, gan="GAN" in stage)
+    ends, start = {}, None
+    for form in FORMS:
+        made = make(architecture, settings, form)
+        trained = made.players[0].trained()
+        start = start or [p.detach().clone() for p in trained]
+        step = steps_of(made, tmp_path / form)
+        for _ in range(steps):
+            step()
+        ends[form] = [p.detach().clone() for p in trained]
+    moved = max(float((a - b).abs().max()) for a, b in zip(start, ends["plain"], strict=True))
+    assert moved > 1e-4 * steps
+    for form in FORMS[1:]:
+        for one, other in zip(ends[form], ends["plain"], strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5 * steps, rtol=0)
+
+
+def _objective(plain, gan, levels, alignment=True):
+    torch.manual_seed(0)
+    vae = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8)
+    if levels == 2:
+        vae = AutoencoderDA.from_base(vae, scale=2, detail_channels=16)
+    vae.train()
+    vae.train_levels(together=True)
+    settings = GanSettings(weight=0.3 if gan else 0.0, filters=4, layers=1)
+    adversaries = [make_adversary(settings)[0] for _ in range(levels)]
+    return StructuredObjective(
+        vae,
+        AlignmentSettings(adaptive=alignment),
+        ReconstructionSettings(gan=settings),
+        adversaries,
+        plain=plain,
+    )
+
+
+@pytest.mark.parametrize(
+    ("gan", "alignment", "levels"), [(False, True, 1), (True, True, 1), (True, False, 1), (True, True, 2)]
+)
+def test_one_backward_gives_the_gradients_of_many(gan, alignment, levels):
+    images = torch.rand(2, 3, 16 * 2**levels, 16 * 2**levels) * 2 - 1
+    losses, gradients = [], []
+    for plain in (True, False):
+        objective = _objective(plain, gan, levels, alignment)
+        torch.manual_seed(1)
+        losses.append(objective({"image": images}, 0))
+        (2.0 * losses[-1]["total"]).backward()  # as with accumulation and scaling
+        gradients.append({n: p.grad for n, p in objective.named_parameters() if p.grad is not None})
+    assert losses[0].keys() == losses[1].keys()
+    for name in losses[0]:
+        torch.testing.assert_close(losses[1][name], losses[0][name], rtol=1e-4, atol=1e-6, msg=name)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, expected in gradients[0].items():
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=1e-4 * scale + 1e-7, msg=name)
+
+
+def test_a_scalar_with_known_gradients():
+    x = torch.ones(3, requires_grad=True)
+    made = with_gradients(torch.tensor(5.0), [x], [torch.tensor([2.0, 4.0, 6.0])], scale=2.0)
+    (made * 3).backward()
+    assert made.item() == 5.0
+    assert torch.equal(x.grad, torch.tensor([3.0, 6.0, 9.0]))
+
+
+def test_cached_base_latents_are_those_that_would_be_encoded(architecture):
+    stage = autoencoder_stage(architecture, StepSettings(**SMALL), "fast, cached")
+    item = stage.dataset[1]
+    with torch.no_grad():
+        expected = stage.autoencoder.encode_base(item["image"][None])[0]
+    torch.testing.assert_close(item["base_latent"], expected, atol=1e-5, rtol=1e-5)
+    seen = []
+    stage.autoencoder.encode_base = lambda images: seen.append(images)
+    stage.objective({"image": item["image"][None], "base_latent": item["base_latent"][None]}, 0)
+    assert not seen
+
+
+def test_a_step_reads_nothing_back_from_the_device(architecture):
+    """Between two logged steps the host never waits: no value of a tensor is read."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Reads(TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.found += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    for objective in (
+        autoencoder_stage(architecture, StepSettings(**SMALL, gan=True), "fast").objective,
+        DiffusionBenchStage(find_architecture("debug-sd3"), StepSettings(**SMALL), "fast, cached")
+        .players[0]
+        .module,
+    ):
+        batch = {"image": torch.rand(2, 3, 32, 32)}
+        if not hasattr(objective, "autoencoder"):
+            conditioning = {"prompt_embeds": torch.rand(2, 8, 16), "pooled_prompt_embeds": torch.rand(2, 16)}
+            batch = {"latent": torch.rand(2, 12, 4, 4), "conditioning": conditioning}
+        with Reads() as reads:
+            objective(batch, 0)["total"].backward()
+        assert reads.found == 0
+
+
+def test_a_bad_step_is_left_out_in_the_plain_form_too(architecture, tmp_path):
+    stage = autoencoder_stage(architecture, StepSettings(**SMALL), "plain")
+    stage.dataset.images.fill_(float("nan"))
+    before = [p.detach().clone() for p in stage.players[0].trained()]
+    steps_of(stage, tmp_path)()
+    assert all(map(torch.equal, before, stage.players[0].trained()))
+
+
+def test_rows_and_profile_of_the_verb(tmp_path):
+    file = tmp_path / "training.json"
+    arguments = [
+        "bench",
+        "training",
+        "debug",
+        "--resolution",
+        "32",
+        "--batch",
+        "2",
+        "--repeats",
+        "1",
+        "--profile",
+    ]
+    done = CliRunner().invoke(app, [*arguments, "--json", str(file)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(file.read_text())
+    assert [(r["stage"], r["form"]) for r in found["rows"]] == [
+        (stage, form) for stage in ("autoencoder", "diffusion") for form in FORMS
+    ]
+    for row in found["rows"]:
+        assert row["images_per_second"] == pytest.approx(2 / row["step_seconds"])
+        assert row["memory_bytes"] > 0
+        assert row["form"] != "plain" or (row["speedup"], row["memory_over_plain"]) == (1.0, 1.0)
+    for profiled in found["profiles"].values():
+        assert sum(profiled["parts"].values()) == pytest.approx(1.0)
+        assert profiled["parts"]["backward"] > profiled["parts"]["data"]
+        assert profiled["operators"][0]["seconds"] >= profiled["operators"][1]["seconds"] > 0
+
+
+def test_the_profile_finds_where_time_goes():
+    weight = torch.ones(400, 400, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight])
+
+    def step():
+        (weight @ weight @ weight).sum().backward()
+        optimizer.step()
+
+    found = profile_step(step)
+    assert found.parts["data"] == 0
+    assert min(found.parts[part] for part in ("forward", "backward", "optimizer")) > 0
+    assert "aten::mm" in {line.name for line in found.operators}
+
+
+def test_mistakes_are_told():
+    with pytest.raises(DavaeError, match="34 pixels are not a multiple of 8"):
+        bench_training("debug", resolution=34)
+    with pytest.raises(DavaeError, match="stages must be of autoencoder and diffusion, not both"):
+        bench_training("debug", resolution=32, stages=("both",))
+    with pytest.raises(DavaeError, match="repeats must be"):
+        bench_training("debug", resolution=32, repeats=0)
