@@ -65,7 +65,7 @@ def test_compiled_regions_are_the_repeated_ones_and_give_the_same(monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append(self))
     speed_up(pipe, compile=True)
-    blocks = list(pipe.transformer.transformer.transformer_blocks)
+    blocks = list(pipe.transformer.transformer_blocks)
     assert compiled[: len(blocks)] == blocks
     stages = [*pipe.vae.joint_decoder.up_blocks, pipe.vae.joint_decoder.mid_block]
     assert all(stage in compiled for stage in stages)
