@@ -10,7 +10,13 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
 
 @pytest.mark.parametrize(
     ("name", "kind", "processes", "machines"),
-    [("one-gpu", "NO", 1, 1), ("eight-gpus", "MULTI_GPU", 8, 1), ("two-nodes", "MULTI_GPU", 16, 2)],
+    [
+        ("one-gpu", "NO", 1, 1),
+        ("eight-gpus", "MULTI_GPU", 8, 1),
+        ("two-nodes", "MULTI_GPU", 16, 2),
+        ("fsdp2", "FSDP", 8, 1),
+        ("zero2", "FSDP", 8, 1),
+    ],
 )
 def test_accelerate_reads_the_configurations(name, kind, processes, machines):
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
@@ -19,4 +25,4 @@ def test_accelerate_reads_the_configurations(name, kind, processes, machines):
 
 
 def test_every_configuration_is_tested():
-    assert len(list(CONFIGS.glob("*.yaml"))) == 3
+    assert len(list(CONFIGS.glob("*.yaml"))) == 5
