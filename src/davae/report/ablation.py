@@ -20,10 +20,7 @@ SHOWN = {
 
 
 def draw_ablation(result: Ablation, file: Path) -> Path:
-    """Write one picture: a panel a metric, a row a variant, dots for the seeds and a bar for their mean.
-
-    A dotted line stands where other real images are.
-    """
+    """Write one picture: a panel a metric, a row a variant, dots for the seeds and a bar for their mean."""
     names = list(result.variants)
     shown = [m for m in SHOWN if all(m in result.variants[n] for n in names)]
     figure = Figure(figsize=(2.6 * len(shown) + 1.6, 0.45 * len(names) + 1.4), layout="constrained")
@@ -36,9 +33,8 @@ def draw_ablation(result: Ablation, file: Path) -> Path:
             axes.scatter(
                 spread.values, [row] * len(spread.values), s=16, color="0.3", alpha=0.7, linewidths=0
             )
-        if metric in result.real:
-            axes.axvline(result.real[metric], color="0.6", linestyle=":", linewidth=1)  # real images
-        axes.set_title(SHOWN[metric], fontsize=8)
+        real = f"\nreal images: {result.real[metric]:.3g}" if metric in result.real else ""
+        axes.set_title(SHOWN[metric] + real, fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
