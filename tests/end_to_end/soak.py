@@ -165,14 +165,16 @@ def _tree(pid: int) -> list[int]:
 
 
 def _memory(pid: int) -> int:
-    """Proportional set size in bytes; 0 for a process that has ended."""
+    """Bytes of its own, pages shared with a child process in halves; 0 for a process that has ended.
+
+    Pages of files are left out: those of torch's libraries count for fewer or more as other processes that map them
+    come and go.
+    """
     try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
-        pass
-    return 0
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def _files(pid: int) -> int:
