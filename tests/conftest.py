@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,3 +70,18 @@ def real_images() -> Path:
     if not TEST_DATA.is_dir():
         pytest.skip(f"no real images under {TEST_DATA}; set DAVAE_TEST_DATA to use them")
     return TEST_DATA
+
+
+@contextmanager
+def small_tmpfs(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A file system of so many megabytes, mounted at the new ``folder``; skips where tests may not mount one."""
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
+    )
+    if made.returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a traceback may hold a file open

@@ -1,11 +1,11 @@
 """A disk that fills up under a training or a cache: one line, nothing lost, and the same command goes on."""
 
 import shutil
-import subprocess
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.conftest import small_tmpfs
 
 from davae.data.cache import LatentCache, verify_cache
 from davae.errors import DavaeError
@@ -20,15 +20,8 @@ from davae.training.run_directory import read_metrics
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 16 megabytes, where the tests may make one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if made.returncode:
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a traceback may hold a file open
+    with small_tmpfs(tmp_path / "disk", 16) as folder:
+        yield folder
 
 
 def _fill(disk, leave):

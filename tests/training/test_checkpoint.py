@@ -5,10 +5,10 @@ import hashlib
 import json
 import os
 import pickle
-import subprocess
 
 import pytest
 import torch
+from tests.conftest import small_tmpfs
 from torch import nn
 
 from davae.errors import DavaeError
@@ -20,15 +20,8 @@ from davae.training.module_state import module_tensors, optimizer_tensors, resto
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of one megabyte, where the tests may make one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if made.returncode:
-        pytest.skip("mounting a small tmpfs is not permitted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with small_tmpfs(tmp_path / "disk", 1) as folder:
+        yield folder
 
 
 def _trained(steps, model, optimizer):

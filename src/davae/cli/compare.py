@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from davae.cli.evaluate_parts import FeatureNames
-from davae.cli.output import write_figures
+from davae.cli.output import wide_console, write_figures
 from davae.errors import DavaeError
 from davae.training.compare import Comparison, DiffusionOptions, compare_autoencoders
 from davae.training.compare.trial import transformer_size
@@ -91,7 +90,7 @@ def autoencoder(
         features=features or (),
         lpips=lpips,
     )
-    Console().print(comparison_table(result))
+    wide_console().print(comparison_table(result))
     write_figures(json_file, result.to_json())
 
 

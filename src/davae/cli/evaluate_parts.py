@@ -9,10 +9,9 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from davae.cli.output import write_figures
+from davae.cli.output import wide_console, write_figures
 from davae.errors import DavaeError
 from davae.evaluation.features import FeatureNetwork, open_network
 
@@ -77,7 +76,7 @@ def figures_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
 
 def report(rows: Mapping[str, Mapping[str, float]], unavailable: Mapping[str, str]) -> None:
     """Print the table, and below it what is missing and why."""
-    console = Console()
+    console = wide_console()
     console.print(figures_table(rows))
     for name, reason in unavailable.items():
         console.print(f"{name}: not measured. {reason}", markup=False, highlight=False, soft_wrap=True)

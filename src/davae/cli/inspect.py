@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,10 +9,10 @@ from typing import Annotated, Any
 import torch
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from davae.cli.evaluate_parts import Device, chosen_device
+from davae.cli.output import wide_console, write_figures
 from davae.data import ImageDataset, RenderedDataset, open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.inspection import Inspection, inspect_autoencoder
@@ -70,8 +69,8 @@ def _inspect(
             method=method,  # type: ignore[arg-type]
         )
     files = draw_inspection(found, out)
-    (out / "inspection.json").write_text(json.dumps({k: v.to_json() for k, v in found.items()}, indent=1))
-    Console().print(inspection_table(found))
+    write_figures(out / "inspection.json", {k: v.to_json() for k, v in found.items()})
+    wide_console().print(inspection_table(found))
     typer.echo("\n".join(map(str, [*files, out / "inspection.json"])))
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 def wide_console() -> Console:
     """A console for tables of many columns; where it is no terminal, a file has room for all of them."""
     console = Console()
-    return console if console.is_terminal else Console(width=140)
+    return console if console.is_terminal else Console(width=max(140, console.width))
 
 
 def write_figures(file: Path | None, values: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from davae.evaluation import log_spectral_distance, sliced_wasserstein
 from davae.evaluation.features import FeatureNetwork
+from davae.evaluation.features.resize import to_bytes
 from davae.evaluation.frechet import GaussianStatistics, frechet_distance
 from davae.evaluation.kernel_distance import unbiased_mmd
 from davae.pipelines.loading import load_pipeline
@@ -81,7 +82,6 @@ def generated_images(recipe: UpgradeRecipe, pipeline: Path, count: int, file: Pa
             pipe, numbers or [0], count, recipe.diffusion.sample, seed=recipe.diffusion.loop.seed
         )
         beside = file.with_suffix(".partial")
-        rounded = (made.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
-        save_file({"images": rounded.contiguous()}, beside)
+        save_file({"images": to_bytes(made).to(torch.uint8).contiguous()}, beside)
         beside.replace(file)
     return load_file(file)["images"].float() / 127.5 - 1
