@@ -11,50 +11,38 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import torch
+from tests.end_to_end import children
 
 from davae.cli.evaluate_generation import generation
 
-_FORK = multiprocessing.get_context("fork")  # a child need not import torch again
 _BATCH = 4
+_LIMIT_S = 3600.0  # five hundred images and a network of features take minutes
 
 
 def _generate(out: Path, count: int, features: list[str]) -> None:
-    torch.set_num_threads(1)  # sums in the same order in every process
-    with open(out.with_suffix(".log"), "a") as log:
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
-        generation(
-            "debug",
-            f"procedural:{count}",
-            out,
-            count=count,
-            steps=2,
-            guidance=1.0,
-            batch=_BATCH,
-            features=features,
-            device="cpu",
-        )
+    generation(
+        "debug",
+        f"procedural:{count}",
+        out,
+        count=count,
+        steps=2,
+        guidance=1.0,
+        batch=_BATCH,
+        features=features,
+        device="cpu",
+    )
 
 
-def _child(out: Path, count: int, features: list[str]) -> multiprocessing.Process:
-    process = _FORK.Process(target=_generate, args=(out, count, features))
-    process.start()
-    return process
-
-
-def _finish(process: multiprocessing.Process, out: Path) -> None:
-    process.join()
-    assert process.exitcode == 0, out.with_suffix(".log").read_text()
+def _child(out: Path, count: int, features: list[str]) -> BaseProcess:
+    return children.start(_generate, out, count, features, log=out.with_suffix(".log"), limit_s=_LIMIT_S)
 
 
 def generate_and_kill(
@@ -64,7 +52,7 @@ def generate_and_kill(
     draw = random.Random(seed)
     features = features or []
     whole, killed = folder / "whole", folder / "killed"
-    _finish(_child(whole, count, features), whole)
+    children.finish(_child(whole, count, features), whole.with_suffix(".log"))
     found_at = []
     for life in range(kills):
         process = _child(killed, count, features)
@@ -78,7 +66,7 @@ def generate_and_kill(
         if process.exitcode != -signal.SIGKILL:
             raise SystemExit(f"the run ended after {life} of {kills} kills; make more images")
         found_at.append(_images(killed))
-    _finish(_child(killed, count, features), killed)
+    children.finish(_child(killed, count, features), killed.with_suffix(".log"))
     ours, theirs = _hashes(killed), _hashes(whole)
     return {
         "images": len(ours),

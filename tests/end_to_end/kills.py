@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -21,9 +20,10 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import torch
+from tests.end_to_end import children
 
 from davae.training.checkpoint import checkpoints, load_checkpoint
 from davae.training.recipe import load_recipe
@@ -31,20 +31,15 @@ from davae.training.run import train_autoencoder
 from davae.training.run_directory import read_metrics
 
 _KINDS = ("after", "writing", "starting", "writing", "after")
-_FORK = multiprocessing.get_context("fork")  # a child need not import torch again
+_HOURS = 4 * 3600.0  # what the undisturbed run may take on a slow machine
 
 
 def _train(recipe: str, overrides: list[str], out: Path) -> None:
-    torch.set_num_threads(1)  # sums in the same order in every process
-    with open(out.with_suffix(".log"), "a") as log:
-        os.dup2(log.fileno(), sys.stderr.fileno())
-        train_autoencoder(load_recipe(recipe, overrides), out)
+    train_autoencoder(load_recipe(recipe, overrides), out)
 
 
-def _child(recipe: str, overrides: list[str], out: Path) -> multiprocessing.Process:
-    process = _FORK.Process(target=_train, args=(recipe, overrides, out))
-    process.start()
-    return process
+def _child(recipe: str, overrides: list[str], out: Path, limit_s: float) -> BaseProcess:
+    return children.start(_train, recipe, overrides, out, log=out.with_suffix(".log"), limit_s=limit_s)
 
 
 @dataclass
@@ -55,7 +50,7 @@ class Pace:
     to_first: float = 1.0
     to_write: float = 0.01
 
-    def wait(self, kind: str, process: multiprocessing.Process, run: Path, draw: random.Random) -> None:
+    def wait(self, kind: str, process: BaseProcess, run: Path, draw: random.Random) -> None:
         """Until the moment at which a life is to end."""
         began, first = time.monotonic(), _newest(run)
         if kind == "starting":
@@ -79,7 +74,14 @@ class Pace:
             self.to_write *= 2
 
 
-def run_and_kill(recipe: str, overrides: list[str], kills: int, folder: Path, seed: int = 0) -> dict:
+def run_and_kill(
+    recipe: str,
+    overrides: list[str],
+    kills: int,
+    folder: Path,
+    seed: int = 0,
+    limit_s: float = children.LIMIT_S,
+) -> dict:
     """Train once undisturbed and once with `kills` kills; returns what was seen.
 
     Of five kills two come a random time after a new checkpoint, two a random time after the next one begins to be
@@ -88,10 +90,8 @@ def run_and_kill(recipe: str, overrides: list[str], kills: int, folder: Path, se
     """
     draw = random.Random(seed)
     whole, killed = folder / "whole", folder / "killed"
-    process = _child(recipe, overrides, whole)
     began = time.monotonic()
-    process.join()
-    assert process.exitcode == 0, whole.with_suffix(".log").read_text()
+    children.finish(_child(recipe, overrides, whole, limit_s), whole.with_suffix(".log"))
     step_seconds = (time.monotonic() - began) / load_recipe(recipe, overrides).autoencoder.loop.steps
 
     done, starting, broken = 0, 0, []
@@ -99,12 +99,13 @@ def run_and_kill(recipe: str, overrides: list[str], kills: int, folder: Path, se
     pace = Pace(step_seconds)
     while done < kills:
         kind, before = _KINDS[done % len(_KINDS)], _newest(killed)
-        process = _child(recipe, overrides, killed)
+        process = _child(recipe, overrides, killed, limit_s)
         pace.wait(kind, process, killed, draw)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         if process.exitcode != -signal.SIGKILL:
-            raise SystemExit(f"the run ended after {done} of {kills} kills; give it more steps")
+            said = killed.with_suffix(".log").read_text()[-3000:]
+            raise SystemExit(f"the run ended after {done} of {kills} kills; it may need more steps: {said}")
         done += 1
         if _newest(killed) == before:
             starting += 1  # what lies there half written is of a life before
@@ -115,9 +116,7 @@ def run_and_kill(recipe: str, overrides: list[str], kills: int, folder: Path, se
                 load_checkpoint(path)
             except ValueError as error:
                 broken.append(str(error))
-    process = _child(recipe, overrides, killed)
-    process.join()
-    assert process.exitcode == 0, killed.with_suffix(".log").read_text()
+    children.finish(_child(recipe, overrides, killed, limit_s), killed.with_suffix(".log"))
     return {
         "kills": done,
         "while_writing": sum(partial_files.values()),
@@ -157,7 +156,7 @@ def main() -> None:
     asked = parser.parse_args()
     overrides = overrides_for(asked.recipe, asked.kills)
     with tempfile.TemporaryDirectory() as folder:
-        seen = run_and_kill(asked.recipe, overrides, asked.kills, Path(folder), asked.seed)
+        seen = run_and_kill(asked.recipe, overrides, asked.kills, Path(folder), asked.seed, _HOURS)
     print(json.dumps(seen, indent=1))
     if asked.out is not None:
         asked.out.write_text(
