@@ -15,7 +15,8 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
         ("eight-gpus", "MULTI_GPU", 8, 1),
         ("two-nodes", "MULTI_GPU", 16, 2),
         ("fsdp2", "FSDP", 8, 1),
-        ("zero2", "FSDP", 8, 1),
+        ("fsdp2-zero2", "FSDP", 8, 1),
+        ("deepspeed-zero2", "DEEPSPEED", 8, 1),
     ],
 )
 def test_accelerate_reads_the_configurations(name, kind, processes, machines):
@@ -25,4 +26,4 @@ def test_accelerate_reads_the_configurations(name, kind, processes, machines):
 
 
 def test_every_configuration_is_tested():
-    assert len(list(CONFIGS.glob("*.yaml"))) == 5
+    assert len(list(CONFIGS.glob("*.yaml"))) == 6

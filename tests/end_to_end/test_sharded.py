@@ -1,4 +1,7 @@
-"""FSDP2 by the shipped configuration, on two gloo processes: it learns, saves and goes on as one process does."""
+"""The shipped configurations that spread a model over processes, on two gloo processes: as one process learns.
+
+FSDP2, FSDP2 that keeps the weights gathered, and DeepSpeed's ZeRO-2 where it is installed.
+"""
 
 import json
 import os
@@ -19,25 +22,29 @@ from davae.training.run_directory import read_metrics
 from davae.warm_start import new_channel_masks
 
 ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "configs" / "accelerate" / "fsdp2.yaml"
-STEPS, MIDDLE = 4, 2
+CONFIGS = ROOT / "configs" / "accelerate"
+SPREAD = ["fsdp2", "fsdp2-zero2", "deepspeed-zero2"]
+STEPS, MIDDLE, LOGGED = 4, 3, 2  # what the middle keeps of an unlogged window counts too
 LOOP = {
     "steps": STEPS,
     "gradient_accumulation": 2,
     "max_grad_norm": 0.5,  # below what comes, so that it clips
-    "log_every": 1,
+    "log_every": LOGGED,
     "checkpoint_every": MIDDLE,
     "validate_every": 0,
     "validation_images": 2,
 }
 
 
-def _job(stage: str, out: Path, batch: int, autoencoder: Path, *extra: str) -> dict:
+def _job(stage: str, out: Path, batch: int, autoencoder: Path, *extra: str, adaptive: bool = False) -> dict:
     overrides = [
         *(f"{stage}.loop.{k}={v}" for k, v in (LOOP | {"batch_size": batch}).items()),
         f"{stage}.optimizer.learning_rate=1e-4",
-        "autoencoder.alignment.adaptive=false",
-        "autoencoder.reconstruction.gan.weight=0",
+        f"autoencoder.alignment.adaptive={str(adaptive).lower()}",
+        f"autoencoder.reconstruction.gan.weight={0.1 * adaptive}",
+        "autoencoder.reconstruction.gan.start_step=1",
+        "autoencoder.reconstruction.gan.filters=4",
+        "autoencoder.reconstruction.gan.layers=1",
         *extra,
     ]
     return {"stage": stage, "out": str(out), "overrides": overrides, "autoencoder": str(autoencoder)}
@@ -56,40 +63,58 @@ def _jobs(out: Path, batch: int, autoencoder: Path) -> dict[str, dict]:
     }
 
 
+def _adaptive(out: Path, autoencoder: Path) -> dict:
+    """Weights taken from gradients of single layers, and a discriminator beside the model."""
+    return _job("autoencoder", out / "adaptive", 2, autoencoder, adaptive=True)
+
+
 def _back_to_the_middle(run_directory: Path, copy: Path) -> None:
     shutil.copytree(run_directory, copy)
     shutil.rmtree(copy / "checkpoints" / f"step-{STEPS}")
 
 
+def _launch(jobs: list[dict], file: Path, *launcher: str) -> None:
+    file.write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", *launcher, "-m", "tests.end_to_end.trainings", str(file)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-9000:]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Each training on one process and, sharded, on two; of two the second half on the other number."""
+def one(tmp_path_factory):
+    """Each training on one process; the one with adaptive weights on two, each with the whole model."""
     torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("sharded")
+    out = tmp_path_factory.mktemp("one")
     vae = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8)
-    vae.save_pretrained(out / "autoencoder")
-    one = _jobs(out / "one", 4, out / "autoencoder")
-    two = _jobs(out / "two", 2, out / "autoencoder")
+    vae.save_pretrained(out / "vae")
+    jobs = _jobs(out, 4, out / "vae")
     for name in ("autoencoder", "full", "lora", "new"):
-        run(one[name])
+        run(jobs[name])
+    _launch([_adaptive(out, out / "vae")], out / "jobs.json", "torch.distributed.run", "--nproc-per-node=2")
+    return out
+
+
+@pytest.fixture(scope="module", params=SPREAD)
+def runs(request, one, tmp_path_factory):
+    """Each training spread over two processes, of two the second half on the other number; beside them ``one``."""
+    if request.param.startswith("deepspeed"):
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed: an optional part")
+    out = tmp_path_factory.mktemp(request.param)
+    (out / "one").symlink_to(one)
+    two = _jobs(out / "two", 2, one / "vae")
     one_to_two = two["full"] | {"out": str(out / "one_to_two" / "full")}
-    _back_to_the_middle(out / "one" / "full", Path(one_to_two["out"]))
-    file = out / "jobs.json"
-    file.write_text(json.dumps([*two.values(), one_to_two]))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIG)]
-    launch += [
-        "--num_processes",
-        "2",
+    _back_to_the_middle(one / "full", Path(one_to_two["out"]))
+    config = ["--config_file", str(CONFIGS / f"{request.param}.yaml"), "--num_processes", "2"]
+    _launch(
+        [*two.values(), one_to_two, _adaptive(out / "two", one / "vae")],
+        out / "jobs.json",
+        "accelerate.commands.launch",
+        *config,
         "--main_process_port",
         "0",
-        "-m",
-        "tests.end_to_end.trainings",
-        str(file),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(launch, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-9000:]
-    two_to_one = one["lora"] | {"out": str(out / "two_to_one" / "lora")}
+    )
+    two_to_one = _jobs(out / "two_to_one", 4, one / "vae")["lora"]
     _back_to_the_middle(out / "two" / "lora", Path(two_to_one["out"]))
     run(two_to_one)
     return out
@@ -102,6 +127,7 @@ PAIRS = [
     "two/new",  # a part of a weight learns
     "one_to_two/full",
     "two_to_one/lora",
+    "two/adaptive",
 ]
 
 
@@ -109,8 +135,8 @@ PAIRS = [
 def test_losses_norms_and_every_tensor_agree_with_one_process(runs, other):
     one, other = runs / "one" / other.split("/")[1], runs / other
     first, second = (read_metrics(found / "metrics.jsonl") for found in (one, other))
-    assert len(first) == len(second) == STEPS + 1
-    for a, b in zip(first[:STEPS], second[:STEPS]):
+    assert len(first) == len(second) == STEPS // LOGGED + 1
+    for a, b in zip(first[:-1], second[:-1]):
         assert b["total"] == pytest.approx(a["total"], rel=1e-5)
         assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-5)
     files = sorted(p.relative_to(one) for p in one.rglob("*.safetensors"))
@@ -126,7 +152,7 @@ def test_losses_norms_and_every_tensor_agree_with_one_process(runs, other):
 @pytest.mark.parametrize("number", ["one", "two"])
 def test_the_new_channels_alone_learn_where_they_shall(runs, number):
     """The base's entries of a widened weight stay bit for bit, in the same tensor where others change."""
-    start = upgrade_pipeline(debug_base(), AutoencoderDA.from_pretrained(runs / "autoencoder"))
+    start = upgrade_pipeline(debug_base(), AutoencoderDA.from_pretrained(runs / "one" / "vae"))
     found = load_file(runs / number / "new" / "checkpoints" / f"step-{STEPS}" / "model.safetensors")
     before = start.transformer.state_dict()
     masks = new_channel_masks(start.transformer, start.vae.layout)

@@ -67,16 +67,15 @@ def _weights(stage):
     return torch.cat([p.detach().flatten() for p in stage.objective.parameters()])
 
 
+@pytest.mark.parametrize("log_every", [1, 3])  # with three, stops fall between two logged lines
 @pytest.mark.parametrize("stops", [[4], [3], [1, 2, 5]])
-def test_a_run_that_stops_ends_like_one_that_does_not(tmp_path, stops):
-    whole = _Stage(ema_decay=0.9, gradient_accumulation=2)
+def test_a_run_that_stops_ends_like_one_that_does_not(tmp_path, stops, log_every):
+    settings = {"ema_decay": 0.9, "gradient_accumulation": 2, "log_every": log_every}
+    whole = _Stage(**settings)
     train(whole, tmp_path / "whole", {})
     for stop in stops:
-        assert (
-            train(_Stage(ema_decay=0.9, gradient_accumulation=2), tmp_path / "parts", {}, stop_after=stop)
-            is None
-        )
-    last = _Stage(ema_decay=0.9, gradient_accumulation=2)
+        assert train(_Stage(**settings), tmp_path / "parts", {}, stop_after=stop) is None
+    last = _Stage(**settings)
     train(last, tmp_path / "parts", {})
     assert torch.equal(_weights(whole), _weights(last))
     assert read_metrics(tmp_path / "whole" / "metrics.jsonl") == read_metrics(

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from davae.errors import DavaeError
 from davae.training.settings import LoopSettings
-from davae.training.sharded_tensors import gradient_norms
 
 logger = logging.getLogger(__name__)
 _IDS_TOLD = 8
@@ -62,9 +61,10 @@ class StepGuard:
         self,
         step: int,
         player: str,
-        module: nn.Module,
         losses: list[dict[str, Tensor]],
         ids: list[str],
+        names: list[str],
+        norms: Tensor,
         norm: Tensor | None,
     ) -> Tensor:
         """Whether a step is good, as a boolean on the device.
@@ -72,14 +72,13 @@ class StepGuard:
         Args:
             step: steps done when this one is.
             player: whose step.
-            module: the player's module, with gradients.
             losses: named losses of every micro-step.
             ids: the images of the step.
-            norm: norm of the whole gradient, where it is known.
+            names: the trained parameters.
+            norms: of their gradients, ``[parameters]``.
+            norm: norm of the whole gradient before it was clipped, where it was.
         """
-        trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        self._names.setdefault(player, [n for n, _ in trained])
-        norms = gradient_norms([p for _, p in trained])
+        self._names[player] = names
         total = norms.norm() if norm is None else norm.detach()
         terms = [name for part in losses for name in part]
         finite_terms = torch.stack([v.detach().isfinite().all() for part in losses for v in part.values()])

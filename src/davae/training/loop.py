@@ -26,23 +26,21 @@ from torch import Tensor
 from davae.data import BatchStream, SkipLedger
 from davae.data.stalls import is_of_a_dead_worker, told_dead_worker
 from davae.errors import DavaeError
-from davae.models.float32_islands import keep_linear_attention_in_float32
-from davae.pipelines.speed import compile_regions
 from davae.training.checkpoint_writer import CheckpointWriter
 from davae.training.ema import Ema
 from davae.training.full_disk import telling_of_a_full_disk
 from davae.training.guards import KeptBuffers, StepGuard, told_out_of_memory
-from davae.training.optimizers import learning_rate, make_optimizer
+from davae.training.learner import Learner, prepare
+from davae.training.optimizers import learning_rate
 from davae.training.processes import LONGEST_WAIT, use_cpu
 from davae.training.progress import Progress
 from davae.training.run_directory import RunDirectory
 from davae.training.run_state import RunState
-from davae.training.sharded_tensors import clip_gradients, mask_gradients, spread_masks
-from davae.training.sharding import begin_accelerator, is_sharding, replicate, shard, unsynced
+from davae.training.sharding import begin_accelerator
 from davae.training.shared_draws import SharedDraws
-from davae.training.stage import Player, Stage
+from davae.training.stage import Stage
 from davae.training.stopping import StopRequest, TrainingStopped
-from davae.training.whole_models import dissolve, whole
+from davae.training.whole_models import whole
 from davae.training.window import LossWindow
 
 logger = logging.getLogger(__name__)
@@ -160,29 +158,10 @@ class _Training:
         if loop.report_to and self.main:
             accelerator.init_trackers("tracking")
         stage.to(accelerator.device)
-        for player in stage.players:
-            if not self._shards(player):  # a model that must be sharded may not fit the device whole
-                player.module.to(accelerator.device)
-            player.module.train()  # loaded models come in eval mode
-            keep_linear_attention_in_float32(player.module)
-            if loop.channels_last and not loop.plain:
-                player.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            if loop.compile and not loop.plain:
-                compile_regions(player.module)
-        self.modules, self.optimizers = [], []
-        for player in stage.players:
-            optimizer = make_optimizer(
-                player.name, player.module, player.optimizer, player.learning_rates, fused=not loop.plain
-            )
-            if self._shards(player):
-                module, optimizer = shard(accelerator, player.module, optimizer)
-            elif is_sharding(accelerator):
-                module = replicate(player.module, accelerator.device)
-                optimizer = accelerator.prepare_optimizer(optimizer)
-            else:
-                module, optimizer = accelerator.prepare(player.module, optimizer)
-            self.modules.append(module)
-            self.optimizers.append(optimizer)
+        self.learners = [
+            prepare(accelerator, loop, player, is_model=player is stage.players[0])
+            for player in stage.players
+        ]
         self.ema = Ema(stage.players[0].trained(), loop.ema_decay) if loop.ema_decay is not None else None
         self.stream = BatchStream(
             stage.dataset,
@@ -196,20 +175,15 @@ class _Training:
         self.ledger = SkipLedger.for_dataset(stage.dataset)
         self.window = LossWindow()
         self.guard = StepGuard(stage.name, loop, self.out)
-        self.masks = {p.name: spread_masks(p.module, p.gradient_masks) for p in stage.players}
-        names = [player.name for player in stage.players]
         self.state = RunState(
-            modules={player.name: player.module for player in stage.players},
-            optimizers=dict(zip(names, self.optimizers)),
+            learners=self.learners,
             ema=self.ema,
             stream=self.stream,
             ledger=self.ledger,
             guard=self.guard,
+            window=self.window,
+            device=accelerator.device,
         )
-
-    def _shards(self, player: Player) -> bool:
-        """Whether a player's weights are spread over the processes: the model's are, where the launcher asks."""
-        return is_sharding(self.accelerator) and player is self.stage.players[0] and player.can_be_sharded
 
     def _steps(self, start: int, stop_after: int | None) -> bool:
         """The loop. Returns whether it went to its end."""
@@ -243,10 +217,10 @@ class _Training:
     def _step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         """One optimizer step of every player; returns the last batch."""
         loop, accelerator = self.loop, self.accelerator
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
+        for learner in self.learners:
+            learner.zero_grad()
         kept = [KeptBuffers(player.module) for player in self.stage.players]
-        losses: list[list[dict[str, Tensor]]] = [[] for _ in self.modules]
+        losses: list[list[dict[str, Tensor]]] = [[] for _ in self.learners]
         ids: list[str] = []
         for micro in range(loop.gradient_accumulation):
             batch = next(batches)
@@ -254,27 +228,20 @@ class _Training:
             ids += batch.get("id", [])
             last = micro == loop.gradient_accumulation - 1
             batch = to_device(batch, accelerator.device)
-            for i, module in enumerate(self.modules):
+            for i, learner in enumerate(self.learners):
                 _seed_step(loop.seed, step, micro)
-                synced = nullcontext() if last else unsynced(accelerator, module)
-                with synced, accelerator.autocast(), self._draws():
-                    losses[i].append(module(batch, step))
-                accelerator.backward(losses[i][-1]["total"] / loop.gradient_accumulation)
-        for player in self.stage.players:
-            mask_gradients(player.module, self.masks[player.name])
-        for i, (player, optimizer) in enumerate(zip(self.stage.players, self.optimizers)):
+                with self._draws():
+                    losses[i].append(learner.losses(batch, step, last=last))
+                learner.backward(losses[i][-1]["total"] / loop.gradient_accumulation)
+        for learner in self.learners:
+            learner.mask()
+        for i, learner in enumerate(self.learners):
+            player = learner.player
             for part in losses[i]:
                 self.window.add(part, "" if i == 0 else player.name)
-            rate = learning_rate(player.optimizer, step, loop.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["rate_factor"]
-            good = self._judge(step + 1, player, optimizer, losses[i], ids, log_norm=i == 0)
+            good = self._judge(step + 1, learner, losses[i], ids, log_norm=i == 0)
             kept[i].restore_unless(good)
-            if loop.plain and not good:  # the plain optimizer cannot read the verdict on the device
-                continue
-            if loop.precision != "fp16" and not loop.plain:  # the gradient scaler of fp16 does the same
-                optimizer.optimizer.found_inf = (~good).float()  # read by the fused optimizer, on the device
-            optimizer.step()
+            learner.step(learning_rate(player.optimizer, step, loop.steps), good)
         if self.ema is not None:
             self.ema.update()
         return batch
@@ -288,20 +255,17 @@ class _Training:
     def _judge(
         self,
         done: int,
-        player: Player,
-        optimizer: Any,
+        learner: Learner,
         losses: list[dict[str, Tensor]],
         ids: list[str],
         *,
         log_norm: bool,
     ) -> Tensor:
-        norm = None
-        self.accelerator.unscale_gradients(optimizer)
-        if self.loop.max_grad_norm is not None:
-            norm = clip_gradients(player.trained(), self.loop.max_grad_norm)
-            if log_norm:
-                self.window.add({"gradient_norm": norm})
-        good = self.guard.judge(done, player.name, player.module, losses, ids, norm)
+        norm = learner.clip()
+        if norm is not None and log_norm:
+            self.window.add({"gradient_norm": norm})
+        name, names = learner.player.name, learner.names()
+        good = self.guard.judge(done, name, losses, ids, names, learner.norms(), norm)
         if self.accelerator.num_processes > 1:  # all leave the step out, or none
             votes = self.accelerator.reduce(good.float(), "sum")
             good = votes >= self.accelerator.num_processes
@@ -330,7 +294,7 @@ class _Training:
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, "sum")
         values = self.window.means(names, sums)
-        values["learning_rate"] = self.optimizers[0].param_groups[0]["lr"]
+        values["learning_rate"] = self.learners[0].learning_rate
         if self.guard.skipped:
             values["skipped_steps"] = self.guard.skipped
         if self.main:
@@ -385,7 +349,7 @@ class _Training:
         if not self.metrics:  # the run had ended before: measure again rather than report nothing
             self._evaluate(self.loop.steps)
         with self.ema.applied() if self.ema is not None else nullcontext():
-            dissolve(self.stage.players[0].module)
+            self.learners[0].dissolve()
             if self.main:
                 result = self.stage.export(self.out)
         facts: list[Any] = [result, self.metrics]

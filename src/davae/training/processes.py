@@ -16,7 +16,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
-from davae.training.sharding import refuse_deepspeed
+from davae.training.deepspeed_settings import as_for_ddp
 
 T = TypeVar("T")
 
@@ -30,10 +30,10 @@ def start_processes() -> PartialState:
     Training does it by itself. It must happen before anything is shared out or put on "the" GPU.
 
     Raises:
-        DavaeError: the launcher asks for DeepSpeed.
+        DavaeError: the launcher asks for DeepSpeed, which is not installed.
     """
-    refuse_deepspeed()
-    return PartialState(cpu=use_cpu(), timeout=LONGEST_WAIT)
+    with as_for_ddp():
+        return PartialState(cpu=use_cpu(), timeout=LONGEST_WAIT)
 
 
 def use_cpu() -> bool:

@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from davae.data import BatchStream, SkipLedger
 from davae.training.checkpoint import newest_whole
 from davae.training.checkpoint_writer import CheckpointWriter
 from davae.training.ema import Ema
 from davae.training.guards import StepGuard
-from davae.training.module_state import module_tensors, optimizer_tensors, restore_module, restore_optimizer
-from davae.training.processes import is_first, rank_and_world, wait_for_everyone
+from davae.training.learner import Learner
+from davae.training.processes import everyone, is_first, rank_and_world, wait_for_everyone
 from davae.training.sharded_tensors import whole_on_cpu
+from davae.training.window import LossWindow
 
 logger = logging.getLogger(__name__)
 
@@ -32,20 +33,22 @@ class RunState:
     """The stateful parts of a run.
 
     Args:
-        modules: by player's name; of each the trained weights and buffers are kept.
-        optimizers: by player's name.
+        learners: of each the trained weights, buffers and moments are kept.
         ema: averages of the first player's weights.
         stream: position in the data.
         ledger: images that could not be read.
         guard: counts of bad steps.
+        window: losses since the last logged line.
+        device: of the training.
     """
 
-    modules: dict[str, nn.Module]
-    optimizers: dict[str, torch.optim.Optimizer]
+    learners: list[Learner]
     ema: Ema | None
     stream: BatchStream
     ledger: SkipLedger
     guard: StepGuard
+    window: LossWindow
+    device: torch.device
 
     def save(self, writer: CheckpointWriter, done: int, watched: float | None) -> None:
         """Begin to write a checkpoint in the first process; every process must come along.
@@ -58,11 +61,13 @@ class RunState:
         self.merge_ledgers()
         if is_first():
             writer.wait()  # before the copy: two at a time would take twice the memory
-        tensors = {name: whole_on_cpu(t, keep=is_first()) for name, t in self._tensors().items()}
+        tensors = self._tensors(keep=is_first())
+        window = self._window_of_all()
         if is_first():
             values: dict[str, Any] = {
                 "stream": self.stream.state_dict(),
                 "skipped": self.ledger.state_dict(),
+                "window": window,
                 "guard": {"skipped": self.guard.skipped, "in_a_row": 0}
                 if self.guard.exhausted
                 else self.guard.state_dict(),
@@ -81,14 +86,17 @@ class RunState:
         if found is None:
             return 0
         path, tensors, values = found
-        for name, module in self.modules.items():
-            restore_module(module, tensors[name], path)
-            restore_optimizer(self.optimizers[name], tensors[f"{name}_optimizer"])
+        for learner in self.learners:
+            name = learner.player.name
+            learner.restore(tensors[name], tensors[f"{name}_optimizer"], path)
         if self.ema is not None:
             self.ema.restore(tensors["averages"], values["ema_updates"])
         self.stream.load_state_dict(values["stream"])
         self.ledger.load_state_dict(values["skipped"])
         self.guard.load_state_dict(values["guard"])
+        share = 1.0 if is_first() else 0.0  # losses are summed over the processes when they are logged
+        window = values.get("window", {})  # an earlier version did not keep it
+        self.window.load_state_dict({n: [share * v for v in pair] for n, pair in window.items()}, self.device)
         return int(values["step"])
 
     def merge_ledgers(self) -> None:
@@ -97,12 +105,21 @@ class RunState:
             for state in gather_object([self.ledger.state_dict()]):
                 self.ledger.load_state_dict(state)
 
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """By file name; sharded ones as they are."""
+    def _tensors(self, *, keep: bool) -> dict[str, dict[str, Tensor]]:
+        """Whole tensors on the CPU by file name; nothing in them unless ``keep``."""
         tensors = {}
-        for name, module in self.modules.items():
-            tensors[name] = module_tensors(module)
-            tensors[f"{name}_optimizer"] = optimizer_tensors(self.optimizers[name])
+        for learner in self.learners:
+            name = learner.player.name
+            tensors[name] = whole_on_cpu(learner.tensors(), keep=keep)
+            tensors[f"{name}_optimizer"] = learner.moments(keep=keep)
         if self.ema is not None:
-            tensors["averages"] = self.ema.tensors()
+            tensors["averages"] = whole_on_cpu(self.ema.tensors(), keep=keep)
         return tensors
+
+    def _window_of_all(self) -> dict[str, list[float]]:
+        """Sums and counts of the losses over all processes."""
+        total: dict[str, list[float]] = {}
+        for own in everyone(self.window.state_dict()):
+            for name, pair in own.items():
+                total[name] = [a + b for a, b in zip(total.get(name, [0.0, 0.0]), pair)]
+        return total

@@ -23,32 +23,17 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from davae.errors import DavaeError
+from davae.training.deepspeed_settings import as_for_ddp
 from davae.training.whole_models import ORIGINAL, units_of
 
 logger = logging.getLogger(__name__)
 _KEYS = "the accelerate configuration (--config_file)"
 
 
-def asked_for_deepspeed() -> bool:
-    """Whether the launcher was told to use DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-
-
-def refuse_deepspeed() -> None:
-    """Say at once that DeepSpeed is not supported; accelerate would start it with the processes.
-
-    Raises:
-        DavaeError: the launcher was told to use it.
-    """
-    if asked_for_deepspeed():
-        raise DavaeError(
-            f"{_KEYS} asks for DeepSpeed, which is not supported. FSDP2 does the same: take "
-            "configs/accelerate/fsdp2.yaml for ZeRO-3, configs/accelerate/zero2.yaml for ZeRO-2"
-        )
-
-
 def begin_accelerator(**options: Any) -> Accelerator:
-    """An accelerator for one training, sharding where the launcher's configuration asks for it.
+    """An accelerator for one training, sharding with FSDP2 where the launcher's configuration asks for it.
+
+    Where it asks for DeepSpeed, accelerate begins as for DDP, and :mod:`davae.training.zero` does the rest.
 
     One process may train several stages one after the other, each with its own precision.
 
@@ -56,10 +41,9 @@ def begin_accelerator(**options: Any) -> Accelerator:
         options: of :class:`accelerate.Accelerator`.
 
     Raises:
-        DavaeError: the configuration asks for DeepSpeed, for a form of FSDP that is not supported, or for FSDP in
-            float16.
+        DavaeError: the configuration asks for a form of FSDP that is not supported, for FSDP in float16, or for
+            DeepSpeed where it is not installed.
     """
-    refuse_deepspeed()
     _forget_the_training_before()
     plugin = _plugin()
     if plugin is not None and options.get("mixed_precision") == "fp16":
@@ -67,7 +51,8 @@ def begin_accelerator(**options: Any) -> Accelerator:
             f"loop.precision=fp16, while {_KEYS} asks for FSDP: every process would scale its losses as its "
             "own shards need it. Take loop.precision=bf16"
         )
-    accelerator = Accelerator(fsdp_plugin=plugin, **options)
+    with as_for_ddp():
+        accelerator = Accelerator(fsdp_plugin=plugin, **options)
     if plugin is not None and accelerator.use_distributed:
         # Weights stay in float32 and autocast decides what is computed in half precision, as without sharding:
         # FSDP's own policy would also cast latents, times and normalisation.
@@ -167,9 +152,12 @@ def block_classes(module: nn.Module) -> list[str]:
 
 
 def make_contiguous(module: nn.Module) -> None:
-    """Put the weights into torch's plain memory order, the only one that can be sharded."""
+    """Put the weights into torch's plain memory order, the only one that can be sharded.
+
+    A channels-last weight of a 1 x 1 convolution calls itself contiguous, and is not in that order.
+    """
     for parameter in module.parameters():
-        parameter.data = parameter.data.contiguous()
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 def _checkpoint_activations(module: nn.Module) -> None:

@@ -23,17 +23,23 @@ class LossWindow:
             self._counts[key] = self._counts.get(key, 0) + finite.long()
 
     def tensors(self) -> tuple[list[str], Tensor]:
-        """Names, and their sums and counts, float64 ``[names, 2]``."""
+        """Names, and their sums and counts, float32 ``[names, 2]``."""
         names = list(self._sums)
-        columns = [torch.stack([self._sums[n].double(), self._counts[n].double()]) for n in names]
-        return names, torch.stack(columns)
-
-    def flush(self) -> dict[str, float]:
-        """The means since the last flush; a value that was never finite has none."""
-        return self.means(*self.tensors())
+        columns = [torch.stack([self._sums[n], self._counts[n].float()]) for n in names]
+        return names, torch.stack(columns) if columns else torch.zeros(0, 2)
 
     def means(self, names: list[str], sums_and_counts: Tensor) -> dict[str, float]:
         """The means of (possibly reduced) sums and counts; begins a new window."""
         self._sums, self._counts = {}, {}
         rows = sums_and_counts.tolist()  # the one wait for the device
         return {name: total / count for name, (total, count) in zip(names, rows) if count}
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Sum and count by name, for a checkpoint between two lines; the window goes on."""
+        names, sums_and_counts = self.tensors()
+        return dict(zip(names, sums_and_counts.tolist()))
+
+    def load_state_dict(self, state: dict[str, list[float]], device: torch.device) -> None:
+        """Go on with a window that :meth:`state_dict` described."""
+        self._sums = {n: torch.tensor(total, device=device) for n, (total, _) in state.items()}
+        self._counts = {n: torch.tensor(int(count), device=device) for n, (_, count) in state.items()}
