@@ -63,9 +63,20 @@ def _jobs(out: Path, batch: int, autoencoder: Path) -> dict[str, dict]:
     }
 
 
-def _adaptive(out: Path, autoencoder: Path) -> dict:
-    """Weights taken from gradients of single layers, and a discriminator beside the model."""
-    return _job("autoencoder", out / "adaptive", 2, autoencoder, adaptive=True)
+def _made_by_two(out: Path, autoencoder: Path) -> list[dict]:
+    """Trainings that two processes with the whole model each are the measure of.
+
+    Adaptive weights come from the images of one process; half precision rounds sums of another size otherwise.
+    """
+    half = [
+        "diffusion.loop.precision=bf16",
+        "diffusion.tune.mode=lora",
+        "diffusion.tune.frozen_dtype=bfloat16",
+    ]
+    return [
+        _job("autoencoder", out / "adaptive", 2, autoencoder, adaptive=True),
+        _job("diffusion", out / "half", 2, autoencoder, *half),
+    ]
 
 
 def _back_to_the_middle(run_directory: Path, copy: Path) -> None:
@@ -83,7 +94,7 @@ def _launch(jobs: list[dict], file: Path, *launcher: str) -> None:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """Each training on one process; the one with adaptive weights on two, each with the whole model."""
+    """Each training on one process, some on two that hold the whole model each."""
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("one")
     vae = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8)
@@ -91,7 +102,7 @@ def one(tmp_path_factory):
     jobs = _jobs(out, 4, out / "vae")
     for name in ("autoencoder", "full", "lora", "new"):
         run(jobs[name])
-    _launch([_adaptive(out, out / "vae")], out / "jobs.json", "torch.distributed.run", "--nproc-per-node=2")
+    _launch(_made_by_two(out, out / "vae"), out / "jobs.json", "torch.distributed.run", "--nproc-per-node=2")
     return out
 
 
@@ -107,7 +118,7 @@ def runs(request, one, tmp_path_factory):
     _back_to_the_middle(one / "full", Path(one_to_two["out"]))
     config = ["--config_file", str(CONFIGS / f"{request.param}.yaml"), "--num_processes", "2"]
     _launch(
-        [*two.values(), one_to_two, _adaptive(out / "two", one / "vae")],
+        [*two.values(), one_to_two, *_made_by_two(out / "two", one / "vae")],
         out / "jobs.json",
         "accelerate.commands.launch",
         *config,
@@ -128,6 +139,7 @@ PAIRS = [
     "one_to_two/full",
     "two_to_one/lora",
     "two/adaptive",
+    "two/half",  # computed in bfloat16, with frozen weights kept in it
 ]
 
 

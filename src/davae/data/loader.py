@@ -9,6 +9,7 @@ fetched ahead.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from davae.data.bucket_sampler import BucketSampler
 from davae.data.buckets import bucket_of
 from davae.data.dataset import Item
+from davae.data.frozen_objects import frozen_objects
 from davae.data.loader_key import Key
 from davae.data.stalls import WatchedItems, end_workers, outlive_signals
 from davae.errors import DavaeError
@@ -137,8 +139,8 @@ class BatchStream:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         items = WatchedItems(self.dataset, self.workers, self.timeout_s)
-        batches = iter(_loader(items, self.sampler))
-        try:
+        with frozen_objects(self.workers), closing(items):
+            batches = iter(_loader(items, self.sampler))
             while True:
                 try:
                     with items.told():
@@ -148,8 +150,6 @@ class BatchStream:
                     raise
                 self.sampler.advance()
                 yield batch
-        finally:
-            items.close()
 
     @property
     def epoch(self) -> float:

@@ -62,7 +62,7 @@ class RunState:
         if is_first():
             writer.wait()  # before the copy: two at a time would take twice the memory
         tensors = self._tensors(keep=is_first())
-        window = self._window_of_all()
+        window = self._mean_window()
         if is_first():
             values: dict[str, Any] = {
                 "stream": self.stream.state_dict(),
@@ -94,9 +94,7 @@ class RunState:
         self.stream.load_state_dict(values["stream"])
         self.ledger.load_state_dict(values["skipped"])
         self.guard.load_state_dict(values["guard"])
-        share = 1.0 if is_first() else 0.0  # losses are summed over the processes when they are logged
-        window = values.get("window", {})  # an earlier version did not keep it
-        self.window.load_state_dict({n: [share * v for v in pair] for n, pair in window.items()}, self.device)
+        self.window.load_state_dict(values.get("window", {}), self.device)  # an earlier version kept none
         return int(values["step"])
 
     def merge_ledgers(self) -> None:
@@ -116,10 +114,11 @@ class RunState:
             tensors["averages"] = whole_on_cpu(self.ema.tensors(), keep=keep)
         return tensors
 
-    def _window_of_all(self) -> dict[str, list[float]]:
-        """Sums and counts of the losses over all processes."""
-        total: dict[str, list[float]] = {}
-        for own in everyone(self.window.state_dict()):
+    def _mean_window(self) -> dict[str, list[float]]:
+        """Sums and counts of the losses in the mean of the processes, of which there may be others later."""
+        mean: dict[str, list[float]] = {}
+        windows = everyone(self.window.state_dict())
+        for own in windows:
             for name, pair in own.items():
-                total[name] = [a + b for a, b in zip(total.get(name, [0.0, 0.0]), pair)]
-        return total
+                mean[name] = [a + b / len(windows) for a, b in zip(mean.get(name, [0.0, 0.0]), pair)]
+        return mean

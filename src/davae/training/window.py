@@ -20,12 +20,12 @@ class LossWindow:
             value = value.detach().float()
             finite = value.isfinite()
             self._sums[key] = self._sums.get(key, 0.0) + torch.where(finite, value, 0.0)
-            self._counts[key] = self._counts.get(key, 0) + finite.long()
+            self._counts[key] = self._counts.get(key, 0) + finite.float()
 
     def tensors(self) -> tuple[list[str], Tensor]:
         """Names, and their sums and counts, float32 ``[names, 2]``."""
         names = list(self._sums)
-        columns = [torch.stack([self._sums[n], self._counts[n].float()]) for n in names]
+        columns = [torch.stack([self._sums[n], self._counts[n]]) for n in names]
         return names, torch.stack(columns) if columns else torch.zeros(0, 2)
 
     def means(self, names: list[str], sums_and_counts: Tensor) -> dict[str, float]:
@@ -42,4 +42,4 @@ class LossWindow:
     def load_state_dict(self, state: dict[str, list[float]], device: torch.device) -> None:
         """Go on with a window that :meth:`state_dict` described."""
         self._sums = {n: torch.tensor(total, device=device) for n, (total, _) in state.items()}
-        self._counts = {n: torch.tensor(int(count), device=device) for n, (_, count) in state.items()}
+        self._counts = {n: torch.tensor(count, device=device) for n, (_, count) in state.items()}
