@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from davae.benchmark import count_flops, peak_memory_bytes, side_by_side
 from davae.errors import DavaeError
 from davae.evaluation import PatchSet, psnr, ssim
+from davae.evaluation.enlarging import upscaled
 from davae.latents import token_count
 from davae.models import AutoencoderDA
 from davae.pipelines import ClassConditionalPipeline, upgrade_pipeline
@@ -214,12 +214,12 @@ def _compare_samples(
     captions = [f"{names.get(sampled[i % len(sampled)], 'no class')}, seed {seed + i}" for i in range(count)]
     shown = min(2 * _SHOWN, count)
     recorder.add_samples(small[:shown], made[:shown], captions[:shown])
-    rows = {"base, upscaled": _enlarged(small[:shown], made.shape[-1]), "upgraded": made[:shown]}
+    rows = {"base, upscaled": upscaled(small[:shown], made.shape[-2:]), "upgraded": made[:shown]}
     save_rows(recorder.run_dir / "samples.png", rows)
     real = PatchSet(seed=seed).update(images)
     distances = [
         list(real.distance(PatchSet(seed=seed).update(x)).values())
-        for x in (made, _enlarged(small, made.shape[-1]))
+        for x in (made, upscaled(small, made.shape[-2:]))
     ]
     return Generation(
         swd_upgraded=distances[0][0],
@@ -261,7 +261,3 @@ def _compare_cost(
     )
     seconds = {name: value / batch for name, value in timed.medians.items()}
     return ThreeWay[float](**flops), ThreeWay[float](**seconds)
-
-
-def _enlarged(images: Tensor, side: int) -> Tensor:
-    return F.interpolate(images, size=(side, side), mode="bicubic", align_corners=False).clamp(-1, 1)

@@ -7,13 +7,15 @@ import torch
 from typer.testing import CliRunner
 
 from davae.benchmark import count_flops
-from davae.benchmark.autoencoder import bench_autoencoder
+from davae.benchmark.autoencoder import _tiling, bench_autoencoder
 from davae.benchmark.contestants import make_contestants
 from davae.benchmark.inference import bench_inference
 from davae.benchmark.memory import peak_tensor_bytes
 from davae.benchmark.planner_architectures import find_architecture
 from davae.cli.main import app
 from davae.errors import DavaeError
+from davae.models import AutoencoderDA
+from davae.tiny.small_pipelines import small_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,24 @@ def test_autoencoder_rows_and_tiles():
     assert list(rows) == ["base", "base, tiled", "upgraded", "upgraded, tiled"]
     assert rows["base"].decode_over_base == rows["base, tiled"].decode_over_base == 1.0
     assert rows["upgraded, tiled"].decode_memory_bytes < rows["upgraded"].decode_memory_bytes
+
+
+def test_a_base_that_makes_films_is_timed_on_images():
+    result = bench_autoencoder("debug-qwenimage", resolution=64, repeats=1, device="cpu")
+    assert [row.name for row in result.rows] == ["base", "upgraded"]
+    rows = bench_inference("debug-qwenimage", resolution=64, repeats=1, steps=1, device="cpu").rows
+    assert all(row.decode_flops > 0 for row in rows)
+
+
+def test_both_autoencoders_are_cut_into_tiles_of_the_same_size():
+    """DC-AE and the video autoencoders name their tiles' sides otherwise."""
+    vae = small_pipeline("sana").vae
+    _tiling(vae, 64)
+    assert (vae.tile_sample_min_height, vae.tile_sample_min_width) == (64, 64)
+    assert vae.tile_sample_stride_height == vae.tile_sample_stride_width == 48
+    upgraded = AutoencoderDA.from_base(vae, scale=2, detail_channels=8)
+    _tiling(upgraded, 64)
+    assert upgraded.tile_sample_min_size == 64
 
 
 def test_the_upgraded_decoder_takes_no_more_memory_than_the_bases():

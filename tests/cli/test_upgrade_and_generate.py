@@ -83,7 +83,7 @@ def test_upgrade_as_json(autoencoder, monkeypatch, capsys, tmp_path) -> None:
         (["generate", "debug", "99"], "class label 99 is out of range"),
         (["generate", "debug-dit", "7", "--height", "64"], "DiTPipeline takes no height"),
         (["generate", "debug-sd3", "--prompts", "absent.txt"], "cannot read the prompts in absent.txt"),
-        (["generate", "debug-sd3", "--prompt", "cat", "--count", "0"], "at least 1"),
+        (["generate", "debug-sd3", "--prompt", "cat", "--count", "0"], "greater than or equal to 1"),
         (
             ["upgrade", "debug-sd3", "--timestep-shift", "big"],
             "must be 'base', 'native' or a number, not 'big'",

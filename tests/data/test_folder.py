@@ -55,6 +55,15 @@ def test_metadata_captions(tmp_path: Path) -> None:
         open_dataset(root, resolution=32)
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("line", ["[" * 200_000, '{"file_name": ' + "9" * 5000 + "}", '{"file_name": '])
+def test_metadata_that_is_no_json_names_its_line(tmp_path: Path, line: str) -> None:
+    root = image_folder(tmp_path, {"x": 1})
+    (root / "metadata.jsonl").write_text("\n" + line)
+    with pytest.raises(DavaeError, match=r"metadata\.jsonl, line 2, is not JSON: \S"):
+        open_dataset(root, resolution=16)
+
+
 def test_splits(tmp_path: Path) -> None:
     root = image_folder(tmp_path / "s", {"train/cat": 2, "train/dog": 2, "validation/cat": 1})
     assert len(open_dataset(root, resolution=32)) == 4

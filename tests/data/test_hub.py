@@ -118,6 +118,34 @@ def test_rows_that_name_files(tmp_path: Path) -> None:
         source.open(2)
 
 
+@pytest.mark.timeout(60)
+def test_large_labels_are_names_of_classes(tmp_path: Path) -> None:
+    """One identifier must not make forty million classes; small numbers stay what they are."""
+    images = [encoded(picture(n, (32, 32)), "PNG") for n in range(3)]
+    for labels, classes, numbers in (
+        ([40_000_000, 7, 40_000_000], ["7", "40000000"], [1, 0, 1]),
+        ([2, 0, 2], ["0", "1", "2"], [2, 0, 2]),
+    ):
+        path = tmp_path / f"{max(labels)}.parquet"
+        pq.write_table(pa.table({"image": images, "label": labels}), path)
+        data = open_dataset(path, resolution=32)
+        assert data.classes == classes
+        assert [data[i]["label"] for i in range(3)] == numbers
+
+
+@pytest.mark.parametrize("column", ["labels", "label"])
+def test_a_column_of_lists_is_no_class(tmp_path: Path, column: str, caplog: pytest.LogCaptureFixture) -> None:
+    images = [encoded(picture(n, (32, 32)), "PNG") for n in range(2)]
+    table = pa.table({"image": images, column: pa.array([[1, 2], []], pa.list_(pa.int64()))})
+    pq.write_table(table, tmp_path / "a.parquet")
+    data = open_dataset(tmp_path / "a.parquet", resolution=32)
+    assert data.classes == []
+    assert [data[i]["label"] for i in range(2)] == [-1, -1]
+    assert f"column '{column}' holds lists" in caplog.text
+    pq.write_table(table.append_column("class", pa.array(["b", "a"])), tmp_path / "b.parquet")
+    assert open_dataset(tmp_path / "b.parquet", resolution=32)[0]["label"] == 1  # another one serves
+
+
 def test_what_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(DavaeError, match="no image column: columns are a, b"):
         TableSource(datasets.Dataset.from_dict({"a": [1], "b": ["x"]}), "t")

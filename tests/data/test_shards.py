@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from davae.data import BatchStream, SkipLedger, image_to_tensor, open_dataset
+from davae.data import BatchStream, ShardSource, SkipLedger, image_to_tensor, open_dataset
 from davae.data.shards import expand_braces
 from davae.errors import DavaeError
 from tests.data.files import encoded, picture
@@ -119,6 +119,59 @@ def test_damaged_shards(tmp_path: Path) -> None:
     shard(tmp_path / "c.tar", {"a.csv": b"1,2"})
     with pytest.raises(DavaeError, match="no images in the 1 shards"):
         open_dataset(tmp_path / "c.tar", resolution=32)
+
+
+def headers(path: Path, *members: tarfile.TarInfo, end: bytes = bytes(1024)) -> Path:
+    """An archive of headers alone: what they say of their contents is a lie."""
+    path.write_bytes(b"".join(member.tobuf(tarfile.GNU_FORMAT) for member in members) + end)
+    return path
+
+
+def member(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info
+
+
+@pytest.mark.timeout(20)
+def test_a_member_of_negative_size_leads_back_to_itself(tmp_path: Path) -> None:
+    """A Python without the remedy of 2025 gives the same member for ever; others call it damaged."""
+    path = headers(tmp_path / "a.tar", member("0.jpg"), member("1.jpg", -512), member("2.jpg"))
+    data = ShardSource([path], "a.tar")
+    assert [data.id(i) for i in range(len(data))] == ["a.tar/0.jpg"]
+    assert data.problems[0][1].startswith("damaged after 1 members")
+    with pytest.raises(DavaeError, match=r"first\.tar is not a plain tar file"):
+        ShardSource([headers(tmp_path / "first.tar", member("1.jpg", -512))], "first.tar")
+
+
+@pytest.mark.timeout(20)
+def test_a_json_of_brackets_is_named(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar", {"1.png": png(1), "1.json": b"[" * 200_000})
+    data = open_dataset(path, resolution=32)
+    assert (len(data), data[0]["label"]) == (1, -1)
+    assert "cannot be read" in dict(data.skipped)["a.tar/1.json"]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("field", ["GNU.sparse.size", "GNU.sparse.realsize"])
+def test_a_header_whose_numbers_are_none_is_damage(tmp_path: Path, field: str) -> None:
+    whole = shard(tmp_path / "a.tar", {"0.png": png(0)}).read_bytes()
+    lie = tarfile.TarInfo("1.png")
+    lie.pax_headers = {field: "abc", "GNU.sparse.major": "0", "GNU.sparse.minor": "0"}
+    end = 512 + -(-len(png(0)) // 512) * 512
+    path = tmp_path / "b.tar"
+    path.write_bytes(whole[:end] + lie.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
+    data = open_dataset(path, resolution=32)
+    assert len(data) == 1
+    assert "damaged after 1 members" in dict(data.skipped)["b.tar"]
+
+
+@pytest.mark.timeout(20)
+def test_names_that_announce_names_without_end_are_damage(tmp_path: Path) -> None:
+    long = [member("././@LongLink", 0, tarfile.GNUTYPE_LONGNAME)] * 3000
+    data = ShardSource([headers(tmp_path / "a.tar", member("0.jpg"), *long)], "a.tar")
+    assert len(data) == 1
+    assert "damaged after 1 members" in data.problems[0][1]
 
 
 def test_workers_read_the_same(shards: Path) -> None:

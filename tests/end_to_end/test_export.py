@@ -65,6 +65,17 @@ def test_merged_pipeline_and_adapters(
     assert "base_model_relation: adapter" in (folder / "README.md").read_text()
 
 
+def test_what_goes_wrong_in_the_middle_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command would otherwise be refused by its own half."""
+    (run / "environment.json").write_text("")
+    assert davae_verb(monkeypatch, "export", run, "--out", tmp_path / "out") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    (run / "environment.json").unlink()
+    assert davae_verb(monkeypatch, "export", run, "--out", tmp_path / "out") == 0
+
+
 def test_mistakes_end_with_status_2_and_write_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from davae.errors import DavaeError
 from davae.training.loop import train
 from davae.training.settings import LoopSettings, OptimizerSettings
 from davae.training.stage import Player, Stage
+from davae.training.stopping import TrainingStopped
 
 
 class _Numbers(torch.utils.data.Dataset):
@@ -29,20 +33,25 @@ class _Numbers(torch.utils.data.Dataset):
 
 
 class _Objective(nn.Module):
-    def __init__(self):
+    def __init__(self, poisoned):
         super().__init__()
+        self.poisoned = poisoned
         self.layer = nn.Linear(3, 1)
         self.seen = []
 
     def forward(self, batch, step):
         self.seen += batch["id"]
-        return {"total": self.layer(batch["image"]).square().mean()}
+        losses = {"total": self.layer(batch["image"]).square().mean()}
+        if self.poisoned:  # only shown, and no gradient comes of it
+            losses["shown"] = losses["total"].detach() * (float("nan") if _rank() else 1.0)
+        return losses
 
 
 class _Stage(Stage):
     name = "toy"
 
-    def __init__(self):
+    def __init__(self, *, poisoned=False, signalled=False):
+        self.signalled = signalled
         self.loop = LoopSettings(
             steps=8,
             batch_size=1,
@@ -50,23 +59,41 @@ class _Stage(Stage):
             validate_every=1,
             checkpoint_every=8,
             best_metric="error",
+            max_skipped_steps=3,
             report_to=[],
         )
         self.dataset = _Numbers()
-        self.objective = _Objective()
+        self.objective = _Objective(poisoned)
         self.players = [Player("model", self.objective, OptimizerSettings(learning_rate=0.01))]
 
     def validate(self, samples, step):
+        if self.signalled and step == self.loop.steps and _rank():
+            os.kill(os.getpid(), signal.SIGTERM)
         return {"error": abs(step - 3.0)}  # the best is a step at which no checkpoint is due
 
     def export(self, out):
         return out
 
 
+def _rank():
+    return torch.distributed.get_rank()
+
+
+def _error_of(stage, out):
+    try:
+        train(stage, out, {})
+    except (DavaeError, TrainingStopped) as error:
+        return str(error)
+    return ""
+
+
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     stage = _Stage()
     result = train(stage, out, {})
-    rank = torch.distributed.get_rank()
     facts = {"skipped": result.skipped.entries, "seen": stage.objective.seen}
-    (out / f"rank-{rank}.json").write_text(json.dumps(facts))
+    apart = out if _rank() == 0 else out / "apart"  # a folder that the machines do not share
+    facts["apart"] = _error_of(_Stage(), apart)
+    facts["signalled"] = _error_of(_Stage(signalled=True), out / "signalled")
+    facts["poisoned"] = _error_of(_Stage(poisoned=True), out / "poisoned")
+    (out / f"rank-{_rank()}.json").write_text(json.dumps(facts))

@@ -108,20 +108,70 @@ def _damage_flip(path):
     path.write_bytes(content)
 
 
+def _damage_flip_high(path):
+    """No text any more."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x80
+    path.write_bytes(content)
+
+
 def _damage_truncate(path):
     path.write_bytes(path.read_bytes()[:-3])
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", [_damage_flip, _damage_truncate, lambda path: path.unlink()])
+def _damage_to(text):
+    return lambda path: path.write_text(text)
+
+
+def _damage_forget_model(path):
+    facts = json.loads(path.read_text())
+    del facts["model.safetensors"]
+    path.write_text(json.dumps(facts))
+
+
+_DAMAGE = {
+    "flip": _damage_flip,
+    "high bit": _damage_flip_high,
+    "cut": _damage_truncate,
+    "empty": _damage_to(""),
+    "gone": lambda path: path.unlink(),
+}
+_DAMAGE_OF_MANIFESTS = {
+    "a list": _damage_to("[]"),
+    "nothing in it": _damage_to("{}"),
+    "a name that is none": _damage_to('{"state.json": {}, "model.safetensors": {}, "\\u0000": {}}'),
+    "without the model": _damage_forget_model,
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        pytest.param(file, damage, id=f"{file}-{name}")
+        for file in ("model.safetensors", "state.json", "manifest.json")
+        for name, damage in (_DAMAGE | (_DAMAGE_OF_MANIFESTS if file == "manifest.json" else {})).items()
+    ],
+)
 def test_the_newest_whole_checkpoint_is_used_and_the_broken_one_reported(tmp_path, caplog, damage, file):
     for step in (5, 6):
         save_checkpoint(tmp_path, step, {"model": {"w": torch.full((4,), float(step))}}, {}, keep=2)
     damage(tmp_path / "step-6" / file)
-    path, tensors, values = newest_whole(tmp_path)
+    path, tensors, values = newest_whole(tmp_path, ["model"])
     assert (path.name, values["step"]) == ("step-5", 5)
     assert torch.equal(tensors["model"]["w"], torch.full((4,), 5.0))
     assert "step-6 is broken" in caplog.text
+
+
+def test_a_broken_one_does_not_push_whole_ones_out(tmp_path):
+    """A run that goes on from step 4 because step 8 is broken must not lose step 6 to step 8."""
+    for step in (4, 8):
+        save_checkpoint(tmp_path, step, {"model": {"w": torch.ones(1)}}, {}, keep=2)
+    _damage_flip(tmp_path / "step-8" / "model.safetensors")
+    save_checkpoint(tmp_path, 6, {"model": {"w": torch.ones(1)}}, {}, keep=1)
+    assert newest_whole(tmp_path)[0].name == "step-6"
+    save_checkpoint(tmp_path, 8, {"model": {"w": torch.ones(1)}}, {}, keep=1)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-8"]
+    assert newest_whole(tmp_path)[0].name == "step-8"
 
 
 def test_no_whole_checkpoint_is_not_a_fresh_start(tmp_path):
@@ -169,6 +219,44 @@ def test_the_writer_takes_its_copy_at_once_and_keeps_the_best(tmp_path):
     again = CheckpointWriter(tmp_path, keep=1, best_mode="max")
     assert not again.is_best(0.8)
     assert again.is_best(1.0)
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_value_that_is_not_finite_is_never_the_best(tmp_path, mode):
+    with CheckpointWriter(tmp_path, keep=5, best_mode=mode) as writer:
+        for step, value in enumerate((float("nan"), float("inf"), float("-inf")), 1):
+            assert not writer.is_best(value)
+            writer.save(step, {"model": {"w": torch.ones(1)}}, {}, watched=value)
+        writer.wait()
+        assert writer.best is None
+        writer.save(4, {"model": {"w": torch.ones(1)}}, {}, watched=1.0)
+        writer.wait()
+        assert not writer.is_best(float("nan"))
+    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 4, "value": 1.0}
+
+
+@pytest.mark.parametrize("text", ["", '{"step": 3, "va', "[]", '{"step": 3}', '{"step": 3, "value": NaN}'])
+def test_a_damaged_note_of_the_best_is_as_none(tmp_path, text, caplog):
+    (tmp_path / "best.json").write_text(text)
+    assert CheckpointWriter(tmp_path, keep=1).is_best(1e9)
+    assert "best.json" in caplog.text
+
+
+def test_the_best_before_stays_until_the_new_one_is_noted(tmp_path, monkeypatch):
+    """Killed between the two, the run still has the checkpoint that best.json names."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(1, {"model": {"w": torch.ones(1)}}, {}, watched=2.0)
+    writer.wait()
+    monkeypatch.setattr("davae.training.checkpoint_writer.write_whole", killed)
+    writer.save(2, {"model": {"w": torch.ones(1)}}, {}, watched=1.0)
+    with pytest.raises(KeyboardInterrupt):
+        writer.wait()
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-1", "step-2"]
+    assert json.loads((tmp_path / "best.json").read_text())["step"] == 1
 
 
 def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(tmp_path, monkeypatch):

@@ -200,19 +200,46 @@ def test_a_signal_finishes_the_step_saves_and_the_run_goes_on_later(tmp_path, nu
     assert torch.equal(_weights(whole), _weights(last))
 
 
+@pytest.mark.parametrize("during", ["validate", "export"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_last_step_keeps_the_next_stage_from_beginning(tmp_path, during, number):
+    """The result is written, and the caller hears of the signal: several stages are trained one after another."""
+    stage = _Stage(steps=2)
+    work = getattr(stage, during)
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), number)
+        return work(*arguments)
+
+    setattr(stage, during, interrupted)
+    with pytest.raises(
+        TrainingStopped, match=r"after step 2 of 2; its result is written, .*what is left"
+    ) as stopped:
+        train(stage, tmp_path, {})
+    assert stopped.value.signal == number
+    assert (tmp_path / "unused").is_file()
+    assert train(_Stage(steps=2), tmp_path, {}).steps == 2
+
+
 def test_two_runs_in_one_directory_are_refused(tmp_path):
     refused = []
+    files = [tmp_path / name for name in ("config.yaml", "environment.json")]
 
     class _Second(_Stage):
         def validate(self, samples, step):
+            before = [file.read_bytes() for file in files]
+            second = _Stage()
+            second.facts = {"base": "another"}
             with pytest.raises(DavaeError, match=f"is in use: process {os.getpid()} on .* trains there"):
-                train(_Stage(), tmp_path, {})
+                train(second, tmp_path, {"loop": {"log_every": 3}})  # a setting that another run may change
+            assert [file.read_bytes() for file in files] == before
             refused.append(True)
             return {"weight": 0.0}
 
-    train(_Second(), tmp_path, {})
+    train(_Second(), tmp_path, {"loop": {"log_every": 1}})
     assert refused
-    train(_Stage(), tmp_path, {})  # free again
+    train(_Stage(), tmp_path, {"loop": {"log_every": 3}})  # free again
+    assert "log_every: 3" in files[0].read_text()
 
 
 def test_the_best_checkpoint_is_kept(tmp_path):

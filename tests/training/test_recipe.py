@@ -90,10 +90,12 @@ def test_a_run_of_an_earlier_version_goes_on_with_settings_that_came_since(tmp_p
     recipe = load_recipe("debug").model_dump(mode="json")
     older = copy.deepcopy(recipe)
     del older["diffusion"]["loss"]["variance_weight"], older["autoencoder"]["reconstruction"]["kl_weight"]
-    RunDirectory(tmp_path, {**older, "autoencoder_folder": "here"})
+    with RunDirectory(tmp_path, {**older, "autoencoder_folder": "here"}).locked():
+        pass
     default = ReconstructionSettings().kl_weight
     recipe["autoencoder"]["reconstruction"]["kl_weight"] = default
-    RunDirectory(tmp_path, {**recipe, "autoencoder_folder": "here"})
+    with RunDirectory(tmp_path, {**recipe, "autoencoder_folder": "here"}).locked():
+        pass
     recipe["diffusion"]["loss"]["variance_weight"] = 0.5
     with pytest.raises(DavaeError, match=r"variance_weight: 1\.0 -> 0\.5"):
         RunDirectory(tmp_path, {**recipe, "autoencoder_folder": "here"})

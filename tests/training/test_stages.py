@@ -14,9 +14,10 @@ from davae.pipelines.families import family_of
 from davae.tiny import debug_base
 from davae.training.autoencoder import AutoencoderStage, StructuredObjective
 from davae.training.diffusion import ClassMap, DiffusionObjective, DiffusionStage, FlowProcess
+from davae.training.latents_in_memory import LatentsInMemory
 from davae.training.loop import train
 from davae.training.losses import laplacian_l1
-from davae.training.memory import ImagesInMemory, LatentsInMemory, MixedScales
+from davae.training.memory import ImagesInMemory, MixedScales
 from davae.training.recipe import load_recipe
 from davae.training.settings import FlowLossSettings, TimestepSettings
 

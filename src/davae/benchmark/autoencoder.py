@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from davae.benchmark.inference import device_name
 from davae.benchmark.memory import peak_tensor_bytes
 from davae.benchmark.planner_architectures import find_architecture
 from davae.benchmark.timing import side_by_side
+from davae.errors import DavaeError
+from davae.models import find_adapter
+from davae.pipelines.placing import chosen_device, named_dtype
 
 
 @dataclass(frozen=True)
@@ -83,9 +88,9 @@ def bench_autoencoder(
         compile: compile encoders and decoders of both.
 
     Raises:
-        DavaeError: nothing of that name, or sizes that do not divide.
+        DavaeError: nothing of that name, sizes that do not divide, an unknown dtype or device.
     """
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where, precision = chosen_device(device), named_dtype(dtype)
     _, native, upgraded = make_contestants(
         find_architecture(base),
         resolution=resolution,
@@ -93,9 +98,14 @@ def bench_autoencoder(
         detail_channels=detail_channels,
         batch=batch,
         device=where,
-        dtype=getattr(torch, dtype),
+        dtype=precision,
         encode_text=False,
     )
+    unit = upgraded.vae.spatial_compression
+    if tile is not None and (tile % unit or tile < 2 * unit):
+        raise DavaeError(
+            f"tile must be a multiple of {unit} pixels (a latent position), at least {2 * unit}, not {tile}"
+        )
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(batch, 3, resolution, resolution, generator=generator).to(native.latent) * 2 - 1
     images = images.contiguous(memory_format=torch.channels_last)
@@ -137,6 +147,13 @@ def bench_autoencoder(
 def _tiling(vae: ModelMixin, tile: int | None) -> None:
     if tile is None:
         vae.disable_tiling()
+        return
+    taken = inspect.signature(vae.enable_tiling).parameters
+    if "tile_sample_min_size" in taken:
+        vae.enable_tiling(tile_sample_min_size=tile)
+    elif "tile_sample_min_height" in taken:
+        step = tile * 3 // 4  # a quarter of a tile lies over the next
+        vae.enable_tiling(tile, tile, step, step)
     else:
         vae.enable_tiling()
         vae.tile_sample_min_size = tile
@@ -145,7 +162,8 @@ def _tiling(vae: ModelMixin, tile: int | None) -> None:
 
 
 def _encode(vae: ModelMixin, images: Tensor, tile: int | None, compiled: bool) -> Callable[[], None]:
-    call = torch.compile(vae.encode) if compiled and tile is None else vae.encode
+    encode = partial(find_adapter(type(vae).__name__)[1].encode, vae)
+    call = torch.compile(encode) if compiled and tile is None else encode
 
     @torch.inference_mode()
     def run() -> None:
@@ -157,11 +175,11 @@ def _encode(vae: ModelMixin, images: Tensor, tile: int | None, compiled: bool) -
 
 def _decode(contestant: Contestant, tile: int | None, compiled: bool) -> Callable[[], None]:
     vae = contestant.vae
-    call = torch.compile(vae.decode) if compiled and tile is None else vae.decode
+    call = torch.compile(contestant.decoder) if compiled and tile is None else contestant.decoder
 
     @torch.inference_mode()
     def run() -> None:
         _tiling(vae, tile)
-        call(contestant.latent)
+        call()
 
     return run

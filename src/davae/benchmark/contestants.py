@@ -18,7 +18,7 @@ from davae.benchmark.planner import default_detail_channels
 from davae.benchmark.planner_architectures import Architecture, build
 from davae.benchmark.text_encoders import TextEncoders, text_encoders_of
 from davae.errors import DavaeError
-from davae.models import AutoencoderDA
+from davae.models import AutoencoderDA, find_adapter
 from davae.pipelines.speed import compile_regions, order_channels_last
 from davae.warm_start import dummy_arguments
 
@@ -66,8 +66,11 @@ class Contestant:
     @torch.inference_mode()
     def decode(self) -> None:
         """The batch's latents to images."""
-        latent = self.latent.unsqueeze(2) if getattr(self.vae, "frames", False) else self.latent
-        self.vae.decode(latent)
+        self.decoder()
+
+    def decoder(self) -> Tensor:
+        """Images ``[B, 3, H, W]`` of the latents, also from a base that makes films."""
+        return find_adapter(type(self.vae).__name__)[1].decode(self.vae, self.latent)
 
     def image(self) -> None:
         """A whole batch of images: text, every step, then the decoder."""
@@ -86,7 +89,7 @@ class Contestant:
 
     def decode_flops(self) -> int:
         """Operations of the decoder for one image."""
-        return count_flops(lambda: self.vae.decode(self.latent), fake=True) // len(self.latent)
+        return count_flops(self.decoder, fake=True) // len(self.latent)
 
 
 def make_contestants(

@@ -14,6 +14,7 @@ from davae.benchmark.contestants import Contestant, compile_parts, make_contesta
 from davae.benchmark.planner_architectures import find_architecture
 from davae.benchmark.timing import SideBySide, side_by_side
 from davae.errors import DavaeError
+from davae.pipelines.placing import chosen_device, named_dtype
 from davae.pipelines.speed import set_attention
 
 
@@ -123,13 +124,11 @@ def bench_inference(
         end_to_end: also time whole images: text, every step and the decoder in one go.
 
     Raises:
-        DavaeError: nothing of that name, sizes that do not divide, an unknown dtype, or too few rounds.
+        DavaeError: nothing of that name, sizes that do not divide, an unknown dtype or device, or too few rounds.
     """
     if repeats < 1:
         raise DavaeError(f"repeats must be at least 1, not {repeats}")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise DavaeError(f"dtype must be float32, bfloat16 or float16, not '{dtype}'")
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where, precision = chosen_device(device), named_dtype(dtype)
     contestants = make_contestants(
         find_architecture(base),
         resolution=resolution,
@@ -138,7 +137,7 @@ def bench_inference(
         batch=batch,
         steps=steps,
         device=where,
-        dtype=getattr(torch, dtype),
+        dtype=precision,
         text_tokens=text_tokens,
         encode_text=text,
     )

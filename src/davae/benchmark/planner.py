@@ -155,7 +155,11 @@ def plan(
     per_image = {v: per_step[v] * steps for v in VARIANTS}
     decode_flops = {v: decode[v].flops / batch for v in VARIANTS}
     encoders = architecture.text_encoder_sizes()
-    lengths = [_CLIP_TOKENS if e.class_name.startswith("CLIP") else text for e in encoders]
+    clip = (
+        architecture.text_tokens - architecture.prompt_length if encoders else 0
+    )  # of the tokens counted above
+    padded = max(text - clip, 0)
+    lengths = [_CLIP_TOKENS if e.class_name.startswith("CLIP") else padded for e in encoders]
     text_flops = float(sum(2 * e.multiplied * n for e, n in zip(encoders, lengths)))
     whole = {v: per_image[v] + decode_flops[v] + passes * text_flops for v in VARIANTS}
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from davae.cli.options import new_folder
 from davae.cli.output import wide_console
 from davae.errors import DavaeError
 from davae.report.ablation import SHOWN, draw_ablation
@@ -28,7 +29,9 @@ def _ablate(
     recipe: Annotated[
         str, typer.Option("--recipe", help="An ablation's name, or a YAML file.")
     ] = "ablation-tiny",
-    out: Annotated[Path | None, typer.Option("--out", help="Folder (default runs/RECIPE).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder (default runs/RECIPE).", callback=new_folder)
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved file, then leave.")] = False,
 ) -> None:
     """Train every variant with every seed and compare them; the same command continues."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +10,7 @@ from rich.table import Table
 from davae.benchmark.autoencoder import AutoencoderBenchmark, bench_autoencoder
 from davae.benchmark.inference import InferenceBenchmark, bench_inference
 from davae.cli.bench_training import training
+from davae.cli.options import Device, DType, Json, Repeats
 from davae.cli.output import wide_console, write_figures
 
 app = typer.Typer(no_args_is_help=True)
@@ -19,13 +19,10 @@ app.command()(training)
 Base = Annotated[
     str, typer.Argument(help="A bundled configuration, a name on the hub, or a pipeline folder.")
 ]
-Resolution = Annotated[int, typer.Option("--resolution", help="Side of the full image in pixels.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda (default: the GPU, if any).")]
-DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
-Batch = Annotated[int, typer.Option("--batch", help="Images at a time.")]
-Repeats = Annotated[int, typer.Option("--repeats", help="Rounds; medians are told.")]
+Resolution = Annotated[int, typer.Option("--resolution", min=1, help="Side of the full image in pixels.")]
+Details = Annotated[int | None, typer.Option("--detail-channels", min=1, help="D.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile on both sides.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write every figure here.")]
 
 
 @app.command()
@@ -33,12 +30,12 @@ def inference(
     base: Base,
     resolution: Resolution = 1024,
     scale: Annotated[
-        list[int] | None, typer.Option("--scale", help="May be given twice (default 2).")
+        list[int] | None, typer.Option("--scale", min=1, help="May be given twice (default 2).")
     ] = None,
-    detail_channels: Annotated[int | None, typer.Option("--detail-channels", help="D.")] = None,
+    detail_channels: Details = None,
     batch: Batch = 1,
     steps: Annotated[
-        int | None, typer.Option("--steps", help="Denoising steps (default the pipeline's).")
+        int | None, typer.Option("--steps", min=1, help="Denoising steps (default the pipeline's).")
     ] = None,
     repeats: Repeats = 5,
     device: Device = None,
@@ -73,11 +70,13 @@ def inference(
 def autoencoder(
     base: Base,
     resolution: Resolution = 1024,
-    scale: Annotated[int, typer.Option("--scale")] = 2,
-    detail_channels: Annotated[int | None, typer.Option("--detail-channels", help="D.")] = None,
+    scale: Annotated[int, typer.Option("--scale", min=1)] = 2,
+    detail_channels: Details = None,
     batch: Batch = 1,
     repeats: Repeats = 5,
-    tile: Annotated[int | None, typer.Option("--tile", help="Also by tiles of this side in pixels.")] = None,
+    tile: Annotated[
+        int | None, typer.Option("--tile", min=1, help="Also by tiles of this side in pixels.")
+    ] = None,
     device: Device = None,
     dtype: DType = "float32",
     compile: Compile = False,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
 
+from davae.cli.options import Json, Repeats
 from davae.cli.output import wide_console, write_figures
 from davae.training.benchmark import StepProfile, TrainingBenchmark, bench_training
 from davae.training.benchmark.side_by_side import STAGES, StageName
@@ -20,10 +20,10 @@ def training(
     base: Annotated[
         str, typer.Argument(help="tiny, a bundled configuration, a name on the hub, or a pipeline folder.")
     ],
-    resolution: Annotated[int, typer.Option("--resolution", help="Side of the full image in pixels.")] = 256,
-    scale: Annotated[int, typer.Option("--scale")] = 2,
-    detail_channels: Annotated[int | None, typer.Option("--detail-channels", help="D.")] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Images a step.")] = 4,
+    resolution: Annotated[int, typer.Option("--resolution", min=1, help="Side of the full image.")] = 256,
+    scale: Annotated[int, typer.Option("--scale", min=1)] = 2,
+    detail_channels: Annotated[int | None, typer.Option("--detail-channels", min=1, help="D.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images a step.")] = 4,
     stage: Annotated[
         StageName | None, typer.Option("--stage", help="One of them alone (default both).")
     ] = None,
@@ -31,9 +31,9 @@ def training(
     tune: Annotated[Tune, typer.Option("--tune", help="Which weights of the transformer learn.")] = "full",
     precision: Annotated[Precision, typer.Option("--precision", help="Of autocast.")] = "no",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile in the fast forms.")] = False,
-    repeats: Annotated[int, typer.Option("--repeats", help="Rounds; medians are told.")] = 5,
+    repeats: Repeats = 5,
     profile: Annotated[bool, typer.Option("--profile", help="Also what bounds a step.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
+    json_file: Json = None,
 ) -> None:
     """A training step of both stages with random weights: plain, fast, and from cached latents and text."""
     result = bench_training(

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from davae.cli.evaluate_parts import FeatureNames
+from davae.cli.options import Device, Json, Repeats, new_folder
 from davae.cli.output import wide_console, write_figures
 from davae.errors import DavaeError
 from davae.training.compare import Comparison, DiffusionOptions, compare_autoencoders
@@ -30,38 +31,45 @@ def autoencoder(
         typer.Argument(help="NAME=FOLDER, an autoencoder's or a pipeline's; the first is the reference."),
     ],
     data: Annotated[str, typer.Option("--data", help="A folder or data set of images.")],
-    resolution: Annotated[int, typer.Option("--resolution", help="Side of the square image in pixels.")],
+    resolution: Annotated[int, typer.Option("--resolution", min=1, help="Side of the square image.")],
     images: Annotated[
-        int, typer.Option("--images", help="Images to reconstruct, held out of training.")
+        int, typer.Option("--images", min=1, help="Images to reconstruct, held out of training.")
     ] = 64,
     tokens: Annotated[
         int | None,
-        typer.Option("--tokens", help="One token budget for all, by the patch size (default patch 1)."),
+        typer.Option(
+            "--tokens", min=1, help="One token budget for all, by the patch size (default patch 1)."
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Images at a time through the autoencoders.")] = 8,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, help="Images at a time through the autoencoders.")
+    ] = 8,
     diffusion_steps: Annotated[
-        int, typer.Option("--diffusion-steps", help="Train a transformer over each for so many steps.")
+        int, typer.Option("--diffusion-steps", min=0, help="Train a transformer over each for so many steps.")
     ] = 0,
     transformer: Annotated[
         str, typer.Option("--transformer", help="Its size: S, B, L, XL or WIDTHxDEPTHxHEADS.")
     ] = "S",
-    diffusion_batch: Annotated[int, typer.Option("--diffusion-batch", help="Images a training step.")] = 32,
+    diffusion_batch: Annotated[
+        int, typer.Option("--diffusion-batch", min=1, help="Images a training step.")
+    ] = 32,
     train_images: Annotated[
-        int, typer.Option("--train-images", help="Images to learn from, at most.")
+        int, typer.Option("--train-images", min=1, help="Images to learn from, at most.")
     ] = 2048,
-    samples: Annotated[int, typer.Option("--samples", help="Samples to make with each.")] = 32,
-    sample_steps: Annotated[int, typer.Option("--sample-steps", help="Euler steps of a sample.")] = 25,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Samples to make with each.")] = 32,
+    sample_steps: Annotated[int, typer.Option("--sample-steps", min=1, help="Euler steps of a sample.")] = 25,
     guidance: Annotated[float, typer.Option("--guidance", help="Classifier-free guidance.")] = 2.0,
-    repeats: Annotated[int, typer.Option("--repeats", help="Rounds of the timing; medians are told.")] = 5,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda (default: the GPU, if any).")
-    ] = None,
+    repeats: Repeats = 5,
+    device: Device = None,
     features: FeatureNames = None,
     lpips: Annotated[
         Path | None, typer.Option("--lpips", help="torchvision's VGG-16 weights, for LPIPS.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for figures and picture sheets.")] = None,
+    json_file: Json = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for figures and picture sheets.", callback=new_folder),
+    ] = None,
 ) -> None:
     """Compression, reconstruction and speed on the same images; with --diffusion-steps generation too."""
     options = None

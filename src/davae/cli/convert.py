@@ -7,6 +7,7 @@ from typing import Annotated, get_args
 
 import typer
 
+from davae.cli.options import new_folder
 from davae.errors import DavaeError
 from davae.interop.conversion import (
     Which,
@@ -22,8 +23,12 @@ app = typer.Typer(no_args_is_help=True)
 File = Annotated[
     Path, typer.Argument(help="The file as published: .safetensors, or .pt and .ckpt of tensors only.")
 ]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write; must be new or empty.")]
-Resolution = Annotated[int, typer.Option("--resolution", help="Image side that the base was trained at.")]
+Out = Annotated[
+    Path, typer.Option("--out", help="Folder to write; must be new or empty.", callback=new_folder)
+]
+Resolution = Annotated[
+    int, typer.Option("--resolution", min=1, help="Image side that the base was trained at.")
+]
 Weights = Annotated[str, typer.Option("--weights", help="ema or model, where the file has both.")]
 Statistics = Annotated[
     Path | None,
@@ -38,7 +43,7 @@ def lightningdit(
     weights: Weights = "ema",
     size: Annotated[str | None, typer.Option("--size", help="What it must be, for example XL/1.")] = None,
     heads: Annotated[
-        int | None, typer.Option("--heads", help="Attention heads, where the weights do not tell.")
+        int | None, typer.Option("--heads", min=1, help="Attention heads, where the weights do not tell.")
     ] = None,
     vae: Annotated[
         Path | None, typer.Option("--vae", help="Folder of its autoencoder: write a whole pipeline.")

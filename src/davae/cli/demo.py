@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from davae.cli.options import LAST_SEED, new_folder
 from davae.demo import run_demo
 
 
@@ -19,8 +20,10 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Run directory.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Seed of the trainings and the samples.")] = 0,
+    out: Annotated[Path, typer.Option(help="Run directory.", callback=new_folder)] = Path("runs/demo"),
+    seed: Annotated[
+        int, typer.Option(min=0, max=LAST_SEED, help="Seed of the trainings and the samples.")
+    ] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps only: does it work here?")] = False,
     data: Annotated[
         str | None, typer.Option(help="Your images instead of the procedural scenes: a folder or data set.")

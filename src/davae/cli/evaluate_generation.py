@@ -15,16 +15,14 @@ from diffusers import DiffusionPipeline
 from rich.progress import track
 
 from davae.cli.evaluate_parts import (
-    Device,
     FeatureNames,
-    Json,
-    chosen_device,
     named,
     open_networks,
     optional,
     report,
     write_json,
 )
+from davae.cli.options import LAST_SEED, Device, DType, Json, new_file, new_folder
 from davae.errors import DavaeError
 from davae.evaluation.contest import Processes, run_contest
 from davae.evaluation.features import TextImageNetwork
@@ -32,10 +30,10 @@ from davae.evaluation.generation import compare_generation, open_reference
 from davae.evaluation.image_run import RunSettings, write_geneval_folder
 from davae.evaluation.image_set import Distances
 from davae.pipelines import load_pipeline
+from davae.pipelines.placing import chosen_device, named_dtype
 from davae.training.run import load_base
 
 logger = logging.getLogger(__name__)
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def generation(
@@ -44,7 +42,8 @@ def generation(
         str, typer.Option("--reference", help="Images, as in a recipe, or an .npz of statistics.")
     ],
     out: Annotated[
-        Path, typer.Option("--out", help="Folder of the images; the same command continues.")
+        Path,
+        typer.Option("--out", help="Folder of the images; the same command continues.", callback=new_folder),
     ] = Path("generation"),
     base: Annotated[
         str | None, typer.Option("--base", help="The base pipeline, measured beside: upscaled, and native.")
@@ -54,7 +53,8 @@ def generation(
         typer.Option("--beside", help="NAME=PIPELINE, such as another of equal tokens; can be given again."),
     ] = None,
     count: Annotated[
-        int | None, typer.Option("--count", help="Images (default: every prompt, or 50000 of classes).")
+        int | None,
+        typer.Option("--count", min=1, help="Images (default: every prompt, or 50000 of classes)."),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="Text, MJHQ-30K .json or GenEval .jsonl.")
@@ -62,32 +62,33 @@ def generation(
     features: FeatureNames = None,
     clip: Annotated[str | None, typer.Option("--clip", help="A CLIP model, for the CLIP score.")] = None,
     reference_images: Annotated[
-        int | None, typer.Option("--reference-images", help="At most so many (default: all).")
+        int | None, typer.Option("--reference-images", min=1, help="At most so many (default: all).")
     ] = None,
     save_to: Annotated[
         Path | None,
-        typer.Option("--save-statistics", help="Write the reference's mu and sigma to this .npz."),
+        typer.Option(
+            "--save-statistics", help="Write the reference's mu and sigma to this .npz.", callback=new_file
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of image 0; the next ones count up.")] = 0,
-    batch: Annotated[int, typer.Option("--batch", help="Images in one call.")] = 1,
-    steps: Annotated[int | None, typer.Option("--steps", help="The pipeline's own default.")] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=LAST_SEED, help="Of image 0; the next count up.")
+    ] = 0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images in one call.")] = 1,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="The pipeline's own default.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="The pipeline's own default.")] = None,
-    height: Annotated[int | None, typer.Option("--height", help="Pixels, full resolution.")] = None,
-    width: Annotated[int | None, typer.Option("--width", help="Pixels, full resolution.")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    height: Annotated[int | None, typer.Option("--height", min=1, help="Pixels, full resolution.")] = None,
+    width: Annotated[int | None, typer.Option("--width", min=1, help="Pixels, full resolution.")] = None,
+    dtype: DType = "float32",
     device: Device = None,
     json_file: Json = None,
 ) -> None:
     """Generate, then measure. Stopped at any time, the same command continues; under torchrun work is shared."""
-    if dtype not in _DTYPES:
-        raise DavaeError(f"--dtype must be one of {', '.join(_DTYPES)}, not '{dtype}'")
-    if batch < 1:
-        raise DavaeError(f"--batch is {batch}: at least 1 image in a call")
+    precision, wanted = named_dtype(dtype), chosen_device(device)
     others = dict(named(text, "--beside", "equal-tokens=PIPELINE") for text in beside or [])
     compared = open_reference(reference, limit=reference_images)
     # Waiting for the slowest process may take hours; torch would give up after minutes.
     state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
-    where = str(state.device) if state.num_processes > 1 else chosen_device(device)
+    where = str(state.device) if state.num_processes > 1 else wanted
     unavailable: dict[str, str] = {}
     networks, clip_network = [], None
     if state.is_main_process:  # before the images: what is missing should be known early
@@ -102,7 +103,7 @@ def generation(
         for name, reason in unavailable.items():
             logger.warning("%s will not be measured: %s", name, reason)
     contest = run_contest(
-        lambda name: _open_pipeline(name, dtype, where),
+        lambda name: _open_pipeline(name, precision, where),
         RunSettings(
             pipeline, {}, seed, batch, steps=steps, guidance=guidance, height=height, width=width, dtype=dtype
         ),
@@ -155,13 +156,9 @@ def _flat(row: Distances) -> dict[str, float]:
     return shown
 
 
-def _open_pipeline(name: str, dtype: str, device: str) -> DiffusionPipeline:
-    if name in ("tiny", "debug") or name.startswith("debug-"):
-        pipe = load_base(name)
-        if dtype != "float32":
-            pipe.to(dtype=getattr(torch, dtype))
-    else:
-        pipe = load_pipeline(name, dtype=getattr(torch, dtype))
+def _open_pipeline(name: str, dtype: torch.dtype, device: str) -> DiffusionPipeline:
+    made_in_code = name in ("tiny", "debug") or name.startswith("debug-")
+    pipe = load_base(name, dtype=dtype) if made_in_code else load_pipeline(name, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

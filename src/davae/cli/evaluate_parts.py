@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import torch
 import typer
 from rich.table import Table
 
@@ -15,7 +14,6 @@ from davae.cli.output import wide_console, write_figures
 from davae.errors import DavaeError
 from davae.evaluation.features import FeatureNetwork, open_network
 
-Json = Annotated[Path | None, typer.Option("--json", help="Write every figure here.")]
 FeatureNames = Annotated[
     list[str] | None,
     typer.Option(
@@ -23,13 +21,7 @@ FeatureNames = Annotated[
         help="inception, inception:FILE, efficientnet-lite0, or a transformers model; can be given again.",
     ),
 ]
-Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda (default: the GPU, if any).")]
 Part = TypeVar("Part")
-
-
-def chosen_device(device: str | None) -> str:
-    """What was asked for, else the GPU where there is one."""
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def named(text: str, option: str, example: str) -> tuple[str, str]:

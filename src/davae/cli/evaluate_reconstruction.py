@@ -13,10 +13,7 @@ import typer
 from torch import Tensor
 
 from davae.cli.evaluate_parts import (
-    Device,
     FeatureNames,
-    Json,
-    chosen_device,
     named,
     open_networks,
     optional,
@@ -24,13 +21,15 @@ from davae.cli.evaluate_parts import (
     write_json,
 )
 from davae.cli.inspect import trained_resolution
+from davae.cli.options import Device, Json
 from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.crops import folder_crops, read_boxes
 from davae.evaluation.dino_distance import DinoDistance
 from davae.evaluation.frechet import file_hash
 from davae.evaluation.reconstruction_baselines import Row, compare_reconstructions
-from davae.models import AutoencoderDA
+from davae.pipelines.opening import autoencoder_folder, load_autoencoder
+from davae.pipelines.placing import chosen_device
 from davae.training.perceptual import LpipsLoss
 
 
@@ -38,9 +37,11 @@ def reconstruction(
     autoencoder: Annotated[Path, typer.Argument(help="Folder of a trained autoencoder.")],
     data: Annotated[str, typer.Option("--data", help="Images, as in a recipe (see docs/data.md).")],
     resolution: Annotated[
-        int | None, typer.Option("--resolution", help="Side in pixels (default: the run's).")
+        int | None, typer.Option("--resolution", min=1, help="Side in pixels (default: the run's).")
     ] = None,
-    images: Annotated[int, typer.Option("--images", help="How many, evenly from the whole set.")] = 256,
+    images: Annotated[
+        int, typer.Option("--images", min=1, help="How many, evenly from the whole set.")
+    ] = 256,
     crops: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,19 +59,18 @@ def reconstruction(
     dino: Annotated[
         Path | None, typer.Option("--dino", help="Folder of a DINO network, for its perceptual distance.")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Images at a time.")] = 8,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")] = 8,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
     """An autoencoder beside its baselines: base upscaled, base at full resolution, and the reduced image."""
-    if not (autoencoder / "config.json").is_file():
-        raise DavaeError(f"no autoencoder in {autoencoder}: it has no config.json")
+    autoencoder_folder(autoencoder)
     where = chosen_device(device)
     side = resolution or trained_resolution(autoencoder)
     folders = dict(named(text, "--crops", "lettering=crops/lettering") for text in crops or [])
     boxed = {} if boxes is None else read_boxes(boxes)
     dataset = open_dataset(data, resolution=side)
-    vae = AutoencoderDA.from_pretrained(autoencoder).to(where)
+    vae = load_autoencoder(autoencoder).to(where)
     unit = vae.spatial_compression
     apart: dict[str, Iterable[Tensor]] = {
         n: folder_crops(Path(folder), unit) for n, folder in folders.items()

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from davae.cli.options import new_folder
 from davae.training.export import export_run
 
 
@@ -17,11 +18,19 @@ def register(app: typer.Typer) -> None:
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
-    out: Annotated[Path, typer.Option(help="Folder for the result; must not hold files.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the result; must not hold files.", callback=new_folder)
+    ],
     license: Annotated[
         str | None,
-        typer.Option(help="The result's licence as the hub names it; default: the base's, from its card."),
+        typer.Option(
+            help="The result's licence, by the hub's id or by its name; default: the base's, from its card."
+        ),
     ] = None,
+    license_name: Annotated[
+        str | None, typer.Option(help="What a licence is called that the hub has no id for.")
+    ] = None,
+    license_link: Annotated[str | None, typer.Option(help="Where that licence is written.")] = None,
     adapters: Annotated[
         bool, typer.Option("--adapters", help="LoRA and widened layers in place of the merged pipeline.")
     ] = False,
@@ -32,6 +41,13 @@ def export(
 ) -> None:
     """Copy a run's result to a folder with a model card, for others to open; publish it if asked."""
     told = export_run(
-        run, out, license=license, adapters=adapters, repo_id=push_to_hub, private=private or None
+        run,
+        out,
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
+        adapters=adapters,
+        repo_id=push_to_hub,
+        private=private or None,
     )
     typer.echo(told)

@@ -11,12 +11,13 @@ import typer
 import yaml
 from rich.table import Table
 
-from davae.cli.evaluate_parts import Device, chosen_device
+from davae.cli.options import Device, new_folder
 from davae.cli.output import wide_console, write_figures
 from davae.data import ImageDataset, RenderedDataset, open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.inspection import Inspection, inspect_autoencoder
-from davae.models import AutoencoderDA
+from davae.pipelines.opening import autoencoder_folder, load_autoencoder
+from davae.pipelines.placing import chosen_device
 from davae.report.inspection import draw_inspection
 
 
@@ -39,14 +40,15 @@ def _inspect(
             "--beside", help="Another autoencoder, such as one without alignment; can be given again."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the pictures and inspection.json.")] = Path(
-        "inspection"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="Folder of the pictures and inspection.json.", callback=new_folder),
+    ] = Path("inspection"),
     images: Annotated[
-        int, typer.Option("--images", help="How many images, evenly from the whole set.")
+        int, typer.Option("--images", min=1, help="How many images, evenly from the whole set.")
     ] = 256,
     resolution: Annotated[
-        int | None, typer.Option("--resolution", help="Side in pixels (default: the run's).")
+        int | None, typer.Option("--resolution", min=1, help="Side in pixels (default: the run's).")
     ] = None,
     method: Annotated[str, typer.Option("--method", help="tsne or pca.")] = "tsne",
     device: Device = None,
@@ -54,6 +56,7 @@ def _inspect(
     """Class maps, spectra, channel statistics, and reconstruction with the details zeroed and shuffled."""
     if method not in ("tsne", "pca"):
         raise DavaeError(f"--method must be tsne or pca, not '{method}'")
+    where = chosen_device(device)
     folders = named_folders([autoencoder, *(beside or [])])
     # One set for all: an autoencoder beside was trained on other images perhaps.
     dataset = _images(autoencoder, data, resolution or trained_resolution(autoencoder))
@@ -63,7 +66,7 @@ def _inspect(
     found: dict[str, Inspection] = {}
     for title, folder in folders.items():
         found[title] = inspect_autoencoder(
-            AutoencoderDA.from_pretrained(folder).to(chosen_device(device)),
+            load_autoencoder(folder).to(where),
             torch.stack([item["image"] for item in items]),
             labels,
             method=method,  # type: ignore[arg-type]
@@ -78,9 +81,7 @@ def named_folders(folders: Sequence[Path]) -> dict[str, Path]:
     """Autoencoders by title; of equal titles the later ones are numbered."""
     named: dict[str, Path] = {}
     for folder in folders:
-        if not (folder / "config.json").is_file():
-            raise DavaeError(f"no autoencoder in {folder}: it has no config.json")
-        title = autoencoder_title(folder)
+        title = autoencoder_title(autoencoder_folder(folder))
         again = sum(name.partition(" (")[0] == title for name in named)
         named[f"{title} ({again + 1})" if again else title] = folder
     return named

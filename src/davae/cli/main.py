@@ -83,6 +83,7 @@ def main() -> None:
     try:
         app()
     except DavaeError as error:
+        logging.getLogger("davae").debug("where it came up:", exc_info=error)  # for --verbose
         Console(stderr=True).print(f"davae: {error}", style="red", markup=False, highlight=False)
         sys.exit(2)
     except TrainingStopped as stopped:

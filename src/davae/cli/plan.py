@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from davae.benchmark.planner_text import notes, tables
+from davae.cli.options import Json
+from davae.cli.output import write_figures
 from davae.training.dry_run import plan_upgrade
 
 
@@ -20,19 +20,21 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     base: Annotated[str, typer.Argument(help="A name on the hub, a pipeline folder, a preset, or 'tiny'.")],
-    resolution: Annotated[int, typer.Option(help="Side of the full-resolution image in pixels.")] = 1024,
-    scale: Annotated[int, typer.Option(help="Full over base resolution: 2, 4 or 8.")] = 2,
+    resolution: Annotated[
+        int, typer.Option(min=1, help="Side of the full-resolution image in pixels.")
+    ] = 1024,
+    scale: Annotated[int, typer.Option(min=1, help="Full over base resolution: 2, 4 or 8.")] = 2,
     detail_channels: Annotated[
         list[int] | None,
-        typer.Option(help="Detail channels; several times for levels. Default: as the official code."),
+        typer.Option(min=1, help="Detail channels; several times for levels. Default: as the official code."),
     ] = None,
     gpu: Annotated[str, typer.Option(help="H100, H200, A100, 4090, ...")] = "H100",
-    batch: Annotated[int, typer.Option(help="Images at a time when sampling.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time when sampling.")] = 1,
     recipe: Annotated[
         str | None,
         typer.Option(help="Recipe whose steps and batches count. Default: the bundled one for this upgrade."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    json_file: Json = None,
 ) -> None:
     """Tokens, operations, memory, speed-up and training hours of an upgrade, before anything is trained."""
     made = plan_upgrade(
@@ -49,5 +51,4 @@ def plan(
         console.print(table)
     for line in notes(made):
         console.print(line, highlight=False, markup=False)
-    if json_file is not None:
-        json_file.write_text(json.dumps(made.to_json(), indent=2) + "\n")
+    write_figures(json_file, made.to_json())

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from davae.cli.options import new_folder
 from davae.training.dc_ae_phases import run_dc_ae
 from davae.training.run import run_autoencoder, run_base, run_diffusion
 
@@ -16,7 +17,10 @@ RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name, or a
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides as section.key=value, e.g. data.path=photos/")
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Run directory (default runs/RECIPE-STAGE).")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Run directory (default runs/RECIPE-STAGE).", callback=new_folder),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Read and print the resolved recipe, then leave.")]
 
 

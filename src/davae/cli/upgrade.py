@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
+from davae.cli.options import new_folder
 from davae.errors import DavaeError
-from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
+from davae.pipelines.opening import load_autoencoder
 from davae.pipelines.same_base import layout_over
 from davae.pipelines.timestep_shift import TimestepShift
 from davae.training.run import load_base
@@ -26,7 +27,7 @@ def register(app: typer.Typer) -> None:
 def upgrade(
     pipeline: Annotated[str, typer.Argument(help="'tiny', a pipeline folder, or a name on the hub.")],
     autoencoder: Annotated[Path, typer.Option(help="Folder of an AutoencoderDA made from its VAE.")],
-    out: Annotated[Path, typer.Option(help="Where the warm-started pipeline goes.")],
+    out: Annotated[Path, typer.Option(help="Where the warm-started pipeline goes.", callback=new_folder)],
     timestep_shift: Annotated[
         str, typer.Option(help="'base', 'native', or a number: see docs/pipelines.md.")
     ] = "base",
@@ -35,8 +36,9 @@ def upgrade(
     ] = False,
 ) -> None:
     """Write the warm-started pipeline: same class, wider latent, base behaviour unchanged."""
-    base, vae = load_base(pipeline), AutoencoderDA.from_pretrained(autoencoder)
-    upgraded = upgrade_pipeline(base, vae, timestep_shift=_shift(timestep_shift))
+    shift, vae = _shift(timestep_shift), load_autoencoder(autoencoder)  # what is quick to refuse comes first
+    base = load_base(pipeline)
+    upgraded = upgrade_pipeline(base, vae, timestep_shift=shift)
     upgraded.save_pretrained(out)
     layout = layout_over(base.vae, vae)
     report = check_warm_start(base.transformer, upgraded.transformer, layout)

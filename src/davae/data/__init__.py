@@ -7,7 +7,8 @@ from davae.data.dataset import Facts, ImageDataset, Item, Source
 from davae.data.decode import UnreadableImage, check_header, decode_image
 from davae.data.folder import IMAGE_SUFFIXES, FolderSource
 from davae.data.hub import TableSource
-from davae.data.loader import BatchStream, ResumableSampler, collate, make_loader
+from davae.data.loader import BatchStream, ResumableSampler, collate, make_loader, read_items
+from davae.data.mirroring import Mirrored
 from davae.data.procedural import CLASSES, ProceduralScenes, render_scene
 from davae.data.rendered import RenderedDataset
 from davae.data.shards import ShardSource
@@ -27,6 +28,7 @@ __all__ = [
     "ImageDataset",
     "Item",
     "LatentCache",
+    "Mirrored",
     "ProceduralScenes",
     "RenderedDataset",
     "ResumableSampler",
@@ -46,6 +48,7 @@ __all__ = [
     "make_buckets",
     "make_loader",
     "open_dataset",
+    "read_items",
     "render_scene",
     "resize_short_side",
 ]

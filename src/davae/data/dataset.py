@@ -13,8 +13,10 @@ skipped  ``(id, reason)`` of unreadable files that were met while looking for th
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from torch.utils.data import Dataset
@@ -103,6 +105,22 @@ class ImageDataset(Dataset[Item]):
     def classes(self) -> list[str]:
         """Names of the classes; ``label`` counts in this list."""
         return self.source.classes
+
+    @property
+    def crop(self) -> str:
+        """``center``, or ``random``: another part of an image in each epoch."""
+        return self.transform.crop
+
+    @property
+    def flip(self) -> bool:
+        """Whether half of the images come mirrored, in each epoch another half."""
+        return self.transform.flip
+
+    def unmirrored(self) -> ImageDataset:
+        """The same images as they are before mirroring."""
+        plain = copy.copy(self)
+        plain.transform = replace(self.transform, flip=False)
+        return plain
 
     def __len__(self) -> int:
         return len(self.indices)

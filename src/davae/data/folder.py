@@ -165,8 +165,9 @@ def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DavaeError(f"{file}, line {number}, is not JSON: {error.msg}") from error
+        except (ValueError, RecursionError) as error:  # bad JSON, numbers without end, deep nesting
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise DavaeError(f"{file}, line {number}, is not JSON: {reason}") from error
         if not isinstance(value, dict):
             raise DavaeError(f"{file}, line {number}, must be an object with 'file_name' and 'text'")
         yield number, value

@@ -8,6 +8,7 @@ named ``text`` or ``caption``. Local files never touch the network.
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,16 @@ from davae.data.dataset import Facts, Skip
 from davae.data.decode import UnreadableImage
 from davae.errors import DavaeError
 
+logger = logging.getLogger(__name__)
+
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 
 _IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
 _COMMIT = re.compile(r"[/\\]([0-9a-f]{40})[/\\]")
 _LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")
 _CAPTION_NAMES = ("text", "caption", "captions", "prompt", "txt")
+_MOST_CLASSES = 1_000_000
+"""Labels below are class numbers. Larger ones are names of classes (identifiers, say), numbered in their order."""
 
 
 class TableSource:
@@ -47,9 +52,7 @@ class TableSource:
             raise DavaeError(f"{name} has no rows")
         features = table.features
         self._image = _image_column(features, name)
-        self._label = _find(features, _LABEL_NAMES, lambda f: isinstance(f, datasets.ClassLabel)) or _named(
-            features, _LABEL_NAMES
-        )
+        self._label = _label_column(features, name)
         self._caption = _named(features, _CAPTION_NAMES)
         keep = [c for c in (self._image, self._label, self._caption) if c is not None]
         table = table.select_columns(list(dict.fromkeys(keep)))
@@ -201,6 +204,22 @@ def _image_column(features: Any, name: str) -> str:
     return column
 
 
+def _label_column(features: Any, name: str) -> str | None:
+    import datasets
+
+    column = _find(features, _LABEL_NAMES, lambda f: isinstance(f, datasets.ClassLabel))
+    if column is None:
+        single = {n: f for n, f in features.items() if isinstance(f, datasets.Value)}
+        column = _named(single, _LABEL_NAMES)
+    if column is None and (found := _named(features, _LABEL_NAMES)) is not None:
+        logger.warning(
+            "%s: column '%s' holds lists or structures, not one class an image; images are taken without a class",
+            name,
+            found,
+        )
+    return column
+
+
 def _classes(table: Any, column: str | None) -> tuple[list[str], dict[Any, int]]:
     """Class names, and the class number of each value that occurs in the label column."""
     import datasets
@@ -211,8 +230,9 @@ def _classes(table: Any, column: str | None) -> tuple[list[str], dict[Any, int]]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names), {i: i for i in range(feature.num_classes)}
     values = {v for v in table.unique(column) if v is not None}
-    if values and all(isinstance(v, int) and v >= 0 for v in values):
+    numbers = bool(values) and all(isinstance(v, int) and v >= 0 for v in values)
+    if numbers and max(values) < _MOST_CLASSES:
         return [str(i) for i in range(max(values) + 1)], {i: i for i in values}
-    if values and all(isinstance(v, str) for v in values):
-        return sorted(values), {v: i for i, v in enumerate(sorted(values))}
+    if numbers or (values and all(isinstance(v, str) for v in values)):
+        return [str(v) for v in sorted(values)], {v: i for i, v in enumerate(sorted(values))}
     return [], {}

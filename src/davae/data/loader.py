@@ -8,7 +8,7 @@ fetched ahead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -165,6 +165,43 @@ class BatchStream:
         self.sampler.load_state_dict(state)
 
 
+def read_items(
+    dataset: Dataset[Item],
+    positions: Sequence[int],
+    *,
+    batch_size: int,
+    workers: int = 0,
+    timeout_s: float = 0.0,
+) -> Iterator[list[Item]]:
+    """Items of a data set in a given order, ``batch_size`` at a time, as they look in the first epoch.
+
+    Args:
+        dataset: map-style.
+        positions: which, in order.
+        batch_size: items a part.
+        workers: loader processes; 0 reads in this one.
+        timeout_s: seconds that loader processes may take for a part before a :class:`DavaeError` names what was
+            being read; 0 waits for ever.
+    """
+    parts = [
+        [Key(0, position) for position in positions[first : first + batch_size]]
+        for first in range(0, len(positions), batch_size)
+    ]
+    with (
+        frozen_objects(workers),
+        closing(WatchedItems(dataset, workers, timeout_s if workers else 0)) as items,
+    ):
+        batches = iter(_loader(items, parts, list))
+        for _ in parts:
+            try:
+                with items.told():
+                    part: list[Item] = next(batches)
+            except DavaeError:
+                end_workers(batches)
+                raise
+            yield part
+
+
 def make_loader(
     dataset: Dataset[Item], sampler: ResumableSampler | BucketSampler, *, workers: int = 0
 ) -> DataLoader[Any]:
@@ -172,13 +209,17 @@ def make_loader(
     return _loader(WatchedItems(dataset, workers), sampler)
 
 
-def _loader(items: WatchedItems, sampler: ResumableSampler | BucketSampler) -> DataLoader[Any]:
+def _loader(
+    items: WatchedItems,
+    batches: Iterable[list[Key]],
+    put_together: Callable[[list[Item]], Any] | None = None,
+) -> DataLoader[Any]:
     return DataLoader(
         items,
-        batch_sampler=sampler,
+        batch_sampler=batches,
         num_workers=items.workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
+        collate_fn=put_together or collate,
+        pin_memory=torch.cuda.is_available() and put_together is None,
         timeout=items.timeout_s if items.workers else 0,
         worker_init_fn=outlive_signals,
         generator=torch.Generator(),  # otherwise the loader draws from torch's global state

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 
 from torch.utils.data import Dataset
 
 from davae.data.dataset import Item, Skip
+from davae.data.mirroring import is_mirrored
 from davae.data.procedural import ProceduralScenes
 from davae.data.procedural.dataset import SEED_STRIDE
-from davae.data.transforms import item_generator
 
 
 class RenderedDataset(Dataset[Item]):
@@ -26,6 +27,12 @@ class RenderedDataset(Dataset[Item]):
 
     def __len__(self) -> int:
         return len(self.scenes)
+
+    def unmirrored(self) -> RenderedDataset:
+        """The same scenes as they are before mirroring."""
+        plain = copy.copy(self)
+        plain.flip = False
+        return plain
 
     def stamps(self) -> dict[str, tuple[str, int, str]]:
         """As :meth:`ImageDataset.stamps`. A scene follows from its number; the first one stands for the painter."""
@@ -45,6 +52,6 @@ class RenderedDataset(Dataset[Item]):
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``."""
         item: Item = dict(self.scenes[index])
-        if self.flip and item_generator(self.seed, epoch, index % len(self)).random() < 0.5:
+        if self.flip and is_mirrored(self.seed, epoch, index % len(self)):
             item["image"] = item["image"].flip(-1)
         return item

@@ -24,6 +24,8 @@ from davae.data.folder import IMAGE_SUFFIXES, file_stamp
 from davae.errors import DavaeError
 
 _MAX_TEXT_BYTES = 1 << 20
+_BAD_ARCHIVE = (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError, MemoryError)
+"""What tarfile raises of headers that lie: about numbers, sizes, or what follows them."""
 
 
 @dataclass
@@ -106,12 +108,15 @@ class ShardSource:
     def _index(self, shard: int) -> list[_Sample]:
         path = self._files[shard]
         groups: dict[str, _Beside] = {}
-        count = 0
+        count, before = 0, -1
         try:
             with tarfile.open(path, "r:") as archive:
                 size = path.stat().st_size
                 for member in archive:
-                    count += 1
+                    # Not every Python refuses a size below zero: it leads back to members that were read before.
+                    if member.size < 0 or member.offset_data <= before:
+                        raise tarfile.ReadError(f"the header of {member.name} leads back in the archive")
+                    count, before = count + 1, member.offset_data
                     if not member.isreg() or member.issparse():
                         continue
                     if member.offset_data + member.size > size:
@@ -119,12 +124,13 @@ class ShardSource:
                     self._note(archive, member, groups, shard)
         except FileNotFoundError as error:
             raise DavaeError(f"the shard {path} does not exist") from error
-        except tarfile.ReadError as error:
+        except _BAD_ARCHIVE as error:
+            reason = str(error) or type(error).__name__
             if count == 0:
                 raise DavaeError(
-                    f"{path} is not a plain tar file ({error}); compressed shards must be unpacked to .tar"
+                    f"{path} is not a plain tar file ({reason}); compressed shards must be unpacked to .tar"
                 ) from error
-            self.problems.append((self._shards[shard], f"damaged after {count} members ({error})"))
+            self.problems.append((self._shards[shard], f"damaged after {count} members ({reason})"))
         samples = []
         for beside in groups.values():
             for sample in beside.images:
@@ -149,7 +155,7 @@ class ShardSource:
                 if stream is None:
                     raise ValueError(f"{member.size} bytes are too many for a text")
                 _read_text(ending, stream.read().decode("utf-8-sig"), beside)
-            except ValueError as error:  # also bad UTF-8 and bad JSON
+            except (ValueError, RecursionError) as error:  # also bad UTF-8, and JSON, bad or deep
                 self.problems.append((f"{self._shards[shard]}/{member.name}", f"cannot be read ({error})"))
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.evaluation.enlarging import upscaled
 from davae.evaluation.generation import Batches
 from davae.evaluation.image_run import ImageRun, RunSettings
 from davae.evaluation.prompt_sets import GENEVAL_SAMPLES, PromptSet, class_set, open_prompt_set
@@ -190,4 +190,4 @@ def _upscaled(run: ImageRun, count: int, size: tuple[int, int]) -> Iterator[Tens
         if images.shape[-2:] == size:
             yield images
             continue
-        yield F.interpolate(images, size=size, mode="bicubic", align_corners=False).clamp(-1, 1)
+        yield upscaled(images, size)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.evaluation.enlarging import upscaled
 from davae.evaluation.latent_properties import high_frequency_share, local_distant_similarity
 from davae.evaluation.latent_spectra import Spectrum, image_spectra, latent_spectra
 from davae.evaluation.latents import project_latents
@@ -132,9 +133,7 @@ def inspect_autoencoder(
     made = {name: decode(latent) for name, latent in decoded.items()}
     if vae.config.has_base_decoder:
         small = _map(vae.decode_base, vae, latents, batch).clamp(-1, 1)
-        made["base"] = torch.nn.functional.interpolate(
-            small, size=images.shape[-2:], mode="bicubic", antialias=True
-        ).clamp(-1, 1)
+        made["base"] = upscaled(small, images.shape[-2:])
     images = images.cpu().float()
     few = {name: made[name][:_BAND_IMAGES] for name in ("whole", "zeroed")}
     in_images = image_spectra(vae, latents[:_BAND_IMAGES], images[:_BAND_IMAGES], few, decode)

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.evaluation.crops import FINE_TEXTURE, fine_texture
+from davae.evaluation.enlarging import upscaled
 from davae.evaluation.features import FeatureNetwork
 from davae.evaluation.image_set import ImageSet, compare_sets
 from davae.evaluation.reconstruction import psnr, ssim
@@ -170,9 +170,9 @@ def reconstruct_all_ways(vae: AutoencoderDA, images: Tensor | None) -> dict[str,
     made = {UPGRADED: vae.decode(vae.encode(x).latent_dist.mode()).sample}
     if BASE_UPSCALED in names:
         small = vae.decode_base(vae.encode_base(x)).float().clamp(-1, 1)
-        made[BASE_UPSCALED] = F.interpolate(small, size=size, mode="bicubic", align_corners=False)
+        made[BASE_UPSCALED] = upscaled(small, size)
         made[BASE_NATIVE] = native_reconstruction(vae, x)
-    made[REDUCED] = F.interpolate(vae.downsample(x).float(), size=size, mode="bicubic", align_corners=False)
+    made[REDUCED] = upscaled(vae.downsample(x), size)
     return {name: image.float().clamp(-1, 1).cpu() for name, image in made.items()}
 
 

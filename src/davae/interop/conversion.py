@@ -31,6 +31,7 @@ from davae.models.any_autoencoder import open_autoencoder
 from davae.pipelines import ClassConditionalPipeline, load_pipeline
 from davae.pipelines.flow import sigma_shift
 from davae.pipelines.full_resolution import fit_to_autoencoder
+from davae.pipelines.opening import opening
 from davae.pipelines.same_base import layout_over
 from davae.pipelines.timestep_shift import scheduler_for
 
@@ -257,7 +258,8 @@ def _pipeline(transformer: LightningDiTTransformer2DModel, folder: Path) -> Clas
 
 def _vae(folder: Path) -> AutoencoderKL | AutoencoderDA:
     """An autoencoder's folder, or a pipeline's that has one."""
-    vae = open_autoencoder(folder)
+    with opening("autoencoder", str(folder)):
+        vae = open_autoencoder(folder)
     if not isinstance(vae, AutoencoderKL | AutoencoderDA):
         raise DavaeError(f"{folder} holds a {type(vae).__name__}: expected an AutoencoderKL or AutoencoderDA")
     return vae

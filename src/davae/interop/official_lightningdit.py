@@ -58,7 +58,7 @@ def load(
     Raises:
         DavaeError: see :func:`convert` and :func:`davae.interop.checkpoints.read_state_dict`.
     """
-    entries = (weights, *{"ema", "model", "state_dict"} - {weights})
+    entries = tuple(dict.fromkeys((weights, "ema", "model", "state_dict")))
     official = read_state_dict(path, entries=entries)
     with about_file(path):
         config, state_dict = convert(official, num_attention_heads=num_attention_heads)

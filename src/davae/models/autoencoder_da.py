@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import known_bases, video_bases  # noqa: F401 (registers the adapters)
-from davae.models.base_adapters import constructor_arguments, find_adapter, register_adapter
+from davae.models.base_adapters import (
+    constructor_arguments,
+    find_adapter,
+    offloaded_blocks,
+    register_adapter,
+)
 from davae.models.detail_dropout import detail_dropout_factor
 from davae.models.detail_normalisation import DetailNormalisation
 from davae.models.levels import Levels
@@ -84,6 +89,7 @@ class AutoencoderDA(
     _supports_gradient_checkpointing = True
     _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D", "FrugalResnetBlock2D"]  # noqa: RUF012 (the form)
     _group_offload_block_modules = ["base", "detail_encoder", "down", "up", "joint_decoder"]  # noqa: RUF012
+    _skip_keys = ["feat_cache", "feat_idx"]  # noqa: RUF012 (lists that autoencoders of videos change in place)
 
     @register_to_config
     def __init__(
@@ -123,6 +129,7 @@ class AutoencoderDA(
         )  # mean, log-variance
         self.up = ResidualUpsample(self.layout.channels, decoder_features, self.scale)
         self._add_pipeline_parts(self.base)
+        self._group_offload_block_modules = [*self._group_offload_block_modules, *offloaded_blocks(self.base)]
         if not has_base_decoder:
             self.adapter.drop_decoder(self.base)
         self.trains_below = False
@@ -246,9 +253,13 @@ class AutoencoderDA(
         self.base.requires_grad_(requires_grad and self.trains_below)
         return self
 
-    def base_affine(self) -> tuple[Tensor, Tensor]:
-        """``shift`` and ``scale``, float32 ``[C]``, of the space in which details are aligned and decoded."""
-        shift, scale = self.adapter.normalisation(self.base)
+    def base_affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``shift`` and ``scale``, float32 ``[C]``, of the space in which details are aligned and decoded.
+
+        Args:
+            device: where they are to be: that of the latents or weights they meet.
+        """
+        shift, scale = (values.to(device) for values in self.adapter.normalisation(self.base))
         if self.config.base_latent_space == "raw":
             return torch.zeros_like(shift), torch.ones_like(scale)
         return shift, scale
@@ -296,6 +307,7 @@ class AutoencoderDA(
         encode = self._tiled(lambda x: self.adapter.encode(self.base, x), self.base, self.base_compression, 1)
         return self._sliced(encode, small)
 
+    @apply_forward_hook
     def encode_prefix(self, images: Tensor) -> Tensor:
         """Raw latent of everything below this level, means, ``[B, own_layout.base_channels, h, w]``."""
         if self.below is None:
@@ -317,6 +329,7 @@ class AutoencoderDA(
         parameters = [lower.mean, own.mean, lower.logvar, own.logvar]
         return DiagonalGaussianDistribution(torch.cat(parameters, dim=1))
 
+    @apply_forward_hook
     def encode_own_details(self, images: Tensor) -> DiagonalGaussianDistribution:
         """As :meth:`encode_details`, but only the channels that this level adds."""
         self._check_sides(images)
@@ -342,7 +355,7 @@ class AutoencoderDA(
         """
         if self.config.base_latent_space == "raw":
             return z
-        shift, scale = (v[: z.shape[1], None, None] for v in self.base_affine())
+        shift, scale = (v[: z.shape[1], None, None] for v in self.base_affine(z.device))
         return ((z.float() - shift) * scale).to(z.dtype)
 
     @apply_forward_hook
@@ -395,7 +408,7 @@ class AutoencoderDA(
         x = without_alpha(x)
         z = self.encode_base(x)
         details = self.encode_details(x)
-        mean, std = self._detail_affine()
+        mean, std = self._detail_affine(details.mean.device)
         posterior = StructuredPosterior(
             self.layout,
             z,
@@ -414,7 +427,7 @@ class AutoencoderDA(
         ``generator`` is part of the family's signature; decoding is deterministic.
         """
         base, details = self.layout.split(z)
-        mean, std = self._detail_affine()
+        mean, std = self._detail_affine(details.device)
         images = self.decode_structured(base, (details.float() * std + mean).to(z.dtype))
         return DecoderOutput(sample=images) if return_dict else (images,)
 

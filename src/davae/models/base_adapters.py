@@ -131,14 +131,18 @@ class BaseAdapter(ABC):
         )
 
     def normalisation(self, base: Any) -> tuple[Tensor, Tensor]:
-        """``shift`` and ``scale``, float32 ``[C]``: diffusion models see ``(z - shift) * scale``."""
+        """``shift`` and ``scale``, float32 ``[C]``: diffusion models see ``(z - shift) * scale``.
+
+        On any device: who uses them brings them to the latent's. The base's own device does not tell where it
+        computes while its weights are offloaded.
+        """
         config, channels = base.config, self.latent_channels(base)
-        scale = torch.full((channels,), _number(config, "scaling_factor", 1.0), device=base.device)
-        shift = torch.full((channels,), _number(config, "shift_factor", 0.0), device=base.device)
+        scale = torch.full((channels,), _number(config, "scaling_factor", 1.0))
+        shift = torch.full((channels,), _number(config, "shift_factor", 0.0))
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is not None and std is not None:
-            shift = torch.tensor(mean, dtype=torch.float32, device=base.device).flatten()
-            scale = scale / torch.tensor(std, dtype=torch.float32, device=base.device).flatten()
+            shift = torch.tensor(mean, dtype=torch.float32).flatten()
+            scale = scale / torch.tensor(std, dtype=torch.float32).flatten()
         return shift, scale
 
     def bound(self, z: Tensor) -> Tensor:
@@ -215,6 +219,16 @@ def constructor_arguments(base_class: type[ModelMixin], config: Any) -> dict[str
     """The part of a model's config that its constructor takes."""
     taken = inspect.signature(base_class.__init__).parameters
     return {key: value for key, value in config.items() if key in taken}
+
+
+def offloaded_blocks(base: ModelMixin) -> list[str]:
+    """Names of the base's parts that group offloading brings to the device one by one.
+
+    A group's weights follow the ``forward`` of its module, and a base is used through ``encode`` and ``decode``:
+    its parts must be groups of their own. Where its class does not name them, it is all of them.
+    """
+    named = getattr(base, "_group_offload_block_modules", None)
+    return list(named or [name for name, _ in base.named_children()])
 
 
 def _number(config: Any, name: str, default: float) -> float:

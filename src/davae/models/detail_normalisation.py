@@ -23,7 +23,6 @@ class DetailNormalisation(OnABase):
 
     own_layout: LatentLayout
     config: Any
-    device: Any
 
     def set_detail_statistics(self, mean: Tensor, std: Tensor, *, level: int | None = None) -> None:
         """Keep mean and standard deviation of raw ``z_d`` per channel; encode and decode normalise with them.
@@ -58,18 +57,22 @@ class DetailNormalisation(OnABase):
         self.register_to_config(detail_mean=mean.tolist(), detail_std=std.tolist())  # type: ignore[attr-defined]
 
     def detail_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of raw ``z_d``, ``[D]`` each, all levels."""
+        """Mean and standard deviation of raw ``z_d``, float32 ``[D]`` each on the CPU, all levels."""
         count, config = self.own_layout.detail_channels, self.config
-        mean = torch.tensor(config.detail_mean or [0.0] * count, device=self.device)
-        std = torch.tensor(config.detail_std or [1.0] * count, device=self.device)
+        mean = torch.tensor(config.detail_mean or [0.0] * count, dtype=torch.float32)
+        std = torch.tensor(config.detail_std or [1.0] * count, dtype=torch.float32)
         if self.below is None:
             return mean, std
         mean_below, std_below = self.below.detail_statistics()
         return torch.cat([mean_below, mean]), torch.cat([std_below, std])
 
-    def _detail_affine(self) -> tuple[Tensor, Tensor]:
-        """``mean`` and ``std``, ``[D, 1, 1]``, with ``z_d = x_d * std + mean`` for a pipeline's ``x_d``."""
-        mean, std = self.detail_statistics()
+    def _detail_affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``mean`` and ``std``, ``[D, 1, 1]``, with ``z_d = x_d * std + mean`` for a pipeline's ``x_d``.
+
+        Args:
+            device: of ``x_d``; the model's own says nothing while its weights are offloaded.
+        """
+        mean, std = (values.to(device) for values in self.detail_statistics())
         scaling, shift = self.config.scaling_factor or 1.0, self.config.shift_factor or 0.0
         return (mean - shift * scaling * std)[:, None, None], (scaling * std)[:, None, None]
 

@@ -90,6 +90,7 @@ class Levels(OnABase):
             yield from self.below.autoencoders()
         yield self
 
+    @apply_forward_hook
     def decode_level(self, latent: Tensor, level: int) -> Tensor:
         """The image of one level, ``[B, 3, h * f * scale, w * f * scale]`` with that level's scale.
 

@@ -75,7 +75,7 @@ class NestedAdapter(BaseAdapter):
         channels = base.layout.base_channels
         matrix = grouped_mean(rows.T[:, :, None, None], channels)[:, :, 0, 0].T  # [C, means]
         weight, bias = base.down.conv.weight.detach().float(), base.down.conv.bias.detach().float()
-        shift, scale = (values[:channels] for values in base.base_affine())
+        shift, scale = (values[:channels] for values in base.base_affine(weight.device))
         matrix = matrix.to(weight) / scale[:, None]
         return Convolution(weight[:means], bias[:means]).then(matrix, shift)
 

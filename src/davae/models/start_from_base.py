@@ -20,7 +20,7 @@ def start_blocks_from_base(model: Any) -> None:
     A base whose layers at the latent are not single convolutions leaves torch's random start.
     """
     base_channels, details = model.layout.base_channels, model.own_layout.detail_channels
-    shift, scale = (values[:base_channels] for values in model.base_affine())
+    shift, scale = (values[:base_channels] for values in model.base_affine(model.device))
     head = model.adapter.encoder_head(model.base)
     if head is not None:
         head = head.then(torch.diag(scale), -shift * scale)
@@ -30,7 +30,7 @@ def start_blocks_from_base(model: Any) -> None:
         stem = stem.after(torch.diag(1.0 / scale), shift)
     detail_first = _detail_first(model)
     if model.below is not None:
-        start = _as_seen_above(model.below, *model.base_affine())
+        start = _as_seen_above(model.below, *model.base_affine(model.device))
         warm_nested_up_block(
             model.up, start, stem, model.own_layout, model.below.scale, detail_first=detail_first
         )
@@ -42,7 +42,7 @@ def _as_seen_above(model: Any, shift: Tensor, scale: Tensor) -> Convolution:
     """The model's up block in front of its shuffle, for latents ``(raw - shift) * scale`` of all its channels."""
     convolution = folded_up_block(model.up, model.own_layout, detail_first=_detail_first(model))
     details = model.own_layout.detail_channels  # its own are raw in its decoder
-    own_shift, own_scale = model.base_affine()
+    own_shift, own_scale = model.base_affine(shift.device)
     own_shift, own_scale = F.pad(own_shift, (0, details)), F.pad(own_scale, (0, details), value=1.0)
     return convolution.after(torch.diag(own_scale / scale), (shift - own_shift) * own_scale)
 

@@ -23,6 +23,7 @@ class WholeImageNorms:
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         self._norms = [m for network in networks for m in network.modules() if isinstance(m, nn.GroupNorm)]
         self._statistics: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
+        self._affine: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __bool__(self) -> bool:
@@ -39,6 +40,7 @@ class WholeImageNorms:
         for handle in self._handles:
             handle.remove()
         self._statistics.clear()
+        self._affine.clear()
 
     def _apply(self, norm: nn.GroupNorm, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = arguments[0]  # [B, C, ...]
@@ -46,10 +48,28 @@ class WholeImageNorms:
         if norm not in self._statistics:
             variance, mean = torch.var_mean(groups, dim=-1, keepdim=True, correction=0)
             self._statistics[norm] = mean, variance
+            if norm.affine:
+                self._affine[norm] = _affine(norm, x.device)
             return output
         mean, variance = self._statistics[norm]
         y = ((groups - mean) * (variance + norm.eps).rsqrt()).reshape(x.shape)
         shape = (1, -1) + (1,) * (x.ndim - 2)
         if norm.affine:
-            y = y * norm.weight.float().view(shape) + norm.bias.float().view(shape)
+            weight, bias = self._affine[norm]
+            y = y * weight.view(shape) + bias.view(shape)
         return y.to(output.dtype)
+
+
+def _affine(norm: nn.GroupNorm, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Weight and bias in float32, brought back for a moment where offloading took them when ``forward`` ended."""
+    hook = getattr(norm, "_hf_hook", None)  # accelerate's
+    if (diffusers_hooks := getattr(norm, "_diffusers_hook", None)) is not None:
+        hook = diffusers_hooks.get_hook("group_offloading")
+    if hook is not None:
+        hook.pre_forward(norm)
+    weight, bias = (
+        values.to(device, torch.float32, copy=hook is not None) for values in (norm.weight, norm.bias)
+    )
+    if hook is not None:
+        hook.post_forward(norm, None)
+    return weight, bias

@@ -25,6 +25,7 @@ from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.fingerprint import Samples
 from davae.pipelines.lora import attach_lora, attached_lora
+from davae.pipelines.opening import load_autoencoder
 from davae.pipelines.upgrade import upgrade_pipeline
 from davae.warm_start import description_of
 
@@ -101,8 +102,9 @@ def load_adapters(base: P, vae: AutoencoderDA | str | Path, folder: str | Path) 
     """Upgrade a base pipeline and give it what :func:`save_adapters` wrote: the tuned pipeline in one call.
 
     Args:
-        base: the base pipeline; it is not changed, and shares its other parts with the result.
-        vae: the autoencoder of the tuned pipeline, or its folder.
+        base: the base pipeline, on any device and in any precision, which the result then has (see
+            :func:`upgrade_pipeline`); it is not changed, and shares its other parts with the result.
+        vae: the autoencoder of the tuned pipeline, or its folder; not changed.
         folder: where the two files are.
 
     Returns:
@@ -115,7 +117,7 @@ def load_adapters(base: P, vae: AutoencoderDA | str | Path, folder: str | Path) 
     """
     folder = Path(folder)
     header, tensors = _read(folder / LAYERS_FILE)
-    autoencoder = vae if isinstance(vae, AutoencoderDA) else AutoencoderDA.from_pretrained(vae)
+    autoencoder = vae if isinstance(vae, AutoencoderDA) else load_autoencoder(vae)
     _check_kind(base, autoencoder, header)
     _check_samples("autoencoder", tensors["check.vae"], dict(autoencoder.named_parameters()))
     pipe = upgrade_pipeline(base, autoencoder)

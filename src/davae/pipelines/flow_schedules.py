@@ -59,9 +59,10 @@ def set_times(scheduler: SchedulerMixin, steps: int, device: torch.device) -> li
     else:
         scheduler.set_timesteps(steps, device=device)
     scheduler.set_begin_index(0)
-    return (1 - scheduler.sigmas.double())[
-        : len(scheduler.timesteps)
-    ].tolist()  # one transfer, before the loop
+    sigmas = (
+        scheduler.sigmas.tolist()
+    )  # one transfer, before the loop; as float64, which not every device has
+    return [1 - sigma for sigma in sigmas[: len(scheduler.timesteps)]]
 
 
 def scheduler_step(

@@ -66,7 +66,7 @@ def generate_images(
     given = _given_options(pipe, steps, guidance, negative_prompt, height, width)
     for i, subject in enumerate(subject for subject in subjects for _ in range(count)):
         generator = torch.Generator().manual_seed(seed + i)
-        made = pipe(**_subject(pipe, subject), **given, generator=generator)
+        made = _call(pipe, **_subject(pipe, subject), **given, generator=generator)
         yield Generated(subject, seed + i, made.images[0])
 
 
@@ -99,7 +99,7 @@ def generate_batch(
         for key, value in _subject(pipe, subject).items():
             joined.setdefault(key, []).extend(value if isinstance(value, list) else [value])
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return list(pipe(**joined, **given, generator=generators).images)
+    return list(_call(pipe, **joined, **given, generator=generators).images)
 
 
 def read_prompts(file: str | Path) -> list[str]:
@@ -116,6 +116,16 @@ def read_prompts(file: str | Path) -> list[str]:
     if not prompts:
         raise DavaeError(f"{file} holds no prompt: write one a line")
     return prompts
+
+
+def _call(pipe: DiffusionPipeline, **arguments: Any) -> Any:
+    """The pipeline's result; what diffusers' own checks say of sizes and texts is an error of the person who asked."""
+    try:
+        return pipe(**arguments)
+    except DavaeError:
+        raise
+    except ValueError as error:
+        raise DavaeError(f"{type(pipe).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _parameters(pipe: DiffusionPipeline) -> dict[str, inspect.Parameter]:

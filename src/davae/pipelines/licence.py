@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,20 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from davae.errors import DavaeError
+
+logger = logging.getLogger(__name__)
+_IDS = """
+apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
+cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0
+cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0
+cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0
+lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl
+openmdw-1.0 openmdw-1.1 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license
+fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown
+"""
+HUB_IDS = frozenset(_IDS.split())
+"""The licences that the hub has an id for (hf.co/docs/hub/repositories-licenses), without ``other``."""
 
 
 @dataclass(frozen=True)
@@ -38,34 +53,74 @@ class Licence:
         return {key: value for key, value in entries.items() if value}
 
 
-def find_licence(base_model: str | Path, given: str | Licence | None = None) -> Licence:
+def find_licence(
+    base_model: str | Path,
+    given: str | Licence | None = None,
+    *,
+    name: str | None = None,
+    link: str | None = None,
+) -> Licence:
     """The licence to name: the given one, else the base's own from its model card.
 
-    The card is the ``README.md`` of a local folder, or of a hub model in the local cache; nothing is downloaded.
+    The card is the ``README.md`` of a local folder, or of a hub model in the local cache; nothing is downloaded. A
+    licence that the hub has no id for becomes ``other`` with its name, as the hub wants it; name and link that are not
+    given are the base's, where its card has the same licence.
 
     Args:
         base_model: folder or hub name of the base.
-        given: what the caller says it is: the hub's name of a licence, or a :class:`Licence`.
+        given: what the caller says it is: the hub's id of a licence, the name of another one, or a :class:`Licence`.
+        name: what a licence is called that the hub has no id for.
+        link: where it is written.
 
     Raises:
-        DavaeError: none is given, and no card of the base names one.
+        DavaeError: none is given, and no card of the base names one; or a name beside an id of the hub, or ``other``
+            without a name.
     """
     if isinstance(given, Licence):
         return given
-    if given:
+    given = given.lower() if given and given.lower() in (*HUB_IDS, "other") else given
+    if given in HUB_IDS:
+        if name or link:
+            raise DavaeError(
+                f"the hub knows the licence '{given}' itself: leave --license-name and --license-link out, or say "
+                "--license other with them"
+            )
         return Licence(given)
     card = _card_of(base_model)
-    entries = read_front_matter(card) if card is not None else {}
-    if not entries.get("license"):
+    own = _licence_of(base_model, read_front_matter(card)) if card is not None else None
+    if given in (None, "other") and not name and own is not None and (given is None or own.id == given):
+        return Licence(own.id, own.name, link or own.link)
+    named = name or (given if given != "other" else None)
+    if named is None:
+        if given == "other":
+            raise DavaeError("licence 'other' needs a name: give it as name=... (--license-name) too")
         looked = f"{card} names none" if card is not None else "its model card is not on this machine"
         raise DavaeError(
             f"the licence of the base '{base_model}' is not known ({looked}), and a card without one is not written: "
             "give it as license='apache-2.0' (--license), as the base's page names it"
         )
+    if own is not None and named in (own.id, own.name):
+        return Licence(own.id, own.name, link or own.link)
+    if link is None:
+        logger.warning(
+            "the card will not say where the licence '%s' is written: give the address as link=... (--license-link)",
+            named,
+        )
+    return Licence("other", named, link)
+
+
+def _licence_of(base_model: str | Path, entries: dict[str, Any]) -> Licence | None:
+    """What the entries of the base's card say."""
+    if not entries.get("license"):
+        return None
     link = entries.get("license_link")
     if link and "://" not in str(link) and not Path(base_model).is_dir():
         link = f"https://huggingface.co/{base_model}/blob/main/{link}"  # cards of the hub name a file beside them
-    return Licence(str(entries["license"]), entries.get("license_name"), link)
+    found, name = entries["license"], entries.get("license_name")
+    found = str(found[0] if isinstance(found, list) and len(found) == 1 else found)
+    if found.lower() in (*HUB_IDS, "other"):
+        return Licence(found.lower(), name, link)
+    return Licence("other", name or found, link)
 
 
 def read_front_matter(card: Path) -> dict[str, Any]:

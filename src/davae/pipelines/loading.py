@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from davae.errors import DavaeError
 from davae.pipelines.adapters import LAYERS_FILE
 from davae.pipelines.full_resolution import fit_to_autoencoder
+from davae.pipelines.opening import hub_name, opening
 
 
 def load_pipeline(folder_or_repo: str | Path, **options: Any) -> DiffusionPipeline:
@@ -24,18 +25,30 @@ def load_pipeline(folder_or_repo: str | Path, **options: Any) -> DiffusionPipeli
         options: as for ``DiffusionPipeline.from_pretrained``, such as ``dtype``.
 
     Raises:
-        DavaeError: a folder without a pipeline.
+        DavaeError: a folder without a pipeline, files that are missing or damaged, or a name that the hub does not
+            give.
+    """
+    place = pipeline_place(folder_or_repo)
+    with opening("pipeline", place):
+        return fit_to_autoencoder(DiffusionPipeline.from_pretrained(place, **options))
+
+
+def pipeline_place(folder_or_repo: str | Path) -> str:
+    """The folder of a pipeline, from that folder or from a run that has one; a name on the hub as it is.
+
+    Raises:
+        DavaeError: a folder without a pipeline, or a path that is not there.
     """
     folder = Path(folder_or_repo)
     if not folder.is_dir():
-        return fit_to_autoencoder(DiffusionPipeline.from_pretrained(str(folder_or_repo), **options))
+        return hub_name("pipeline", str(folder_or_repo))
     if (folder / LAYERS_FILE).is_file():
         raise DavaeError(
             f"{folder} holds adapters, which need their base: davae.load_adapters(base, autoencoder, folder)"
         )
     for candidate in (folder, folder / "pipeline"):
         if (candidate / "model_index.json").is_file():
-            return fit_to_autoencoder(DiffusionPipeline.from_pretrained(candidate, **options))
+            return str(candidate)
     raise DavaeError(
         f"{folder} holds no pipeline: there is no model_index.json in it or in its folder 'pipeline'"
     )

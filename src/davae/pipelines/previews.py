@@ -29,7 +29,8 @@ def set_preview_decoder(pipe: DiffusionPipeline, decoder: ModelMixin) -> None:
 
     Args:
         pipe: with an :class:`davae.AutoencoderDA`.
-        decoder: an autoencoder of the base model's latent space, such as ``AutoencoderTiny``.
+        decoder: an autoencoder of the base model's latent space, such as ``AutoencoderTiny``. It stays where it is,
+            whatever device the pipeline moves to, and latents are brought there.
 
     Raises:
         DavaeError: the class is unknown, or it decodes another number of channels than the base has.
@@ -144,7 +145,8 @@ class Previews:
         decoder = getattr(self.pipe, "preview_decoder", None)
         known = vae.base_vae if decoder is None else decoder
         _, adapter = find_adapter(type(known).__name__)
-        base = base.to(device=known.device, dtype=known.dtype)
+        # The pipeline's own VAE computes where the latents are, also while its weights are kept elsewhere.
+        base = base.to(device=latents.device if decoder is None else decoder.device, dtype=known.dtype)
         shift, scale = (value.to(base)[:, None, None] for value in adapter.normalisation(known))
         raw = base / scale + shift
         image = vae.decode_base(raw) if decoder is None else adapter.decode(decoder, raw)

@@ -1,8 +1,8 @@
 """A guard for pipelines that divide by the norm of a channel's prediction, which is 0 while details are silent.
 
 Lumina 2 rescales its guided prediction, row by row, by ``|conditional| / |guided|``. Detail channels that were never
-tuned predict exactly 0: 0 / 0, and after one more step every channel is lost. Where nothing learns, such a prediction
-is moved off zero by far less than it could show; the ratio is then 1.
+tuned predict exactly 0: 0 / 0, and after one more step every channel is lost. Where nothing learns, such zeros are
+moved off zero by far less than could show; the ratio is then 1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import nn
 
 from davae.latents import LatentLayout
 
-_TINY = 1e-15  # its square is still a float32
+_TINY = {torch.float16: 2.0**-11}  # the square of each is still a number of its precision
+_TINY_ELSEWHERE = 2.0**-60
 
 
 def guard_silent_details(pipe: DiffusionPipeline, layout: LatentLayout) -> None:
@@ -32,8 +33,8 @@ def guard_silent_details(pipe: DiffusionPipeline, layout: LatentLayout) -> None:
     def off_zero(module: nn.Module, arguments: Any, output: Any) -> Any:
         if torch.is_grad_enabled():  # in training the prediction is itself
             return output
-        sample = output[0]
-        sample[:, layout.detail] += _TINY
+        details = output[0][:, layout.detail]
+        details.masked_fill_(details == 0, _TINY.get(details.dtype, _TINY_ELSEWHERE))
         return output
 
     pipe.transformer.register_forward_hook(off_zero)

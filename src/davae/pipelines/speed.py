@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
+from davae.pipelines.placing import DTYPES
 
 logger = logging.getLogger(__name__)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MOST_VARIANTS = 64
 
 
@@ -50,8 +50,8 @@ def speed_up(
     Raises:
         DavaeError: an unknown precision, or an attention backend that is not known or not installed.
     """
-    if decode_dtype not in (None, "auto", *_DTYPES):
-        raise DavaeError(f"decode_dtype must be auto, {', '.join(_DTYPES)} or None, not '{decode_dtype}'")
+    if decode_dtype not in (None, "auto", *DTYPES):
+        raise DavaeError(f"decode_dtype must be auto, {', '.join(DTYPES)} or None, not '{decode_dtype}'")
     parts = [part for name in ("transformer", "vae") if (part := getattr(pipe, name, None)) is not None]
     if attention is not None:
         set_attention(pipe.transformer, attention)
@@ -64,9 +64,10 @@ def speed_up(
     if slices and hasattr(vae, "enable_slicing"):
         vae.enable_slicing()
     if decode_dtype == "auto":
-        decode_dtype = "bfloat16" if pipe.device.type == "cuda" else None
+        computing = pipe._execution_device  # its own device says nothing while it is offloaded
+        decode_dtype = "bfloat16" if computing.type == "cuda" else None
     if decode_dtype is not None:
-        decode_in(vae, _DTYPES[decode_dtype])
+        decode_in(vae, DTYPES[decode_dtype])
     return pipe
 
 
@@ -91,19 +92,20 @@ def order_channels_last(module: nn.Module) -> None:
 
 def decode_in(vae: Any, dtype: torch.dtype) -> None:
     """Let ``vae.decode`` compute in another precision under autocast; what goes in and comes out keeps its own."""
-    decode: Callable[..., Any] = functools.partial(type(vae).decode, vae)
+    # Bound by `partial`, and not by a closure: a deep copy of the autoencoder then decodes with its own weights.
+    vae.decode = functools.update_wrapper(
+        functools.partial(_decode_under_autocast, vae, dtype), type(vae).decode
+    )
 
-    @functools.wraps(type(vae).decode)
-    def faster(z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        enabled = dtype != torch.float32 or z.dtype != torch.float32
-        with torch.autocast(z.device.type, dtype=dtype, enabled=enabled):
-            made = decode(z, *args, **kwargs)
-        if isinstance(made, tuple):
-            return (made[0].to(z.dtype), *made[1:])
-        made.sample = made.sample.to(z.dtype)
-        return made
 
-    vae.decode = faster
+def _decode_under_autocast(vae: Any, dtype: torch.dtype, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+    enabled = dtype != torch.float32 or z.dtype != torch.float32
+    with torch.autocast(z.device.type, dtype=dtype, enabled=enabled):
+        made = type(vae).decode(vae, z, *args, **kwargs)
+    if isinstance(made, tuple):
+        return (made[0].to(z.dtype), *made[1:])
+    made.sample = made.sample.to(z.dtype)
+    return made
 
 
 def compile_regions(module: nn.Module, *, one_size: bool = False) -> int:

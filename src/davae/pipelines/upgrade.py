@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import TypeVar
 
@@ -28,6 +29,9 @@ def upgrade_pipeline(
 ) -> P:
     """Swap the autoencoder and widen the transformer; everything else is kept and shared with ``pipe``.
 
+    The new VAE is on the device and in the precision of ``pipe.vae``, the new transformer on those of
+    ``pipe.transformer``: the result runs as ``pipe`` does. Switch offloading on after the upgrade.
+
     The result starts as the pretrained model: its base channels follow the base pipeline exactly and its detail
     channels are silent until they are tuned. ``height`` and ``width`` then mean the full resolution. Where the
     schedule depends on the size, it stays by default the one that the base was trained with at this number of
@@ -37,7 +41,9 @@ def upgrade_pipeline(
         pipe: a pipeline with a ``vae`` and a 2D ``transformer``, text-to-image, image-to-image or inpainting; it is
             not changed.
         vae: made from ``pipe.vae`` by :meth:`AutoencoderDA.from_base`; may add several levels. ``pipe`` may itself be
-            an upgraded pipeline, whose autoencoder is then the lower levels of ``vae``.
+            an upgraded pipeline, whose autoencoder is then the lower levels of ``vae``. It is not changed: it becomes
+            part of the result where it has the device and precision of ``pipe.vae``, and elsewhere a copy does. For
+            a VAE that is to be more precise than its pipeline, say ``result.vae.to(torch.float32)`` afterwards.
         timestep_shift: ``"base"``, ``"native"`` (the schedule that the base model would have used if it had been
             asked for the full resolution) or a number (a fixed shift); see :mod:`davae.pipelines.timestep_shift`.
         preview_decoder: a small decoder of the base's latents (TAESD and kin) for
@@ -47,8 +53,9 @@ def upgrade_pipeline(
         A new pipeline of the same class.
 
     Raises:
-        DavaeError: the pipeline has no transformer or VAE, ``vae`` was made from another base, the choice of the
-            shift does not fit the pipeline, or the preview decoder takes another number of channels.
+        DavaeError: the pipeline has no transformer or VAE, its weights or those of ``vae`` are offloaded, ``vae`` was
+            made from another base, the choice of the shift does not fit the pipeline, or the preview decoder takes
+            another number of channels.
         WarmStartError: the transformer's channels are not the autoencoder's, or the widened transformer does not
             start as the original (the layer is named).
     """
@@ -57,6 +64,7 @@ def upgrade_pipeline(
             raise DavaeError(f"{type(pipe).__name__} has no {part}: davae upgrades pipelines that have both")
     if not isinstance(vae, AutoencoderDA):
         raise DavaeError(f"upgrade_pipeline takes an AutoencoderDA, not {type(vae).__name__}")
+    _check_not_offloaded(pipe, vae)
     layout = layout_over(pipe.vae, vae)
     scheduler = scheduler_for(
         pipe,
@@ -67,7 +75,7 @@ def upgrade_pipeline(
     transformer = widen_channels(
         pipe.transformer, base_channels=layout.base_channels, detail_channels=layout.detail_channels
     )
-    replaced = {"vae": vae, "transformer": transformer, "scheduler": scheduler}
+    replaced = {"vae": _placed_as(pipe.vae, vae), "transformer": transformer, "scheduler": scheduler}
     arguments = {**_constructor_arguments(pipe), **replaced}
     upgraded = fit_to_autoencoder(type(pipe)(**arguments))
     if "id2label" in arguments and "id2label" not in upgraded.config:  # else it would not be saved
@@ -77,6 +85,28 @@ def upgrade_pipeline(
     if preview_decoder is not None:
         set_preview_decoder(upgraded, preview_decoder)
     return upgraded
+
+
+def _check_not_offloaded(pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
+    """Hooks of offloading belong to the weights of one model, and new models would not have them."""
+    parts = (pipe.vae, pipe.transformer, vae)
+    if (
+        getattr(pipe, "_all_hooks", None)  # enable_model_cpu_offload
+        or any(parameter.is_meta for part in parts for parameter in part.parameters())
+        or any(pipe._maybe_raise_error_if_group_offload_active(module=part) for part in parts)
+    ):
+        raise DavaeError(
+            "offloading is switched on for the pipeline or the autoencoder: upgrade the pipeline first, then switch "
+            "offloading on for the result"
+        )
+
+
+def _placed_as(base: ModelMixin, vae: AutoencoderDA) -> AutoencoderDA:
+    """The autoencoder on the device and in the precision of the base VAE: itself, or a copy where that differs."""
+    own = {(p.device, p.dtype) for p in vae.parameters()}
+    if own == {(base.device, base.dtype)}:
+        return vae
+    return copy.deepcopy(vae).to(device=base.device, dtype=base.dtype)
 
 
 def _constructor_arguments(pipe: DiffusionPipeline) -> dict[str, object]:

@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from davae.data.buckets import same_size_batches
+from davae.evaluation.enlarging import upscaled
 from davae.latents import ChannelStatistics, grouped_mean
 from davae.models import AutoencoderDA
 from davae.training.adversary import make_adversary
 from davae.training.images import mean_of_all, mean_psnr, own_images, stack_images
-from davae.training.memory import WithBaseLatents
+from davae.training.latents_in_memory import WithBaseLatents
 from davae.training.pictures import save_shared_rows
 from davae.training.processes import start_processes
 from davae.training.settings import AutoencoderSettings
 from davae.training.stage import Player, Stage
 from davae.training.structured_objective import StructuredObjective, alignment_layout, levels_that_learn
+from davae.training.whole_files import whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +36,9 @@ class AutoencoderStage(Stage):
         dataset: training images at the last level's resolution.
         held_out: validation images.
         workers: loader processes.
-        cache_latents: encode what never changes, the latents below the levels that learn, once and keep them in memory.
-            The images must be the same in every epoch.
+        timeout_s: seconds to wait for a batch of images; 0 waits for ever.
+        cache_latents: encode what never changes, the latents below the levels that learn, once and keep them in memory,
+            those of mirrored images too. Images must not be cropped at random.
     """
 
     name = "autoencoder"
@@ -49,10 +51,12 @@ class AutoencoderStage(Stage):
         held_out: Dataset[dict[str, Any]],
         *,
         workers: int = 0,
+        timeout_s: float = 0.0,
         cache_latents: bool = False,
     ) -> None:
         self.autoencoder, self.settings, self.loop = autoencoder, settings, settings.loop
-        self.dataset, self.held_out, self.workers = dataset, held_out, workers
+        self.dataset, self.held_out = dataset, held_out
+        self.workers, self.timeout_s = workers, timeout_s
         autoencoder.train_levels(together=settings.levels == "together")
         self.learning = levels_that_learn(autoencoder)
         if len(autoencoder.levels) > 2:
@@ -76,7 +80,9 @@ class AutoencoderStage(Stage):
         if cache_latents and not settings.loop.plain:
             autoencoder.to(start_processes().device)
             logger.info("encoding %d images", len(dataset))  # type: ignore[arg-type]
-            self.dataset = WithBaseLatents(dataset, self._frozen_latent)
+            self.dataset = WithBaseLatents(
+                dataset, self._frozen_latent, workers=workers, timeout_s=timeout_s
+            )
         gan = settings.reconstruction.gan
         adaptive = settings.alignment.adaptive or (gan.weight > 0 and gan.adaptive)
         model = Player("model", self.objective, settings.optimizer, can_be_sharded=not adaptive)
@@ -136,7 +142,8 @@ class AutoencoderStage(Stage):
             levels=self.learning,
         )
         self.autoencoder.to(memory_format=torch.contiguous_format)
-        self.autoencoder.save_pretrained(out / "autoencoder")
+        with whole_folder(out / "autoencoder") as folder:
+            self.autoencoder.save_pretrained(folder)
         return out / "autoencoder"
 
 
@@ -174,8 +181,3 @@ def set_detail_statistics(
 def upscaled_base(vae: AutoencoderDA, images: Tensor) -> Tensor:
     """What the base alone gives at full resolution: its own reconstruction, enlarged bicubically."""
     return upscaled(vae.decode_base(vae.encode_base(images)), images.shape[-2:])
-
-
-def upscaled(small: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
-    """Images ``[B, 3, h, w]`` enlarged bicubically to ``size`` and clamped to [-1, 1]."""
-    return F.interpolate(small.float(), size=size, mode="bicubic", align_corners=False).clamp(-1, 1)

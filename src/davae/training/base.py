@@ -5,33 +5,44 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from davae.data import Mirrored
+from davae.data.mirroring import unmirrored
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
 from davae.models.lightningdit_start import restarted
 from davae.pipelines import ClassConditionalPipeline
 from davae.training.base_autoencoder import BaseAutoencoderStage
+from davae.training.caching import open_cache
 from davae.training.diffusion import DiffusionStage
 from davae.training.images import open_part
 from davae.training.loop import TrainResult, train
-from davae.training.memory import ImagesInMemory, MixedScales
+from davae.training.memory import ImagesInMemory, MixedScales, Prepared
 from davae.training.processes import is_first, wait_for_everyone
 from davae.training.provenance import data_facts
 from davae.training.settings import BaseRecipe, DiffusionSettings
+from davae.training.whole_files import whole_folder
 
 logger = logging.getLogger(__name__)
+
+Images = Any  # a map-style data set of items with an ``image``, its ``classes`` and what it ``skipped``
 
 
 def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = None) -> TrainResult:
     """Train a base pipeline into ``out/pipeline`` (runs ``out/autoencoder`` and ``out/transformer``).
 
-    Both halves continue by themselves when the same call is made again.
+    Both halves continue by themselves when the same call is made again. With ``data.cache_latents`` the latents stay in
+    memory, and for the first half the images too; with ``data.cache`` latents are read from there. Otherwise images are
+    read, and encoded, as training asks for them.
 
     Args:
         recipe: what to train.
@@ -39,23 +50,37 @@ def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = N
         base: the pipeline of ``recipe.start_from``; its autoencoder is kept, and only the second half is run.
     """
     plain = recipe.model_dump(mode="json")
-    full = ImagesInMemory(open_part(recipe.data, "train"))
-    reduce = partial(reduced, factor=recipe.downsample)
-    images = ImagesInMemory(full, reduce)
-    held_out = ImagesInMemory(open_part(recipe.data, "held_out"), reduce)
+    data = recipe.data
+    full: Images
+    if data.cache and base is not None:
+        full = images = open_cache(data, base.vae, base)
+    else:
+        full, images = _training_images(recipe, keep=data.cache_latents and base is None)
+    held_out = ImagesInMemory(open_part(data, "held_out"), partial(reduced, factor=recipe.downsample))
     if base is None:
         pipeline = _new_pipeline(recipe, out, full, images, held_out)
     else:
         pipeline = native_pipeline(recipe, base)
     settings = DiffusionSettings(**{k: getattr(recipe.transformer, k) for k in _SHARED_SECTIONS})
     layout = LatentLayout(pipeline.vae.config.latent_channels, 0)
-    diffusion = DiffusionStage(pipeline, layout, settings, images, held_out, cache_latents=True)
-    diffusion.facts = data_facts(recipe.data, full)
+    diffusion = DiffusionStage(
+        pipeline,
+        layout,
+        settings,
+        images,
+        held_out,
+        cache_latents=data.cache_latents and not data.cache,
+        workers=data.workers,
+        timeout_s=data.timeout_s,
+    )
+    diffusion.facts = data_facts(data, held_out)
     result = train(diffusion, out / "transformer", plain)
     assert result is not None
     if is_first():  # the result holds the averaged weights, the pipeline in memory the last ones
         averaged = ClassConditionalPipeline.from_pretrained(result.result)
-        averaged.to(getattr(torch, recipe.save_dtype)).save_pretrained(out / "pipeline")
+        averaged.to(getattr(torch, recipe.save_dtype))
+        with whole_folder(out / "pipeline") as folder:
+            averaged.save_pretrained(folder)
     wait_for_everyone()
     return result
 
@@ -100,8 +125,22 @@ def check_divides(side: int, unit: int) -> None:
         )
 
 
+def _training_images(recipe: BaseRecipe, *, keep: bool) -> tuple[Images, Images]:
+    """The training images at full resolution, and as the base sees them; made once and kept, or when asked for."""
+    found = open_part(recipe.data, "train")
+    if not keep:
+        if recipe.downsample == 1:
+            return found, found
+        return found, Prepared(found, partial(_reduced_item, factor=recipe.downsample))
+    full = ImagesInMemory(unmirrored(found))
+    small = full
+    if recipe.downsample > 1:
+        small = ImagesInMemory(full, partial(reduced, factor=recipe.downsample))
+    return (Mirrored(full, found.seed), Mirrored(small, found.seed)) if found.flip else (full, small)
+
+
 def _new_pipeline(
-    recipe: BaseRecipe, out: Path, full: ImagesInMemory, images: ImagesInMemory, held_out: ImagesInMemory
+    recipe: BaseRecipe, out: Path, full: Images, images: Images, held_out: ImagesInMemory
 ) -> ClassConditionalPipeline:
     """The first half, and a random transformer over it."""
     shape = recipe.transformer.architecture
@@ -111,9 +150,15 @@ def _new_pipeline(
     check_divides(side, compression * shape.patch_size)
     reduce = partial(reduced, factor=recipe.downsample)
     vae_folder = out / "autoencoder" / "vae"
-    if not vae_folder.is_dir():
+    if not _is_saved(vae_folder):
+        workers, timeout_s = recipe.data.workers, recipe.data.timeout_s
+        kept = unmirrored(full)
+        if workers and isinstance(kept, ImagesInMemory):
+            kept.read_all(workers, timeout_s)
         mixed = MixedScales(full, reduce, recipe.full_resolution_crops, recipe.autoencoder.loop.seed)
-        stage = BaseAutoencoderStage(recipe.autoencoder, mixed, images, held_out)
+        stage = BaseAutoencoderStage(
+            recipe.autoencoder, mixed, images, held_out, workers=workers, timeout_s=timeout_s
+        )
         stage.facts = data_facts(recipe.data, full)
         train(stage, out / "autoencoder", recipe.model_dump(mode="json"))
     vae = AutoencoderKL.from_pretrained(vae_folder)
@@ -133,6 +178,18 @@ def _new_pipeline(
     )
 
 
+def _is_saved(model: Path) -> bool:
+    """Whether a model's folder holds its weights to the last byte; an earlier version could leave part of it."""
+    weights = model / SAFETENSORS_WEIGHTS_NAME
+    if not ((model / "config.json").is_file() and weights.is_file()):
+        return False
+    try:
+        with safe_open(weights, "pt"):  # compares the file's length with its header
+            return True
+    except SafetensorError:
+        return False
+
+
 _SHARED_SECTIONS = ("timesteps", "loss", "optimizer", "loop", "sample")
 
 
@@ -142,3 +199,7 @@ def reduced(images: Tensor, factor: int) -> Tensor:
         return images
     size = (images.shape[-2] // factor, images.shape[-1] // factor)
     return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+
+
+def _reduced_item(item: dict[str, Any], factor: int) -> dict[str, Any]:
+    return {**item, "image": reduced(item["image"][None], factor)[0]}

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from davae.data import read_items
 from davae.latents import ChannelStatistics, gaussian_kl
 from davae.training.adversary import Adversary, make_adversary
 from davae.training.dc_ae_settings import KlArchitecture
@@ -22,6 +23,7 @@ from davae.training.settings import (
     ReconstructionSettings,
 )
 from davae.training.stage import Player, Stage
+from davae.training.whole_files import whole_folder
 
 
 class PlainObjective(nn.Module):
@@ -76,6 +78,8 @@ class BaseAutoencoderStage(Stage):
         dataset: training images, at any scales.
         whole: the images as the transformer will see them; the factors are measured on these.
         held_out: validation images.
+        workers: loader processes.
+        timeout_s: seconds to wait for a batch of images; 0 waits for ever.
     """
 
     name = "base autoencoder"
@@ -86,11 +90,15 @@ class BaseAutoencoderStage(Stage):
         dataset: Dataset[dict[str, Any]],
         whole: Dataset[dict[str, Any]],
         held_out: Dataset[dict[str, Any]],
+        *,
+        workers: int = 0,
+        timeout_s: float = 0.0,
     ) -> None:
         torch.manual_seed(settings.loop.seed)
         self.autoencoder = build_kl(settings.architecture)
         self.settings, self.loop = settings, settings.loop
         self.dataset, self.whole, self.held_out = dataset, whole, held_out
+        self.workers, self.timeout_s = workers, timeout_s
         adversary, players = make_adversary(settings.reconstruction.gan)
         self.objective = PlainObjective(self.autoencoder, settings.reconstruction, adversary)
         gan = settings.reconstruction.gan
@@ -115,11 +123,19 @@ class BaseAutoencoderStage(Stage):
         self.autoencoder.eval()
         channels = self.autoencoder.config.latent_channels
         statistics = ChannelStatistics(channels)
-        for batch in DataLoader(self.whole, self.loop.batch_size, collate_fn=stack_images):
-            statistics.update(self.autoencoder.encode(batch.to(self.autoencoder.device)).latent_dist.mean)
+        for items in read_items(
+            self.whole,
+            range(len(self.whole)),  # type: ignore[arg-type]
+            batch_size=self.loop.batch_size,
+            workers=self.workers,
+            timeout_s=self.timeout_s,
+        ):
+            images = stack_images(items).to(self.autoencoder.device)
+            statistics.update(self.autoencoder.encode(images).latent_dist.mean)
         mean = statistics.mean.mean()
         variance = (statistics.std.square() + (statistics.mean - mean).square()).mean()
         self.autoencoder.register_to_config(scaling_factor=float(variance.rsqrt()), shift_factor=float(mean))
         self.autoencoder.to(memory_format=torch.contiguous_format)
-        self.autoencoder.save_pretrained(out / "vae")
+        with whole_folder(out / "vae") as folder:
+            self.autoencoder.save_pretrained(folder)
         return out / "vae"

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 
 from davae.data import ImageDataset, RenderedDataset
@@ -36,7 +36,7 @@ VERSION = 1
 
 def cache_fingerprint(
     data: DataSettings,
-    vae: AutoencoderDA,
+    vae: AutoencoderDA | AutoencoderKL,
     pipe: DiffusionPipeline,
     images: ImageDataset | RenderedDataset,
     *,
@@ -46,7 +46,7 @@ def cache_fingerprint(
 
     Args:
         data: the recipe's section.
-        vae: the upgraded autoencoder, with its detail statistics in its configuration.
+        vae: the autoencoder, with its detail statistics in its configuration.
         pipe: the base or the upgraded pipeline, for its text encoders.
         images: the training part.
         text_length: tokens of a prompt, where the recipe says so.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 
@@ -52,7 +52,7 @@ class CacheResult:
 
 def write_cache(
     data: DataSettings,
-    vae: AutoencoderDA,
+    vae: AutoencoderDA | AutoencoderKL,
     pipe: DiffusionPipeline,
     out: str | Path,
     *,
@@ -71,7 +71,7 @@ def write_cache(
 
     Args:
         data: the recipe's section; ``data.cache`` is not read.
-        vae: the upgraded autoencoder.
+        vae: the upgraded autoencoder, or the base's where that is trained on.
         pipe: the base or the upgraded pipeline.
         out: the folder.
         form: ``safetensors`` or ``webdataset``.
@@ -119,7 +119,11 @@ def write_cache(
 
 
 def open_cache(
-    data: DataSettings, vae: AutoencoderDA, pipe: DiffusionPipeline, *, text_length: int | None = None
+    data: DataSettings,
+    vae: AutoencoderDA | AutoencoderKL,
+    pipe: DiffusionPipeline,
+    *,
+    text_length: int | None = None,
 ) -> LatentCache:
     """The cache that ``data.cache`` names, if it was made of exactly these images by exactly these models.
 
@@ -138,7 +142,7 @@ def _write_latents(
     writer: CacheWriter,
     images: ImageDataset | RenderedDataset,
     data: DataSettings,
-    vae: AutoencoderDA,
+    vae: AutoencoderDA | AutoencoderKL,
     family: PipelineFamily,
     device: torch.device,
     batch_size: int,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Collection
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from davae.data.cache.shards import flush
 from davae.errors import DavaeError
 from davae.training.full_disk import is_full_disk
 
@@ -30,6 +30,7 @@ Tensors = dict[str, dict[str, Tensor]]
 """Named tensors by file name without suffix."""
 
 MANIFEST = "manifest.json"
+_STATE = "state.json"
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -65,11 +66,12 @@ def save_checkpoint(
             save_file(
                 {k: v.detach().cpu().contiguous() for k, v in named.items()}, partial / f"{name}.safetensors"
             )
-        (partial / "state.json").write_text(json.dumps({"step": step, **values}))
+        (partial / _STATE).write_text(json.dumps({"step": step, **values}))
         files = {file.name: _facts(file) for file in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(files, indent=1))
         for file in partial.iterdir():
-            _flush(file)
+            flush(file)
+        flush(partial)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         if not is_full_disk(error):
@@ -79,11 +81,22 @@ def save_checkpoint(
     if final.exists():
         _remove(final)
     partial.rename(final)
-    _flush(folder)
-    for old in checkpoints(folder)[:-keep]:
+    flush(folder)
+    flush(folder.parent)  # which may be new, too
+    remove_old(folder, step, keep=keep, protected=protected)
+    return final
+
+
+def remove_old(folder: Path, step: int, *, keep: int, protected: Collection[int] = ()) -> None:
+    """Remove all but the newest ``keep`` checkpoints up to ``step`` and the ``protected`` ones.
+
+    Later ones are of a life that came further and were found broken, or the run would have gone on from them. They must
+    not take the place of whole ones.
+    """
+    reached = [path for path in checkpoints(folder) if step_of(path) <= step]
+    for old in reached[:-keep]:
         if step_of(old) not in protected:
             _remove(old)
-    return final
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -98,8 +111,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def newest_whole(folder: Path) -> tuple[Path, Tensors, dict[str, Any]] | None:
+def newest_whole(folder: Path, needed: Collection[str] = ()) -> tuple[Path, Tensors, dict[str, Any]] | None:
     """The newest checkpoint that is whole, with its content; broken ones are reported and passed over.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        needed: names of :data:`Tensors` without which a checkpoint is of no use.
 
     Raises:
         DavaeError: there are checkpoints and none is whole. Beginning anew would overwrite what is left of them.
@@ -107,7 +124,7 @@ def newest_whole(folder: Path) -> tuple[Path, Tensors, dict[str, Any]] | None:
     found = checkpoints(folder)
     for path in reversed(found):
         try:
-            return path, *load_checkpoint(path)
+            return path, *load_checkpoint(path, needed)
         except DavaeError as error:
             logger.warning("%s", error)
     if found:
@@ -117,14 +134,18 @@ def newest_whole(folder: Path) -> tuple[Path, Tensors, dict[str, Any]] | None:
     return None
 
 
-def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
+def load_checkpoint(path: Path, needed: Collection[str] = ()) -> tuple[Tensors, dict[str, Any]]:
     """Read what :func:`save_checkpoint` wrote: tensors by file name, and the plain values.
 
+    Args:
+        path: the checkpoint.
+        needed: names of :data:`Tensors` that it must hold.
+
     Raises:
-        DavaeError: a file is missing, or is not what the manifest says.
+        DavaeError: a file is missing, or is not what the manifest says, or the manifest itself cannot be read.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = _manifest(path, needed)
         for name, facts in manifest.items():
             if Path(name).name != name:
                 raise DavaeError(
@@ -132,11 +153,24 @@ def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
                 )
             if _facts(path / name) != facts:
                 raise DavaeError(f"checkpoint {path} is broken: {name} is not what was written; not used")
-        values = json.loads((path / "state.json").read_text())
+        values = json.loads((path / _STATE).read_text())
         tensors = {Path(n).stem: load_file(path / n) for n in manifest if n.endswith(".safetensors")}
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except DavaeError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: no JSON, no text, no file name
         raise DavaeError(f"checkpoint {path} is broken: it cannot be read ({error}); not used") from error
     return tensors, values
+
+
+def _manifest(path: Path, needed: Collection[str]) -> dict[str, Any]:
+    """Facts by file name; nothing but the manifest says which files there were."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    if not isinstance(manifest, dict):
+        raise DavaeError(f"checkpoint {path} is broken: its {MANIFEST} is no list of files; not used")
+    for file in (_STATE, *(f"{name}.safetensors" for name in needed)):
+        if file not in manifest:
+            raise DavaeError(f"checkpoint {path} is broken: its {MANIFEST} lacks {file}; not used")
+    return manifest
 
 
 def _facts(file: Path) -> dict[str, Any]:
@@ -149,15 +183,6 @@ def _remove(checkpoint: Path) -> None:
     doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def _flush(path: Path) -> None:
-    """Ask the operating system to put a file, or a folder's entries, on the disk now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _told_full(folder: Path, step: int, tensors: Tensors) -> str:

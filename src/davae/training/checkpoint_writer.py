@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from davae.training.checkpoint import Tensors, save_checkpoint, step_of
+from davae.training.checkpoint import Tensors, remove_old, save_checkpoint, step_of
+from davae.training.whole_files import write_whole
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
@@ -28,9 +33,7 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
         self._best_file = folder / "best.json"
-        self.best: dict[str, float] | None = None
-        if self._best_file.is_file():
-            self.best = json.loads(self._best_file.read_text())
+        self.best = _read_best(self._best_file) if self._best_file.is_file() else None
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -44,7 +47,9 @@ class CheckpointWriter:
             self._pool.shutdown()
 
     def is_best(self, value: float) -> bool:
-        """Whether a value of the watched metric beats every one before."""
+        """Whether a value of the watched metric beats every one before; one that is not finite never does."""
+        if not math.isfinite(value):
+            return False
         if self.best is None:
             return True
         return value < self.best["value"] if self.best_mode == "min" else value > self.best["value"]
@@ -91,11 +96,26 @@ class CheckpointWriter:
             pending.result()
 
     def _write(self, step: int, tensors: Tensors, values: dict[str, Any], best: float | None) -> Path:
-        protected = {step} if best is not None else {int(self.best["step"])} if self.best else set()
-        path = save_checkpoint(self.folder, step, tensors, values, keep=self.keep, protected=protected)
+        before = {int(self.best["step"])} if self.best else set()
+        path = save_checkpoint(self.folder, step, tensors, values, keep=self.keep, protected=before)
         if best is not None:
             self.best = {"step": step_of(path), "value": best}
-            partial = self._best_file.with_suffix(".partial")
-            partial.write_text(json.dumps(self.best))
-            partial.replace(self._best_file)
+            write_whole(self._best_file, json.dumps(self.best))
+            # Only now may the best before go: until the line above the file named it.
+            remove_old(self.folder, step, keep=self.keep, protected={step})
         return path
+
+
+def _read_best(file: Path) -> dict[str, float] | None:
+    """Step and value of the best checkpoint; none where the file is damaged, and that checkpoint is as all others."""
+    try:
+        found = json.loads(file.read_text())
+        best = {"step": int(found["step"]), "value": float(found["value"])}
+        if not math.isfinite(best["value"]):
+            raise ValueError(found)
+    except (ValueError, TypeError, KeyError) as error:
+        logger.warning(
+            "%s cannot be read (%r): the next value of the watched metric is the best", file, error
+        )
+        return None
+    return best

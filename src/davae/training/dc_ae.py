@@ -44,6 +44,7 @@ from davae.training.pictures import save_shared_rows
 from davae.training.processes import gathered
 from davae.training.settings import OptimizerSettings, ReconstructionSettings
 from davae.training.stage import Player, Stage
+from davae.training.whole_files import whole_folder
 
 Images = Dataset[dict[str, Any]]
 _PICTURES = 6  # images in a validation picture
@@ -203,6 +204,9 @@ class DcAeStage(Stage):
         adaptive = gan.weight > 0 and gan.adaptive
         model = Player("model", self.objective, phase.optimizer, can_be_sharded=not adaptive)
         self.players = [model, *players]
+        self.spectra: dict[int, dict[str, list[float]]] = {}
+        """Of the last validation, by resolution: the rings' frequencies, and the power of images and of
+        reconstructions on them."""
 
     @torch.no_grad()
     def validate(self, samples: Path, step: int) -> dict[str, float]:
@@ -216,23 +220,14 @@ class DcAeStage(Stage):
             values[f"psnr_{side}"] = mean_of_all(psnr(images, made), count)
             values[f"ssim_{side}"] = mean_of_all(ssim(images, made), count)
             frequency, power = _mean_spectrum(images, count)
-            distance = spectra_distance(frequency, power, _mean_spectrum(made, count)[1])
-            values[f"spectral_distance_{side}"] = distance
-        return values
-
-    @torch.no_grad()
-    def spectra(self) -> dict[int, dict[str, list[float]]]:
-        """By resolution: the rings' frequencies, and the power of images and of reconstructions on them."""
-        found = {}
-        for side in self.held_out:
-            images, made, count = self._reconstructed(side)
-            frequency, power = _mean_spectrum(images, count)
-            found[side] = {
+            power_made = _mean_spectrum(made, count)[1]
+            values[f"spectral_distance_{side}"] = spectra_distance(frequency, power, power_made)
+            self.spectra[side] = {
                 "frequency": frequency.tolist(),
                 "images": power.tolist(),
-                "reconstructions": _mean_spectrum(made, count)[1].tolist(),
+                "reconstructions": power_made.tolist(),
             }
-        return found
+        return values
 
     @torch.no_grad()
     def export(self, out: Path) -> Path:
@@ -245,7 +240,8 @@ class DcAeStage(Stage):
                 factors["shift_factor"] = mean
             model.register_to_config(**factors)
         model.to(memory_format=torch.contiguous_format)
-        model.save_pretrained(out / "autoencoder")
+        with whole_folder(out / "autoencoder") as folder:
+            model.save_pretrained(folder)
         return out / "autoencoder"
 
     def _latent_scale(self) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from davae.training.provenance import data_facts
 from davae.training.recipe import differing_keys, dump_recipe, load_recipe
 from davae.training.run_directory import RunDirectory
 from davae.training.settings import DataSettings
+from davae.training.whole_files import write_whole
 
 _CLASSES = {c.__name__: c for c in (AutoencoderDC, PlainAutoencoderDC, AutoencoderKL)}
 _MEASURED = {"scaling_factor", "shift_factor"}  # config entries that training sets
@@ -129,10 +131,10 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
             name: {"trained": name in trained, "before": before[name], "after": after[name]}
             for name in before
         },
-        "spectra": stage.spectra(),
+        "spectra": stage.spectra,
     }
     if is_first():
-        (out / "summary.json").write_text(json.dumps(summary, indent=1))
+        write_whole(out / "summary.json", json.dumps(summary, indent=1))
     return result
 
 
@@ -262,20 +264,31 @@ def _shape(autoencoder: DeepAutoencoder) -> dict[str, Any]:
 
 def _measured_before(stage: DcAeStage, out: Path, plain: dict[str, Any]) -> dict[str, float]:
     """The figures of what the phase starts from, measured once a run."""
-    with start_processes().main_process_first():
-        RunDirectory(out, plain, write=is_first())  # refuses a folder of other settings before all else
-    kept = out / "before.json"
-    known = everyone(json.loads(kept.read_text()) if kept.is_file() else None)[
-        0
-    ]  # what the first process sees
+    start_processes()
+    directory = RunDirectory(out, plain)  # refuses a folder of other settings before all else
+    with directory.locked() if is_first() else nullcontext():
+        return _measured_or_known(stage, directory)
+
+
+def _measured_or_known(stage: DcAeStage, directory: RunDirectory) -> dict[str, float]:
+    kept = directory.path / "before.json"
+    known = everyone(_read_figures(kept))[0]  # what the first process sees
     if known is not None:
         return known
     if torch.accelerator.is_available():
         stage.objective.to(torch.accelerator.current_accelerator())
-    figures = stage.validate(out / "samples", 0)
+    figures = stage.validate(directory.samples, 0)
     if is_first():
-        kept.write_text(json.dumps(figures))
+        write_whole(kept, json.dumps(figures))
     return figures
+
+
+def _read_figures(file: Path) -> dict[str, float] | None:
+    """Figures written before; none where there are none, or the file was damaged by a power cut."""
+    try:
+        return json.loads(file.read_text()) if file.is_file() else None
+    except ValueError:
+        return None
 
 
 def _counted(recipe: DcAeRecipe, phase: int) -> str:

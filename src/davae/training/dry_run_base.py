@@ -10,6 +10,7 @@ from davae.benchmark.planner_hours import TRANSFORMER_UTILISATION, find_gpu, hou
 from davae.models import LightningDiTTransformer2DModel
 from davae.models.lightningdit_start import restarted
 from davae.training.base import check_divides
+from davae.training.base_autoencoder import build_kl
 from davae.training.recipe import dump_recipe
 from davae.training.settings import BaseRecipe
 
@@ -42,6 +43,9 @@ def dry_run_base(recipe: BaseRecipe, *, gpu: str = "H100") -> str:
         f"transformer training: {step / 1e12:.3g} TFLOP a step of {batch} images, {needed:.3g} hours of one "
         f"{device.name} for {loop.steps:,} steps",
     ]
+    if not (recipe.data.cache or recipe.data.cache_latents):
+        encoding = batch * _encoding_flops(recipe, side)
+        found.append(f"encoding images as training goes: {encoding / 1e12:.3g} TFLOP a step besides")
     return dump_recipe(recipe) + "\n" + "\n".join(f"# {line}" for line in found)
 
 
@@ -75,6 +79,18 @@ def _transformer(recipe: BaseRecipe) -> tuple[LightningDiTTransformer2DModel, in
             **shape.model_dump(),
         )
     return model, compression, f"from nothing: autoencoder (f{compression}), then transformer"
+
+
+def _encoding_flops(recipe: BaseRecipe, side: int) -> int:
+    """Operations of encoding one image."""
+    with torch.device("meta"):
+        if recipe.start_from is not None:
+            vae = find_architecture(recipe.start_from.pipeline).build_vae()
+        else:
+            assert recipe.autoencoder is not None
+            vae = build_kl(recipe.autoencoder.architecture)
+        image = torch.empty(1, 3, side, side)
+    return count_flops(lambda: vae.eval().encode(image))
 
 
 def _forward_flops(transformer: LightningDiTTransformer2DModel, grid: int) -> int:

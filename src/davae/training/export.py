@@ -14,7 +14,8 @@ from davae.models.portable import CODE_FILE
 from davae.pipelines import Licence, Making, find_licence, push_to_hub, write_model_card
 from davae.pipelines.adapters import LAYERS_FILE
 from davae.tiny import TINY
-from davae.training.run_directory import read_metrics
+from davae.training.run_directory import read_config, read_metrics
+from davae.training.whole_files import whole_folder
 
 _PORTABLE_CLASSES = ("AutoencoderDA", "LightningDiTTransformer2DModel")
 # Where a result lies in a run directory, or in one that holds the runs of both stages.
@@ -28,6 +29,8 @@ def export_run(
     out: Path,
     *,
     license: str | Licence | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
     adapters: bool = False,
     repo_id: str | None = None,
     private: bool | None = None,
@@ -40,6 +43,8 @@ def export_run(
         run: a run directory of either stage, or one that holds both (as the demo's does).
         out: a folder that does not exist, or is empty.
         license: of the result; the base's own where None.
+        license_name, license_link: of a licence that the hub has no id for, see
+            :func:`davae.pipelines.licence.find_licence`.
         adapters: LoRA, widened layers and autoencoder in place of the merged pipeline.
         repo_id: publish the folder under this name of the hub.
         private: for a new repository.
@@ -49,23 +54,29 @@ def export_run(
 
     Raises:
         DavaeError: the run has no such result, the licence is not known, or ``out`` holds files. Nothing is written
-            then.
+            then, nor where anything else goes wrong.
     """
     result = _find_result(run, adapters=adapters)
     _check_portable(result)
     stage = result.parent
     recipe = _recipe(stage)
     base = str(recipe.get("base", ""))
-    licence = find_licence(TINY if base == "tiny" else base, license)
+    card_of = TINY if base == "tiny" else base
+    licence = find_licence(card_of, license, name=license_name, link=license_link)
     if out.exists() and any(out.iterdir()):
         raise DavaeError(f"{out} holds files already: choose another --out, or remove the folder")
-    shutil.copytree(result, out, dirs_exist_ok=True)
-    if adapters:
-        shutil.copytree(_autoencoder_of(stage, recipe), out / "autoencoder")
-    card = write_model_card(
-        out, base_model=base, license=licence, making=_making(stage, recipe), name=repo_id or out.name
-    )
-    told = f"{out}\nlicence {licence.title}, from {base}; the card is {card}"
+    with whole_folder(out) as folder:
+        shutil.copytree(result, folder, dirs_exist_ok=True)
+        if adapters:
+            shutil.copytree(_autoencoder_of(stage, recipe), folder / "autoencoder")
+        card = write_model_card(
+            folder,
+            base_model=base,
+            license=licence,
+            making=_making(stage, recipe),
+            name=repo_id or out.resolve().name,
+        )
+    told = f"{out}\nlicence {licence.title}, from {base}; the card is {out / card.name}"
     if repo_id is not None:
         told += f"\n{push_to_hub(out, repo_id, private=private)}"
     return told
@@ -96,7 +107,12 @@ def _recipe(stage: Path) -> dict[str, Any]:
     file = stage / "config.yaml"
     if not file.is_file():
         raise DavaeError(f"{stage} is not a run directory: it has no config.yaml, which names the base")
-    return yaml.safe_load(file.read_text())
+    recipe = read_config(file)
+    if recipe is None:
+        raise DavaeError(
+            f"{file} is damaged: remove it and run the training's command again, which writes it anew"
+        )
+    return recipe
 
 
 def _autoencoder_of(stage: Path, recipe: dict[str, Any]) -> Path:
@@ -142,4 +158,10 @@ def _last_figures(stage: Path) -> dict[str, float]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {}
+    """A file of a run or of its result; nothing where there is none."""
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise DavaeError(
+            f"{file} is damaged ({error}): run the training's command again, which writes it anew"
+        ) from error

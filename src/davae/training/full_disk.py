@@ -36,7 +36,8 @@ def telling_of_a_full_disk(folder: Path, kept: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if not is_full_disk(error):
             raise
-        free = shutil.disk_usage(folder).free / 1e6
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free / 1e6
         raise DavaeError(
             f"the disk is full: {free:.1f} MB are free in {folder}. {kept}; make room and run the same command again"
         ) from error

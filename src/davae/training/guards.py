@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
+from davae.training.processes import rank_and_world
 from davae.training.settings import LoopSettings
 
 logger = logging.getLogger(__name__)
 _IDS_TOLD = 8
+_HALVINGS = 24  # of the scale of fp16 losses, which begins at 2^16
 
 
 @dataclass
@@ -34,7 +37,8 @@ class _Verdict:
     finite_terms: Tensor  # bool [terms]
     finite_layers: Tensor  # bool [parameters]
     norm: Tensor  # of the whole gradient
-    good: Tensor  # bool
+    own: Tensor  # bool: good as far as this process sees
+    good: Tensor  # bool: in all processes
     ids: list[str]
 
 
@@ -54,6 +58,8 @@ class StepGuard:
     skipped: int = 0
     """Steps left out in the whole run."""
     in_a_row: int = 0
+    overflows: int = 0
+    """Steps in a row whose fp16 gradients overflowed; the first of them are the search for a scale."""
     _unread: list[_Verdict] = field(default_factory=list)
     _names: dict[str, list[str]] = field(default_factory=dict)
 
@@ -66,6 +72,7 @@ class StepGuard:
         names: list[str],
         norms: Tensor,
         norm: Tensor | None,
+        agree: Callable[[Tensor], Tensor] = lambda good: good,
     ) -> Tensor:
         """Whether a step is good, as a boolean on the device.
 
@@ -77,15 +84,21 @@ class StepGuard:
             names: the trained parameters.
             norms: of their gradients, ``[parameters]``.
             norm: norm of the whole gradient before it was clipped, where it was.
+            agree: from this process's verdict to the one of all, which is counted and returned.
         """
         self._names[player] = names
         total = norms.norm() if norm is None else norm.detach()
         terms = [name for part in losses for name in part]
-        finite_terms = torch.stack([v.detach().isfinite().all() for part in losses for v in part.values()])
-        good = finite_terms.all() & norms.isfinite().all()
+        finite_terms = torch.stack(
+            [v.detach().isfinite().all().to(norms.device) for part in losses for v in part.values()]
+        )
+        own = finite_terms.all() & norms.isfinite().all()
         if self.loop.skip_grad_norm is not None:
-            good = good & (total <= self.loop.skip_grad_norm)
-        self._unread.append(_Verdict(step, player, terms, finite_terms, norms.isfinite(), total, good, ids))
+            own = own & (total <= self.loop.skip_grad_norm)
+        good = agree(own)
+        self._unread.append(
+            _Verdict(step, player, terms, finite_terms, norms.isfinite(), total, own, good, ids)
+        )
         return good
 
     def read(self) -> None:
@@ -99,13 +112,28 @@ class StepGuard:
             return
         good = torch.stack([v.good for v in unread]).tolist()
         by_step: dict[int, bool] = {}
+        overflown: set[int] = set()
         for verdict, fine in zip(unread, good):
             by_step[verdict.step] = by_step.get(verdict.step, True) and fine
             if not fine:
+                if self._is_overflow(verdict):
+                    overflown.add(verdict.step)
                 self._tell(verdict)
-        for fine in by_step.values():
-            self.in_a_row = 0 if fine else self.in_a_row + 1
+        for step, fine in by_step.items():
             self.skipped += not fine
+            if fine:
+                self.in_a_row = self.overflows = 0
+            elif step in overflown and self.overflows < _HALVINGS:
+                self.overflows += 1
+            else:
+                self.in_a_row += 1
+
+    def _is_overflow(self, verdict: _Verdict) -> bool:
+        """Whether fp16 gradients were too large for the scale of the losses, which is halved then.
+
+        Gradients are the same in all processes, so that all count alike.
+        """
+        return self.loop.precision == "fp16" and not verdict.finite_layers.all()
 
     @property
     def exhausted(self) -> bool:
@@ -118,15 +146,19 @@ class StepGuard:
         Raises:
             DavaeError: always; says where everything is.
         """
-        failure = self.folder / "failure"
+        failure = self.folder / "failure" / self._of_rank("")
         failure.mkdir(parents=True, exist_ok=True)
-        tensors = {k: v.detach().cpu().contiguous() for k, v in batch.items() if isinstance(v, Tensor)}
+        flat = {k: v for k, v in batch.items() if not isinstance(v, dict)}
+        for group, values in batch.items():
+            if isinstance(values, dict):
+                flat |= {f"{group}.{name}": value for name, value in values.items()}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in flat.items() if isinstance(v, Tensor)}
         save_file(tensors, failure / "batch.safetensors")
-        plain = {k: v for k, v in batch.items() if isinstance(v, (list, str, int))}
+        plain = {k: v for k, v in flat.items() if isinstance(v, (list, str, int))}
         (failure / "batch.json").write_text(json.dumps(plain, indent=1))
         raise DavaeError(
             f"{self.stage}: {self.in_a_row} steps in a row were not finite or too steep and were skipped. Each is "
-            f"told in {self.folder / 'skipped_steps.jsonl'}, the last batch is in {failure}, the weights in the last "
+            f"told in {self._report()}, the last batch is in {failure}, the weights in the last "
             "checkpoint. Lower the learning rate, set loop.max_grad_norm, or use loop.precision=no to find the cause"
         )
 
@@ -139,6 +171,8 @@ class StepGuard:
             what = f"loss '{bad_terms[0]}' is not finite"
         elif layers:
             what = f"the gradient of {layers[0]} is not finite"
+        elif bool(verdict.own):
+            what = "another process found it bad"
         else:
             what = f"the gradient's norm {norm:.3g} exceeds skip_grad_norm"
         told = ", ".join(verdict.ids[:_IDS_TOLD]) + (" ..." if len(verdict.ids) > _IDS_TOLD else "")
@@ -153,8 +187,17 @@ class StepGuard:
             "ids": verdict.ids,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "skipped_steps.jsonl").open("a") as file:
+        with self._report().open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def _report(self) -> Path:
+        """``skipped_steps.jsonl``, and ``skipped_steps.rank-N.jsonl`` of the other processes."""
+        return self.folder / f"skipped_steps{self._of_rank('.')}.jsonl"
+
+    @staticmethod
+    def _of_rank(before: str) -> str:
+        rank = rank_and_world()[0]
+        return f"{before}rank-{rank}" if rank else ""
 
     def state_dict(self) -> dict[str, int]:
         """The counts."""

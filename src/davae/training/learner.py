@@ -82,7 +82,10 @@ class Learner:
         mask_gradients(self.player.module, self.masks)
 
     def clip(self) -> Tensor | None:
-        """Scale the gradients down to ``max_grad_norm``; returns their norm before, none without a limit."""
+        """Scale the gradients down to ``max_grad_norm``; returns their norm before, none without a limit.
+
+        The scale of fp16 losses is taken out of them first; it must not change before all learners are here.
+        """
         self.accelerator.unscale_gradients(self.optimizer)
         if self.loop.max_grad_norm is None:
             return None
@@ -104,11 +107,14 @@ class Learner:
             good: a boolean on the device, the same in every process.
         """
         self._set_rate(self.optimizer, rate)
-        if self.loop.plain and not good:  # the plain optimizer cannot read the verdict on the device
+        optimizer = (
+            self.optimizer.optimizer
+        )  # accelerate's would let the fp16 scaler judge, which sees gradients only
+        if not self.loop.plain:
+            optimizer.found_inf = (~good).float()  # read by the fused optimizer, on the device
+        elif not good:  # the plain optimizer cannot read the verdict
             return
-        if self.loop.precision != "fp16" and not self.loop.plain:  # the gradient scaler of fp16 does the same
-            self.optimizer.optimizer.found_inf = (~good).float()  # read by the fused optimizer, on the device
-        self.optimizer.step()
+        optimizer.step()
 
     @property
     def learning_rate(self) -> float:

@@ -10,6 +10,7 @@ import torch
 
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
+from davae.pipelines.opening import load_autoencoder
 from davae.pipelines.same_base import layout_over
 from davae.training.autoencoder import AutoencoderStage
 from davae.training.images import open_part, open_training_part
@@ -72,7 +73,7 @@ def _start(model: AutoencoderModelSettings, base_vae: Any) -> AutoencoderDA | No
     """The autoencoder that ``start_from`` names; its levels must be the recipe's first ones."""
     if model.start_from is None:
         return None
-    vae = AutoencoderDA.from_pretrained(model.start_from)
+    vae = load_autoencoder(model.start_from)
     layout_over(base_vae, vae)  # the same base, or an error that names the difference
     levels = len(base_vae.levels) - 1 if isinstance(base_vae, AutoencoderDA) else 0
     found = [level.own_layout.detail_channels for level in vae.autoencoders()][levels:]
@@ -104,9 +105,10 @@ def _train(recipe: UpgradeRecipe, base: Any, vae: AutoencoderDA, out: Path) -> T
         train_set,
         held_out,
         workers=data.workers,
-        cache_latents=data.cache_latents and data.crop == "center" and not data.flip,
+        timeout_s=data.timeout_s,
+        cache_latents=data.cache_latents,
     )
-    stage.timeout_s, stage.facts = data.timeout_s, base_facts(recipe, base) | data_facts(data, train_set)
+    stage.facts = base_facts(recipe, base) | data_facts(data, train_set)
     plain = recipe.model_dump(mode="json") | ({"level": len(vae.levels) - 1} if ratio > 1 else {})
     result = train(stage, out, plain)
     assert result is not None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import signal
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -30,9 +31,9 @@ from davae.training.checkpoint_writer import CheckpointWriter
 from davae.training.ema import Ema
 from davae.training.full_disk import telling_of_a_full_disk
 from davae.training.guards import KeptBuffers, StepGuard, told_out_of_memory
-from davae.training.learner import Learner, prepare
+from davae.training.learner import prepare
 from davae.training.optimizers import learning_rate
-from davae.training.processes import LONGEST_WAIT, use_cpu
+from davae.training.processes import LONGEST_WAIT, all_the_same, use_cpu
 from davae.training.progress import Progress
 from davae.training.run_directory import RunDirectory
 from davae.training.run_state import RunState
@@ -62,7 +63,8 @@ def train(
 ) -> TrainResult | None:
     """Train a stage in the run directory ``out``, from its newest whole checkpoint where there is one.
 
-    SIGINT and SIGTERM finish the step, save and raise :class:`TrainingStopped`; the same call continues.
+    SIGINT and SIGTERM finish the step, save and raise :class:`TrainingStopped`; the same call continues. After the last
+    step they finish the result and raise all the same, so that what would come next does not begin.
 
     Args:
         stage: what to train.
@@ -126,8 +128,7 @@ class _Training:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
         )
         self.main = self.accelerator.is_main_process
-        with self.accelerator.main_process_first():
-            self.directory = RunDirectory(out, recipe, facts=stage.facts, write=self.main)
+        self.directory = RunDirectory(out, recipe, facts=stage.facts)
         self.metrics: dict[str, float] = {}
 
     def run(self, stop_after: int | None) -> TrainResult | None:
@@ -151,7 +152,15 @@ class _Training:
             tracker
         ) in self.accelerator.trackers:  # end_training would leave the other stages without processes
             tracker.finish()
+        if result is not None and self._signal() is not None:
+            raise self._stopped(self.loop.steps, result.result)
         return result
+
+    def _stopped(self, done: int, result: Path | None = None) -> TrainingStopped:
+        assert self.stop.received is not None
+        return TrainingStopped(
+            self.stage.name, done, self.loop.steps, self.out, self.stop.received, result=result
+        )
 
     def _prepare(self) -> None:
         stage, loop, accelerator = self.stage, self.loop, self.accelerator
@@ -172,8 +181,10 @@ class _Training:
             world_size=accelerator.num_processes,
             timeout_s=stage.timeout_s,
         )
+        if accelerator.num_processes > 1:
+            all_the_same("the images", _described(stage.dataset), "the data")
         self.ledger = SkipLedger.for_dataset(stage.dataset)
-        self.window = LossWindow()
+        self.window = LossWindow(accelerator.device)
         self.guard = StepGuard(stage.name, loop, self.out)
         self.state = RunState(
             learners=self.learners,
@@ -182,7 +193,7 @@ class _Training:
             ledger=self.ledger,
             guard=self.guard,
             window=self.window,
-            device=accelerator.device,
+            scaler=accelerator.scaler,
         )
 
     def _steps(self, start: int, stop_after: int | None) -> bool:
@@ -210,7 +221,7 @@ class _Training:
                 if stopping and done < loop.steps:
                     if self.stop.received is not None:
                         self.writer.wait()
-                        raise TrainingStopped(self.stage.name, done, loop.steps, self.out, self.stop.received)
+                        raise self._stopped(done)
                     return False
         return True
 
@@ -235,13 +246,27 @@ class _Training:
                 learner.backward(losses[i][-1]["total"] / loop.gradient_accumulation)
         for learner in self.learners:
             learner.mask()
+        norms = [learner.clip() for learner in self.learners]
+        if norms[0] is not None:
+            self.window.add({"gradient_norm": norms[0]})
         for i, learner in enumerate(self.learners):
             player = learner.player
             for part in losses[i]:
                 self.window.add(part, "" if i == 0 else player.name)
-            good = self._judge(step + 1, learner, losses[i], ids, log_norm=i == 0)
+            good = self.guard.judge(
+                step + 1,
+                player.name,
+                losses[i],
+                ids,
+                learner.names(),
+                learner.norms(),
+                norms[i],
+                self._agreed,
+            )
             kept[i].restore_unless(good)
             learner.step(learning_rate(player.optimizer, step, loop.steps), good)
+        if accelerator.scaler is not None:
+            accelerator.scaler.update()
         if self.ema is not None:
             self.ema.update()
         return batch
@@ -252,24 +277,12 @@ class _Training:
             return nullcontext()
         return SharedDraws(self.accelerator.process_index, world, self.loop.batch_size)
 
-    def _judge(
-        self,
-        done: int,
-        learner: Learner,
-        losses: list[dict[str, Tensor]],
-        ids: list[str],
-        *,
-        log_norm: bool,
-    ) -> Tensor:
-        norm = learner.clip()
-        if norm is not None and log_norm:
-            self.window.add({"gradient_norm": norm})
-        name, names = learner.player.name, learner.names()
-        good = self.guard.judge(done, name, losses, ids, names, learner.norms(), norm)
-        if self.accelerator.num_processes > 1:  # all leave the step out, or none
-            votes = self.accelerator.reduce(good.float(), "sum")
-            good = votes >= self.accelerator.num_processes
-        return good
+    def _agreed(self, good: Tensor) -> Tensor:
+        """Whether a step is good in all processes: all leave it out, or none."""
+        if self.accelerator.num_processes == 1:
+            return good
+        votes: Tensor = self.accelerator.reduce(good.float(), "sum")
+        return votes >= self.accelerator.num_processes
 
     def _guard(self, done: int, batch: dict[str, Any]) -> None:
         self.guard.read()
@@ -279,15 +292,19 @@ class _Training:
             self.guard.give_up(batch)
 
     def _asked_to_stop(self, done: int) -> bool:
+        if self.accelerator.num_processes > 1 and done % self.loop.log_every:
+            return False  # agreed where the processes meet anyway
+        return self._signal() is not None
+
+    def _signal(self) -> signal.Signals | None:
+        """What asked any of the processes to stop; all must come along."""
         if self.accelerator.num_processes == 1:
-            return self.stop.received is not None
-        if done % self.loop.log_every:  # agreed where the processes meet anyway
-            return False
+            return self.stop.received
         asked = torch.tensor(float(self.stop.received is not None), device=self.accelerator.device)
         if not float(self.accelerator.reduce(asked, "sum")):
-            return False
+            return None
         self.stop.received = self.stop.received or signal.SIGTERM
-        return True
+        return self.stop.received
 
     def _log(self, done: int) -> dict[str, float]:
         names, sums = self.window.tensors()
@@ -338,8 +355,8 @@ class _Training:
         step = self.state.restore(self.directory.checkpoints)
         if step:
             logger.info("%s continues from step %d", self.stage.name, step)
-            if self.main:
-                self.directory.forget_metrics_after(step)
+        if self.main:  # also at step 0: a run may have been killed before its first checkpoint
+            self.directory.forget_after(step)
         return step
 
     def _result(self) -> TrainResult:
@@ -369,6 +386,19 @@ def _seed_step(seed: int, step: int, micro: int) -> None:
     mixed = torch.Generator().manual_seed(seed * 1_000_003 + step)
     base = int(torch.randint(2**62, (), generator=mixed))
     torch.manual_seed(base + 1_009 * micro)
+
+
+def _described(dataset: Any) -> str:
+    """How many images there are, and a checksum of their names where they have some."""
+    named = dataset
+    while not hasattr(named, "id") and hasattr(named, "source"):
+        named = named.source
+    if not hasattr(named, "id"):
+        return f"{len(dataset)}"
+    checksum = 0
+    for index in range(len(named)):
+        checksum = zlib.crc32(named.id(index).encode(), checksum)
+    return f"{len(dataset)} of names {checksum:08x}"
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -1,4 +1,4 @@
-"""Keeping a data set in memory: images that are costly to make, and latents of a frozen encoder."""
+"""Keeping in memory images that are costly to make, and changing items when they are asked for."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from davae.data import item_generator
+from davae.data import item_generator, read_items
 from davae.data.buckets import bucket_of
-from davae.training.processes import gathered, share
+from davae.data.mirroring import crops_at_random, flips, item_of, unmirrored
 
 Item = dict[str, Any]
+
+_READ_TOGETHER = 32
 
 
 class ImagesInMemory(Dataset[Item]):
     """Each image is made once, changed by ``prepare`` and kept as 8-bit values.
+
+    Of a data set that mirrors or crops at random the first epoch is kept. :class:`davae.data.Mirrored` around this one
+    mirrors anew in each.
 
     Args:
         source: a map-style data set of items with an ``image`` in [-1, 1].
@@ -35,15 +40,25 @@ class ImagesInMemory(Dataset[Item]):
 
     def __getitem__(self, index: int) -> Item:
         if index not in self.kept:
-            item = dict(self.source[index])
-            image = item["image"]
-            if self.prepare is not None:
-                image = self.prepare(image[None])[0]
-            item["image"] = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-            self.kept[index] = item
+            self._keep(index, self.source[index])
         item = dict(self.kept[index])
         item["image"] = item["image"].float() / 127.5 - 1
         return item
+
+    def read_all(self, workers: int, timeout_s: float = 0.0) -> None:
+        """Make all images now, in loader processes, which would otherwise each keep their own."""
+        order = range(len(self))
+        parts = read_items(
+            self.source, order, batch_size=_READ_TOGETHER, workers=workers, timeout_s=timeout_s
+        )
+        for index, item in zip(order, (item for part in parts for item in part), strict=True):
+            self._keep(index, item)
+
+    def _keep(self, index: int, item: Item) -> None:
+        image = item["image"]
+        if self.prepare is not None:
+            image = self.prepare(image[None])[0]
+        self.kept[index] = {**item, "image": ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)}
 
 
 class MixedScales(Dataset[Item]):
@@ -65,6 +80,7 @@ class MixedScales(Dataset[Item]):
     ) -> None:
         self.source, self.reduce, self.crops, self.seed = source, reduce, crops, seed
         self.skipped = getattr(source, "skipped", [])
+        self._source_draws = flips(source) or crops_at_random(source)
 
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]
@@ -74,83 +90,18 @@ class MixedScales(Dataset[Item]):
 
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``."""
-        item = dict(self.source[index])
+        item = dict(item_of(self.source, index, epoch))
         image = item["image"]
         small = self.reduce(image[None])[0]
         random = item_generator(self.seed, epoch, index)
+        if self._source_draws:  # perhaps from the same seed: a draw must not decide on both
+            random = random.spawn(1)[0]
         if random.random() < self.crops:
             side = small.shape[-1]
             top, left = (int(v) for v in random.integers(0, image.shape[-1] - side + 1, size=2))
             small = image[:, top : top + side, left : left + side]
         item["image"] = small
         return item
-
-
-class LatentsInMemory(Dataset[Item]):
-    """The latents of all images of a data set, encoded once; each process encodes its share and holds all.
-
-    Args:
-        source: a map-style data set of items with an ``image`` in [-1, 1].
-        encode: ``[B, 3, H, W]`` to ``[B, C, h, w]``.
-        prepare: what is done to an item besides, for example the pipeline's label or its caption's embedding.
-        batch_size: images encoded together, as far as they have one size.
-    """
-
-    def __init__(
-        self,
-        source: Dataset[Item],
-        encode: Callable[[Tensor], Tensor],
-        prepare: Callable[[Item], Item],
-        *,
-        batch_size: int = 32,
-    ) -> None:
-        _keep_facts(self, source)
-        encoded: list[Item] = []
-        count = len(source)  # type: ignore[arg-type]
-        mine = share(count)
-        for first in range(0, len(mine), batch_size):
-            items = [dict(source[i]) for i in mine[first : first + batch_size]]
-            latents = _encode_by_size([i.pop("image") for i in items], encode)
-            encoded += [{**item, "latent": latent} for item, latent in zip(items, latents)]
-        # Prepared here, not before: what items share (embeddings of a caption) must not be sent with each of them.
-        self.items = [prepare(item) for item in gathered(encoded, count)]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Item:
-        return dict(self.items[index])
-
-
-class WithBaseLatents(Dataset[Item]):
-    """The images of a data set with the latents of a frozen encoder beside them, as ``base_latent``.
-
-    As in `LatentsInMemory` each process encodes its share and holds all.
-
-    Args:
-        source: a map-style data set of items with an ``image`` in [-1, 1], the same in every epoch.
-        encode: ``[B, 3, H, W]`` to ``[B, C, h, w]``.
-        batch_size: images encoded together, as far as they have one size.
-    """
-
-    def __init__(
-        self, source: Dataset[Item], encode: Callable[[Tensor], Tensor], *, batch_size: int = 32
-    ) -> None:
-        self.source = source
-        _keep_facts(self, source)
-        encoded: list[Tensor] = []
-        count = len(source)  # type: ignore[arg-type]
-        mine = share(count)
-        for first in range(0, len(mine), batch_size):
-            images = [source[i]["image"] for i in mine[first : first + batch_size]]
-            encoded += _encode_by_size(images, encode)
-        self.latents = gathered(encoded, count)
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def __getitem__(self, index: int) -> Item:
-        return {**self.source[index], "base_latent": self.latents[index]}
 
 
 class Prepared(Dataset[Item]):
@@ -163,7 +114,7 @@ class Prepared(Dataset[Item]):
 
     def __init__(self, source: Dataset[Item], prepare: Callable[[Item], Item]) -> None:
         self.source, self.prepare = source, prepare
-        _keep_facts(self, source)
+        keep_facts(self, source)
 
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]
@@ -173,25 +124,17 @@ class Prepared(Dataset[Item]):
 
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``."""
-        found = self.source.item(index, epoch) if hasattr(self.source, "item") else self.source[index]
-        return self.prepare(found)
+        return self.prepare(item_of(self.source, index, epoch))
+
+    def unmirrored(self) -> Prepared:
+        """The same items of images that are not mirrored."""
+        return Prepared(unmirrored(self.source), self.prepare)
 
 
-def _keep_facts(wrapper: Any, source: Any) -> None:
-    """What training asks of a data set besides items: its classes, skipped files and aspect-ratio buckets."""
+def keep_facts(wrapper: Any, source: Any) -> None:
+    """What is asked of a data set besides items: classes, skipped files, aspect-ratio buckets, what epochs change."""
     wrapper.classes = source.classes
     wrapper.skipped = getattr(source, "skipped", [])
     wrapper.bucket_of = bucket_of(source)
-
-
-@torch.no_grad()
-def _encode_by_size(images: list[Tensor], encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Latents of images in their order, on the CPU; images of one size are encoded together."""
-    places: dict[torch.Size, list[int]] = {}
-    for i, image in enumerate(images):
-        places.setdefault(image.shape, []).append(i)
-    latents: dict[int, Tensor] = {}
-    for where in places.values():
-        encoded = encode(torch.stack([images[i] for i in where])).cpu()
-        latents |= dict(zip(where, encoded))
-    return [latents[i] for i in range(len(images))]
+    wrapper.flip, wrapper.seed = flips(source), getattr(source, "seed", 0)
+    wrapper.crop = "random" if crops_at_random(source) else "center"

@@ -21,7 +21,7 @@ class LpipsLoss(nn.Module):
             ``weights_only=True``).
 
     Raises:
-        DavaeError: the ``lpips`` extra is not installed, or the backbone file is missing.
+        DavaeError: the ``lpips`` extra is not installed, or the backbone file is missing or holds other weights.
     """
 
     def __init__(self, backbone: str | None) -> None:
@@ -30,8 +30,8 @@ class LpipsLoss(nn.Module):
             import lpips
         except ImportError as error:
             raise DavaeError(
-                "reconstruction.lpips_weight is set, but LPIPS is not installed: pip install 'davae[lpips]', "
-                "or set lpips_weight=0 and use laplacian_weight, which needs nothing"
+                "LPIPS is asked for, but not installed: pip install 'davae[lpips]'; a training can do without: "
+                "reconstruction.lpips_weight=0 and laplacian_weight, which needs nothing"
             ) from error
         if backbone is None or not Path(backbone).is_file():
             raise DavaeError(
@@ -44,6 +44,7 @@ class LpipsLoss(nn.Module):
         with torch.no_grad():
             for name, parameter in self.network.net.named_parameters():
                 key = name.split(".", 1)[1]  # slice3.10.weight is torchvision's features.10.weight
+                _check_layer(backbone, f"features.{key}", features.get(key), parameter)
                 parameter.copy_(features[key])
         self.network.requires_grad_(False).eval()
 
@@ -54,3 +55,18 @@ class LpipsLoss(nn.Module):
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
         """Mean distance of ``[B, 3, H, W]`` images in [-1, 1]."""
         return self.network(images.float(), reconstruction.float()).mean()
+
+
+def _check_layer(file: str, key: str, found: Tensor | None, wanted: Tensor) -> None:
+    """Whether the file has a tensor of that name and size.
+
+    Raises:
+        DavaeError: naming both.
+    """
+    if found is not None and found.shape == wanted.shape:
+        return
+    what = "has no tensor" if found is None else f"has another size ({tuple(found.shape)}) of"
+    raise DavaeError(
+        f"{file} {what} '{key}', of shape {tuple(wanted.shape)} in torchvision's VGG-16: it is another network's file. "
+        f"LPIPS needs {_BACKBONE_URL}"
+    )

@@ -16,9 +16,12 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
+from davae.errors import DavaeError
 from davae.training.deepspeed_settings import as_for_ddp
 
 T = TypeVar("T")
+
+_SENT_TOGETHER = 256
 
 LONGEST_WAIT = timedelta(hours=2)
 """For the slowest process, or the one that exports while the others wait. torch's own limit is ten minutes."""
@@ -67,13 +70,21 @@ def share(count: int) -> list[int]:
 def gathered(own: Sequence[T], count: int) -> list[T]:
     """The results of all positions of ``range(count)``, in every process.
 
+    They are sent some at a time: what is on its way takes memory besides, several times over.
+
     Args:
         own: this process's results, one for each position of :func:`share`. Tensors should be on the CPU.
         count: how many there are in all.
     """
-    if rank_and_world()[1] == 1:
-        return _put_together([own], count)
-    return _put_together(everyone([_compact(value) for value in own]), count)
+    rank, world = rank_and_world()
+    parts: list[list[T]] = [[] for _ in range(world)]
+    parts[rank] = list(own)
+    for first in range(0, len(own) if world > 1 else 0, _SENT_TOGETHER):
+        sent = everyone([_compact(value) for value in own[first : first + _SENT_TOGETHER]])
+        for other in range(world):
+            if other != rank:
+                parts[other] += sent[other]
+    return _put_together(parts, count)
 
 
 def gathered_in_first(own: Sequence[T], count: int) -> list[T]:
@@ -96,6 +107,26 @@ def everyone(value: T) -> list[T]:
     return values
 
 
+def all_the_same(what: str, own: str, where: str) -> None:
+    """Make sure that the processes begin with the same thing, in all of them at once.
+
+    Args:
+        what: that is compared, for the error.
+        own: what this process found.
+        where: it was looked for.
+
+    Raises:
+        DavaeError: they differ, as folders do that not all machines share.
+    """
+    found = everyone(own)
+    if len(set(found)) > 1:
+        told = "; ".join(f"process {rank}: {value}" for rank, value in enumerate(found))
+        raise DavaeError(
+            f"the processes do not agree on {what}: {told}. All must see the same files; compare {where} on "
+            "each machine"
+        )
+
+
 def wait_for_everyone() -> None:
     """Until all processes have come here."""
     everyone(None)
@@ -107,6 +138,8 @@ def _compact(value: Any) -> Any:
         return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
     if isinstance(value, dict):
         return {key: _compact(inner) for key, inner in value.items()}
+    if type(value) is tuple:
+        return tuple(_compact(inner) for inner in value)
     return value
 
 

@@ -140,7 +140,10 @@ def _one_line(error: ValidationError, model: type[BaseModel], source: str) -> st
         return f"{source}: unknown key '{where}'{hint}"
     if first["type"] == "missing":
         return f"{source}: '{where}' is missing"
-    return f"{source}: '{where}' is {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
+    told = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and isinstance(first["input"], dict):  # of a section: names its keys
+        return f"{source}: {told}" if where in ("", "data") else f"{source}: '{where}': {told}"
+    return f"{source}: '{where}' is {first['input']!r}: {told}"
 
 
 def _dotted_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:

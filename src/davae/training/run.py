@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
 from torch.utils.data import Dataset
 
 from davae.errors import DavaeError
-from davae.models import AutoencoderDA
 from davae.models.lightningdit_start import restarted
 from davae.pipelines import fit_to_autoencoder, upgrade_pipeline
+from davae.pipelines.loading import pipeline_place
+from davae.pipelines.opening import load_autoencoder, opening
+from davae.pipelines.placing import saved_dtype
 from davae.pipelines.same_base import layout_over
 from davae.recipes.presets import find_preset
 from davae.tiny import debug_base, load_tiny
 from davae.training.base import train_base
+from davae.training.cache_commands import check_cache_is_there
 from davae.training.caching import open_cache
 from davae.training.diffusion import DiffusionStage
 from davae.training.dry_run import dry_run as describe_run
@@ -63,6 +66,7 @@ def run_diffusion(
             f"no trained autoencoder in {folder}: run `davae train autoencoder --recipe {recipe}` first, "
             "or name one with --autoencoder"
         )
+    check_cache_is_there(settings, recipe, overrides, autoencoder)
     result = train_diffusion(settings, out or Path("runs") / f"{_stem(recipe)}-diffusion", folder)
     return _told(result)
 
@@ -76,6 +80,7 @@ def run_base(
         raise DavaeError(f"recipe '{recipe}' upgrades a base; `davae train base` needs one of kind: base")
     if dry_run:
         return describe_base_run(settings)
+    check_cache_is_there(settings, recipe, overrides)
     start = settings.start_from
     base = None if start is None else load_base(start.pipeline)
     return _told(train_base(settings, out or Path("runs") / _stem(recipe), base))
@@ -91,7 +96,7 @@ def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Trai
     base = load_recipe_base(recipe, transformer_dtype=getattr(torch, recipe.diffusion.tune.frozen_dtype))
     if recipe.diffusion.tune.add_qk_norm:
         base.transformer = restarted(base.transformer, qk_norm=True)
-    vae = AutoencoderDA.from_pretrained(autoencoder)
+    vae = load_autoencoder(autoencoder)
     pipeline = upgrade_pipeline(base, vae)
     data = recipe.data
     if data.cache:
@@ -107,10 +112,11 @@ def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Trai
         train_set,
         held_out,
         cache_latents=data.cache_latents and not data.cache,
-        workers=recipe.data.workers,
+        workers=data.workers,
+        timeout_s=data.timeout_s,
         before=base,
     )
-    stage.timeout_s, stage.facts = data.timeout_s, base_facts(recipe, base) | data_facts(data, held_out)
+    stage.facts = base_facts(recipe, base) | data_facts(data, held_out)
     result = train(stage, out, recipe.model_dump(mode="json") | {"autoencoder_folder": str(autoencoder)})
     assert result is not None
     return result
@@ -134,8 +140,9 @@ def load_base(
     revision: str | None = None,
     remote_code: bool = False,
     transformer_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["saved"] | None = None,
 ) -> DiffusionPipeline:
-    """The base pipeline of a recipe.
+    """The base pipeline of a recipe, or another one that is made in code, in a folder, a finished run's, or on the hub.
 
     Args:
         name: ``tiny``, ``debug``, ``debug-sd3`` and kin, a folder, or a hub name.
@@ -143,10 +150,12 @@ def load_base(
         remote_code: whether Python files beside the weights may be executed.
         transformer_dtype: of the transformer alone, where it is not to be float32. Read so from the start: a large
             one would not fit twice.
+        dtype: of all parts; ``saved`` is that in which the transformer was saved. None is float32, with text encoders
+            as they were saved.
 
     Raises:
-        DavaeError: the base brings code and ``remote_code`` is off, its weights are pickles, or a folder is to have a
-            revision.
+        DavaeError: there is none of that name, or files of it are missing or damaged; the base brings code and
+            ``remote_code`` is off, its weights are pickles, or a folder is to have a revision.
     """
     if name == "tiny" or name == "debug" or name.startswith("debug-"):
         if name == "tiny":
@@ -161,7 +170,7 @@ def load_base(
             pipe = small_pipeline(name.removeprefix("debug-"))
         if transformer_dtype is not None:
             pipe.transformer.to(transformer_dtype)
-        return pipe
+        return pipe if dtype is None or dtype == "saved" else pipe.to(dtype)
     preset = None if Path(name).exists() else find_preset(name)
     if preset is not None and preset.pipeline == "ClassConditionalPipeline":
         raise DavaeError(
@@ -179,14 +188,22 @@ def load_base(
         options["revision"] = revision
     if remote_code:
         options["trust_remote_code"] = True
+    place = pipeline_place(name)
     try:
-        return fit_to_autoencoder(DiffusionPipeline.from_pretrained(name, **options))
-    except OSError as error:
-        if "safetensors" not in str(error):
+        with opening("pipeline", place):
+            if dtype == "saved":
+                if not Path(place).is_dir():
+                    place = str(DiffusionPipeline.download(place, **options))
+                dtype = saved_dtype(Path(place) / "transformer")
+            if dtype is not None:
+                options["dtype"] = dtype
+            return fit_to_autoencoder(DiffusionPipeline.from_pretrained(place, **options))
+    except DavaeError as error:
+        if "safetensors" not in str(error) or not _pickles(place):
             raise
         raise DavaeError(
             f"the base {name} has weights that are not safetensors but pickles, which can run code when they are read "
-            f"({str(error).splitlines()[0]}). Where you trust them, convert them once: "
+            f"({error}). Where you trust them, convert them once: "
             f"DiffusionPipeline.from_pretrained({name!r}).save_pretrained('FOLDER'), then base: FOLDER"
         ) from error
     except ValueError as error:
@@ -196,6 +213,14 @@ def load_base(
             f"the base {name} brings Python code of its own, which is not executed unless the recipe says "
             "base_remote_code: true. Read that code first"
         ) from error
+
+
+def _pickles(place: str) -> bool:
+    """Whether a folder has weights of that kind; of a name on the hub it is not known, and taken so."""
+    folder = Path(place)
+    return not folder.is_dir() or any(
+        file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.rglob("*")
+    )
 
 
 def _upgrade_recipe(recipe: str | Path, overrides: Sequence[str]) -> UpgradeRecipe:

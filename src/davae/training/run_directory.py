@@ -1,4 +1,4 @@
-"""The files of a run: resolved recipe, environment, metrics."""
+"""The files of a run: resolved recipe, environment, metrics; and the lock that keeps a second run out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ import yaml
 from filelock import FileLock, Timeout
 
 from davae.errors import DavaeError
+from davae.training.checkpoint import checkpoints
 from davae.training.recipe import differing_keys, with_later_settings
+from davae.training.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 _PACKAGES = ("davae", "torch", "diffusers", "accelerate", "peft", "transformers", "safetensors", "datasets")
@@ -43,47 +45,36 @@ _MAY_CHANGE = {
 class RunDirectory:
     """A training's folder: opened for a first start or to go on, refused for another recipe.
 
+    Nothing is written before :meth:`locked`.
+
     Args:
-        path: the folder; made where absent.
+        path: the folder.
         recipe: the resolved recipe as plain values; kept in ``config.yaml``.
         facts: what ``environment.json`` says besides, such as where the base's weights came from.
-        write: off on all but one of a run's processes.
 
     Raises:
-        DavaeError: the folder holds a run that learns something else (each difference is named).
+        DavaeError: the folder holds a run that learns something else (each difference is named), or checkpoints of a
+            run whose ``config.yaml`` cannot be read.
     """
 
-    def __init__(
-        self, path: Path, recipe: dict[str, Any], *, facts: dict[str, Any] | None = None, write: bool = True
-    ) -> None:
-        self.path = path
+    def __init__(self, path: Path, recipe: dict[str, Any], *, facts: dict[str, Any] | None = None) -> None:
+        self.path, self.recipe, self.facts = path, recipe, facts or {}
+        self.config = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
         self.metrics_file = path / "metrics.jsonl"
-        config = path / "config.yaml"
-        if config.is_file():
-            changed = differing_keys(recipe, with_later_settings(yaml.safe_load(config.read_text())))
-            differing = [c for c in changed if c.partition(":")[0].rpartition(".")[2] not in _MAY_CHANGE]
-            if changed and not differing:
-                logger.info("%s goes on with %s", path, "; ".join(changed))
-            if differing:
-                raise DavaeError(
-                    f"{path} holds a run with other settings ({'; '.join(differing[:5])}"
-                    f"{' ...' if len(differing) > 5 else ''}); choose another --out, or remove the folder"
-                )
-        if not write:
-            return
-        path.mkdir(parents=True, exist_ok=True)
-        _write_whole(config, yaml.safe_dump(recipe, sort_keys=False))
-        _write_whole(path / "environment.json", json.dumps(environment() | (facts or {}), indent=2))
+        self._changed()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Within the block no other process may train here; a killed one leaves no lock behind.
 
+        Makes the folder and writes ``config.yaml`` and ``environment.json``, as soon as they are nobody else's.
+
         Raises:
-            DavaeError: another process trains here.
+            DavaeError: another process trains here, or one has begun a run with other settings meanwhile.
         """
+        self.path.mkdir(parents=True, exist_ok=True)
         lock, owner = FileLock(self.path / "run.lock"), self.path / "run.owner"
         try:
             lock.acquire(blocking=False)
@@ -94,6 +85,11 @@ class RunDirectory:
             ) from error
         try:
             owner.write_text(f"process {os.getpid()} on {platform.node()}\n")
+            changed = self._changed()
+            if changed:
+                logger.info("%s goes on with %s", self.path, "; ".join(changed))
+            write_whole(self.config, yaml.safe_dump(self.recipe, sort_keys=False))
+            write_whole(self.path / "environment.json", json.dumps(environment() | self.facts, indent=2))
             yield
         finally:
             owner.unlink(missing_ok=True)
@@ -104,27 +100,65 @@ class RunDirectory:
         with self.metrics_file.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drop the lines that a resumed run will write again."""
-        kept = [line for line in read_metrics(self.metrics_file) if line["step"] <= step]
-        _write_whole(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+    def forget_after(self, step: int) -> None:
+        """Drop the lines that a run going on from ``step`` writes again: metrics and skipped steps of all processes.
+
+        What a kill cut short goes too: the next line would be joined to it. To be called before the first line.
+        """
+        for file in (self.metrics_file, *self.path.glob("skipped_steps*.jsonl")):
+            before = file.read_text(errors="replace") if file.is_file() else ""
+            kept = [line for line in read_metrics(file) if line["step"] <= step]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            if text != before:
+                write_whole(file, text)
+
+    def _changed(self) -> list[str]:
+        """The settings that a run here may change and that differ from those it had.
+
+        Raises:
+            DavaeError: others differ, or nobody knows.
+        """
+        if not self.config.is_file():
+            return []
+        known = read_config(self.config)
+        if known is None:
+            why = f"{self.config} is damaged, as a power cut may leave it"
+            if checkpoints(self.checkpoints):
+                raise DavaeError(
+                    f"{why}, and there are checkpoints: nothing says that they are of a run with these settings. If "
+                    "they are, remove the file and run the same command again; otherwise choose another --out"
+                )
+            logger.warning("%s; nothing was saved yet, so it is written anew", why)
+            return []
+        changed = differing_keys(self.recipe, with_later_settings(known))
+        differing = [c for c in changed if c.partition(":")[0].rpartition(".")[2] not in _MAY_CHANGE]
+        if differing:
+            raise DavaeError(
+                f"{self.path} holds a run with other settings ({'; '.join(differing[:5])}"
+                f"{' ...' if len(differing) > 5 else ''}); choose another --out, or remove the folder"
+            )
+        return changed
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Write beside and rename: a full disk or a kill leaves what was there before."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+def read_config(file: Path) -> dict[str, Any] | None:
+    """A run's resolved recipe; none where the file is damaged."""
+    try:
+        recipe = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+    return recipe if isinstance(recipe, dict) else None
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    """The lines of a ``metrics.jsonl``; one that a kill or a power cut damaged is left out."""
     lines = []
-    for text in file.read_text().splitlines() if file.is_file() else []:
+    for text in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except json.JSONDecodeError:
-            break
+            continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
     return lines
 
 

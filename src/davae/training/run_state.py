@@ -21,7 +21,7 @@ from davae.training.checkpoint_writer import CheckpointWriter
 from davae.training.ema import Ema
 from davae.training.guards import StepGuard
 from davae.training.learner import Learner
-from davae.training.processes import everyone, is_first, rank_and_world, wait_for_everyone
+from davae.training.processes import all_the_same, everyone, is_first, rank_and_world, wait_for_everyone
 from davae.training.sharded_tensors import whole_on_cpu
 from davae.training.window import LossWindow
 
@@ -39,7 +39,7 @@ class RunState:
         ledger: images that could not be read.
         guard: counts of bad steps.
         window: losses since the last logged line.
-        device: of the training.
+        scaler: of the losses in fp16, or none.
     """
 
     learners: list[Learner]
@@ -48,7 +48,7 @@ class RunState:
     ledger: SkipLedger
     guard: StepGuard
     window: LossWindow
-    device: torch.device
+    scaler: torch.amp.GradScaler | None
 
     def save(self, writer: CheckpointWriter, done: int, watched: float | None) -> None:
         """Begin to write a checkpoint in the first process; every process must come along.
@@ -74,6 +74,8 @@ class RunState:
             }
             if self.ema is not None:
                 values["ema_updates"] = self.ema.updates
+            if self.scaler is not None:
+                values["scaler"] = self.scaler.state_dict()
             writer.save(done, tensors, values, watched=watched, copied=True)
         wait_for_everyone()
 
@@ -81,8 +83,16 @@ class RunState:
         """Put the newest whole checkpoint back; returns its step, 0 where there is none.
 
         Every process reads the files and keeps what is its own.
+
+        Raises:
+            DavaeError: the processes did not find the same checkpoint.
         """
-        found = newest_whole(checkpoints)
+        players = [learner.player.name for learner in self.learners]
+        needed = [file for name in players for file in (name, f"{name}_optimizer")]
+        found = newest_whole(checkpoints, needed + ["averages"] * (self.ema is not None))
+        all_the_same(
+            "the newest whole checkpoint", "none" if found is None else found[0].name, str(checkpoints)
+        )
         if found is None:
             return 0
         path, tensors, values = found
@@ -94,7 +104,11 @@ class RunState:
         self.stream.load_state_dict(values["stream"])
         self.ledger.load_state_dict(values["skipped"])
         self.guard.load_state_dict(values["guard"])
-        self.window.load_state_dict(values.get("window", {}), self.device)  # an earlier version kept none
+        self.window.load_state_dict(
+            values.get("window", {})
+        )  # an earlier version kept none, nor the scaler's
+        if self.scaler is not None and "scaler" in values:
+            self.scaler.load_state_dict(values["scaler"])
         return int(values["step"])
 
     def merge_ledgers(self) -> None:

@@ -44,11 +44,22 @@ class DataSettings(Section):
     a list of [width, height]. Held-out images stay square."""
     cache_latents: bool = False
     """Encode the images once and keep the latents in memory: all of them in the diffusion stage, the base's in the
-    autoencoder stage (where images are the same in every epoch: no random crop, no flip)."""
+    autoencoder stage; with ``flip`` those of the mirrored images too. The training of a base from nothing keeps its
+    images besides, at 3 bytes a pixel."""
     cache: str | None = None
-    """Diffusion stage: folder that ``davae cache`` wrote; latents and embeddings are read from it."""
+    """Diffusion stage, or a base recipe with ``start_from``: folder that ``davae cache`` wrote; latents and embeddings
+    are read from it."""
     cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Storage type of a cache; with float32 training gives the same losses as from images."""
+
+    @model_validator(mode="after")
+    def _can_be_kept(self) -> DataSettings:
+        if self.crop == "random" and self.cache_latents:
+            raise ValueError(
+                "data.crop=random cuts another part out of an image each time, so data.cache_latents=true cannot "
+                "keep its latent; set data.crop=center or data.cache_latents=false"
+            )
+        return self
 
 
 def _yaml_no(value: object) -> object:
@@ -404,4 +415,20 @@ class BaseRecipe(Section):
         if self.start_from is None and len(given) < 2:
             absent = [name for name in own if name not in given]
             raise ValueError(f"{' and '.join(absent)} needed, or start_from")
+        return self
+
+    @model_validator(mode="after")
+    def _reads_everything(self) -> BaseRecipe:
+        cached = self.data.cache is not None or self.data.cache_dtype != "float32"
+        if cached and (self.start_from is None or self.downsample > 1):
+            raise ValueError(
+                "data.cache and data.cache_dtype need start_from, whose autoencoder is there beforehand, and "
+                "downsample=1. Leave them out; data.cache_latents=true keeps the latents in memory"
+            )
+        if self.data.buckets is not False:
+            raise ValueError("data.buckets: the training of a base has one size; set data.buckets=false")
+        if self.start_from is not None and self.full_resolution_crops:
+            raise ValueError(
+                "full_resolution_crops are for training an autoencoder; with start_from, leave out"
+            )
         return self

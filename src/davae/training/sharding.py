@@ -88,6 +88,7 @@ def _plugin() -> FullyShardedDataParallelPlugin | None:
         "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
         "fsdp_activation_checkpointing_offload": plugin.activation_checkpointing_offload,
         "fsdp_ignored_modules": plugin.ignored_modules,
+        "fsdp_offload_params": os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true",
     }
     for key, value in unsupported.items():
         if value:

@@ -12,16 +12,34 @@ from typing import Any
 class TrainingStopped(Exception):
     """A run was asked to stop; it has saved and continues from there.
 
+    Args:
+        stage: the stage's name.
+        step: steps done.
+        steps: of all.
+        out: the run directory.
+        number: the signal that asked.
+        result: the stage's result, where it is written: the signal came too late to stop this stage, and keeps the next
+            from beginning.
+
     Attributes:
         signal: the signal that asked.
     """
 
-    def __init__(self, stage: str, step: int, steps: int, out: Path, number: signal.Signals) -> None:
+    def __init__(
+        self,
+        stage: str,
+        step: int,
+        steps: int,
+        out: Path,
+        number: signal.Signals,
+        *,
+        result: Path | None = None,
+    ) -> None:
         self.signal = number
-        super().__init__(
-            f"{stage} stopped by {number.name} after step {step} of {steps}; everything is saved in {out}, "
-            "and the same command continues"
-        )
+        saved = f"everything is saved in {out}, and the same command continues"
+        if result is not None:
+            saved = f"its result is written, {result}, and the same command goes on with what is left"
+        super().__init__(f"{stage} stopped by {number.name} after step {step} of {steps}; {saved}")
 
 
 class StopRequest:

@@ -7,9 +7,14 @@ from torch import Tensor
 
 
 class LossWindow:
-    """Sums of named values; what is not finite is left out (the guard reports it)."""
+    """Sums of named values; what is not finite is left out (the guard reports it).
 
-    def __init__(self) -> None:
+    Args:
+        device: of the training, where the sums are kept.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
 
@@ -17,7 +22,7 @@ class LossWindow:
         """Add 0-dimensional values, under ``<prefix>_<name>`` where there is a prefix."""
         for name, value in values.items():
             key = f"{prefix}_{name}" if prefix else name
-            value = value.detach().float()
+            value = value.detach().float().to(self.device)
             finite = value.isfinite()
             self._sums[key] = self._sums.get(key, 0.0) + torch.where(finite, value, 0.0)
             self._counts[key] = self._counts.get(key, 0) + finite.float()
@@ -26,7 +31,7 @@ class LossWindow:
         """Names, and their sums and counts, float32 ``[names, 2]``."""
         names = list(self._sums)
         columns = [torch.stack([self._sums[n], self._counts[n]]) for n in names]
-        return names, torch.stack(columns) if columns else torch.zeros(0, 2)
+        return names, torch.stack(columns) if columns else torch.zeros(0, 2, device=self.device)
 
     def means(self, names: list[str], sums_and_counts: Tensor) -> dict[str, float]:
         """The means of (possibly reduced) sums and counts; begins a new window."""
@@ -39,7 +44,7 @@ class LossWindow:
         names, sums_and_counts = self.tensors()
         return dict(zip(names, sums_and_counts.tolist()))
 
-    def load_state_dict(self, state: dict[str, list[float]], device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
         """Go on with a window that :meth:`state_dict` described."""
-        self._sums = {n: torch.tensor(total, device=device) for n, (total, _) in state.items()}
-        self._counts = {n: torch.tensor(count, device=device) for n, (_, count) in state.items()}
+        self._sums = {n: torch.tensor(total, device=self.device) for n, (total, _) in state.items()}
+        self._counts = {n: torch.tensor(count, device=self.device) for n, (_, count) in state.items()}

@@ -110,7 +110,8 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
     """``max|a - b| / max|b|``; infinite where shapes differ, or where b is all zero and a is not."""
     if a.shape != b.shape:
         return float("inf")
-    difference, largest = float((a.double() - b.double()).abs().max()), float(b.abs().max())
+    a, b = a.cpu().double(), b.cpu().double()  # not every device has float64
+    difference, largest = float((a - b).abs().max()), float(b.abs().max())
     if difference == 0:
         return 0.0
     return difference / largest if largest > 0 else float("inf")

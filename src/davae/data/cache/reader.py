@@ -14,7 +14,7 @@ from davae.data.cache.index import read_index
 from davae.data.cache.shards import ShardReader
 from davae.data.cache.writer import LATENTS, read_about
 from davae.data.dataset import Item, Skip
-from davae.data.transforms import item_generator
+from davae.data.mirroring import is_mirrored
 from davae.errors import DavaeError
 
 
@@ -90,7 +90,7 @@ class LatentCache(Dataset[Item]):
             raise IndexError(f"latent {index} of {len(self)}")
         index %= len(self)
         line = self._plain[index]
-        if self._mirrored and item_generator(self.seed, epoch, index).random() < 0.5:
+        if self._mirrored and is_mirrored(self.seed, epoch, index):
             line = self._mirrored[index]
         item: Item = {
             "latent": self._reader.read(line)["latent"].float(),

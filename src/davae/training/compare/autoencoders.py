@@ -17,6 +17,7 @@ from davae.errors import DavaeError
 from davae.evaluation import log_spectral_distance, psnr, sliced_wasserstein, ssim
 from davae.evaluation.features import FeatureNetwork
 from davae.models.any_autoencoder import compression_of, decode_raw, encode_mode, open_autoencoder
+from davae.pipelines.opening import opening
 from davae.training.compare.distances import FeatureReference
 
 _SMALLEST = 16  # pixels: of SSIM's window and the Wasserstein pyramid
@@ -95,7 +96,8 @@ def open_contenders(
         device: where to measure.
 
     Raises:
-        DavaeError: a compression that does not divide the resolution, or a budget out of reach.
+        DavaeError: an autoencoder that cannot be read, a compression that does not divide the resolution, or a budget
+            out of reach.
     """
     if not autoencoders:
         raise DavaeError("there is no autoencoder to compare: give NAME=FOLDER")
@@ -105,7 +107,10 @@ def open_contenders(
         )
     found = []
     for name, given in autoencoders.items():
-        model: Any = open_autoencoder(given) if isinstance(given, str | Path) else given
+        model: Any = given
+        if isinstance(given, str | Path):
+            with opening("autoencoder", str(given)):
+                model = open_autoencoder(given)
         compression = compression_of(model)
         if resolution % compression:
             nearest = max(1, round(resolution / compression)) * compression

@@ -15,6 +15,7 @@ from torch import Tensor
 from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.features import open_network
+from davae.pipelines.placing import chosen_device
 from davae.training.compare.autoencoders import AutoencoderScore, open_contenders, score_autoencoders
 from davae.training.compare.diffusion import DiffusionScore, score_diffusion
 from davae.training.compare.trial import DiffusionOptions
@@ -92,7 +93,7 @@ def compare_autoencoders(
     Raises:
         DavaeError: no images, an autoencoder that does not fit, or weights that are not there.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(chosen_device(device))
     networks = [open_network(name, device=where) for name in features]
     perceptual = None if lpips is None else LpipsLoss(str(lpips))
     contenders = open_contenders(autoencoders, resolution, tokens=tokens, device=where)

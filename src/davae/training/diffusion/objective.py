@@ -90,7 +90,7 @@ class DiffusionObjective(nn.Module):
         parts = {"base": base.mean(), "detail": detail.mean()} if self.layout.detail_channels else {}
         if bound is not None:
             parts["variance"] = bound.detach()
-        return {"total": loss, **parts, "detail_weight": torch.tensor(weight)}
+        return {"total": loss, **parts, "detail_weight": loss.new_tensor(weight)}
 
     def _conditioning(self, batch: dict[str, Any]) -> Mapping[str, Tensor]:
         if self.family.conditioned_on == "class":  # these transformers drop labels themselves

@@ -22,16 +22,24 @@ from davae.training.diffusion.noise import noise_process
 from davae.training.diffusion.objective import DiffusionObjective
 from davae.training.diffusion.prompts import PromptEmbeddings, captions_of, move_text_encoders
 from davae.training.diffusion.tuning import learning_masks, select_trained
-from davae.training.diffusion.validation import generate_classes, generate_prompts, held_out_loss
-from davae.training.memory import LatentsInMemory, Prepared
+from davae.training.diffusion.validation import (
+    MEASURED,
+    generate_classes,
+    generate_prompts,
+    held_out_loss,
+)
+from davae.training.latents_in_memory import LatentsInMemory
+from davae.training.memory import Prepared
 from davae.training.pictures import save_rows
 from davae.training.processes import gathered_in_first, is_first, share, start_processes
 from davae.training.settings import DiffusionSettings
 from davae.training.stage import Player, Stage
+from davae.training.whole_files import whole_folder
 
 logger = logging.getLogger(__name__)
 _PICTURES = 12  # in a row
 _SHOWN = 48
+_ENCODED_TOGETHER = 32  # images: a batch for the transformer may be too large for the autoencoder
 
 
 class DiffusionStage(Stage):
@@ -45,6 +53,7 @@ class DiffusionStage(Stage):
         held_out: the same for validation; always images.
         cache_latents: encode the images once and keep the latents in memory.
         workers: loader processes.
+        timeout_s: seconds to wait for a batch of images; 0 waits for ever.
         before: the pipeline before the upgrade, whose samples stand beside the new ones.
 
     Raises:
@@ -63,12 +72,13 @@ class DiffusionStage(Stage):
         *,
         cache_latents: bool = True,
         workers: int = 0,
+        timeout_s: float = 0.0,
         before: DiffusionPipeline | None = None,
     ) -> None:
         self.pipeline, self.layout, self.settings, self.loop = pipeline, layout, settings, settings.loop
         self.family = family_of(pipeline)
         self.before = before
-        self.workers = workers
+        self.workers, self.timeout_s = workers, timeout_s
         self.images = held_out
         self.vae = pipeline.vae.eval().requires_grad_(False)
         self.device = device = start_processes().device
@@ -83,10 +93,12 @@ class DiffusionStage(Stage):
             self.dataset = Prepared(dataset, self.conditions.prepare)
         elif cache_latents and not cached:
             logger.info("encoding %d images", len(dataset))  # type: ignore[arg-type]
-            self.dataset = LatentsInMemory(dataset, self._encode, self.conditions.prepare)
+            self.dataset = LatentsInMemory(
+                dataset, self._encode, self.conditions.prepare, workers=workers, timeout_s=timeout_s
+            )
         else:
             self.dataset = Prepared(dataset, self.conditions.prepare)
-        self.held_out = LatentsInMemory(held_out, self._encode, self.conditions.prepare)
+        self.held_out = LatentsInMemory(held_out, self._encode, self.conditions.prepare, limit=MEASURED)
 
         transformer = pipeline.transformer
         rates = select_trained(transformer, self.family, layout, settings)
@@ -146,7 +158,8 @@ class DiffusionStage(Stage):
     def _encode(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` images to latents as the transformer sees them, in the autoencoder's own precision."""
         with torch.autocast(self.vae.device.type, enabled=False):
-            return self.family.latents_of(self.vae, images)
+            parts = [self.family.latents_of(self.vae, part) for part in images.split(_ENCODED_TOGETHER)]
+        return torch.cat(parts)
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
         """Held-out loss at fixed noise, and a sheet of samples from fixed seeds (below: the base's, same seeds)."""
@@ -219,7 +232,9 @@ class DiffusionStage(Stage):
             for part in parts:
                 part.to(self.device)
             self._base_row = self._samples(self.before, count, (height // scale, width // scale))
-            self.before = None  # its memory is free again
+            for part in parts:  # the caller still holds it
+                part.to("cpu")
+            self.before = None
         return self._base_row
 
     def validation_prompts(self) -> list[str]:
@@ -246,10 +261,12 @@ class DiffusionStage(Stage):
         """
         transformer = self.pipeline.transformer.eval()
         if self.settings.tune.mode != "full":
-            save_adapters(self.pipeline, out / "adapters")
+            with whole_folder(out / "adapters") as folder:
+                save_adapters(self.pipeline, folder)
             merge_lora(transformer)
         if self.settings.tune.frozen_dtype == "bfloat16":
             transformer.to(torch.bfloat16)
         transformer.to(memory_format=torch.contiguous_format)
-        self.pipeline.save_pretrained(out / "pipeline")
+        with whole_folder(out / "pipeline") as folder:
+            self.pipeline.save_pretrained(folder)
         return out / "pipeline"

@@ -19,7 +19,8 @@ from davae.training.processes import gathered, share
 from davae.training.settings import SampleSettings
 
 Item = dict[str, Any]
-_ITEMS = 256  # held-out items measured at most
+MEASURED = 256
+"""Held-out items measured at most."""
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def held_out_loss(
         device: of the objective.
         draw: what the objective draws for latents ``[B, C, h, w]`` from torch's generators.
     """
-    chosen = [items[i] for i in range(min(len(items), _ITEMS))]  # type: ignore[arg-type]
+    chosen = [items[i] for i in range(min(len(items), MEASURED))]  # type: ignore[arg-type]
     parts = list(_parts(chosen, batch_size))
     mine = share(len(parts))
     found: list[dict[str, float]] = []

@@ -29,10 +29,10 @@ class VariationalBound:
         beta = 1 - kept / before
         posterior = beta * (1 - before) / (1 - kept)
         posterior = torch.cat([posterior[1:2], posterior[1:]])  # at t = 0 it is 0, whose logarithm is not
-        self._log_low, self._log_high = posterior.log(), beta.log()
-        self._of_data = before.sqrt() * beta / (1 - kept)
-        self._of_noisy = (1 - beta).sqrt() * (1 - before) / (1 - kept)
-        self._kept = kept
+        of_data = before.sqrt() * beta / (1 - kept)
+        of_noisy = (1 - beta).sqrt() * (1 - before) / (1 - kept)
+        tables = torch.stack([kept, of_data, of_noisy, posterior.log(), beta.log()], dim=1).float()  # [T, 5]
+        self._tables = {tables.device: tables}
 
     def __call__(
         self, noise: Tensor, variance: Tensor, *, data: Tensor, noisy: Tensor, timestep: Tensor
@@ -48,15 +48,15 @@ class VariationalBound:
         """
         noise, variance, data, noisy = (x.float() for x in (noise.detach(), variance, data, noisy))
 
-        def at(table: Tensor) -> Tensor:
-            return table[timestep.cpu()].to(data.device, torch.float32).view(-1, 1, 1, 1)
-
-        kept = at(self._kept)
+        if data.device not in self._tables:
+            self._tables[data.device] = next(iter(self._tables.values())).to(data.device)
+        rows = self._tables[data.device][timestep.to(data.device)].view(-1, 5, 1, 1, 1)
+        kept, of_data, of_noisy, low, high = rows.unbind(1)  # each [B, 1, 1, 1]
         found = (noisy - (1 - kept).sqrt() * noise) / kept.sqrt()
-        mean = at(self._of_data) * found + at(self._of_noisy) * noisy
-        true = at(self._of_data) * data + at(self._of_noisy) * noisy
-        low, share = at(self._log_low), (variance + 1) / 2
-        log = share * at(self._log_high) + (1 - share) * low
+        mean = of_data * found + of_noisy * noisy
+        true = of_data * data + of_noisy * noisy
+        share = (variance + 1) / 2
+        log = share * high + (1 - share) * low
         divergence = 0.5 * (log - low - 1 + (low - log).exp() + (true - mean).square() * (-log).exp())
         likelihood = -_log_likelihood(data, mean, 0.5 * log)
         first = (timestep == 0).to(data.device).view(-1, 1, 1, 1)

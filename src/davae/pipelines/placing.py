@@ -1,0 +1,91 @@
+"""On which device and in which precision models run: what was asked for, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from davae.errors import DavaeError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The precisions that have a name on the command line."""
+_SAVED_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def chosen_device(device: str | None) -> str:
+    """The device that was asked for, else the GPU where there is one.
+
+    Args:
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; none leaves the choice.
+
+    Raises:
+        DavaeError: no device of that name, or this machine does not have it.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        raise DavaeError(f"device '{device}' (--device): there is none of that name; {_GIVE}") from error
+    if asked.type == "cuda":
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (asked.index or 0) >= found:
+            seen = f"torch {torch.__version__} finds {found or 'no'} GPU{'s' * (found > 1)} on this machine"
+            raise DavaeError(f"device '{device}' (--device): {seen}; {_GIVE}")
+    elif asked.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise DavaeError(f"device '{device}' (--device): this machine has no such GPU; {_GIVE}")
+    elif asked.type != "cpu":
+        raise DavaeError(f"device '{device}' (--device): davae does not run on it; {_GIVE}")
+    return device
+
+
+_GIVE = "give cpu, or cuda where there is a GPU, or leave it out"
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The precision of that name.
+
+    Raises:
+        DavaeError: there is none.
+    """
+    if name not in DTYPES:
+        raise DavaeError(f"dtype must be {', '.join(DTYPES)}, not '{name}' (--dtype)")
+    return DTYPES[name]
+
+
+def saved_dtype(folder: str | Path) -> torch.dtype:
+    """The precision in which most numbers of a model's folder are saved; float32 where no header tells.
+
+    Args:
+        folder: a model's, with its ``.safetensors`` files.
+    """
+    numbers = dict.fromkeys(_SAVED_AS, 0)
+    for file in Path(folder).glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118  # no mapping
+                    part = opened.get_slice(key)
+                    if part.get_dtype() in numbers:
+                        numbers[part.get_dtype()] += torch.Size(part.get_shape()).numel()
+        except SafetensorError:  # damaged: reading the model itself tells
+            continue
+    return _SAVED_AS[max(numbers, key=numbers.__getitem__)] if any(numbers.values()) else torch.float32
+
+
+def wanted_dtype(name: str | None, device: str) -> torch.dtype | Literal["saved"]:
+    """The named precision; where none is named, float32 on a CPU and elsewhere the one that was saved.
+
+    Args:
+        name: ``float32``, ``bfloat16`` or ``float16``; none leaves the choice.
+        device: where the model will run.
+
+    Raises:
+        DavaeError: an unknown name.
+    """
+    if name is not None:
+        return named_dtype(name)
+    return torch.float32 if torch.device(device).type == "cpu" else "saved"

@@ -1,0 +1,229 @@
+"""What people get wrong, in every verb: one line that says what, where and what to do; status 2, no traceback."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import save_file
+
+from davae.cli.main import main
+from davae.models import AutoencoderDA
+from davae.tiny import debug_base
+from davae.tiny.small_pipelines import small_pipeline
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with whole, damaged and wrong things in it."""
+    here = tmp_path_factory.mktemp("place")
+    torch.manual_seed(0)
+    vae = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8)
+    vae.save_pretrained(here / "vae")
+    vae.save_pretrained(here / "run" / "autoencoder")
+    small_pipeline("sd3").save_pretrained(here / "sd3")
+    for name in ("cut", "gone"):
+        shutil.copytree(here / "sd3", here / f"sd3-{name}")
+        shutil.copytree(here / "vae", here / f"vae-{name}")
+        for folder in (here / f"sd3-{name}" / "transformer", here / f"vae-{name}"):
+            file = next(folder.glob("*.safetensors"))
+            if name == "cut":
+                file.write_bytes(file.read_bytes()[:1000])
+            else:
+                file.unlink()
+    shutil.copytree(here / "sd3", here / "sd3-new")
+    index = here / "sd3-new" / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusion3Pipeline", "NextYearsPipeline"))
+    (here / "vae-junk").mkdir()
+    (here / "vae-junk" / "config.json").write_text("{")
+    (here / "photos").mkdir()
+    Image.new("RGB", (48, 48), "red").save(here / "photos" / "a.png")
+    (here / "empty").mkdir()
+    (here / "file").write_text("x")
+    save_file({"a": torch.zeros(2)}, here / "other.safetensors")
+    return here
+
+
+def _ends(monkeypatch, capsys, arguments: str) -> tuple[int | str | None, str]:
+    """Exit status and standard error. What is no mistake of the person goes through as it is."""
+    monkeypatch.setattr(sys, "argv", ["davae", *arguments.split()])
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        # what does not exist, is a file, or is damaged
+        ("generate /nonexistent --prompt a", "no pipeline in /nonexistent: there is no such folder"),
+        ("generate file --prompt a", "it is a file, and a folder is wanted"),
+        ("generate empty --prompt a", "empty holds no pipeline"),
+        ("generate sd3-cut --prompt a", "the pipeline in sd3-cut cannot be read"),
+        ("generate sd3-gone --prompt a", "the pipeline in sd3-gone cannot be read"),
+        ("generate sd3-new --prompt a", "of a class that diffusers"),
+        ("evaluate generation sd3-gone --reference procedural:4 --count 2 --out g", "the pipeline in sd3-gone"),
+        ("evaluate generation /nonexistent --reference procedural:4 --count 2 --out g", "no pipeline in /nonexistent"),
+        ("upgrade debug-sd3 --autoencoder /nonexistent --out up", "no autoencoder in /nonexistent: there is no such"),
+        ("upgrade debug-sd3 --autoencoder file --out up", "it is a file, and a folder is wanted"),
+        ("upgrade debug-sd3 --autoencoder run --out up", "did you mean run/autoencoder?"),
+        ("upgrade debug-sd3 --autoencoder sd3/vae --out up", "of class AutoencoderKL, and an AutoencoderDA is wanted"),
+        ("upgrade /nonexistent --autoencoder vae --out up", "no pipeline in /nonexistent"),
+        ("reconstruct /nonexistent photos", "no autoencoder in /nonexistent"),
+        ("reconstruct vae-cut photos", "the autoencoder in vae-cut cannot be read"),
+        ("reconstruct vae-gone photos", "the autoencoder in vae-gone cannot be read"),
+        ("reconstruct vae-junk photos", "vae-junk/config.json is damaged"),
+        ("reconstruct vae /nonexistent", "no images at '/nonexistent'"),
+        ("inspect vae-gone --data photos --resolution 32", "the autoencoder in vae-gone cannot be read"),
+        ("evaluate reconstruction sd3/vae --data photos --resolution 32", "an AutoencoderDA is wanted"),
+        ("compare autoencoder a=vae-cut --data photos --resolution 32", "the autoencoder in vae-cut cannot be read"),
+        ("compare autoencoder a=vae-junk --data photos --resolution 32", "the autoencoder in vae-junk cannot be read"),
+        ("train autoencoder --recipe debug base=/nonexistent", "no pipeline in /nonexistent"),
+        ("train autoencoder --recipe debug autoencoder.model.start_from=empty", "no autoencoder in empty"),
+        ("train diffusion --recipe debug --autoencoder empty", "no autoencoder in empty"),
+        ("cache --recipe debug --autoencoder vae-gone --out c", "the autoencoder in vae-gone cannot be read"),
+        ("convert vavae empty --out c", "there is no file empty"),
+        ("convert davae-sd3 other.safetensors --out c --base /nonexistent", "/nonexistent is no autoencoder's folder"),
+        ("plan sd3-gone/vae", "is not a pipeline folder"),
+        ("export /nonexistent --out e", "holds no pipeline or autoencoder"),
+        ("report file", "there is no run directory file"),
+        # what cannot be written
+        ("generate debug 1 --out file", "file cannot be a folder"),
+        ("upgrade debug --autoencoder vae --out file/up", "file/up cannot be a folder"),
+        ("reconstruct vae photos --out empty", "empty is a folder, and a file is to be written"),
+        ("reconstruct vae photos --out picture", "name it picture.png"),
+        ("plan debug --resolution 64 --json empty", "empty is a folder"),
+        ("bench autoencoder debug --json file/a.json", "file cannot be a folder"),
+        ("evaluate reconstruction vae --data photos --json empty", "empty is a folder"),
+        ("evaluate generation debug --reference procedural:4 --save-statistics empty", "empty is a folder"),
+        ("train autoencoder --recipe debug --out file", "file cannot be a folder"),
+        ("cache --recipe debug --autoencoder vae --out file", "file cannot be a folder"),
+        ("demo --out file", "file cannot be a folder"),
+        # devices and precisions
+        ("generate debug 1 --device gpu", "device 'gpu' (--device): there is none of that name"),
+        ("generate debug 1 --device meta", "davae does not run on it"),
+        ("generate debug 1 --dtype bf16", "dtype must be float32, bfloat16, float16, not 'bf16' (--dtype)"),
+        ("reconstruct vae photos --dtype int8", "dtype must be"),
+        ("bench autoencoder debug --dtype bf16", "dtype must be"),
+        ("bench inference debug --dtype bf16", "dtype must be"),
+        # sizes
+        ("generate debug-sd3 --prompt a --height 30", "have to be divisible by 8"),
+        ("bench autoencoder debug --resolution 64 --tile 5", "tile must be a multiple of 8 pixels"),
+    ],
+)  # fmt: skip
+def test_a_mistake_has_one_line(arguments, words, place, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(place)
+    before = sorted(place.iterdir())
+    status, err = _ends(monkeypatch, capsys, arguments)
+    assert status == 2
+    (line,) = [text for text in err.splitlines() if text.startswith("davae: ")]
+    assert words in line
+    assert sorted(place.iterdir()) == before, "something was written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "model"),
+    [
+        ("generate someone/absent --prompt a", DiffusionPipeline),
+        ("generate absent --prompt a", DiffusionPipeline),
+        ("upgrade debug-sd3 --autoencoder someone/absent --out up", AutoencoderDA),
+    ],
+)
+def test_a_name_that_the_hub_does_not_give(arguments, model, monkeypatch, capsys, tmp_path) -> None:
+    """Without a network: what diffusers says of a hub that does not answer is told, after what was looked for."""
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("We couldn't connect to the hub.\nMore lines follow.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model, "from_pretrained", unreachable)
+    status, err = _ends(monkeypatch, capsys, arguments)
+    assert status == 2
+    assert (
+        "absent': there is no such folder, and the hub does not give it (We couldn't connect to the hub.)"
+        in err
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "generate debug 1",
+        "reconstruct vae photos",
+        "inspect vae --data photos --resolution 32",
+        "bench autoencoder debug",
+        "bench inference debug",
+        "compare autoencoder a=vae --data photos --resolution 32",
+        "evaluate reconstruction vae --data photos --resolution 32",
+        "evaluate generation debug --reference procedural:4",
+    ],
+)
+def test_a_gpu_that_is_not_there(arguments, place, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(place)
+    status, err = _ends(monkeypatch, capsys, f"{arguments} --device cuda")
+    assert status == 2
+    assert "finds no GPU on this machine; give cpu" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        ("generate debug 1", "--count"),
+        ("generate debug 1", "--steps"),
+        ("generate debug 1", "--height"),
+        ("reconstruct vae photos", "--count"),
+        ("reconstruct vae photos", "--resolution"),
+        ("inspect vae", "--images"),
+        ("inspect vae", "--resolution"),
+        ("evaluate reconstruction vae --data photos", "--batch"),
+        ("evaluate reconstruction vae --data photos", "--images"),
+        ("evaluate generation debug --reference procedural:4", "--batch"),
+        ("evaluate generation debug --reference procedural:4", "--count"),
+        ("evaluate generation debug --reference procedural:4", "--steps"),
+        ("compare autoencoder a=vae --data photos --resolution 32", "--images"),
+        ("compare autoencoder a=vae --data photos --resolution 32", "--batch"),
+        ("compare autoencoder a=vae --data photos --resolution 32", "--samples"),
+        ("bench inference debug", "--batch"),
+        ("bench inference debug", "--repeats"),
+        ("bench autoencoder debug", "--batch"),
+        ("bench autoencoder debug", "--scale"),
+        ("bench training debug", "--batch"),
+        ("bench training debug", "--repeats"),
+        ("plan debug", "--resolution"),
+        ("plan debug", "--batch"),
+        ("cache --recipe debug", "--batch-size"),
+        ("convert lightningdit other.safetensors --out x", "--heads"),
+    ],
+)
+def test_counts_begin_at_one(arguments, option, place, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(place)
+    for count in (0, -3):
+        status, err = _ends(monkeypatch, capsys, f"{arguments} {option} {count}")
+        assert status == 2
+        assert f"Invalid value for '{option}'" in err
+
+
+@pytest.mark.parametrize("arguments", ["generate debug 1", "demo", "evaluate generation debug --reference x"])
+@pytest.mark.parametrize("seed", [-1, 10**30])
+def test_seeds_are_those_that_generators_take(arguments, seed, place, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(place)
+    status, err = _ends(monkeypatch, capsys, f"{arguments} --seed {seed}")
+    assert status == 2
+    assert "Invalid value for '--seed'" in err
+
+
+def test_plan_writes_figures_into_folders_that_are_not_there_yet(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = "plan debug --resolution 64 --json new/dir/p.json"
+    monkeypatch.setattr(sys, "argv", ["davae", *arguments.split()])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    assert '"resolution": 64' in (tmp_path / "new" / "dir" / "p.json").read_text()

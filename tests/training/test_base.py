@@ -1,0 +1,99 @@
+"""A base pipeline from nothing: two trainings in one folder, which go on wherever the first ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from davae.pipelines import ClassConditionalPipeline
+from davae.training import base as base_module
+from davae.training.base import train_base
+from davae.training.recipe import load_recipe
+from davae.training.settings import BaseRecipe
+
+_LOOP = {
+    "steps": 1,
+    "batch_size": 2,
+    "validation_images": 2,
+    "precision": "no",
+    "log_every": 1,
+    "report_to": "[]",
+}
+
+
+def _recipe() -> BaseRecipe:
+    overrides = [
+        f"{half}.loop.{key}={value}"
+        for half in ("autoencoder", "transformer")
+        for key, value in _LOOP.items()
+    ]
+    overrides += ["data.path=procedural:4", "data.hold_out=2", "data.resolution=32"]
+    overrides += ["autoencoder.architecture.block_out_channels=[8,8]"]
+    overrides += ["transformer.architecture.hidden_size=16", "transformer.architecture.num_layers=1"]
+    overrides += [
+        "transformer.architecture.num_attention_heads=1",
+        "transformer.sample.num_inference_steps=1",
+    ]
+    recipe = load_recipe("tiny-base", overrides)
+    assert isinstance(recipe, BaseRecipe)
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("base")
+    train_base(_recipe(), out)
+    return out
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Copies: what is loaded may still lie in the file, which the tests change."""
+    return {n: value.clone() for n, value in AutoencoderKL.from_pretrained(folder).state_dict().items()}
+
+
+@pytest.mark.parametrize("left", ["config alone", "half the weights"])
+def test_half_an_exported_autoencoder_is_made_again(finished: Path, left: str) -> None:
+    """As an export that was killed left it before folders were written beside and renamed."""
+    folder = finished / "autoencoder" / "vae"
+    weights, whole = folder / "diffusion_pytorch_model.safetensors", _weights(folder)
+    if left == "config alone":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-100])
+    train_base(_recipe(), finished)
+    assert all(torch.equal(value, whole[name]) for name, value in _weights(folder).items())
+    ClassConditionalPipeline.from_pretrained(finished / "pipeline")
+
+
+def test_a_whole_autoencoder_is_not_trained_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("its stage was made")
+
+    monkeypatch.setattr(base_module, "BaseAutoencoderStage", never)
+    train_base(_recipe(), finished)
+
+
+def test_a_kill_in_the_middle_of_an_export_leaves_no_half_of_it(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class _Killed(BaseException):
+        pass
+
+    def killed(self: AutoencoderKL, folder: Path, **_: object) -> None:
+        self.save_config(folder)
+        raise _Killed
+
+    out = tmp_path / "base"
+    with monkeypatch.context() as patched:
+        patched.setattr(AutoencoderKL, "save_pretrained", killed)
+        with pytest.raises(_Killed):
+            train_base(_recipe(), out)
+    assert not (out / "autoencoder" / "vae").exists()
+    train_base(_recipe(), out)
+    whole = _weights(finished / "autoencoder" / "vae")
+    assert all(
+        torch.equal(value, whole[name]) for name, value in _weights(out / "autoencoder" / "vae").items()
+    )

@@ -1,0 +1,84 @@
+"""Steps on another device than the CPU: torch's meta device refuses to add, stack or choose from tensors of both.
+
+It has no numbers either, so that a step which waits for one (``float(loss)``) fails as well.
+"""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from diffusers import AutoencoderDC
+from tests.training.test_text_stage import _stage
+
+from davae.data.loader import collate
+from davae.models import AutoencoderDA
+from davae.tiny import debug_base
+from davae.tiny.small_pipelines import SMALL_PIPELINES
+from davae.training.dc_ae import DcAeObjective
+from davae.training.guards import StepGuard
+from davae.training.loop import to_device
+from davae.training.settings import AlignmentSettings, LoopSettings, ReconstructionSettings
+from davae.training.sharded_tensors import gradient_norms
+from davae.training.structured_objective import StructuredObjective
+from davae.training.window import LossWindow
+
+META = torch.device("meta")
+
+
+def _step(objective, batch, folder, monkeypatch):
+    """Devices of a step's losses and gradients, after they were judged and summed up as the loop does."""
+    other = copy.deepcopy(objective).to(META)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    losses = other(to_device(batch, META), 1)
+    losses["total"].backward()
+    trained = [p for p in other.parameters() if p.grad is not None]
+    norms = gradient_norms(trained)
+    window = LossWindow(META)
+    window.add(losses)
+    guard = StepGuard("toy", LoopSettings(steps=1, batch_size=1, skip_grad_norm=1.0), folder)
+    good = guard.judge(1, "model", [losses], [], [], norms, None)
+    assert trained
+    return {v.device.type for v in [*losses.values(), norms, good, window.tensors()[1]]}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        f for f in SMALL_PIPELINES if f != "lumina2"
+    ],  # its transformer in diffusers reads the lengths of prompts
+)
+def test_the_diffusion_stage(family, tmp_path, monkeypatch):
+    stage = _stage(family)
+    batch = collate(
+        [{"id": "", "skipped": (), "caption": "", "label": 0, **stage.dataset[i]} for i in range(2)]
+    )
+    assert _step(stage.objective, batch, tmp_path, monkeypatch) == {"meta"}
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_autoencoder_stage(adaptive, plain, tmp_path, monkeypatch):
+    vae = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8).train()
+    alignment = AlignmentSettings(adaptive=adaptive)
+    objective = StructuredObjective(vae, alignment, ReconstructionSettings(), [None], plain=plain)
+    batch = {"image": torch.zeros(2, 3, 32, 32)}
+    assert _step(objective, batch, tmp_path, monkeypatch) == {"meta"}
+
+
+def test_dc_ae(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = AutoencoderDC(
+        latent_channels=4,
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+    )
+    objective = DcAeObjective(model, [model], ReconstructionSettings())
+    assert _step(objective, {"image": torch.zeros(2, 3, 16, 16)}, tmp_path, monkeypatch) == {"meta"}

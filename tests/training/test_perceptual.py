@@ -1,0 +1,55 @@
+"""LPIPS: its backbone's file. The package itself is optional and stands here as its layers alone."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from davae.errors import DavaeError
+from davae.training.perceptual import LpipsLoss
+
+
+class Layers(nn.Module):
+    """As the package builds it: torchvision's layers under the names of five slices."""
+
+    def __init__(self, **_: object) -> None:
+        super().__init__()
+        self.net = nn.Module()
+        self.net.slice1 = nn.Sequential()
+        self.net.slice1.add_module("0", nn.Conv2d(3, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"conv1.weight": torch.zeros(2)}, r"has no tensor 'features\.0\.weight', of shape \(4, 3, 3, 3\)"),
+        (
+            {"features.0.weight": torch.zeros(8, 3, 3, 3), "features.0.bias": torch.zeros(8)},
+            r"has another size \(\(8, 3, 3, 3\)\) of 'features\.0\.weight'",
+        ),
+    ],
+)
+def test_another_network_s_file_is_named_with_its_key(tensors, words, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Layers))
+    file = tmp_path / "backbone.safetensors"
+    save_file(tensors, file)
+    with pytest.raises(DavaeError, match=rf"backbone\.safetensors {words}"):
+        LpipsLoss(str(file))
+
+
+def test_the_backbone_s_weights_are_taken(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Layers))
+    file = tmp_path / "backbone.safetensors"
+    weight, bias = torch.rand(4, 3, 3, 3), torch.rand(4)
+    save_file(
+        {"features.0.weight": weight, "features.0.bias": bias, "classifier.0.bias": torch.zeros(1)}, file
+    )
+    loss = LpipsLoss(str(file))
+    assert torch.equal(loss.network.net.slice1[0].weight, weight)
+    assert not any(parameter.requires_grad for parameter in loss.parameters())
