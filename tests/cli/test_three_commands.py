@@ -15,12 +15,12 @@ from davae.data import render_scene
 from davae.errors import DavaeError
 from davae.training.recipe import load_recipe, recipe_names
 from davae.training.run_cache import default_folder
-from davae.training.settings import UpgradeRecipe
+from davae.training.settings import BaseRecipe, UpgradeRecipe
 
 CACHED = [
     name
     for name in recipe_names()
-    if isinstance(recipe := load_recipe(name), UpgradeRecipe) and recipe.data.cache is not None
+    if isinstance(recipe := load_recipe(name), UpgradeRecipe | BaseRecipe) and recipe.data.cache is not None
 ]
 
 

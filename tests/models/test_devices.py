@@ -52,7 +52,7 @@ def latent_of(model: AutoencoderDA, images: Tensor) -> Tensor:
 
 
 def by_tiles(model: AutoencoderDA, images: Tensor) -> Tensor:
-    model.enable_tiling(2 * model.spatial_compression)
+    model.enable_tiling(images.shape[-2])  # two tiles, side by side
     made = model.decode(encode(model, images)).sample
     model.disable_tiling()
     return made

@@ -80,9 +80,7 @@ class AutoencoderStage(Stage):
         if cache_latents and not settings.loop.plain:
             autoencoder.to(start_processes().device)
             logger.info("encoding %d images", len(dataset))  # type: ignore[arg-type]
-            self.dataset = WithBaseLatents(
-                dataset, self._frozen_latent, workers=workers, timeout_s=timeout_s
-            )
+            self.dataset = WithBaseLatents(dataset, self._frozen_latent, workers=workers, timeout_s=timeout_s)
         gan = settings.reconstruction.gan
         adaptive = settings.alignment.adaptive or (gan.weight > 0 and gan.adaptive)
         model = Player("model", self.objective, settings.optimizer, can_be_sharded=not adaptive)
