@@ -49,10 +49,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
-def _ends(monkeypatch, capsys, arguments: str) -> tuple[int | str | None, str]:
+def _ends(monkeypatch, capsys, arguments: str, *, columns: int = 80) -> tuple[int | str | None, str]:
     """Exit status and standard error. What is no mistake of the person goes through as it is."""
     monkeypatch.setattr(sys, "argv", ["davae", *arguments.split()])
-    monkeypatch.setenv("COLUMNS", "500")
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as end:
         main()
     return end.value.code, capsys.readouterr().err

@@ -11,6 +11,7 @@ import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import DiffusionPipeline
 from tests.pipelines.parts import upgraded
+from tests.pipelines.test_upgrade_image_to_image import IMAGE, INPAINT, call
 from tests.pipelines.upgrades import DETAILS, autoencoder, base_and_upgraded, noises
 
 import davae
@@ -156,6 +157,18 @@ def test_offloaded_models_are_not_upgraded() -> None:
     cpu_offload(vae, execution_device=torch.device("cpu"))
     with pytest.raises(DavaeError, match="offloading is switched on"):
         upgrade_pipeline(small_pipeline("sd3"), vae)
+
+
+@pytest.mark.parametrize(("name", "cls"), [*IMAGE, *INPAINT])
+def test_given_images_in_half_precision_and_offloaded(name: str, cls: type[DiffusionPipeline]) -> None:
+    base = cls.from_pipe(small_pipeline(name)).to(torch.bfloat16)
+    base.set_progress_bar_config(disable=True)
+    pipe = upgrade_pipeline(base, autoencoder(name))
+    mask = {"mask_image": torch.ones(1, 1, 64, 64)} if (name, cls) in INPAINT else {}
+    made = call(pipe, 64, **mask)
+    assert made.isfinite().all()
+    cpu_offload(pipe.vae, execution_device=torch.device("cpu"))
+    assert torch.equal(call(pipe, 64, **mask), made)
 
 
 # ---------------------------------------------------------------------- Lumina 2's division

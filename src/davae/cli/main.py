@@ -84,7 +84,10 @@ def main() -> None:
         app()
     except DavaeError as error:
         logging.getLogger("davae").debug("where it came up:", exc_info=error)  # for --verbose
-        Console(stderr=True).print(f"davae: {error}", style="red", markup=False, highlight=False)
+        # Never broken to the terminal's width: a command in it is there to be copied.
+        Console(stderr=True).print(
+            f"davae: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         sys.exit(2)
     except TrainingStopped as stopped:
         Console(stderr=True).print(f"davae: {stopped}", markup=False, highlight=False)

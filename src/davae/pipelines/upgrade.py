@@ -106,7 +106,9 @@ def _placed_as(base: ModelMixin, vae: AutoencoderDA) -> AutoencoderDA:
     own = {(p.device, p.dtype) for p in vae.parameters()}
     if own == {(base.device, base.dtype)}:
         return vae
-    return copy.deepcopy(vae).to(device=base.device, dtype=base.dtype)
+    placed = copy.deepcopy(vae)
+    nn.Module.to(placed, device=base.device, dtype=base.dtype)  # diffusers' own warns of islands
+    return placed
 
 
 def _constructor_arguments(pipe: DiffusionPipeline) -> dict[str, object]:
