@@ -99,3 +99,25 @@ def test_a_run_of_an_earlier_version_goes_on_with_settings_that_came_since(tmp_p
     recipe["diffusion"]["loss"]["variance_weight"] = 0.5
     with pytest.raises(DavaeError, match=r"variance_weight: 1\.0 -> 0\.5"):
         RunDirectory(tmp_path, {**recipe, "autoencoder_folder": "here"})
+
+
+def test_a_run_goes_on_with_latents_read_otherwise(tmp_path):
+    """A bundled recipe may keep latents one day, or read them from a cache: what is learnt is the same."""
+    older = load_recipe("tiny-base").model_dump(mode="json")
+    older["data"] |= {"cache_latents": False, "cache": None}
+    with RunDirectory(tmp_path, older).locked():
+        pass
+    with RunDirectory(tmp_path, load_recipe("tiny-base").model_dump(mode="json")).locked():
+        pass
+
+
+def test_a_run_of_an_earlier_version_with_random_crops_goes_on(tmp_path):
+    """It let latents be asked for beside random crops, and kept none."""
+    recipe = load_recipe("tiny", ["data.crop=random", "data.cache_latents=false"]).model_dump(mode="json")
+    older = copy.deepcopy(recipe)
+    older["data"]["cache_latents"] = True
+    del older["diffusion"]["loss"]["variance_weight"]  # came since
+    with RunDirectory(tmp_path, older).locked():
+        pass
+    with RunDirectory(tmp_path, recipe).locked():
+        pass

@@ -135,6 +135,33 @@ def test_a_link_to_another_disk_stays_one(tmp_path: Path) -> None:
     assert (tmp_path / "disk" / "weights").read_text() == "two"
 
 
+def test_an_empty_folder_is_filled_not_replaced(tmp_path: Path) -> None:
+    """A mount cannot be renamed, and a shell that stands in the folder would stand nowhere."""
+    out = tmp_path / "out"
+    out.mkdir()
+    number = out.stat().st_ino
+    with pytest.raises(FileNotFoundError), whole_folder(out):
+        raise FileNotFoundError
+    assert list(out.iterdir()) == []
+    with whole_folder(out) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("new")
+        assert folder.parent == out
+    assert out.stat().st_ino == number
+    assert [str(p.relative_to(out)) for p in out.rglob("*")] == ["inner", "inner/file"]
+
+
+def test_a_kill_between_two_names_loses_neither(tmp_path: Path) -> None:
+    """The old folder had lost its name and the new one had none yet; then there was no room to write it again."""
+    old, new = tmp_path / ".out.removed", tmp_path / ".out.partial"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "file").write_text(folder.name)
+    with pytest.raises(OSError, match="no room"), whole_folder(tmp_path / "out"):
+        raise OSError("no room")
+    assert (tmp_path / "out" / "file").read_text() == ".out.removed"
+
+
 def test_a_folder_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
     result = tmp_path / "run" / "pipeline"
     for text in ("one", "two"):

@@ -191,15 +191,29 @@ def read_items(
         frozen_objects(workers),
         closing(WatchedItems(dataset, workers, timeout_s if workers else 0)) as items,
     ):
-        batches = iter(_loader(items, parts, list))
+        batches = iter(_loader(items, parts, _packed))
         for _ in parts:
             try:
                 with items.told():
-                    part: list[Item] = next(batches)
+                    part = next(batches)
             except DavaeError:
                 end_workers(batches)
                 raise
-            yield part
+            yield _unpacked(*part)
+
+
+def _packed(items: list[Item]) -> tuple[list[Item], dict[str, torch.Tensor]]:
+    """Items with their tensors of equal size in one: each tensor that a loader process sends is an open file."""
+    names = [name for name, value in items[0].items() if isinstance(value, torch.Tensor)]
+    alike = [name for name in names if len({item[name].shape for item in items}) == 1]
+    rest = [{name: value for name, value in item.items() if name not in alike} for item in items]
+    return rest, {name: torch.stack([item[name] for item in items]) for name in alike}
+
+
+def _unpacked(rest: list[Item], stacked: dict[str, torch.Tensor]) -> list[Item]:
+    # What stays in memory must not hold a file open.
+    own = {name: tensor.clone() if tensor.is_shared() else tensor for name, tensor in stacked.items()}
+    return [item | {name: tensor[i] for name, tensor in own.items()} for i, item in enumerate(rest)]
 
 
 def make_loader(

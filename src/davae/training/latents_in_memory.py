@@ -17,7 +17,8 @@ from davae.training.processes import gathered, share
 
 Item = dict[str, Any]
 
-_ENCODED_TOGETHER = 32
+ENCODED_TOGETHER = 32
+"""Images: a batch for the transformer may be too large for the autoencoder."""
 
 
 class LatentsInMemory(Dataset[Item]):
@@ -48,7 +49,7 @@ class LatentsInMemory(Dataset[Item]):
         encode: Callable[[Tensor], Tensor],
         prepare: Callable[[Item], Item],
         *,
-        batch_size: int = _ENCODED_TOGETHER,
+        batch_size: int = ENCODED_TOGETHER,
         limit: int | None = None,
         workers: int = 0,
         timeout_s: float = 0.0,
@@ -106,7 +107,7 @@ class WithBaseLatents(Dataset[Item]):
         source: Dataset[Item],
         encode: Callable[[Tensor], Tensor],
         *,
-        batch_size: int = _ENCODED_TOGETHER,
+        batch_size: int = ENCODED_TOGETHER,
         workers: int = 0,
         timeout_s: float = 0.0,
     ) -> None:

@@ -107,9 +107,7 @@ class Learner:
             good: a boolean on the device, the same in every process.
         """
         self._set_rate(self.optimizer, rate)
-        optimizer = (
-            self.optimizer.optimizer
-        )  # accelerate's would let the fp16 scaler judge, which sees gradients only
+        optimizer = self.optimizer.optimizer  # accelerate's lets the scaler judge, which sees gradients only
         if not self.loop.plain:
             optimizer.found_inf = (~good).float()  # read by the fused optimizer, on the device
         elif not good:  # the plain optimizer cannot read the verdict

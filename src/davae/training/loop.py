@@ -148,10 +148,8 @@ class _Training:
             finished = self._steps(self._resume(), stop_after)
             self.writer.wait()
             result = self._result() if finished else None
-        for (
-            tracker
-        ) in self.accelerator.trackers:  # end_training would leave the other stages without processes
-            tracker.finish()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()  # end_training would leave the other stages without processes
         if result is not None and self._signal() is not None:
             raise self._stopped(self.loop.steps, result.result)
         return result

@@ -86,6 +86,10 @@ def with_later_settings(dumped: dict[str, Any]) -> dict[str, Any]:
     kind = _KINDS.get(dumped.get("kind", "upgrade"))
     if kind is None:
         return dumped
+    data = dumped.get("data")
+    if isinstance(data, dict) and data.get("crop") == "random" and data.get("cache_latents"):
+        # An earlier version let both stand and kept no latents then.
+        dumped = {**dumped, "data": {**data, "cache_latents": False}}
     try:
         known = kind.model_validate({key: dumped[key] for key in dumped if key in kind.model_fields})
     except ValidationError:

@@ -35,6 +35,8 @@ _MAY_CHANGE = {
     "precision",
     "workers",
     "timeout_s",
+    "cache",
+    "cache_latents",
     "log_every",
     "checkpoint_every",
     "checkpoints_total_limit",
@@ -103,13 +105,16 @@ class RunDirectory:
     def forget_after(self, step: int) -> None:
         """Drop the lines that a run going on from ``step`` writes again: metrics and skipped steps of all processes.
 
-        What a kill cut short goes too: the next line would be joined to it. To be called before the first line.
+        What a kill cut short goes too: the next line would be joined to it. To be called before the first line. A run
+        that begins anew keeps them as ``<file>.before``.
         """
         for file in (self.metrics_file, *self.path.glob("skipped_steps*.jsonl")):
             before = file.read_text(errors="replace") if file.is_file() else ""
             kept = [line for line in read_metrics(file) if line["step"] <= step]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             if text != before:
+                if not step:  # nothing may be left of the run that they tell of but these lines
+                    write_whole(file.with_name(f"{file.name}.before"), before)
                 write_whole(file, text)
 
     def _changed(self) -> list[str]:

@@ -104,9 +104,7 @@ class RunState:
         self.stream.load_state_dict(values["stream"])
         self.ledger.load_state_dict(values["skipped"])
         self.guard.load_state_dict(values["guard"])
-        self.window.load_state_dict(
-            values.get("window", {})
-        )  # an earlier version kept none, nor the scaler's
+        self.window.load_state_dict(values.get("window", {}))  # absent in earlier versions, as the scaler is
         if self.scaler is not None and "scaler" in values:
             self.scaler.load_state_dict(values["scaler"])
         return int(values["step"])

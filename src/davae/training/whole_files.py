@@ -31,19 +31,24 @@ def whole_folder(path: Path) -> Iterator[Path]:
     the new folder and leaves the old one; a kill leaves a hidden folder, which the next call removes.
 
     Args:
-        path: the folder to write; made with its parents where absent. A link stays one.
+        path: the folder to write; made with its parents where absent. A link stays one. An empty folder is not replaced
+            but filled at the end.
     """
     path = path.resolve()
+    if path.is_dir() and not any(path.iterdir()):  # it may be a mount, or where somebody's shell stands
+        with _filled(path) as inside:
+            yield inside
+        return
     partial, removed = _beside(path, "partial"), _beside(path, "removed")
+    if removed.exists() and not path.exists():  # a kill came between the two renames below
+        removed.rename(path)
     for leftover in (partial, removed):
         if leftover.exists():
             shutil.rmtree(leftover)
     try:
         partial.mkdir(parents=True)
         yield partial
-        for written in partial.rglob("*"):
-            flush(written)
-        flush(partial)
+        _flush_all(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -52,6 +57,29 @@ def whole_folder(path: Path) -> Iterator[Path]:
     partial.rename(path)
     flush(path.parent)
     shutil.rmtree(removed, ignore_errors=True)
+
+
+@contextmanager
+def _filled(path: Path) -> Iterator[Path]:
+    """A hidden folder within the empty ``path``, whose entries move up at the end."""
+    partial = path / ".partial"
+    partial.mkdir()
+    try:
+        yield partial
+        _flush_all(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for entry in sorted(partial.iterdir()):
+        entry.rename(path / entry.name)
+    partial.rmdir()
+    flush(path)
+
+
+def _flush_all(folder: Path) -> None:
+    for written in folder.rglob("*"):
+        flush(written)
+    flush(folder)
 
 
 def _beside(path: Path, kind: str) -> Path:

@@ -28,7 +28,7 @@ from davae.training.diffusion.validation import (
     generate_prompts,
     held_out_loss,
 )
-from davae.training.latents_in_memory import LatentsInMemory
+from davae.training.latents_in_memory import ENCODED_TOGETHER, LatentsInMemory
 from davae.training.memory import Prepared
 from davae.training.pictures import save_rows
 from davae.training.processes import gathered_in_first, is_first, share, start_processes
@@ -39,7 +39,6 @@ from davae.training.whole_files import whole_folder
 logger = logging.getLogger(__name__)
 _PICTURES = 12  # in a row
 _SHOWN = 48
-_ENCODED_TOGETHER = 32  # images: a batch for the transformer may be too large for the autoencoder
 
 
 class DiffusionStage(Stage):
@@ -158,7 +157,7 @@ class DiffusionStage(Stage):
     def _encode(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` images to latents as the transformer sees them, in the autoencoder's own precision."""
         with torch.autocast(self.vae.device.type, enabled=False):
-            parts = [self.family.latents_of(self.vae, part) for part in images.split(_ENCODED_TOGETHER)]
+            parts = [self.family.latents_of(self.vae, part) for part in images.split(ENCODED_TOGETHER)]
         return torch.cat(parts)
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
