@@ -13,7 +13,7 @@ from PIL import Image
 from davae.cli.main import main
 from davae.models import AutoencoderDA
 from davae.pipelines.generate import generate_images
-from davae.tiny.small_pipelines import small_pipeline
+from davae.tiny.small_pipelines import SMALL_PIPELINES, small_pipeline
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object):
@@ -59,6 +59,17 @@ def test_upgrade_reports_and_generate_reads_prompts(autoencoder, monkeypatch, ca
         *("ein-Haus-am-See-früh-9.png", "ein-Haus-am-See-früh-10.png"),
     }
     assert {Image.open(images / name).size for name in names} == {(128, 64)}
+
+
+@pytest.mark.parametrize("name", SMALL_PIPELINES)
+def test_every_small_pipeline_can_be_upgraded(name, monkeypatch, capsys, tmp_path) -> None:
+    vae = AutoencoderDA.from_base(small_pipeline(name).vae, scale=2, detail_channels=8)
+    vae.save_pretrained(tmp_path / "vae")
+    arguments = ("upgrade", f"debug-{name}", "--autoencoder", tmp_path / "vae", "--out", tmp_path / "up")
+    status, told, problem = run(monkeypatch, capsys, *arguments)
+    assert (status, problem.count("leaks")) == (0, 0)
+    assert "warm start verified" in told
+    assert (tmp_path / "up" / "model_index.json").is_file()
 
 
 def test_upgrade_as_json(autoencoder, monkeypatch, capsys, tmp_path) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from davae.errors import DavaeError
 from davae.report import FigureRecorder, Figures, Summary
-from davae.report.pictures import save_png, upscaled
+from davae.report.pictures import enlarged, save_png
 from davae.report.schema import TENSOR_FILE
 from tests.report.conftest import CLASSES, make_summary
 
@@ -58,10 +58,10 @@ def test_crops_lie_at_the_same_place_in_all_columns(tmp_path: Path) -> None:
 
 def test_upscaling_keeps_the_range_and_the_full_size_untouched() -> None:
     image = torch.rand(1, 3, 8, 8).round() * 2 - 1
-    large = upscaled(image, 16, 16)
+    large = enlarged(image, 16, 16)
     assert large.shape == (1, 3, 16, 16)
     assert large.abs().max() <= 1
-    assert torch.equal(upscaled(image, 8, 8), image)
+    assert torch.equal(enlarged(image, 8, 8), image)
 
 
 def test_probe_accuracies_are_returned(tmp_path: Path) -> None:

@@ -188,6 +188,15 @@ def test_the_profile_finds_where_time_goes():
     assert "aten::mm" in {line.name for line in found.operators}
 
 
+def test_a_base_that_makes_films_takes_a_step_of_the_autoencoder_stage(tmp_path):
+    """Its weights have five dimensions, which know no channels-last order."""
+    settings = StepSettings(resolution=64, detail_channels=8, batch=1)
+    made = autoencoder_stage(find_architecture("debug-qwenimage"), settings, FORMS[-1])
+    before = [p.detach().clone() for p in made.players[0].trained()]
+    steps_of(made, tmp_path)()
+    assert any(not torch.equal(a, b) for a, b in zip(before, made.players[0].trained(), strict=True))
+
+
 def test_mistakes_are_told():
     with pytest.raises(DavaeError, match="34 pixels are not a multiple of 8"):
         bench_training("debug", resolution=34)

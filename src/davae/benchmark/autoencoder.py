@@ -152,7 +152,8 @@ def _tiling(vae: ModelMixin, tile: int | None) -> None:
     if "tile_sample_min_size" in taken:
         vae.enable_tiling(tile_sample_min_size=tile)
     elif "tile_sample_min_height" in taken:
-        step = tile * 3 // 4  # a quarter of a tile lies over the next
+        unit = vae.spatial_compression_ratio
+        step = tile * 3 // 4 // unit * unit  # about a quarter of a tile lies over the next
         vae.enable_tiling(tile, tile, step, step)
     else:
         vae.enable_tiling()

@@ -15,7 +15,10 @@ from davae.training.run_directory import environment
 
 _OPTIONAL = {
     "lpips": ("the LPIPS loss and metric", "pip install 'davae[lpips]'"),
-    "torchvision": ("LPIPS and Inception features", "install the build that matches your torch"),
+    "torchvision": ("LPIPS", "install the build that matches your torch"),
+    "efficientnet_lite_pytorch": ("feature distances without a download", "pip install 'davae[features]'"),
+    "bitsandbytes": ("AdamW with moments of 8 bits", "pip install 'davae[eight-bit]'"),
+    "deepspeed": ("ZeRO-2 by DeepSpeed", "pip install 'davae[deepspeed]'"),
 }
 
 

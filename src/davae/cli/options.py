@@ -22,7 +22,7 @@ def new_file(file: Path | None) -> Path | None:
     """
     if file is None:
         return None
-    if file.is_dir():
+    if os.path.isdir(file):
         raise DavaeError(f"{file} is a folder, and a file is to be written: add a name")
     _check_place(file)
     return file
@@ -41,8 +41,9 @@ def new_folder(folder: Path | None) -> Path | None:
 
 def _check_place(file: Path) -> None:
     """Whether a file can be made there, with the folders above it."""
-    above = next(parent for parent in file.absolute().parents if parent.exists())
-    if not above.is_dir():
+    # os.path is False below a folder that may not be entered, where Path raises PermissionError (Python 3.11)
+    above = next(parent for parent in file.absolute().parents if os.path.exists(parent))
+    if not os.path.isdir(above):
         raise DavaeError(f"{file.parent} cannot be a folder: {above} is a file. Name another place")
     if not os.access(above, os.W_OK | os.X_OK):
         raise DavaeError(f"{file.parent} cannot be written: you may not write in {above}. Name another place")

@@ -26,9 +26,13 @@ def register(app: typer.Typer) -> None:
 
 def _new_picture(file: Path) -> Path:
     """A file that can be written, of a kind that pictures are saved in."""
-    if file.suffix.lower() not in Image.registered_extensions() and not file.is_dir():
-        raise DavaeError(f"--out {file}: no kind of picture ends in '{file.suffix}'; name it {file.stem}.png")
     new_file(file)
+    kind = Image.registered_extensions().get(file.suffix.lower())
+    if kind not in Image.SAVE:
+        why = (
+            f"no kind of picture ends in '{file.suffix}'" if kind is None else f"{kind} can be read, not written"
+        )
+        raise DavaeError(f"--out {file}: {why}; name it {file.stem}.png")
     return file
 
 

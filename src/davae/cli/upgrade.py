@@ -14,6 +14,7 @@ from davae.errors import DavaeError
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.opening import load_autoencoder
 from davae.pipelines.same_base import layout_over
+from davae.pipelines.silent_details import unguarded
 from davae.pipelines.timestep_shift import TimestepShift
 from davae.training.run import load_base
 from davae.warm_start import check_warm_start
@@ -39,9 +40,10 @@ def upgrade(
     shift, vae = _shift(timestep_shift), load_autoencoder(autoencoder)  # what is quick to refuse comes first
     base = load_base(pipeline)
     upgraded = upgrade_pipeline(base, vae, timestep_shift=shift)
-    upgraded.save_pretrained(out)
     layout = layout_over(base.vae, vae)
-    report = check_warm_start(base.transformer, upgraded.transformer, layout)
+    with unguarded(upgraded.transformer):
+        report = check_warm_start(base.transformer, upgraded.transformer, layout)
+    upgraded.save_pretrained(out)
     if as_json:
         facts = {
             "pipeline": type(upgraded).__name__,

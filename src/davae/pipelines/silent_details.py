@@ -7,6 +7,8 @@ moved off zero by far less than could show; the ratio is then 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +33,9 @@ def guard_silent_details(pipe: DiffusionPipeline, layout: LatentLayout) -> None:
         return
 
     def off_zero(module: nn.Module, arguments: Any, output: Any) -> Any:
-        if torch.is_grad_enabled():  # in training the prediction is itself
+        if (
+            torch.is_grad_enabled() or not module.guards_silent_details
+        ):  # in training the prediction is itself
             return output
         details = output[0][:, layout.detail]
         details.masked_fill_(details == 0, _TINY.get(details.dtype, _TINY_ELSEWHERE))
@@ -39,3 +43,16 @@ def guard_silent_details(pipe: DiffusionPipeline, layout: LatentLayout) -> None:
 
     pipe.transformer.register_forward_hook(off_zero)
     pipe.transformer.guards_silent_details = True
+
+
+@contextmanager
+def unguarded(transformer: Any) -> Iterator[None]:
+    """Within the context a guarded transformer predicts what its weights say, zeros included."""
+    guarded = hasattr(transformer, "guards_silent_details")
+    if guarded:
+        transformer.guards_silent_details = False
+    try:
+        yield
+    finally:
+        if guarded:
+            transformer.guards_silent_details = True

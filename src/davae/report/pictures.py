@@ -6,11 +6,11 @@ import base64
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.evaluation.enlarging import upscaled
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -28,12 +28,10 @@ def save_png(image: Tensor, path: Path) -> Path:
     return path
 
 
-def upscaled(images: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic resize of [B, 3, h, w] in [-1, 1] to [B, 3, height, width], clipped to the same range."""
+def enlarged(images: Tensor, height: int, width: int) -> Tensor:
+    """Images ``[B, 3, h, w]`` in [-1, 1] at ``[B, 3, height, width]``; those of that size stay as they are."""
     images = images.detach().float()
-    if images.shape[-2:] == (height, width):
-        return images
-    return F.interpolate(images, (height, width), mode="bicubic", align_corners=False).clamp(-1, 1)
+    return images if images.shape[-2:] == (height, width) else upscaled(images, (height, width))
 
 
 def data_uri(run_dir: Path, file: str) -> str:

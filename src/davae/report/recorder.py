@@ -13,7 +13,7 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.evaluation import linear_probe_accuracy, project_latents, radial_power_spectrum
 from davae.evaluation.crops import busiest_crop
-from davae.report.pictures import save_png, upscaled
+from davae.report.pictures import enlarged, save_png
 from davae.report.schema import (
     TENSOR_FILE,
     Curve,
@@ -95,7 +95,7 @@ class FigureRecorder:
             raise DavaeError(f"section {section_id!r}: one length is needed, got {lengths}")
         height = max(images.shape[-2] for images in columns.values())
         width = max(images.shape[-1] for images in columns.values())
-        full = {label: upscaled(images, height, width) for label, images in columns.items()}
+        full = {label: enlarged(images, height, width) for label, images in columns.items()}
         rows = []
         for i, caption in enumerate(captions):
             crop = busiest_crop(full[zoom_from or next(iter(full))][i], zoom) if zoom else None

@@ -11,12 +11,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from davae.models.float32_islands import keep_linear_attention_in_float32
-from davae.pipelines.speed import compile_regions
+from davae.pipelines.speed import compile_regions, order_channels_last
 from davae.training import deepspeed_settings
 from davae.training.module_state import module_tensors, optimizer_tensors, restore_module, restore_optimizer
 from davae.training.optimizers import make_optimizer
@@ -158,7 +157,7 @@ def prepare(accelerator: Accelerator, loop: LoopSettings, player: Player, *, is_
     module.train()  # loaded models come in eval mode
     keep_linear_attention_in_float32(module)
     if loop.channels_last and not loop.plain:
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        order_channels_last(module)
     if loop.compile and not loop.plain:
         compile_regions(module)
     optimizer = make_optimizer(

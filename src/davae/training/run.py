@@ -138,7 +138,7 @@ def load_base(
     name: str,
     *,
     revision: str | None = None,
-    remote_code: bool = False,
+    remote_code: bool | None = None,
     transformer_dtype: torch.dtype | None = None,
     dtype: torch.dtype | Literal["saved"] | None = None,
 ) -> DiffusionPipeline:
@@ -147,7 +147,8 @@ def load_base(
     Args:
         name: ``tiny``, ``debug``, ``debug-sd3`` and kin, a folder, or a hub name.
         revision: of a hub name: branch, tag or commit; none takes the newest.
-        remote_code: whether Python files beside the weights may be executed.
+        remote_code: whether Python files beside the weights may be executed, as a recipe says; None is no, where no
+            recipe can say so.
         transformer_dtype: of the transformer alone, where it is not to be float32. Read so from the start: a large
             one would not fit twice.
         dtype: of all parts; ``saved`` is that in which the transformer was saved. None is float32, with text encoders
@@ -209,9 +210,14 @@ def load_base(
     except ValueError as error:
         if "trust_remote_code" not in str(error) or remote_code:
             raise
+        told = (
+            "open it in Python: DiffusionPipeline.from_pretrained(..., trust_remote_code=True)"
+            if remote_code is None
+            else "say base_remote_code: true in the recipe"
+        )
         raise DavaeError(
-            f"the base {name} brings Python code of its own, which is not executed unless the recipe says "
-            "base_remote_code: true. Read that code first"
+            f"the base {name} brings Python code of its own, which is not executed. Read that code first; where you "
+            f"trust it, {told}"
         ) from error
 
 
