@@ -58,6 +58,37 @@ def test_name_and_link_are_the_base_s_where_its_card_has_them(tmp_path: Path) ->
     assert find_licence(plain, NAME, link=LINK) == Licence("other", NAME, LINK)
 
 
+def test_what_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DavaeError, match=r"has two names, 'mine' .* and 'yours'"):
+        find_licence("someone/absent", "mine", name="yours")
+    assert find_licence("someone/absent", "mine", name="Mine", link=LINK).id == "other"
+    plain = _base(tmp_path / "plain", "license: mit")
+    for given in ({}, {"name": "MIT"}):
+        with pytest.raises(DavaeError, match="leave --license-link out"):
+            find_licence(plain, link=LINK, **given)
+    assert find_licence(plain, name="MIT") == Licence("mit")
+
+
+def test_cards_of_bases_that_say_too_little_or_too_much(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    listed = _base(tmp_path / "listed", "- license\n- mit")
+    with pytest.raises(DavaeError, match="names none"):
+        find_licence(listed)
+    several = _base(tmp_path / "several", "license: [mit, apache-2.0]")
+    with pytest.raises(DavaeError, match="names several"):
+        find_licence(several)
+    assert find_licence(several, "mit") == Licence("mit")
+    nameless = _base(tmp_path / "nameless", f"license: other\nlicense_link: {LINK}")
+    with pytest.raises(DavaeError, match="licence 'other' without a name"):
+        find_licence(nameless)
+    assert find_licence(nameless, name=NAME) == Licence("other", NAME, LINK)
+    assert not caplog.records
+    beside = _base(tmp_path / "beside", f"license: other\nlicense_name: {NAME}\nlicense_link: LICENSE.md")
+    assert find_licence(beside, NAME.upper()) == Licence("other", NAME)
+    assert "LICENSE.md, which is not copied" in caplog.text
+
+
 def test_the_verb_writes_what_the_hub_wants(tmp_path: Path) -> None:
     run = tmp_path / "run"
     torch.manual_seed(0)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +42,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(here / "sd3", here / "sd3-new")
     index = here / "sd3-new" / "model_index.json"
     index.write_text(index.read_text().replace("StableDiffusion3Pipeline", "NextYearsPipeline"))
+    for name in ("part", "untold"):
+        shutil.copytree(here / "sd3", here / f"sd3-{name}")
+    index = here / "sd3-part" / "model_index.json"
+    index.write_text(index.read_text().replace("SD3Transformer2DModel", "NextYearsModel"))
+    shutil.rmtree(here / "sd3-untold" / "tokenizer")
+    for source, copy, config in (
+        ("sd3", "sd3-misfit", "vae/config.json"),
+        ("vae", "vae-misfit", "config.json"),
+    ):
+        shutil.copytree(here / source, here / copy)
+        values = json.loads((here / copy / config).read_text())
+        inner = values.get("base_config", values)
+        inner["block_out_channels"] = [2 * channels for channels in inner["block_out_channels"]]
+        (here / copy / config).write_text(json.dumps(values))
     (here / "vae-junk").mkdir()
     (here / "vae-junk" / "config.json").write_text("{")
     (here / "photos").mkdir()
@@ -68,6 +85,10 @@ def _ends(monkeypatch, capsys, arguments: str, *, columns: int = 80) -> tuple[in
         ("generate sd3-cut --prompt a", "the pipeline in sd3-cut cannot be read"),
         ("generate sd3-gone --prompt a", "the pipeline in sd3-gone cannot be read"),
         ("generate sd3-new --prompt a", "of a class that diffusers"),
+        ("generate sd3-part --prompt a", "the pipeline in sd3-part is of a class that diffusers"),
+        ("generate sd3-misfit --prompt a", "the pipeline in sd3-misfit has weights that do not fit"),
+        ("generate sd3-untold --prompt a", "the pipeline in sd3-untold lacks tokenizer/"),
+        ("upgrade debug-sd3 --autoencoder vae-misfit --out up", "the autoencoder in vae-misfit has weights"),
         ("evaluate generation sd3-gone --reference procedural:4 --count 2 --out g", "the pipeline in sd3-gone"),
         ("evaluate generation /nonexistent --reference procedural:4 --count 2 --out g", "no pipeline in /nonexistent"),
         ("upgrade debug-sd3 --autoencoder /nonexistent --out up", "no autoencoder in /nonexistent: there is no such"),
@@ -91,6 +112,7 @@ def _ends(monkeypatch, capsys, arguments: str, *, columns: int = 80) -> tuple[in
         ("convert vavae empty --out c", "there is no file empty"),
         ("convert davae-sd3 other.safetensors --out c --base /nonexistent", "/nonexistent is no autoencoder's folder"),
         ("plan sd3-gone/vae", "is not a pipeline folder"),
+        ("plan sd35-meduim", "(the closest: sd35-medium"),
         ("export /nonexistent --out e", "holds no pipeline or autoencoder"),
         ("report file", "there is no run directory file"),
         # what cannot be written
@@ -98,6 +120,7 @@ def _ends(monkeypatch, capsys, arguments: str, *, columns: int = 80) -> tuple[in
         ("upgrade debug --autoencoder vae --out file/up", "file/up cannot be a folder"),
         ("reconstruct vae photos --out empty", "empty is a folder, and a file is to be written"),
         ("reconstruct vae photos --out picture", "name it picture.png"),
+        ("reconstruct vae photos --out x.psd", "PSD can be read, not written; name it x.png"),
         ("plan debug --resolution 64 --json empty", "empty is a folder"),
         ("bench autoencoder debug --json file/a.json", "file cannot be a folder"),
         ("evaluate reconstruction vae --data photos --json empty", "empty is a folder"),
@@ -136,7 +159,7 @@ def test_a_mistake_has_one_line(arguments, words, place, monkeypatch, capsys) ->
     ],
 )
 def test_a_name_that_the_hub_does_not_give(arguments, model, monkeypatch, capsys, tmp_path) -> None:
-    """Without a network: what diffusers says of a hub that does not answer is told, after what was looked for."""
+    """Without a network: what was looked for is told, without the advice of libraries that nobody here can follow."""
 
     def unreachable(*_: object, **__: object) -> None:
         raise OSError("We couldn't connect to the hub.\nMore lines follow.")
@@ -145,10 +168,28 @@ def test_a_name_that_the_hub_does_not_give(arguments, model, monkeypatch, capsys
     monkeypatch.setattr(model, "from_pretrained", unreachable)
     status, err = _ends(monkeypatch, capsys, arguments)
     assert status == 2
-    assert (
-        "absent': there is no such folder, and the hub does not give it (We couldn't connect to the hub.)"
-        in err
+    (line,) = [text for text in err.splitlines() if text.startswith("davae: ")]
+    assert line.endswith(
+        "absent': there is no such folder, it is not in the local cache, and the hub was not reached"
     )
+
+
+def test_below_a_folder_that_may_not_be_entered(place, monkeypatch, capsys) -> None:
+    """As for one who is not root: what lies there cannot be looked at."""
+    monkeypatch.chdir(place)
+    stat, access, locked = os.stat, os.access, str(place / "empty")
+
+    def closed(path: object, **options: Any) -> os.stat_result:
+        if isinstance(path, str | Path) and str(Path(path).absolute()).startswith(f"{locked}/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "stat", closed)
+    monkeypatch.setattr(os, "access", lambda path, mode, **o: str(path) != locked and access(path, mode, **o))
+    for arguments in ("reconstruct vae photos --out empty/a/x.png", "generate debug 1 --out empty/a"):
+        status, err = _ends(monkeypatch, capsys, arguments)
+        assert status == 2
+        assert "you may not write in" in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -30,7 +30,10 @@ def base_folder(folder: Path, entries: str) -> Path:
 
 def test_the_licence_is_the_given_one_or_the_base_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_folder(tmp_path / "base", SD35)
-    assert find_licence(base) == Licence("other", "stabilityai-ai-community", "LICENSE.md")
+    assert find_licence(base) == Licence("other", "stabilityai-ai-community")
+    assert find_licence(base, link="https://x/L") == Licence(
+        "other", "stabilityai-ai-community", "https://x/L"
+    )
     assert find_licence(base, "mit") == Licence("mit")
     assert find_licence(base).title == "stabilityai-ai-community"
     with pytest.raises(DavaeError, match=r"README\.md names none"):
@@ -80,7 +83,7 @@ def test_card_of_a_pipeline(tmp_path: Path) -> None:
         'davae.load_pipeline("me/fox")',
         'DiffusionPipeline.from_pretrained("me/fox")',
         'DiffusionPipeline.from_pretrained("me/fox", trust_remote_code=True)',
-        "[stabilityai-ai-community](LICENSE.md)",
+        "applies to this model too: stabilityai-ai-community.",
     ):
         assert said in card.text, said
     assert "not a number" not in card.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import logging
@@ -222,6 +223,12 @@ def find_architecture(base: str | Path | DiffusionPipeline) -> Architecture:
         )
     if Path(name).is_dir():
         return _of_files(name, lambda file: Path(name) / file, f"folder {name}")
+    if "/" not in name:
+        close = difflib.get_close_matches(name.lower(), preset_names(), n=3, cutoff=0.4) or preset_names()
+        raise DavaeError(
+            f"no pipeline '{name}': it is not a folder, not a bundled configuration (the closest: {', '.join(close)}), "
+            "and no name of the hub, which would be user/name"
+        )
     return _of_files(name, lambda file: Path(_download(name, file)), f"{name} on the hub")
 
 
@@ -272,6 +279,9 @@ def _read_json(file: Path, name: str) -> dict[str, Any]:
 
 
 def _download(name: str, file: str) -> str:
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.CRITICAL)  # its retries are told one by one, and once more in the error below
     try:
         return str(hf_hub_download(name, file))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -279,6 +289,8 @@ def _download(name: str, file: str) -> str:
             f"no pipeline '{name}': it is not a folder, not a bundled configuration ({', '.join(preset_names())}), "
             f"and {file} could not be fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
+    finally:
+        hub.setLevel(level)
 
 
 def _defaults(pipeline: str) -> dict[str, Any]:

@@ -30,7 +30,9 @@ def _new_picture(file: Path) -> Path:
     kind = Image.registered_extensions().get(file.suffix.lower())
     if kind not in Image.SAVE:
         why = (
-            f"no kind of picture ends in '{file.suffix}'" if kind is None else f"{kind} can be read, not written"
+            f"no kind of picture ends in '{file.suffix}'"
+            if kind is None
+            else f"{kind} can be read, not written"
         )
         raise DavaeError(f"--out {file}: {why}; name it {file.stem}.png")
     return file

@@ -73,8 +73,8 @@ def find_licence(
         link: where it is written.
 
     Raises:
-        DavaeError: none is given, and no card of the base names one; or a name beside an id of the hub, or ``other``
-            without a name.
+        DavaeError: none is given, and no card of the base names one, or it names several; a name or a link beside an
+            id of the hub, two names, or ``other`` without a name.
     """
     if isinstance(given, Licence):
         return given
@@ -86,21 +86,39 @@ def find_licence(
                 "--license other with them"
             )
         return Licence(given)
+    if given not in (None, "other") and name and given.casefold() != name.casefold():
+        raise DavaeError(
+            f"the licence has two names, '{given}' (--license) and '{name}' (--license-name): give one of them"
+        )
     card = _card_of(base_model)
-    own = _licence_of(base_model, read_front_matter(card)) if card is not None else None
-    if given in (None, "other") and not name and own is not None and (given is None or own.id == given):
-        return Licence(own.id, own.name, link or own.link)
+    entries = read_front_matter(card) if card is not None else {}
+    own = _licence_of(base_model, entries)
+    if given in (None, "other") and own is not None and (given is None or own.id == given):
+        if own.id == "other" and not own.name:
+            if given is None and not name:
+                raise DavaeError(
+                    f"{card} says licence 'other' without a name: give it as name=... (--license-name)"
+                )
+            link = link or (_inherited_link(own) if name else None)
+        elif not name:
+            return _as_the_base(own, link)
     named = name or (given if given != "other" else None)
     if named is None:
         if given == "other":
             raise DavaeError("licence 'other' needs a name: give it as name=... (--license-name) too")
-        looked = f"{card} names none" if card is not None else "its model card is not on this machine"
+        looked = "its model card is not on this machine"
+        if card is not None:
+            looked = f"{card} names {'several' if entries.get('license') else 'none'}"
         raise DavaeError(
             f"the licence of the base '{base_model}' is not known ({looked}), and a card without one is not written: "
             "give it as license='apache-2.0' (--license), as the base's page names it"
         )
-    if own is not None and named in (own.id, own.name):
-        return Licence(own.id, own.name, link or own.link)
+    if (
+        own is not None
+        and own.title != "other"
+        and named.casefold() in (own.id.casefold(), own.title.casefold())
+    ):
+        return _as_the_base(own, link)
     if link is None:
         logger.warning(
             "the card will not say where the licence '%s' is written: give the address as link=... (--license-link)",
@@ -109,22 +127,50 @@ def find_licence(
     return Licence("other", named, link)
 
 
+def _as_the_base(own: Licence, link: str | None) -> Licence:
+    """The base's licence, with the link where one is given.
+
+    Raises:
+        DavaeError: a link beside an id of the hub.
+    """
+    if link and own.id in HUB_IDS:
+        raise DavaeError(
+            f"the base's licence is '{own.id}', which the hub knows itself: leave --license-link out, or say "
+            "--license other with --license-name too"
+        )
+    return Licence(own.id, own.name, link or _inherited_link(own))
+
+
+def _inherited_link(own: Licence) -> str | None:
+    """The base's link, where it is an address; a file beside the base's card is not copied."""
+    if own.link is None or "://" in own.link:
+        return own.link
+    logger.warning(
+        "the base's card has the licence '%s' in a file beside it, %s, which is not copied: the card will not say "
+        "where the licence is written. Give its address as link=... (--license-link)",
+        own.title,
+        own.link,
+    )
+    return None
+
+
 def _licence_of(base_model: str | Path, entries: dict[str, Any]) -> Licence | None:
-    """What the entries of the base's card say."""
-    if not entries.get("license"):
+    """What the entries of the base's card say; None where they name none, or several."""
+    link, found, name = (
+        str(value[0] if isinstance(value, list) and len(value) == 1 else value) if value else None
+        for value in (entries.get("license_link"), entries.get("license"), entries.get("license_name"))
+    )
+    if found is None or (isinstance(entries["license"], list) and len(entries["license"]) > 1):
         return None
-    link = entries.get("license_link")
-    if link and "://" not in str(link) and not Path(base_model).is_dir():
+    if link and "://" not in link and not Path(base_model).is_dir():
         link = f"https://huggingface.co/{base_model}/blob/main/{link}"  # cards of the hub name a file beside them
-    found, name = entries["license"], entries.get("license_name")
-    found = str(found[0] if isinstance(found, list) and len(found) == 1 else found)
     if found.lower() in (*HUB_IDS, "other"):
         return Licence(found.lower(), name, link)
     return Licence("other", name or found, link)
 
 
 def read_front_matter(card: Path) -> dict[str, Any]:
-    """The YAML entries at the head of a model card; empty where it has none.
+    """The YAML entries at the head of a model card; empty where it has none, or has a list of things there.
 
     Raises:
         DavaeError: the head is not valid YAML.
@@ -134,9 +180,10 @@ def read_front_matter(card: Path) -> dict[str, Any]:
         return {}
     end = next(i for i, line in enumerate(lines[1:], 1) if line.strip() == "---")
     try:
-        return yaml.safe_load("\n".join(lines[1:end])) or {}
+        entries = yaml.safe_load("\n".join(lines[1:end]))
     except yaml.YAMLError as error:
         raise DavaeError(f"{card}: the entries at its head are not valid YAML: {error}") from error
+    return entries if isinstance(entries, dict) else {}
 
 
 def _card_of(base_model: str | Path) -> Path | None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import diffusers
 import torch
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
@@ -89,29 +95,99 @@ def hub_name(what: str, name: str) -> str:
 
 
 @contextmanager
-def opening(what: str, place: str) -> Iterator[None]:
+def opening(what: str, place: str, *, passed: Collection[str] = ()) -> Iterator[None]:
     """What diffusers raises while ``what`` is opened becomes an error for people; a full disk stays what it is.
 
     Args:
         what: such as ``pipeline``.
         place: a folder, or a name on the hub.
+        passed: components that the caller brings, whose folders need not be there.
 
     Raises:
-        DavaeError: files are missing or damaged, a class is not known, or the hub does not answer.
+        DavaeError: files are missing or damaged, weights do not fit their configuration, a class is not known, or
+            the hub does not answer. Of the other ``ValueError`` none is touched.
     """
     try:
-        yield
-    except (OSError, SafetensorError, json.JSONDecodeError, AttributeError) as error:
-        unknown_class = str(error).startswith("module diffusers has no attribute")
-        if getattr(error, "errno", None) == errno.ENOSPC or (
-            isinstance(error, AttributeError) and not unknown_class
+        _check_components(what, Path(place), passed)
+        with _without_fetch_errors():
+            yield
+    except (OSError, SafetensorError, ValueError, AttributeError) as error:
+        text = str(error)
+        unknown_class = text.startswith("module diffusers has no attribute") or "` has no class `" in text
+        misfit = isinstance(error, ValueError) and text.startswith("Cannot load ") and " shape " in text
+        if (
+            isinstance(error, DavaeError)
+            or getattr(error, "errno", None) == errno.ENOSPC
+            or (isinstance(error, AttributeError) and not unknown_class)
+            or (
+                isinstance(error, ValueError)
+                and not (unknown_class or misfit or isinstance(error, json.JSONDecodeError))
+            )
         ):
             raise
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = next(iter(text.splitlines()), "") or type(error).__name__
         if unknown_class:
             told = f"the {what} in {place} is of a class that diffusers {diffusers.__version__} does not have"
+        elif misfit:
+            told = f"the {what} in {place} has weights that do not fit its config.json: copy or save it again"
+            reason = reason.split(". ")[0]
         elif Path(place).is_dir():
             told = f"the {what} in {place} cannot be read: copy or save it again"
         else:
-            told = f"no {what} '{place}': there is no such folder, and the hub does not give it"
+            told = f"no {what} '{place}': there is no such folder"
+            absence = None if "safetensors" in reason else _absence(error)
+            if absence is not None:
+                raise DavaeError(f"{told}, {absence}") from error
+            told += ", and the hub does not give it"
         raise DavaeError(f"{told} ({reason})") from error
+
+
+def _check_components(what: str, folder: Path, passed: Collection[str]) -> None:
+    """Whether a pipeline's folder has those that it names; some of diffusers' loaders make up what is missing.
+
+    Raises:
+        DavaeError: it has not.
+    """
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return
+    parts = json.loads(index.read_text(encoding="utf-8"))
+    named = [
+        name
+        for name, value in (parts.items() if isinstance(parts, dict) else ())
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+        if not name.startswith("_") and name not in passed
+    ]
+    missing = [name for name in named if not (folder / name).is_dir()]
+    if missing:
+        raise DavaeError(
+            f"the {what} in {folder} lacks {', '.join(f'{name}/' for name in missing)}, which its model_index.json "
+            "names: copy or save it again"
+        )
+
+
+@contextmanager
+def _without_fetch_errors() -> Iterator[None]:
+    """The line that diffusers logs of a name that it does not get is left out: the error says the same."""
+
+    def told_elsewhere(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("An error occurred while trying to fetch")
+
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    logger.addFilter(told_elsewhere)
+    try:
+        yield
+    finally:
+        logger.removeFilter(told_elsewhere)
+
+
+def _absence(error: BaseException) -> str | None:
+    """Why a name is not on the hub, in words; None where the error is about something else."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, RepositoryNotFoundError | RevisionNotFoundError):
+            return "it is not in the local cache, and was not found on the hub (or is not open to you)"
+        if isinstance(found, LocalEntryNotFoundError | ConnectionError) or "connect" in str(found).lower():
+            return "it is not in the local cache, and the hub was not reached"
+        found = found.__cause__ or found.__context__
+    return None
