@@ -162,7 +162,9 @@ def test_a_name_that_the_hub_does_not_give(arguments, model, monkeypatch, capsys
     """Without a network: what was looked for is told, without the advice of libraries that nobody here can follow."""
 
     def unreachable(*_: object, **__: object) -> None:
-        raise OSError("We couldn't connect to the hub.\nMore lines follow.")
+        raise OSError(
+            "Cannot load model: the model is not fully cached locally (pass 'local_files_only=False')."
+        )
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(model, "from_pretrained", unreachable)
@@ -174,7 +176,9 @@ def test_a_name_that_the_hub_does_not_give(arguments, model, monkeypatch, capsys
     )
 
 
-def test_below_a_folder_that_may_not_be_entered(place, monkeypatch, capsys) -> None:
+def test_below_a_folder_that_may_not_be_entered(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As for one who is not root: what lies there cannot be looked at."""
     monkeypatch.chdir(place)
     stat, access, locked = os.stat, os.access, str(place / "empty")

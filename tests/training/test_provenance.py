@@ -108,7 +108,9 @@ def _brings_code(folder: Path, marker: Path) -> Path:
 def test_code_beside_the_weights_runs_only_where_the_recipe_says_so(tmp_path):
     marker = tmp_path / "it-ran"
     folder = _brings_code(tmp_path / "base", marker)
-    with pytest.raises(DavaeError, match="base_remote_code: true"):
+    with pytest.raises(DavaeError, match="base_remote_code: true in the recipe"):
+        load_base(str(folder), remote_code=False)
+    with pytest.raises(DavaeError, match="in Python with trust_remote_code=True"):
         load_base(str(folder))
     assert not marker.exists()
     load_base(str(folder), remote_code=True)

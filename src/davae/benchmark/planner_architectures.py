@@ -224,10 +224,11 @@ def find_architecture(base: str | Path | DiffusionPipeline) -> Architecture:
     if Path(name).is_dir():
         return _of_files(name, lambda file: Path(name) / file, f"folder {name}")
     if "/" not in name:
-        close = difflib.get_close_matches(name.lower(), preset_names(), n=3, cutoff=0.4) or preset_names()
+        close = difflib.get_close_matches(name.lower(), preset_names(), n=3, cutoff=0.4)
+        listed = f"the closest: {', '.join(close)}" if close else ", ".join(preset_names())
         raise DavaeError(
-            f"no pipeline '{name}': it is not a folder, not a bundled configuration (the closest: {', '.join(close)}), "
-            "and no name of the hub, which would be user/name"
+            f"no pipeline '{name}': it is not a folder, not a bundled configuration ({listed}), and no name of the "
+            "hub, which would be user/name"
         )
     return _of_files(name, lambda file: Path(_download(name, file)), f"{name} on the hub")
 

@@ -29,7 +29,7 @@ def load_pipeline(folder_or_repo: str | Path, **options: Any) -> DiffusionPipeli
             give.
     """
     place = pipeline_place(folder_or_repo)
-    with opening("pipeline", place):
+    with opening("pipeline", place, passed=options):
         return fit_to_autoencoder(DiffusionPipeline.from_pretrained(place, **options))
 
 

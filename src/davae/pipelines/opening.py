@@ -183,11 +183,17 @@ def _without_fetch_errors() -> Iterator[None]:
 
 def _absence(error: BaseException) -> str | None:
     """Why a name is not on the hub, in words; None where the error is about something else."""
+    chain: list[BaseException] = []
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, RepositoryNotFoundError | RevisionNotFoundError):
-            return "it is not in the local cache, and was not found on the hub (or is not open to you)"
-        if isinstance(found, LocalEntryNotFoundError | ConnectionError) or "connect" in str(found).lower():
-            return "it is not in the local cache, and the hub was not reached"
+        chain.append(found)
         found = found.__cause__ or found.__context__
+    if any(isinstance(one, RepositoryNotFoundError | RevisionNotFoundError) for one in chain):
+        return "it is not in the local cache, and was not found on the hub (or is not open to you)"
+    for one in chain:
+        text = str(one).lower()
+        if isinstance(one, LocalEntryNotFoundError | ConnectionError) or any(
+            words in text for words in ("connect", "not fully cached locally")
+        ):
+            return "it is not in the local cache, and the hub was not reached"
     return None

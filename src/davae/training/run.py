@@ -211,7 +211,7 @@ def load_base(
         if "trust_remote_code" not in str(error) or remote_code:
             raise
         told = (
-            "open it in Python with trust_remote_code=True (what trains on it says base_remote_code: true in its recipe)"
+            "open it in Python with trust_remote_code=True"
             if remote_code is None
             else "say base_remote_code: true in the recipe"
         )
