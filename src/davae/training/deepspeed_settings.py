@@ -16,7 +16,7 @@ from accelerate.utils import DeepSpeedPlugin, is_deepspeed_available, patch_envi
 from davae.errors import DavaeError
 from davae.training.settings import LoopSettings
 
-_KEYS = "the accelerate configuration (--config_file)"
+LAUNCHER = "the accelerate configuration (--config_file)"
 
 
 def asked_for() -> bool:
@@ -32,7 +32,7 @@ def as_for_ddp() -> AbstractContextManager[Any]:
     """
     if asked_for() and not is_deepspeed_available():
         raise DavaeError(
-            f"{_KEYS} asks for DeepSpeed, which is not installed: `pip install deepspeed`, or take "
+            f"{LAUNCHER} asks for DeepSpeed, which is not installed: `pip install deepspeed`, or take "
             "configs/accelerate/fsdp2-zero2.yaml, which does the same with torch alone"
         )
     return patch_environment(ACCELERATE_USE_DEEPSPEED="false")
@@ -53,23 +53,25 @@ def engine_settings(loop: LoopSettings, processes: int) -> dict[str, Any]:
     zero = {key: value for key, value in found["zero_optimization"].items() if value != "auto"}
     if zero.get("stage") != 2:
         raise DavaeError(
-            f"{_KEYS} asks for ZeRO-{zero.get('stage')}; set zero_stage: 2, or take "
+            f"{LAUNCHER} asks for ZeRO-{zero.get('stage')}; set zero_stage: 2, or take "
             "configs/accelerate/fsdp2.yaml for what ZeRO-3 does"
         )
     for part in ("offload_optimizer", "offload_param"):
         if (zero.pop(part, None) or {}).get("device", "none") != "none":
-            raise DavaeError(f"{_KEYS} sets {part}_device, which is not supported: set it to none")
+            raise DavaeError(f"{LAUNCHER} sets {part}_device, which is not supported: set it to none")
     for key in ("fp16", "bf16", "torch_autocast"):
         if (found.get(key) or {}).get("enabled") is True:
-            raise DavaeError(f"{_KEYS} turns {key} on: precision is the recipe's, set loop.precision=bf16")
+            raise DavaeError(f"{LAUNCHER} turns {key} on: precision is the recipe's, set loop.precision=bf16")
     for key in ("optimizer", "scheduler"):
         if key in found:
-            raise DavaeError(f"{_KEYS} names the {key}: it is the recipe's, leave it out")
+            raise DavaeError(f"{LAUNCHER} names the {key}: it is the recipe's, leave it out")
     if loop.precision == "fp16":
-        raise DavaeError(f"loop.precision=fp16, while {_KEYS} asks for DeepSpeed. Take loop.precision=bf16")
+        raise DavaeError(
+            f"loop.precision=fp16, while {LAUNCHER} asks for DeepSpeed. Take loop.precision=bf16"
+        )
     if loop.plain:
         raise DavaeError(
-            f"loop.plain=true, while {_KEYS} asks for DeepSpeed, which has no plain form of a step"
+            f"loop.plain=true, while {LAUNCHER} asks for DeepSpeed, which has no plain form of a step"
         )
     ours = {
         "train_micro_batch_size_per_gpu": loop.batch_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -56,15 +56,11 @@ class LatentsInMemory(Dataset[Item]):
     ) -> None:
         keep_facts(self, source)
         count = len(source) if limit is None else min(limit, len(source))  # type: ignore[arg-type]
-        encoded: list[Item] = []
-        for part in read_items(
+        parts = read_items(
             _still(source), share(count), batch_size=batch_size, workers=workers, timeout_s=timeout_s
-        ):
-            items = [dict(item) for item in part]
-            images = [item.pop("image") for item in items]
-            latents = _both(images, encode) if self.flip else [(z,) for z in _encode_by_size(images, encode)]
-            encoded += [{**item, "latent": both} for item, both in zip(items, latents, strict=True)]
-        every = gathered(encoded, count)
+        )
+        found = _encoded(parts, encode, mirrored=self.flip)
+        every = gathered([{**item, "latent": latents} for item, latents in found], count)
         self._latents = [item["latent"] for item in every]
         # Prepared here, not before: what items share (embeddings of a caption) must not be sent with each of them.
         self.items = [prepare({**item, "latent": item["latent"][0]}) for item in every]
@@ -113,14 +109,13 @@ class WithBaseLatents(Dataset[Item]):
     ) -> None:
         self.source = source
         keep_facts(self, source)
-        encoded: list[tuple[Tensor, ...]] = []
         count = len(source)  # type: ignore[arg-type]
-        for part in read_items(
+        parts = read_items(
             _still(source), share(count), batch_size=batch_size, workers=workers, timeout_s=timeout_s
-        ):
-            images = [item["image"] for item in part]
-            encoded += _both(images, encode) if self.flip else [(z,) for z in _encode_by_size(images, encode)]
-        self.latents = gathered(encoded, count)
+        )
+        self.latents = gathered(
+            [latents for _, latents in _encoded(parts, encode, mirrored=self.flip)], count
+        )
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -148,10 +143,17 @@ def _still(source: Any) -> Any:
     return unmirrored(source)
 
 
-def _both(images: list[Tensor], encode: Callable[[Tensor], Tensor]) -> list[tuple[Tensor, ...]]:
-    """The latent of each image, and of its mirror image."""
-    plain = _encode_by_size(images, encode)
-    return list(zip(plain, _encode_by_size([image.flip(-1) for image in images], encode), strict=True))
+def _encoded(
+    parts: Iterable[list[Item]], encode: Callable[[Tensor], Tensor], *, mirrored: bool
+) -> Iterator[tuple[Item, tuple[Tensor, ...]]]:
+    """Each item without its image, and the latents of the image and, where asked for, of its mirror image."""
+    for part in parts:
+        items = [dict(item) for item in part]
+        images = [item.pop("image") for item in items]
+        latents = [_encode_by_size(images, encode)]
+        if mirrored:
+            latents.append(_encode_by_size([image.flip(-1) for image in images], encode))
+        yield from zip(items, zip(*latents, strict=True), strict=True)
 
 
 @torch.no_grad()

@@ -55,6 +55,8 @@ class Learner:
         self.module: Any = module
         self.optimizer = optimizer
         self.masks = spread_masks(player.module, player.gradient_masks)
+        self.names = [n for n, p in player.module.named_parameters() if p.requires_grad]
+        """The trained parameters, in the order of :meth:`norms`."""
 
     def zero_grad(self) -> None:
         """Forget the gradients of the step before."""
@@ -90,12 +92,8 @@ class Learner:
             return None
         return clip_gradients(self.player.trained(), self.loop.max_grad_norm)
 
-    def names(self) -> list[str]:
-        """The trained parameters."""
-        return [n for n, p in self.player.module.named_parameters() if p.requires_grad]
-
     def norms(self) -> Tensor:
-        """The 2-norm of each trained parameter's whole gradient, float32 ``[parameters]``, as :meth:`names`."""
+        """The 2-norm of each trained parameter's whole gradient, float32 ``[parameters]``, as :attr:`names`."""
         return gradient_norms(self.player.trained())
 
     def step(self, rate: float, good: Tensor) -> None:

@@ -256,7 +256,7 @@ class _Training:
                 player.name,
                 losses[i],
                 ids,
-                learner.names(),
+                learner.names,
                 learner.norms(),
                 norms[i],
                 self._agreed,

@@ -60,12 +60,7 @@ def run_diffusion(
     settings = _upgrade_recipe(recipe, overrides)
     if dry_run:
         return describe_run(settings, "diffusion")
-    folder = autoencoder or Path("runs") / f"{_stem(recipe)}-autoencoder" / "autoencoder"
-    if not folder.is_dir():
-        raise DavaeError(
-            f"no trained autoencoder in {folder}: run `davae train autoencoder --recipe {recipe}` first, "
-            "or name one with --autoencoder"
-        )
+    folder = trained_autoencoder(recipe, autoencoder)
     check_cache_is_there(settings, recipe, overrides, autoencoder)
     result = train_diffusion(settings, out or Path("runs") / f"{_stem(recipe)}-diffusion", folder)
     return _told(result)
@@ -236,6 +231,21 @@ def _upgrade_recipe(recipe: str | Path, overrides: Sequence[str]) -> UpgradeReci
             f"recipe '{recipe}' is of kind '{settings.kind}': use `davae train {settings.kind} --recipe {recipe}`"
         )
     return settings
+
+
+def trained_autoencoder(recipe: str | Path, given: Path | None) -> Path:
+    """The folder of a recipe's trained autoencoder: the given one, else where its first stage writes it.
+
+    Raises:
+        DavaeError: there is no such folder.
+    """
+    folder = given or Path("runs") / f"{_stem(recipe)}-autoencoder" / "autoencoder"
+    if not folder.is_dir():
+        raise DavaeError(
+            f"no trained autoencoder in {folder}: run `davae train autoencoder --recipe {recipe}` first, "
+            "or name one with --autoencoder"
+        )
+    return folder
 
 
 def _stem(recipe: str | Path) -> str:

@@ -15,7 +15,7 @@ from davae.training.cache_commands import cache_folder, training_command
 from davae.training.caching import write_cache
 from davae.training.processes import is_first
 from davae.training.recipe import load_recipe
-from davae.training.run import load_base, load_recipe_base
+from davae.training.run import load_base, load_recipe_base, trained_autoencoder
 from davae.training.settings import BaseRecipe, UpgradeRecipe
 
 
@@ -82,13 +82,7 @@ def _models(
         assert settings.start_from is not None
         base = load_base(settings.start_from.pipeline)
         return base.vae, base
-    folder = autoencoder or Path("runs") / f"{Path(recipe).stem}-autoencoder" / "autoencoder"
-    if not folder.is_dir():
-        raise DavaeError(
-            f"no trained autoencoder in {folder}: run `davae train autoencoder --recipe {recipe}` first, "
-            "or name one with --autoencoder"
-        )
-    return load_autoencoder(folder), load_recipe_base(settings)
+    return load_autoencoder(trained_autoencoder(recipe, autoencoder)), load_recipe_base(settings)
 
 
 def _cached_recipe(recipe: str | Path, overrides: Sequence[str]) -> UpgradeRecipe | BaseRecipe:

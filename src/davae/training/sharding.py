@@ -23,11 +23,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from davae.errors import DavaeError
-from davae.training.deepspeed_settings import as_for_ddp
+from davae.training.deepspeed_settings import LAUNCHER, as_for_ddp
 from davae.training.whole_models import ORIGINAL, units_of
 
 logger = logging.getLogger(__name__)
-_KEYS = "the accelerate configuration (--config_file)"
 
 
 def begin_accelerator(**options: Any) -> Accelerator:
@@ -48,7 +47,7 @@ def begin_accelerator(**options: Any) -> Accelerator:
     plugin = _plugin()
     if plugin is not None and options.get("mixed_precision") == "fp16":
         raise DavaeError(
-            f"loop.precision=fp16, while {_KEYS} asks for FSDP: every process would scale its losses as its "
+            f"loop.precision=fp16, while {LAUNCHER} asks for FSDP: every process would scale its losses as its "
             "own shards need it. Take loop.precision=bf16"
         )
     with as_for_ddp():
@@ -82,7 +81,7 @@ def _plugin() -> FullyShardedDataParallelPlugin | None:
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
     if os.environ.get("FSDP_VERSION") != "2":
-        raise DavaeError(f"{_KEYS} asks for the first version of FSDP: set fsdp_version: 2")
+        raise DavaeError(f"{LAUNCHER} asks for the first version of FSDP: set fsdp_version: 2")
     plugin = FullyShardedDataParallelPlugin()
     unsupported = {
         "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
@@ -92,7 +91,7 @@ def _plugin() -> FullyShardedDataParallelPlugin | None:
     }
     for key, value in unsupported.items():
         if value:
-            raise DavaeError(f"{_KEYS} sets {key}, which is not supported: leave it out")
+            raise DavaeError(f"{LAUNCHER} sets {key}, which is not supported: leave it out")
     return plugin
 
 
@@ -165,7 +164,7 @@ def _checkpoint_activations(module: nn.Module) -> None:
     able: list[Any] = [m for m in module.modules() if getattr(m, "_supports_gradient_checkpointing", False)]
     if not able:
         raise DavaeError(
-            f"{_KEYS} sets fsdp_activation_checkpointing, but {type(module).__name__} holds no model that can "
+            f"{LAUNCHER} sets fsdp_activation_checkpointing, but {type(module).__name__} holds no model that can "
             "compute its activations again: set it to false"
         )
     for model in able:
