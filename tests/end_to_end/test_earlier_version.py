@@ -1,6 +1,6 @@
 """What version 0.1.0 (commit dc6755b) wrote opens, continues and makes the same images.
 
-``tests/earlier`` holds a run of the recipe ``debug`` stopped after four of six steps, one of ``debug-text`` (LoRA, from a
+``tests/earlier`` holds a run of ``debug`` stopped after four of six steps, one of ``debug-text`` (LoRA, from a
 cache) after two of four, the cache, both results, and ``expected.safetensors``: what that version made of them.
 """
 
