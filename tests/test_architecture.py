@@ -8,6 +8,7 @@ import davae
 ROOT = Path(davae.__file__).parent
 LAYERS = [
     {"latents"},
+    {"diffusion"},
     {"models"},
     {"warm_start"},
     {"pipelines", "data"},
@@ -61,6 +62,7 @@ def test_imports_run_downward_only():
     assert not wrong
 
 
-def test_latents_is_mathematics_only():
-    for file in (ROOT / "latents").glob("*.py"):
-        assert _imports(file) <= {"latents", "errors"}, file
+def test_latents_and_diffusion_are_mathematics_only():
+    for package, below in (("latents", set()), ("diffusion", {"latents"})):
+        for file in (ROOT / package).glob("*.py"):
+            assert _imports(file) <= {package, "errors"} | below, file

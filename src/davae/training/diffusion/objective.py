@@ -1,4 +1,4 @@
-"""The loss of one step of the diffusion stage."""
+"""The loss of one step of the diffusion stage, and the noise process that a pipeline's transformer learns by."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from davae.diffusion.detail_schedule import detail_weight
+from davae.diffusion.loss import FlowLoss
+from davae.diffusion.noise import DdpmProcess, FlowProcess, NoiseProcess
+from davae.diffusion.timesteps import sd3_sigma_table
+from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.pipelines.families import PipelineFamily
-from davae.training.diffusion.noise import NoiseProcess
-from davae.training.settings import FlowLossSettings
-from davae.warm_start import detail_weight
+from davae.training.settings import FlowLossSettings, TimestepSettings
 
 
 class DiffusionObjective(nn.Module):
@@ -73,7 +77,7 @@ class DiffusionObjective(nn.Module):
         prediction, variance = self.family.predict_with_variance(
             self.transformer,
             sample.noisy,
-            sample.level,
+            sample.sigma_or_t,
             conditioning,
             guidance=self.guidance,
         )
@@ -106,3 +110,37 @@ class DiffusionObjective(nn.Module):
             empty = self.get_buffer(f"unconditional_{name}").to(value)
             mixed[name] = torch.where(where, empty, value)
         return mixed
+
+
+def noise_process(
+    family: PipelineFamily,
+    pipe: DiffusionPipeline,
+    layout: LatentLayout,
+    loss: FlowLossSettings,
+    timesteps: TimestepSettings,
+) -> NoiseProcess:
+    """The process that a pipeline's transformer was trained with.
+
+    Raises:
+        DavaeError: the loss asks for a form of flow matching, and the pipeline predicts noise.
+    """
+    weights: dict[str, Any] = {"min_snr_gamma": loss.min_snr_gamma, "cosine_weight": loss.cosine_weight}
+    if family.kind == "ddpm":
+        if loss.form != "velocity":
+            raise DavaeError(f"loss.form={loss.form} is for flow matching; this pipeline predicts noise")
+        return DdpmProcess(layout, pipe.scheduler.config, **weights)
+
+    def shift(latent: Tensor) -> float:
+        if timesteps.shift is not None:
+            return timesteps.shift
+        return family.timestep_shift(pipe, family.tokens(pipe.transformer, latent))
+
+    table = timesteps.table
+    return FlowProcess(
+        FlowLoss(layout, form=loss.form, **weights),
+        scheme=timesteps.scheme,
+        mean=timesteps.logit_mean,
+        std=timesteps.logit_std,
+        shift=shift,
+        table=table and sd3_sigma_table(table.config_shift, table.train_shift, table.steps),
+    )
