@@ -1,10 +1,10 @@
 """Warm start: widening a pretrained transformer, and the proof that nothing changed."""
 
 from davae.diffusion import FlowLoss, detail_weight, structured_loss  # their home; the names stay here too
+from davae.errors import WarmStartError
 from davae.warm_start import known as _known  # noqa: F401  describes the classes
-from davae.warm_start.channel_places import ChannelDescription, ChannelPlace, input_layer, output_layer
+from davae.warm_start.description import ChannelDescription, ChannelPlace, input_layer, output_layer
 from davae.warm_start.dummy_inputs import Dummy, dummy
-from davae.warm_start.errors import WarmStartError
 from davae.warm_start.new_channels import channel_parameters, new_channel_masks
 from davae.warm_start.probing import probed_description
 from davae.warm_start.registry import describe, described_classes, description_of, dummy_arguments

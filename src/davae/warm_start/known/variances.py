@@ -8,9 +8,9 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_pos_embed_lumina
 from diffusers.models.modeling_utils import ModelMixin
 
-from davae.warm_start.channel_places import ChannelDescription, input_layer, output_layer
+from davae.errors import WarmStartError
+from davae.warm_start.description import ChannelDescription, input_layer, output_layer
 from davae.warm_start.dummy_inputs import Dummy, dummy
-from davae.warm_start.errors import WarmStartError
 from davae.warm_start.registry import describe
 
 

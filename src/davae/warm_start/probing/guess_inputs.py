@@ -20,8 +20,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.functional import pixel_unshuffle
 
+from davae.errors import WarmStartError
 from davae.warm_start.dummy_inputs import Dummy
-from davae.warm_start.errors import WarmStartError
 from davae.warm_start.observe import first_tensor
 
 #: What a forward may raise when an input does not fit it.
