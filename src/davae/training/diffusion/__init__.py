@@ -1,8 +1,7 @@
 """The diffusion stage, for every family of pipelines."""
 
-from davae.training.diffusion.class_map import ClassMap
+from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings, captions_of
 from davae.training.diffusion.objective import DiffusionObjective, noise_process
-from davae.training.diffusion.prompts import PromptEmbeddings, captions_of
 from davae.training.diffusion.stage import DiffusionStage
 from davae.training.diffusion.tuning import lora_config, select_trained
 from davae.training.diffusion.validation import generate_classes, generate_prompts, held_out_loss

@@ -55,9 +55,8 @@ class DiffusionObjective(nn.Module):
         self.transformer = transformer
         self.layout, self.settings = layout, loss
         self.dropout, self.guidance = dropout, guidance
-        for name, value in (
-            unconditional or {}
-        ).items():  # moves with the module and stays out of checkpoints
+        for name, value in (unconditional or {}).items():
+            # Moves with the module and stays out of checkpoints.
             self.register_buffer(f"unconditional_{name}", value, persistent=False)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
@@ -68,33 +67,35 @@ class DiffusionObjective(nn.Module):
                 or ``conditioning``, as the family is conditioned on classes or text.
             step: optimizer step, for the schedule of the detail channels.
         """
-        data = (
-            self.encode(batch["image"]) if self.encode is not None and "image" in batch else batch["latent"]
-        )
+        settings = self.settings
+        if self.encode is not None and "image" in batch:
+            data = self.encode(batch["image"])
+        else:
+            data = batch["latent"]
+
         # Draws fill memory in its order: channels-last latents of an encoder would meet other noise than cached.
         sample = self.process.draw(data.contiguous())
         conditioning = self._conditioning(batch)
         prediction, variance = self.family.predict_with_variance(
-            self.transformer,
-            sample.noisy,
-            sample.sigma_or_t,
-            conditioning,
-            guidance=self.guidance,
+            self.transformer, sample.noisy, sample.sigma_or_t, conditioning, guidance=self.guidance
         )
-        weight = detail_weight(
-            step, self.settings.detail_warmup_steps, shape=self.settings.detail_schedule
-        )  # w(n), Eq. 12
-        loss = self.process.loss(prediction, sample, weight)
-        bound = None
-        if variance is not None and self.settings.variance_weight:
+
+        weight = detail_weight(step, settings.detail_warmup_steps, shape=settings.detail_schedule)  # Eq. 12
+        loss = self.process.loss(prediction, sample, weight)  # Eq. 13
+        logged: dict[str, Tensor] = {}
+        if self.layout.detail_channels:
+            logged = self._parts(prediction, sample.target)
+        if variance is not None and settings.variance_weight:
             bound = self.process.variance_loss(prediction, variance, sample, weight)
-            loss = loss + self.settings.variance_weight * bound
-        with torch.no_grad():  # the two parts of Eq. 13 apart, for the log
-            base, detail = self.layout.split((prediction.float() - sample.target).square())
-        parts = {"base": base.mean(), "detail": detail.mean()} if self.layout.detail_channels else {}
-        if bound is not None:
-            parts["variance"] = bound.detach()
-        return {"total": loss, **parts, "detail_weight": loss.new_tensor(weight)}
+            loss = loss + settings.variance_weight * bound
+            logged["variance"] = bound.detach()
+        return {"total": loss, **logged, "detail_weight": loss.new_tensor(weight)}
+
+    @torch.no_grad()
+    def _parts(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Mean squared errors of base and detail channels, the two parts of Eq. 13, for the log."""
+        base, detail = self.layout.split((prediction.float() - target).square())
+        return {"base": base.mean(), "detail": detail.mean()}
 
     def _conditioning(self, batch: dict[str, Any]) -> Mapping[str, Tensor]:
         if self.family.conditioned_on == "class":  # these transformers drop labels themselves
