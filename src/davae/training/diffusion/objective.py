@@ -136,12 +136,15 @@ def noise_process(
             return timesteps.shift
         return family.timestep_shift(pipe, family.tokens(pipe.transformer, latent))
 
-    table = timesteps.table
+    table = None
+    if timesteps.table is not None:
+        shifts = timesteps.table
+        table = sd3_sigma_table(shifts.config_shift, shifts.train_shift, shifts.steps)
     return FlowProcess(
         FlowLoss(layout, form=loss.form, **weights),
         scheme=timesteps.scheme,
         mean=timesteps.logit_mean,
         std=timesteps.logit_std,
         shift=shift,
-        table=table and sd3_sigma_table(table.config_shift, table.train_shift, table.steps),
+        table=table,
     )
