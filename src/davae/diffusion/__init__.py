@@ -13,16 +13,10 @@ from davae.diffusion.flow_matching import (
     velocity_of,
     x0_from_velocity,
 )
-from davae.diffusion.loss import FlowLoss, cosine_loss, min_snr_weight, structured_loss, structured_mean
+from davae.diffusion.loss import FlowLoss, cosine_loss, min_snr_weight, structured_loss
 from davae.diffusion.noise import DdpmProcess, FlowProcess, NoiseProcess, NoisySample
-from davae.diffusion.schedulers import check_flow_scheduler, scheduler_step, set_sigmas, shifted_scheduler
-from davae.diffusion.timesteps import (
-    SigmaTable,
-    sample_sigmas,
-    sample_unit,
-    sd3_sigma_table,
-    shift_sigmas,
-)
+from davae.diffusion.schedulers import scheduler_step, set_sigmas
+from davae.diffusion.timesteps import sample_sigmas, sample_unit, sd3_sigma_table, shift_sigmas
 from davae.diffusion.variational_bound import VariationalBound
 
 __all__ = [
@@ -31,9 +25,7 @@ __all__ = [
     "FlowProcess",
     "NoiseProcess",
     "NoisySample",
-    "SigmaTable",
     "VariationalBound",
-    "check_flow_scheduler",
     "cosine_loss",
     "detail_weight",
     "guide",
@@ -47,9 +39,7 @@ __all__ = [
     "sd3_sigma_table",
     "set_sigmas",
     "shift_sigmas",
-    "shifted_scheduler",
     "structured_loss",
-    "structured_mean",
     "velocity_of",
     "x0_from_velocity",
 ]

@@ -26,6 +26,9 @@ from davae.diffusion.variational_bound import VariationalBound
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 
+# What a scheduler's configuration says of its betas.
+_BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+
 
 @dataclass(frozen=True)
 class NoisySample:
@@ -149,14 +152,7 @@ class DdpmProcess(NoiseProcess):
         predicted = scheduler.get("prediction_type", "epsilon")
         if predicted != "epsilon":
             raise DavaeError(f"the scheduler predicts '{predicted}': only noise (epsilon) can be trained")
-        names = (
-            "num_train_timesteps",
-            "beta_start",
-            "beta_end",
-            "beta_schedule",
-            "trained_betas",
-            "rescale_betas_zero_snr",
-        )
+        names = ("num_train_timesteps", *_BETAS)
         known = {name: scheduler[name] for name in names if scheduler.get(name) is not None}
         self.alphas_cumprod = DDPMScheduler(**known).alphas_cumprod  # a_t, float32 [T], falling
         self.bound = VariationalBound(self.alphas_cumprod)

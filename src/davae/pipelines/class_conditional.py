@@ -187,15 +187,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise DavaeError(
                 f"{len(generator)} generators for {count} labels: give one, or one for each label"
             )
-        return torch.cat(
-            [
-                randn_tensor(
-                    (count, part, rows, columns), generator=generator, device=device, dtype=torch.float32
-                )
-                for part in parts
-            ],
-            dim=1,
-        )
+        options = {"generator": generator, "device": device, "dtype": torch.float32}
+        return torch.cat([randn_tensor((count, part, rows, columns), **options) for part in parts], dim=1)
 
     def _grid(self, height: int | None, width: int | None) -> tuple[int, int]:
         # Latent rows and columns of an image of that size
@@ -226,15 +219,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def _label_number(self, label: int | str) -> int:
         if isinstance(label, str):
-            numbers = {name.lower(): number for name, number in self.labels.items()}
+            name, numbers = label.lower(), {name.lower(): number for name, number in self.labels.items()}
             if not numbers:
                 raise DavaeError(f"this pipeline knows no class names, so '{label}' must be given by number")
-            if label.lower() not in numbers:
-                near = (
-                    difflib.get_close_matches(label.lower(), numbers, n=3, cutoff=0.5) or sorted(numbers)[:5]
-                )
+            if name not in numbers:
+                near = difflib.get_close_matches(name, numbers, n=3, cutoff=0.5) or sorted(numbers)[:5]
                 raise DavaeError(f"class '{label}' is unknown; the nearest names are {', '.join(near)}")
-            return numbers[label.lower()]
+            return numbers[name]
         number, classes = operator.index(label), self.transformer.config.num_classes
         if not 0 <= number <= classes:
             raise DavaeError(

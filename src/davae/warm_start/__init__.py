@@ -6,7 +6,7 @@ from davae.warm_start import known as _known  # noqa: F401  describes the classe
 from davae.warm_start.description import ChannelDescription, ChannelPlace, input_layer, output_layer
 from davae.warm_start.dummy_inputs import Dummy, dummy
 from davae.warm_start.new_channels import channel_parameters, new_channel_masks
-from davae.warm_start.probing import probed_description
+from davae.warm_start.probing.probe import probed_description
 from davae.warm_start.registry import describe, described_classes, description_of, dummy_arguments
 from davae.warm_start.self_check import WarmStartReport, check_warm_start
 from davae.warm_start.widen import widen_channels

@@ -12,7 +12,7 @@ from torch import Tensor
 from davae.errors import WarmStartError
 from davae.warm_start.description import ChannelDescription
 from davae.warm_start.dummy_inputs import TEXT_TOKENS
-from davae.warm_start.probing import probed_description
+from davae.warm_start.probing.probe import probed_description
 
 #: A description, or a function of the transformer where the places depend on its configuration.
 Describer = ChannelDescription | Callable[[ModelMixin], ChannelDescription]

@@ -210,7 +210,7 @@ class SideBySide:
         self.seed = seed
         self.inputs, self.outputs = layer_names(description.inputs), layer_names(description.outputs)
         self.like = original.get_parameter(description.inputs[0].parameter)  # device and dtype of latents
-        self.grid = description.dummy_grid(original)
+        self.grid, self.sizes = description.dummy_grid(original), description.resolve_sizes(original)
         self.base = self._latent(layout.base_channels, seed)
 
     def _latent(self, channels: int, seed: int) -> Tensor:
@@ -250,7 +250,10 @@ class SideBySide:
             detail = scale * self._latent(self.layout.detail_channels, self.seed + 4)
             after = self.run(self.widened, widened_weights, torch.cat([self.base, detail], dim=1))
             self._compare_layers(before, after, scale, result.tolerance)
-            base, new = self._split_sample(after.sample)
+            axis, pattern = self.description.sample_axis, self.description.sample_pattern
+            base, new = split_axis(
+                after.sample, axis, pattern, self.sizes, self.layout, name="the model's output"
+            )
             difference, largest = relative_difference(base, before.sample), float(new.abs().max())
             self._judge_sample(difference, largest, result.tolerance)
             result.max_base_difference = max(result.max_base_difference, difference)
@@ -285,17 +288,6 @@ class SideBySide:
                     f"features (differing by {difference:.1e}, tolerance {output_tolerance:.0e}) though the "
                     "tokens agree"
                 )
-
-    def _split_sample(self, sample: Tensor) -> tuple[Tensor, Tensor]:
-        sizes, described = self.description.resolve_sizes(self.original), self.description
-        return split_axis(
-            sample,
-            described.sample_axis,
-            described.sample_pattern,
-            sizes,
-            self.layout,
-            name="the model's output",
-        )
 
     def _judge_sample(self, difference: float, largest_detail: float, tolerance: float) -> None:
         name = ", ".join(self.outputs)

@@ -251,10 +251,8 @@ class _Probe:
         )
 
     def _counts(self) -> dict[str, str | tuple[str, ...]]:
-        counts: dict[str, str | tuple[str, ...]] = {}
-        for key, value in self.counts.items():
-            counts[key] = ("2 c", "2 c 2 2") if value == 2 * self.channels else ("c", "c 2 2")
-        return counts
+        twice = 2 * self.channels
+        return {k: ("2 c", "2 c 2 2") if n == twice else ("c", "c 2 2") for k, n in self.counts.items()}
 
     def _sample_pattern(self, sample: Tensor, axis: int) -> str:
         factor = sample.shape[axis] // self.channels
