@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -32,11 +35,30 @@ def test_flow() -> None:
     torch.testing.assert_close(x0_from_velocity(sample.target, sample.noisy, sample.sigma), sample.data)
 
 
-def test_ddpm_is_the_schedulers() -> None:
-    sample = DDPM.draw(data())
-    expected = DDPMScheduler().add_noise(sample.data, sample.noise, sample.sigma_or_t)
-    torch.testing.assert_close(sample.noisy, expected)
+@pytest.mark.parametrize("betas", [{}, {"beta_start": 0.00085, "beta_schedule": "scaled_linear"}])
+def test_ddpm_is_the_schedulers(betas: dict[str, Any]) -> None:
+    scheduler = DDPMScheduler(**betas)
+    sample = DdpmProcess(LAYOUT, scheduler.config).draw(data())
+    assert sample.sigma_or_t.dtype == torch.long
+    torch.testing.assert_close(
+        sample.noisy, scheduler.add_noise(sample.data, sample.noise, sample.sigma_or_t)
+    )
     assert torch.equal(sample.target, sample.noise)
+
+
+def test_ddpm_min_snr_caps_the_clean_samples() -> None:
+    """``min(SNR, 5) / SNR`` by hand: SNR 20 counts a quarter, SNR 2 counts in full."""
+    process = DdpmProcess(LAYOUT, {}, min_snr_gamma=5.0)
+    process.alphas_cumprod = torch.tensor([20 / 21, 2 / 3])  # a / (1 - a) is the SNR
+    sample = process.draw(torch.zeros(1, 4, 2, 2))
+    for t, factor in ((0, 0.25), (1, 1.0)):
+        at = replace(sample, sigma_or_t=torch.tensor([t]))
+        assert float(process.loss(at.noise + 1, at, 1.0)) == pytest.approx(factor)
+
+
+def test_only_noise_is_trained_by_ddpm() -> None:
+    with pytest.raises(DavaeError, match="v_prediction"):
+        DdpmProcess(LAYOUT, {"prediction_type": "v_prediction"})
 
 
 def test_ddpm_keeps_the_variance_and_the_noise_gives_the_data_back() -> None:

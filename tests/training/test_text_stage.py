@@ -1,15 +1,13 @@
 """The diffusion stage on pipelines with prompts: what is drawn, what learns, what is shown to whom."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
 
 from davae.data import open_dataset
-from davae.diffusion import DdpmProcess, FlowLoss, FlowProcess, sd3_sigma_table
+from davae.diffusion import FlowLoss, FlowProcess, sd3_sigma_table
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
@@ -165,35 +163,7 @@ def test_noise_levels_follow_the_schedulers_shift_by_default():
 # DDPM
 
 
-def test_ddpm_noise_is_the_schedulers_and_a_right_prediction_costs_nothing():
-    scheduler = small_pipeline("pixart-sigma").scheduler.config
-    process = DdpmProcess(LAYOUT, scheduler)
-    data = torch.randn(64, 6, 4, 4)
-    sample = process.draw(data)
-    assert sample.sigma_or_t.dtype == torch.long
-    assert int(sample.sigma_or_t.max()) < 1000
-    reference = DDPMScheduler(
-        beta_start=scheduler.beta_start, beta_end=scheduler.beta_end, beta_schedule=scheduler.beta_schedule
-    )
-    expected = reference.add_noise(data, sample.noise, sample.sigma_or_t)
-    torch.testing.assert_close(sample.noisy, expected)
-    assert float(process.loss(sample.noise, sample, 1.0)) == 0
-    assert float(process.loss(sample.noise + 2, sample, 1.0)) == pytest.approx(4)
-
-
-def test_ddpm_min_snr_caps_the_clean_samples():
-    """``min(SNR, 5) / SNR`` by hand: SNR 20 counts a quarter, SNR 2 counts in full."""
-    process = DdpmProcess(LAYOUT, small_pipeline("dit").scheduler.config, min_snr_gamma=5.0)
-    process.alphas_cumprod = torch.tensor([20 / 21, 2 / 3])  # a / (1 - a) is the SNR
-    sample = process.draw(torch.zeros(1, 6, 2, 2))
-    for t, factor in ((0, 0.25), (1, 1.0)):
-        at = replace(sample, sigma_or_t=torch.tensor([t]))
-        assert float(process.loss(at.noise + 1, at, 1.0)) == pytest.approx(factor)
-
-
-def test_ddpm_refuses_what_it_does_not_do():
-    with pytest.raises(DavaeError, match="v_prediction"):
-        DdpmProcess(LAYOUT, {"prediction_type": "v_prediction"})
+def test_a_form_of_flow_matching_is_refused_where_noise_is_predicted():
     pipe = small_pipeline("dit")
     with pytest.raises(DavaeError, match="flow matching"):
         noise_process(family_of(pipe), pipe, LAYOUT, FlowLossSettings(form="x0"), TimestepSettings())

@@ -1,4 +1,7 @@
-"""The diffusion stage, for every family of pipelines."""
+"""The diffusion stage, for every family of pipelines.
+
+To be read in this order: `train`, `stage`, `objective`, and of `davae.diffusion` `noise`, `loss`, `detail_schedule`.
+"""
 
 from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings, captions_of
 from davae.training.diffusion.objective import DiffusionObjective, noise_process
