@@ -11,6 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.pipelines.class_conditional import predict_velocity
 from davae.pipelines.families.family import Conditioning, PipelineFamily, encode_images
 from davae.pipelines.families.registry import register_family
 from davae.pipelines.scaling import to_model_space
@@ -62,7 +63,7 @@ class ClassFamily(PipelineFamily):
 
 
 class ClassConditional(ClassFamily):
-    """LightningDiT: it counts time from noise (t = 1 - sigma) and predicts ``data - noise``.
+    """LightningDiT, whose sign and time :func:`predict_velocity` turns.
 
     Trained with plain levels of noise whatever its sampler's shift, as LightningDiT is.
     """
@@ -88,7 +89,7 @@ class ClassConditional(ClassFamily):
         conditioning: Conditioning,
         guidance: float,
     ) -> Tensor:
-        return -transformer(noisy, 1 - level, conditioning["class_labels"]).sample
+        return predict_velocity(transformer, noisy, level, conditioning["class_labels"])
 
     def timestep_shift(self, pipe: DiffusionPipeline, tokens: int) -> float:
         """No shift: 1."""

@@ -17,10 +17,13 @@ from davae.latents import LatentLayout
 from davae.pipelines.adapters import save_adapters
 from davae.pipelines.families import family_of
 from davae.pipelines.lora import merge_lora
-from davae.training.diffusion.class_map import ClassMap
-from davae.training.diffusion.noise import noise_process
-from davae.training.diffusion.objective import DiffusionObjective
-from davae.training.diffusion.prompts import PromptEmbeddings, captions_of, move_text_encoders
+from davae.training.diffusion.conditioning import (
+    ClassMap,
+    PromptEmbeddings,
+    captions_of,
+    move_text_encoders,
+)
+from davae.training.diffusion.objective import DiffusionObjective, noise_process
 from davae.training.diffusion.tuning import learning_masks, select_trained
 from davae.training.diffusion.validation import (
     MEASURED,

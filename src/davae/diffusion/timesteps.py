@@ -2,6 +2,11 @@
 
 ``x_sigma = (1 - sigma) data + sigma noise``: 0 is data, 1 is noise. A model with ``t = 0`` at noise takes
 ``t = 1 - sigma``.
+
+    >>> sample_sigmas(2, generator=torch.Generator().manual_seed(0), shift=3.0).shape
+    torch.Size([2])
+    >>> shift_sigmas(torch.tensor([0.0, 0.25, 1.0]), 3.0)
+    tensor([0.0000, 0.5000, 1.0000])
 """
 
 from __future__ import annotations

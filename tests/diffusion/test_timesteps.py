@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from davae.diffusion import sample_sigmas, sample_unit, sd3_sigma_table, shift_sigmas
 from davae.errors import DavaeError
-from davae.warm_start import sample_sigmas, sample_unit, sd3_sigma_table, shift_sigmas
 
 
 def seeded() -> torch.Generator:

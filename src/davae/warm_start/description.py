@@ -16,8 +16,8 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from davae.errors import WarmStartError
 from davae.latents import LatentLayout
-from davae.warm_start.errors import WarmStartError
 from davae.warm_start.patterns import Pattern, pattern_count, split_axis, widen_axis
 
 

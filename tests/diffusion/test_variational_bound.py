@@ -9,10 +9,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
+from davae.diffusion import DdpmProcess, NoisySample, VariationalBound
 from davae.latents import LatentLayout
-from davae.training.diffusion.noise import DdpmProcess, NoisySample
-from davae.training.diffusion.variational import VariationalBound
-from davae.training.settings import FlowLossSettings
 
 KEPT = DDPMScheduler().alphas_cumprod
 
@@ -76,9 +74,9 @@ def test_it_moves_the_variance_and_never_the_noise() -> None:
     d = draw(100)
     guess, variance = d["guess"].requires_grad_(), d["variance"].requires_grad_()
     layout = LatentLayout(1, 2)
-    process = DdpmProcess(layout, FlowLossSettings(), DDPMScheduler().config)
-    share = 1 - KEPT[d["timestep"]]
-    sample = NoisySample(d["data"], d["true"], d["noisy"], d["timestep"], share, d["true"])
+    process = DdpmProcess(layout, DDPMScheduler().config)
+    sigma = (1 - KEPT[d["timestep"]]).sqrt()
+    sample = NoisySample(d["data"], d["true"], d["noisy"], d["timestep"], sigma, d["true"])
     process.variance_loss(guess, variance, sample, weight=0.0).backward()
     assert guess.grad is None
     assert variance.grad[:, :1].abs().min() > 0

@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from davae.warm_start.errors import WarmStartError
+from davae.errors import WarmStartError
 
 #: Configuration keys that count latent channels.
 _CHANNEL_KEY = re.compile(r"^(cond_)?(in|out)_channels$|^latent_channels$|^(in|out)_(visual_)?dim$")

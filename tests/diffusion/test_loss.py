@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from davae.diffusion import FlowLoss, cosine_loss, min_snr_weight, structured_loss
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
-from davae.warm_start import FlowLoss, cosine_loss, min_snr_weight, predicted_data, structured_loss
 
 LAYOUT = LatentLayout(1, 3)
 
@@ -121,11 +121,6 @@ class TestFlowLoss:
         velocity = self.velocity.clone().requires_grad_()
         self.loss(weight=0.0, velocity=velocity, cosine_weight=1.0).sum().backward()
         assert velocity.grad[:, LAYOUT.detail].abs().min() > 0
-
-    def test_predicted_data(self) -> None:
-        sigma = self.sigma.reshape(-1, 1, 1, 1)
-        noisy = (1 - sigma) * self.data + sigma * self.noise
-        torch.testing.assert_close(predicted_data(self.noise - self.data, noisy, self.sigma), self.data)
 
 
 @pytest.mark.parametrize(

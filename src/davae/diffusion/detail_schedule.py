@@ -1,4 +1,8 @@
-"""How the detail channels enter the diffusion loss over time (Eq. 12)."""
+"""How the detail channels enter the diffusion loss over time (Eq. 12).
+
+>>> [detail_weight(step, warmup_steps=1000) for step in (0, 500, 1000, 2000)]
+[0.0, 0.49999999999999994, 1.0, 1.0]
+"""
 
 from __future__ import annotations
 

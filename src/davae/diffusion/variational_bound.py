@@ -1,6 +1,15 @@
 """The variational bound of learned variances, as DiT and PixArt have them.
 
 Source: Nichol and Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models".
+
+The right noise and the lowest variance are the true reverse step, and cost nothing:
+
+    >>> alphas_cumprod = torch.linspace(0.99, 0.01, 10)
+    >>> data, noise, timestep = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.tensor([5])
+    >>> noisy = (1 - alphas_cumprod[5]).sqrt() * noise
+    >>> lowest = -torch.ones_like(noise)
+    >>> VariationalBound(alphas_cumprod)(noise, lowest, data=data, noisy=noisy, timestep=timestep).round(decimals=4)
+    tensor([[[[0.]]]])
 """
 
 from __future__ import annotations
@@ -20,18 +29,20 @@ class VariationalBound:
     images of 8 bits; DiT uses it on latents too. The mean takes no gradient here: the noise's error trains it.
 
     Args:
-        kept: cumulative products of ``1 - beta``, ``[T]``, falling.
+        alphas_cumprod: cumulative products of ``1 - beta``, ``[T]``, falling.
     """
 
-    def __init__(self, kept: Tensor) -> None:
-        kept = kept.double()
-        before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
-        beta = 1 - kept / before
-        posterior = beta * (1 - before) / (1 - kept)
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        alphas_cumprod = alphas_cumprod.double()
+        before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        beta = 1 - alphas_cumprod / before
+        posterior = beta * (1 - before) / (1 - alphas_cumprod)
         posterior = torch.cat([posterior[1:2], posterior[1:]])  # at t = 0 it is 0, whose logarithm is not
-        of_data = before.sqrt() * beta / (1 - kept)
-        of_noisy = (1 - beta).sqrt() * (1 - before) / (1 - kept)
-        tables = torch.stack([kept, of_data, of_noisy, posterior.log(), beta.log()], dim=1).float()  # [T, 5]
+        of_data = before.sqrt() * beta / (1 - alphas_cumprod)
+        of_noisy = (1 - beta).sqrt() * (1 - before) / (1 - alphas_cumprod)
+        tables = torch.stack(
+            [alphas_cumprod, of_data, of_noisy, posterior.log(), beta.log()], dim=1
+        ).float()  # [T, 5]
         self._tables = {tables.device: tables}
 
     def __call__(
@@ -51,9 +62,9 @@ class VariationalBound:
         if data.device not in self._tables:
             self._tables[data.device] = next(iter(self._tables.values())).to(data.device)
         rows = self._tables[data.device][timestep.to(data.device)].view(-1, 5, 1, 1, 1)
-        kept, of_data, of_noisy, low, high = rows.unbind(1)  # each [B, 1, 1, 1]
-        found = (noisy - (1 - kept).sqrt() * noise) / kept.sqrt()
-        mean = of_data * found + of_noisy * noisy
+        alphas_cumprod, of_data, of_noisy, low, high = rows.unbind(1)  # each [B, 1, 1, 1]
+        x0_hat = (noisy - (1 - alphas_cumprod).sqrt() * noise) / alphas_cumprod.sqrt()
+        mean = of_data * x0_hat + of_noisy * noisy
         true = of_data * data + of_noisy * noisy
         share = (variance + 1) / 2
         log = share * high + (1 - share) * low

@@ -21,11 +21,17 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from davae.warm_start.candidates import Candidate, channel_counts, find_candidates
-from davae.warm_start.channel_places import ChannelDescription, ChannelPlace
-from davae.warm_start.errors import WarmStartError
-from davae.warm_start.guess_inputs import FORMS, GuessedInputs, guess_inputs, guess_passes, probe_latent
+from davae.errors import WarmStartError
+from davae.warm_start.description import ChannelDescription, ChannelPlace
 from davae.warm_start.observe import first_tensor, undisturbed
+from davae.warm_start.probing.candidates import Candidate, channel_counts, find_candidates
+from davae.warm_start.probing.guess_inputs import (
+    FORMS,
+    GuessedInputs,
+    guess_inputs,
+    guess_passes,
+    probe_latent,
+)
 
 _DIGIT = 128  # numbers below this are exact in every floating-point type
 _PROBED: dict[str, ChannelDescription] = {}
@@ -245,10 +251,8 @@ class _Probe:
         )
 
     def _counts(self) -> dict[str, str | tuple[str, ...]]:
-        counts: dict[str, str | tuple[str, ...]] = {}
-        for key, value in self.counts.items():
-            counts[key] = ("2 c", "2 c 2 2") if value == 2 * self.channels else ("c", "c 2 2")
-        return counts
+        twice = 2 * self.channels
+        return {k: ("2 c", "2 c 2 2") if n == twice else ("c", "c 2 2") for k, n in self.counts.items()}
 
     def _sample_pattern(self, sample: Tensor, axis: int) -> str:
         factor = sample.shape[axis] // self.channels

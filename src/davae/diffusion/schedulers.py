@@ -1,4 +1,17 @@
-"""diffusers' flow-matching schedulers, all walked in the same way: Euler, Heun, LCM, DPM-Solver++, UniPC."""
+"""diffusers' flow-matching schedulers, all walked in the same way: Euler, Heun, LCM, DPM-Solver++, UniPC.
+
+A walk from noise to data by Euler steps, ``x <- x + (sigma' - sigma) velocity``; the true velocity leads to the data:
+
+    >>> from diffusers import FlowMatchEulerDiscreteScheduler
+    >>> scheduler, data, noise = FlowMatchEulerDiscreteScheduler(), torch.ones(1, 1), torch.zeros(1, 1)
+    >>> set_sigmas(scheduler, 4, torch.device("cpu"))
+    [1.0, 0.75, 0.5, 0.25]
+    >>> latents = noise
+    >>> for timestep in scheduler.timesteps:
+    ...     latents = scheduler_step(scheduler, noise - data, timestep, latents, None)
+    >>> latents
+    tensor([[1.]])
+"""
 
 from __future__ import annotations
 
@@ -44,7 +57,7 @@ def shifted_scheduler(scheduler: SchedulerMixin, shift: float) -> SchedulerMixin
     return type(scheduler).from_config(scheduler.config, **{name: shift})
 
 
-def set_times(scheduler: SchedulerMixin, steps: int, device: torch.device) -> list[float]:
+def set_sigmas(scheduler: SchedulerMixin, steps: int, device: torch.device) -> list[float]:
     """Prepare a scheduler for a walk of ``steps`` steps.
 
     Euler and LCM get a uniform grid of ``steps`` intervals from ``sigma = 1`` to 0, then the scheduler's shift: the
@@ -52,17 +65,16 @@ def set_times(scheduler: SchedulerMixin, steps: int, device: torch.device) -> li
     step except in the last, DPM-Solver++ and UniPC begin just below ``sigma = 1``, where their logarithms end.
 
     Returns:
-        ``t = 1 - sigma`` at each call of the model, one for each of ``scheduler.timesteps``.
+        ``sigma`` at each call of the model, one for each of ``scheduler.timesteps``.
     """
     if type(scheduler).__name__ in _OWN_GRID:
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device)
     else:
         scheduler.set_timesteps(steps, device=device)
     scheduler.set_begin_index(0)
-    sigmas = (
-        scheduler.sigmas.tolist()
-    )  # one transfer, before the loop; as float64, which not every device has
-    return [1 - sigma for sigma in sigmas[: len(scheduler.timesteps)]]
+    # One transfer, before the loop; as Python's float64, which not every device has.
+    sigmas: list[float] = scheduler.sigmas.tolist()
+    return sigmas[: len(scheduler.timesteps)]
 
 
 def scheduler_step(
@@ -75,7 +87,7 @@ def scheduler_step(
     """One step; the generator is for schedulers that draw noise.
 
     Args:
-        scheduler: after :func:`set_times`.
+        scheduler: after :func:`set_sigmas`.
         prediction: ``noise - data``, float32.
         timestep: of ``scheduler.timesteps``.
         latents: float32, the same shape.

@@ -20,8 +20,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.functional import pixel_unshuffle
 
+from davae.errors import WarmStartError
 from davae.warm_start.dummy_inputs import Dummy
-from davae.warm_start.errors import WarmStartError
 from davae.warm_start.observe import first_tensor
 
 #: What a forward may raise when an input does not fit it.
@@ -72,29 +72,13 @@ def _image(d: Dummy, side: int) -> Tensor:
     return pixel_unshuffle(d.latent, side)  # packed, where the configuration counts so many more channels
 
 
-def _tokens(d: Dummy, side: int) -> Tensor:
-    return d.packed(side)
-
-
-def _frames(d: Dummy, side: int) -> Tensor:
-    return _image(d, side)[:, :, None]
-
-
-def _channels_last(d: Dummy, side: int) -> Tensor:
-    return _image(d, side).permute(0, 2, 3, 1)[:, None].contiguous()
-
-
-def _list(d: Dummy, side: int) -> list[Tensor]:
-    return list(_frames(d, side).unbind(0))
-
-
 #: Forms of the latent, in the order of trying, and the axis of its channels.
 FORMS: dict[str, tuple[Callable[[Dummy, int], Any], int]] = {
     "image": (_image, 1),
-    "tokens": (_tokens, 2),
-    "frames": (_frames, 1),
-    "channels last": (_channels_last, 4),
-    "list": (_list, 1),
+    "tokens": (lambda d, side: d.packed(side), 2),
+    "frames": (lambda d, side: _image(d, side)[:, :, None], 1),
+    "channels last": (lambda d, side: _image(d, side).permute(0, 2, 3, 1)[:, None].contiguous(), 4),
+    "list": (lambda d, side: list(_image(d, side)[:, :, None].unbind(0)), 1),
 }
 
 

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
+from davae.diffusion import detail_weight
 from davae.errors import DavaeError
-from davae.warm_start import detail_weight
 
 
 @pytest.mark.parametrize(
