@@ -13,6 +13,7 @@ from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families import family_of
 from davae.tiny import debug_base
 from davae.training.autoencoder import AutoencoderStage, StructuredObjective
+from davae.training.benchmark.separate_passes import SeparatePassesObjective
 from davae.training.diffusion import ClassMap, DiffusionObjective, DiffusionStage, FlowProcess
 from davae.training.latents_in_memory import LatentsInMemory
 from davae.training.loop import train
@@ -88,8 +89,8 @@ def test_adaptive_alignment_weight_is_the_gradient_ratio():
     vae = _vae()
     batch = {"image": _parts()[0][0]["image"][None]}
     plain, fast = (
-        StructuredObjective(vae, settings.alignment, settings.reconstruction, plain=plain)
-        for plain in (True, False)
+        kind(vae, settings.alignment, settings.reconstruction)
+        for kind in (SeparatePassesObjective, StructuredObjective)
     )
     torch.manual_seed(0)
     terms = plain(batch, 0)

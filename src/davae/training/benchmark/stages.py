@@ -24,6 +24,7 @@ from davae.pipelines.families import PipelineFamily, family_of
 from davae.pipelines.speed import order_channels_last
 from davae.training.autoencoder import AutoencoderStage
 from davae.training.benchmark.data import RandomImages, RandomLatents
+from davae.training.benchmark.separate_passes import SeparatePassesStage
 from davae.training.diffusion.noise import DdpmProcess, FlowProcess, NoiseProcess
 from davae.training.diffusion.objective import DiffusionObjective
 from davae.training.diffusion.tuning import select_trained
@@ -94,7 +95,7 @@ class StepSettings:
             ema_decay=0.999,
             max_grad_norm=1.0,
             compile=self.compile and form != "plain",
-            plain=form == "plain",
+            channels_last=form != "plain",
             report_to=[],
         )
 
@@ -119,7 +120,8 @@ def autoencoder_stage(architecture: Architecture, settings: StepSettings, form: 
         loop=settings.loop(form),
     )
     with _seeded():
-        return AutoencoderStage(vae, recipe, images, images, cache_latents=form == "fast, cached")
+        stage = SeparatePassesStage if form == "plain" else AutoencoderStage
+        return stage(vae, recipe, images, images, cache_latents=form == "fast, cached")
 
 
 class DiffusionBenchStage(Stage):
