@@ -46,7 +46,7 @@ class Decoded:
         return gradient_ratio(reference, gradient, maximum=maximum, scale=self.scale)
 
 
-def decode_once(
+def single_pass(
     vae: AutoencoderDA,
     latent: Tensor,
     z_d: Tensor,
