@@ -1,31 +1,27 @@
 """What the stages train, on what, and what stays as it was."""
 
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
 from davae.data import open_dataset
-from davae.diffusion import FlowLoss
-from davae.diffusion import FlowProcess
+from davae.diffusion import FlowLoss, FlowProcess
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families import family_of
 from davae.tiny import debug_base
-from davae.training.autoencoder import AutoencoderStage
-from davae.training.autoencoder import StructuredObjective
+from davae.training.autoencoder import AutoencoderStage, StructuredObjective
 from davae.training.benchmark.separate_passes import SeparatePassesObjective
-from davae.training.diffusion import ClassMap
-from davae.training.diffusion import DiffusionObjective
-from davae.training.diffusion import DiffusionStage
+from davae.training.diffusion import ClassMap, DiffusionObjective, DiffusionStage
 from davae.training.latents_in_memory import LatentsInMemory
 from davae.training.loop import train
 from davae.training.losses import laplacian_l1
-from davae.training.memory import ImagesInMemory
-from davae.training.memory import MixedScales
+from davae.training.memory import ImagesInMemory, MixedScales
 from davae.training.recipe import load_recipe
 from davae.training.settings import FlowLossSettings
-from diffusers import DiffusionPipeline
-from torch import nn
-import pytest
-import torch
 
 
 def _vae(**options):
