@@ -15,8 +15,9 @@ from davae.cli.main import main
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.models.dc_ae import PlainAutoencoderDC
+from davae.models.latent_space import encode
 from davae.training import dc_ae_settings
-from davae.training.dc_ae import DcAeStage, build_autoencoder, encode, trained_layers
+from davae.training.dc_ae import DcAeStage, build_autoencoder, trained_layers
 from davae.training.dc_ae_phases import (
     find_phase,
     layer_hashes,

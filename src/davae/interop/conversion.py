@@ -27,7 +27,7 @@ from davae.interop.official_vavae import convert_vavae
 from davae.interop.sd3_transformer_files import convert_transformer, is_transformer
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA, LightningDiTTransformer2DModel
-from davae.models.any_autoencoder import open_autoencoder
+from davae.models.latent_space import open_autoencoder
 from davae.pipelines import ClassConditionalPipeline, load_pipeline
 from davae.pipelines.full_resolution import fit_to_autoencoder
 from davae.pipelines.opening import opening

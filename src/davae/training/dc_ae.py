@@ -34,6 +34,7 @@ from davae.models.dc_ae import (
     head_layers,
     latent_layers,
 )
+from davae.models.latent_space import encode
 from davae.training.adversary import make_adversary
 from davae.training.base_autoencoder import build_kl
 from davae.training.dc_ae_settings import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
@@ -81,12 +82,6 @@ def trained_layers(autoencoder: DeepAutoencoder, phase: Phase) -> list[nn.Module
     if isinstance(phase, HeadPhase):
         return head_layers(autoencoder, phase.stages)
     return [autoencoder]
-
-
-def encode(autoencoder: DeepAutoencoder, images: Tensor) -> Tensor:
-    """``[B, 3, H, W]`` to the latent ``[B, C, H / f, W / f]``; of an ``AutoencoderKL`` the mean."""
-    output = autoencoder.encode(images)
-    return output.latent if isinstance(autoencoder, AutoencoderDC) else output.latent_dist.mean
 
 
 class DcAeStage(Stage):

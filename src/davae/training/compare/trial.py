@@ -16,7 +16,7 @@ from davae.diffusion.schedulers import scheduler_step, set_sigmas
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
-from davae.models.any_autoencoder import decode_raw
+from davae.models.latent_space import decode
 from davae.models.lightningdit import SIZES, Size
 from davae.pipelines.class_conditional import guided_velocity
 from davae.pipelines.families.classes import ClassConditional
@@ -180,7 +180,7 @@ class Trial:
         return {
             "train": lambda: self.step(0),
             "denoise": lambda: self.velocity(latents, 0.5, labels),
-            "decode": lambda: decode_raw(self.contender.model, raw),
+            "decode": lambda: decode(self.contender.model, raw),
         }
 
     def flops(self) -> tuple[int, int]:
