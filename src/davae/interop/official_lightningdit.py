@@ -17,8 +17,7 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.interop.checking import check_keys, require
 from davae.interop.checkpoints import about_file, read_state_dict, strip_wrappers
-from davae.models.lightningdit import SIZES, LightningDiTTransformer2DModel
-from davae.models.positions import rope_table, sincos_table
+from davae.models.lightningdit import SIZES, LightningDiTTransformer2DModel, rope_table, sincos_table
 
 #: Official module -> ours. Modules of a block are listed without their ``blocks.N.``.
 _MODULES = {

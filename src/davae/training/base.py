@@ -19,7 +19,7 @@ from davae.data.mirroring import unmirrored
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
-from davae.models.lightningdit_start import restarted
+from davae.models.lightningdit import restarted
 from davae.pipelines import ClassConditionalPipeline
 from davae.training.base_autoencoder import BaseAutoencoderStage
 from davae.training.caching import open_cache

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch.utils.data import Dataset
 
-from davae.models.lightningdit_start import restarted
+from davae.models.lightningdit import restarted
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.opening import load_autoencoder
 from davae.pipelines.same_base import layout_over
