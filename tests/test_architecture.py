@@ -7,6 +7,7 @@ import davae
 
 ROOT = Path(davae.__file__).parent
 LAYERS = [
+    {"runtime"},
     {"latents"},
     {"models"},
     {"warm_start"},
@@ -64,3 +65,8 @@ def test_imports_run_downward_only():
 def test_latents_is_mathematics_only():
     for file in (ROOT / "latents").glob("*.py"):
         assert _imports(file) <= {"latents", "errors"}, file
+
+
+def test_runtime_knows_no_diffusion():
+    for file in (ROOT / "runtime").glob("*.py"):
+        assert _imports(file) <= {"runtime", "errors", "version"}, file

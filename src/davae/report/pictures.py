@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.evaluation.enlarging import upscaled
+from davae.runtime.pictures import upscaled
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

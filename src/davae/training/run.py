@@ -15,9 +15,9 @@ from davae.models.lightningdit_start import restarted
 from davae.pipelines import fit_to_autoencoder, upgrade_pipeline
 from davae.pipelines.loading import pipeline_place
 from davae.pipelines.opening import load_autoencoder, opening
-from davae.pipelines.placing import saved_dtype
 from davae.pipelines.same_base import layout_over
 from davae.recipes.presets import find_preset
+from davae.runtime.devices import saved_dtype
 from davae.tiny import debug_base, load_tiny
 from davae.training.base import train_base
 from davae.training.cache_commands import check_cache_is_there

@@ -1,4 +1,4 @@
-"""Pictures that a training leaves in ``samples/``."""
+"""Images made larger or smaller, and pictures that show many of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,36 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from davae.training.processes import gathered_in_first, is_first, share
+from davae.runtime.processes import gathered_in_first, is_first, share
 
 PICTURES = 8  # images in a row of a validation picture
 _GAP = 2  # pixels between tiles
+
+
+def upscaled(small: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+    """Images ``[B, 3, h, w]`` enlarged bicubically to ``size`` (height, width) and clamped to [-1, 1], float32.
+
+    Without antialiasing: torch's takes another kernel also where nothing is reduced.
+    """
+    return F.interpolate(small.float(), size=size, mode="bicubic", align_corners=False).clamp(-1, 1)
+
+
+def reduced(images: Tensor, factor: int) -> Tensor:
+    """``[B, 3, H, W]`` to ``[B, 3, H / factor, W / factor]`` as an upgrade's base sees it: bicubic, antialiased."""
+    if factor == 1:
+        return images
+    return _antialiased(images, (images.shape[-2] // factor, images.shape[-1] // factor))
+
+
+def reduced_to(images: Tensor, side: int) -> Tensor:
+    """``[B, 3, S, S]`` to ``[B, 3, side, side]``, bicubic and antialiased."""
+    if images.shape[-1] % side == 0:
+        return reduced(images, images.shape[-1] // side)
+    return _antialiased(images, (side, side))
+
+
+def _antialiased(images: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
 
 
 def image_grid(rows: list[Tensor]) -> Image.Image:
