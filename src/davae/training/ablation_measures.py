@@ -12,11 +12,11 @@ from torch import Tensor
 
 from davae.evaluation import log_spectral_distance, sliced_wasserstein
 from davae.evaluation.features import FeatureNetwork
-from davae.evaluation.features.resize import to_bytes
 from davae.evaluation.frechet import GaussianStatistics, frechet_distance
 from davae.evaluation.kernel_distance import unbiased_mmd
 from davae.pipelines.loading import load_pipeline
 from davae.runtime.atomic_files import atomic_tensors
+from davae.runtime.pictures import to_bytes
 from davae.training.diffusion.validation import generate_classes
 from davae.training.images import open_part
 from davae.training.settings import UpgradeRecipe

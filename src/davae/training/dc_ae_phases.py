@@ -15,7 +15,7 @@ from diffusers import AutoencoderDC, AutoencoderKL
 
 from davae.errors import DavaeError
 from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC
-from davae.runtime.atomic_files import atomic_write
+from davae.runtime.atomic_files import atomic_json
 from davae.runtime.pictures import reduced_to
 from davae.runtime.processes import everyone, is_first, start_processes
 from davae.training.dc_ae import DcAeStage, Images, build_autoencoder, trained_layers
@@ -134,7 +134,7 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
         "spectra": stage.spectra,
     }
     if is_first():
-        atomic_write(out / "summary.json", json.dumps(summary, indent=1))
+        atomic_json(out / "summary.json", summary)
     return result
 
 
@@ -270,7 +270,7 @@ def _measured_or_known(stage: DcAeStage, directory: RunDirectory) -> dict[str, f
         stage.objective.to(torch.accelerator.current_accelerator())
     figures = stage.validate(directory.samples, 0)
     if is_first():
-        atomic_write(kept, json.dumps(figures))
+        atomic_json(kept, figures)
     return figures
 
 
