@@ -62,6 +62,18 @@ def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Reci
     return parse_recipe(values, source)
 
 
+def load_ablation(name_or_file: str | Path, overrides: Sequence[str] = ()) -> AblationRecipe:
+    """:func:`load_recipe` of an ablation.
+
+    Raises:
+        DavaeError: as there, or it is of another kind.
+    """
+    recipe = load_recipe(name_or_file, overrides)
+    if not isinstance(recipe, AblationRecipe):
+        raise DavaeError(f"recipe '{name_or_file}' is of kind '{recipe.kind}', not an ablation")
+    return recipe
+
+
 def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
     """Validate plain values into the typed recipe of their ``kind``."""
     kind = values.get("kind", "upgrade")
