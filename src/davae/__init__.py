@@ -83,12 +83,8 @@ def _show_to_diffusers(diffusers: ModuleType) -> None:
     It offers no other way that runs davae's classes and not the code in a folder.
     """
 
-    class _WithDavae(type(diffusers)):  # type: ignore[misc]
-        @property
-        def ClassConditionalPipeline(self) -> type:  # imported when it is asked for
-            return sys.modules[__name__].ClassConditionalPipeline
-
-    diffusers.__class__ = _WithDavae
+    names = {"ClassConditionalPipeline": property(lambda _: sys.modules[__name__].ClassConditionalPipeline)}
+    diffusers.__class__ = type("_WithDavae", (type(diffusers),), names)  # imported when it is asked for
     diffusers.pipelines.davae = sys.modules[__name__]
 
 

@@ -69,6 +69,7 @@ ANSWERS = [
     ("train dc-ae data.pth=x", 2, "unknown key 'data.pth'"),
     ("cache --recipe debug data.resolution=large", 2, "'data.resolution' is 'large'"),
     ("ablate sedes=[0]", 2, "unknown key 'sedes'; did you mean 'seeds'?"),
+    ("ablate overrides=[data.pth=x]", 2, "unknown key 'data.pth'"),
     ("ablate --recipe tiny", 2, "is of kind 'upgrade', not an ablation"),
     ("ablate --dry-run", 0, "kind: ablation"),
     ("plan tiny --recipe tinny", 2, "did you mean 'tiny'"),
