@@ -10,12 +10,7 @@ import typer
 from davae.cli.options import new_folder, wide_console
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("ablate")(_ablate)
-
-
-def _ablate(
+def ablate(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Overrides as key=value, e.g. seeds=[0]")
     ] = None,

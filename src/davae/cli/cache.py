@@ -12,11 +12,6 @@ from davae.cli.options import Overrides, RecipeName, TrainedAutoencoder, check_r
 ShardFormat = Literal["safetensors", "webdataset"]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command()(cache)
-
-
 def cache(
     overrides: Overrides = None,
     recipe: RecipeName = "tiny",

@@ -11,11 +11,6 @@ import typer
 from davae.cli.options import LAST_SEED, check_recipe, new_folder, some_images
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command()(demo)
-
-
 def demo(
     out: Annotated[Path, typer.Option(help="Run directory.", callback=new_folder)] = Path("runs/demo"),
     seed: Annotated[

@@ -10,11 +10,6 @@ import typer
 from davae.cli.options import new_folder
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command()(export)
-
-
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     out: Annotated[

@@ -10,11 +10,6 @@ import typer
 from davae.cli.options import LAST_SEED, Device, ModelDType, new_folder
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command()(generate)
-
-
 def generate(
     pipeline: Annotated[
         str,

@@ -37,24 +37,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-demo.register(app)
+app.command()(demo.demo)
 app.add_typer(
     train.app, name="train", help="Train a stage by recipe; the same command continues a stopped run."
 )
-plan.register(app)
-upgrade.register(app)
-cache.register(app)
+app.command()(plan.plan)
+app.command()(upgrade.upgrade)
+app.command()(cache.cache)
 app.add_typer(bench.app, name="bench", help="Native and upgraded, side by side in one process.")
 app.add_typer(compare.app, name="compare", help="Autoencoders side by side on the same images.")
 app.add_typer(convert.app, name="convert", help="Files that the authors published, to diffusers folders.")
-generate.register(app)
-reconstruct.register(app)
+app.command()(generate.generate)
+app.command()(reconstruct.reconstruct)
 app.add_typer(evaluate.app, name="evaluate", help="How good images are: reconstructed and generated.")
 inspect.register(app)
-ablate.register(app)
-export.register(app)
-report.register(app)
-doctor.register(app)
+app.command()(ablate.ablate)
+app.command()(export.export)
+app.command()(report.report)
+app.command()(doctor.doctor)
 
 
 @app.callback(invoke_without_command=True)

@@ -9,11 +9,6 @@ import typer
 from davae.cli.options import Json, check_recipe, write_figures
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command()(plan)
-
-
 def plan(
     base: Annotated[str, typer.Argument(help="A name on the hub, a pipeline folder, a preset, or 'tiny'.")],
     resolution: Annotated[

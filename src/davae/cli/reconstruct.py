@@ -11,11 +11,6 @@ from davae.cli.options import Device, ModelDType, new_file, some_images
 from davae.errors import DavaeError
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command()(reconstruct)
-
-
 def _new_picture(file: Path) -> Path:
     """A file that can be written, of a kind that pictures are saved in."""
     from PIL import Image

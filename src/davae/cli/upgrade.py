@@ -12,11 +12,6 @@ from davae.cli.options import new_folder
 from davae.errors import DavaeError
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command()(upgrade)
-
-
 def upgrade(
     pipeline: Annotated[str, typer.Argument(help="'tiny', a pipeline folder, or a name on the hub.")],
     autoencoder: Annotated[Path, typer.Option(help="Folder of an AutoencoderDA made from its VAE.")],
