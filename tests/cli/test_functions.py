@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -17,12 +17,17 @@ from typer.testing import CliRunner
 from davae.bases.generate import write_images
 from davae.bases.upgrade import write_upgraded
 from davae.benchmark.autoencoder import bench_autoencoder
+from davae.cli import bench, cache, convert
 from davae.cli.main import app
 from davae.data import render_scene
-from davae.interop.conversion import convert_lightningdit_file
+from davae.data.cache import Format
+from davae.interop.conversion import Which, convert_lightningdit_file
+from davae.interop.official_sd3_transformer import ChannelOrder
 from davae.models import AutoencoderDA
 from davae.report.ablation import run_ablation
 from davae.tiny import debug_base
+from davae.training.benchmark import bench_training
+from davae.training.benchmark.side_by_side import StageName
 from davae.training.compare import compare_autoencoders
 from davae.training.dc_ae_phases import run_dc_ae
 from davae.training.dry_run import plan_upgrade
@@ -166,3 +171,17 @@ def test_convert(tmp_path: Path) -> None:
 def test_doctor() -> None:
     assert json.loads(verb("doctor", "--json")) == installation()
     assert verb("doctor") == installation_text(installation()) + "\n"
+
+
+def test_choices_are_those_of_the_functions() -> None:
+    """The verbs name them again: importing them from the functions would import torch."""
+    of_training = get_type_hints(bench_training)
+    for ours, theirs in (
+        (bench.Stage, StageName),
+        (bench.Tune, of_training["tune"]),
+        (bench.Precision, of_training["precision"]),
+        (cache.ShardFormat, Format),
+        (convert.Which, Which),
+        (convert.ChannelOrder, ChannelOrder),
+    ):
+        assert set(get_args(ours)) == set(get_args(theirs))

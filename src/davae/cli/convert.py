@@ -11,6 +11,9 @@ from davae.cli.options import new_folder
 
 app = typer.Typer(no_args_is_help=True)
 
+Which = Literal["ema", "model"]
+ChannelOrder = Literal["detail_first", "base_first"]
+
 File = Annotated[
     Path, typer.Argument(help="The file as published: .safetensors, or .pt and .ckpt of tensors only.")
 ]
@@ -91,7 +94,7 @@ def davae_sd3(
         typer.Option("--vae", help="Folder of the converted autoencoder: write a whole pipeline."),
     ] = None,
     order: Annotated[
-        Literal["detail_first", "base_first"],
+        ChannelOrder,
         typer.Option("--order", help="Channels of a transformer without branches."),
     ] = "detail_first",
 ) -> None:
