@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 Action = Callable[[ModuleType], None]
 
@@ -28,7 +27,7 @@ def after_import(name: str, action: Action) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Lets the other finders find a module, and wraps its loader."""
+    """Lets the other finders find a module, and has its loader call the actions after the module's own code."""
 
     def __init__(self) -> None:
         self.actions: dict[str, list[Action]] = {}
@@ -43,28 +42,17 @@ class _Finder(MetaPathFinder):
         specs = (finder.find_spec(fullname, path, target) for finder in others)
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self.actions)
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                for action in self.actions.pop(fullname, ()):
+                    action(sys.modules[fullname])  # diffusers and transformers put another object there
+
+            vars(spec.loader)["exec_module"] = (
+                exec_module  # of this one loader, which is made for this module
+            )
         return spec
-
-
-class _Loader(Loader):
-    """Executes a module as its own loader does, then calls the actions. The module keeps its own loader."""
-
-    def __init__(self, loader: Loader, actions: dict[str, list[Action]]) -> None:
-        self._loader, self._actions = loader, actions
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        if module.__spec__ is not None:
-            module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        for action in self._actions.pop(module.__name__, ()):
-            action(sys.modules[module.__name__])  # diffusers and transformers put another object there
 
 
 _FINDER = _Finder()
