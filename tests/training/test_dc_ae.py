@@ -15,6 +15,9 @@ from davae.cli.main import main
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.models.dc_ae import PlainAutoencoderDC
+from davae.recipes.dc_ae import DcAeRecipe
+from davae.recipes.read import load_recipe, recipe_names
+from davae.recipes.section import Section
 from davae.training import dc_ae_settings
 from davae.training.dc_ae import DcAeObjective, DcAeStage, build_autoencoder, encode, trained_layers
 from davae.training.dc_ae_phases import (
@@ -25,10 +28,7 @@ from davae.training.dc_ae_phases import (
     train_dc_ae,
     training_images,
 )
-from davae.training.dc_ae_settings import DcAeRecipe
 from davae.training.loop import train
-from davae.training.recipe import load_recipe, recipe_names
-from davae.training.settings import Section
 
 LOOP = {
     "steps": 2,

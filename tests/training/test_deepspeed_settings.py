@@ -4,10 +4,10 @@ import pytest
 from accelerate.state import PartialState
 
 from davae.errors import DavaeError
+from davae.recipes.loop import LoopSettings
 from davae.training import deepspeed_settings
 from davae.training.deepspeed_settings import asked_for, engine_settings
 from davae.training.processes import start_processes
-from davae.training.settings import LoopSettings
 from davae.training.sharding import begin_accelerator
 
 LOOP = LoopSettings(steps=1, batch_size=3, gradient_accumulation=2)

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from davae.errors import DavaeError
+from davae.recipes.loop import LoopSettings, OptimizerSettings
 from davae.training.checkpoint import checkpoints
 from davae.training.loop import train
 from davae.training.optimizers import learning_rate
 from davae.training.run_directory import read_metrics
-from davae.training.settings import LoopSettings, OptimizerSettings
 from davae.training.stage import Player, Stage
 from davae.training.stopping import TrainingStopped
 

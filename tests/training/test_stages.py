@@ -11,6 +11,8 @@ from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families import family_of
+from davae.recipes.read import load_recipe
+from davae.recipes.settings import FlowLossSettings, TimestepSettings
 from davae.tiny import debug_base
 from davae.training.autoencoder import AutoencoderStage, StructuredObjective
 from davae.training.diffusion import ClassMap, DiffusionObjective, DiffusionStage, FlowProcess
@@ -18,8 +20,6 @@ from davae.training.latents_in_memory import LatentsInMemory
 from davae.training.loop import train
 from davae.training.losses import laplacian_l1
 from davae.training.memory import ImagesInMemory, MixedScales
-from davae.training.recipe import load_recipe
-from davae.training.settings import FlowLossSettings, TimestepSettings
 
 
 def _vae(**options):

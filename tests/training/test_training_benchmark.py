@@ -10,13 +10,13 @@ from davae.benchmark.planner_architectures import find_architecture
 from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
+from davae.recipes.settings import AlignmentSettings, GanSettings, ReconstructionSettings
 from davae.tiny import debug_base
 from davae.training.adversary import make_adversary
 from davae.training.benchmark import bench_training, profile_step
 from davae.training.benchmark.stages import FORMS, DiffusionBenchStage, StepSettings, autoencoder_stage
 from davae.training.loop import steps_of
 from davae.training.one_backward import with_gradients
-from davae.training.settings import AlignmentSettings, GanSettings, ReconstructionSettings
 from davae.training.structured_objective import StructuredObjective
 
 # A large eps keeps AdamW from turning rounding of a vanishing gradient into a whole step.

@@ -10,9 +10,9 @@ from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
 from davae.latents import LatentLayout
+from davae.recipes.settings import FlowLossSettings
 from davae.training.diffusion.noise import DdpmProcess, NoisySample
 from davae.training.diffusion.variational import VariationalBound
-from davae.training.settings import FlowLossSettings
 
 KEPT = DDPMScheduler().alphas_cumprod
 

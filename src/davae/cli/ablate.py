@@ -11,10 +11,10 @@ from rich.table import Table
 from davae.cli.options import new_folder
 from davae.cli.output import wide_console
 from davae.errors import DavaeError
+from davae.recipes.read import dump_recipe, load_recipe
+from davae.recipes.settings import AblationRecipe
 from davae.report.ablation import SHOWN, draw_ablation
 from davae.training.ablation import Ablation, ablate
-from davae.training.ablation_settings import AblationRecipe
-from davae.training.recipe import dump_recipe, load_recipe
 
 
 def register(app: typer.Typer) -> None:

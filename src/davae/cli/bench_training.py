@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
+from davae.choices import Precision
 from davae.cli.options import Json, Repeats
 from davae.cli.output import wide_console, write_figures
 from davae.training.benchmark import StepProfile, TrainingBenchmark, bench_training
 from davae.training.benchmark.side_by_side import STAGES, StageName
 
 Tune = Literal["full", "lora"]
-Precision = Literal["no", "bf16", "fp16"]
 
 
 def training(

@@ -7,6 +7,7 @@ from typing import Annotated, get_args
 
 import typer
 
+from davae.choices import ChannelOrder
 from davae.cli.options import new_folder
 from davae.errors import DavaeError
 from davae.interop.conversion import (
@@ -16,7 +17,6 @@ from davae.interop.conversion import (
     convert_sd3_file,
     convert_vavae_file,
 )
-from davae.interop.official_sd3_transformer import ChannelOrder
 
 app = typer.Typer(no_args_is_help=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from davae.choices import ChannelOrder, LatentSpace
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import known_bases, video_bases  # noqa: F401 (registers the adapters)
@@ -35,9 +36,6 @@ from davae.models.single_frame import takes_single_frame, without_alpha
 from davae.models.start_from_base import start_blocks_from_base
 from davae.models.structured_posterior import StructuredPosterior
 from davae.models.tiles_and_slices import TilesAndSlices
-
-LatentSpace = Literal["scaled", "raw"]
-ChannelOrder = Literal["base_first", "detail_first"]
 
 
 class AutoencoderDA(

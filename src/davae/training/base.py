@@ -21,6 +21,7 @@ from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
 from davae.models.lightningdit_start import restarted
 from davae.pipelines import ClassConditionalPipeline
+from davae.recipes.settings import BaseRecipe, DiffusionSettings
 from davae.training.base_autoencoder import BaseAutoencoderStage
 from davae.training.caching import open_cache
 from davae.training.diffusion import DiffusionStage
@@ -29,7 +30,6 @@ from davae.training.loop import TrainResult, train
 from davae.training.memory import ImagesInMemory, MixedScales, Prepared
 from davae.training.processes import is_first, wait_for_everyone
 from davae.training.provenance import data_facts
-from davae.training.settings import BaseRecipe, DiffusionSettings
 from davae.training.whole_files import whole_folder
 
 logger = logging.getLogger(__name__)

@@ -12,16 +12,16 @@ from torch.utils.data import Dataset
 
 from davae.data import read_items
 from davae.latents import ChannelStatistics, gaussian_kl
-from davae.training.adversary import Adversary, make_adversary
-from davae.training.dc_ae_settings import KlArchitecture
-from davae.training.images import mean_psnr, own_images, stack_images
-from davae.training.losses import ReconstructionLoss
-from davae.training.pictures import save_shared_rows
-from davae.training.settings import (
+from davae.recipes.dc_ae import KlArchitecture
+from davae.recipes.settings import (
     BaseAutoencoderArchitecture,
     BaseAutoencoderSettings,
     ReconstructionSettings,
 )
+from davae.training.adversary import Adversary, make_adversary
+from davae.training.images import mean_psnr, own_images, stack_images
+from davae.training.losses import ReconstructionLoss
+from davae.training.pictures import save_shared_rows
 from davae.training.stage import Player, Stage
 from davae.training.whole_files import whole_folder
 

@@ -29,12 +29,12 @@ from davae.data.cache.index import read_index
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import PipelineFamily, family_of
+from davae.recipes.data import DataSettings
 from davae.training.cache_facts import cache_fingerprint, pipeline_parts, without_touched
 from davae.training.full_disk import telling_of_a_full_disk
 from davae.training.images import open_training_part
 from davae.training.processes import everyone, rank_and_world, start_processes, wait_for_everyone
 from davae.training.progress import Progress
-from davae.training.settings import DataSettings
 
 logger = logging.getLogger(__name__)
 

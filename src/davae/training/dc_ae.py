@@ -35,14 +35,15 @@ from davae.models.dc_ae import (
     last_decoder_weight,
     latent_layers,
 )
+from davae.recipes.dc_ae import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
+from davae.recipes.loop import OptimizerSettings
+from davae.recipes.settings import ReconstructionSettings
 from davae.training.adversary import Adversary
 from davae.training.base_autoencoder import build_kl
-from davae.training.dc_ae_settings import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
 from davae.training.images import mean_of_all, own_images, stack_images
 from davae.training.losses import ReconstructionLoss
 from davae.training.pictures import save_shared_rows
 from davae.training.processes import gathered
-from davae.training.settings import OptimizerSettings, ReconstructionSettings
 from davae.training.stage import Player, Stage
 from davae.training.whole_files import whole_folder
 

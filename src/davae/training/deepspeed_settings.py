@@ -14,7 +14,7 @@ from typing import Any
 from accelerate.utils import DeepSpeedPlugin, is_deepspeed_available, patch_environment
 
 from davae.errors import DavaeError
-from davae.training.settings import LoopSettings
+from davae.recipes.loop import LoopSettings
 
 LAUNCHER = "the accelerate configuration (--config_file)"
 

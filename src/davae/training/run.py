@@ -18,6 +18,8 @@ from davae.pipelines.opening import load_autoencoder, opening
 from davae.pipelines.placing import saved_dtype
 from davae.pipelines.same_base import layout_over
 from davae.recipes.presets import find_preset
+from davae.recipes.read import load_recipe
+from davae.recipes.settings import BaseRecipe, UpgradeRecipe
 from davae.tiny import debug_base, load_tiny
 from davae.training.base import train_base
 from davae.training.cache_commands import check_cache_is_there
@@ -29,8 +31,6 @@ from davae.training.images import open_part, open_training_part
 from davae.training.levels import train_levels
 from davae.training.loop import TrainResult, train
 from davae.training.provenance import base_facts, data_facts
-from davae.training.recipe import load_recipe
-from davae.training.settings import BaseRecipe, UpgradeRecipe
 
 
 def run_autoencoder(

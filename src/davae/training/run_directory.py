@@ -19,8 +19,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from davae.errors import DavaeError
+from davae.recipes.read import differing_keys, with_later_settings
 from davae.training.checkpoint import checkpoints
-from davae.training.recipe import differing_keys, with_later_settings
 from davae.training.whole_files import write_whole
 
 logger = logging.getLogger(__name__)

@@ -18,10 +18,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
+from davae.recipes.loop import LoopSettings
 from davae.training.deepspeed_settings import engine_settings
 from davae.training.learner import Learner
 from davae.training.module_state import restore_module
-from davae.training.settings import LoopSettings
 from davae.training.sharding import make_contiguous
 from davae.training.stage import Player
 

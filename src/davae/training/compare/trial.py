@@ -18,12 +18,13 @@ from davae.models.lightningdit import SIZES, Size
 from davae.pipelines.families.classes import ClassConditional
 from davae.pipelines.flow import predict_velocity, sigma_velocity
 from davae.pipelines.flow_schedules import scheduler_step, set_times
+from davae.recipes.loop import OptimizerSettings
+from davae.recipes.settings import FlowLossSettings, TimestepSettings
 from davae.training.compare.autoencoders import Contender, decode_all, encode_all
 from davae.training.diffusion import DiffusionObjective, FlowProcess
 from davae.training.ema import Ema
 from davae.training.optimizers import make_optimizer
 from davae.training.progress import Progress
-from davae.training.settings import FlowLossSettings, OptimizerSettings, TimestepSettings
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.pipelines.families import PipelineFamily
+from davae.recipes.settings import FlowLossSettings, TimestepSettings
 from davae.training.diffusion.variational import VariationalBound
-from davae.training.settings import FlowLossSettings, TimestepSettings
 from davae.warm_start import (
     FlowLoss,
     cosine_loss,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from davae.latents import LatentLayout
 from davae.pipelines.families import PipelineFamily
+from davae.recipes.settings import FlowLossSettings
 from davae.training.diffusion.noise import NoiseProcess
-from davae.training.settings import FlowLossSettings
 from davae.warm_start import detail_weight
 
 

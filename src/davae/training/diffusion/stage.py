@@ -17,6 +17,7 @@ from davae.latents import LatentLayout
 from davae.pipelines.adapters import save_adapters
 from davae.pipelines.families import family_of
 from davae.pipelines.lora import merge_lora
+from davae.recipes.settings import DiffusionSettings
 from davae.training.diffusion.class_map import ClassMap
 from davae.training.diffusion.noise import noise_process
 from davae.training.diffusion.objective import DiffusionObjective
@@ -32,7 +33,6 @@ from davae.training.latents_in_memory import ENCODED_TOGETHER, LatentsInMemory
 from davae.training.memory import Prepared
 from davae.training.pictures import save_rows
 from davae.training.processes import gathered_in_first, is_first, share, start_processes
-from davae.training.settings import DiffusionSettings
 from davae.training.stage import Player, Stage
 from davae.training.whole_files import whole_folder
 

@@ -10,10 +10,11 @@ from pydantic import BaseModel
 
 import davae
 from davae.errors import DavaeError
+from davae.recipes.read import differing_keys, dump_recipe, load_recipe, parse_recipe, recipe_names
+from davae.recipes.section import Section
+from davae.recipes.settings import ReconstructionSettings
 from davae.training import settings as settings_module
-from davae.training.recipe import differing_keys, dump_recipe, load_recipe, parse_recipe, recipe_names
 from davae.training.run_directory import RunDirectory
-from davae.training.settings import ReconstructionSettings, Section
 
 
 @pytest.mark.parametrize("name", recipe_names())

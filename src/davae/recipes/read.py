@@ -12,9 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from davae.errors import DavaeError
-from davae.training.ablation_settings import AblationRecipe
-from davae.training.dc_ae_settings import DcAeRecipe
-from davae.training.settings import BaseRecipe, UpgradeRecipe
+from davae.recipes.dc_ae import DcAeRecipe
+from davae.recipes.settings import AblationRecipe, BaseRecipe, UpgradeRecipe
 
 Recipe = UpgradeRecipe | BaseRecipe | DcAeRecipe | AblationRecipe
 _KINDS: dict[str, type[UpgradeRecipe] | type[BaseRecipe] | type[DcAeRecipe] | type[AblationRecipe]] = {
