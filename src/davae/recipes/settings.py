@@ -410,6 +410,7 @@ class AblationRecipe(Section):
     overrides: tuple[str, ...] = ()
     """``section.key=value``, for every variant."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    """Every variant is trained once with each."""
     samples: Positive = 192
     """Images generated for the generation metrics, classes in turn."""
     features: str | None = None
