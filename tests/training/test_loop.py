@@ -231,14 +231,16 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
             second = _Stage()
             second.facts = {"base": "another"}
             with pytest.raises(DavaeError, match=f"is in use: process {os.getpid()} on .* trains there"):
-                train(second, tmp_path, {"loop": {"log_every": 3}})  # a setting that another run may change
+                train(
+                    second, tmp_path, {"autoencoder": {"loop": {"log_every": 3}}}
+                )  # a setting that another run may change
             assert [file.read_bytes() for file in files] == before
             refused.append(True)
             return {"weight": 0.0}
 
-    train(_Second(), tmp_path, {"loop": {"log_every": 1}})
+    train(_Second(), tmp_path, {"autoencoder": {"loop": {"log_every": 1}}})
     assert refused
-    train(_Stage(), tmp_path, {"loop": {"log_every": 3}})  # free again
+    train(_Stage(), tmp_path, {"autoencoder": {"loop": {"log_every": 3}}})  # free again
     assert "log_every: 3" in files[0].read_text()
 
 
