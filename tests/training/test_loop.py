@@ -231,9 +231,8 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
             second = _Stage()
             second.facts = {"base": "another"}
             with pytest.raises(DavaeError, match=f"is in use: process {os.getpid()} on .* trains there"):
-                train(
-                    second, tmp_path, {"autoencoder": {"loop": {"log_every": 3}}}
-                )  # a setting that another run may change
+                # a setting that another run may change
+                train(second, tmp_path, {"autoencoder": {"loop": {"log_every": 3}}})
             assert [file.read_bytes() for file in files] == before
             refused.append(True)
             return {"weight": 0.0}
