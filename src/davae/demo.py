@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from davae.benchmark import count_flops, peak_memory_bytes, side_by_side
 from davae.errors import DavaeError
 from davae.evaluation import PatchSet, psnr, ssim
-from davae.evaluation.enlarging import upscaled
 from davae.latents import token_count
 from davae.models import AutoencoderDA
 from davae.pipelines import ClassConditionalPipeline, upgrade_pipeline
@@ -32,10 +31,10 @@ from davae.report import (
     WarmStart,
     build_report,
 )
+from davae.runtime.pictures import save_rows, upscaled
 from davae.training.autoencoder import upscaled_base
 from davae.training.diffusion import ClassMap, generate_classes
 from davae.training.images import open_part
-from davae.training.pictures import save_rows
 from davae.training.run import load_recipe_base, train_autoencoder, train_diffusion
 from davae.training.run_directory import environment, read_metrics
 from davae.warm_start import check_warm_start

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from davae.choices import BestMode, LearningRateSchedule, OptimizerKind, Precision
 from davae.recipes.section import (
@@ -26,6 +26,18 @@ def _yaml_no(value: object) -> object:
 class LoopSettings(Section):
     """How long and how the loop runs."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_plain(cls, values: Any) -> Any:
+        """Earlier versions had ``plain``; False says what all do now."""
+        if not isinstance(values, dict) or "plain" not in values:
+            return values
+        if values["plain"] is not False:
+            raise ValueError(
+                "'plain' is gone: steps have one form. Remove it; `davae bench training` times the plain form of a step"
+            )
+        return {key: value for key, value in values.items() if key != "plain"}
+
     steps: Positive
     """Optimizer steps of the whole run."""
     batch_size: Annotated[Positive, MAY_CHANGE]
@@ -45,9 +57,8 @@ class LoopSettings(Section):
     channels_last: bool = True
     """Convolutions in channels-last memory order: the same numbers, faster on most devices."""
     compile: bool = False
-    """``torch.compile`` of what is repeated: the blocks of a transformer, encoders and decoders."""
-    plain: bool = False
-    """Every measure for speed off, at equal results ([speed.md](speed.md)): what benchmarks compare with."""
+    """``torch.compile`` of what is repeated: the blocks of a transformer, encoders and decoders
+    ([speed.md](speed.md))."""
     gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     seed: int = 0

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from davae.errors import DavaeError
 from davae.recipes.loop import LoopSettings
-from davae.training.processes import rank_and_world
+from davae.runtime.processes import rank_and_world
 
 logger = logging.getLogger(__name__)
 _IDS_TOLD = 8

@@ -17,7 +17,7 @@ from davae.evaluation import psnr
 from davae.models import AutoencoderDA
 from davae.pipelines.families import family_of
 from davae.recipes.data import DataSettings
-from davae.training.processes import gathered, share
+from davae.runtime.processes import gathered, share
 
 
 def open_part(

@@ -17,16 +17,10 @@ from davae.benchmark.planner_architectures import Architecture, find_architectur
 from davae.benchmark.timing import side_by_side
 from davae.choices import Precision, Scale, check_choice
 from davae.errors import DavaeError
+from davae.runtime.processes import use_cpu
 from davae.training.benchmark.profile import StepProfile, profile_step
-from davae.training.benchmark.stages import (
-    FORMS,
-    DiffusionBenchStage,
-    Form,
-    StepSettings,
-    autoencoder_stage,
-)
+from davae.training.benchmark.stages import FORMS, DiffusionBenchStage, Form, StepSettings, autoencoder_stage
 from davae.training.loop import steps_of
-from davae.training.processes import use_cpu
 from davae.training.stage import Stage
 
 StageName = Literal["autoencoder", "diffusion"]
@@ -102,9 +96,9 @@ def bench_training(
 ) -> TrainingBenchmark:
     """Time a step of both stages in three forms, in turns, with random weights, on the device that training takes.
 
-    The plain form has contiguous memory, compiles nothing, encodes images and prompts in every step, computes adaptive
-    weights by whole backward passes of their own, and goes through the optimizer parameter by parameter. All forms take
-    the same steps up to rounding. The three forms of a stage are in memory together.
+    The plain form has contiguous memory, compiles nothing, encodes images and prompts in every step and computes
+    adaptive weights by whole backward passes of their own. All forms take the same steps up to rounding. The three
+    forms of a stage are in memory together.
 
     Args:
         base: a preset, a name on the hub, a pipeline folder, ``tiny``, ``debug`` and kin.
