@@ -15,13 +15,10 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from davae.choices import ChannelOrder, LatentSpace
+from davae.choices import ChannelOrder, LatentSpace, Scale, check_choice
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
-from davae.models import (
-    known_bases,  # noqa: F401 (registers the adapters)
-    video_bases,  # noqa: F401 (registers the adapters)
-)
+from davae.models import known_bases, video_bases  # noqa: F401 (registers the adapters)
 from davae.models.base_adapters import constructor_arguments, find_adapter, offloaded_blocks, register_adapter
 from davae.models.nested_base import NestedAdapter
 from davae.models.pipeline_config import DERIVED_KEYS, derived_config
@@ -693,12 +690,9 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
 
 def _check_options(scale: int, space: str, order: str, dropout: float) -> None:
     """Raise a :class:`DavaeError` for a value that does not exist, in the order of the constructor."""
-    if scale not in (2, 4, 8):
-        raise DavaeError(f"scale must be 2, 4 or 8, not {scale}")
-    if space not in ("scaled", "raw"):
-        raise DavaeError(f"base_latent_space must be 'scaled' or 'raw', not '{space}'")
-    if order not in ("base_first", "detail_first"):
-        raise DavaeError(f"decoder_channel_order must be 'base_first' or 'detail_first', not '{order}'")
+    check_choice(scale, Scale, "scale")
+    check_choice(space, LatentSpace, "base_latent_space")
+    check_choice(order, ChannelOrder, "decoder_channel_order")
     if not 0.0 <= dropout < 1.0:
         raise DavaeError(f"detail_dropout must lie in [0, 1), not {dropout}")
 
