@@ -19,6 +19,8 @@ from davae.evaluation import PatchSet, psnr, ssim
 from davae.latents import token_count
 from davae.models import AutoencoderDA
 from davae.pipelines import ClassConditionalPipeline, upgrade_pipeline
+from davae.recipes.read import load_recipe
+from davae.recipes.settings import UpgradeRecipe
 from davae.report import (
     Alignment,
     FigureRecorder,
@@ -33,10 +35,8 @@ from davae.runtime.pictures import save_rows, upscaled
 from davae.training.autoencoder import upscaled_base
 from davae.training.diffusion import ClassMap, generate_classes
 from davae.training.images import open_part
-from davae.training.recipe import load_recipe
 from davae.training.run import load_recipe_base, train_autoencoder, train_diffusion
 from davae.training.run_directory import environment, read_metrics
-from davae.training.settings import UpgradeRecipe
 from davae.warm_start import check_warm_start
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from davae.choices import ChannelOrder
 from davae.cli.options import new_folder
 
 app = typer.Typer(no_args_is_help=True)

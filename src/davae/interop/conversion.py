@@ -13,10 +13,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from davae.choices import ChannelOrder
 from davae.errors import DavaeError
 from davae.interop import official_lightningdit
 from davae.interop.official_autoencoders import convert_imagenet, convert_sd3
-from davae.interop.official_sd3_transformer import ChannelOrder
 from davae.interop.official_vavae import convert_vavae
 from davae.interop.sd3_transformer_files import convert_transformer, is_transformer
 from davae.latents import LatentLayout

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,11 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from davae.choices import ChannelOrder, LatentSpace, Scale, check_choice
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import known_bases, video_bases  # noqa: F401 (registers the adapters)
-from davae.models.base_adapters import (
-    constructor_arguments,
-    find_adapter,
-    offloaded_blocks,
-    register_adapter,
-)
+from davae.models.base_adapters import constructor_arguments, find_adapter, offloaded_blocks, register_adapter
 from davae.models.nested_base import NestedAdapter
 from davae.models.pipeline_config import DERIVED_KEYS, derived_config
 from davae.models.portable import Portable
@@ -31,9 +27,6 @@ from davae.models.residual_sampling import ResidualDownsample, ResidualUpsample
 from davae.models.structured_posterior import StructuredPosterior, takes_single_frame, without_alpha
 from davae.models.tiling import tiled
 from davae.models.warm_blocks import start_blocks_from_base
-
-LatentSpace = Literal["scaled", "raw"]
-ChannelOrder = Literal["base_first", "detail_first"]
 
 
 @dataclass(frozen=True)
@@ -697,12 +690,9 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
 
 def _check_options(scale: int, space: str, order: str, dropout: float) -> None:
     """Raise a :class:`DavaeError` for a value that does not exist, in the order of the constructor."""
-    if scale not in (2, 4, 8):
-        raise DavaeError(f"scale must be 2, 4 or 8, not {scale}")
-    if space not in ("scaled", "raw"):
-        raise DavaeError(f"base_latent_space must be 'scaled' or 'raw', not '{space}'")
-    if order not in ("base_first", "detail_first"):
-        raise DavaeError(f"decoder_channel_order must be 'base_first' or 'detail_first', not '{order}'")
+    check_choice(scale, Scale, "scale")
+    check_choice(space, LatentSpace, "base_latent_space")
+    check_choice(order, ChannelOrder, "decoder_channel_order")
     if not 0.0 <= dropout < 1.0:
         raise DavaeError(f"detail_dropout must lie in [0, 1), not {dropout}")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from davae.recipes.settings import AblationRecipe
 from davae.training.ablation import Ablation, ablate
-from davae.training.ablation_settings import AblationRecipe
 
 #: Metrics drawn where they were measured, with what is told about them.
 SHOWN = {

@@ -16,13 +16,12 @@ from typing import Any
 
 from davae.errors import DavaeError
 from davae.evaluation.features import open_network
+from davae.recipes.read import load_variant
+from davae.recipes.settings import AblationRecipe, UpgradeRecipe
 from davae.runtime.atomic_files import atomic_json
 from davae.training.ablation_measures import GenerationMeasures, generated_images, real_images
-from davae.training.ablation_settings import AblationRecipe
-from davae.training.recipe import load_variant
 from davae.training.run import train_autoencoder, train_diffusion
 from davae.training.run_directory import environment
-from davae.training.settings import UpgradeRecipe
 
 logger = logging.getLogger(__name__)
 

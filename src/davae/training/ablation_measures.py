@@ -15,11 +15,11 @@ from davae.evaluation.features import FeatureNetwork
 from davae.evaluation.frechet import GaussianStatistics, frechet_distance
 from davae.evaluation.kernel_distance import unbiased_mmd
 from davae.pipelines.loading import load_pipeline
+from davae.recipes.settings import UpgradeRecipe
 from davae.runtime.atomic_files import atomic_tensors
 from davae.runtime.pictures import to_bytes
 from davae.training.diffusion.validation import generate_classes
 from davae.training.images import open_part
-from davae.training.settings import UpgradeRecipe
 
 _BATCH = 32  # images through the feature network at a time
 

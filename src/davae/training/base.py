@@ -19,6 +19,7 @@ from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
 from davae.models.lightningdit import restarted
 from davae.pipelines import ClassConditionalPipeline
+from davae.recipes.settings import BaseRecipe, DiffusionSettings
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import reduced
 from davae.runtime.processes import is_first, wait_for_everyone
@@ -29,7 +30,6 @@ from davae.training.images import open_part
 from davae.training.loop import TrainResult, train
 from davae.training.memory import ImagesInMemory, MixedScales, Prepared
 from davae.training.provenance import data_facts
-from davae.training.settings import BaseRecipe, DiffusionSettings
 
 logger = logging.getLogger(__name__)
 

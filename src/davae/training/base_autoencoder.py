@@ -11,13 +11,16 @@ from torch.utils.data import Dataset
 
 from davae.data import read_items
 from davae.latents import ChannelStatistics
+from davae.recipes.dc_ae import KlArchitecture
+from davae.recipes.settings import (
+    BaseAutoencoderArchitecture,
+    BaseAutoencoderSettings,
+)
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_shared_rows
 from davae.training.adversary import make_adversary
-from davae.training.dc_ae_settings import KlArchitecture
 from davae.training.images import mean_psnr, own_images, stack_images
 from davae.training.plain_objective import PlainObjective
-from davae.training.settings import BaseAutoencoderArchitecture, BaseAutoencoderSettings
 from davae.training.stage import Player, Stage
 
 

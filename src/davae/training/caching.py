@@ -15,25 +15,17 @@ from torch.utils.data import DataLoader
 
 from davae.data import ImageDataset, RenderedDataset, SkipLedger
 from davae.data.buckets import bucket_of, same_size_batches
-from davae.data.cache import (
-    LATENTS,
-    TEXTS,
-    CacheWriter,
-    Format,
-    LatentCache,
-    Record,
-    caption_key,
-)
+from davae.data.cache import LATENTS, TEXTS, CacheWriter, Format, LatentCache, Record, caption_key
 from davae.data.cache.index import read_index
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import PipelineFamily, family_of
+from davae.recipes.data import DataSettings
 from davae.runtime.atomic_files import disk_full_as_error, locked
 from davae.runtime.processes import everyone, rank_and_world, start_processes, wait_for_everyone
 from davae.runtime.progress import Progress
 from davae.training.cache_facts import cache_fingerprint, pipeline_parts, without_touched
 from davae.training.images import open_training_part
-from davae.training.settings import DataSettings
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
+from davae.choices import BestMode
 from davae.runtime.atomic_files import atomic_write
 from davae.training.checkpoint import Tensors, remove_old, save_checkpoint, step_of
 
@@ -28,7 +29,7 @@ class CheckpointWriter:
         best_mode: whether small or large values of the watched metric are good.
     """
 
-    def __init__(self, folder: Path, *, keep: int, best_mode: Literal["min", "max"] = "min") -> None:
+    def __init__(self, folder: Path, *, keep: int, best_mode: BestMode = "min") -> None:
         self.folder, self.keep, self.best_mode = folder, keep, best_mode
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None

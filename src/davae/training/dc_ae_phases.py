@@ -15,18 +15,18 @@ from diffusers import AutoencoderDC, AutoencoderKL
 
 from davae.errors import DavaeError
 from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC
+from davae.recipes.data import DataSettings
+from davae.recipes.dc_ae import DcAeRecipe, Phase
+from davae.recipes.read import differing_keys, dump_recipe, load_recipe
 from davae.runtime.atomic_files import atomic_json
 from davae.runtime.pictures import reduced_to
 from davae.runtime.processes import everyone, is_first, start_processes
 from davae.training.dc_ae import DcAeStage, Images, build_autoencoder, trained_layers
-from davae.training.dc_ae_settings import DcAeRecipe, Phase
 from davae.training.images import open_part
 from davae.training.loop import TrainResult, train
 from davae.training.memory import ImagesInMemory, MixedScales
 from davae.training.provenance import data_facts
-from davae.training.recipe import differing_keys, dump_recipe, load_recipe
 from davae.training.run_directory import RunDirectory
-from davae.training.settings import DataSettings
 
 _CLASSES = {c.__name__: c for c in (AutoencoderDC, PlainAutoencoderDC, AutoencoderKL)}
 _MEASURED = {"scaling_factor", "shift_factor"}  # config entries that training sets

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from davae.models.float32_islands import keep_linear_attention_in_float32
 from davae.pipelines.speed import compile_regions, order_channels_last
+from davae.recipes.loop import LoopSettings
 from davae.training.module_state import module_tensors, optimizer_tensors, restore_module, restore_optimizer
 from davae.training.optimizers import make_optimizer
-from davae.training.settings import LoopSettings
 from davae.training.sharded_tensors import (
     clip_gradients,
     gradient_norms,

@@ -18,29 +18,12 @@ import torch
 import yaml
 
 from davae.errors import DavaeError
+from davae.recipes.read import differing_keys, resumable_keys, with_later_settings
 from davae.runtime.atomic_files import atomic_write, locked
 from davae.training.checkpoint import checkpoints
-from davae.training.recipe import differing_keys, with_later_settings
 
 logger = logging.getLogger(__name__)
 _PACKAGES = ("davae", "torch", "diffusers", "accelerate", "peft", "transformers", "safetensors", "datasets")
-
-#: Settings that say how steps are computed and kept, not what is learnt: a run may go on with others, so that
-#: it fits another machine, another number of processes, or the memory that was found too small.
-_MAY_CHANGE = {
-    "batch_size",
-    "gradient_accumulation",
-    "gradient_checkpointing",
-    "precision",
-    "workers",
-    "timeout_s",
-    "cache",
-    "cache_latents",
-    "log_every",
-    "checkpoint_every",
-    "checkpoints_total_limit",
-    "report_to",
-}
 
 
 class RunDirectory:
@@ -132,7 +115,8 @@ class RunDirectory:
             logger.warning("%s; nothing was saved yet, so it is written anew", why)
             return []
         changed = differing_keys(self.recipe, with_later_settings(known))
-        differing = [c for c in changed if c.partition(":")[0].rpartition(".")[2] not in _MAY_CHANGE]
+        allowed = resumable_keys(self.recipe.get("kind", "upgrade"))
+        differing = [c for c in changed if c.partition(":")[0] not in allowed]
         if differing:
             raise DavaeError(
                 f"{self.path} holds a run with other settings ({'; '.join(differing[:5])}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from davae.training.settings import LoopSettings, OptimizerSettings
+from davae.recipes.loop import LoopSettings, OptimizerSettings
 
 
 @dataclass

@@ -17,6 +17,7 @@ from davae.latents import LatentLayout
 from davae.pipelines.adapters import save_adapters
 from davae.pipelines.families import family_of
 from davae.pipelines.lora import merge_lora
+from davae.recipes.settings import DiffusionSettings
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_rows
 from davae.runtime.processes import gathered_in_first, is_first, share, start_processes
@@ -26,7 +27,6 @@ from davae.training.diffusion.tuning import learning_masks, select_trained
 from davae.training.diffusion.validation import MEASURED, generate_classes, generate_prompts, held_out_loss
 from davae.training.latents_in_memory import ENCODED_TOGETHER, LatentsInMemory
 from davae.training.memory import Prepared
-from davae.training.settings import DiffusionSettings
 from davae.training.stage import Player, Stage
 
 logger = logging.getLogger(__name__)
