@@ -10,9 +10,8 @@ import torch
 from scipy.stats import ortho_group
 
 from davae.errors import DavaeError
-from davae.evaluation.class_score import class_score
-from davae.evaluation.clip_score import ClipScore
-from davae.evaluation.frechet import (
+from davae.evaluation.metrics.clip_score import ClipScore
+from davae.evaluation.metrics.fid import (
     Gaussian,
     GaussianStatistics,
     file_hash,
@@ -20,8 +19,9 @@ from davae.evaluation.frechet import (
     load_statistics,
     save_statistics,
 )
-from davae.evaluation.kernel_distance import kernel_distance, polynomial_kernel, unbiased_mmd
-from davae.evaluation.manifold import precision_recall
+from davae.evaluation.metrics.inception_score import inception_score
+from davae.evaluation.metrics.kid import kernel_distance, polynomial_kernel, unbiased_mmd
+from davae.evaluation.metrics.precision_recall import precision_recall
 
 
 def _rows(count, features=6, *, seed=0, scale=1.0, shift=0.0):
@@ -88,7 +88,7 @@ def test_frechet_and_kernel_distance_and_class_score_are_torch_fidelitys(fidelit
     assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
     assert ours.std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-9)
     theirs = fidelity.isc.isc_features_to_metric(a, splits=4, shuffle=True, rng_seed=3)
-    ours = class_score(a, splits=4, seed=3)
+    ours = inception_score(a, splits=4, seed=3)
     assert ours.mean == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
     assert ours.std == pytest.approx(theirs["inception_score_std"], rel=1e-9)
 
@@ -143,8 +143,8 @@ def test_clip_score_of_known_angles():
 
 def test_class_score_is_the_number_of_classes_at_best_and_one_at_worst():
     sure = torch.eye(5).repeat(4, 1).log()  # log 0 = -inf, as a hard prediction is
-    assert class_score(sure, splits=1).mean == pytest.approx(5.0)
-    assert class_score(torch.zeros(20, 5), splits=2).mean == pytest.approx(1.0)
+    assert inception_score(sure, splits=1).mean == pytest.approx(5.0)
+    assert inception_score(torch.zeros(20, 5), splits=2).mean == pytest.approx(1.0)
 
 
 def test_precision_and_recall_of_sets_laid_out_by_hand():
@@ -184,7 +184,7 @@ def test_statistics_travel_as_adm_writes_them(tmp_path):
         (lambda: frechet_distance(_moments(_rows(5)), _moments(_rows(5, 4))), "different networks"),
         (lambda: kernel_distance(_rows(5), _rows(5), subset_size=6), "subsets of 6"),
         (lambda: precision_recall(_rows(3), _rows(9)), "3 neighbours"),
-        (lambda: class_score(_rows(3), splits=4), "4 parts"),
+        (lambda: inception_score(_rows(3), splits=4), "4 parts"),
         (lambda: ClipScore().update(_rows(3), _rows(2)), "pairs"),
     ],
 )

@@ -9,13 +9,13 @@ from PIL import Image
 
 from davae.data import open_dataset
 from davae.errors import DavaeError
-from davae.evaluation import image_run
-from davae.evaluation.contest import Processes, run_contest
 from davae.evaluation.features import Features
-from davae.evaluation.frechet import GaussianStatistics, save_statistics
-from davae.evaluation.generation import compare_generation, open_reference
-from davae.evaluation.image_run import ImageRun, RunSettings, write_geneval_folder
-from davae.evaluation.prompt_sets import class_set, open_prompt_set
+from davae.evaluation.generation import image_run
+from davae.evaluation.generation.baselines import Processes, run_contest
+from davae.evaluation.generation.compare import compare_generation, open_reference
+from davae.evaluation.generation.image_run import ImageRun, RunSettings, write_geneval_folder
+from davae.evaluation.generation.prompts import class_set, open_prompt_set
+from davae.evaluation.metrics.fid import GaussianStatistics, save_statistics
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.report.pictures import save_png

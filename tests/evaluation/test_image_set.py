@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from davae.data import open_dataset
 from davae.evaluation.features import Features
-from davae.evaluation.frechet import frechet_distance
-from davae.evaluation.image_set import ImageSet, compare_sets
+from davae.evaluation.metrics.fid import frechet_distance
+from davae.evaluation.metrics.image_set import ImageSet, compare_sets
 
 
 class _Pooled:
@@ -76,4 +76,4 @@ def test_against_moments_alone_the_rest_is_named_as_missing(scenes):
         "swd",
         "spectrum_db",
     } == told.unavailable.keys()
-    assert "class_score/pooled" in told.figures
+    assert "inception_score/pooled" in told.figures

@@ -24,11 +24,11 @@ from davae.cli.evaluate_parts import (
 )
 from davae.cli.options import LAST_SEED, Device, DType, Json, new_file, new_folder
 from davae.errors import DavaeError
-from davae.evaluation.contest import Processes, run_contest
 from davae.evaluation.features import TextImageNetwork
-from davae.evaluation.generation import compare_generation, open_reference
-from davae.evaluation.image_run import RunSettings, write_geneval_folder
-from davae.evaluation.image_set import Distances
+from davae.evaluation.generation.baselines import Processes, run_contest
+from davae.evaluation.generation.compare import compare_generation, open_reference
+from davae.evaluation.generation.image_run import RunSettings, write_geneval_folder
+from davae.evaluation.metrics.image_set import Distances
 from davae.pipelines import load_pipeline
 from davae.pipelines.placing import chosen_device, named_dtype
 from davae.training.run import load_base

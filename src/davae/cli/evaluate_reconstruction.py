@@ -24,10 +24,10 @@ from davae.cli.inspect import trained_resolution
 from davae.cli.options import Device, Json
 from davae.data import open_dataset
 from davae.errors import DavaeError
-from davae.evaluation.crops import folder_crops, read_boxes
 from davae.evaluation.dino_distance import DinoDistance
-from davae.evaluation.frechet import file_hash
-from davae.evaluation.reconstruction_baselines import Row, compare_reconstructions
+from davae.evaluation.metrics.fid import file_hash
+from davae.evaluation.reconstruction.baselines import Row, compare_reconstructions
+from davae.evaluation.reconstruction.crops import folder_crops, read_boxes
 from davae.pipelines.opening import autoencoder_folder, load_autoencoder
 from davae.pipelines.placing import chosen_device
 from davae.training.perceptual import LpipsLoss

@@ -15,7 +15,7 @@ from davae.cli.options import Device, new_folder
 from davae.cli.output import wide_console, write_figures
 from davae.data import ImageDataset, RenderedDataset, open_dataset
 from davae.errors import DavaeError
-from davae.evaluation.inspection import Inspection, inspect_autoencoder
+from davae.evaluation.latent_space.inspect import Inspection, inspect_autoencoder
 from davae.pipelines.opening import autoencoder_folder, load_autoencoder
 from davae.pipelines.placing import chosen_device
 from davae.report.inspection import draw_inspection

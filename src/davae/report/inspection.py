@@ -11,9 +11,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from davae.evaluation.inspection import Inspection
-from davae.evaluation.latent_spectra import Spectrum
-from davae.evaluation.spectrum import NYQUIST
+from davae.evaluation.latent_space.inspect import Inspection
+from davae.evaluation.latent_space.spectra import Spectrum
+from davae.evaluation.metrics.spectrum import NYQUIST
 
 _PARTS = {"base": "base latent", "detail": "detail latent"}
 _MADE = {

@@ -13,8 +13,8 @@ from torch import Tensor
 from davae.evaluation import log_spectral_distance, sliced_wasserstein
 from davae.evaluation.features import FeatureNetwork
 from davae.evaluation.features.resize import to_bytes
-from davae.evaluation.frechet import GaussianStatistics, frechet_distance
-from davae.evaluation.kernel_distance import unbiased_mmd
+from davae.evaluation.metrics.fid import GaussianStatistics, frechet_distance
+from davae.evaluation.metrics.kid import unbiased_mmd
 from davae.pipelines.loading import load_pipeline
 from davae.training.diffusion.validation import generate_classes
 from davae.training.images import open_part

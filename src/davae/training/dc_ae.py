@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from davae.errors import DavaeError
 from davae.evaluation import psnr, radial_power_spectrum, ssim
-from davae.evaluation.spectrum import spectra_distance
+from davae.evaluation.metrics.spectrum import spectra_distance
 from davae.latents import ChannelStatistics, gaussian_kl
 from davae.models.dc_ae import (
     DeepAutoencoder,

@@ -11,7 +11,7 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.evaluation.features.network import Features
 from davae.evaluation.features.resize import resize_bicubic, standardise, to_bytes
-from davae.evaluation.frechet import file_hash
+from davae.evaluation.metrics.fid import file_hash
 
 _SIDE = 224
 _MEAN, _STD = (127 / 255,) * 3, (128 / 255,) * 3  # the Lite models' own (x - 127) / 128

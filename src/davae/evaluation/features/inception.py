@@ -12,7 +12,7 @@ from davae.errors import DavaeError
 from davae.evaluation.features.inception_network import InceptionNetwork
 from davae.evaluation.features.network import Features
 from davae.evaluation.features.resize import resize_tensorflow1, to_bytes
-from davae.evaluation.frechet import file_hash
+from davae.evaluation.metrics.fid import file_hash
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 _URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"

@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 from davae.errors import DavaeError
 from davae.evaluation.features.network import Features
 from davae.evaluation.features.resize import resize_bicubic, standardise, to_bytes
-from davae.evaluation.frechet import file_hash
+from davae.evaluation.metrics.fid import file_hash
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from davae.benchmark import side_by_side
 from davae.evaluation.features import FeatureNetwork
-from davae.evaluation.image_set import ImageSet
-from davae.evaluation.sliced_wasserstein import PatchSet
+from davae.evaluation.metrics.image_set import ImageSet
+from davae.evaluation.metrics.sliced_wasserstein import PatchSet
 from davae.training.compare.autoencoders import Contender
 from davae.training.compare.distances import FeatureReference
 from davae.training.compare.trial import DiffusionOptions, Trial

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from davae.evaluation.features import FeatureNetwork
-from davae.evaluation.image_set import ImageSet, compare_sets
+from davae.evaluation.metrics.image_set import ImageSet, compare_sets
 
 
 class FeatureReference:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.evaluation.enlarging import upscaled
-from davae.evaluation.generation import Batches
-from davae.evaluation.image_run import ImageRun, RunSettings
-from davae.evaluation.prompt_sets import GENEVAL_SAMPLES, PromptSet, class_set, open_prompt_set
+from davae.evaluation.generation.compare import Batches
+from davae.evaluation.generation.image_run import ImageRun, RunSettings
+from davae.evaluation.generation.prompts import GENEVAL_SAMPLES, PromptSet, class_set, open_prompt_set
 from davae.pipelines.generate import takes_prompts
 
 UPGRADED, BASE_UPSCALED, BASE_NATIVE = "upgraded", "base, upscaled", "base, native"

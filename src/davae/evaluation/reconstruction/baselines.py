@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.evaluation.crops import FINE_TEXTURE, fine_texture
 from davae.evaluation.enlarging import upscaled
 from davae.evaluation.features import FeatureNetwork
-from davae.evaluation.image_set import ImageSet, compare_sets
-from davae.evaluation.reconstruction import psnr, ssim
+from davae.evaluation.metrics.image_set import ImageSet, compare_sets
+from davae.evaluation.metrics.psnr_ssim import psnr, ssim
+from davae.evaluation.reconstruction.crops import FINE_TEXTURE, fine_texture
 from davae.models import AutoencoderDA
 
 
@@ -93,7 +93,7 @@ def compare_reconstructions(
 ) -> ReconstructionReport:
     """Reconstruct images in every way and measure each.
 
-    The squares of fine texture are found in the images (`davae.evaluation.crops`) and cut out of their
+    The squares of fine texture are found in the images (`davae.evaluation.reconstruction.crops`) and cut out of their
     reconstructions; all other crops are images of their own.
 
     Args:
@@ -130,7 +130,7 @@ def compare_reconstructions(
         row.crops[FINE_TEXTURE] = textures[name].figures()
         if real.count > 1:
             distances = compare_sets(made[name], real)
-            row.figures |= {k: v for k, v in distances.figures.items() if not k.startswith("class_score")}
+            row.figures |= {k: v for k, v in distances.figures.items() if not k.startswith("inception_score")}
             row.unavailable |= distances.unavailable
     counts = {FINE_TEXTURE: real.count}
     for crop, images_of in (crops or {}).items():

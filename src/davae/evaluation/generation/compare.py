@@ -13,12 +13,17 @@ from torch import Tensor
 
 from davae.data import open_dataset
 from davae.errors import DavaeError
-from davae.evaluation.categories import categories_of, compare_categories
-from davae.evaluation.clip_score import ClipScore
 from davae.evaluation.features import FeatureNetwork, TextImageNetwork
-from davae.evaluation.frechet import Gaussian, file_hash, load_statistics, save_statistics
-from davae.evaluation.image_set import PATCH_IMAGES, Distances, ImageSet, compare_sets
-from davae.evaluation.prompt_sets import PromptSet
+from davae.evaluation.generation.prompts import PromptSet
+from davae.evaluation.metrics.clip_score import ClipScore
+from davae.evaluation.metrics.fid import Gaussian, file_hash, load_statistics, save_statistics
+from davae.evaluation.metrics.image_set import (
+    PATCH_IMAGES,
+    Distances,
+    ImageSet,
+    compare_sets,
+    feature_distances,
+)
 
 Batches = Callable[[], Iterable[Tensor]]
 """Begins anew at every call: images ``[B, 3, H, W]`` in [-1, 1], in the order of their numbers."""
@@ -179,7 +184,7 @@ def compare_generation(
         settings={
             "kid": "polynomial kernel (x.y / F + 1)^3, unbiased, 100 subsets of at most 1000, seed 2020",
             "precision_recall": "3 neighbours",
-            "class_score": "10 parts of the shuffled images, of at least 10 images each, seed 2020",
+            "inception_score": "10 parts of the shuffled images, of at least 10 images each, seed 2020",
             "swd": f"patches 7 x 7, 128 an image and level, first {PATCH_IMAGES} images, pooled moments, seed 0",
         },
     )
@@ -202,3 +207,44 @@ def _save_moments(gathered: ImageSet | Gaussian, file: Path) -> dict[str, str]:
         )
     ((network, features),) = gathered.features.items()
     return {"file": str(file), "network": network, "sha256": save_statistics(features.gaussian(), file)}
+
+
+def compare_categories(
+    found: ImageSet, reference: ImageSet | Gaussian, *, seed: int = 2020
+) -> dict[str, Distances]:
+    """Distances of features of each category to the reference images of the same name.
+
+    Args:
+        found: generated images, whose ``groups`` are their categories.
+        reference: real images, whose ``groups`` are their classes (the folders they lie in), with the same networks.
+        seed: of subsets.
+
+    Returns:
+        By category, in the order in which they first appear; empty where no image has one. A category is smaller
+        than the whole set, so its Fréchet distance is larger: compare it among models, not with the whole.
+    """
+    result: dict[str, Distances] = {}
+    for category in categories_of(found):
+        result[category] = told = Distances()
+        for name, features in found.features.items():
+            if isinstance(reference, Gaussian):
+                told.unavailable[f"fid/{name}"] = "the reference is a file of statistics: images are needed"
+                continue
+            there = reference.numbers_of(category)
+            if not there:
+                told.unavailable[f"fid/{name}"] = (
+                    f"the reference has no class '{category}': its images must lie in folders named as the categories"
+                )
+                continue
+            try:
+                ours = features.part(found.numbers_of(category))
+                theirs = reference.features[name].part(there)
+                feature_distances(told, name, ours, theirs, seed)
+            except DavaeError as error:
+                told.unavailable[f"fid/{name}"] = str(error)
+    return result
+
+
+def categories_of(images: ImageSet) -> list[str]:
+    """Names in the order of their first image; images without one do not count."""
+    return [name for name in dict.fromkeys(images.groups) if name]

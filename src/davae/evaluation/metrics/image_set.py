@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.evaluation.class_score import class_score
 from davae.evaluation.features import FeatureNetwork, Features
 from davae.evaluation.features.resize import to_bytes
-from davae.evaluation.frechet import Gaussian, GaussianStatistics, frechet_distance
-from davae.evaluation.kernel_distance import kernel_distance
-from davae.evaluation.manifold import precision_recall
-from davae.evaluation.sliced_wasserstein import PatchSet
-from davae.evaluation.spectrum import SpectrumMean
+from davae.evaluation.metrics.fid import Gaussian, GaussianStatistics, frechet_distance
+from davae.evaluation.metrics.inception_score import inception_score
+from davae.evaluation.metrics.kid import kernel_distance
+from davae.evaluation.metrics.precision_recall import precision_recall
+from davae.evaluation.metrics.sliced_wasserstein import PatchSet
+from davae.evaluation.metrics.spectrum import SpectrumMean
 
 PATCH_IMAGES = 8192
 """Patches are cut from the first so many images of a set; more would only fill the memory."""
@@ -194,5 +194,5 @@ def feature_distances(
             result.unavailable |= {f"{m}/{name}": reason for m in ("precision", "recall")}
     if logits is not None:
         # Ten parts as published; fewer where a part would have less than ten images, and say nothing.
-        score = class_score(logits, splits=min(10, max(1, len(logits) // 10)), seed=seed)
-        result.figures |= {f"class_score/{name}": score.mean, f"class_score_std/{name}": score.std}
+        score = inception_score(logits, splits=min(10, max(1, len(logits) // 10)), seed=seed)
+        result.figures |= {f"inception_score/{name}": score.mean, f"inception_score_std/{name}": score.std}

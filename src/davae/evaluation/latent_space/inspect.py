@@ -11,11 +11,16 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.evaluation.enlarging import upscaled
-from davae.evaluation.latent_properties import high_frequency_share, local_distant_similarity
-from davae.evaluation.latent_spectra import Spectrum, image_spectra, latent_spectra
-from davae.evaluation.latents import project_latents
-from davae.evaluation.reconstruction import psnr, ssim
-from davae.evaluation.separability import linear_probe, nearest_neighbour_accuracy
+from davae.evaluation.latent_space.projection import project_latents
+from davae.evaluation.latent_space.separability import linear_probe, nearest_neighbour_accuracy
+from davae.evaluation.latent_space.spectra import (
+    Spectrum,
+    high_frequency_share,
+    image_spectra,
+    latent_spectra,
+    local_distant_similarity,
+)
+from davae.evaluation.metrics.psnr_ssim import psnr, ssim
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA
 
@@ -33,7 +38,7 @@ class Part:
         linear_probe, linear_probe_std: held-out accuracy, mean and standard deviation over splits; none without
             labels.
         nearest_neighbours: accuracy of the five nearest others.
-        high_frequency_share, local_distant_similarity: see `davae.evaluation.latent_properties`.
+        high_frequency_share, local_distant_similarity: see `davae.evaluation.latent_space.spectra`.
         projection: ``[N, 2]``, where the images lie in the plane.
     """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from davae.errors import DavaeError
-from davae.evaluation.frechet import file_hash
+from davae.evaluation.metrics.fid import file_hash
 from davae.pipelines.generate import read_prompts
 
 GENEVAL_SAMPLES = 4
