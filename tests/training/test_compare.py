@@ -16,12 +16,12 @@ from davae.cli.compare import comparison_table, named_folders
 from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.evaluation.features import Features
+from davae.evaluation.metrics.image_set import ImageSet, compare_sets
 from davae.models import AutoencoderDA
 from davae.models.any_autoencoder import compression_of, decode_raw, encode_mode, open_autoencoder
 from davae.models.lightningdit import SIZES
 from davae.tiny import debug_base
 from davae.training.compare import DiffusionOptions, compare_autoencoders, open_contenders, score_autoencoders
-from davae.training.compare.distances import FeatureReference
 from davae.training.compare.trial import Trial, transformer_size
 
 SIZE = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
@@ -102,12 +102,12 @@ def test_a_lossless_autoencoder_scores_perfectly_and_a_random_one_does_not() -> 
     rows, made = score_autoencoders(contenders, images, batch=2, repeats=1)
     exact_row, random_row = rows
     assert torch.equal(made["exact"], images)
-    assert exact_row.psnr == float("inf")
-    assert exact_row.ssim == pytest.approx(1)
-    assert exact_row.swd == pytest.approx(0, abs=1e-6)
-    assert exact_row.spectrum_db == pytest.approx(0, abs=1e-6)
-    assert random_row.psnr < 20
-    assert random_row.spectrum_db > 1
+    assert exact_row.figures["psnr"] == float("inf")
+    assert exact_row.figures["ssim"] == pytest.approx(1)
+    assert exact_row.figures["swd/finest"] == pytest.approx(0, abs=1e-6)
+    assert exact_row.figures["spectrum_db"] == pytest.approx(0, abs=1e-6)
+    assert random_row.figures["psnr"] < 20
+    assert random_row.figures["spectrum_db"] > 1
     assert (random_row.compression, random_row.channels, random_row.tokens) == (2, 4, 256)
     assert random_row.parameters == sum(p.numel() for p in kl().parameters())
 
@@ -226,11 +226,10 @@ def test_table_two_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """One token budget by the patch, one transformer, and every column of the paper's table."""
     monkeypatch.setattr("davae.training.compare.comparison.open_network", Colours)
 
-    class Lpips(torch.nn.Module):
-        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            return (a - b).abs().mean()
+    def lpips(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a - b).abs().mean((1, 2, 3))
 
-    monkeypatch.setattr("davae.training.compare.comparison.LpipsLoss", lambda file: Lpips())
+    monkeypatch.setattr("davae.training.compare.comparison.Lpips", lambda file, device: lpips)
     options = DiffusionOptions(steps=2, batch=4, size=SIZE, samples=6, sample_steps=1, repeats=1)
     result = compare_autoencoders(
         {"f2": kl(), "f4": AutoencoderDA.from_base(kl(), scale=2, detail_channels=4), "f8": dc()},
@@ -250,9 +249,9 @@ def test_table_two_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     blocks = {row.parameters for row in result.diffusion}
     assert max(blocks) - min(blocks) < 3000  # the first and the last layer
     for row in result.autoencoders:
-        assert row.lpips is not None
-        assert row.distances["fid/colours"] > 0
-    assert all(row.distances["fid/colours"] > 0 for row in result.diffusion)
+        assert row.figures["lpips"] > 0
+        assert row.figures["fid/colours"] > 0
+    assert all(row.figures["fid/colours"] > 0 for row in result.diffusion)
     assert result.training_images == 12
     assert result.networks == [{"network": "colours"}]
     named = [str(cell) for cell in comparison_table(result).columns[0].cells]
@@ -268,10 +267,13 @@ def test_table_two_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_distances_of_features_are_zero_for_a_lossless_autoencoder() -> None:
     images = torch.rand(8, 3, 32, 32) * 2 - 1
-    reference = FeatureReference([Colours()], images, 3)
-    assert reference.distances(images)["fid/colours"] == pytest.approx(0, abs=1e-4)
-    assert reference.distances(images + 0.5)["fid/colours"] == pytest.approx(12 * 0.25, rel=1e-3)
-    assert FeatureReference([], images, 3).distances(images) == {}
+
+    def distance(made: torch.Tensor) -> float:
+        sets = [ImageSet([Colours()], spatial=False).extend(x.split(3)) for x in (made, images)]
+        return compare_sets(*sets).figures["fid/colours"]
+
+    assert distance(images) == pytest.approx(0, abs=1e-4)
+    assert distance(images + 0.5) == pytest.approx(12 * 0.25, rel=1e-3)
 
 
 def test_the_verb(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from rich.table import Table
 from davae.cli.options import new_folder
 from davae.cli.output import wide_console
 from davae.errors import DavaeError
-from davae.report.ablation import SHOWN, draw_ablation
+from davae.report.ablation import draw_ablation, shown_metrics
+from davae.report.words import significant
 from davae.training.ablation import Ablation, ablate
 from davae.training.ablation_settings import AblationRecipe
 from davae.training.recipe import dump_recipe, load_recipe
@@ -53,10 +54,11 @@ def ablation_table(result: Ablation) -> Table:
     seeds = f"{len(result.seeds)} seed{'s' if len(result.seeds) > 1 else ''}, {result.samples} samples each"
     table = Table(title=f"mean (standard deviation) over {seeds}")
     table.add_column("variant")
-    shown = [m for m in SHOWN if all(m in v for v in result.variants.values())]
-    for metric in shown:
-        table.add_column(SHOWN[metric], justify="right")
+    shown = shown_metrics(result)
+    for label in shown.values():
+        table.add_column(label, justify="right")
     for name, figures in result.variants.items():
-        table.add_row(name, *(f"{figures[m].mean:.3f} ({figures[m].std:.3f})" for m in shown))
-    table.add_row("real images", *(f"{result.real[m]:.3f}" if m in result.real else "" for m in shown))
+        spreads = (figures[metric] for metric in shown)
+        table.add_row(name, *(f"{significant(s.mean, 4)} ({significant(s.std, 2)})" for s in spreads))
+    table.add_row("real images", *(significant(result.real[m], 4) if m in result.real else "" for m in shown))
     return table

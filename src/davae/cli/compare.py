@@ -13,7 +13,14 @@ from davae.cli.evaluate_parts import FeatureNames
 from davae.cli.options import Device, Json, Repeats, new_folder
 from davae.cli.output import wide_console, write_figures
 from davae.errors import DavaeError
-from davae.training.compare import Comparison, DiffusionOptions, compare_autoencoders
+from davae.report.words import metric_label
+from davae.training.compare import (
+    AutoencoderScore,
+    Comparison,
+    DiffusionOptions,
+    DiffusionScore,
+    compare_autoencoders,
+)
 from davae.training.compare.trial import transformer_size
 
 app = typer.Typer(no_args_is_help=True)
@@ -130,10 +137,7 @@ def comparison_table(result: Comparison) -> Table:
         "latent": [f"f{row.compression} c{row.channels} p{row.patch}" for row in result.autoencoders],
         "tokens": [str(row.tokens) for row in result.autoencoders],
         "parameters": [f"{row.parameters / 1e6:.1f}M" for row in result.autoencoders],
-        "PSNR, dB": [f"{row.psnr:.2f}" for row in result.autoencoders],
-        "SSIM": [f"{row.ssim:.3f}" for row in result.autoencoders],
-        "SWD": [f"{row.swd:.3f}" for row in result.autoencoders],
-        "spectrum, dB off": [f"{row.spectrum_db:.2f}" for row in result.autoencoders],
+        **_figure_lines(result.autoencoders, ("psnr", "ssim", "lpips", "swd/finest", "spectrum_db"), "{}"),
         "encode, images/s": [f"{row.encode_images_per_second:.3g}" for row in result.autoencoders],
         "decode, images/s": [f"{row.decode_images_per_second:.3g}" for row in result.autoencoders],
     }
@@ -149,18 +153,23 @@ def comparison_table(result: Comparison) -> Table:
                 f"{row.sample_speedup:.2f}x ({row.sample_flop_limited:.2f}x)" for row in result.diffusion
             ],
             "loss at the end": [f"{row.loss:.3f}" for row in result.diffusion],
-            "SWD of samples": [f"{row.swd:.3f}" for row in result.diffusion],
+            **_figure_lines(result.diffusion, ("swd/finest",), "{} of samples"),
         }
-    if result.autoencoders[0].lpips is not None:
-        lines["LPIPS"] = [f"{row.lpips:.3f}" for row in result.autoencoders]
-    for part, metric, scores in (
-        ("rFID", "fid", result.autoencoders),
-        ("FID of samples", "fid", result.diffusion),
-        ("KID of samples", "kid", result.diffusion),  # unbiased: the better one for few samples
-    ):
-        for name in scores[0].distances if scores else ():
-            if name.startswith(f"{metric}/"):
-                lines[f"{part}, {name.partition('/')[2]}"] = [f"{row.distances[name]:.3f}" for row in scores]
+    lines |= _figure_lines(result.autoencoders, ("fid",), "r{}")
+    lines |= _figure_lines(result.diffusion, ("fid", "kid"), "{} of samples")  # KID is without bias for few
     for name, values in lines.items():
         table.add_row(name, *values)
     return table
+
+
+def _figure_lines(
+    rows: Sequence[AutoencoderScore] | Sequence[DiffusionScore], metrics: Sequence[str], form: str
+) -> dict[str, list[str]]:
+    """Lines of the metrics that were measured, of all networks; ``form`` is of their names."""
+    names = rows[0].figures if rows else ()
+    found = [name for metric in metrics for name in names if name == metric or name.startswith(f"{metric}/")]
+    labels = {name: metric_label(name).partition(", ") for name in found}
+    return {
+        form.format(metric) + comma + rest: [f"{row.figures[name]:.3f}" for row in rows]
+        for name, (metric, comma, rest) in labels.items()
+    }

@@ -47,7 +47,7 @@ def demo(
     console.print(
         f"reconstruction: {r['psnr_upgraded']:.2f} dB, base upscaled {r['psnr_base_upscaled']:.2f} dB\n"
         f"samples against real images (sliced Wasserstein, finest level, lower is better): "
-        f"{g['swd_upgraded']:.3f}, base upscaled {g['swd_base_upscaled']:.3f}\n"
+        f"{g['swd_finest_upgraded']:.3f}, base upscaled {g['swd_finest_base_upscaled']:.3f}\n"
         f"{summary['wall_seconds']:.0f} s, {summary['peak_memory_bytes'] / 2**30:.1f} GiB at most",
         highlight=False,
     )

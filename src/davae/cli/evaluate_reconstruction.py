@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -23,14 +22,11 @@ from davae.cli.evaluate_parts import (
 from davae.cli.inspect import trained_resolution
 from davae.cli.options import Device, Json
 from davae.data import open_dataset
-from davae.errors import DavaeError
-from davae.evaluation.dino_distance import DinoDistance
-from davae.evaluation.metrics.fid import file_hash
+from davae.evaluation.metrics.perceptual import Dino, Lpips
 from davae.evaluation.reconstruction.baselines import Row, compare_reconstructions
 from davae.evaluation.reconstruction.crops import folder_crops, read_boxes
 from davae.pipelines.opening import autoencoder_folder, load_autoencoder
 from davae.pipelines.placing import chosen_device
-from davae.training.perceptual import LpipsLoss
 
 
 def reconstruction(
@@ -79,8 +75,8 @@ def reconstruction(
         apart[name] = chain(apart.get(name, ()), (box.cut(unit) for box in parts))
     unavailable: dict[str, str] = {}
     perceptual = {
-        "lpips": None if lpips is None else optional("lpips", lambda: _Lpips(lpips, where), unavailable),
-        "dino": None if dino is None else optional("dino", lambda: _Dino(dino, where), unavailable),
+        "lpips": None if lpips is None else optional("lpips", lambda: Lpips(lpips, where), unavailable),
+        "dino": None if dino is None else optional("dino", lambda: Dino(dino, where), unavailable),
     }
     found = compare_reconstructions(
         vae,
@@ -110,44 +106,3 @@ def _flat(row: Row) -> dict[str, float]:
     for crop, figures in row.crops.items():
         shown |= {f"{crop}: {metric}": value for metric, value in figures.items()}
     return shown
-
-
-class _Lpips:
-    """LPIPS of each pair, on the CPU."""
-
-    def __init__(self, weights: Path, device: str) -> None:
-        if importlib.util.find_spec("lpips") is None:
-            raise DavaeError("LPIPS needs the package lpips: pip install 'davae[lpips]'")
-        if not weights.is_file():
-            raise DavaeError(
-                f"LPIPS needs torchvision's VGG-16 weights, and {weights} is no file: fetch "
-                "https://download.pytorch.org/models/vgg16-397923af.pth where there is a network and give its path"
-            )
-        self._weights, self._device = weights, device
-        self._network = LpipsLoss(str(weights)).to(device)
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "network": "LPIPS, VGG-16",
-            "weights": self._weights.name,
-            "weights_sha256": file_hash(self._weights),
-            "resize": "none",
-        }
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, made: Tensor) -> Tensor:
-        pairs = zip(images.to(self._device).split(1), made.to(self._device).split(1), strict=True)
-        return torch.stack([self._network(a, b) for a, b in pairs]).cpu()  # the loss is a mean, so one by one
-
-
-class _Dino:
-    """DINO distance of each pair, on the CPU."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        self._device = device
-        self._network = DinoDistance(folder).to(device)
-        self.describe = self._network.describe
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, made: Tensor) -> Tensor:
-        return self._network(images.to(self._device), made.to(self._device)).cpu()

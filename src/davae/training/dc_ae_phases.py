@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
 from davae.errors import DavaeError
+from davae.evaluation.metrics.names import current_names
 from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC
 from davae.training.base import reduced
 from davae.training.dc_ae import DcAeStage, Images, build_autoencoder, trained_layers
@@ -286,7 +287,7 @@ def _measured_or_known(stage: DcAeStage, directory: RunDirectory) -> dict[str, f
 def _read_figures(file: Path) -> dict[str, float] | None:
     """Figures written before; none where there are none, or the file was damaged by a power cut."""
     try:
-        return json.loads(file.read_text()) if file.is_file() else None
+        return current_names(json.loads(file.read_text())) if file.is_file() else None
     except ValueError:
         return None
 

@@ -19,6 +19,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from davae.errors import DavaeError
+from davae.evaluation.metrics.names import current_names
 from davae.training.checkpoint import checkpoints
 from davae.training.recipe import differing_keys, with_later_settings
 from davae.training.whole_files import write_whole
@@ -163,7 +164,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
         if isinstance(line, dict) and "step" in line:
-            lines.append(line)
+            lines.append(current_names(line))
     return lines
 
 

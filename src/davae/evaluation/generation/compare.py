@@ -24,6 +24,7 @@ from davae.evaluation.metrics.image_set import (
     compare_sets,
     feature_distances,
 )
+from davae.evaluation.metrics.names import CLIP_SCORE
 
 Batches = Callable[[], Iterable[Tensor]]
 """Begins anew at every call: images ``[B, 3, H, W]`` in [-1, 1], in the order of their numbers."""
@@ -167,7 +168,7 @@ def compare_generation(
         rows[name].categories = compare_categories(found, gathered)
         for category, score in scores.items():
             told = rows[name].categories[category] if category else rows[name]
-            told.figures["clip_score"] = score.score()
+            told.figures[CLIP_SCORE] = score.score()
         rows[name].unavailable |= dict(unavailable or {})
     if gathered is None:
         raise DavaeError("there is no model to measure")
@@ -180,7 +181,7 @@ def compare_generation(
         rows=rows,
         categories=categories,
         networks=[network.describe() for network in networks]
-        + ([] if clip is None else [clip.describe() | {"for": "clip_score"}]),
+        + ([] if clip is None else [clip.describe() | {"for": CLIP_SCORE}]),
         settings={
             "kid": "polynomial kernel (x.y / F + 1)^3, unbiased, 100 subsets of at most 1000, seed 2020",
             "precision_recall": "3 neighbours",

@@ -20,7 +20,8 @@ from davae.evaluation.latent_space.spectra import (
     latent_spectra,
     local_distant_similarity,
 )
-from davae.evaluation.metrics.psnr_ssim import psnr, ssim
+from davae.evaluation.metrics.names import PSNR, SSIM
+from davae.evaluation.metrics.psnr_ssim import pair_metrics
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA
 
@@ -150,6 +151,7 @@ def inspect_autoencoder(
     }
     raw_z = _map(lambda x: vae.alignment_target(vae.encode_base(x)), vae, images, batch)
     raw_details = _map(lambda x: vae.encode_details(x).mean, vae, images, batch)
+    pairs = {name: pair_metrics(images, x) for name, x in made.items()}
     difference = grouped_mean(raw_details.float(), vae.layout.base_channels) - raw_z.float()
     return Inspection(
         images=len(images),
@@ -160,8 +162,8 @@ def inspect_autoencoder(
         parts=parts,
         chance=None if known is None else float(known.bincount().max() / len(known)),
         alignment_error=float(difference.square().mean() / raw_z.float().square().mean()),
-        psnr={k: float(psnr(images, v).mean()) for k, v in made.items()},
-        ssim={k: float(ssim(images, v).mean()) for k, v in made.items()},
+        psnr={name: float(found[PSNR].mean()) for name, found in pairs.items()},
+        ssim={name: float(found[SSIM].mean()) for name, found in pairs.items()},
         image_high_frequency_share=high_frequency_share(images),
         latent_spectra=latent_spectra(vae, latents),
         image_spectra=in_images,

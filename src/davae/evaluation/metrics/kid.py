@@ -40,9 +40,7 @@ def unbiased_mmd(a: Tensor, b: Tensor) -> float:
     )
 
 
-def kernel_distance(
-    a: Tensor, b: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
-) -> Kid:
+def kid(a: Tensor, b: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020) -> Kid:
     """KID of two sets of features.
 
     Args:

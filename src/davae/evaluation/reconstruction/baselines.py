@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,20 +13,10 @@ from davae.errors import DavaeError
 from davae.evaluation.enlarging import upscaled
 from davae.evaluation.features import FeatureNetwork
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets
-from davae.evaluation.metrics.psnr_ssim import psnr, ssim
+from davae.evaluation.metrics.perceptual import Perceptual
+from davae.evaluation.metrics.psnr_ssim import PairMeans
 from davae.evaluation.reconstruction.crops import FINE_TEXTURE, fine_texture
 from davae.models import AutoencoderDA
-
-
-class Perceptual(Protocol):
-    """A distance of pairs through a network."""
-
-    def describe(self) -> dict[str, Any]:
-        """Weights with their SHA-256, and the preprocessing."""
-
-    def __call__(self, images: Tensor, made: Tensor, /) -> Tensor:
-        """Distances ``[B]`` of images and reconstructions ``[B, 3, H, W]`` in [-1, 1]."""
-
 
 UPGRADED, BASE_UPSCALED, BASE_NATIVE, REDUCED = "upgraded", "base, upscaled", "base, native", "image, reduced"
 _MEANING = {
@@ -114,8 +104,8 @@ def compare_reconstructions(
     rows = {name: Row(_MEANING[name], shares[name]) for name in names}
     real = ImageSet(networks)
     made = {name: ImageSet(networks) for name in names}
-    means = {name: _Means(perceptual) for name in names}
-    textures = {name: _Means(perceptual) for name in names}
+    means = {name: PairMeans(perceptual) for name in names}
+    textures = {name: PairMeans(perceptual) for name in names}
     for images in batches:
         real.update(images)
         cut = fine_texture(images)
@@ -134,7 +124,7 @@ def compare_reconstructions(
             row.unavailable |= distances.unavailable
     counts = {FINE_TEXTURE: real.count}
     for crop, images_of in (crops or {}).items():
-        apart = {name: _Means(perceptual) for name in names}
+        apart = {name: PairMeans(perceptual) for name in names}
         for images in images_of:
             for name, ours in reconstruct_all_ways(vae, images).items():
                 apart[name].update(images, ours)
@@ -180,23 +170,3 @@ def native_reconstruction(vae: AutoencoderDA, images: Tensor) -> Tensor:
     """What the pretrained base autoencoder makes of ``[B, 3, H, W]`` at full resolution, ``s^2`` times the tokens."""
     lowest = next(iter(vae.autoencoders()))
     return lowest.adapter.decode(lowest.base, lowest.adapter.encode(lowest.base, images))
-
-
-class _Means:
-    """Means over pairs that come in batches."""
-
-    def __init__(self, perceptual: Mapping[str, Perceptual]) -> None:
-        self.count = 0
-        self._perceptual = perceptual
-        self._sums: dict[str, float] = {}
-
-    def update(self, images: Tensor, made: Tensor) -> None:
-        images = images.float().cpu()
-        found = {"psnr": psnr(images, made), "ssim": ssim(images, made)}
-        found |= {name: distance(images, made) for name, distance in self._perceptual.items()}
-        for name, values in found.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(values.double().sum())
-        self.count += len(images)
-
-    def figures(self) -> dict[str, float]:
-        return {name: total / max(self.count, 1) for name, total in self._sums.items()}

@@ -15,11 +15,12 @@ from torch import Tensor
 from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.features import open_network
+from davae.evaluation.metrics.names import LPIPS
+from davae.evaluation.metrics.perceptual import Lpips
 from davae.pipelines.placing import chosen_device
 from davae.training.compare.autoencoders import AutoencoderScore, open_contenders, score_autoencoders
 from davae.training.compare.diffusion import DiffusionScore, score_diffusion
 from davae.training.compare.trial import DiffusionOptions
-from davae.training.perceptual import LpipsLoss
 from davae.training.pictures import PICTURES, save_rows
 
 
@@ -95,14 +96,14 @@ def compare_autoencoders(
     """
     where = torch.device(chosen_device(device))
     networks = [open_network(name, device=where) for name in features]
-    perceptual = None if lpips is None else LpipsLoss(str(lpips))
+    perceptual = {} if lpips is None else {LPIPS: Lpips(lpips, where)}
     contenders = open_contenders(autoencoders, resolution, tokens=tokens, device=where)
     if diffusion is None:
         held_out, _, _ = _images(data, resolution, images)
     else:
         held_out, _, _ = _images(data, resolution, images, hold_out=images, part="held_out")
     rows, made = score_autoencoders(
-        contenders, held_out, batch=batch, repeats=repeats, networks=networks, lpips=perceptual
+        contenders, held_out, batch=batch, repeats=repeats, networks=networks, perceptual=perceptual
     )
     scores: list[DiffusionScore] = []
     sheets = {"reconstructions": {"input": held_out, **made}}
