@@ -1,25 +1,27 @@
 """What autoencoders keep of the same images, and how fast they are."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor
-
 from davae.benchmark import side_by_side
 from davae.errors import DavaeError
 from davae.evaluation.features import FeatureNetwork
-from davae.evaluation.metrics.image_set import ImageSet, compare_sets
+from davae.evaluation.metrics.image_set import ImageSet
+from davae.evaluation.metrics.image_set import compare_sets
 from davae.evaluation.metrics.perceptual import Perceptual
 from davae.evaluation.metrics.psnr_ssim import PairMeans
-from davae.models.any_autoencoder import compression_of, decode_raw, encode_mode, open_autoencoder
+from davae.models.latent_space import compression_of
+from davae.models.latent_space import decode
+from davae.models.latent_space import encode
+from davae.models.latent_space import open_autoencoder
 from davae.pipelines.opening import opening
+from diffusers.models.modeling_utils import ModelMixin
+from functools import partial
+from pathlib import Path
+from torch import Tensor
+from typing import Any
+import torch
 
 _SMALLEST = 16  # pixels: of SSIM's window and the Wasserstein pyramid
 
@@ -139,12 +141,12 @@ def _patch(name: str, grid: int, tokens: int | None) -> int:
 
 def encode_all(contender: Contender, images: Tensor, batch: int) -> Tensor:
     """Raw latents of all images, on the CPU: [N, C, h, w]."""
-    return torch.cat([encode_mode(contender.model, part).float().cpu() for part in images.split(batch)])
+    return torch.cat([encode(contender.model, part).float().cpu() for part in images.split(batch)])
 
 
 def decode_all(contender: Contender, latents: Tensor, batch: int) -> Tensor:
     """Images of raw latents, clamped, on the CPU: [N, 3, H, W]."""
-    made = [decode_raw(contender.model, part).float().cpu().clamp(-1, 1) for part in latents.split(batch)]
+    made = [decode(contender.model, part).float().cpu().clamp(-1, 1) for part in latents.split(batch)]
     return torch.cat(made)
 
 
@@ -172,10 +174,10 @@ def score_autoencoders(
     """
     real = ImageSet(networks).extend(images.split(batch))
     part = images[:batch]
-    encoders = {c.name: partial(encode_mode, c.model, part.to(c.model.device)) for c in contenders}
+    encoders = {c.name: partial(encode, c.model, part.to(c.model.device)) for c in contenders}
     latents = {c.name: encode_all(c, images, batch) for c in contenders}
     decoders = {
-        c.name: partial(decode_raw, c.model, latents[c.name][:batch].to(c.model.device)) for c in contenders
+        c.name: partial(decode, c.model, latents[c.name][:batch].to(c.model.device)) for c in contenders
     }
     encoded, decoded = side_by_side(encoders, repeats).medians, side_by_side(decoders, repeats).medians
     rows, made = [], {}
