@@ -8,21 +8,23 @@ import davae
 
 ROOT = Path(davae.__file__).parent
 LAYERS = [
+    {"recipes"},
     {"latents"},
     {"diffusion"},
     {"models"},
     {"warm_start"},
     {"pipelines", "data"},
-    {"tiny", "recipes"},
+    {"tiny"},
     {"evaluation", "benchmark"},
     {"interop"},
     {"training"},
+    {"bases"},
     {"report"},
     {"demo"},
     {"cli"},
     {"__main__"},
 ]
-BESIDE = {"errors", "version", "__init__"}
+BESIDE = {"errors", "import_hooks", "version", "__init__"}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 

@@ -1,36 +1,29 @@
 """Autoencoders side by side: metrics of known reconstructions, budgets, one transformer over several latents."""
 
 from __future__ import annotations
-from PIL import Image
-from davae.cli.compare import comparison_table
-from davae.cli.compare import named_folders
-from davae.cli.main import app
-from davae.errors import DavaeError
-from davae.evaluation.features import Features
-from davae.evaluation.metrics.image_set import ImageSet
-from davae.evaluation.metrics.image_set import compare_sets
-from davae.models import AutoencoderDA
-from davae.models.latent_space import compression_of
-from davae.models.latent_space import decode
-from davae.models.latent_space import encode
-from davae.models.latent_space import open_autoencoder
-from davae.models.lightningdit import SIZES
-from davae.tiny import debug_base
-from davae.training.compare import DiffusionOptions
-from davae.training.compare import compare_autoencoders
-from davae.training.compare import open_contenders
-from davae.training.compare import score_autoencoders
-from davae.training.compare.trial import Trial
-from davae.training.compare.trial import transformer_size
-from diffusers import AutoencoderDC
-from diffusers import AutoencoderKL
-from diffusers import AutoencoderTiny
-from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
-from pathlib import Path
-from typer.testing import CliRunner
+
 import json
+from pathlib import Path
+
 import pytest
 import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+from PIL import Image
+from typer.testing import CliRunner
+
+from davae.cli.compare import named_folders
+from davae.cli.main import app
+from davae.cli.tables import comparison_table
+from davae.errors import DavaeError
+from davae.evaluation.features import Features
+from davae.evaluation.metrics.image_set import ImageSet, compare_sets
+from davae.models import AutoencoderDA
+from davae.models.latent_space import compression_of, decode, encode, open_autoencoder
+from davae.models.lightningdit import SIZES
+from davae.tiny import debug_base
+from davae.training.compare import DiffusionOptions, compare_autoencoders, open_contenders, score_autoencoders
+from davae.training.compare.trial import Trial, transformer_size
 
 SIZE = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
 

@@ -1,35 +1,36 @@
 """DC-AE's three phases: what each trains, what it leaves alone, what it starts from."""
 
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderDC
+from pydantic import BaseModel
+
+import davae
 from davae.cli.main import main
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.models.dc_ae import PlainAutoencoderDC
 from davae.models.latent_space import encode
 from davae.training import dc_ae_settings
-from davae.training.dc_ae import DcAeStage
-from davae.training.dc_ae import build_autoencoder
-from davae.training.dc_ae import trained_layers
-from davae.training.dc_ae_phases import find_phase
-from davae.training.dc_ae_phases import layer_hashes
-from davae.training.dc_ae_phases import load_autoencoder
-from davae.training.dc_ae_phases import run_dc_ae
-from davae.training.dc_ae_phases import train_dc_ae
-from davae.training.dc_ae_phases import training_images
+from davae.training.dc_ae import DcAeStage, build_autoencoder, trained_layers
+from davae.training.dc_ae_phases import (
+    find_phase,
+    layer_hashes,
+    load_autoencoder,
+    run_dc_ae,
+    train_dc_ae,
+    training_images,
+)
 from davae.training.dc_ae_settings import DcAeRecipe
 from davae.training.loop import train
 from davae.training.plain_objective import PlainObjective
-from davae.training.recipe import load_recipe
-from davae.training.recipe import recipe_names
+from davae.training.recipe import load_recipe, recipe_names
 from davae.training.settings import Section
-from diffusers import AutoencoderDC
-from pathlib import Path
-from pydantic import BaseModel
-import davae
-import json
-import pytest
-import re
-import torch
-import yaml
 
 LOOP = {
     "steps": 2,

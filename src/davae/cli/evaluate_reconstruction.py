@@ -5,33 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from torch import Tensor
 
-from davae.cli.evaluate_parts import (
-    FeatureNames,
-    named,
-    open_networks,
-    optional,
-    report,
-    write_json,
-)
+from davae.cli.evaluate_parts import named, open_networks, optional, report, write_json
 from davae.cli.inspect import trained_resolution
-from davae.cli.options import Device, Json
-from davae.data import open_dataset
-from davae.evaluation.metrics.perceptual import Dino, Lpips
-from davae.evaluation.reconstruction.baselines import Row, compare_reconstructions
-from davae.evaluation.reconstruction.crops import folder_crops, read_boxes
-from davae.pipelines.opening import autoencoder_folder, load_autoencoder
-from davae.pipelines.placing import chosen_device
+from davae.cli.options import Device, FeatureNames, Json, some_images
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from davae.evaluation.reconstruction.baselines import Row
 
 
 def reconstruction(
     autoencoder: Annotated[Path, typer.Argument(help="Folder of a trained autoencoder.")],
-    data: Annotated[str, typer.Option("--data", help="Images, as in a recipe (see docs/data.md).")],
+    data: Annotated[
+        str, typer.Option("--data", help="Images, as in a recipe (see docs/data.md).", callback=some_images)
+    ],
     resolution: Annotated[
         int | None, typer.Option("--resolution", min=1, help="Side in pixels (default: the run's).")
     ] = None,
@@ -60,6 +52,13 @@ def reconstruction(
     json_file: Json = None,
 ) -> None:
     """An autoencoder beside its baselines: base upscaled, base at full resolution, and the reduced image."""
+    from davae.data import open_dataset
+    from davae.evaluation.metrics.perceptual import Dino, Lpips
+    from davae.evaluation.reconstruction.baselines import compare_reconstructions
+    from davae.evaluation.reconstruction.crops import folder_crops, read_boxes
+    from davae.pipelines.opening import autoencoder_folder, load_autoencoder
+    from davae.pipelines.placing import chosen_device
+
     autoencoder_folder(autoencoder)
     where = chosen_device(device)
     side = resolution or trained_resolution(autoencoder)
@@ -94,6 +93,8 @@ def reconstruction(
 
 
 def _batches(dataset: object, count: int, size: int) -> Iterator[Tensor]:
+    import torch
+
     length = len(dataset)  # type: ignore[arg-type]
     for start in range(0, count, size):
         numbers = range(start, min(start + size, count))

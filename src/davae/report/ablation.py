@@ -1,13 +1,15 @@
-"""The picture of an ablation: every variant's figures, with the values of the single seeds."""
+"""An ablation with its picture and table: every variant's figures, with the values of the single seeds."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from rich.table import Table
 
-from davae.report.words import better, metric_label
-from davae.training.ablation import Ablation
+from davae.report.words import better, metric_label, significant
+from davae.training.ablation import Ablation, ablate
+from davae.training.ablation_settings import AblationRecipe
 
 _SHOWN = ("swd/finest", "swd/mean", "spectrum_db", "fid", "kid", "autoencoder_psnr")
 
@@ -19,6 +21,13 @@ def shown_metrics(result: Ablation) -> dict[str, str]:
     names = [m for shown in _SHOWN for m in everywhere if m == shown or m.startswith(f"{shown}/")]
     bare = {name: name.removeprefix("autoencoder_") for name in names}
     return {name: f"{metric_label(bare[name])}\n({better(bare[name])} is better)" for name in names}
+
+
+def run_ablation(recipe: AblationRecipe, out: Path) -> Ablation:
+    """:func:`davae.training.ablation.ablate`, and the picture ``out/ablation.png`` of what it found."""
+    result = ablate(recipe, out)
+    draw_ablation(result, out / "ablation.png")
+    return result
 
 
 def draw_ablation(result: Ablation, file: Path) -> Path:
@@ -45,3 +54,18 @@ def draw_ablation(result: Ablation, file: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     return file
+
+
+def ablation_table(result: Ablation) -> Table:
+    """Mean and spread of the shown metrics, a row a variant."""
+    seeds = f"{len(result.seeds)} seed{'s' if len(result.seeds) > 1 else ''}, {result.samples} samples each"
+    table = Table(title=f"mean (standard deviation) over {seeds}")
+    table.add_column("variant")
+    shown = shown_metrics(result)
+    for label in shown.values():
+        table.add_column(label, justify="right")
+    for name, figures in result.variants.items():
+        spreads = (figures[metric] for metric in shown)
+        table.add_row(name, *(f"{significant(s.mean, 4)} ({significant(s.std, 2)})" for s in spreads))
+    table.add_row("real images", *(significant(result.real[m], 4) if m in result.real else "" for m in shown))
+    return table

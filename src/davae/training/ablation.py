@@ -21,7 +21,7 @@ from davae.evaluation.features import open_network
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets
 from davae.training.ablation_measures import generated_images, real_images
 from davae.training.ablation_settings import AblationRecipe
-from davae.training.recipe import load_recipe
+from davae.training.recipe import load_variant
 from davae.training.run import train_autoencoder, train_diffusion
 from davae.training.run_directory import environment
 from davae.training.settings import UpgradeRecipe
@@ -78,7 +78,7 @@ def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
         DavaeError: a variant is not a class-conditional upgrade recipe, or ``out`` holds another ablation.
     """
     cases = {
-        (name, seed): _recipe_of(recipe, name, seed) for name in recipe.variants for seed in recipe.seeds
+        (name, seed): load_variant(recipe, name, seed) for name in recipe.variants for seed in recipe.seeds
     }  # all are read before anything is trained
     networks = [] if recipe.features is None else [open_network(recipe.features)]
     _claim(out, recipe)
@@ -109,16 +109,6 @@ def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
         )
         (out / "ablation.json").write_text(json.dumps(result.to_json(), indent=1))
     return result
-
-
-def _recipe_of(recipe: AblationRecipe, name: str, seed: int) -> UpgradeRecipe:
-    seeds = [f"autoencoder.loop.seed={seed}", f"diffusion.loop.seed={seed}"]
-    found = load_recipe(recipe.recipe, [*recipe.overrides, *recipe.variants[name], *seeds])
-    if not isinstance(found, UpgradeRecipe):
-        raise DavaeError(
-            f"variant '{name}': {recipe.recipe} is a recipe of kind '{found.kind}', not an upgrade"
-        )
-    return found
 
 
 def _claim(out: Path, recipe: AblationRecipe) -> None:

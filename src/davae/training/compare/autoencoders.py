@@ -1,27 +1,25 @@
 """What autoencoders keep of the same images, and how fast they are."""
 
 from __future__ import annotations
-from collections.abc import Mapping
-from collections.abc import Sequence
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
 from davae.benchmark import side_by_side
 from davae.errors import DavaeError
 from davae.evaluation.features import FeatureNetwork
-from davae.evaluation.metrics.image_set import ImageSet
-from davae.evaluation.metrics.image_set import compare_sets
+from davae.evaluation.metrics.image_set import ImageSet, compare_sets
 from davae.evaluation.metrics.perceptual import Perceptual
 from davae.evaluation.metrics.psnr_ssim import PairMeans
-from davae.models.latent_space import compression_of
-from davae.models.latent_space import decode
-from davae.models.latent_space import encode
-from davae.models.latent_space import open_autoencoder
+from davae.models.latent_space import compression_of, decode, encode, open_autoencoder
 from davae.pipelines.opening import opening
-from diffusers.models.modeling_utils import ModelMixin
-from functools import partial
-from pathlib import Path
-from torch import Tensor
-from typing import Any
-import torch
 
 _SMALLEST = 16  # pixels: of SSIM's window and the Wasserstein pyramid
 

@@ -1,44 +1,34 @@
 """The diffusion stage: a widened transformer learns the structured latents, Eq. 12 and 13."""
 
 from __future__ import annotations
+
+import logging
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch.utils.data import Dataset
+
 from davae.evaluation import sliced_wasserstein
 from davae.evaluation.metrics.names import SWD_FINEST
 from davae.latents import LatentLayout
 from davae.pipelines.adapters import save_adapters
 from davae.pipelines.families import family_of
 from davae.pipelines.lora import merge_lora
-from davae.training.diffusion.conditioning import ClassMap
-from davae.training.diffusion.conditioning import PromptEmbeddings
-from davae.training.diffusion.conditioning import captions_of
-from davae.training.diffusion.conditioning import move_text_encoders
-from davae.training.diffusion.objective import DiffusionObjective
-from davae.training.diffusion.objective import noise_process
-from davae.training.diffusion.tuning import learning_masks
-from davae.training.diffusion.tuning import select_trained
-from davae.training.diffusion.validation import MEASURED
-from davae.training.diffusion.validation import generate_classes
-from davae.training.diffusion.validation import generate_prompts
-from davae.training.diffusion.validation import held_out_loss
-from davae.training.latents_in_memory import ENCODED_TOGETHER
-from davae.training.latents_in_memory import LatentsInMemory
+from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings, captions_of, move_text_encoders
+from davae.training.diffusion.objective import DiffusionObjective, noise_process
+from davae.training.diffusion.tuning import learning_masks, select_trained
+from davae.training.diffusion.validation import MEASURED, generate_classes, generate_prompts, held_out_loss
+from davae.training.latents_in_memory import ENCODED_TOGETHER, LatentsInMemory
 from davae.training.memory import Prepared
 from davae.training.pictures import save_rows
-from davae.training.processes import gathered_in_first
-from davae.training.processes import is_first
-from davae.training.processes import share
-from davae.training.processes import start_processes
+from davae.training.processes import gathered_in_first, is_first, share, start_processes
 from davae.training.settings import DiffusionSettings
-from davae.training.stage import Player
-from davae.training.stage import Stage
+from davae.training.stage import Player, Stage
 from davae.training.whole_files import whole_folder
-from diffusers import DiffusionPipeline
-from pathlib import Path
-from torch import Tensor
-from torch.utils.data import Dataset
-from typing import Any
-import logging
-import torch
 
 logger = logging.getLogger(__name__)
 _PICTURES = 12  # in a row
