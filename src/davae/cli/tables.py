@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from davae.benchmark.planner_text import notes, tables
+from davae.cli.options import wide_console
 from davae.report.words import metric_label
 
 if TYPE_CHECKING:
     from davae.benchmark.autoencoder import AutoencoderBenchmark
     from davae.benchmark.inference import InferenceBenchmark
     from davae.benchmark.planner import Plan
+    from davae.evaluation.latent_space.inspect import Inspection
     from davae.training.benchmark import StepProfile, TrainingBenchmark
     from davae.training.compare import AutoencoderScore, Comparison, DiffusionScore
 
@@ -194,3 +196,53 @@ def _figure_lines(
         form.format(metric) + comma + rest: [f"{row.figures[name]:.3f}" for row in rows]
         for name, (metric, comma, rest) in labels.items()
     }
+
+
+def print_figures(rows: Mapping[str, Mapping[str, float]], unavailable: Mapping[str, str]) -> None:
+    """A row a metric, a column a variant; below the table what is missing and why."""
+    table = Table()
+    table.add_column("")
+    for name in rows:
+        table.add_column(name, justify="right")
+    for metric in dict.fromkeys(metric for figures in rows.values() for metric in figures):
+        values = [figures.get(metric) for figures in rows.values()]
+        table.add_row(metric, *("-" if value is None else f"{value:.4g}" for value in values))
+    console = wide_console()
+    console.print(table)
+    for name, reason in unavailable.items():
+        console.print(f"{name}: not measured. {reason}", markup=False, highlight=False, soft_wrap=True)
+
+
+def inspection_table(found: dict[str, Inspection]) -> Table:
+    """The figures for people, a column an autoencoder."""
+    table = Table()
+    table.add_column("")
+    for title in found:
+        table.add_column(title, justify="right")
+
+    def row(name: str, values: list[float | None], form: str) -> None:
+        table.add_row(name, *("-" if v is None else format(v, form) for v in values))
+
+    some = list(found.values())
+    for kind, told in (
+        ("whole", "PSNR, reconstruction"),
+        ("zeroed", "PSNR, details zeroed"),
+        ("shuffled", "PSNR, details shuffled"),
+        ("base", "PSNR, base enlarged"),
+    ):
+        row(told, [i.psnr.get(kind) for i in some], ".2f")
+    row("alignment error, relative", [i.alignment_error for i in some], ".3f")
+    for part in ("base", "detail", "structured"):
+        row(f"linear probe, {part}", [i.parts[part].linear_probe for i in some], ".1%")
+        row("   its deviation over splits", [i.parts[part].linear_probe_std for i in some], ".1%")
+        row(f"nearest neighbours, {part}", [i.parts[part].nearest_neighbours for i in some], ".1%")
+    row("chance", [i.chance for i in some], ".1%")
+    for part in ("base", "detail"):
+        row(f"high-frequency share, {part}", [i.parts[part].high_frequency_share for i in some], ".3f")
+        row(
+            f"local - distant similarity, {part}",
+            [i.parts[part].local_distant_similarity for i in some],
+            ".3f",
+        )
+    row("high-frequency share, images", [i.image_high_frequency_share for i in some], ".3f")
+    return table

@@ -40,8 +40,8 @@ class Processes:
 
 
 @dataclass
-class Contest:
-    """Runs by folder name, models by the name they are reported under, and what could not take part."""
+class Variants:
+    """Runs by folder name, models by the name they are reported under, and the baselines that cannot be had."""
 
     prompts: PromptSet
     count: int
@@ -50,7 +50,7 @@ class Contest:
     unavailable: dict[str, str] = field(default_factory=dict)
 
 
-def run_contest(
+def generate_variants(
     open_pipeline: Callable[[str], DiffusionPipeline],
     settings: RunSettings,
     out: str | Path,
@@ -60,7 +60,7 @@ def run_contest(
     prompts: str | Path | None = None,
     count: int | None = None,
     processes: Processes | None = None,
-) -> Contest:
+) -> Variants:
     """Make all images that are missing.
 
     Args:
@@ -83,25 +83,25 @@ def run_contest(
     pipe = open_pipeline(settings.pipeline)
     subjects = find_subjects(pipe, prompts)
     total = _count(count, subjects)
-    contest = Contest(subjects, total)
+    variants = Variants(subjects, total)
     settings = replace(settings, prompts=subjects.describe())
-    upgraded = contest.runs["upgraded"] = _make(pipe, settings, out / "upgraded", contest, processes)
-    contest.models[UPGRADED] = partial(upgraded.batches, total)
+    upgraded = variants.runs["upgraded"] = _make(pipe, settings, out / "upgraded", variants, processes)
+    variants.models[UPGRADED] = partial(upgraded.batches, total)
     scale = int(getattr(pipe.vae, "scale", 1))
     processes.wait()
     del pipe  # its memory may be needed
     full = (upgraded.size()[0], upgraded.size()[1])
     if base is not None:
-        _add_base(open_pipeline(base), base, settings, out, contest, processes, full, scale)
+        _add_base(open_pipeline(base), base, settings, out, variants, processes, full, scale)
     for name, pipeline in (others or {}).items():
         pipe = open_pipeline(pipeline)
         sized = replace(settings, pipeline=pipeline)
         if _takes_size(pipe):
             sized = replace(sized, height=full[0], width=full[1])
-        run = contest.runs[name] = _make(pipe, sized, out / name, contest, processes)
-        contest.models[name] = partial(_upscaled, run, total, full)
+        run = variants.runs[name] = _make(pipe, sized, out / name, variants, processes)
+        variants.models[name] = partial(_upscaled, run, total, full)
         processes.wait()
-    return contest
+    return variants
 
 
 def _add_base(
@@ -109,25 +109,25 @@ def _add_base(
     base: str,
     settings: RunSettings,
     out: Path,
-    contest: Contest,
+    variants: Variants,
     processes: Processes,
     full: tuple[int, int],
     scale: int,
 ) -> None:
     """The base at base resolution, enlarged (equal tokens), and at full resolution."""
-    total, flexible = contest.count, _takes_size(pipe)
+    total, flexible = variants.count, _takes_size(pipe)
     height, width = (full[0] // scale, full[1] // scale) if flexible else (None, None)
     small = replace(settings, pipeline=base, height=height, width=width)
-    lower = contest.runs["base"] = _make(pipe, small, out / "base", contest, processes)
-    contest.models[BASE_UPSCALED] = partial(_upscaled, lower, total, full)
+    lower = variants.runs["base"] = _make(pipe, small, out / "base", variants, processes)
+    variants.models[BASE_UPSCALED] = partial(_upscaled, lower, total, full)
     if scale == 1:
-        contest.unavailable[BASE_NATIVE] = "the pipeline is not upgraded: it is native itself"
+        variants.unavailable[BASE_NATIVE] = "the pipeline is not upgraded: it is native itself"
     elif flexible:
         large = replace(settings, pipeline=base, height=full[0], width=full[1])
-        native = contest.runs["native"] = _make(pipe, large, out / "native", contest, processes)
-        contest.models[BASE_NATIVE] = partial(native.batches, total)
+        native = variants.runs["native"] = _make(pipe, large, out / "native", variants, processes)
+        variants.models[BASE_NATIVE] = partial(native.batches, total)
     else:
-        contest.unavailable[BASE_NATIVE] = f"{type(pipe).__name__} takes no height and width"
+        variants.unavailable[BASE_NATIVE] = f"{type(pipe).__name__} takes no height and width"
     processes.wait()
 
 
@@ -175,11 +175,11 @@ def _count(count: int | None, subjects: PromptSet) -> int:
 
 
 def _make(
-    pipe: DiffusionPipeline, settings: RunSettings, folder: Path, contest: Contest, processes: Processes
+    pipe: DiffusionPipeline, settings: RunSettings, folder: Path, variants: Variants, processes: Processes
 ) -> ImageRun:
     run = ImageRun(folder, settings)
-    missing = run.share_missing(contest.count, processes.rank, processes.world)
-    made = run.make(pipe, contest.prompts, contest.count, rank=processes.rank, world=processes.world)
+    missing = run.share_missing(variants.count, processes.rank, processes.world)
+    made = run.make(pipe, variants.prompts, variants.count, rank=processes.rank, world=processes.world)
     for _ in processes.progress(made, folder.name, len(missing)):
         pass
     return run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.features import FeatureNetwork, TextImageNetwork
 from davae.evaluation.generation.prompts import PromptSet
+from davae.evaluation.images import spread_batches
 from davae.evaluation.metrics.clip_score import ClipScore
 from davae.evaluation.metrics.fid import Gaussian, file_hash, load_statistics, save_statistics
 from davae.evaluation.metrics.image_set import (
@@ -63,10 +64,7 @@ class Reference:
         """Images ``[B, 3, H, W]`` in [-1, 1], resized as in ADM, the middle cut out; and their classes' names."""
         shape = {} if height == width else {"buckets": [(width, height)]}
         dataset = open_dataset(self.name, resolution=min(height, width), **shape)  # type: ignore[arg-type]
-        count = min(self.limit or len(dataset), len(dataset))
-        for start in range(0, count, size):
-            numbers = range(start, min(start + size, count))
-            items = [dataset[i * len(dataset) // count] for i in numbers]
+        for items in spread_batches(dataset, self.limit or len(dataset), size):
             classes = ["" if item["label"] < 0 else dataset.classes[item["label"]] for item in items]
             yield torch.stack([item["image"] for item in items]), classes
 
@@ -106,6 +104,7 @@ class GenerationReport:
         categories: how many images of each model have a category, by its name.
         networks: preprocessing and weights of each feature network.
         settings: of the metrics themselves.
+        runs: folder and settings of the images by model, where davae made them.
     """
 
     count: int
@@ -114,10 +113,33 @@ class GenerationReport:
     categories: dict[str, int]
     networks: list[dict[str, Any]]
     settings: dict[str, Any]
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Of every model its figures, then of its categories the Fréchet distance and the CLIP score."""
+        shown: dict[str, dict[str, float]] = {}
+        for model, row in self.rows.items():
+            shown[model] = dict(row.figures)
+            for category, part in row.categories.items():
+                shown[model] |= {
+                    f"{category}: {metric}": value
+                    for metric, value in part.figures.items()
+                    if metric.startswith("fid/") or metric == CLIP_SCORE
+                }
+        return shown
+
+    def missing(self) -> dict[str, str]:
+        """What could not be measured of some model, with the reason."""
+        reasons: dict[str, str] = {}
+        for row in self.rows.values():
+            reasons |= row.unavailable
+            for category, part in row.categories.items():
+                reasons |= {f"{category}: {metric}": reason for metric, reason in part.unavailable.items()}
+        return reasons
 
 
 def compare_generation(

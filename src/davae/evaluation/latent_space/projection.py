@@ -11,6 +11,8 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 
+Method = Literal["pca", "tsne"]
+
 
 def latent_rows(latents: Tensor, minimum: int) -> Tensor:
     """``[N, ...]`` as float64 rows ``[N, F]`` on the CPU.
@@ -63,7 +65,7 @@ class PrincipalAxes:
 
 
 def project_latents(
-    latents: Tensor, method: Literal["pca", "tsne"] = "pca", *, seed: int = 0, perplexity: float = 30.0
+    latents: Tensor, method: Method = "pca", *, seed: int = 0, perplexity: float = 30.0
 ) -> Tensor:
     """Lay latents out in the plane.
 

@@ -57,6 +57,8 @@ class ReconstructionReport:
         networks: preprocessing and weights of each feature network.
         perceptual: the same of each perceptual distance, by name.
         reference: hashes of the images' 8-bit pixels and of the moments of their features.
+        autoencoder, data, resolution: what was measured on what, where they were given by name.
+        unavailable: metric to the reason why it is missing from some row.
     """
 
     images: int
@@ -66,10 +68,23 @@ class ReconstructionReport:
     networks: list[dict[str, Any]]
     perceptual: dict[str, dict[str, Any]]
     reference: dict[str, Any]
+    autoencoder: str | None = None
+    data: str | None = None
+    resolution: int | None = None
+    unavailable: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Of every row its figures, then those of its crops."""
+        shown: dict[str, dict[str, float]] = {}
+        for name, row in self.rows.items():
+            shown[name] = {"latent positions, relative": row.positions} | row.figures
+            for crop, figures in row.crops.items():
+                shown[name] |= {f"{crop}: {metric}": value for metric, value in figures.items()}
+        return shown
 
 
 @torch.no_grad()
