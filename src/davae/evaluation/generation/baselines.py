@@ -30,7 +30,8 @@ class Processes:
     Attributes:
         rank, world: number of this one, and how many.
         wait: returns once every process has called it.
-        progress: wraps the numbers of images as they are made; told what they are for and how many are missing.
+        progress: wraps the numbers of images as they are made; its other arguments are the run's name and how many
+            images it lacks.
     """
 
     rank: int = 0

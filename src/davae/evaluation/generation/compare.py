@@ -62,8 +62,8 @@ class Reference:
 
     def batches(self, height: int, width: int, *, size: int = 32) -> Iterator[tuple[Tensor, list[str]]]:
         """Images ``[B, 3, H, W]`` in [-1, 1], resized as in ADM, the middle cut out; and their classes' names."""
-        shape = {} if height == width else {"buckets": [(width, height)]}
-        dataset = open_dataset(self.name, resolution=min(height, width), **shape)  # type: ignore[arg-type]
+        buckets = None if height == width else [(width, height)]
+        dataset = open_dataset(self.name, resolution=min(height, width), buckets=buckets)
         for items in spread_batches(dataset, self.limit or len(dataset), size):
             classes = ["" if item["label"] < 0 else dataset.classes[item["label"]] for item in items]
             yield torch.stack([item["image"] for item in items]), classes
@@ -160,7 +160,7 @@ def compare_generation(
         networks: for the distances of features.
         clip: for the CLIP score, with ``prompts``.
         prompts: what image ``i`` is of.
-        unavailable: metrics that were asked for and cannot be had, with the reason; told in every row.
+        unavailable: metrics that were asked for and cannot be had, with the reason; in every row.
         save_statistics_to: ``.npz`` for the moments of the reference's features, with one network only.
 
     Raises:
@@ -189,8 +189,8 @@ def compare_generation(
         rows[name] = compare_sets(found, gathered)
         rows[name].categories = compare_categories(found, gathered)
         for category, score in scores.items():
-            told = rows[name].categories[category] if category else rows[name]
-            told.figures[CLIP_SCORE] = score.score()
+            part = rows[name].categories[category] if category else rows[name]
+            part.figures[CLIP_SCORE] = score.score()
         rows[name].unavailable |= dict(unavailable or {})
     if gathered is None:
         raise DavaeError("there is no model to measure")
@@ -248,23 +248,25 @@ def compare_categories(
     """
     result: dict[str, Distances] = {}
     for category in categories_of(found):
-        result[category] = told = Distances()
+        result[category] = distances = Distances()
         for name, features in found.features.items():
             if isinstance(reference, Gaussian):
-                told.unavailable[f"fid/{name}"] = "the reference is a file of statistics: images are needed"
+                distances.unavailable[f"fid/{name}"] = (
+                    "the reference is a file of statistics: images are needed"
+                )
                 continue
             there = reference.numbers_of(category)
             if not there:
-                told.unavailable[f"fid/{name}"] = (
+                distances.unavailable[f"fid/{name}"] = (
                     f"the reference has no class '{category}': its images must lie in folders named as the categories"
                 )
                 continue
             try:
                 ours = features.part(found.numbers_of(category))
                 theirs = reference.features[name].part(there)
-                feature_distances(told, name, ours, theirs, seed)
+                feature_distances(distances, name, ours, theirs, seed)
             except DavaeError as error:
-                told.unavailable[f"fid/{name}"] = str(error)
+                distances.unavailable[f"fid/{name}"] = str(error)
     return result
 
 

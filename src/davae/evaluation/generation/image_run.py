@@ -98,7 +98,8 @@ class ImageRun:
 
     def size(self) -> tuple[int, int]:
         """Height and width of the images; the first one must be there."""
-        return tuple(self._read(0).shape[-2:])  # type: ignore[return-value]
+        height, width = self._read(0).shape[-2:]
+        return height, width
 
     def make(
         self, pipe: DiffusionPipeline, prompts: PromptSet, count: int, *, rank: int = 0, world: int = 1

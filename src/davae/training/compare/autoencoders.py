@@ -25,7 +25,7 @@ _SMALLEST = 16  # pixels: of SSIM's window and the Wasserstein pyramid
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """One autoencoder in the comparison.
 
     Attributes:
@@ -50,9 +50,9 @@ class AutoencoderScore:
     """Measurements of one autoencoder.
 
     Attributes:
-        name: of the contender.
+        name: of the candidate.
         kind: class of the model.
-        compression, channels, patch, tokens: see :class:`Contender`.
+        compression, channels, patch, tokens: see :class:`Candidate`.
         parameters: of the whole model.
         figures: means over the images, and distances of the reconstructions to them (``fid/NETWORK`` is rFID), by
             the names of :mod:`davae.evaluation.metrics.names`.
@@ -71,13 +71,13 @@ class AutoencoderScore:
     decode_images_per_second: float
 
 
-def open_contenders(
+def open_candidates(
     autoencoders: Mapping[str, str | Path | ModelMixin],
     resolution: int,
     *,
     tokens: int | None = None,
     device: torch.device | str = "cpu",
-) -> list[Contender]:
+) -> list[Candidate]:
     """Open autoencoders for images of one size.
 
     Args:
@@ -113,7 +113,7 @@ def open_contenders(
         grid = resolution // compression
         patch = _patch(name, grid, tokens)
         found.append(
-            Contender(
+            Candidate(
                 name=name,
                 model=model.eval().requires_grad_(False).to(device),
                 compression=compression,
@@ -137,19 +137,19 @@ def _patch(name: str, grid: int, tokens: int | None) -> int:
     )
 
 
-def encode_all(contender: Contender, images: Tensor, batch: int) -> Tensor:
+def encode_all(candidate: Candidate, images: Tensor, batch: int) -> Tensor:
     """Raw latents of all images, on the CPU: [N, C, h, w]."""
-    return torch.cat([encode(contender.model, part).float().cpu() for part in images.split(batch)])
+    return torch.cat([encode(candidate.model, part).float().cpu() for part in images.split(batch)])
 
 
-def decode_all(contender: Contender, latents: Tensor, batch: int) -> Tensor:
+def decode_all(candidate: Candidate, latents: Tensor, batch: int) -> Tensor:
     """Images of raw latents, clamped, on the CPU: [N, 3, H, W]."""
-    made = [decode(contender.model, part).float().cpu().clamp(-1, 1) for part in latents.split(batch)]
+    made = [decode(candidate.model, part).float().cpu().clamp(-1, 1) for part in latents.split(batch)]
     return torch.cat(made)
 
 
 def score_autoencoders(
-    contenders: Sequence[Contender],
+    candidates: Sequence[Candidate],
     images: Tensor,
     *,
     batch: int = 8,
@@ -160,7 +160,7 @@ def score_autoencoders(
     """Reconstruct the same images with each and measure.
 
     Args:
-        contenders: see :func:`open_contenders`.
+        candidates: see :func:`open_candidates`.
         images: [N, 3, R, R] in [-1, 1].
         batch: images at a time, also where time is taken.
         repeats: rounds of the timing.
@@ -172,14 +172,14 @@ def score_autoencoders(
     """
     real = ImageSet(networks).extend(images.split(batch))
     part = images[:batch]
-    encoders = {c.name: partial(encode, c.model, part.to(c.model.device)) for c in contenders}
-    latents = {c.name: encode_all(c, images, batch) for c in contenders}
+    encoders = {c.name: partial(encode, c.model, part.to(c.model.device)) for c in candidates}
+    latents = {c.name: encode_all(c, images, batch) for c in candidates}
     decoders = {
-        c.name: partial(decode, c.model, latents[c.name][:batch].to(c.model.device)) for c in contenders
+        c.name: partial(decode, c.model, latents[c.name][:batch].to(c.model.device)) for c in candidates
     }
     encoded, decoded = side_by_side(encoders, repeats).medians, side_by_side(decoders, repeats).medians
     rows, made = [], {}
-    for c in contenders:
+    for c in candidates:
         again = made[c.name] = decode_all(c, latents[c.name], batch)
         if again.shape != images.shape:
             raise DavaeError(

@@ -16,7 +16,7 @@ from torch import Tensor
 from davae.benchmark import side_by_side
 from davae.evaluation.features import FeatureNetwork
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets, spatial_distances
-from davae.training.compare.autoencoders import Contender
+from davae.training.compare.autoencoders import Candidate
 from davae.training.compare.trial import DiffusionOptions, Trial
 from davae.training.pictures import PICTURES
 
@@ -52,7 +52,7 @@ class DiffusionScore:
 
 
 def score_diffusion(
-    contenders: Sequence[Contender],
+    candidates: Sequence[Candidate],
     images: Tensor,
     labels: Tensor,
     held_out: Tensor,
@@ -64,7 +64,7 @@ def score_diffusion(
     """Time, train and sample the same transformer over each autoencoder.
 
     Args:
-        contenders: the first one is what the others are compared with.
+        candidates: the first one is what the others are compared with.
         images: training images, [N, 3, R, R] in [-1, 1].
         labels: [N] int64 in [0, classes], where `classes` is no class.
         held_out: images that samples are compared with, [M, 3, R, R].
@@ -79,7 +79,7 @@ def score_diffusion(
     if networks:
         real.extend(images.split(options.batch))
     unseen = ImageSet().extend(held_out.split(options.batch))
-    trials = {c.name: Trial(c, images, labels, classes, options) for c in contenders}
+    trials = {c.name: Trial(c, images, labels, classes, options) for c in candidates}
     wanted = labels[torch.arange(options.samples) % len(labels)]
     losses, found, shown = {}, {}, {}
     for name, trial in trials.items():
@@ -92,11 +92,11 @@ def score_diffusion(
         rows.append(
             DiffusionScore(
                 name=name,
-                tokens=trial.contender.tokens,
+                tokens=trial.candidate.tokens,
                 parameters=sum(p.numel() for p in trial.transformer.parameters()),
                 loss=sum(last) / len(last),
                 figures=spatial_distances(found[name], unseen) | compare_sets(found[name], real).figures,
-                **cost.of(name, over=contenders[0].name),
+                **cost.of(name, over=candidates[0].name),
             )
         )
     return rows, shown
