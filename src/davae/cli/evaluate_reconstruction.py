@@ -22,7 +22,7 @@ from davae.cli.evaluate_parts import (
 )
 from davae.cli.inspect import trained_resolution
 from davae.cli.options import Device, Json
-from davae.data import open_dataset
+from davae.data import ItemDataset, open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.crops import folder_crops, read_boxes
 from davae.evaluation.dino_distance import DinoDistance
@@ -97,11 +97,11 @@ def reconstruction(
     write_json(json_file, about | found.to_json())
 
 
-def _batches(dataset: object, count: int, size: int) -> Iterator[Tensor]:
-    length = len(dataset)  # type: ignore[arg-type]
+def _batches(dataset: ItemDataset, count: int, size: int) -> Iterator[Tensor]:
+    length = len(dataset)
     for start in range(0, count, size):
         numbers = range(start, min(start + size, count))
-        yield torch.stack([dataset[i * length // count]["image"] for i in numbers])  # type: ignore[index]
+        yield torch.stack([dataset[i * length // count]["image"] for i in numbers])
 
 
 def _flat(row: Row) -> dict[str, float]:

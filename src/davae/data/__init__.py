@@ -3,10 +3,11 @@
 from davae.data.bucket_sampler import BucketSampler
 from davae.data.buckets import make_buckets
 from davae.data.cache import Fingerprint, LatentCache
-from davae.data.dataset import Facts, ImageDataset, Item, Source
+from davae.data.dataset import Facts, ImageDataset, Source
 from davae.data.decode import UnreadableImage, check_header, decode_image
 from davae.data.folder import IMAGE_SUFFIXES, FolderSource
 from davae.data.hub import TableSource
+from davae.data.images.protocol import DatasetWrapper, Item, ItemDataset, as_item_dataset
 from davae.data.loader import BatchStream, ResumableSampler, collate, make_loader, read_items
 from davae.data.mirroring import Mirrored
 from davae.data.procedural import CLASSES, ProceduralScenes, render_scene
@@ -22,11 +23,13 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "BatchStream",
     "BucketSampler",
+    "DatasetWrapper",
     "Facts",
     "Fingerprint",
     "FolderSource",
     "ImageDataset",
     "Item",
+    "ItemDataset",
     "LatentCache",
     "Mirrored",
     "ProceduralScenes",
@@ -38,6 +41,7 @@ __all__ = [
     "SquareCrop",
     "TableSource",
     "UnreadableImage",
+    "as_item_dataset",
     "check_header",
     "choose_part",
     "collate",

@@ -17,9 +17,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from davae.data.bucket_sampler import BucketSampler
-from davae.data.buckets import bucket_of
-from davae.data.dataset import Item
 from davae.data.frozen_objects import frozen_objects
+from davae.data.images.protocol import Item, as_item_dataset
 from davae.data.loader_key import Key
 from davae.data.stalls import WatchedItems, end_workers, outlive_signals
 from davae.errors import DavaeError
@@ -128,9 +127,8 @@ class BatchStream:
         world_size: int = 1,
         timeout_s: float = 0.0,
     ) -> None:
-        self.dataset, self.workers, self.timeout_s = dataset, workers, timeout_s
-        length = len(dataset)  # type: ignore[arg-type]
-        buckets = bucket_of(dataset)
+        self.dataset, self.workers, self.timeout_s = as_item_dataset(dataset), workers, timeout_s
+        length, buckets = len(self.dataset), self.dataset.bucket_of
         self.sampler: ResumableSampler | BucketSampler
         if buckets is None:
             self.sampler = ResumableSampler(length, batch_size, seed, rank=rank, world_size=world_size)

@@ -6,11 +6,9 @@ and whether one comes mirrored is drawn anew in each epoch, with the draw of the
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.utils.data import Dataset
 
-from davae.data.dataset import Item
+from davae.data.images.protocol import DatasetWrapper, Item, ItemDataset
 from davae.data.transforms import item_generator
 
 
@@ -19,28 +17,7 @@ def is_mirrored(seed: int, epoch: int, index: int) -> bool:
     return bool(item_generator(seed, epoch, index).random() < 0.5)
 
 
-def item_of(dataset: Any, index: int, epoch: int) -> Item:
-    """Item ``index`` as it looks in ``epoch``, where the data set knows of epochs."""
-    item: Item = dataset.item(index, epoch) if hasattr(dataset, "item") else dataset[index]
-    return item
-
-
-def flips(dataset: Any) -> bool:
-    """Whether a data set mirrors half of its images."""
-    return bool(getattr(dataset, "flip", False))
-
-
-def crops_at_random(dataset: Any) -> bool:
-    """Whether a data set cuts another part out of an image in each epoch."""
-    return getattr(dataset, "crop", "center") == "random"
-
-
-def unmirrored(dataset: Any) -> Any:
-    """A data set's items as they are before mirroring: itself, where it does not mirror."""
-    return dataset.unmirrored() if flips(dataset) else dataset
-
-
-class Mirrored(Dataset[Item]):
+class Mirrored(DatasetWrapper):
     """The items of a data set, the images of half of them mirrored: which half is drawn anew in each epoch.
 
     Args:
@@ -48,26 +25,17 @@ class Mirrored(Dataset[Item]):
         seed: of the draws.
     """
 
-    flip = True
-
-    def __init__(self, source: Any, seed: int = 0) -> None:
-        self.source, self.seed = source, seed
-        self.classes: list[str] = source.classes
-        self.skipped = getattr(source, "skipped", [])
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Item:
-        return self.item(index, 0)
+    def __init__(self, source: Dataset[Item], seed: int = 0) -> None:
+        super().__init__(source)
+        self.flip, self.seed = True, seed
 
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``."""
-        item = dict(item_of(self.source, index, epoch))
+        item = dict(self.source.item(index, epoch))
         if is_mirrored(self.seed, epoch, index):
             item["image"] = item["image"].flip(-1)
         return item
 
-    def unmirrored(self) -> Any:
+    def unmirrored(self) -> ItemDataset:
         """The items before mirroring."""
-        return self.source
+        return self.source.unmirrored()

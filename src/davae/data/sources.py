@@ -64,7 +64,7 @@ def open_dataset(
         revision: of a name on the hub: branch, tag or commit; none takes the newest.
 
     Returns:
-        A map-style data set of items (see :mod:`davae.data.dataset`) with ``classes`` and ``skipped``, the
+        A map-style data set of items (see :mod:`davae.data.images.protocol`) with ``classes`` and ``skipped``, the
         files already found to be unusable.
 
     Raises:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from davae.data import Item, ItemDataset, as_item_dataset
 from davae.data.buckets import same_size_batches
 from davae.evaluation.enlarging import upscaled
 from davae.latents import ChannelStatistics, grouped_mean
@@ -47,15 +47,15 @@ class AutoencoderStage(Stage):
         self,
         autoencoder: AutoencoderDA,
         settings: AutoencoderSettings,
-        dataset: Dataset[dict[str, Any]],
-        held_out: Dataset[dict[str, Any]],
+        dataset: Dataset[Item],
+        held_out: Dataset[Item],
         *,
         workers: int = 0,
         timeout_s: float = 0.0,
         cache_latents: bool = False,
     ) -> None:
         self.autoencoder, self.settings, self.loop = autoencoder, settings, settings.loop
-        self.dataset, self.held_out = dataset, held_out
+        self.dataset, self.held_out = as_item_dataset(dataset), as_item_dataset(held_out)
         self.workers, self.timeout_s = workers, timeout_s
         autoencoder.train_levels(together=settings.levels == "together")
         self.learning = levels_that_learn(autoencoder)
@@ -79,8 +79,10 @@ class AutoencoderStage(Stage):
         )
         if cache_latents and not settings.loop.plain:
             autoencoder.to(start_processes().device)
-            logger.info("encoding %d images", len(dataset))  # type: ignore[arg-type]
-            self.dataset = WithBaseLatents(dataset, self._frozen_latent, workers=workers, timeout_s=timeout_s)
+            logger.info("encoding %d images", len(self.dataset))
+            self.dataset = WithBaseLatents(
+                self.dataset, self._frozen_latent, workers=workers, timeout_s=timeout_s
+            )
         gan = settings.reconstruction.gan
         adaptive = settings.alignment.adaptive or (gan.weight > 0 and gan.adaptive)
         model = Player("model", self.objective, settings.optimizer, can_be_sharded=not adaptive)
@@ -148,7 +150,7 @@ class AutoencoderStage(Stage):
 @torch.no_grad()
 def set_detail_statistics(
     vae: AutoencoderDA,
-    dataset: Dataset[dict[str, Any]],
+    dataset: ItemDataset,
     most: int,
     batch_size: int,
     *,
@@ -164,7 +166,7 @@ def set_detail_statistics(
         levels: the levels to measure; none measures all. A level that a transformer was tuned on must keep its own.
     """
     statistics = ChannelStatistics(vae.layout.detail_channels)
-    count = min(most, len(dataset))  # type: ignore[arg-type]
+    count = min(most, len(dataset))
     parts = list(same_size_batches(dataset, range(count), batch_size))
     for batch in DataLoader(dataset, batch_sampler=parts, collate_fn=stack_images):
         statistics.update(vae.encode_details(batch.to(vae.device, vae.dtype)).mean)

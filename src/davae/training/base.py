@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from davae.data import Mirrored
-from davae.data.mirroring import unmirrored
+from davae.data.images.protocol import ItemDataset
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
@@ -34,8 +34,6 @@ from davae.training.whole_files import whole_folder
 
 logger = logging.getLogger(__name__)
 
-Images = Any  # a map-style data set of items with an ``image``, its ``classes`` and what it ``skipped``
-
 
 def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = None) -> TrainResult:
     """Train a base pipeline into ``out/pipeline`` (runs ``out/autoencoder`` and ``out/transformer``).
@@ -51,7 +49,8 @@ def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = N
     """
     plain = recipe.model_dump(mode="json")
     data = recipe.data
-    full: Images
+    full: ItemDataset
+    images: ItemDataset
     if data.cache and base is not None:
         full = images = open_cache(data, base.vae, base)
     else:
@@ -125,14 +124,14 @@ def check_divides(side: int, unit: int) -> None:
         )
 
 
-def _training_images(recipe: BaseRecipe, *, keep: bool) -> tuple[Images, Images]:
+def _training_images(recipe: BaseRecipe, *, keep: bool) -> tuple[ItemDataset, ItemDataset]:
     """The training images at full resolution, and as the base sees them; made once and kept, or when asked for."""
     found = open_part(recipe.data, "train")
     if not keep:
         if recipe.downsample == 1:
             return found, found
         return found, Prepared(found, partial(_reduced_item, factor=recipe.downsample))
-    full = ImagesInMemory(unmirrored(found))
+    full = ImagesInMemory(found.unmirrored())
     small = full
     if recipe.downsample > 1:
         small = ImagesInMemory(full, partial(reduced, factor=recipe.downsample))
@@ -140,7 +139,7 @@ def _training_images(recipe: BaseRecipe, *, keep: bool) -> tuple[Images, Images]
 
 
 def _new_pipeline(
-    recipe: BaseRecipe, out: Path, full: Images, images: Images, held_out: ImagesInMemory
+    recipe: BaseRecipe, out: Path, full: ItemDataset, images: ItemDataset, held_out: ImagesInMemory
 ) -> ClassConditionalPipeline:
     """The first half, and a random transformer over it."""
     shape = recipe.transformer.architecture
@@ -152,7 +151,7 @@ def _new_pipeline(
     vae_folder = out / "autoencoder" / "vae"
     if not _is_saved(vae_folder):
         workers, timeout_s = recipe.data.workers, recipe.data.timeout_s
-        kept = unmirrored(full)
+        kept = full.unmirrored()
         if workers and isinstance(kept, ImagesInMemory):
             kept.read_all(workers, timeout_s)
         mixed = MixedScales(full, reduce, recipe.full_resolution_crops, recipe.autoencoder.loop.seed)

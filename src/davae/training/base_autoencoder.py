@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from davae.data import read_items
+from davae.data import Item, as_item_dataset, read_items
 from davae.latents import ChannelStatistics, gaussian_kl
 from davae.training.adversary import Adversary, make_adversary
 from davae.training.dc_ae_settings import KlArchitecture
@@ -87,9 +87,9 @@ class BaseAutoencoderStage(Stage):
     def __init__(
         self,
         settings: BaseAutoencoderSettings,
-        dataset: Dataset[dict[str, Any]],
-        whole: Dataset[dict[str, Any]],
-        held_out: Dataset[dict[str, Any]],
+        dataset: Dataset[Item],
+        whole: Dataset[Item],
+        held_out: Dataset[Item],
         *,
         workers: int = 0,
         timeout_s: float = 0.0,
@@ -97,7 +97,8 @@ class BaseAutoencoderStage(Stage):
         torch.manual_seed(settings.loop.seed)
         self.autoencoder = build_kl(settings.architecture)
         self.settings, self.loop = settings, settings.loop
-        self.dataset, self.whole, self.held_out = dataset, whole, held_out
+        self.dataset, self.whole = as_item_dataset(dataset), as_item_dataset(whole)
+        self.held_out = as_item_dataset(held_out)
         self.workers, self.timeout_s = workers, timeout_s
         adversary, players = make_adversary(settings.reconstruction.gan)
         self.objective = PlainObjective(self.autoencoder, settings.reconstruction, adversary)
@@ -125,7 +126,7 @@ class BaseAutoencoderStage(Stage):
         statistics = ChannelStatistics(channels)
         for items in read_items(
             self.whole,
-            range(len(self.whole)),  # type: ignore[arg-type]
+            range(len(self.whole)),
             batch_size=self.loop.batch_size,
             workers=self.workers,
             timeout_s=self.timeout_s,

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 
 from davae.data import ImageDataset, RenderedDataset, SkipLedger
-from davae.data.buckets import bucket_of, same_size_batches
+from davae.data.buckets import same_size_batches
 from davae.data.cache import (
     LATENTS,
     TEXTS,
@@ -89,7 +89,7 @@ def write_cache(
     about = {
         "classes": images.classes,
         "skipped": [list(entry) for entry in images.skipped],
-        "in_buckets": bucket_of(images) is not None,
+        "in_buckets": images.bucket_of is not None,
     }
     rank, world = rank_and_world()
     kept = "The shards that were written are whole"
@@ -247,7 +247,7 @@ def _locked(folder: Path, *, first: bool) -> Iterator[None]:
 def _facts(
     images: ImageDataset | RenderedDataset, position: int, flip: bool, item: dict[str, Any]
 ) -> dict[str, Any]:
-    numbers = bucket_of(images)
+    numbers = images.bucket_of
     height, width = item["image"].shape[-2:]
     facts: dict[str, Any] = {
         "position": position,

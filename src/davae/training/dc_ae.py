@@ -24,6 +24,7 @@ from diffusers import AutoencoderDC, AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from davae.data import Item, as_item_dataset
 from davae.errors import DavaeError
 from davae.evaluation import psnr, radial_power_spectrum, ssim
 from davae.evaluation.spectrum import spectra_distance
@@ -46,7 +47,6 @@ from davae.training.settings import OptimizerSettings, ReconstructionSettings
 from davae.training.stage import Player, Stage
 from davae.training.whole_files import whole_folder
 
-Images = Dataset[dict[str, Any]]
 _PICTURES = 6  # images in a validation picture
 
 
@@ -176,14 +176,15 @@ class DcAeStage(Stage):
         self,
         autoencoder: DeepAutoencoder,
         phase: Phase,
-        dataset: Images,
-        held_out: Mapping[int, Images],
+        dataset: Dataset[Item],
+        held_out: Mapping[int, Dataset[Item]],
         *,
         scaling_images: int = 1024,
         workers: int = 0,
     ) -> None:
         self.autoencoder, self.phase, self.loop = autoencoder, phase, phase.loop
-        self.dataset, self.held_out = dataset, held_out
+        self.dataset = as_item_dataset(dataset)
+        self.held_out = {side: as_item_dataset(images) for side, images in held_out.items()}
         self.scaling_images, self.workers = scaling_images, workers
         if phase.loop.gradient_checkpointing:
             if not autoencoder._supports_gradient_checkpointing:
@@ -248,7 +249,7 @@ class DcAeStage(Stage):
         """Mean and standard deviation of all latent elements of training images."""
         model = self.autoencoder
         statistics = ChannelStatistics(model.config.latent_channels)
-        count = min(self.scaling_images, len(self.dataset))  # type: ignore[arg-type]
+        count = min(self.scaling_images, len(self.dataset))
         subset = Subset(self.dataset, range(count))
         for batch in DataLoader(subset, self.loop.batch_size, collate_fn=stack_images):
             statistics.update(encode(model, batch.to(model.device)))

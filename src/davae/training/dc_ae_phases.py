@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
+from davae.data import ItemDataset
 from davae.errors import DavaeError
 from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC
 from davae.training.base import reduced
-from davae.training.dc_ae import DcAeStage, Images, build_autoencoder, trained_layers
+from davae.training.dc_ae import DcAeStage, build_autoencoder, trained_layers
 from davae.training.dc_ae_settings import DcAeRecipe, Phase
 from davae.training.images import open_part
 from davae.training.loop import TrainResult, train
@@ -190,10 +191,10 @@ def _layer(name: str) -> str:
     return ".".join(parts[: 3 if parts[2].isdigit() else 2])
 
 
-def training_images(recipe: DcAeRecipe, phase: Phase) -> Images:
+def training_images(recipe: DcAeRecipe, phase: Phase) -> ItemDataset:
     """The training images of a phase: whole ones, mixed with windows of larger ones where it asks for them."""
     data = _data(recipe, phase.path, phase.windows_from or phase.resolution)
-    images: Any = open_part(data, "train")
+    images: ItemDataset = open_part(data, "train")
     if recipe.data.in_memory:
         images = ImagesInMemory(images)
     if phase.windows_from is None:
@@ -201,7 +202,7 @@ def training_images(recipe: DcAeRecipe, phase: Phase) -> Images:
     return MixedScales(images, partial(reduced_to, side=phase.resolution), phase.windows, phase.loop.seed)
 
 
-def measured_images(recipe: DcAeRecipe) -> dict[int, Images]:
+def measured_images(recipe: DcAeRecipe) -> dict[int, ItemDataset]:
     """Held-out images at each resolution that is measured; decoded once."""
     return {
         side: ImagesInMemory(open_part(_data(recipe, recipe.measure.path, side), "held_out"))

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from davae.data import read_items
-from davae.data.mirroring import crops_at_random, is_mirrored, item_of, unmirrored
+from davae.data.images.protocol import DatasetWrapper, Item, ItemDataset
+from davae.data.loader import read_items
+from davae.data.mirroring import is_mirrored
 from davae.errors import DavaeError
-from davae.training.memory import keep_facts
 from davae.training.processes import gathered, share
-
-Item = dict[str, Any]
 
 ENCODED_TOGETHER = 32
 """Images: a batch for the transformer may be too large for the autoencoder."""
 
 
-class LatentsInMemory(Dataset[Item]):
+class LatentsInMemory(DatasetWrapper):
     """The latents of all images of a data set, encoded once; each process encodes its share and holds all.
 
     Where the data set mirrors, both latents of an image are kept, and ``item(index, epoch)`` draws one of them as the
@@ -40,9 +37,6 @@ class LatentsInMemory(Dataset[Item]):
         DavaeError: the images are cropped at random, or reading them takes too long.
     """
 
-    flip: bool
-    seed: int
-
     def __init__(
         self,
         source: Dataset[Item],
@@ -54,10 +48,16 @@ class LatentsInMemory(Dataset[Item]):
         workers: int = 0,
         timeout_s: float = 0.0,
     ) -> None:
-        keep_facts(self, source)
-        count = len(source) if limit is None else min(limit, len(source))  # type: ignore[arg-type]
+        super().__init__(source)
+        self.holds_latents = True
+        count = len(self.source) if limit is None else min(limit, len(self.source))
+        self.bucket_of = None if self.bucket_of is None else self.bucket_of[:count]
         parts = read_items(
-            _still(source), share(count), batch_size=batch_size, workers=workers, timeout_s=timeout_s
+            _unaugmented(self.source),
+            share(count),
+            batch_size=batch_size,
+            workers=workers,
+            timeout_s=timeout_s,
         )
         found = _encoded(parts, encode, mirrored=self.flip)
         every = gathered([{**item, "latent": latents} for item, latents in found], count)
@@ -68,8 +68,9 @@ class LatentsInMemory(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> Item:
-        return self.item(index, 0)
+    def captions(self) -> list[str]:
+        """The captions of the items in order."""
+        return [item["caption"] for item in self.items]
 
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``."""
@@ -79,7 +80,7 @@ class LatentsInMemory(Dataset[Item]):
         return item
 
 
-class WithBaseLatents(Dataset[Item]):
+class WithBaseLatents(DatasetWrapper):
     """The images of a data set with the latents of a frozen encoder beside them, as ``base_latent``.
 
     As in `LatentsInMemory` each process encodes its share and holds all, mirrored ones too.
@@ -95,9 +96,6 @@ class WithBaseLatents(Dataset[Item]):
         DavaeError: the images are cropped at random, or reading them takes too long.
     """
 
-    flip: bool
-    seed: int
-
     def __init__(
         self,
         source: Dataset[Item],
@@ -107,40 +105,37 @@ class WithBaseLatents(Dataset[Item]):
         workers: int = 0,
         timeout_s: float = 0.0,
     ) -> None:
-        self.source = source
-        keep_facts(self, source)
-        count = len(source)  # type: ignore[arg-type]
+        super().__init__(source)
+        count = len(self.source)
         parts = read_items(
-            _still(source), share(count), batch_size=batch_size, workers=workers, timeout_s=timeout_s
+            _unaugmented(self.source),
+            share(count),
+            batch_size=batch_size,
+            workers=workers,
+            timeout_s=timeout_s,
         )
         self.latents = gathered(
             [latents for _, latents in _encoded(parts, encode, mirrored=self.flip)], count
         )
 
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def __getitem__(self, index: int) -> Item:
-        return self.item(index, 0)
-
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``."""
         mirrored = self.flip and is_mirrored(self.seed, epoch, index)
-        return {**item_of(self.source, index, epoch), "base_latent": self.latents[index][mirrored]}
+        return {**self.source.item(index, epoch), "base_latent": self.latents[index][mirrored]}
 
 
-def _still(source: Any) -> Any:
+def _unaugmented(source: ItemDataset) -> ItemDataset:
     """A data set whose images can be encoded once: not mirrored.
 
     Raises:
         DavaeError: each epoch would crop them otherwise.
     """
-    if crops_at_random(source):
+    if source.crop == "random":
         raise DavaeError(
             "data.crop=random cuts another part out of an image each time, so latents cannot be kept; set "
             "data.crop=center or data.cache_latents=false"
         )
-    return unmirrored(source)
+    return source.unmirrored()
 
 
 def _encoded(

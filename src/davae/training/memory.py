@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from davae.data import item_generator, read_items
-from davae.data.buckets import bucket_of
-from davae.data.mirroring import crops_at_random, flips, item_of, unmirrored
-
-Item = dict[str, Any]
+from davae.data.images.protocol import DatasetWrapper, Item, ItemDataset
+from davae.data.loader import read_items
+from davae.data.transforms import item_generator
 
 _READ_TOGETHER = 32
 
 
-class ImagesInMemory(Dataset[Item]):
+class ImagesInMemory(DatasetWrapper):
     """Each image is made once, changed by ``prepare`` and kept as 8-bit values.
 
     Of a data set that mirrors or crops at random the first epoch is kept. :class:`davae.data.Mirrored` around this one
@@ -30,20 +27,22 @@ class ImagesInMemory(Dataset[Item]):
     """
 
     def __init__(self, source: Dataset[Item], prepare: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.source, self.prepare = source, prepare
+        super().__init__(source)
+        self.flip, self.crop = False, "center"
+        self.prepare = prepare
         self.kept: dict[int, Item] = {}
-        self.classes: list[str] = source.classes  # type: ignore[attr-defined]
-        self.skipped = getattr(source, "skipped", [])
 
-    def __len__(self) -> int:
-        return len(self.source)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> Item:
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index``, the same in each epoch."""
         if index not in self.kept:
-            self._keep(index, self.source[index])
+            self._keep(index, self.source.item(index, 0))
         item = dict(self.kept[index])
         item["image"] = item["image"].float() / 127.5 - 1
         return item
+
+    def unmirrored(self) -> ItemDataset:
+        """Itself: what is kept is not mirrored anew."""
+        return self
 
     def read_all(self, workers: int, timeout_s: float = 0.0) -> None:
         """Make all images now, in loader processes, which would otherwise each keep their own."""
@@ -61,7 +60,7 @@ class ImagesInMemory(Dataset[Item]):
         self.kept[index] = {**item, "image": ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)}
 
 
-class MixedScales(Dataset[Item]):
+class MixedScales(DatasetWrapper):
     """Whole images at base resolution, and crops of the same size at full resolution.
 
     A general autoencoder has seen edges and textures at every scale. One that saw whole small images only does
@@ -78,19 +77,14 @@ class MixedScales(Dataset[Item]):
     def __init__(
         self, source: Dataset[Item], reduce: Callable[[Tensor], Tensor], crops: float, seed: int = 0
     ) -> None:
-        self.source, self.reduce, self.crops, self.seed = source, reduce, crops, seed
-        self.skipped = getattr(source, "skipped", [])
-        self._source_draws = flips(source) or crops_at_random(source)
-
-    def __len__(self) -> int:
-        return len(self.source)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> Item:
-        return self.item(index, 0)
+        super().__init__(source)
+        self._source_draws = self.flip or self.crop == "random"
+        self.reduce, self.crops, self.seed = reduce, crops, seed
+        self.crop = "random"
 
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``."""
-        item = dict(item_of(self.source, index, epoch))
+        item = dict(self.source.item(index, epoch))
         image = item["image"]
         small = self.reduce(image[None])[0]
         random = item_generator(self.seed, epoch, index)
@@ -104,7 +98,7 @@ class MixedScales(Dataset[Item]):
         return item
 
 
-class Prepared(Dataset[Item]):
+class Prepared(DatasetWrapper):
     """The items of a data set with something added or changed when they are asked for.
 
     Args:
@@ -113,28 +107,9 @@ class Prepared(Dataset[Item]):
     """
 
     def __init__(self, source: Dataset[Item], prepare: Callable[[Item], Item]) -> None:
-        self.source, self.prepare = source, prepare
-        keep_facts(self, source)
-
-    def __len__(self) -> int:
-        return len(self.source)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> Item:
-        return self.item(index, 0)
+        super().__init__(source)
+        self.prepare = prepare
 
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``."""
-        return self.prepare(item_of(self.source, index, epoch))
-
-    def unmirrored(self) -> Prepared:
-        """The same items of images that are not mirrored."""
-        return Prepared(unmirrored(self.source), self.prepare)
-
-
-def keep_facts(wrapper: Any, source: Any) -> None:
-    """What is asked of a data set besides items: classes, skipped files, aspect-ratio buckets, what epochs change."""
-    wrapper.classes = source.classes
-    wrapper.skipped = getattr(source, "skipped", [])
-    wrapper.bucket_of = bucket_of(source)
-    wrapper.flip, wrapper.seed = flips(source), getattr(source, "seed", 0)
-    wrapper.crop = "random" if crops_at_random(source) else "center"
+        return self.prepare(self.source.item(index, epoch))

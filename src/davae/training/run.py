@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from torch.utils.data import Dataset
 
+from davae.data import ItemDataset
 from davae.errors import DavaeError
 from davae.models.lightningdit_start import restarted
 from davae.pipelines import fit_to_autoencoder, upgrade_pipeline
@@ -95,7 +95,7 @@ def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Trai
     pipeline = upgrade_pipeline(base, vae)
     data = recipe.data
     if data.cache:
-        train_set: Dataset[Any] = open_cache(data, vae, base, text_length=recipe.diffusion.prompts.max_length)
+        train_set: ItemDataset = open_cache(data, vae, base, text_length=recipe.diffusion.prompts.max_length)
     else:
         train_set = open_training_part(data, vae, base)
     held_out = open_part(data, "held_out")

@@ -3,7 +3,7 @@
 from davae.training.diffusion.class_map import ClassMap
 from davae.training.diffusion.noise import DdpmProcess, FlowProcess, NoiseProcess, NoisySample, noise_process
 from davae.training.diffusion.objective import DiffusionObjective
-from davae.training.diffusion.prompts import PromptEmbeddings, captions_of
+from davae.training.diffusion.prompts import PromptEmbeddings
 from davae.training.diffusion.stage import DiffusionStage
 from davae.training.diffusion.tuning import lora_config, select_trained
 from davae.training.diffusion.validation import generate_classes, generate_prompts, held_out_loss
@@ -17,7 +17,6 @@ __all__ = [
     "NoiseProcess",
     "NoisySample",
     "PromptEmbeddings",
-    "captions_of",
     "generate_classes",
     "generate_prompts",
     "held_out_loss",

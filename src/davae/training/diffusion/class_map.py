@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -24,7 +25,7 @@ class ClassMap:
         pipeline: a class-conditional pipeline; names its own classes in ``id2label``.
     """
 
-    def __init__(self, classes: list[str], pipeline: DiffusionPipeline) -> None:
+    def __init__(self, classes: Sequence[str], pipeline: DiffusionPipeline) -> None:
         family = family_of(pipeline)
         if not isinstance(family, ClassFamily):
             raise DavaeError(f"{type(pipeline).__name__} is conditioned on {family.conditioned_on}")

@@ -9,31 +9,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from davae.data import ImageDataset, UnreadableImage
 from davae.errors import DavaeError
 from davae.pipelines.families import PipelineFamily
 from davae.training.processes import gathered, share
 
 logger = logging.getLogger(__name__)
 _BATCH = 16  # captions encoded together
-
-
-def captions_of(dataset: Dataset[dict[str, Any]]) -> list[str]:
-    """The captions of a data set in its order, without decoding images where they come from files."""
-    inner = dataset
-    while not isinstance(inner, ImageDataset) and hasattr(inner, "source"):
-        inner = inner.source
-    if not isinstance(inner, ImageDataset):
-        return [dataset[i]["caption"] for i in range(len(dataset))]  # type: ignore[arg-type]
-    found = []
-    for index in inner.indices:
-        try:
-            found.append(inner.source.facts(index).caption)
-        except UnreadableImage:
-            continue  # another item of the data set stands in for it
-    return found
 
 
 class PromptEmbeddings:

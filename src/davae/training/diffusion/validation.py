@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from davae.data import collate
+from davae.data import Item, ItemDataset, collate
 from davae.errors import DavaeError
 from davae.pipelines.families import ClassFamily, family_of
 from davae.training.loop import to_device
 from davae.training.processes import gathered, share
 from davae.training.settings import SampleSettings
 
-Item = dict[str, Any]
 MEASURED = 256
 """Held-out items measured at most."""
 
@@ -26,7 +23,7 @@ MEASURED = 256
 @torch.no_grad()
 def held_out_loss(
     objective: Callable[[Item, int], dict[str, Tensor]],
-    items: Dataset[Item],
+    items: ItemDataset,
     *,
     batch_size: int,
     step: int,
@@ -48,7 +45,7 @@ def held_out_loss(
         device: of the objective.
         draw: what the objective draws for latents ``[B, C, h, w]`` from torch's generators.
     """
-    chosen = [items[i] for i in range(min(len(items), MEASURED))]  # type: ignore[arg-type]
+    chosen = [items[i] for i in range(min(len(items), MEASURED))]
     parts = list(_parts(chosen, batch_size))
     mine = share(len(parts))
     found: list[dict[str, float]] = []
