@@ -14,7 +14,7 @@ import sys
 
 import diffusers
 
-from davae.errors import DavaeError
+from davae.errors import DavaeError, WarmStartError
 from davae.models import AutoencoderDA, LightningDiTTransformer2DModel
 from davae.pipelines import (
     ClassConditionalPipeline,
@@ -28,7 +28,7 @@ from davae.pipelines import (
     write_model_card,
 )
 from davae.version import __version__
-from davae.warm_start import WarmStartError, widen_channels
+from davae.warm_start import widen_channels
 
 __all__ = [
     "AutoencoderDA",

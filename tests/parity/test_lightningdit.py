@@ -9,9 +9,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from davae.diffusion import shift_sigmas
 from davae.interop.official_lightningdit import convert
 from davae.models.lightningdit import LightningDiTTransformer2DModel
-from davae.pipelines.flow import predict_velocity, shift_time, sigma_shift
+from davae.pipelines.class_conditional import guided_velocity
 from tests.conftest import ParityCase, load_case, parity_cases, relative_error
 from tests.pipelines.parts import pipeline_around
 
@@ -74,17 +75,17 @@ def test_guidance(path: Path) -> None:
     for name in expected:
         where = name.removeprefix("cfg_").split("_")[0]  # below, equal, above; or no interval
         times = data.get(f"cfg_{where}_t", data["cfg_below_t"])
-        velocity = predict_velocity(
+        velocity = guided_velocity(
             model,
             latents,
-            times[0].item(),
+            1 - times[0].item(),
             labels,
             guidance_scale=guidance["cfg_scale"],
             guidance_interval=(0.0 if where == "no" else guidance["cfg_interval_start"], 1.0),
             guidance_channels=3 if name.endswith("first3") else None,
         )
         # The official code answers for both halves; its sampler keeps the first.
-        assert relative_error(velocity, data[name].chunk(2)[0]) < TOLERANCE, name
+        assert relative_error(-velocity, data[name].chunk(2)[0]) < TOLERANCE, name
 
 
 @CASES
@@ -93,10 +94,10 @@ def test_sampling(path: Path) -> None:
     data, sampler = case.tensors, case.info["config"]["sampler"]
     guidance = case.info["config"]["guidance"]
     uniform = torch.linspace(0, 1, sampler["num_steps"])
-    assert relative_error(shift_time(uniform, sampler["timestep_shift"]), data["sample_times"]) < TOLERANCE
+    assert relative_error(shift_sigmas(uniform, sampler["timestep_shift"]), data["sample_times"]) < TOLERANCE
 
     def sample(*, shift: float, scale: float) -> list[Tensor]:
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=sigma_shift(shift))
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / shift)
         trajectory = [data["sample_noise"]]
         pipeline = pipeline_around(model, scheduler=scheduler)
         pipeline(

@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from davae.interop.official_sd3_transformer import from_official_order, load_transformer
-from davae.latents import LatentLayout
-from davae.warm_start import (
+from davae.diffusion import (
     FlowLoss,
     cosine_loss,
     detail_weight,
@@ -18,6 +16,8 @@ from davae.warm_start import (
     sd3_sigma_table,
     structured_loss,
 )
+from davae.interop.official_sd3_transformer import from_official_order, load_transformer
+from davae.latents import LatentLayout
 from tests.conftest import ParityCase, load_case, parity_cases, relative_error
 
 TOLERANCE = 1e-5

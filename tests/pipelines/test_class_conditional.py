@@ -24,11 +24,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from tests.pipelines.parts import pipeline_around, small_vae
 from torch import Tensor
 
+from davae.diffusion import guide, is_guided, shift_sigmas
 from davae.errors import DavaeError
 from davae.models.lightningdit import LightningDiTTransformer2DModel
 from davae.pipelines.class_conditional import ClassConditionalPipeline
 from davae.pipelines.families import family_of
-from davae.pipelines.flow import guide, is_guided, path_point, path_velocity, shift_time, sigma_shift
 
 
 class LinearField(ModelMixin, ConfigMixin):
@@ -68,13 +68,13 @@ def test_euler_result_equals_the_closed_form() -> None:
 
 def test_time_runs_from_noise_to_data_with_the_scheduler_s_shift() -> None:
     field = LinearField()
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=sigma_shift(0.3))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / 0.3)
     pipeline_around(field, scheduler=scheduler)(
         0, num_inference_steps=4, output_type="latent", guidance_scale=1.0
     )
     times = torch.tensor([time for time, _ in field.calls])
     torch.testing.assert_close(
-        times, shift_time(torch.tensor([0.0, 0.25, 0.5, 0.75]), 0.3), rtol=0, atol=1e-6
+        times, shift_sigmas(torch.tensor([0.0, 0.25, 0.5, 0.75]), 0.3), rtol=0, atol=1e-6
     )
 
 
@@ -106,20 +106,6 @@ def test_guide_keeps_the_conditional_prediction_outside_its_channels() -> None:
 )
 def test_interval(t: float, inside: bool) -> None:
     assert is_guided(float(torch.tensor(t)), (0.2, 0.5)) is inside
-
-
-def test_path_ends_at_noise_and_data_and_moves_with_its_velocity() -> None:
-    data, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    ends = path_point(data, noise, torch.tensor([0.0, 1.0]))
-    assert torch.equal(ends[0], noise[0])
-    assert torch.equal(ends[1], data[1])
-    moved = path_point(data, noise, torch.tensor([0.3, 0.3])) + 0.2 * path_velocity(data, noise)
-    torch.testing.assert_close(moved, path_point(data, noise, torch.tensor([0.5, 0.5])))
-
-
-def test_shift_in_t_is_the_reciprocal_shift_in_sigma() -> None:
-    t = torch.linspace(0, 1, 7)
-    torch.testing.assert_close(1 - shift_time(t, 0.3), shift_time(1 - t, sigma_shift(0.3)))
 
 
 class Layout:
@@ -308,9 +294,7 @@ def test_the_timestep_shift_of_a_call_equals_the_scheduler_s_own(scheduler: Any)
     before = dict(scheduler.config)
     asked = pipeline_around(LinearField(), scheduler=scheduler)
     name = "shift" if "shift" in scheduler.config else "flow_shift"
-    own = pipeline_around(
-        LinearField(), scheduler=type(scheduler).from_config(before, **{name: sigma_shift(0.3)})
-    )
+    own = pipeline_around(LinearField(), scheduler=type(scheduler).from_config(before, **{name: 1 / 0.3}))
     shifted = asked(1, generator=seeded(), timestep_shift=0.3, **call).images
     assert torch.equal(shifted, own(1, generator=seeded(), **call).images)
     assert not torch.equal(shifted, asked(1, generator=seeded(), **call).images)
@@ -321,7 +305,7 @@ def test_the_official_count_of_250_points_is_249_steps() -> None:
     field = LinearField()
     call = {"num_inference_steps": 249, "timestep_shift": 0.3, "guidance_scale": 1.0, "output_type": "latent"}
     pipeline_around(field)(0, **call)
-    official = shift_time(torch.linspace(0, 1, 250, dtype=torch.float64), 0.3)[:-1]
+    official = shift_sigmas(torch.linspace(0, 1, 250, dtype=torch.float64), 0.3)[:-1]
     times = torch.tensor([time for time, _ in field.calls], dtype=torch.float64)
     torch.testing.assert_close(times, official, rtol=0, atol=1e-6)
 

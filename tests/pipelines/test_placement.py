@@ -196,14 +196,14 @@ def test_silent_details_do_not_divide_by_zero(dtype: torch.dtype) -> None:
 def test_the_scheduler_is_read_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from davae.pipelines.flow_schedules import set_times
+    from davae.diffusion import set_sigmas
 
     def absent(tensor: torch.Tensor) -> torch.Tensor:
         raise AssertionError("float64")
 
     monkeypatch.setattr(torch.Tensor, "double", absent)
-    times = set_times(FlowMatchEulerDiscreteScheduler(), 4, torch.device("cpu"))
-    assert times == pytest.approx([0, 0.25, 0.5, 0.75])
+    sigmas = set_sigmas(FlowMatchEulerDiscreteScheduler(), 4, torch.device("cpu"))
+    assert sigmas == pytest.approx([1, 0.75, 0.5, 0.25])
 
 
 def test_autoencoders_of_other_bases_are_still_refused_in_half_precision() -> None:

@@ -17,7 +17,7 @@ from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.evaluation.features import Features
 from davae.models import AutoencoderDA
-from davae.models.any_autoencoder import compression_of, decode_raw, encode_mode, open_autoencoder
+from davae.models.latent_space import compression_of, decode, encode, open_autoencoder
 from davae.models.lightningdit import SIZES
 from davae.tiny import debug_base
 from davae.training.compare import DiffusionOptions, compare_autoencoders, open_contenders, score_autoencoders
@@ -83,10 +83,10 @@ def test_every_kind_is_opened_and_used_alike(make, tmp_path: Path) -> None:
     for folder in (tmp_path / "pipeline", tmp_path / "pipeline" / "vae"):
         opened = open_autoencoder(folder)
         assert type(opened).__name__ == type(model).__name__
-    latent = encode_mode(opened, torch.randn(1, 3, 32, 32))
+    latent = encode(opened, torch.randn(1, 3, 32, 32))
     assert latent.shape[1] == opened.config.latent_channels
     assert 32 // latent.shape[-1] == compression_of(opened)
-    assert decode_raw(opened, latent).shape == (1, 3, 32, 32)
+    assert decode(opened, latent).shape == (1, 3, 32, 32)
 
 
 def test_a_lossless_autoencoder_scores_perfectly_and_a_random_one_does_not() -> None:

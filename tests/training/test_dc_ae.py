@@ -15,8 +15,9 @@ from davae.cli.main import main
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.models.dc_ae import PlainAutoencoderDC
+from davae.models.latent_space import encode
 from davae.training import dc_ae_settings
-from davae.training.dc_ae import DcAeObjective, DcAeStage, build_autoencoder, encode, trained_layers
+from davae.training.dc_ae import DcAeStage, build_autoencoder, trained_layers
 from davae.training.dc_ae_phases import (
     find_phase,
     layer_hashes,
@@ -27,6 +28,7 @@ from davae.training.dc_ae_phases import (
 )
 from davae.training.dc_ae_settings import DcAeRecipe
 from davae.training.loop import train
+from davae.training.plain_objective import PlainObjective
 from davae.training.recipe import load_recipe, recipe_names
 from davae.training.settings import Section
 
@@ -233,7 +235,7 @@ def test_only_the_phase_s_layers_take_a_gradient():
     for phase, share in ((recipe.phase1, 1.0), (recipe.phase2, None), (recipe.phase3, None)):
         model = build_autoencoder(recipe.architecture)
         layers = trained_layers(model, phase)
-        objective = DcAeObjective(model, layers, recipe.phase1.reconstruction)
+        objective = PlainObjective(model, layers, recipe.phase1.reconstruction)
         objective({"image": torch.randn(2, 3, 16, 16)}, 0)["total"].backward()
         own = {id(p) for layer in layers for p in layer.parameters()}
         assert all((p.grad is not None) == (id(p) in own) for p in model.parameters())
@@ -246,7 +248,7 @@ def test_only_the_phase_s_layers_take_a_gradient():
 def test_frozen_layers_stay_in_eval_mode():
     recipe = _recipe()
     model = build_autoencoder(recipe.architecture)
-    objective = DcAeObjective(model, trained_layers(model, recipe.phase2), recipe.phase2.reconstruction)
+    objective = PlainObjective(model, trained_layers(model, recipe.phase2), recipe.phase2.reconstruction)
     objective.eval()
     objective.train()
     assert model.encoder.conv_out.training
@@ -258,7 +260,7 @@ def test_one_image_can_be_overfitted():
     torch.manual_seed(0)
     recipe = _recipe()
     model = build_autoencoder(recipe.architecture)
-    objective = DcAeObjective(model, [model], recipe.phase1.reconstruction)
+    objective = PlainObjective(model, [model], recipe.phase1.reconstruction)
     data = training_images(recipe, recipe.phase1)
     batch = {"image": data[0]["image"][None].repeat(2, 1, 1, 1)}
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)

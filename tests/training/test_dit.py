@@ -10,10 +10,11 @@ from diffusers import DiTPipeline
 from torch import Tensor
 
 from davae.data import open_dataset
+from davae.diffusion import DdpmProcess
 from davae.models import AutoencoderDA
 from davae.pipelines import load_pipeline, upgrade_pipeline
 from davae.tiny.small_pipelines import base_resolution, small_pipeline
-from davae.training.diffusion import DdpmProcess, DiffusionStage
+from davae.training.diffusion import DiffusionStage
 from davae.training.loop import train
 from davae.training.recipe import load_recipe
 

@@ -67,10 +67,9 @@ def test_a_stop_keeps_the_scale(tmp_path, scaled):
     assert _scales(tmp_path / "whole") == _scales(tmp_path / "parts")
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_what_is_told_as_skipped_is_skipped(tmp_path, scaled, plain):
+def test_what_is_told_as_skipped_is_skipped(tmp_path, scaled):
     """The scaler looks at gradients only, and knows no limit of their norm."""
-    stage = _Stage(steps=6, precision="fp16", plain=plain, skip_grad_norm=MOST, checkpoint_every=1)
+    stage = _Stage(steps=6, precision="fp16", skip_grad_norm=MOST, checkpoint_every=1)
     stage.loop = stage.loop.model_copy(update={"checkpoints_total_limit": 9})
     train(stage, tmp_path, {})
     told = {json.loads(line)["step"] for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()}

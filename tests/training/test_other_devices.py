@@ -15,9 +15,9 @@ from davae.data.loader import collate
 from davae.models import AutoencoderDA
 from davae.tiny import debug_base
 from davae.tiny.small_pipelines import SMALL_PIPELINES
-from davae.training.dc_ae import DcAeObjective
 from davae.training.guards import StepGuard
 from davae.training.loop import to_device
+from davae.training.plain_objective import PlainObjective
 from davae.training.settings import AlignmentSettings, LoopSettings, ReconstructionSettings
 from davae.training.sharded_tensors import gradient_norms
 from davae.training.structured_objective import StructuredObjective
@@ -57,12 +57,11 @@ def test_the_diffusion_stage(family, tmp_path, monkeypatch):
     assert _step(stage.objective, batch, tmp_path, monkeypatch) == {"meta"}
 
 
-@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_the_autoencoder_stage(adaptive, plain, tmp_path, monkeypatch):
+def test_the_autoencoder_stage(adaptive, tmp_path, monkeypatch):
     vae = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8).train()
     alignment = AlignmentSettings(adaptive=adaptive)
-    objective = StructuredObjective(vae, alignment, ReconstructionSettings(), [None], plain=plain)
+    objective = StructuredObjective(vae, alignment, ReconstructionSettings(), [None])
     batch = {"image": torch.zeros(2, 3, 32, 32)}
     assert _step(objective, batch, tmp_path, monkeypatch) == {"meta"}
 
@@ -80,5 +79,5 @@ def test_dc_ae(tmp_path, monkeypatch):
         encoder_qkv_multiscales=((), ()),
         decoder_qkv_multiscales=((), ()),
     )
-    objective = DcAeObjective(model, [model], ReconstructionSettings())
+    objective = PlainObjective(model, [model], ReconstructionSettings())
     assert _step(objective, {"image": torch.zeros(2, 3, 16, 16)}, tmp_path, monkeypatch) == {"meta"}

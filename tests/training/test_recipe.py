@@ -121,3 +121,11 @@ def test_a_run_of_an_earlier_version_with_random_crops_goes_on(tmp_path):
         pass
     with RunDirectory(tmp_path, recipe).locked():
         pass
+
+
+def test_a_setting_that_was_taken_away_is_dropped_where_it_said_nothing():
+    assert (
+        "plain" not in load_recipe("debug", ["diffusion.loop.plain=false"]).model_dump()["diffusion"]["loop"]
+    )
+    with pytest.raises(DavaeError, match=r"diffusion.loop.*'plain' is gone.*Remove it"):
+        load_recipe("debug", ["diffusion.loop.plain=true"])

@@ -6,6 +6,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from davae.data import open_dataset
+from davae.diffusion import FlowLoss, FlowProcess
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
@@ -13,13 +14,14 @@ from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families import family_of
 from davae.tiny import debug_base
 from davae.training.autoencoder import AutoencoderStage, StructuredObjective
-from davae.training.diffusion import ClassMap, DiffusionObjective, DiffusionStage, FlowProcess
+from davae.training.benchmark.separate_passes import SeparatePassesObjective
+from davae.training.diffusion import ClassMap, DiffusionObjective, DiffusionStage
 from davae.training.latents_in_memory import LatentsInMemory
 from davae.training.loop import train
 from davae.training.losses import laplacian_l1
 from davae.training.memory import ImagesInMemory, MixedScales
 from davae.training.recipe import load_recipe
-from davae.training.settings import FlowLossSettings, TimestepSettings
+from davae.training.settings import FlowLossSettings
 
 
 def _vae(**options):
@@ -88,8 +90,8 @@ def test_adaptive_alignment_weight_is_the_gradient_ratio():
     vae = _vae()
     batch = {"image": _parts()[0][0]["image"][None]}
     plain, fast = (
-        StructuredObjective(vae, settings.alignment, settings.reconstruction, plain=plain)
-        for plain in (True, False)
+        kind(vae, settings.alignment, settings.reconstruction)
+        for kind in (SeparatePassesObjective, StructuredObjective)
     )
     torch.manual_seed(0)
     terms = plain(batch, 0)
@@ -132,7 +134,7 @@ def test_a_perfect_transformer_has_no_loss(form):
     """Path, time and sign agree with the transformer's convention: t = 1 - sigma, data - noise."""
     data = torch.randn(16, 6, 4, 4)
     layout, loss = LatentLayout(2, 4), FlowLossSettings(form=form)
-    process = FlowProcess(layout, loss, TimestepSettings(shift=3.0))
+    process = FlowProcess(FlowLoss(layout, form=form), shift=lambda latent: 3.0)
     objective = DiffusionObjective(family_of(debug_base()), _KnowsTheData(data), layout, process, loss)
     terms = objective({"latent": data, "label": torch.zeros(16, dtype=torch.long)}, 0)
     assert float(terms["total"]) < 1e-6

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from torch import nn
 
 from davae.data import open_dataset
+from davae.diffusion import FlowLoss, FlowProcess, sd3_sigma_table
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
@@ -15,10 +15,8 @@ from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families import PipelineFamily, family_of
 from davae.tiny.small_pipelines import SMALL_PIPELINES, base_resolution, small_pipeline
 from davae.training.diffusion import (
-    DdpmProcess,
     DiffusionObjective,
     DiffusionStage,
-    FlowProcess,
     PromptEmbeddings,
     noise_process,
     select_trained,
@@ -27,7 +25,7 @@ from davae.training.loop import train
 from davae.training.recipe import load_recipe
 from davae.training.run_directory import read_metrics
 from davae.training.settings import FlowLossSettings, SigmaTableSettings, TimestepSettings
-from davae.warm_start import channel_parameters, sd3_sigma_table
+from davae.warm_start import channel_parameters
 
 LAYOUT = LatentLayout(2, 4)
 SETTINGS = FlowLossSettings()
@@ -89,7 +87,7 @@ class _Told(PipelineFamily):
 
 def _told(dropout):
     family = _Told()
-    process = FlowProcess(LAYOUT, SETTINGS, TimestepSettings())
+    process = FlowProcess(FlowLoss(LAYOUT))
     unconditional = {"embeds": torch.full((1, 3, 5), -1.0), "mask": torch.zeros(1, 3, dtype=torch.long)}
     objective = DiffusionObjective(
         family, nn.Identity(), LAYOUT, process, SETTINGS, unconditional=unconditional, dropout=dropout
@@ -130,16 +128,17 @@ def test_the_unconditional_prompt_stays_out_of_checkpoints():
 
 
 def test_levels_from_the_official_table_are_truncated_times():
-    process = FlowProcess(LAYOUT, SETTINGS, TimestepSettings(table=SigmaTableSettings()))
+    pipe, timesteps = small_pipeline("sd3"), TimestepSettings(table=SigmaTableSettings())
+    process = noise_process(family_of(pipe), pipe, LAYOUT, SETTINGS, timesteps)
     sample = process.draw(torch.zeros(500, 6, 1, 1))
     table = sd3_sigma_table(3.0, 4.0)
-    assert torch.isin(sample.share, table.sigmas).all()
-    milli = sample.level * 1000
+    assert torch.isin(sample.sigma, table.sigmas).all()
+    milli = sample.sigma_or_t * 1000
     torch.testing.assert_close(milli, milli.round(), atol=1e-3, rtol=0)
-    behind = 1000 * (sample.share - sample.level)  # what truncation took, in thousandths
+    behind = 1000 * (sample.sigma - sample.sigma_or_t)  # what truncation took, in thousandths
     assert behind.min() > -1e-3
     assert behind.max() < 1.001
-    torch.testing.assert_close(sample.noisy, sample.share.view(-1, 1, 1, 1) * sample.noise)
+    torch.testing.assert_close(sample.noisy, sample.sigma.view(-1, 1, 1, 1) * sample.noise)
 
 
 def test_a_table_and_a_shift_exclude_each_other():
@@ -154,47 +153,19 @@ def test_noise_levels_follow_the_schedulers_shift_by_default():
     process = noise_process(family, pipe, LatentLayout(4, 8), SETTINGS, TimestepSettings())
     mu = 0.5 + (1.15 - 0.5) * (64 - 256) / (4096 - 256)
     assert process.shift(latent) == pytest.approx(math.exp(mu))
-    median = process.draw(latent).share.median()
+    median = process.draw(latent).sigma.median()
     assert float(median) == pytest.approx(math.exp(mu) / (1 + math.exp(mu)), abs=0.02)
     fixed = noise_process(family, pipe, LatentLayout(4, 8), SETTINGS, TimestepSettings(shift=1.0))
-    assert float(fixed.draw(latent).share.median()) == pytest.approx(0.5, abs=0.02)
+    assert float(fixed.draw(latent).sigma.median()) == pytest.approx(0.5, abs=0.02)
 
 
 # DDPM
 
 
-def test_ddpm_noise_is_the_schedulers_and_a_right_prediction_costs_nothing():
-    scheduler = small_pipeline("pixart-sigma").scheduler.config
-    process = DdpmProcess(LAYOUT, SETTINGS, scheduler)
-    data = torch.randn(64, 6, 4, 4)
-    sample = process.draw(data)
-    assert sample.level.dtype == torch.long
-    assert int(sample.level.max()) < 1000
-    reference = DDPMScheduler(
-        beta_start=scheduler.beta_start, beta_end=scheduler.beta_end, beta_schedule=scheduler.beta_schedule
-    )
-    expected = reference.add_noise(data, sample.noise, sample.level)
-    torch.testing.assert_close(sample.noisy, expected)
-    assert float(process.loss(sample.noise, sample, 1.0)) == 0
-    assert float(process.loss(sample.noise + 2, sample, 1.0)) == pytest.approx(4)
-
-
-def test_ddpm_min_snr_caps_the_clean_samples():
-    """``min(SNR, 5) / SNR`` by hand: SNR 20 counts a quarter, SNR 2 counts in full."""
-    process = DdpmProcess(LAYOUT, FlowLossSettings(min_snr_gamma=5.0), small_pipeline("dit").scheduler.config)
-    sample = process.draw(torch.zeros(1, 6, 2, 2))
-    for snr, factor in ((20.0, 0.25), (2.0, 1.0)):
-        at = type(sample)(**{**vars(sample), "share": torch.tensor([1 / (1 + snr)])})
-        assert float(process.loss(at.noise + 1, at, 1.0)) == pytest.approx(factor)
-
-
-@pytest.mark.parametrize(
-    ("loss", "scheduler", "words"),
-    [({"form": "x0"}, {}, "flow matching"), ({}, {"prediction_type": "v_prediction"}, "v_prediction")],
-)
-def test_ddpm_refuses_what_it_does_not_do(loss, scheduler, words):
-    with pytest.raises(DavaeError, match=words):
-        DdpmProcess(LAYOUT, FlowLossSettings(**loss), scheduler)
+def test_a_form_of_flow_matching_is_refused_where_noise_is_predicted():
+    pipe = small_pipeline("dit")
+    with pytest.raises(DavaeError, match="flow matching"):
+        noise_process(family_of(pipe), pipe, LAYOUT, FlowLossSettings(form="x0"), TimestepSettings())
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])

@@ -11,11 +11,12 @@ from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.tiny import debug_base
+from davae.training.adaptive_weights import with_gradients
 from davae.training.adversary import make_adversary
 from davae.training.benchmark import bench_training, profile_step
+from davae.training.benchmark.separate_passes import SeparatePassesObjective
 from davae.training.benchmark.stages import FORMS, DiffusionBenchStage, StepSettings, autoencoder_stage
 from davae.training.loop import steps_of
-from davae.training.one_backward import with_gradients
 from davae.training.settings import AlignmentSettings, GanSettings, ReconstructionSettings
 from davae.training.structured_objective import StructuredObjective
 
@@ -60,13 +61,8 @@ def _objective(plain, gan, levels, alignment=True):
     vae.train_levels(together=True)
     settings = GanSettings(weight=0.3 if gan else 0.0, filters=4, layers=1)
     adversaries = [make_adversary(settings)[0] for _ in range(levels)]
-    return StructuredObjective(
-        vae,
-        AlignmentSettings(adaptive=alignment),
-        ReconstructionSettings(gan=settings),
-        adversaries,
-        plain=plain,
-    )
+    kind = SeparatePassesObjective if plain else StructuredObjective
+    return kind(vae, AlignmentSettings(adaptive=alignment), ReconstructionSettings(gan=settings), adversaries)
 
 
 @pytest.mark.parametrize(

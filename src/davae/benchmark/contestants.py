@@ -18,7 +18,8 @@ from davae.benchmark.planner import default_detail_channels
 from davae.benchmark.planner_architectures import Architecture, build
 from davae.benchmark.text_encoders import TextEncoders, text_encoders_of
 from davae.errors import DavaeError
-from davae.models import AutoencoderDA, find_adapter
+from davae.models import AutoencoderDA
+from davae.models.latent_space import decode
 from davae.pipelines.speed import compile_regions, order_channels_last
 from davae.warm_start import dummy_arguments
 
@@ -70,7 +71,7 @@ class Contestant:
 
     def decoder(self) -> Tensor:
         """Images ``[B, 3, H, W]`` of the latents, also from a base that makes films."""
-        return find_adapter(type(self.vae).__name__)[1].decode(self.vae, self.latent)
+        return decode(self.vae, self.latent)
 
     def image(self) -> None:
         """A whole batch of images: text, every step, then the decoder."""

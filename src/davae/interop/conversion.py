@@ -27,9 +27,8 @@ from davae.interop.official_vavae import convert_vavae
 from davae.interop.sd3_transformer_files import convert_transformer, is_transformer
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA, LightningDiTTransformer2DModel
-from davae.models.any_autoencoder import open_autoencoder
+from davae.models.latent_space import open_autoencoder
 from davae.pipelines import ClassConditionalPipeline, load_pipeline
-from davae.pipelines.flow import sigma_shift
 from davae.pipelines.full_resolution import fit_to_autoencoder
 from davae.pipelines.opening import opening
 from davae.pipelines.same_base import layout_over
@@ -39,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 Which = Literal["ema", "model"]
 Statistics = tuple[list[float], list[float]]
-OFFICIAL_SHIFT = 0.3  # of LightningDiT's sampler, in t
+OFFICIAL_SHIFT = 0.3  # of LightningDiT's sampler, in t = 1 - sigma
 SD3_SHIFT = 4.0  # of the authors' released SD3.5 configuration, in sigma
 
 
@@ -252,7 +251,7 @@ def _pipeline(transformer: LightningDiTTransformer2DModel, folder: Path) -> Clas
             "Convert the autoencoder with --statistics",
             folder,
         )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=sigma_shift(OFFICIAL_SHIFT))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / OFFICIAL_SHIFT)
     return ClassConditionalPipeline(vae=vae, transformer=transformer, scheduler=scheduler)
 
 

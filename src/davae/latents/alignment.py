@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -113,7 +112,6 @@ def adaptive_weight(
     parameter: Tensor,
     *,
     maximum: float,
-    among: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Weight that gives ``loss`` as large a gradient as ``reference_loss`` has, at one parameter.
 
@@ -125,18 +123,13 @@ def adaptive_weight(
         reference_loss, loss: scalars that both depend on ``parameter``.
         parameter: where the gradients are compared, such as the decoder's last weight.
         maximum: upper bound.
-        among: take the gradients at all of these, ``parameter`` one of them, as a plain backward pass does; for
-            comparisons of speed.
 
     Returns:
         Detached float32 scalar.
     """
     scale = gradient_scale(parameter.device)
-    inputs = [parameter] if among is None else list(among)
-    place = next(i for i, tensor in enumerate(inputs) if tensor is parameter)
     reference_gradient, gradient = (
-        torch.autograd.grad(scale * term, inputs, retain_graph=True, allow_unused=among is not None)[place]
-        for term in (reference_loss, loss)
+        torch.autograd.grad(scale * term, parameter, retain_graph=True)[0] for term in (reference_loss, loss)
     )
     return gradient_ratio(reference_gradient, gradient, maximum=maximum, scale=scale)
 

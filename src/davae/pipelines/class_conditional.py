@@ -16,17 +16,17 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from davae.diffusion.flow_matching import guide, is_guided
+from davae.diffusion.schedulers import check_flow_scheduler, scheduler_step, set_sigmas, shifted_scheduler
 from davae.errors import DavaeError
+from davae.latents import latent_affine, to_raw
 from davae.models.custom_code import custom_code
-from davae.pipelines.flow import predict_velocity, sigma_shift, sigma_velocity
-from davae.pipelines.flow_schedules import check_flow_scheduler, scheduler_step, set_times, shifted_scheduler
-from davae.pipelines.scaling import from_model_space
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Makes images of given classes by a walk from noise (t = 0) to data (t = 1).
+    """Makes images of given classes by a walk from noise to data, in the user's words from t = 0 to t = 1.
 
     The same class serves a base model and its upgrade: the VAE's configuration says how large the image is
     and how many channels a latent has. From one seed an upgraded pipeline starts at the base's own noise,
@@ -143,21 +143,20 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
         scheduler = self.scheduler
         if timestep_shift is not None:
-            scheduler = shifted_scheduler(scheduler, sigma_shift(timestep_shift))
-        times = set_times(scheduler, num_inference_steps, device)
-        with self.progress_bar(total=len(times)) as progress:
+            scheduler = shifted_scheduler(scheduler, 1 / timestep_shift)
+        sigmas = set_sigmas(scheduler, num_inference_steps, device)
+        with self.progress_bar(total=len(sigmas)) as progress:
             for step, timestep in enumerate(scheduler.timesteps):
-                velocity = predict_velocity(
+                velocity = guided_velocity(
                     self.transformer,
                     latents.to(self.transformer.dtype),
-                    times[step],
+                    sigmas[step],
                     labels,
                     guidance_scale=guidance_scale,
                     guidance_interval=guidance_interval,
                     guidance_channels=guidance_channels,
                 )
-                prediction = sigma_velocity(velocity)
-                latents = scheduler_step(scheduler, prediction, timestep, latents, generator)
+                latents = scheduler_step(scheduler, velocity, timestep, latents, generator)
                 if callback_on_step_end is not None:
                     changed = callback_on_step_end(self, step, timestep, {"latents": latents})
                     latents = (changed or {}).get("latents", latents)
@@ -168,7 +167,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
-        raw = from_model_space(self.vae, latents)
+        raw = to_raw(latents, *latent_affine(self.vae.config, latents.shape[1]))
         images = self.vae.decode(raw.to(self.vae.dtype)).sample.float()  # [B, 3, H, W]
         return VaeImageProcessor(self.vae_scale_factor).postprocess(images, output_type=output_type)
 
@@ -188,15 +187,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise DavaeError(
                 f"{len(generator)} generators for {count} labels: give one, or one for each label"
             )
-        return torch.cat(
-            [
-                randn_tensor(
-                    (count, part, rows, columns), generator=generator, device=device, dtype=torch.float32
-                )
-                for part in parts
-            ],
-            dim=1,
-        )
+        options = {"generator": generator, "device": device, "dtype": torch.float32}
+        return torch.cat([randn_tensor((count, part, rows, columns), **options) for part in parts], dim=1)
 
     def _grid(self, height: int | None, width: int | None) -> tuple[int, int]:
         # Latent rows and columns of an image of that size
@@ -227,15 +219,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def _label_number(self, label: int | str) -> int:
         if isinstance(label, str):
-            numbers = {name.lower(): number for name, number in self.labels.items()}
+            name, numbers = label.lower(), {name.lower(): number for name, number in self.labels.items()}
             if not numbers:
                 raise DavaeError(f"this pipeline knows no class names, so '{label}' must be given by number")
-            if label.lower() not in numbers:
-                near = (
-                    difflib.get_close_matches(label.lower(), numbers, n=3, cutoff=0.5) or sorted(numbers)[:5]
-                )
+            if name not in numbers:
+                near = difflib.get_close_matches(name, numbers, n=3, cutoff=0.5) or sorted(numbers)[:5]
                 raise DavaeError(f"class '{label}' is unknown; the nearest names are {', '.join(near)}")
-            return numbers[label.lower()]
+            return numbers[name]
         number, classes = operator.index(label), self.transformer.config.num_classes
         if not 0 <= number <= classes:
             raise DavaeError(
@@ -251,3 +241,52 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 f"the VAE's latent has {latent} channels, the transformer takes {transformer}: an upgraded "
                 "VAE goes with a transformer widened for it, see davae.upgrade_pipeline"
             )
+
+
+def guided_velocity(
+    transformer: ModelMixin,
+    latents: Tensor,
+    sigma: float,
+    class_labels: Tensor,
+    *,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_channels: int | None = None,
+) -> Tensor:
+    """Guided velocity ``noise - data`` of a class-conditional transformer at one level of noise, in float32.
+
+    Where guidance acts, both predictions come from one pass over a doubled batch; elsewhere the label's own
+    prediction is all that is computed.
+
+    Args:
+        transformer: see :func:`predict_velocity`; its ``config.num_classes`` is the null label.
+        latents: x_sigma, [B, C, h, w].
+        sigma: share of noise in [0, 1], the same for all.
+        class_labels: [B] int64.
+        guidance_scale: see :func:`davae.diffusion.guide`.
+        guidance_interval: of ``t = 1 - sigma``, see :func:`davae.diffusion.is_guided`.
+        guidance_channels: see :func:`davae.diffusion.guide`.
+    """
+    guided = guidance_scale != 1 and is_guided(1 - sigma, guidance_interval)
+    if guided:
+        latents = torch.cat([latents, latents])
+        null_labels = torch.full_like(class_labels, transformer.config.num_classes)
+        class_labels = torch.cat([class_labels, null_labels])
+    sigmas = torch.full((len(latents),), sigma, dtype=torch.float32, device=latents.device)
+    velocity = predict_velocity(transformer, latents, sigmas, class_labels).float()
+    if not guided:
+        return velocity
+    conditional, unconditional = velocity.chunk(2)
+    return guide(conditional, unconditional, guidance_scale, guidance_channels)
+
+
+def predict_velocity(transformer: ModelMixin, noisy: Tensor, sigma: Tensor, class_labels: Tensor) -> Tensor:
+    """Velocity ``noise - data`` of LightningDiT, which predicts ``data - noise`` at ``t = 1 - sigma``: turned here.
+
+    Args:
+        transformer: called as ``transformer(noisy, t, class_labels).sample``.
+        noisy: x_sigma, [B, C, h, w].
+        sigma: share of noise in [0, 1], [B].
+        class_labels: [B] int64.
+    """
+    return -transformer(noisy, 1 - sigma, class_labels).sample

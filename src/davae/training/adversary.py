@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,8 +31,6 @@ class Adversary(nn.Module):
         reconstruction: Tensor,
         last: Tensor,
         step: int,
-        *,
-        among: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """``weight * ratio * hinge`` for the generator; zero before ``start_step``.
 
@@ -42,14 +39,13 @@ class Adversary(nn.Module):
             reconstruction: scalar reconstruction loss, the reference of the adaptive ratio.
             last: weight of the decoder's last layer.
             step: the loop's step.
-            among: see :func:`davae.latents.adaptive_weight`.
         """
         loss = self.hinge(images, made, step)
         if loss is None:
             return reconstruction.new_zeros(())
         weight: Tensor | float = self.settings.weight
         if self.settings.adaptive and torch.is_grad_enabled():
-            ratio = adaptive_weight(reconstruction, loss, last, maximum=MAX_ADAPTIVE_GAN, among=among)
+            ratio = adaptive_weight(reconstruction, loss, last, maximum=MAX_ADAPTIVE_GAN)
             weight = weight * ratio
         return weight * loss
 

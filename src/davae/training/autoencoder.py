@@ -42,6 +42,7 @@ class AutoencoderStage(Stage):
     """
 
     name = "autoencoder"
+    objective_class: type[StructuredObjective] = StructuredObjective
 
     def __init__(
         self,
@@ -70,14 +71,13 @@ class AutoencoderStage(Stage):
             adversary, player = make_adversary(settings.reconstruction.gan, name)
             adversaries.append(adversary)
             players += player
-        self.objective = StructuredObjective(
+        self.objective = self.objective_class(
             autoencoder,
             settings.alignment,
             settings.reconstruction,
             adversaries,
-            plain=settings.loop.plain,
         )
-        if cache_latents and not settings.loop.plain:
+        if cache_latents:
             autoencoder.to(start_processes().device)
             logger.info("encoding %d images", len(self.dataset))
             self.dataset = WithBaseLatents(

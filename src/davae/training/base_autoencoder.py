@@ -3,54 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from davae.data import Item, as_item_dataset, read_items
-from davae.latents import ChannelStatistics, gaussian_kl
-from davae.training.adversary import Adversary, make_adversary
+from davae.latents import ChannelStatistics
+from davae.training.adversary import make_adversary
 from davae.training.dc_ae_settings import KlArchitecture
 from davae.training.images import mean_psnr, own_images, stack_images
-from davae.training.losses import ReconstructionLoss
 from davae.training.pictures import save_shared_rows
-from davae.training.settings import (
-    BaseAutoencoderArchitecture,
-    BaseAutoencoderSettings,
-    ReconstructionSettings,
-)
+from davae.training.plain_objective import PlainObjective
+from davae.training.settings import BaseAutoencoderArchitecture, BaseAutoencoderSettings
 from davae.training.stage import Player, Stage
 from davae.training.whole_files import whole_folder
-
-
-class PlainObjective(nn.Module):
-    """The loss of one step of a base autoencoder: reconstruction, KL and GAN."""
-
-    def __init__(
-        self, autoencoder: AutoencoderKL, settings: ReconstructionSettings, adversary: Adversary | None = None
-    ) -> None:
-        super().__init__()
-        self.autoencoder, self.settings = autoencoder, settings
-        self.reconstruction = ReconstructionLoss(settings)
-        self._adversary = [adversary]
-
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Named losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is what is minimised."""
-        images = batch["image"]
-        posterior = self.autoencoder.encode(images).latent_dist
-        made = self.autoencoder.decode(posterior.sample()).sample
-        losses = self.reconstruction(images, made)
-        total = reference = losses["reconstruction"]
-        losses["kl"] = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
-        total = total + self.settings.kl_weight * losses["kl"]
-        if self._adversary[0] is not None:
-            last = self.autoencoder.decoder.conv_out.weight
-            losses["gan"] = self._adversary[0].generator_term(images, made, reference, last, step)
-            total = total + losses["gan"]
-        return {"total": total, **losses}
 
 
 def build_kl(shape: BaseAutoencoderArchitecture | KlArchitecture) -> AutoencoderKL:
@@ -101,7 +68,9 @@ class BaseAutoencoderStage(Stage):
         self.held_out = as_item_dataset(held_out)
         self.workers, self.timeout_s = workers, timeout_s
         adversary, players = make_adversary(settings.reconstruction.gan)
-        self.objective = PlainObjective(self.autoencoder, settings.reconstruction, adversary)
+        self.objective = PlainObjective(
+            self.autoencoder, [self.autoencoder], settings.reconstruction, adversary
+        )
         gan = settings.reconstruction.gan
         adaptive = gan.weight > 0 and gan.adaptive
         model = Player("model", self.objective, settings.optimizer, can_be_sharded=not adaptive)

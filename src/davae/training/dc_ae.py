@@ -15,9 +15,8 @@ phase resolution       layers                   loss
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
@@ -28,22 +27,16 @@ from davae.data import Item, as_item_dataset
 from davae.errors import DavaeError
 from davae.evaluation import psnr, radial_power_spectrum, ssim
 from davae.evaluation.spectrum import spectra_distance
-from davae.latents import ChannelStatistics, gaussian_kl
-from davae.models.dc_ae import (
-    DeepAutoencoder,
-    PlainAutoencoderDC,
-    head_layers,
-    last_decoder_weight,
-    latent_layers,
-)
-from davae.training.adversary import Adversary
+from davae.latents import ChannelStatistics
+from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC, head_layers, latent_layers
+from davae.models.latent_space import encode
+from davae.training.adversary import make_adversary
 from davae.training.base_autoencoder import build_kl
 from davae.training.dc_ae_settings import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
 from davae.training.images import mean_of_all, own_images, stack_images
-from davae.training.losses import ReconstructionLoss
 from davae.training.pictures import save_shared_rows
+from davae.training.plain_objective import PlainObjective
 from davae.training.processes import gathered
-from davae.training.settings import OptimizerSettings, ReconstructionSettings
 from davae.training.stage import Player, Stage
 from davae.training.whole_files import whole_folder
 
@@ -85,76 +78,6 @@ def trained_layers(autoencoder: DeepAutoencoder, phase: Phase) -> list[nn.Module
     return [autoencoder]
 
 
-def encode(autoencoder: DeepAutoencoder, images: Tensor) -> Tensor:
-    """``[B, 3, H, W]`` to the latent ``[B, C, H / f, W / f]``; of an ``AutoencoderKL`` the mean."""
-    output = autoencoder.encode(images)
-    return output.latent if isinstance(autoencoder, AutoencoderDC) else output.latent_dist.mean
-
-
-class DcAeObjective(nn.Module):
-    """The loss of one step; its parameters are the whole autoencoder, of which ``layers`` learn.
-
-    Args:
-        autoencoder: an ``AutoencoderDC``, or an ``AutoencoderKL`` (sampled, with the KL term).
-        layers: the parts that learn. The rest takes no gradient and stays in eval mode also after ``train()``.
-        settings: weights of the terms.
-        adversary: of phase 3.
-    """
-
-    def __init__(
-        self,
-        autoencoder: DeepAutoencoder,
-        layers: Sequence[nn.Module],
-        settings: ReconstructionSettings,
-        adversary: Adversary | None = None,
-    ) -> None:
-        super().__init__()
-        self.autoencoder, self.settings = autoencoder, settings
-        self._layers = list(layers)  # in a list: the autoencoder holds them already
-        self._adversary = [adversary]  # its weights belong to the other player
-        self.reconstruction = ReconstructionLoss(settings)
-        autoencoder.requires_grad_(False)
-        for layer in self._layers:
-            layer.requires_grad_(True)
-            for norm in layer.modules():
-                if isinstance(norm, nn.GroupNorm):
-                    norm.register_forward_pre_hook(_with_gradient)
-        self.train()
-
-    def train(self, mode: bool = True) -> DcAeObjective:
-        """As in torch, for the layers that learn; the others keep their running averages."""
-        super().train(mode)
-        self.autoencoder.eval()
-        for layer in self._layers:
-            layer.train(mode)
-        return self
-
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Named losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is what is minimised."""
-        model, images = self.autoencoder, batch["image"]
-        kl = None
-        if isinstance(model, AutoencoderKL):
-            posterior = model.encode(images).latent_dist
-            z = posterior.sample()  # [B, C, H / f, W / f]
-            kl = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
-        else:
-            z = encode(model, images)
-        made = model.decode(z).sample  # [B, 3, H, W]
-
-        losses = self.reconstruction(images, made)
-        total = losses["reconstruction"]
-        if kl is not None:
-            losses["kl"] = kl
-            total = total + self.settings.kl_weight * kl
-        if self._adversary[0] is not None:
-            last = last_decoder_weight(model)
-            losses["gan"] = self._adversary[0].generator_term(
-                images, made, losses["reconstruction"], last, step
-            )
-            total = total + losses["gan"]
-        return {"total": total, **losses}
-
-
 class DcAeStage(Stage):
     """One phase on a whole autoencoder.
 
@@ -193,15 +116,12 @@ class DcAeStage(Stage):
                     "loop.batch_size and raise loop.gradient_accumulation instead"
                 )
             autoencoder.enable_gradient_checkpointing()
-        adversary, players = None, []
         gan = phase.reconstruction.gan
         if gan.weight:
             torch.manual_seed(phase.loop.seed)
-            adversary = Adversary(gan)
-            optimizer = OptimizerSettings(learning_rate=gan.learning_rate, betas=gan.betas)
-            players = [Player("discriminator", adversary, optimizer)]
+        adversary, players = make_adversary(gan)
         layers = trained_layers(autoencoder, phase)
-        self.objective = DcAeObjective(autoencoder, layers, phase.reconstruction, adversary)
+        self.objective = PlainObjective(autoencoder, layers, phase.reconstruction, adversary)
         adaptive = gan.weight > 0 and gan.adaptive
         model = Player("model", self.objective, phase.optimizer, can_be_sharded=not adaptive)
         self.players = [model, *players]
@@ -276,13 +196,3 @@ def _mean_spectrum(images: Tensor, count: int) -> tuple[Tensor, Tensor]:
     spectra = [radial_power_spectrum(image[None]) for image in images]
     powers = gathered([power for _, power in spectra], count)
     return spectra[0][0], torch.stack(powers).mean(0)
-
-
-def _with_gradient(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Let a group norm behind frozen layers compute its input's gradient, which nobody needs.
-
-    torch (2.13, CPU, channels-last) crashes in a group norm's backward pass when only its weights take a gradient.
-    """
-    if not torch.is_grad_enabled() or inputs[0].requires_grad:
-        return None
-    return (inputs[0].detach().requires_grad_(), *inputs[1:])

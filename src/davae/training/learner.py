@@ -105,10 +105,7 @@ class Learner:
         """
         self._set_rate(self.optimizer, rate)
         optimizer = self.optimizer.optimizer  # accelerate's lets the scaler judge, which sees gradients only
-        if not self.loop.plain:
-            optimizer.found_inf = (~good).float()  # read by the fused optimizer, on the device
-        elif not good:  # the plain optimizer cannot read the verdict
-            return
+        optimizer.found_inf = (~good).float()  # read by the fused optimizer, on the device
         optimizer.step()
 
     @property
@@ -154,13 +151,11 @@ def prepare(accelerator: Accelerator, loop: LoopSettings, player: Player, *, is_
         module.to(device)
     module.train()  # loaded models come in eval mode
     keep_linear_attention_in_float32(module)
-    if loop.channels_last and not loop.plain:
+    if loop.channels_last:
         order_channels_last(module)
-    if loop.compile and not loop.plain:
+    if loop.compile:
         compile_regions(module)
-    optimizer = make_optimizer(
-        player.name, module, player.optimizer, player.learning_rates, fused=not loop.plain
-    )
+    optimizer = make_optimizer(player.name, module, player.optimizer, player.learning_rates)
     if is_model and deepspeed_settings.asked_for():
         from davae.training.zero import ZeroLearner  # deepspeed is an optional part
 

@@ -28,8 +28,6 @@ def make_optimizer(
     module: nn.Module,
     settings: OptimizerSettings,
     rates: dict[str, float],
-    *,
-    fused: bool = True,
 ) -> torch.optim.Optimizer:
     """AdamW over a module's trained parameters: torch's fused one, or the one of 8 bits.
 
@@ -39,7 +37,6 @@ def make_optimizer(
         settings: of AdamW.
         rates: learning rates of parameters by exact name, where they differ from the settings'; kept as
             ``rate_factor`` of the parameter group, which multiplies the scheduled rate.
-        fused: False goes from parameter to parameter.
 
     Raises:
         DavaeError: no parameter requires gradients, or bitsandbytes is needed and not installed.
@@ -59,6 +56,5 @@ def make_optimizer(
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused=fused,
-        foreach=None if fused else False,
+        fused=True,
     )

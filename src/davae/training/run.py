@@ -9,26 +9,20 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline
 
-from davae.data import ItemDataset
 from davae.errors import DavaeError
-from davae.models.lightningdit_start import restarted
-from davae.pipelines import fit_to_autoencoder, upgrade_pipeline
+from davae.pipelines import fit_to_autoencoder
 from davae.pipelines.loading import pipeline_place
-from davae.pipelines.opening import load_autoencoder, opening
+from davae.pipelines.opening import opening
 from davae.pipelines.placing import saved_dtype
-from davae.pipelines.same_base import layout_over
 from davae.recipes.presets import find_preset
 from davae.tiny import debug_base, load_tiny
 from davae.training.base import train_base
 from davae.training.cache_commands import check_cache_is_there
-from davae.training.caching import open_cache
-from davae.training.diffusion import DiffusionStage
+from davae.training.diffusion.train import train_transformer
 from davae.training.dry_run import dry_run as describe_run
 from davae.training.dry_run_base import dry_run_base as describe_base_run
-from davae.training.images import open_part, open_training_part
 from davae.training.levels import train_levels
-from davae.training.loop import TrainResult, train
-from davae.training.provenance import base_facts, data_facts
+from davae.training.loop import TrainResult
 from davae.training.recipe import load_recipe
 from davae.training.settings import BaseRecipe, UpgradeRecipe
 
@@ -89,32 +83,7 @@ def train_autoencoder(recipe: UpgradeRecipe, out: Path) -> TrainResult:
 def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> TrainResult:
     """Stage 2 into ``out/pipeline``. Continues from the newest checkpoint in ``out``."""
     base = load_recipe_base(recipe, transformer_dtype=getattr(torch, recipe.diffusion.tune.frozen_dtype))
-    if recipe.diffusion.tune.add_qk_norm:
-        base.transformer = restarted(base.transformer, qk_norm=True)
-    vae = load_autoencoder(autoencoder)
-    pipeline = upgrade_pipeline(base, vae)
-    data = recipe.data
-    if data.cache:
-        train_set: ItemDataset = open_cache(data, vae, base, text_length=recipe.diffusion.prompts.max_length)
-    else:
-        train_set = open_training_part(data, vae, base)
-    held_out = open_part(data, "held_out")
-    torch.manual_seed(recipe.diffusion.loop.seed)
-    stage = DiffusionStage(
-        pipeline,
-        layout_over(base.vae, vae),
-        recipe.diffusion,
-        train_set,
-        held_out,
-        cache_latents=data.cache_latents and not data.cache,
-        workers=data.workers,
-        timeout_s=data.timeout_s,
-        before=base,
-    )
-    stage.facts = base_facts(recipe, base) | data_facts(data, held_out)
-    result = train(stage, out, recipe.model_dump(mode="json") | {"autoencoder_folder": str(autoencoder)})
-    assert result is not None
-    return result
+    return train_transformer(recipe, base, out, autoencoder)
 
 
 def load_recipe_base(

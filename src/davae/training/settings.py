@@ -6,7 +6,7 @@ Each class is one section of a recipe. Field comments give units and the source 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -70,6 +70,18 @@ def _yaml_no(value: object) -> object:
 class LoopSettings(Section):
     """How long and how the loop runs; the same for every stage."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_plain(cls, values: Any) -> Any:
+        """Earlier versions had ``plain``; False says what all do now."""
+        if not isinstance(values, dict) or "plain" not in values:
+            return values
+        if values["plain"] is not False:
+            raise ValueError(
+                "'plain' is gone: steps have one form. Remove it; `davae bench training` times the plain form of a step"
+            )
+        return {key: value for key, value in values.items() if key != "plain"}
+
     steps: Positive
     batch_size: Positive
     """Images a process and a micro-step."""
@@ -86,8 +98,6 @@ class LoopSettings(Section):
     """Convolutions in channels-last memory order: the same numbers, faster on most devices."""
     compile: bool = False
     """``torch.compile`` of what is repeated: the blocks of a transformer, encoders and decoders."""
-    plain: bool = False
-    """Every measure for speed off, at equal results (docs/speed.md): what benchmarks compare with."""
     gradient_checkpointing: bool = False
     seed: int = 0
     log_every: Positive = 10

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from davae.latents import AlignmentLoss, LatentLayout, adaptive_weight, gaussian_kl
+from davae.latents import AlignmentLoss, LatentLayout, gaussian_kl
 from davae.models import AutoencoderDA
+from davae.training.adaptive_weights import Decoded, single_pass
 from davae.training.adversary import Adversary
 from davae.training.losses import ReconstructionLoss
-from davae.training.one_backward import decode_once
 from davae.training.settings import AlignmentSettings, ReconstructionSettings
 
 MAX_ADAPTIVE_ALIGNMENT = 1e8  # official code
@@ -24,7 +24,6 @@ class StructuredObjective(nn.Module):
         autoencoder: what is trained. Levels learn together where it says so (``train_levels``), else the last alone.
         alignment, reconstruction: the recipe's sections, the same for every level.
         adversaries: one for each level that learns, lowest first; none without a GAN.
-        plain: adaptive weights by whole backward passes of their own, and no use of what was computed before.
     """
 
     def __init__(
@@ -33,11 +32,9 @@ class StructuredObjective(nn.Module):
         alignment: AlignmentSettings,
         reconstruction: ReconstructionSettings,
         adversaries: list[Adversary | None] | None = None,
-        *,
-        plain: bool = False,
     ) -> None:
         super().__init__()
-        self.autoencoder, self.plain = autoencoder, plain
+        self.autoencoder = autoencoder
         self.alignment_settings, self.settings = alignment, reconstruction
         self.learning = levels_that_learn(autoencoder)
         self.alignments = nn.ModuleList(
@@ -56,10 +53,10 @@ class StructuredObjective(nn.Module):
         """
         levels = self._levels()
         images = self._images(batch["image"])
-        cached = None if self.plain else batch.get("base_latent")
+        cached = batch.get("base_latent")
         latent = self._encode(images[0]) if cached is None else cached
         # [B, C, h, w]; grows by every level's details
-        total: Tensor | float = 0.0
+        total = images[0].new_zeros(())
         named: dict[str, Tensor] = {}
         for i, (number, level) in enumerate(zip(self.learning, levels)):
             losses, z_d = self._level(i, level, images[i], latent, step)
@@ -67,7 +64,7 @@ class StructuredObjective(nn.Module):
             total = total + losses.pop("total")
             prefix = f"level{number}_" if len(self.autoencoder.levels) > 2 else ""
             named |= {prefix + name: value for name, value in losses.items()}
-        return {"total": total, **named}  # type: ignore[dict-item]
+        return {"total": total, **named}
 
     @torch.no_grad()
     def frozen_latent(self, images: Tensor) -> Tensor:
@@ -100,25 +97,21 @@ class StructuredObjective(nn.Module):
         adversary = self._adversaries[i]
         aligns = bool(weight) and self.alignment_settings.adaptive and torch.is_grad_enabled()
         adapts = adversary is not None and adversary.settings.adaptive and torch.is_grad_enabled()
-        decoded = (latent, z_d, images, adversary, step)
         ratio: Tensor | None = None
-        if (aligns or adapts) and not self.plain:
-            found = decode_once(vae, *decoded[:3], self.reconstruction, *decoded[3:], at_details=aligns)
-            losses, total = found.losses, found.total
+        if aligns or adapts:
+            decoded = self._decode(vae, latent, z_d, images, adversary, step, at_details=aligns)
+            losses, total = decoded.losses, decoded.total
             if aligns:
-                ratio = found.alignment_ratio(
+                ratio = decoded.alignment_ratio(
                     z_d, alignment, vae.alignment_weight, maximum=MAX_ADAPTIVE_ALIGNMENT
                 )
         else:
-            losses, total = self._decode(vae, *decoded)
-            if aligns:
-                ratio = adaptive_weight(
-                    losses["reconstruction"],
-                    alignment,
-                    vae.alignment_weight,
-                    maximum=MAX_ADAPTIVE_ALIGNMENT,
-                    among=list(vae.trained_parameters()),
-                )
+            made = vae.decode_structured(latent, z_d)  # [B, 3, H, W]
+            losses = self.reconstruction(images, made)
+            total = losses["reconstruction"]
+            if adversary is not None:
+                losses["gan"] = adversary.generator_term(images, made, total, vae.last_decoder_weight, step)
+                total = total + losses["gan"]
         losses |= {"kl": kl, "alignment": alignment}
         if ratio is not None:
             losses["alignment_weight"] = weight = weight * ratio
@@ -133,22 +126,13 @@ class StructuredObjective(nn.Module):
         images: Tensor,
         adversary: Adversary | None,
         step: int,
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses of the decoded image, and their weighted sum."""
-        made = vae.decode_structured(latent, z_d)  # [B, 3, H, W]
-        losses = self.reconstruction(images, made)
-        total = losses["reconstruction"]
-        if adversary is not None:
-            losses["gan"] = adversary.generator_term(
-                images,
-                made,
-                total,
-                vae.last_decoder_weight,
-                step,
-                among=list(vae.trained_parameters()),
-            )
-            total = total + losses["gan"]
-        return losses, total
+        *,
+        at_details: bool,
+    ) -> Decoded:
+        """Decode and measure where a weight is adaptive."""
+        return single_pass(
+            vae, latent, z_d, images, self.reconstruction, adversary, step, at_details=at_details
+        )
 
     def _levels(self) -> list[AutoencoderDA]:
         return [self.autoencoder.at_level(number) for number in self.learning]

@@ -12,7 +12,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from davae.warm_start.channel_places import DummyInputs
+from davae.warm_start.description import DummyInputs
 
 TEXT_TOKENS = 8  # of a dummy prompt
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from davae.errors import WarmStartError
 from davae.latents import LatentLayout
-from davae.warm_start.channel_places import ChannelPlace
-from davae.warm_start.errors import WarmStartError
+from davae.warm_start.description import ChannelPlace
 from davae.warm_start.registry import description_of
 
 

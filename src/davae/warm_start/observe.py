@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from davae.warm_start.errors import WarmStartError
+from davae.errors import WarmStartError
 
 
 @dataclass

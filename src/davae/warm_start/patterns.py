@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from davae.errors import WarmStartError
 from davae.latents import LatentLayout
-from davae.warm_start.errors import WarmStartError
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from davae.warm_start.channel_places import ChannelDescription
+from davae.errors import WarmStartError
+from davae.warm_start.description import ChannelDescription
 from davae.warm_start.dummy_inputs import TEXT_TOKENS
-from davae.warm_start.errors import WarmStartError
-from davae.warm_start.probing import probed_description
+from davae.warm_start.probing.probe import probed_description
 
 #: A description, or a function of the transformer where the places depend on its configuration.
 Describer = ChannelDescription | Callable[[ModelMixin], ChannelDescription]

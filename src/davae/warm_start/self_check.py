@@ -21,18 +21,36 @@ tokens moved by one rounding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from davae.errors import WarmStartError
 from davae.latents import LatentLayout
-from davae.warm_start.channel_places import ChannelDescription, layer_names
-from davae.warm_start.errors import WarmStartError
-from davae.warm_start.observe import undisturbed
+from davae.warm_start.description import ChannelDescription, layer_names
+from davae.warm_start.observe import (
+    Trace,
+    largest_difference,
+    relative_difference,
+    run_watched,
+    undisturbed,
+)
+from davae.warm_start.patterns import split_axis
 from davae.warm_start.registry import description_of
-from davae.warm_start.side_by_side import SideBySide
+
+#: Largest base difference that passes, relative to the largest value: about eight roundings.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+#: Where a model carries roundings further than that, this many times what one rounding of its tokens does ...
+ROUNDINGS = 4
+#: ... but never more than this: channels in a wrong order differ by order one.
+LARGEST_TOLERANCE = 0.1
+
+BATCH = 2
+#: Standard deviations of the detail latents tried: none, like a normalised latent, far outside.
+DETAIL_SCALES = (0.0, 1.0, 100.0)
 
 
 @dataclass(frozen=True)
@@ -161,3 +179,139 @@ def _random_channel_weights(
         random[name] = before[name] + noise
         random_widened[name] = after[name] + place.widen(noise, sizes, layout)
     return random, random_widened
+
+
+@dataclass
+class Difference:
+    """What a comparison measured, and the tolerance of outputs it applied."""
+
+    tolerance: float
+    max_base_difference: float = 0.0
+    max_detail_output: float = 0.0
+
+
+class SideBySide:
+    """Runs both models on the same base latent and compares them from the input to the output."""
+
+    def __init__(
+        self,
+        original: ModelMixin,
+        widened: ModelMixin,
+        description: ChannelDescription,
+        layout: LatentLayout,
+        dtype: torch.dtype,
+        tolerance: float | None,
+        seed: int,
+    ) -> None:
+        self.original, self.widened = original, widened
+        self.description, self.layout = description, layout
+        self.given_tolerance = tolerance
+        self.tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
+        self.seed = seed
+        self.inputs, self.outputs = layer_names(description.inputs), layer_names(description.outputs)
+        self.like = original.get_parameter(description.inputs[0].parameter)  # device and dtype of latents
+        self.grid, self.sizes = description.dummy_grid(original), description.resolve_sizes(original)
+        self.base = self._latent(layout.base_channels, seed)
+
+    def _latent(self, channels: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn((BATCH, channels, *self.grid), generator=generator).to(self.like)
+
+    def run(
+        self, model: ModelMixin, weights: Mapping[str, Tensor], latent: Tensor, *, jitter: bool = False
+    ) -> Trace:
+        """One forward for each of the description's passes, with some weights replaced for this call."""
+        layers = (*self.inputs, *self.outputs)
+        jittered = self.inputs if jitter else ()
+        traces = []
+        for more in self.description.passes:
+            generator = torch.Generator().manual_seed(self.seed + 2)  # same conditioning in every run
+            arguments = {**self.description.dummy_inputs(model, latent, generator), **more}
+            traces.append(run_watched(model, arguments, weights=weights, layers=layers, jittered=jittered))
+        return Trace.joined(traces)
+
+    def require_sensitivity(self, weights: Mapping[str, Tensor], tolerance: float) -> None:
+        """Another latent must move the output by more than the tolerance, or agreement proves nothing."""
+        other = self._latent(self.layout.base_channels, self.seed + 3)
+        first, second = (self.run(self.original, weights, latent).sample for latent in (self.base, other))
+        if not relative_difference(second, first) > 2 * tolerance:
+            raise WarmStartError(
+                f"{type(self.original).__name__} gives the same output for every latent, even with random "
+                f"{', '.join(self.inputs + self.outputs)}: something between them is closed (all zero), so "
+                "the warm start cannot be verified"
+            )
+
+    def compare(self, weights: Mapping[str, Tensor], widened_weights: Mapping[str, Tensor]) -> Difference:
+        """Largest differences over all detail latents; raises at the first layer that differs."""
+        before = self.run(self.original, weights, self.base)
+        _require_finite(before.sample)
+        result = Difference(self._output_tolerance(weights, before))
+        for scale in DETAIL_SCALES:
+            detail = scale * self._latent(self.layout.detail_channels, self.seed + 4)
+            after = self.run(self.widened, widened_weights, torch.cat([self.base, detail], dim=1))
+            self._compare_layers(before, after, scale, result.tolerance)
+            axis, pattern = self.description.sample_axis, self.description.sample_pattern
+            base, new = split_axis(
+                after.sample, axis, pattern, self.sizes, self.layout, name="the model's output"
+            )
+            difference, largest = relative_difference(base, before.sample), float(new.abs().max())
+            self._judge_sample(difference, largest, result.tolerance)
+            result.max_base_difference = max(result.max_base_difference, difference)
+            result.max_detail_output = max(result.max_detail_output, largest)
+        return result
+
+    def _output_tolerance(self, weights: Mapping[str, Tensor], before: Trace) -> float:
+        if self.given_tolerance is not None:
+            return self.given_tolerance
+        moved = self.run(self.original, weights, self.base, jitter=True)
+        rounding = max(
+            relative_difference(moved.sample, before.sample),
+            *(largest_difference(moved.entered, before.entered, name) for name in self.outputs),
+        )
+        return max(self.tolerance, min(ROUNDINGS * rounding, LARGEST_TOLERANCE))
+
+    def _compare_layers(self, before: Trace, after: Trace, scale: float, output_tolerance: float) -> None:
+        for name in self.inputs:
+            difference = largest_difference(after.left, before.left, name)
+            if not difference <= self.tolerance:
+                cause = (
+                    "its base channels are not read as the original reads them"
+                    if scale == 0
+                    else "detail channels reach the tokens"
+                )
+                raise WarmStartError(self._told(name, f"{cause} (features differ by {difference:.1e})"))
+        for name in self.outputs:
+            difference = largest_difference(after.entered, before.entered, name)
+            if not difference <= output_tolerance:
+                raise WarmStartError(
+                    f"the layers between {', '.join(self.inputs)} and {name} leak: {name} receives other "
+                    f"features (differing by {difference:.1e}, tolerance {output_tolerance:.0e}) though the "
+                    "tokens agree"
+                )
+
+    def _judge_sample(self, difference: float, largest_detail: float, tolerance: float) -> None:
+        name = ", ".join(self.outputs)
+        if largest_detail != 0:
+            raise WarmStartError(
+                self._told(name, f"detail outputs are not zero (largest {largest_detail:.1e})")
+            )
+        if not difference <= tolerance:
+            raise WarmStartError(
+                self._told(name, f"base outputs differ by {difference:.1e}, tolerance {tolerance:.0e}")
+            )
+
+    def _told(self, name: str, what: str) -> str:
+        patterns = {p.pattern for p in self.description.places if p.layer in name.split(", ")}
+        return (
+            f"layer {name} leaks: {what}. Its weights are where the description of "
+            f"{type(self.original).__name__} puts them (pattern '{', '.join(sorted(patterns))}'), so the "
+            "description does not fit the layer"
+        )
+
+
+def _require_finite(sample: Tensor) -> None:
+    if not sample.isfinite().all():
+        raise WarmStartError(
+            "the original gives values that are not finite on small random inputs: its weights are damaged, "
+            f"or its dtype {sample.dtype} is too narrow; try float32"
+        )

@@ -15,9 +15,9 @@ from accelerate import init_empty_weights
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from davae.errors import WarmStartError
 from davae.latents import LatentLayout
-from davae.warm_start.channel_places import ChannelDescription
-from davae.warm_start.errors import WarmStartError
+from davae.warm_start.description import ChannelDescription
 from davae.warm_start.patterns import pattern_count
 from davae.warm_start.registry import description_of
 from davae.warm_start.self_check import check_warm_start

@@ -11,9 +11,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.pipelines.families.family import Conditioning, PipelineFamily, encode_images
+from davae.pipelines.class_conditional import predict_velocity
+from davae.pipelines.families.family import Conditioning, PipelineFamily
 from davae.pipelines.families.registry import register_family
-from davae.pipelines.scaling import to_model_space
 
 
 class ClassFamily(PipelineFamily):
@@ -62,7 +62,7 @@ class ClassFamily(PipelineFamily):
 
 
 class ClassConditional(ClassFamily):
-    """LightningDiT: it counts time from noise (t = 1 - sigma) and predicts ``data - noise``.
+    """LightningDiT, whose sign and time :func:`predict_velocity` turns.
 
     Trained with plain levels of noise whatever its sampler's shift, as LightningDiT is.
     """
@@ -75,11 +75,6 @@ class ClassConditional(ClassFamily):
         """The number after the last class."""
         return int(pipe.transformer.null_label)
 
-    @torch.no_grad()
-    def latents_of(self, vae: ModelMixin, images: Tensor) -> Tensor:
-        """As in every family; where the autoencoder knows a mean and deviation for each channel, by these."""
-        return to_model_space(vae, encode_images(vae, images))
-
     def _predict(
         self,
         transformer: ModelMixin,
@@ -88,7 +83,7 @@ class ClassConditional(ClassFamily):
         conditioning: Conditioning,
         guidance: float,
     ) -> Tensor:
-        return -transformer(noisy, 1 - level, conditioning["class_labels"]).sample
+        return predict_velocity(transformer, noisy, level, conditioning["class_labels"])
 
     def timestep_shift(self, pipe: DiffusionPipeline, tokens: int) -> float:
         """No shift: 1."""

@@ -101,9 +101,9 @@ def bench_training(
 ) -> TrainingBenchmark:
     """Time a step of both stages in three forms, in turns, with random weights, on the device that training takes.
 
-    The plain form has contiguous memory, compiles nothing, encodes images and prompts in every step, computes adaptive
-    weights by whole backward passes of their own, and goes through the optimizer parameter by parameter. All forms take
-    the same steps up to rounding. The three forms of a stage are in memory together.
+    The plain form has contiguous memory, compiles nothing, encodes images and prompts in every step and computes
+    adaptive weights by whole backward passes of their own. All forms take the same steps up to rounding. The three
+    forms of a stage are in memory together.
 
     Args:
         base: a preset, a name on the hub, a pipeline folder, ``tiny``, ``debug`` and kin.

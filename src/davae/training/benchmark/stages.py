@@ -16,6 +16,8 @@ import davae.pipelines
 from davae.benchmark.planner import default_detail_channels
 from davae.benchmark.planner_architectures import Architecture, build, widened_config
 from davae.benchmark.text_encoders import text_encoders_of
+from davae.diffusion.loss import FlowLoss
+from davae.diffusion.noise import DdpmProcess, FlowProcess, NoiseProcess
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
@@ -23,7 +25,7 @@ from davae.pipelines.families import PipelineFamily, family_of
 from davae.pipelines.speed import order_channels_last
 from davae.training.autoencoder import AutoencoderStage
 from davae.training.benchmark.data import RandomImages, RandomLatents
-from davae.training.diffusion.noise import DdpmProcess, FlowProcess, NoiseProcess
+from davae.training.benchmark.separate_passes import SeparatePassesStage
 from davae.training.diffusion.objective import DiffusionObjective
 from davae.training.diffusion.tuning import select_trained
 from davae.training.settings import (
@@ -36,7 +38,6 @@ from davae.training.settings import (
     LoopSettings,
     OptimizerSettings,
     ReconstructionSettings,
-    TimestepSettings,
     TuneSettings,
 )
 from davae.training.stage import Player, Stage
@@ -93,7 +94,7 @@ class StepSettings:
             ema_decay=0.999,
             max_grad_norm=1.0,
             compile=self.compile and form != "plain",
-            plain=form == "plain",
+            channels_last=form != "plain",
             report_to=[],
         )
 
@@ -118,7 +119,8 @@ def autoencoder_stage(architecture: Architecture, settings: StepSettings, form: 
         loop=settings.loop(form),
     )
     with _seeded():
-        return AutoencoderStage(vae, recipe, images, images, cache_latents=form == "fast, cached")
+        stage = SeparatePassesStage if form == "plain" else AutoencoderStage
+        return stage(vae, recipe, images, images, cache_latents=form == "fast, cached")
 
 
 class DiffusionBenchStage(Stage):
@@ -223,8 +225,8 @@ def _family(architecture: Architecture) -> PipelineFamily:
 
 def _process(family: PipelineFamily, layout: LatentLayout) -> NoiseProcess:
     if family.kind == "ddpm":
-        return DdpmProcess(layout, FlowLossSettings(), diffusers.DDPMScheduler().config)
-    return FlowProcess(layout, FlowLossSettings(), TimestepSettings())
+        return DdpmProcess(layout, diffusers.DDPMScheduler().config)
+    return FlowProcess(FlowLoss(layout))
 
 
 def _conditioning(

@@ -16,7 +16,7 @@ from davae.benchmark import side_by_side
 from davae.errors import DavaeError
 from davae.evaluation import log_spectral_distance, psnr, sliced_wasserstein, ssim
 from davae.evaluation.features import FeatureNetwork
-from davae.models.any_autoencoder import compression_of, decode_raw, encode_mode, open_autoencoder
+from davae.models.latent_space import compression_of, decode, encode, open_autoencoder
 from davae.pipelines.opening import opening
 from davae.training.compare.distances import FeatureReference
 
@@ -147,12 +147,12 @@ def _patch(name: str, grid: int, tokens: int | None) -> int:
 
 def encode_all(contender: Contender, images: Tensor, batch: int) -> Tensor:
     """Raw latents of all images, on the CPU: [N, C, h, w]."""
-    return torch.cat([encode_mode(contender.model, part).float().cpu() for part in images.split(batch)])
+    return torch.cat([encode(contender.model, part).float().cpu() for part in images.split(batch)])
 
 
 def decode_all(contender: Contender, latents: Tensor, batch: int) -> Tensor:
     """Images of raw latents, clamped, on the CPU: [N, 3, H, W]."""
-    made = [decode_raw(contender.model, part).float().cpu().clamp(-1, 1) for part in latents.split(batch)]
+    made = [decode(contender.model, part).float().cpu().clamp(-1, 1) for part in latents.split(batch)]
     return torch.cat(made)
 
 
@@ -180,10 +180,10 @@ def score_autoencoders(
     """
     real = FeatureReference(networks, images, batch)
     part = images[:batch]
-    encoders = {c.name: partial(encode_mode, c.model, part.to(c.model.device)) for c in contenders}
+    encoders = {c.name: partial(encode, c.model, part.to(c.model.device)) for c in contenders}
     latents = {c.name: encode_all(c, images, batch) for c in contenders}
     decoders = {
-        c.name: partial(decode_raw, c.model, latents[c.name][:batch].to(c.model.device)) for c in contenders
+        c.name: partial(decode, c.model, latents[c.name][:batch].to(c.model.device)) for c in contenders
     }
     encoded, decoded = side_by_side(encoders, repeats).medians, side_by_side(decoders, repeats).medians
     rows, made = [], {}

@@ -10,20 +10,22 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from davae.benchmark import count_flops
+from davae.diffusion.loss import FlowLoss
+from davae.diffusion.noise import FlowProcess
+from davae.diffusion.schedulers import scheduler_step, set_sigmas
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
-from davae.models.any_autoencoder import decode_raw
+from davae.models.latent_space import decode
 from davae.models.lightningdit import SIZES, Size
+from davae.pipelines.class_conditional import guided_velocity
 from davae.pipelines.families.classes import ClassConditional
-from davae.pipelines.flow import predict_velocity, sigma_velocity
-from davae.pipelines.flow_schedules import scheduler_step, set_times
 from davae.training.compare.autoencoders import Contender, decode_all, encode_all
-from davae.training.diffusion import DiffusionObjective, FlowProcess
+from davae.training.diffusion import DiffusionObjective
 from davae.training.ema import Ema
 from davae.training.optimizers import make_optimizer
 from davae.training.progress import Progress
-from davae.training.settings import FlowLossSettings, OptimizerSettings, TimestepSettings
+from davae.training.settings import FlowLossSettings, OptimizerSettings
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,12 @@ class Trial:
                 qk_norm=True,
             ).to(self.device)
         layout = LatentLayout(contender.channels, 0)
-        loss = FlowLossSettings()
         self.objective = DiffusionObjective(
             ClassConditional(),
             self.transformer,
             layout,
-            FlowProcess(layout, loss, TimestepSettings()),
-            loss,
+            FlowProcess(FlowLoss(layout)),
+            FlowLossSettings(),
         ).train()
         settings = OptimizerSettings(learning_rate=options.learning_rate, betas=(0.9, 0.95))
         self.optimizer = make_optimizer(contender.name, self.objective, settings, {})
@@ -127,11 +128,11 @@ class Trial:
         self.ema.update()
         return float(loss.detach())
 
-    def velocity(self, latents: Tensor, time: float, labels: Tensor) -> Tensor:
+    def velocity(self, latents: Tensor, sigma: float, labels: Tensor) -> Tensor:
         """Guided, as in sampling."""
         with torch.no_grad():
-            return predict_velocity(
-                self.transformer, latents, time, labels, guidance_scale=self.options.guidance
+            return guided_velocity(
+                self.transformer, latents, sigma, labels, guidance_scale=self.options.guidance
             )
 
     def train(self) -> list[float]:
@@ -160,10 +161,10 @@ class Trial:
                 generator = torch.Generator().manual_seed(self.options.seed + first)
                 latents = torch.randn(shape, generator=generator).to(self.device)
                 scheduler = FlowMatchEulerDiscreteScheduler()
-                times = set_times(scheduler, self.options.sample_steps, self.device)
-                for time, timestep in zip(times, scheduler.timesteps, strict=True):
-                    prediction = sigma_velocity(self.velocity(latents, time, part))
-                    latents = scheduler_step(scheduler, prediction, timestep, latents, None)
+                sigmas = set_sigmas(scheduler, self.options.sample_steps, self.device)
+                for sigma, timestep in zip(sigmas, scheduler.timesteps, strict=True):
+                    velocity = self.velocity(latents, sigma, part)
+                    latents = scheduler_step(scheduler, velocity, timestep, latents, None)
                 yield decode_all(self.contender, latents.cpu() * self.std + self.mean, self.options.batch)
         self.transformer.train()
 
@@ -179,7 +180,7 @@ class Trial:
         return {
             "train": lambda: self.step(0),
             "denoise": lambda: self.velocity(latents, 0.5, labels),
-            "decode": lambda: decode_raw(self.contender.model, raw),
+            "decode": lambda: decode(self.contender.model, raw),
         }
 
     def flops(self) -> tuple[int, int]:

@@ -1,21 +1,18 @@
-"""The diffusion stage, for every family of pipelines."""
+"""The diffusion stage, for every family of pipelines.
 
-from davae.training.diffusion.class_map import ClassMap
-from davae.training.diffusion.noise import DdpmProcess, FlowProcess, NoiseProcess, NoisySample, noise_process
-from davae.training.diffusion.objective import DiffusionObjective
-from davae.training.diffusion.prompts import PromptEmbeddings
+To be read in this order: `train`, `stage`, `objective`, and of `davae.diffusion` `noise`, `loss`, `detail_schedule`.
+"""
+
+from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings
+from davae.training.diffusion.objective import DiffusionObjective, noise_process
 from davae.training.diffusion.stage import DiffusionStage
 from davae.training.diffusion.tuning import lora_config, select_trained
 from davae.training.diffusion.validation import generate_classes, generate_prompts, held_out_loss
 
 __all__ = [
     "ClassMap",
-    "DdpmProcess",
     "DiffusionObjective",
     "DiffusionStage",
-    "FlowProcess",
-    "NoiseProcess",
-    "NoisySample",
     "PromptEmbeddings",
     "generate_classes",
     "generate_prompts",

@@ -1,4 +1,4 @@
-"""The loss of one step of the diffusion stage."""
+"""The loss of one step of the diffusion stage, and the noise process that a pipeline's transformer learns by."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from davae.diffusion.detail_schedule import detail_weight
+from davae.diffusion.loss import FlowLoss
+from davae.diffusion.noise import DdpmProcess, FlowProcess, NoiseProcess
+from davae.diffusion.timesteps import sd3_sigma_table
+from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.pipelines.families import PipelineFamily
-from davae.training.diffusion.noise import NoiseProcess
-from davae.training.settings import FlowLossSettings
-from davae.warm_start import detail_weight
+from davae.training.settings import FlowLossSettings, TimestepSettings
 
 
 class DiffusionObjective(nn.Module):
@@ -51,9 +55,8 @@ class DiffusionObjective(nn.Module):
         self.transformer = transformer
         self.layout, self.settings = layout, loss
         self.dropout, self.guidance = dropout, guidance
-        for name, value in (
-            unconditional or {}
-        ).items():  # moves with the module and stays out of checkpoints
+        for name, value in (unconditional or {}).items():
+            # Moves with the module and stays out of checkpoints.
             self.register_buffer(f"unconditional_{name}", value, persistent=False)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
@@ -64,33 +67,35 @@ class DiffusionObjective(nn.Module):
                 or ``conditioning``, as the family is conditioned on classes or text.
             step: optimizer step, for the schedule of the detail channels.
         """
-        data = (
-            self.encode(batch["image"]) if self.encode is not None and "image" in batch else batch["latent"]
-        )
+        settings = self.settings
+        if self.encode is not None and "image" in batch:
+            data = self.encode(batch["image"])
+        else:
+            data = batch["latent"]
+
         # Draws fill memory in its order: channels-last latents of an encoder would meet other noise than cached.
         sample = self.process.draw(data.contiguous())
         conditioning = self._conditioning(batch)
         prediction, variance = self.family.predict_with_variance(
-            self.transformer,
-            sample.noisy,
-            sample.level,
-            conditioning,
-            guidance=self.guidance,
+            self.transformer, sample.noisy, sample.sigma_or_t, conditioning, guidance=self.guidance
         )
-        weight = detail_weight(
-            step, self.settings.detail_warmup_steps, shape=self.settings.detail_schedule
-        )  # w(n), Eq. 12
-        loss = self.process.loss(prediction, sample, weight)
-        bound = None
-        if variance is not None and self.settings.variance_weight:
+
+        weight = detail_weight(step, settings.detail_warmup_steps, shape=settings.detail_schedule)  # Eq. 12
+        loss = self.process.loss(prediction, sample, weight)  # Eq. 13
+        logged: dict[str, Tensor] = {}
+        if self.layout.detail_channels:
+            logged = self._parts(prediction, sample.target)
+        if variance is not None and settings.variance_weight:
             bound = self.process.variance_loss(prediction, variance, sample, weight)
-            loss = loss + self.settings.variance_weight * bound
-        with torch.no_grad():  # the two parts of Eq. 13 apart, for the log
-            base, detail = self.layout.split((prediction.float() - sample.target).square())
-        parts = {"base": base.mean(), "detail": detail.mean()} if self.layout.detail_channels else {}
-        if bound is not None:
-            parts["variance"] = bound.detach()
-        return {"total": loss, **parts, "detail_weight": loss.new_tensor(weight)}
+            loss = loss + settings.variance_weight * bound
+            logged["variance"] = bound.detach()
+        return {"total": loss, **logged, "detail_weight": loss.new_tensor(weight)}
+
+    @torch.no_grad()
+    def _parts(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Mean squared errors of base and detail channels, the two parts of Eq. 13, for the log."""
+        base, detail = self.layout.split((prediction.float() - target).square())
+        return {"base": base.mean(), "detail": detail.mean()}
 
     def _conditioning(self, batch: dict[str, Any]) -> Mapping[str, Tensor]:
         if self.family.conditioned_on == "class":  # these transformers drop labels themselves
@@ -106,3 +111,40 @@ class DiffusionObjective(nn.Module):
             empty = self.get_buffer(f"unconditional_{name}").to(value)
             mixed[name] = torch.where(where, empty, value)
         return mixed
+
+
+def noise_process(
+    family: PipelineFamily,
+    pipe: DiffusionPipeline,
+    layout: LatentLayout,
+    loss: FlowLossSettings,
+    timesteps: TimestepSettings,
+) -> NoiseProcess:
+    """The process that a pipeline's transformer was trained with.
+
+    Raises:
+        DavaeError: the loss asks for a form of flow matching, and the pipeline predicts noise.
+    """
+    weights: dict[str, Any] = {"min_snr_gamma": loss.min_snr_gamma, "cosine_weight": loss.cosine_weight}
+    if family.kind == "ddpm":
+        if loss.form != "velocity":
+            raise DavaeError(f"loss.form={loss.form} is for flow matching; this pipeline predicts noise")
+        return DdpmProcess(layout, pipe.scheduler.config, **weights)
+
+    def shift(latent: Tensor) -> float:
+        if timesteps.shift is not None:
+            return timesteps.shift
+        return family.timestep_shift(pipe, family.tokens(pipe.transformer, latent))
+
+    table = None
+    if timesteps.table is not None:
+        shifts = timesteps.table
+        table = sd3_sigma_table(shifts.config_shift, shifts.train_shift, shifts.steps)
+    return FlowProcess(
+        FlowLoss(layout, form=loss.form, **weights),
+        scheme=timesteps.scheme,
+        mean=timesteps.logit_mean,
+        std=timesteps.logit_std,
+        shift=shift,
+        table=table,
+    )

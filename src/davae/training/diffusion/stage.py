@@ -18,17 +18,10 @@ from davae.latents import LatentLayout
 from davae.pipelines.adapters import save_adapters
 from davae.pipelines.families import family_of
 from davae.pipelines.lora import merge_lora
-from davae.training.diffusion.class_map import ClassMap
-from davae.training.diffusion.noise import noise_process
-from davae.training.diffusion.objective import DiffusionObjective
-from davae.training.diffusion.prompts import PromptEmbeddings, move_text_encoders
+from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings, move_text_encoders
+from davae.training.diffusion.objective import DiffusionObjective, noise_process
 from davae.training.diffusion.tuning import learning_masks, select_trained
-from davae.training.diffusion.validation import (
-    MEASURED,
-    generate_classes,
-    generate_prompts,
-    held_out_loss,
-)
+from davae.training.diffusion.validation import MEASURED, generate_classes, generate_prompts, held_out_loss
 from davae.training.latents_in_memory import ENCODED_TOGETHER, LatentsInMemory
 from davae.training.memory import Prepared
 from davae.training.pictures import save_rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from diffusers import DiffusionPipeline
@@ -97,25 +96,21 @@ def generate_classes(
         batch: images together.
         positions: which of the images to make; none makes all.
     """
-    wanted = list(range(count) if positions is None else positions)
     family = family_of(pipeline)
     if not isinstance(family, ClassFamily):
         raise DavaeError(f"{type(pipeline).__name__} makes images of prompts, not of classes")
-    made = []
-    with _evaluating(pipeline):
-        for first in range(0, len(wanted), batch):
-            indices = wanted[first : first + batch]
-            made.append(
-                family.sample_labels(
-                    pipeline,
-                    [labels[i % len(labels)] for i in indices],
-                    num_inference_steps=sample.num_inference_steps,
-                    guidance_scale=sample.guidance_scale,
-                    guidance_interval=sample.guidance_interval,
-                    generators=[torch.Generator().manual_seed(seed + i) for i in indices],
-                )
-            )
-    return torch.cat(made)
+
+    def make(indices: Sequence[int], generators: list[torch.Generator]) -> Tensor:
+        return family.sample_labels(
+            pipeline,
+            [labels[i % len(labels)] for i in indices],
+            num_inference_steps=sample.num_inference_steps,
+            guidance_scale=sample.guidance_scale,
+            guidance_interval=sample.guidance_interval,
+            generators=generators,
+        )
+
+    return _in_batches(pipeline, make, range(count) if positions is None else positions, batch, seed)
 
 
 def generate_prompts(
@@ -141,36 +136,39 @@ def generate_prompts(
         max_length: tokens a prompt is cut or padded to.
         positions: which of the images to make; none makes all.
     """
-    wanted = list(range(len(prompts)) if positions is None else positions)
     family = family_of(pipeline)
-    made = []
-    with _evaluating(pipeline):
-        for first in range(0, len(wanted), batch):
-            indices = wanted[first : first + batch]
-            made.append(
-                family.sample(
-                    pipeline,
-                    [prompts[i] for i in indices],
-                    height=size[0],
-                    width=size[1],
-                    num_inference_steps=sample.num_inference_steps,
-                    guidance_scale=sample.guidance_scale,
-                    generators=[torch.Generator().manual_seed(seed + i) for i in indices],
-                    max_length=max_length,
-                )
-            )
-    return torch.cat(made)
+
+    def make(indices: Sequence[int], generators: list[torch.Generator]) -> Tensor:
+        return family.sample(
+            pipeline,
+            [prompts[i] for i in indices],
+            height=size[0],
+            width=size[1],
+            num_inference_steps=sample.num_inference_steps,
+            guidance_scale=sample.guidance_scale,
+            generators=generators,
+            max_length=max_length,
+        )
+
+    return _in_batches(pipeline, make, range(len(prompts)) if positions is None else positions, batch, seed)
 
 
-class _evaluating(AbstractContextManager[None]):
-    """The pipeline's transformer in eval mode for a while."""
-
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
-        self.transformer = pipeline.transformer
-        self.was_training = pipeline.transformer.training
-
-    def __enter__(self) -> None:
-        self.transformer.eval()
-
-    def __exit__(self, *error: object) -> None:
-        self.transformer.train(self.was_training)
+def _in_batches(
+    pipeline: DiffusionPipeline,
+    make: Callable[[Sequence[int], list[torch.Generator]], Tensor],
+    positions: Sequence[int],
+    batch: int,
+    seed: int,
+) -> Tensor:
+    """What ``make`` makes of the positions with the transformer in eval mode, image ``i`` from seed ``seed + i``."""
+    transformer = pipeline.transformer
+    was_training = transformer.training
+    transformer.eval()
+    try:
+        made = []
+        for first in range(0, len(positions), batch):
+            indices = positions[first : first + batch]
+            made.append(make(indices, [torch.Generator().manual_seed(seed + i) for i in indices]))
+        return torch.cat(made)
+    finally:
+        transformer.train(was_training)

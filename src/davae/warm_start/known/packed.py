@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from davae.warm_start.channel_places import ChannelDescription, DummyInputs, input_layer, output_layer
+from davae.warm_start.description import ChannelDescription, DummyInputs, input_layer, output_layer
 from davae.warm_start.dummy_inputs import Dummy, dummy, pack
 from davae.warm_start.registry import describe
 
@@ -74,17 +74,33 @@ def _qwen_image(d: Dummy) -> dict[str, Any]:
     }
 
 
-describe(
-    "QwenImageTransformer2DModel",
-    ChannelDescription(
-        inputs=input_layer("img_in", "in_channels"),
-        outputs=output_layer("proj_out", "out_channels p p"),  # the pipeline unpacks "c 2 2"
-        counts={"in_channels": PACKED[:2], "out_channels": "c"},
-        sample_axis=2,
-        sample_pattern="out_channels p p",
-        dummy_inputs=_qwen_image,
-    ),
-)
+@dummy
+def _nucleus(d: Dummy) -> dict[str, Any]:
+    side, _ = side_of(d)
+    return {
+        "hidden_states": d.packed(side),
+        "encoder_hidden_states": d.text(d.config.joint_attention_dim),
+        "encoder_hidden_states_mask": None if d.latent.is_meta else d.text_mask(),
+        "timestep": d.time(),
+        "img_shapes": [(1, *d.grid(side))] * d.batch,
+    }
+
+
+for _name, _inputs in (
+    ("QwenImageTransformer2DModel", _qwen_image),
+    ("NucleusMoEImageTransformer2DModel", _nucleus),
+):
+    describe(
+        _name,
+        ChannelDescription(
+            inputs=input_layer("img_in", "in_channels"),
+            outputs=output_layer("proj_out", "out_channels p p"),  # the pipeline unpacks "c 2 2"
+            counts={"in_channels": PACKED[:2], "out_channels": "c"},
+            sample_axis=2,
+            sample_pattern="out_channels p p",
+            dummy_inputs=_inputs,
+        ),
+    )
 
 
 @dummy
@@ -119,12 +135,14 @@ def _bria_fibo(d: Dummy) -> dict[str, Any]:
     }
 
 
-def _tokens(inputs: DummyInputs, *keys: str) -> ChannelDescription:
+def _tokens(
+    inputs: DummyInputs, *keys: str, embedder: str = "x_embedder", head: str = "proj_out"
+) -> ChannelDescription:
     """Linear layers over packed features, in and out."""
     out = "out_channels" if "out_channels" in keys else "in_channels"
     return ChannelDescription(
-        inputs=input_layer("x_embedder", "in_channels"),
-        outputs=output_layer("proj_out", out),
+        inputs=input_layer(embedder, "in_channels"),
+        outputs=output_layer(head, out),
         counts=dict.fromkeys(("in_channels", *keys), PACKED[:2]),
         sizes={},
         sample_axis=2,
@@ -176,31 +194,6 @@ describe(
 
 
 @dummy
-def _nucleus(d: Dummy) -> dict[str, Any]:
-    side, _ = side_of(d)
-    return {
-        "hidden_states": d.packed(side),
-        "encoder_hidden_states": d.text(d.config.joint_attention_dim),
-        "encoder_hidden_states_mask": None if d.latent.is_meta else d.text_mask(),
-        "timestep": d.time(),
-        "img_shapes": [(1, *d.grid(side))] * d.batch,
-    }
-
-
-describe(
-    "NucleusMoEImageTransformer2DModel",
-    ChannelDescription(
-        inputs=input_layer("img_in", "in_channels"),
-        outputs=output_layer("proj_out", "out_channels p p"),
-        counts={"in_channels": PACKED[:2], "out_channels": "c"},
-        sample_axis=2,
-        sample_pattern="out_channels p p",
-        dummy_inputs=_nucleus,
-    ),
-)
-
-
-@dummy
 def _krea2(d: Dummy) -> dict[str, Any]:
     side, _ = side_of(d)
     return {
@@ -211,16 +204,4 @@ def _krea2(d: Dummy) -> dict[str, Any]:
     }
 
 
-describe(
-    "Krea2Transformer2DModel",
-    ChannelDescription(
-        inputs=input_layer("img_in", "in_channels"),
-        outputs=output_layer("final_layer.linear", "in_channels"),
-        counts={"in_channels": PACKED[:2]},
-        sizes={},
-        sample_axis=2,
-        sample_pattern="in_channels",
-        packing=2,
-        dummy_inputs=_krea2,
-    ),
-)
+describe("Krea2Transformer2DModel", _tokens(_krea2, embedder="img_in", head="final_layer.linear"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from davae.warm_start.channel_places import ChannelDescription, input_layer, output_layer
+from davae.warm_start.description import ChannelDescription, input_layer, output_layer
 from davae.warm_start.dummy_inputs import Dummy, dummy
 from davae.warm_start.registry import describe
 

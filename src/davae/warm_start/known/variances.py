@@ -8,14 +8,44 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_pos_embed_lumina
 from diffusers.models.modeling_utils import ModelMixin
 
-from davae.warm_start.channel_places import ChannelDescription, input_layer, output_layer
+from davae.errors import WarmStartError
+from davae.warm_start.description import (
+    ChannelDescription,
+    ChannelPlace,
+    DummyInputs,
+    input_layer,
+    output_layer,
+)
 from davae.warm_start.dummy_inputs import Dummy, dummy
-from davae.warm_start.errors import WarmStartError
-from davae.warm_start.registry import describe
+from davae.warm_start.registry import Describer, describe
 
 
-def _learned_variance(transformer: ModelMixin) -> str:
-    return "2 c" if transformer.config.learn_sigma else "c"
+def _patches(inputs: DummyInputs, head: str = "proj_out", **more: Any) -> ChannelDescription:
+    """A patch convolution in; out the patches, with variances where ``out_channels`` counts them."""
+    return ChannelDescription(
+        inputs=input_layer("pos_embed.proj"),
+        outputs=output_layer(head, "p p out_channels"),
+        counts={"in_channels": "c", "out_channels": ("2 c", "c")},
+        sample_pattern="out_channels",
+        dummy_inputs=inputs,
+        **more,
+    )
+
+
+def _learned_variance(inputs: DummyInputs, patches: tuple[ChannelPlace, ...], head: str) -> Describer:
+    """Out the patches, with variances where the configuration says ``learn_sigma``."""
+
+    def description(transformer: ModelMixin) -> ChannelDescription:
+        variance = "2 c" if transformer.config.learn_sigma else "c"
+        return ChannelDescription(
+            inputs=patches,
+            outputs=output_layer(head, f"p p {variance}"),
+            counts={"in_channels": "c"},
+            sample_pattern=variance,
+            dummy_inputs=inputs,
+        )
+
+    return description
 
 
 @dummy
@@ -28,17 +58,8 @@ def _dit(d: Dummy) -> dict[str, Any]:
     }
 
 
-describe(
-    "DiTTransformer2DModel",
-    ChannelDescription(
-        inputs=input_layer("pos_embed.proj"),
-        outputs=output_layer("proj_out_2", "p p out_channels"),
-        counts={"in_channels": "c", "out_channels": ("2 c", "c")},
-        sample_pattern="out_channels",
-        dummy_inputs=_dit,
-        tokens=(4, 4),  # it gives square images only
-    ),
-)
+# It gives square images only.
+describe("DiTTransformer2DModel", _patches(_dit, "proj_out_2", tokens=(4, 4)))
 
 
 def _pixart_conditions(d: Dummy) -> dict[str, Any]:
@@ -59,16 +80,7 @@ def _pixart(d: Dummy) -> dict[str, Any]:
     }
 
 
-describe(
-    "PixArtTransformer2DModel",
-    ChannelDescription(
-        inputs=input_layer("pos_embed.proj"),
-        outputs=output_layer("proj_out", "p p out_channels"),
-        counts={"in_channels": "c", "out_channels": ("2 c", "c")},
-        sample_pattern="out_channels",
-        dummy_inputs=_pixart,
-    ),
-)
+describe("PixArtTransformer2DModel", _patches(_pixart))
 
 
 def _legacy_places(transformer: ModelMixin) -> ChannelDescription:
@@ -79,15 +91,9 @@ def _legacy_places(transformer: ModelMixin) -> ChannelDescription:
             "Transformer2DModel without patches is a block of a U-Net: its layer norm (a group norm over its "
             "input) would mix base and detail channels"
         )
-    text = config.norm_type == "ada_norm_single"
-    return ChannelDescription(
-        inputs=input_layer("pos_embed.proj"),
-        outputs=output_layer("proj_out" if text else "proj_out_2", "p p out_channels"),
-        counts={"in_channels": "c", "out_channels": ("2 c", "c")},
-        sample_pattern="out_channels",
-        dummy_inputs=_pixart if text else _dit,
-        tokens=(4, 4),
-    )
+    if config.norm_type == "ada_norm_single":
+        return _patches(_pixart, tokens=(4, 4))
+    return _patches(_dit, "proj_out_2", tokens=(4, 4))
 
 
 describe("Transformer2DModel", _legacy_places)
@@ -106,18 +112,10 @@ def _lumina_next(d: Dummy) -> dict[str, Any]:
     }
 
 
-def _lumina_next_places(transformer: ModelMixin) -> ChannelDescription:
-    variance = _learned_variance(transformer)
-    return ChannelDescription(
-        inputs=input_layer("patch_embedder.proj", "c p p"),
-        outputs=output_layer("norm_out.linear_2", f"p p {variance}"),
-        counts={"in_channels": "c"},
-        sample_pattern=variance,
-        dummy_inputs=_lumina_next,
-    )
-
-
-describe("LuminaNextDiT2DModel", _lumina_next_places)
+describe(
+    "LuminaNextDiT2DModel",
+    _learned_variance(_lumina_next, input_layer("patch_embedder.proj", "c p p"), "norm_out.linear_2"),
+)
 
 
 @dummy
@@ -142,15 +140,4 @@ def _hunyuan_dit(d: Dummy) -> dict[str, Any]:
     }
 
 
-def _hunyuan_dit_places(transformer: ModelMixin) -> ChannelDescription:
-    variance = _learned_variance(transformer)
-    return ChannelDescription(
-        inputs=input_layer("pos_embed.proj"),
-        outputs=output_layer("proj_out", f"p p {variance}"),
-        counts={"in_channels": "c"},
-        sample_pattern=variance,
-        dummy_inputs=_hunyuan_dit,
-    )
-
-
-describe("HunyuanDiT2DModel", _hunyuan_dit_places)
+describe("HunyuanDiT2DModel", _learned_variance(_hunyuan_dit, input_layer("pos_embed.proj"), "proj_out"))

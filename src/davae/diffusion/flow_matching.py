@@ -1,0 +1,82 @@
+"""Flow matching: the straight path between data and noise, its velocity, and guidance.
+
+One convention: ``x_sigma = (1 - sigma) data + sigma noise``, so that 0 is data and 1 is noise, and the velocity is
+``dx / dsigma = noise - data``, as in the schedulers of diffusers. A transformer with another sign or time is turned
+where it is called (its family in `davae.pipelines.families`), and nowhere else.
+
+    >>> import torch
+    >>> data, noise, sigma = torch.tensor([[2.0]]), torch.tensor([[-1.0]]), torch.tensor([0.25])
+    >>> x_sigma, velocity = interpolate(data, noise, sigma), velocity_of(data, noise)
+    >>> x_sigma, velocity
+    (tensor([[1.2500]]), tensor([[-3.]]))
+    >>> x0_from_velocity(velocity, x_sigma, sigma), noise_from_velocity(velocity, x_sigma, sigma)
+    (tensor([[2.]]), tensor([[-1.]]))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# t = 1 - sigma, and sigma is float32: a time that should equal a bound may miss it by rounding.
+_ROUNDING = 1e-6
+
+
+def interpolate(data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """The point ``x_sigma = (1 - sigma) data + sigma noise`` of the path.
+
+    Args:
+        data: clean latents, [B, ...].
+        noise: the same shape.
+        sigma: share of noise in [0, 1], [B].
+    """
+    sigma = per_sample(sigma, data)
+    return (1 - sigma) * data + sigma * noise
+
+
+def velocity_of(data: Tensor, noise: Tensor) -> Tensor:
+    """The path's velocity ``noise - data``, the same at every sigma: what a model learns to predict."""
+    return noise - data
+
+
+def x0_from_velocity(velocity: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
+    """The data that a velocity implies, ``x0_hat = x_sigma - sigma velocity``, float32.
+
+    Args:
+        velocity: predicted ``noise - data``, [B, ...].
+        noisy: ``x_sigma``, the same shape.
+        sigma: share of noise in [0, 1], [B].
+    """
+    return noisy.float() - per_sample(sigma, noisy) * velocity.float()
+
+
+def noise_from_velocity(velocity: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
+    """The noise that a velocity implies, ``x_sigma + (1 - sigma) velocity``, float32; see `x0_from_velocity`."""
+    return noisy.float() + (1 - per_sample(sigma, noisy)) * velocity.float()
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float, channels: int | None = None) -> Tensor:
+    """Classifier-free guidance ``uncond + scale * (cond - uncond)``: Ho and Salimans 2022, arXiv 2207.12598.
+
+    Args:
+        conditional: velocity for the wanted label, [B, C, h, w].
+        unconditional: velocity for the null label, [B, C, h, w].
+        scale: 1 changes nothing, more follows the label more closely.
+        channels: guide this many first channels and leave the others conditional; None guides all.
+            LightningDiT's own sampler guides three.
+    """
+    guided = unconditional + scale * (conditional - unconditional)
+    if channels is None:
+        return guided
+    return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
+
+
+def is_guided(t: float, interval: tuple[float, float]) -> bool:
+    """Whether guidance acts at ``t = 1 - sigma``: ``start <= t <= end``, both bounds included."""
+    start, end = interval
+    return start - _ROUNDING <= t <= end + _ROUNDING
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """One value a sample, [B], to float32 [B, 1, ...] beside latents [B, ...], on their device."""
+    return values.to(like.device, torch.float32).reshape(-1, *[1] * (like.ndim - 1))

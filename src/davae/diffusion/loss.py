@@ -1,0 +1,178 @@
+"""The diffusion loss on a structured latent (Eq. 13) and the official code's variants of it.
+
+Everything is computed in float32 whatever the dtype of the prediction. One base channel off by 2, three detail channels
+off by 1, the details at half weight: (4 + 0.5 * 3) / (1 + 0.5 * 3) = 2.2.
+
+    >>> import torch
+    >>> layout = LatentLayout(base_channels=1, detail_channels=3)
+    >>> prediction = torch.tensor([2.0, 1.0, 1.0, 1.0]).view(1, 4, 1, 1)
+    >>> structured_loss(prediction, torch.zeros(1, 4, 1, 1), layout, weight=0.5)
+    tensor(2.2000)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from davae.diffusion.flow_matching import per_sample, velocity_of, x0_from_velocity
+from davae.errors import DavaeError
+from davae.latents import LatentLayout
+
+Reduction = Literal["mean", "none"]
+
+
+def structured_loss(
+    prediction: Tensor,
+    target: Tensor,
+    layout: LatentLayout,
+    weight: float,
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Eq. 13: ``(|u_hat - u|^2 + w |u_hat_d - u_d|^2) / (|B| + w |R|)`` per sample, then their mean.
+
+    ``|B| = C h w`` and ``|R| = D h w`` count the base and detail elements of a sample, so the loss is a mean
+    squared error at every weight, and the plain one at weight 1.
+
+    Args:
+        prediction: [B, C + D, h, w], base first.
+        target: the same shape.
+        layout: base and detail channels.
+        weight: ``w(n)``, see `detail_weight`; at least 0.
+        reduction: ``"mean"`` over samples, or ``"none"``.
+
+    Returns:
+        float32 scalar, or [B] with ``"none"``.
+
+    Raises:
+        DavaeError: shapes differ, another number of channels, or a negative weight.
+    """
+    _check_shapes(prediction, target)
+    return _reduce(structured_mean((prediction.float() - target.float()).square(), layout, weight), reduction)
+
+
+def structured_mean(errors: Tensor, layout: LatentLayout, weight: float) -> Tensor:
+    """Eq. 13's mean over a sample's elements, detail channels counted ``weight`` times: ``[B, C + D, h, w]`` to [B].
+
+    Raises:
+        DavaeError: another number of channels, or a negative weight.
+    """
+    if not weight >= 0:
+        raise DavaeError(f"the detail weight must not be negative, got {weight}")
+    base, detail = layout.split(errors)  # [B, C, h, w], [B, D, h, w]
+    weighted = base.flatten(1).sum(1) + weight * detail.flatten(1).sum(1)
+    return weighted / (base[0].numel() + weight * detail[0].numel())
+
+
+def cosine_loss(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    """``1 - cos`` of the angle over all channels, averaged over positions: LightningDiT's second term.
+
+    It has no detail weight: in the official code it covers the detail channels from step 0.
+
+    Args:
+        prediction: [B, C, h, w].
+        target: the same shape.
+        reduction: ``"mean"`` over samples, or ``"none"``.
+
+    Returns:
+        float32 scalar, or [B] with ``"none"``.
+    """
+    _check_shapes(prediction, target)
+    similarity = F.cosine_similarity(prediction.float(), target.float(), dim=1)  # [B, h, w]
+    return _reduce((1 - similarity).flatten(1).mean(1), reduction)
+
+
+def min_snr_weight(noise_share: Tensor, gamma: float) -> Tensor:
+    """``min((1 - t) / t, gamma)``: keeps nearly clean samples from ruling the data form of the loss.
+
+    Args:
+        noise_share: ``t`` in [0, 1], any shape. The official code takes the truncated timestep over 1000.
+        gamma: the cap, 5 in the official code; also the weight at ``t = 0``.
+    """
+    if not gamma > 0:
+        raise DavaeError(f"gamma must be positive, got {gamma}")
+    t = noise_share.float()
+    return ((1 - t) / t).clamp(max=gamma)  # 1 / 0 is infinite, and capped
+
+
+@dataclass(frozen=True)
+class FlowLoss:
+    """The loss of the diffusion stage: Eq. 13 by default, the official code's variants by name.
+
+    The ImageNet code adds the cosine term (``cosine_weight=1``); the SD3 code compares data instead of
+    velocities and weights samples (``form="x0", min_snr_gamma=5``).
+
+    Attributes:
+        layout: base and detail channels.
+        form: ``"velocity"`` compares ``noise - data``; ``"x0"`` the data it implies, that is ``sigma^2``
+            times the velocity's error.
+        min_snr_gamma: weight samples by `min_snr_weight`, or not.
+        cosine_weight: weight of `cosine_loss` on the velocity, not scheduled.
+    """
+
+    layout: LatentLayout
+    form: Literal["velocity", "x0"] = "velocity"
+    min_snr_gamma: float | None = None
+    cosine_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.form not in ("velocity", "x0"):
+            raise DavaeError(f"unknown loss form '{self.form}': use velocity or x0")
+        if not self.cosine_weight >= 0:
+            raise DavaeError(f"cosine_weight must not be negative, got {self.cosine_weight}")
+
+    def __call__(
+        self,
+        velocity: Tensor,
+        *,
+        data: Tensor,
+        noise: Tensor,
+        sigma: Tensor,
+        weight: float,
+        noise_share: Tensor | None = None,
+        reduction: Reduction = "mean",
+    ) -> Tensor:
+        """The loss of a predicted velocity.
+
+        Args:
+            velocity: predicted ``noise - data``, [B, C + D, h, w].
+            data: clean structured latent, the same shape.
+            noise: Gaussian noise, the same shape.
+            sigma: share of noise of each sample, [B].
+            weight: detail weight ``w(n)``.
+            noise_share: ``t`` of the min-SNR weight where it is not `sigma` itself, [B].
+            reduction: ``"mean"`` over samples, or ``"none"``.
+
+        Returns:
+            float32 scalar, or [B] with ``"none"``.
+        """
+        data, noise, sigma = data.float(), noise.float(), sigma.float()
+        prediction, target = velocity, velocity_of(data, noise)
+        if self.form == "x0":
+            noisy = torch.lerp(data, noise, per_sample(sigma, data))  # x_sigma
+            prediction, target = x0_from_velocity(velocity, noisy, sigma), data
+        loss = structured_loss(prediction, target, self.layout, weight, reduction="none")  # [B]
+        if self.cosine_weight:
+            cosine = cosine_loss(velocity, velocity_of(data, noise), reduction="none")
+            loss = loss + self.cosine_weight * cosine
+        if self.min_snr_gamma is not None:
+            loss = loss * min_snr_weight(sigma if noise_share is None else noise_share, self.min_snr_gamma)
+        return _reduce(loss, reduction)
+
+
+def _check_shapes(prediction: Tensor, target: Tensor) -> None:
+    if prediction.shape != target.shape:
+        raise DavaeError(
+            f"the prediction has shape {tuple(prediction.shape)}, the target {tuple(target.shape)}"
+        )
+
+
+def _reduce(per_sample: Tensor, reduction: Reduction) -> Tensor:
+    if reduction not in ("mean", "none"):
+        raise DavaeError(f"unknown reduction '{reduction}': use mean or none")
+    return per_sample.mean() if reduction == "mean" else per_sample

@@ -1,0 +1,188 @@
+"""The two ways of adding noise and what the transformer learns to predict: flow matching and DDPM.
+
+>>> process = FlowProcess(FlowLoss(LatentLayout(base_channels=1, detail_channels=3)))
+>>> sample = process.draw(torch.randn(2, 4, 8, 8))
+>>> sample.noisy.shape, sample.sigma.shape
+(torch.Size([2, 4, 8, 8]), torch.Size([2]))
+>>> process.loss(sample.target, sample, weight=0.5)  # the true velocity
+tensor(0.)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from davae.diffusion.flow_matching import interpolate, velocity_of
+from davae.diffusion.loss import FlowLoss, cosine_loss, structured_loss, structured_mean
+from davae.diffusion.timesteps import Scheme, SigmaTable, sample_sigmas, sample_unit
+from davae.diffusion.variational_bound import VariationalBound
+from davae.errors import DavaeError
+from davae.latents import LatentLayout
+
+# What a scheduler's configuration says of its betas.
+_BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+
+
+@dataclass(frozen=True)
+class NoisySample:
+    """Latents on their way to noise.
+
+    Attributes:
+        data: clean latents, [B, C + D, h, w].
+        noise: standard normal, the same shape.
+        noisy: the mixture, the same shape.
+        sigma_or_t: what the transformer's family takes, [B]: sigma, or the integer timestep (DDPM).
+        sigma: the factor of the noise in the mixture, in [0, 1], [B].
+        target: what the prediction is compared with, the same shape as the data.
+    """
+
+    data: Tensor
+    noise: Tensor
+    noisy: Tensor
+    sigma_or_t: Tensor
+    sigma: Tensor
+    target: Tensor
+
+
+class NoiseProcess(ABC):
+    """Draws noisy samples, and measures a prediction on them."""
+
+    @abstractmethod
+    def draw(self, data: Tensor) -> NoisySample:
+        """Noise for a batch ``[B, C + D, h, w]``: first the levels, then the noise, from torch's own state."""
+
+    @abstractmethod
+    def loss(self, prediction: Tensor, sample: NoisySample, weight: float) -> Tensor:
+        """The training loss, a float32 scalar; ``weight`` is ``w(n)`` of Eq. 12."""
+
+    def variance_loss(
+        self, prediction: Tensor, variance: Tensor, sample: NoisySample, weight: float
+    ) -> Tensor:
+        """The loss of a learned variance, a float32 scalar.
+
+        Raises:
+            DavaeError: the process knows none.
+        """
+        raise DavaeError("a learned variance beside a velocity is not known: set loss.variance_weight=0")
+
+
+class FlowProcess(NoiseProcess):
+    """``x_sigma = (1 - sigma) data + sigma noise``, target: the velocity ``noise - data``.
+
+    Args:
+        measure: Eq. 13 in the chosen form.
+        scheme: how sigma is drawn, with `mean` and `std`: see `sample_unit`.
+        mean: of the logits.
+        std: of the logits.
+        shift: of sigma, for a latent [B, C + D, h, w].
+        table: take levels from it instead of shifting them; the transformer is given the truncated timestep.
+    """
+
+    def __init__(
+        self,
+        measure: FlowLoss,
+        *,
+        scheme: Scheme = "logit_normal",
+        mean: float = 0.0,
+        std: float = 1.0,
+        shift: Callable[[Tensor], float] = lambda latent: 1.0,
+        table: SigmaTable | None = None,
+    ) -> None:
+        self.measure, self.shift, self.table = measure, shift, table
+        self.drawn: dict[str, Any] = {"scheme": scheme, "mean": mean, "std": std}
+
+    def draw(self, data: Tensor) -> NoisySample:
+        """Levels of noise as the settings say, then noise."""
+        sigma, sigma_or_t = (v.to(data.device) for v in self._levels(data))
+        noise = torch.randn_like(data)
+        noisy = interpolate(data, noise, sigma)
+        return NoisySample(data, noise, noisy, sigma_or_t, sigma, velocity_of(data, noise))
+
+    def _levels(self, data: Tensor) -> tuple[Tensor, Tensor]:
+        if self.table is not None:
+            sigma, timesteps = self.table.look_up(sample_unit(len(data), **self.drawn))
+            return sigma, timesteps / 1000
+        sigma = sample_sigmas(len(data), **self.drawn, shift=self.shift(data))
+        return sigma, sigma
+
+    def loss(self, prediction: Tensor, sample: NoisySample, weight: float) -> Tensor:
+        """Eq. 13 in the chosen form; the min-SNR weight goes by the level that the transformer was given."""
+        return self.measure(
+            prediction,
+            data=sample.data,
+            noise=sample.noise,
+            sigma=sample.sigma,
+            weight=weight,
+            noise_share=sample.sigma_or_t,
+        )
+
+
+class DdpmProcess(NoiseProcess):
+    """``x_t = sqrt(a_t) data + sqrt(1 - a_t) noise`` at an integer timestep, target: the noise.
+
+    ``a_t`` is the cumulative product of ``1 - beta`` from the pipeline's own scheduler; timesteps are uniform, as
+    these models were trained. Eq. 13 applies to the error of the predicted noise, and to the variational bound of
+    a learned variance (`VariationalBound`): together the objective of DiT.
+
+    Args:
+        layout: base and detail channels.
+        scheduler: configuration of the pipeline's scheduler.
+        min_snr_gamma: weight samples by ``min(SNR, gamma) / SNR``, or not.
+        cosine_weight: weight of `cosine_loss` on the noise, not scheduled.
+
+    Raises:
+        DavaeError: the scheduler's prediction is not the noise.
+    """
+
+    def __init__(
+        self,
+        layout: LatentLayout,
+        scheduler: Mapping[str, Any],
+        *,
+        min_snr_gamma: float | None = None,
+        cosine_weight: float = 0.0,
+    ) -> None:
+        predicted = scheduler.get("prediction_type", "epsilon")
+        if predicted != "epsilon":
+            raise DavaeError(f"the scheduler predicts '{predicted}': only noise (epsilon) can be trained")
+        names = ("num_train_timesteps", *_BETAS)
+        known = {name: scheduler[name] for name in names if scheduler.get(name) is not None}
+        self.alphas_cumprod = DDPMScheduler(**known).alphas_cumprod  # a_t, float32 [T], falling
+        self.bound = VariationalBound(self.alphas_cumprod)
+        self.layout, self.min_snr_gamma, self.cosine_weight = layout, min_snr_gamma, cosine_weight
+
+    def draw(self, data: Tensor) -> NoisySample:
+        """A uniform timestep for each sample, then noise."""
+        t = torch.randint(len(self.alphas_cumprod), (len(data),))
+        a = self.alphas_cumprod[t].to(data.device, data.dtype).view(-1, 1, 1, 1)
+        noise = torch.randn_like(data)
+        alpha, sigma = a.sqrt(), (1 - a).sqrt()
+        noisy = alpha * data + sigma * noise
+        return NoisySample(data, noise, noisy, t.to(data.device), sigma.flatten(), noise)
+
+    def loss(self, prediction: Tensor, sample: NoisySample, weight: float) -> Tensor:
+        """Eq. 13 on the noise; with a min-SNR cap samples are weighted by ``min(SNR, gamma) / SNR``."""
+        loss = structured_loss(prediction, sample.target, self.layout, weight, reduction="none")  # [B]
+        if self.cosine_weight:
+            loss = loss + self.cosine_weight * cosine_loss(prediction, sample.target, reduction="none")
+        if self.min_snr_gamma is not None:
+            t = sample.sigma_or_t
+            a = self.alphas_cumprod.to(t.device)[t]
+            snr = a / (1 - a)
+            loss = loss * (self.min_snr_gamma / snr).clamp(max=1)
+        return loss.mean()
+
+    def variance_loss(
+        self, prediction: Tensor, variance: Tensor, sample: NoisySample, weight: float
+    ) -> Tensor:
+        """The variational bound in bits an element, detail channels weighted as in Eq. 13."""
+        t = sample.sigma_or_t
+        terms = self.bound(prediction, variance, data=sample.data, noisy=sample.noisy, timestep=t)
+        return structured_mean(terms, self.layout, weight).mean()

@@ -1,0 +1,62 @@
+"""Stage 2 of an upgrade: the base pipeline, widened to the trained autoencoder's latents, learns them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from davae.data import ItemDataset
+from davae.models.lightningdit_start import restarted
+from davae.pipelines import upgrade_pipeline
+from davae.pipelines.opening import load_autoencoder
+from davae.pipelines.same_base import layout_over
+from davae.training.caching import open_cache
+from davae.training.diffusion.stage import DiffusionStage
+from davae.training.images import open_part, open_training_part
+from davae.training.loop import TrainResult, train
+from davae.training.provenance import base_facts, data_facts
+from davae.training.settings import UpgradeRecipe
+
+
+def train_transformer(
+    recipe: UpgradeRecipe, base: DiffusionPipeline, out: Path, autoencoder: Path
+) -> TrainResult:
+    """Train the transformer of a recipe into ``out/pipeline``; continues from the newest checkpoint in ``out``.
+
+    Args:
+        recipe: the whole recipe.
+        base: the base pipeline, its transformer in the recipe's ``diffusion.tune.frozen_dtype``.
+        out: the run directory.
+        autoencoder: folder of the trained autoencoder, a result of stage 1 on the same base.
+
+    Raises:
+        DavaeError: the autoencoder was made from another base, or ``out`` holds another run.
+    """
+    settings, data = recipe.diffusion, recipe.data
+    if settings.tune.add_qk_norm:
+        base.transformer = restarted(base.transformer, qk_norm=True)
+    vae = load_autoencoder(autoencoder)
+    pipeline = upgrade_pipeline(base, vae)
+    if data.cache:
+        train_set: ItemDataset = open_cache(data, vae, base, text_length=settings.prompts.max_length)
+    else:
+        train_set = open_training_part(data, vae, base)
+    held_out = open_part(data, "held_out")
+    torch.manual_seed(settings.loop.seed)
+    stage = DiffusionStage(
+        pipeline,
+        layout_over(base.vae, vae),
+        settings,
+        train_set,
+        held_out,
+        cache_latents=data.cache_latents and not data.cache,
+        workers=data.workers,
+        timeout_s=data.timeout_s,
+        before=base,
+    )
+    stage.facts = base_facts(recipe, base) | data_facts(data, held_out)
+    result = train(stage, out, recipe.model_dump(mode="json") | {"autoencoder_folder": str(autoencoder)})
+    assert result is not None
+    return result

@@ -1,0 +1,110 @@
+"""Which parameters follow the channel counts of a configuration: the same class is built with other counts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from davae.errors import WarmStartError
+
+#: Configuration keys that count latent channels.
+_CHANNEL_KEY = re.compile(r"^(cond_)?(in|out)_channels$|^latent_channels$|^(in|out)_(visual_)?dim$")
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that takes or gives latent channels.
+
+    Attributes:
+        layer: dotted name.
+        axis: the axis of its weight that follows the channels.
+        features: size of that axis.
+        takes: the layer is an input layer; else an output layer.
+        biased: it has a bias (which follows the channels of an output layer).
+    """
+
+    layer: str
+    axis: int
+    features: int
+    takes: bool
+    biased: bool
+
+
+def channel_counts(transformer: ModelMixin) -> dict[str, int | None]:
+    """Configuration keys that count channels, with what they say.
+
+    Raises:
+        WarmStartError: there is no ``in_channels``, or it is no number.
+    """
+    counts = {
+        key: value
+        for key, value in transformer.config.items()
+        if _CHANNEL_KEY.match(key) and (value is None or isinstance(value, int))
+    }
+    if not any(value for value in counts.values()):
+        raise WarmStartError("its configuration has no in_channels to count latent channels by")
+    return counts
+
+
+def find_candidates(transformer: ModelMixin, counts: Mapping[str, int | None]) -> list[Candidate]:
+    """Layers whose weights grow when the configuration counts more channels.
+
+    Raises:
+        WarmStartError: names a parameter that grows but is no weight through which channels enter or leave.
+    """
+    grown = {key: 2 * value for key, value in counts.items() if value}
+    before, after = _skeleton(transformer, {}), _skeleton(transformer, grown)
+    shapes = {name: parameter.shape for name, parameter in after.named_parameters()}
+    found: dict[str, Candidate] = {}
+    for name, parameter in before.named_parameters():
+        if name not in shapes:
+            raise WarmStartError(f"{name} is there with one number of channels and gone with another")
+        changed = [i for i, (a, b) in enumerate(zip(parameter.shape, shapes[name], strict=True)) if a != b]
+        layer, _, kind = name.rpartition(".")
+        if changed and not (kind == "bias" and layer in found and not found[layer].takes):
+            found[layer] = _candidate(before, name, changed, shapes[name])
+    inputs = [c for c in found.values() if c.takes]
+    if not inputs or len(inputs) == len(found):
+        side = "takes" if not inputs else "gives"
+        raise WarmStartError(f"no layer that {side} latent channels follows {', '.join(grown)}")
+    return list(found.values())
+
+
+def _skeleton(transformer: ModelMixin, changes: Mapping[str, int]) -> ModelMixin:
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        return type(transformer).from_config(transformer.config, **changes)
+
+
+def _candidate(model: nn.Module, name: str, changed: list[int], after: torch.Size) -> Candidate:
+    layer, _, kind = name.rpartition(".")
+    module = model.get_submodule(layer)
+    told = f"layer {layer or name} ({type(module).__name__}): {name} grows with the channels"
+    plain = isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED))
+    if not plain or kind != "weight":
+        raise WarmStartError(
+            f"{told}, but only linear layers and convolutions can be widened without mixing base and detail "
+            "channels (a normalisation over latent channels, for one, would)"
+        )
+    if len(changed) != 1 or changed[0] > 1:
+        raise WarmStartError(f"{told} on axes {changed}: base and detail channels would mix in it")
+    if isinstance(module, _CONVOLUTIONS) and tuple(module.kernel_size) != tuple(module.stride):
+        raise WarmStartError(
+            f"{told}, but it is a convolution of kernel {module.kernel_size} and stride {module.stride}, "
+            "so it does not cut the latent into tokens"
+        )
+    before = model.get_parameter(name).shape[changed[0]]
+    if after[changed[0]] != 2 * before:
+        raise WarmStartError(
+            f"{told} from {before} to {after[changed[0]]} when the count doubles: something stands beside the "
+            "latent there"
+        )
+    takes = changed[0] == (0 if isinstance(module, _TRANSPOSED) else 1)
+    return Candidate(layer, changed[0], before, takes, module.bias is not None)
