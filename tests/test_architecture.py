@@ -8,6 +8,7 @@ import davae
 
 ROOT = Path(davae.__file__).parent
 LAYERS = [
+    {"runtime"},
     {"latents"},
     {"diffusion"},
     {"models"},

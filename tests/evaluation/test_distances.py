@@ -15,13 +15,13 @@ from davae.evaluation.clip_score import ClipScore
 from davae.evaluation.frechet import (
     Gaussian,
     GaussianStatistics,
-    file_hash,
     frechet_distance,
     load_statistics,
     save_statistics,
 )
 from davae.evaluation.kernel_distance import kernel_distance, polynomial_kernel, unbiased_mmd
 from davae.evaluation.manifold import precision_recall
+from davae.runtime.atomic_files import file_hash
 
 
 def _rows(count, features=6, *, seed=0, scale=1.0, shift=0.0):

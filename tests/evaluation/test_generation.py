@@ -10,7 +10,7 @@ from PIL import Image
 from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation import image_run
-from davae.evaluation.contest import Processes, run_contest
+from davae.evaluation.contest import run_contest
 from davae.evaluation.features import Features
 from davae.evaluation.frechet import GaussianStatistics, save_statistics
 from davae.evaluation.generation import compare_generation, open_reference
@@ -67,7 +67,7 @@ def test_a_run_killed_twice_ends_as_an_undisturbed_one(pipe, undisturbed, tmp_pa
         for _ in range(after):
             next(made)
         made.close()
-        (tmp_path / "images" / f".{run.path(after + 2).name}.1.part").write_bytes(b"half a pic")
+        (tmp_path / "images" / f".{run.path(after + 2).name}.1.partial").write_bytes(b"half a pic")
     assert len(run.missing(_COUNT)) == _COUNT - 18
     last = ImageRun(tmp_path, _SETTINGS)
     assert len(list(last.make(pipe, class_set(12), _COUNT))) == _COUNT - 18
@@ -234,9 +234,7 @@ def test_a_text_pipeline_beside_its_baselines_and_the_geneval_folder(sd3, tmp_pa
     rows = [{"tag": "single_object", "prompt": f"a photo of a {name}"} for name in ("fox", "boat")]
     (tmp_path / "g.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = RunSettings("upgraded", steps=1, guidance=1.0, height=64, width=64, batch=2)
-    contest = run_contest(
-        sd3.__getitem__, settings, tmp_path, base="base", prompts=tmp_path / "g.jsonl", processes=Processes()
-    )
+    contest = run_contest(sd3.__getitem__, settings, tmp_path, base="base", prompts=tmp_path / "g.jsonl")
     assert contest.count == 8
     sizes = {name: Image.open(run.path(0)).size for name, run in contest.runs.items()}
     assert sizes == {"upgraded": (64, 64), "base": (32, 32), "native": (64, 64)}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from davae.data import Mirrored, RenderedDataset, open_dataset
 from davae.errors import DavaeError
-from davae.training import processes
+from davae.runtime import processes
 from davae.training.latents_in_memory import LatentsInMemory, WithBaseLatents
 from davae.training.memory import ImagesInMemory, MixedScales, Prepared
 from davae.training.recipe import load_recipe

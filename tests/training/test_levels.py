@@ -9,11 +9,11 @@ import torch
 
 from davae.data import open_dataset
 from davae.errors import DavaeError
-from davae.evaluation.enlarging import upscaled
 from davae.latents import AlignmentLoss, ChannelStatistics
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.same_base import layout_over
+from davae.runtime.pictures import upscaled
 from davae.tiny import debug_base, load_tiny
 from davae.training.autoencoder import AutoencoderStage, upscaled_base
 from davae.training.images import first_images, mean_psnr

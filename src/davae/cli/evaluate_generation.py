@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from rich.progress import track
 
@@ -24,13 +23,14 @@ from davae.cli.evaluate_parts import (
 )
 from davae.cli.options import LAST_SEED, Device, DType, Json, new_file, new_folder
 from davae.errors import DavaeError
-from davae.evaluation.contest import Processes, run_contest
+from davae.evaluation.contest import Progress, run_contest
 from davae.evaluation.features import TextImageNetwork
 from davae.evaluation.generation import compare_generation, open_reference
 from davae.evaluation.image_run import RunSettings, write_geneval_folder
 from davae.evaluation.image_set import Distances
 from davae.pipelines import load_pipeline
-from davae.pipelines.placing import chosen_device, named_dtype
+from davae.runtime.devices import chosen_device, named_dtype
+from davae.runtime.processes import start_processes
 from davae.training.run import load_base
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def generation(
     others = dict(named(text, "--beside", "equal-tokens=PIPELINE") for text in beside or [])
     compared = open_reference(reference, limit=reference_images)
     # Waiting for the slowest process may take hours; torch would give up after minutes.
-    state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
+    state = start_processes(cpu=device == "cpu", timeout=timedelta(days=7))
     where = str(state.device) if state.num_processes > 1 else wanted
     unavailable: dict[str, str] = {}
     networks, clip_network = [], None
@@ -112,9 +112,7 @@ def generation(
         others=others,
         prompts=prompts,
         count=count,
-        processes=Processes(
-            state.process_index, state.num_processes, state.wait_for_everyone, _progress(state)
-        ),
+        progress=_progress(shown=state.is_main_process),
     )
     if not state.is_main_process:
         return
@@ -163,8 +161,8 @@ def _open_pipeline(name: str, dtype: torch.dtype, device: str) -> DiffusionPipel
     return pipe.to(device)
 
 
-def _progress(state: PartialState) -> Any:
+def _progress(*, shown: bool) -> Progress:
     def show(made: Iterable[int], name: str, missing: int) -> Iterable[int]:
-        return track(made, name, total=missing, transient=True, disable=not state.is_main_process)
+        return track(made, name, total=missing, transient=True, disable=not shown)
 
     return show

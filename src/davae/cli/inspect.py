@@ -17,8 +17,8 @@ from davae.data import ImageDataset, RenderedDataset, open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.inspection import Inspection, inspect_autoencoder
 from davae.pipelines.opening import autoencoder_folder, load_autoencoder
-from davae.pipelines.placing import chosen_device
 from davae.report.inspection import draw_inspection
+from davae.runtime.devices import chosen_device
 
 
 def register(app: typer.Typer) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from davae.runtime.atomic_files import atomic_json
 
 
 def wide_console() -> Console:
@@ -19,4 +20,4 @@ def write_figures(file: Path | None, values: dict[str, Any]) -> None:
     """Every figure as JSON, where a file was named."""
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        atomic_json(file, values)

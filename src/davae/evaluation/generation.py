@@ -16,9 +16,10 @@ from davae.errors import DavaeError
 from davae.evaluation.categories import categories_of, compare_categories
 from davae.evaluation.clip_score import ClipScore
 from davae.evaluation.features import FeatureNetwork, TextImageNetwork
-from davae.evaluation.frechet import Gaussian, file_hash, load_statistics, save_statistics
+from davae.evaluation.frechet import Gaussian, load_statistics, save_statistics
 from davae.evaluation.image_set import PATCH_IMAGES, Distances, ImageSet, compare_sets
 from davae.evaluation.prompt_sets import PromptSet
+from davae.runtime.atomic_files import file_hash
 
 Batches = Callable[[], Iterable[Tensor]]
 """Begins anew at every call: images ``[B, 3, H, W]`` in [-1, 1], in the order of their numbers."""

@@ -13,12 +13,12 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.evaluation.class_score import class_score
 from davae.evaluation.features import FeatureNetwork, Features
-from davae.evaluation.features.resize import to_bytes
 from davae.evaluation.frechet import Gaussian, GaussianStatistics, frechet_distance
 from davae.evaluation.kernel_distance import kernel_distance
 from davae.evaluation.manifold import precision_recall
 from davae.evaluation.sliced_wasserstein import PatchSet
 from davae.evaluation.spectrum import SpectrumMean
+from davae.runtime.pictures import to_bytes
 
 PATCH_IMAGES = 8192
 """Patches are cut from the first so many images of a set; more would only fill the memory."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.evaluation.enlarging import upscaled
 from davae.evaluation.latent_properties import high_frequency_share, local_distant_similarity
 from davae.evaluation.latent_spectra import Spectrum, image_spectra, latent_spectra
 from davae.evaluation.latents import project_latents
@@ -18,6 +17,7 @@ from davae.evaluation.reconstruction import psnr, ssim
 from davae.evaluation.separability import linear_probe, nearest_neighbour_accuracy
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA
+from davae.runtime.pictures import upscaled
 
 _BAND_IMAGES = 32
 """Spectra of what each detail group adds are taken of so many images: each group costs one decoding of them."""

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.evaluation.crops import FINE_TEXTURE, fine_texture
-from davae.evaluation.enlarging import upscaled
 from davae.evaluation.features import FeatureNetwork
 from davae.evaluation.image_set import ImageSet, compare_sets
 from davae.evaluation.reconstruction import psnr, ssim
 from davae.models import AutoencoderDA
+from davae.runtime.pictures import upscaled
 
 
 class Perceptual(Protocol):

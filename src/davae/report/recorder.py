@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from davae.errors import DavaeError
@@ -24,6 +23,7 @@ from davae.report.schema import (
     Section,
     Spectrum,
 )
+from davae.runtime.atomic_files import atomic_tensors
 
 STAGES = (
     Curve(
@@ -206,7 +206,9 @@ class FigureRecorder:
     def write(self) -> Figures:
         """Write ``figures.json`` and ``figures.safetensors``; the pictures are there already."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        save_file(self._tensors or {"labels": torch.zeros(0, dtype=torch.long)}, self.run_dir / TENSOR_FILE)
+        atomic_tensors(
+            self.run_dir / TENSOR_FILE, self._tensors or {"labels": torch.zeros(0, dtype=torch.long)}
+        )
         figures = Figures(
             sections=self._sections,
             curves=self.curves,

@@ -15,6 +15,7 @@ from typing import Generic, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from davae.errors import DavaeError
+from davae.runtime.atomic_files import atomic_write
 
 Number = TypeVar("Number", int, float)
 Scalar = str | int | float | bool | None
@@ -36,9 +37,8 @@ class _File(_Record):
         """Write the file, whole or not at all; returns its path."""
         path = Path(run_dir) / self.file_name()
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        return beside.replace(path)
+        atomic_write(path, self.model_dump_json(indent=2) + "\n")
+        return path
 
     @classmethod
     def read(cls, run_dir: Path | str) -> Self:

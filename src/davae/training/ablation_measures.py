@@ -7,15 +7,16 @@ from statistics import mean
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from davae.evaluation import log_spectral_distance, sliced_wasserstein
 from davae.evaluation.features import FeatureNetwork
-from davae.evaluation.features.resize import to_bytes
 from davae.evaluation.frechet import GaussianStatistics, frechet_distance
 from davae.evaluation.kernel_distance import unbiased_mmd
 from davae.pipelines.loading import load_pipeline
+from davae.runtime.atomic_files import atomic_tensors
+from davae.runtime.pictures import to_bytes
 from davae.training.diffusion.validation import generate_classes
 from davae.training.images import open_part
 from davae.training.settings import UpgradeRecipe
@@ -81,7 +82,5 @@ def generated_images(recipe: UpgradeRecipe, pipeline: Path, count: int, file: Pa
         made = generate_classes(
             pipe, numbers or [0], count, recipe.diffusion.sample, seed=recipe.diffusion.loop.seed
         )
-        beside = file.with_suffix(".partial")
-        save_file({"images": to_bytes(made).to(torch.uint8).contiguous()}, beside)
-        beside.replace(file)
+        atomic_tensors(file, {"images": to_bytes(made).to(torch.uint8)})
     return load_file(file)["images"].float() / 127.5 - 1

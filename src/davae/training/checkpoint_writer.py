@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from davae.runtime.atomic_files import atomic_write
 from davae.training.checkpoint import Tensors, remove_old, save_checkpoint, step_of
-from davae.training.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class CheckpointWriter:
         path = save_checkpoint(self.folder, step, tensors, values, keep=self.keep, protected=before)
         if best is not None:
             self.best = {"step": step_of(path), "value": best}
-            write_whole(self._best_file, json.dumps(self.best))
+            atomic_write(self._best_file, json.dumps(self.best))
             # Only now may the best before go: until the line above the file named it.
             remove_old(self.folder, step, keep=self.keep, protected={step})
         return path

@@ -1,33 +1,41 @@
 """The three phases as runs: each starts from the last one's result and proves what it left alone."""
 
 from __future__ import annotations
-
-import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from davae.data import ItemDataset
+from davae.errors import DavaeError
+from davae.models.dc_ae import DeepAutoencoder
+from davae.models.dc_ae import PlainAutoencoderDC
+from davae.runtime.atomic_files import atomic_json
+from davae.runtime.pictures import reduced_to
+from davae.runtime.processes import everyone
+from davae.runtime.processes import is_first
+from davae.runtime.processes import start_processes
+from davae.training.dc_ae import DcAeStage
+from davae.training.dc_ae import build_autoencoder
+from davae.training.dc_ae import trained_layers
+from davae.training.dc_ae_settings import DcAeRecipe
+from davae.training.dc_ae_settings import Phase
+from davae.training.images import open_part
+from davae.training.loop import TrainResult
+from davae.training.loop import train
+from davae.training.memory import ImagesInMemory
+from davae.training.memory import MixedScales
+from davae.training.provenance import data_facts
+from davae.training.recipe import differing_keys
+from davae.training.recipe import dump_recipe
+from davae.training.recipe import load_recipe
+from davae.training.run_directory import RunDirectory
+from davae.training.settings import DataSettings
+from diffusers import AutoencoderDC
+from diffusers import AutoencoderKL
 from functools import partial
 from pathlib import Path
 from typing import Any
-
+import hashlib
+import json
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
-
-from davae.data import ItemDataset
-from davae.errors import DavaeError
-from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC
-from davae.training.base import reduced
-from davae.training.dc_ae import DcAeStage, build_autoencoder, trained_layers
-from davae.training.dc_ae_settings import DcAeRecipe, Phase
-from davae.training.images import open_part
-from davae.training.loop import TrainResult, train
-from davae.training.memory import ImagesInMemory, MixedScales
-from davae.training.processes import everyone, is_first, start_processes
-from davae.training.provenance import data_facts
-from davae.training.recipe import differing_keys, dump_recipe, load_recipe
-from davae.training.run_directory import RunDirectory
-from davae.training.settings import DataSettings
-from davae.training.whole_files import write_whole
 
 _CLASSES = {c.__name__: c for c in (AutoencoderDC, PlainAutoencoderDC, AutoencoderKL)}
 _MEASURED = {"scaling_factor", "shift_factor"}  # config entries that training sets
@@ -135,7 +143,7 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
         "spectra": stage.spectra,
     }
     if is_first():
-        write_whole(out / "summary.json", json.dumps(summary, indent=1))
+        atomic_json(out / "summary.json", summary)
     return result
 
 
@@ -210,15 +218,6 @@ def measured_images(recipe: DcAeRecipe) -> dict[int, ItemDataset]:
     }
 
 
-def reduced_to(images: torch.Tensor, side: int) -> torch.Tensor:
-    """``[B, 3, S, S]`` to ``[B, 3, side, side]``, bicubic and antialiased."""
-    if images.shape[-1] % side == 0:
-        return reduced(images, images.shape[-1] // side)
-    return torch.nn.functional.interpolate(
-        images, size=(side, side), mode="bicubic", antialias=True, align_corners=False
-    )
-
-
 def _data(recipe: DcAeRecipe, path: str | None, resolution: int) -> DataSettings:
     data = recipe.data
     return DataSettings(
@@ -280,7 +279,7 @@ def _measured_or_known(stage: DcAeStage, directory: RunDirectory) -> dict[str, f
         stage.objective.to(torch.accelerator.current_accelerator())
     figures = stage.validate(directory.samples, 0)
     if is_first():
-        write_whole(kept, json.dumps(figures))
+        atomic_json(kept, figures)
     return figures
 
 

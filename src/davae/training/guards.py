@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
-from davae.training.processes import rank_and_world
+from davae.runtime.processes import rank_and_world
 from davae.training.settings import LoopSettings
 
 logger = logging.getLogger(__name__)

@@ -1,16 +1,16 @@
 """Keeping in memory images that are costly to make, and changing items when they are asked for."""
 
 from __future__ import annotations
-
 from collections.abc import Callable
-
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-
-from davae.data.images.protocol import DatasetWrapper, Item, ItemDataset
+from davae.data.images.protocol import DatasetWrapper
+from davae.data.images.protocol import Item
+from davae.data.images.protocol import ItemDataset
 from davae.data.loader import read_items
 from davae.data.transforms import item_generator
+from davae.runtime.pictures import to_bytes
+from torch import Tensor
+from torch.utils.data import Dataset
+import torch
 
 _READ_TOGETHER = 32
 
@@ -57,7 +57,7 @@ class ImagesInMemory(DatasetWrapper):
         image = item["image"]
         if self.prepare is not None:
             image = self.prepare(image[None])[0]
-        self.kept[index] = {**item, "image": ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)}
+        self.kept[index] = {**item, "image": to_bytes(image).to(torch.uint8)}
 
 
 class MixedScales(DatasetWrapper):

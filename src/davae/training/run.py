@@ -13,8 +13,8 @@ from davae.errors import DavaeError
 from davae.pipelines import fit_to_autoencoder
 from davae.pipelines.loading import pipeline_place
 from davae.pipelines.opening import opening
-from davae.pipelines.placing import saved_dtype
 from davae.recipes.presets import find_preset
+from davae.runtime.devices import saved_dtype
 from davae.tiny import debug_base, load_tiny
 from davae.training.base import train_base
 from davae.training.cache_commands import check_cache_is_there

@@ -1,17 +1,18 @@
 """What a training brings to the loop: what learns, from which data, how it is measured and exported."""
 
 from __future__ import annotations
-
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
+from abc import ABC
+from abc import abstractmethod
+from dataclasses import dataclass
+from dataclasses import field
 from davae.data import ItemDataset
-from davae.training.settings import LoopSettings, OptimizerSettings
+from davae.training.settings import LoopSettings
+from davae.training.settings import OptimizerSettings
+from pathlib import Path
+from torch import Tensor
+from torch import nn
+from typing import Any
+import torch
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Stage(ABC):
     def validate(self, samples: Path, step: int) -> dict[str, float]:
         """Measure the model on held-out images and write a picture into ``samples``.
 
-        Called in every process, each of which takes its share (see :mod:`davae.training.processes`); the first one
+        Called in every process, each of which takes its share (see :mod:`davae.runtime.processes`); the first one
         writes, and its figures count.
         """
 

@@ -16,16 +16,10 @@ from davae.benchmark.memory import peak_tensor_bytes
 from davae.benchmark.planner_architectures import Architecture, find_architecture
 from davae.benchmark.timing import side_by_side
 from davae.errors import DavaeError
+from davae.runtime.processes import use_cpu
 from davae.training.benchmark.profile import StepProfile, profile_step
-from davae.training.benchmark.stages import (
-    FORMS,
-    DiffusionBenchStage,
-    Form,
-    StepSettings,
-    autoencoder_stage,
-)
+from davae.training.benchmark.stages import FORMS, DiffusionBenchStage, Form, StepSettings, autoencoder_stage
 from davae.training.loop import steps_of
-from davae.training.processes import use_cpu
 from davae.training.stage import Stage
 
 StageName = Literal["autoencoder", "diffusion"]

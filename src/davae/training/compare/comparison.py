@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,12 +14,13 @@ from torch import Tensor
 from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.features import open_network
-from davae.pipelines.placing import chosen_device
+from davae.runtime.atomic_files import atomic_json
+from davae.runtime.devices import chosen_device
+from davae.runtime.pictures import PICTURES, save_rows
 from davae.training.compare.autoencoders import AutoencoderScore, open_contenders, score_autoencoders
 from davae.training.compare.diffusion import DiffusionScore, score_diffusion
 from davae.training.compare.trial import DiffusionOptions
 from davae.training.perceptual import LpipsLoss
-from davae.training.pictures import PICTURES, save_rows
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def compare_autoencoders(
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "comparison.json").write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+        atomic_json(out / "comparison.json", result.to_json())
         for name, pictures in sheets.items():
             save_rows(out / f"{name}.png", {row: shown[:PICTURES] for row, shown in pictures.items()})
     return result

@@ -17,10 +17,10 @@ from davae.benchmark import side_by_side
 from davae.evaluation.features import FeatureNetwork
 from davae.evaluation.image_set import ImageSet
 from davae.evaluation.sliced_wasserstein import PatchSet
+from davae.runtime.pictures import PICTURES
 from davae.training.compare.autoencoders import Contender
 from davae.training.compare.distances import FeatureReference
 from davae.training.compare.trial import DiffusionOptions, Trial
-from davae.training.pictures import PICTURES
 
 
 @dataclass(frozen=True)
