@@ -1,49 +1,43 @@
 """The whole method on the embedded base: both stages, samples, figures, one report."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from datetime import UTC
-from datetime import datetime
-from davae.benchmark import count_flops
-from davae.benchmark import peak_memory_bytes
-from davae.benchmark import side_by_side
-from davae.data import ItemDataset
-from davae.errors import DavaeError
-from davae.evaluation import PatchSet
-from davae.evaluation import psnr
-from davae.evaluation import ssim
-from davae.latents import token_count
-from davae.models import AutoencoderDA
-from davae.pipelines import ClassConditionalPipeline
-from davae.pipelines import upgrade_pipeline
-from davae.report import Alignment
-from davae.report import FigureRecorder
-from davae.report import Generation
-from davae.report import Reconstruction
-from davae.report import Summary
-from davae.report import ThreeWay
-from davae.report import WarmStart
-from davae.report import build_report
-from davae.runtime.pictures import save_rows
-from davae.runtime.pictures import upscaled
-from davae.training.autoencoder import upscaled_base
-from davae.training.diffusion import ClassMap
-from davae.training.diffusion import generate_classes
-from davae.training.images import open_part
-from davae.training.recipe import load_recipe
-from davae.training.run import load_recipe_base
-from davae.training.run import train_autoencoder
-from davae.training.run import train_diffusion
-from davae.training.run_directory import environment
-from davae.training.run_directory import read_metrics
-from davae.training.settings import UpgradeRecipe
-from davae.warm_start import check_warm_start
-from pathlib import Path
-from torch import Tensor
-from typing import Any
+
 import logging
 import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from davae.benchmark import count_flops, peak_memory_bytes, side_by_side
+from davae.data import ItemDataset
+from davae.errors import DavaeError
+from davae.evaluation import PatchSet, psnr, ssim
+from davae.latents import token_count
+from davae.models import AutoencoderDA
+from davae.pipelines import ClassConditionalPipeline, upgrade_pipeline
+from davae.report import (
+    Alignment,
+    FigureRecorder,
+    Generation,
+    Reconstruction,
+    Summary,
+    ThreeWay,
+    WarmStart,
+    build_report,
+)
+from davae.runtime.pictures import save_rows, upscaled
+from davae.training.autoencoder import upscaled_base
+from davae.training.diffusion import ClassMap, generate_classes
+from davae.training.images import open_part
+from davae.training.recipe import load_recipe
+from davae.training.run import load_recipe_base, train_autoencoder, train_diffusion
+from davae.training.run_directory import environment, read_metrics
+from davae.training.settings import UpgradeRecipe
+from davae.warm_start import check_warm_start
 
 logger = logging.getLogger(__name__)
 

@@ -1,38 +1,29 @@
 """``davae evaluate reconstruction``."""
 
 from __future__ import annotations
-from collections.abc import Iterable
-from collections.abc import Iterator
-from davae.cli.evaluate_parts import FeatureNames
-from davae.cli.evaluate_parts import named
-from davae.cli.evaluate_parts import open_networks
-from davae.cli.evaluate_parts import optional
-from davae.cli.evaluate_parts import report
-from davae.cli.evaluate_parts import write_json
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from davae.cli.evaluate_parts import FeatureNames, named, open_networks, optional, report, write_json
 from davae.cli.inspect import trained_resolution
-from davae.cli.options import Device
-from davae.cli.options import Json
-from davae.data import ItemDataset
-from davae.data import open_dataset
+from davae.cli.options import Device, Json
+from davae.data import ItemDataset, open_dataset
 from davae.errors import DavaeError
-from davae.evaluation.crops import folder_crops
-from davae.evaluation.crops import read_boxes
+from davae.evaluation.crops import folder_crops, read_boxes
 from davae.evaluation.dino_distance import DinoDistance
-from davae.evaluation.reconstruction_baselines import Row
-from davae.evaluation.reconstruction_baselines import compare_reconstructions
-from davae.pipelines.opening import autoencoder_folder
-from davae.pipelines.opening import load_autoencoder
+from davae.evaluation.reconstruction_baselines import Row, compare_reconstructions
+from davae.pipelines.opening import autoencoder_folder, load_autoencoder
 from davae.runtime.atomic_files import file_hash
 from davae.runtime.devices import chosen_device
 from davae.training.perceptual import LpipsLoss
-from itertools import chain
-from pathlib import Path
-from torch import Tensor
-from typing import Annotated
-from typing import Any
-import importlib.util
-import torch
-import typer
 
 
 def reconstruction(

@@ -1,35 +1,27 @@
 """The autoencoder stage of an upgrade: detail encoders and joint decoders of a structured autoencoder."""
 
 from __future__ import annotations
-from davae.data import Item
-from davae.data import ItemDataset
-from davae.data import as_item_dataset
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from davae.data import Item, ItemDataset, as_item_dataset
 from davae.data.buckets import same_size_batches
-from davae.latents import ChannelStatistics
-from davae.latents import grouped_mean
+from davae.latents import ChannelStatistics, grouped_mean
 from davae.models import AutoencoderDA
 from davae.runtime.atomic_files import atomic_folder
-from davae.runtime.pictures import save_shared_rows
-from davae.runtime.pictures import upscaled
+from davae.runtime.pictures import save_shared_rows, upscaled
 from davae.runtime.processes import start_processes
 from davae.training.adversary import make_adversary
-from davae.training.images import mean_of_all
-from davae.training.images import mean_psnr
-from davae.training.images import own_images
-from davae.training.images import stack_images
+from davae.training.images import mean_of_all, mean_psnr, own_images, stack_images
 from davae.training.latents_in_memory import WithBaseLatents
 from davae.training.settings import AutoencoderSettings
-from davae.training.stage import Player
-from davae.training.stage import Stage
-from davae.training.structured_objective import StructuredObjective
-from davae.training.structured_objective import alignment_layout
-from davae.training.structured_objective import levels_that_learn
-from pathlib import Path
-from torch import Tensor
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset
-import logging
-import torch
+from davae.training.stage import Player, Stage
+from davae.training.structured_objective import StructuredObjective, alignment_layout, levels_that_learn
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,17 @@
 """Training a base pipeline from nothing: an autoencoder, then a class-conditional transformer on its latents."""
 
 from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
 from davae.data import Mirrored
 from davae.data.images.protocol import ItemDataset
 from davae.errors import DavaeError
@@ -10,31 +21,15 @@ from davae.models.lightningdit import restarted
 from davae.pipelines import ClassConditionalPipeline
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import reduced
-from davae.runtime.processes import is_first
-from davae.runtime.processes import wait_for_everyone
+from davae.runtime.processes import is_first, wait_for_everyone
 from davae.training.base_autoencoder import BaseAutoencoderStage
 from davae.training.caching import open_cache
 from davae.training.diffusion import DiffusionStage
 from davae.training.images import open_part
-from davae.training.loop import TrainResult
-from davae.training.loop import train
-from davae.training.memory import ImagesInMemory
-from davae.training.memory import MixedScales
-from davae.training.memory import Prepared
+from davae.training.loop import TrainResult, train
+from davae.training.memory import ImagesInMemory, MixedScales, Prepared
 from davae.training.provenance import data_facts
-from davae.training.settings import BaseRecipe
-from davae.training.settings import DiffusionSettings
-from diffusers import AutoencoderKL
-from diffusers import DiffusionPipeline
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from functools import partial
-from pathlib import Path
-from safetensors import SafetensorError
-from safetensors import safe_open
-from typing import Any
-import logging
-import torch
+from davae.training.settings import BaseRecipe, DiffusionSettings
 
 logger = logging.getLogger(__name__)
 

@@ -1,26 +1,23 @@
 """The autoencoder stage of a new base: a plain ``AutoencoderKL`` from nothing."""
 
 from __future__ import annotations
-from davae.data import Item
-from davae.data import as_item_dataset
-from davae.data import read_items
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch.utils.data import Dataset
+
+from davae.data import Item, as_item_dataset, read_items
 from davae.latents import ChannelStatistics
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_shared_rows
 from davae.training.adversary import make_adversary
 from davae.training.dc_ae_settings import KlArchitecture
-from davae.training.images import mean_psnr
-from davae.training.images import own_images
-from davae.training.images import stack_images
+from davae.training.images import mean_psnr, own_images, stack_images
 from davae.training.plain_objective import PlainObjective
-from davae.training.settings import BaseAutoencoderArchitecture
-from davae.training.settings import BaseAutoencoderSettings
-from davae.training.stage import Player
-from davae.training.stage import Stage
-from diffusers import AutoencoderKL
-from pathlib import Path
-from torch.utils.data import Dataset
-import torch
+from davae.training.settings import BaseAutoencoderArchitecture, BaseAutoencoderSettings
+from davae.training.stage import Player, Stage
 
 
 def build_kl(shape: BaseAutoencoderArchitecture | KlArchitecture) -> AutoencoderKL:

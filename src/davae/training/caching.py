@@ -1,46 +1,31 @@
 """What ``davae cache`` does: latents and text embeddings of a recipe's images, once, and training from them."""
 
 from __future__ import annotations
-from collections.abc import Iterator
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from contextlib import nullcontext
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from davae.data import ImageDataset
-from davae.data import RenderedDataset
-from davae.data import SkipLedger
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch.utils.data import DataLoader
+
+from davae.data import ImageDataset, RenderedDataset, SkipLedger
 from davae.data.buckets import same_size_batches
-from davae.data.cache import CacheWriter
-from davae.data.cache import Format
-from davae.data.cache import LATENTS
-from davae.data.cache import LatentCache
-from davae.data.cache import Record
-from davae.data.cache import TEXTS
-from davae.data.cache import caption_key
+from davae.data.cache import LATENTS, TEXTS, CacheWriter, Format, LatentCache, Record, caption_key
 from davae.data.cache.index import read_index
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.pipelines.families import PipelineFamily
-from davae.pipelines.families import family_of
-from davae.runtime.atomic_files import disk_full_as_error
-from davae.runtime.atomic_files import locked
-from davae.runtime.processes import everyone
-from davae.runtime.processes import rank_and_world
-from davae.runtime.processes import start_processes
-from davae.runtime.processes import wait_for_everyone
+from davae.pipelines.families import PipelineFamily, family_of
+from davae.runtime.atomic_files import disk_full_as_error, locked
+from davae.runtime.processes import everyone, rank_and_world, start_processes, wait_for_everyone
 from davae.runtime.progress import Progress
-from davae.training.cache_facts import cache_fingerprint
-from davae.training.cache_facts import pipeline_parts
-from davae.training.cache_facts import without_touched
+from davae.training.cache_facts import cache_fingerprint, pipeline_parts, without_touched
 from davae.training.images import open_training_part
 from davae.training.settings import DataSettings
-from diffusers import AutoencoderKL
-from diffusers import DiffusionPipeline
-from pathlib import Path
-from torch.utils.data import DataLoader
-from typing import Any
-import logging
-import torch
 
 logger = logging.getLogger(__name__)
 

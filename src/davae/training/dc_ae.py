@@ -14,45 +14,31 @@ phase resolution       layers                   loss
 """
 
 from __future__ import annotations
+
 from collections.abc import Mapping
-from davae.data import Item
-from davae.data import as_item_dataset
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from davae.data import Item, as_item_dataset
 from davae.errors import DavaeError
-from davae.evaluation import psnr
-from davae.evaluation import radial_power_spectrum
-from davae.evaluation import ssim
+from davae.evaluation import psnr, radial_power_spectrum, ssim
 from davae.evaluation.spectrum import spectra_distance
 from davae.latents import ChannelStatistics
-from davae.models.dc_ae import DeepAutoencoder
-from davae.models.dc_ae import PlainAutoencoderDC
-from davae.models.dc_ae import head_layers
-from davae.models.dc_ae import latent_layers
+from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC, head_layers, latent_layers
 from davae.models.latent_space import encode
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_shared_rows
 from davae.runtime.processes import gathered
 from davae.training.adversary import make_adversary
 from davae.training.base_autoencoder import build_kl
-from davae.training.dc_ae_settings import DcArchitecture
-from davae.training.dc_ae_settings import HeadPhase
-from davae.training.dc_ae_settings import KlArchitecture
-from davae.training.dc_ae_settings import LatentPhase
-from davae.training.dc_ae_settings import Phase
-from davae.training.images import mean_of_all
-from davae.training.images import own_images
-from davae.training.images import stack_images
+from davae.training.dc_ae_settings import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
+from davae.training.images import mean_of_all, own_images, stack_images
 from davae.training.plain_objective import PlainObjective
-from davae.training.stage import Player
-from davae.training.stage import Stage
-from diffusers import AutoencoderDC
-from diffusers import AutoencoderKL
-from pathlib import Path
-from torch import Tensor
-from torch import nn
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset
-from torch.utils.data import Subset
-import torch
+from davae.training.stage import Player, Stage
 
 _PICTURES = 6  # images in a validation picture
 

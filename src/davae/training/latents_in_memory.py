@@ -1,20 +1,18 @@
 """Keeping latents of a frozen encoder in memory, of mirrored images too."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from davae.data.images.protocol import DatasetWrapper
-from davae.data.images.protocol import Item
-from davae.data.images.protocol import ItemDataset
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from davae.data.images.protocol import DatasetWrapper, Item, ItemDataset
 from davae.data.loader import read_items
 from davae.data.mirroring import is_mirrored
 from davae.errors import DavaeError
-from davae.runtime.processes import gathered
-from davae.runtime.processes import share
-from torch import Tensor
-from torch.utils.data import Dataset
-import torch
+from davae.runtime.processes import gathered, share
 
 ENCODED_TOGETHER = 32
 """Images: a batch for the transformer may be too large for the autoencoder."""

@@ -9,31 +9,30 @@ would have seen, and ends with the same weights.
 """
 
 from __future__ import annotations
-from accelerate.utils import InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list
-from collections.abc import Callable
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from contextlib import ExitStack
-from contextlib import nullcontext
+
+import itertools
+import logging
+import signal
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from davae.data import BatchStream
-from davae.data import ItemDataset
-from davae.data import SkipLedger
-from davae.data import as_item_dataset
-from davae.data.stalls import is_of_a_dead_worker
-from davae.data.stalls import told_dead_worker
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from torch import Tensor
+
+from davae.data import BatchStream, ItemDataset, SkipLedger, as_item_dataset
+from davae.data.stalls import is_of_a_dead_worker, told_dead_worker
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import disk_full_as_error
-from davae.runtime.processes import LONGEST_WAIT
-from davae.runtime.processes import all_the_same
-from davae.runtime.processes import use_cpu
+from davae.runtime.processes import LONGEST_WAIT, all_the_same, use_cpu
 from davae.runtime.progress import Progress
 from davae.training.checkpoint_writer import CheckpointWriter
 from davae.training.ema import Ema
-from davae.training.guards import KeptBuffers
-from davae.training.guards import StepGuard
-from davae.training.guards import told_out_of_memory
+from davae.training.guards import KeptBuffers, StepGuard, told_out_of_memory
 from davae.training.learner import prepare
 from davae.training.optimizers import learning_rate
 from davae.training.run_directory import RunDirectory
@@ -41,19 +40,9 @@ from davae.training.run_state import RunState
 from davae.training.sharding import begin_accelerator
 from davae.training.shared_draws import SharedDraws
 from davae.training.stage import Stage
-from davae.training.stopping import StopRequest
-from davae.training.stopping import TrainingStopped
-from davae.training.whole_models import dissolve
-from davae.training.whole_models import whole
+from davae.training.stopping import StopRequest, TrainingStopped
+from davae.training.whole_models import dissolve, whole
 from davae.training.window import LossWindow
-from pathlib import Path
-from torch import Tensor
-from typing import Any
-import itertools
-import logging
-import signal
-import torch
-import zlib
 
 logger = logging.getLogger(__name__)
 

@@ -1,16 +1,17 @@
 """Keeping in memory images that are costly to make, and changing items when they are asked for."""
 
 from __future__ import annotations
+
 from collections.abc import Callable
-from davae.data.images.protocol import DatasetWrapper
-from davae.data.images.protocol import Item
-from davae.data.images.protocol import ItemDataset
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from davae.data.images.protocol import DatasetWrapper, Item, ItemDataset
 from davae.data.loader import read_items
 from davae.data.transforms import item_generator
 from davae.runtime.pictures import to_bytes
-from torch import Tensor
-from torch.utils.data import Dataset
-import torch
 
 _READ_TOGETHER = 32
 

@@ -1,18 +1,17 @@
 """What a training brings to the loop: what learns, from which data, how it is measured and exported."""
 
 from __future__ import annotations
-from abc import ABC
-from abc import abstractmethod
-from dataclasses import dataclass
-from dataclasses import field
-from davae.data import ItemDataset
-from davae.training.settings import LoopSettings
-from davae.training.settings import OptimizerSettings
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from pathlib import Path
-from torch import Tensor
-from torch import nn
 from typing import Any
+
 import torch
+from torch import Tensor, nn
+
+from davae.data import ItemDataset
+from davae.training.settings import LoopSettings, OptimizerSettings
 
 
 @dataclass

@@ -1,20 +1,18 @@
 """What the transformer is conditioned on: the pipeline's labels, or embeddings of captions."""
 
 from __future__ import annotations
-from collections.abc import Iterable
-from collections.abc import Sequence
-from davae.errors import DavaeError
-from davae.pipelines.families import ClassFamily
-from davae.pipelines.families import PipelineFamily
-from davae.pipelines.families import family_of
-from davae.runtime.processes import gathered
-from davae.runtime.processes import share
-from diffusers import DiffusionPipeline
-from torch import Tensor
-from torch import nn
-from typing import Any
+
 import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from davae.errors import DavaeError
+from davae.pipelines.families import ClassFamily, PipelineFamily, family_of
+from davae.runtime.processes import gathered, share
 
 logger = logging.getLogger(__name__)
 _BATCH = 16  # captions encoded together

@@ -1,10 +1,18 @@
 """The diffusion stage: a widened transformer learns the structured latents, Eq. 12 and 13."""
 
 from __future__ import annotations
+
+import logging
 from contextlib import AbstractContextManager
-from davae.data import Item
-from davae.data import ItemDataset
-from davae.data import as_item_dataset
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from davae.data import Item, ItemDataset, as_item_dataset
 from davae.evaluation import sliced_wasserstein
 from davae.latents import LatentLayout
 from davae.pipelines.adapters import save_adapters
@@ -12,34 +20,15 @@ from davae.pipelines.families import family_of
 from davae.pipelines.lora import merge_lora
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_rows
-from davae.runtime.processes import gathered_in_first
-from davae.runtime.processes import is_first
-from davae.runtime.processes import share
-from davae.runtime.processes import start_processes
-from davae.training.diffusion.conditioning import ClassMap
-from davae.training.diffusion.conditioning import PromptEmbeddings
-from davae.training.diffusion.conditioning import move_text_encoders
-from davae.training.diffusion.objective import DiffusionObjective
-from davae.training.diffusion.objective import noise_process
-from davae.training.diffusion.tuning import learning_masks
-from davae.training.diffusion.tuning import select_trained
-from davae.training.diffusion.validation import MEASURED
-from davae.training.diffusion.validation import generate_classes
-from davae.training.diffusion.validation import generate_prompts
-from davae.training.diffusion.validation import held_out_loss
-from davae.training.latents_in_memory import ENCODED_TOGETHER
-from davae.training.latents_in_memory import LatentsInMemory
+from davae.runtime.processes import gathered_in_first, is_first, share, start_processes
+from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings, move_text_encoders
+from davae.training.diffusion.objective import DiffusionObjective, noise_process
+from davae.training.diffusion.tuning import learning_masks, select_trained
+from davae.training.diffusion.validation import MEASURED, generate_classes, generate_prompts, held_out_loss
+from davae.training.latents_in_memory import ENCODED_TOGETHER, LatentsInMemory
 from davae.training.memory import Prepared
 from davae.training.settings import DiffusionSettings
-from davae.training.stage import Player
-from davae.training.stage import Stage
-from diffusers import DiffusionPipeline
-from pathlib import Path
-from torch import Tensor
-from torch.utils.data import Dataset
-from typing import Any
-import logging
-import torch
+from davae.training.stage import Player, Stage
 
 logger = logging.getLogger(__name__)
 _PICTURES = 12  # in a row

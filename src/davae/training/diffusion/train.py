@@ -1,6 +1,12 @@
 """Stage 2 of an upgrade: the base pipeline, widened to the trained autoencoder's latents, learns them."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
 from davae.data import ItemDataset
 from davae.models.lightningdit import restarted
 from davae.pipelines import upgrade_pipeline
@@ -8,16 +14,10 @@ from davae.pipelines.opening import load_autoencoder
 from davae.pipelines.same_base import layout_over
 from davae.training.caching import open_cache
 from davae.training.diffusion.stage import DiffusionStage
-from davae.training.images import open_part
-from davae.training.images import open_training_part
-from davae.training.loop import TrainResult
-from davae.training.loop import train
-from davae.training.provenance import base_facts
-from davae.training.provenance import data_facts
+from davae.training.images import open_part, open_training_part
+from davae.training.loop import TrainResult, train
+from davae.training.provenance import base_facts, data_facts
 from davae.training.settings import UpgradeRecipe
-from diffusers import DiffusionPipeline
-from pathlib import Path
-import torch
 
 
 def train_transformer(
