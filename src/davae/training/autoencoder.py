@@ -17,7 +17,7 @@ from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_shared_rows, upscaled
 from davae.runtime.processes import start_processes
 from davae.training.adversary import make_adversary
-from davae.training.images import mean_of_all, mean_psnr, own_images, stack_images
+from davae.training.images import mean_of_all, mean_psnr, rank_share_of_images, stack_images
 from davae.training.latents_in_memory import WithBaseLatents
 from davae.training.settings import AutoencoderSettings
 from davae.training.stage import Player, Stage
@@ -97,7 +97,7 @@ class AutoencoderStage(Stage):
         Without details means without those that the last level adds.
         """
         vae = self.autoencoder
-        images, count = own_images(self.held_out, self.loop.validation_images)
+        images, count = rank_share_of_images(self.held_out, self.loop.validation_images)
         lower = [level.number for level in vae.levels[1:-1]]
         names = ["input", "base, upscaled", *(f"level {n}, upscaled" for n in lower)]
         rows: dict[str, list[Tensor]] = {name: [] for name in [*names, "reconstruction", "no details"]}

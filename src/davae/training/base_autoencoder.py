@@ -14,7 +14,7 @@ from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_shared_rows
 from davae.training.adversary import make_adversary
 from davae.training.dc_ae_settings import KlArchitecture
-from davae.training.images import mean_psnr, own_images, stack_images
+from davae.training.images import mean_psnr, rank_share_of_images, stack_images
 from davae.training.plain_objective import PlainObjective
 from davae.training.settings import BaseAutoencoderArchitecture, BaseAutoencoderSettings
 from davae.training.stage import Player, Stage
@@ -78,7 +78,7 @@ class BaseAutoencoderStage(Stage):
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
         """PSNR of held-out images."""
-        images, count = own_images(self.held_out, self.loop.validation_images)
+        images, count = rank_share_of_images(self.held_out, self.loop.validation_images)
         device, made = self.autoencoder.device, []
         for part in images.split(self.loop.batch_size):
             made.append(self.autoencoder(part.to(device), sample_posterior=False).sample.cpu())

@@ -36,7 +36,7 @@ from davae.runtime.processes import gathered
 from davae.training.adversary import make_adversary
 from davae.training.base_autoencoder import build_kl
 from davae.training.dc_ae_settings import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
-from davae.training.images import mean_of_all, own_images, stack_images
+from davae.training.images import mean_of_all, rank_share_of_images, stack_images
 from davae.training.plain_objective import PlainObjective
 from davae.training.stage import Player, Stage
 
@@ -182,7 +182,7 @@ class DcAeStage(Stage):
         many images all processes have together.
         """
         held_out, model = self.held_out[side], self.autoencoder
-        images, count = own_images(held_out, self.loop.validation_images)
+        images, count = rank_share_of_images(held_out, self.loop.validation_images)
         at_once = max(1, self.loop.batch_size * self.phase.resolution**2 // side**2)
         made = [
             model.decode(encode(model, part.to(model.device))).sample.float().cpu()

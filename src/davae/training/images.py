@@ -81,7 +81,7 @@ def first_images(dataset: ItemDataset, count: int) -> Tensor:
     return torch.stack([dataset[i]["image"] for i in range(min(count, len(dataset)))])
 
 
-def own_images(dataset: ItemDataset, count: int) -> tuple[Tensor, int]:
+def rank_share_of_images(dataset: ItemDataset, count: int) -> tuple[Tensor, int]:
     """This process's share of the first ``count`` images, ``[n, 3, H, W]``, and how many all have together."""
     count = min(count, len(dataset))
     return torch.stack([dataset[i]["image"] for i in share(count)]), count
@@ -98,7 +98,7 @@ def mean_psnr(images: Tensor, made: Tensor, count: int | None = None) -> float:
     Args:
         images: ``[n, 3, H, W]``.
         made: the same.
-        count: where each process has its :func:`own_images`: how many all have together.
+        count: where each process has its :func:`rank_share_of_images`: how many all have together.
     """
     values = psnr(images, made.float().clamp(-1, 1))
     return float(values.mean()) if count is None else mean_of_all(values, count)
