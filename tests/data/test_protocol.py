@@ -26,9 +26,8 @@ from davae.data import (
     as_item_dataset,
     open_dataset,
 )
+from davae.data.in_memory import ImagesInMemory, LatentsInMemory, MixedScales, Prepared, WithBaseLatents
 from davae.training.benchmark.data import RandomImages, RandomLatents
-from davae.training.latents_in_memory import LatentsInMemory, WithBaseLatents
-from davae.training.memory import ImagesInMemory, MixedScales, Prepared
 from tests.data.files import image_folder
 from tests.data.test_cache import write
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from davae.data import Mirrored, open_dataset
+from davae.data.in_memory import ImagesInMemory
 from davae.errors import DavaeError
 from davae.tiny import debug_base
 from davae.training import images as images_of_recipes
 from davae.training import run
-from davae.training.memory import ImagesInMemory
 from davae.training.provenance import base_facts, commit_of, data_facts
 from davae.training.recipe import load_recipe
 from davae.training.run import load_base, train_autoencoder, train_diffusion

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from davae.data import Item, ItemDataset, as_item_dataset
-from davae.data.buckets import same_size_batches
+from davae.data.images.buckets import same_size_batches
+from davae.data.in_memory import WithBaseLatents
 from davae.latents import ChannelStatistics, grouped_mean
 from davae.models import AutoencoderDA
 from davae.runtime.atomic_files import atomic_folder
@@ -18,7 +19,6 @@ from davae.runtime.pictures import save_shared_rows, upscaled
 from davae.runtime.processes import start_processes
 from davae.training.adversary import make_adversary
 from davae.training.images import mean_of_all, mean_psnr, rank_share_of_images, stack_images
-from davae.training.latents_in_memory import WithBaseLatents
 from davae.training.settings import AutoencoderSettings
 from davae.training.stage import Player, Stage
 from davae.training.structured_objective import StructuredObjective, alignment_layout, levels_that_learn

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from davae.data import Mirrored
 from davae.data.images.protocol import ItemDataset
+from davae.data.in_memory import ImagesInMemory, MixedScales, Prepared
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
@@ -27,7 +28,6 @@ from davae.training.caching import open_cache
 from davae.training.diffusion import DiffusionStage
 from davae.training.images import open_part
 from davae.training.loop import TrainResult, train
-from davae.training.memory import ImagesInMemory, MixedScales, Prepared
 from davae.training.provenance import data_facts
 from davae.training.settings import BaseRecipe, DiffusionSettings
 

@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch.utils.data import DataLoader
 
 from davae.data import ImageDataset, RenderedDataset, SkipLedger
-from davae.data.buckets import same_size_batches
 from davae.data.cache import LATENTS, TEXTS, CacheWriter, Format, LatentCache, Record, caption_key
 from davae.data.cache.index import read_index
+from davae.data.images.buckets import same_size_batches
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import PipelineFamily, family_of

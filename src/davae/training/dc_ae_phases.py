@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
 from davae.data import ItemDataset
+from davae.data.in_memory import ImagesInMemory, MixedScales
 from davae.errors import DavaeError
 from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC
 from davae.runtime.atomic_files import atomic_json
@@ -23,7 +24,6 @@ from davae.training.dc_ae import DcAeStage, build_autoencoder, trained_layers
 from davae.training.dc_ae_settings import DcAeRecipe, Phase
 from davae.training.images import open_part
 from davae.training.loop import TrainResult, train
-from davae.training.memory import ImagesInMemory, MixedScales
 from davae.training.provenance import data_facts
 from davae.training.recipe import differing_keys, dump_recipe, load_recipe
 from davae.training.run_directory import RunDirectory

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from davae.data import ImageDataset, ItemDataset, RenderedDataset, open_dataset
-from davae.data.buckets import check_buckets, make_buckets
-from davae.data.transforms import Size
+from davae.data.images.buckets import check_buckets, make_buckets
+from davae.data.images.transforms import Size
 from davae.errors import DavaeError
 from davae.evaluation import psnr
 from davae.models import AutoencoderDA

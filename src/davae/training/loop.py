@@ -25,7 +25,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor
 
 from davae.data import BatchStream, ItemDataset, SkipLedger, as_item_dataset
-from davae.data.stalls import is_of_a_dead_worker, told_dead_worker
+from davae.data.loading.watchdog import is_of_a_dead_worker, told_dead_worker
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import disk_full_as_error
 from davae.runtime.processes import LONGEST_WAIT, all_the_same, use_cpu

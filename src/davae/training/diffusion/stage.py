@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from davae.data import Item, ItemDataset, as_item_dataset
+from davae.data.in_memory import ENCODED_TOGETHER, LatentsInMemory, Prepared
 from davae.evaluation import sliced_wasserstein
 from davae.latents import LatentLayout
 from davae.pipelines.adapters import save_adapters
@@ -25,8 +26,6 @@ from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings, mo
 from davae.training.diffusion.objective import DiffusionObjective, noise_process
 from davae.training.diffusion.tuning import learning_masks, select_trained
 from davae.training.diffusion.validation import MEASURED, generate_classes, generate_prompts, held_out_loss
-from davae.training.latents_in_memory import ENCODED_TOGETHER, LatentsInMemory
-from davae.training.memory import Prepared
 from davae.training.settings import DiffusionSettings
 from davae.training.stage import Player, Stage
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from davae.data.dataset import Source
-from davae.data.decode import UnreadableImage, check_header
+from davae.data.images.dataset import Source
+from davae.data.images.decode import UnreadableImage, check_header
 from davae.data.images.protocol import Item, Skip, as_item_dataset
 from davae.errors import DavaeError
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import BinaryIO, NamedTuple, Protocol
 
-from davae.data.decode import UnreadableImage, decode_image
+from davae.data.images.decode import UnreadableImage, decode_image
 from davae.data.images.protocol import Item, ItemDataset, Skip
-from davae.data.transforms import Size, SquareCrop, item_generator
+from davae.data.images.transforms import Size, SquareCrop, item_generator
 from davae.errors import DavaeError
 
 

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from davae.data.images.protocol import Item, as_item_dataset
-from davae.data.loader_key import Key
+from davae.data.loading.samplers import Key
 from davae.errors import DavaeError
 
 _NAMED = 4

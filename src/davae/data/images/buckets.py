@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
-from davae.data.dataset import Source
-from davae.data.decode import UnreadableImage, upright_size
+from davae.data.images.dataset import Source
+from davae.data.images.decode import UnreadableImage, upright_size
 from davae.data.images.protocol import Item, as_item_dataset
-from davae.data.transforms import Size
+from davae.data.images.transforms import Size
 from davae.errors import DavaeError
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from davae.data.dataset import Facts
-from davae.data.decode import UnreadableImage
+from davae.data.images.dataset import Facts
+from davae.data.images.decode import UnreadableImage
 from davae.data.images.protocol import Skip
 from davae.errors import DavaeError
 

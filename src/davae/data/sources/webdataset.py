@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from davae.data.dataset import Facts
-from davae.data.folder import IMAGE_SUFFIXES, file_stamp
+from davae.data.images.dataset import Facts
 from davae.data.images.protocol import Skip
+from davae.data.sources.folder import IMAGE_SUFFIXES, file_stamp
 from davae.errors import DavaeError
 
 _MAX_TEXT_BYTES = 1 << 20

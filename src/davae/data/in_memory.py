@@ -1,4 +1,4 @@
-"""Keeping latents of a frozen encoder in memory, of mirrored images too."""
+"""Images and latents of a frozen encoder kept in memory, and items changed when they are asked for."""
 
 from __future__ import annotations
 
@@ -8,14 +8,118 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from davae.data.images.mirroring import is_mirrored
 from davae.data.images.protocol import DatasetWrapper, Item, ItemDataset
-from davae.data.loader import read_items
-from davae.data.mirroring import is_mirrored
+from davae.data.images.transforms import item_generator
+from davae.data.loading.stream import read_items
 from davae.errors import DavaeError
+from davae.runtime.pictures import to_bytes
 from davae.runtime.processes import gathered, share
 
 ENCODED_TOGETHER = 32
 """Images: a batch for the transformer may be too large for the autoencoder."""
+
+_READ_TOGETHER = 32
+
+
+class ImagesInMemory(DatasetWrapper):
+    """Each image is made once, changed by ``prepare`` and kept as 8-bit values.
+
+    Of a data set that mirrors or crops at random the first epoch is kept. :class:`davae.data.Mirrored` around this one
+    mirrors anew in each.
+
+    Args:
+        source: a map-style data set of items with an ``image`` in [-1, 1].
+        prepare: applied to ``[1, 3, H, W]`` once, for example a reduction of the resolution.
+    """
+
+    def __init__(self, source: Dataset[Item], prepare: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__(source)
+        self.flip, self.crop = False, "center"
+        self.prepare = prepare
+        self.kept: dict[int, Item] = {}
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index``, the same in each epoch."""
+        if index not in self.kept:
+            self._keep(index, self.source.item(index, 0))
+        item = dict(self.kept[index])
+        item["image"] = item["image"].float() / 127.5 - 1
+        return item
+
+    def unmirrored(self) -> ItemDataset:
+        """Itself: what is kept is not mirrored anew."""
+        return self
+
+    def read_all(self, workers: int, timeout_s: float = 0.0) -> None:
+        """Make all images now, in loader processes, which would otherwise each keep their own."""
+        order = range(len(self))
+        parts = read_items(
+            self.source, order, batch_size=_READ_TOGETHER, workers=workers, timeout_s=timeout_s
+        )
+        for index, item in zip(order, (item for part in parts for item in part), strict=True):
+            self._keep(index, item)
+
+    def _keep(self, index: int, item: Item) -> None:
+        image = item["image"]
+        if self.prepare is not None:
+            image = self.prepare(image[None])[0]
+        self.kept[index] = {**item, "image": to_bytes(image).to(torch.uint8)}
+
+
+class MixedScales(DatasetWrapper):
+    """Whole images at base resolution, and crops of the same size at full resolution.
+
+    A general autoencoder has seen edges and textures at every scale. One that saw whole small images only does
+    not: asked for twice the resolution, it fails. Which image becomes a crop, and which, follows from
+    ``(seed, epoch, index)``.
+
+    Args:
+        source: a map-style data set of items with an ``image`` at full resolution.
+        reduce: ``[1, 3, s h, s w]`` to ``[1, 3, h, w]``.
+        crops: share of the items that are crops, in [0, 1].
+        seed: of the choice.
+    """
+
+    def __init__(
+        self, source: Dataset[Item], reduce: Callable[[Tensor], Tensor], crops: float, seed: int = 0
+    ) -> None:
+        super().__init__(source)
+        self._source_draws = self.flip or self.crop == "random"
+        self.reduce, self.crops, self.seed = reduce, crops, seed
+        self.crop = "random"
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index`` as it looks in ``epoch``."""
+        item = dict(self.source.item(index, epoch))
+        image = item["image"]
+        small = self.reduce(image[None])[0]
+        random = item_generator(self.seed, epoch, index)
+        if self._source_draws:  # perhaps from the same seed: a draw must not decide on both
+            random = random.spawn(1)[0]
+        if random.random() < self.crops:
+            side = small.shape[-1]
+            top, left = (int(v) for v in random.integers(0, image.shape[-1] - side + 1, size=2))
+            small = image[:, top : top + side, left : left + side]
+        item["image"] = small
+        return item
+
+
+class Prepared(DatasetWrapper):
+    """The items of a data set with something added or changed when they are asked for.
+
+    Args:
+        source: a map-style data set of items.
+        prepare: from an item to the one that training sees.
+    """
+
+    def __init__(self, source: Dataset[Item], prepare: Callable[[Item], Item]) -> None:
+        super().__init__(source)
+        self.prepare = prepare
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index`` as it looks in ``epoch``."""
+        return self.prepare(self.source.item(index, epoch))
 
 
 class LatentsInMemory(DatasetWrapper):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch.utils.data import Dataset
 
 from davae.data.images.protocol import DatasetWrapper, Item, ItemDataset
-from davae.data.transforms import item_generator
+from davae.data.images.transforms import item_generator
 
 
 def is_mirrored(seed: int, epoch: int, index: int) -> bool:

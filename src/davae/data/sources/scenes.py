@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 
+from davae.data.images.mirroring import is_mirrored
 from davae.data.images.protocol import Item, ItemDataset
-from davae.data.mirroring import is_mirrored
-from davae.data.procedural import ProceduralScenes
-from davae.data.procedural.dataset import SEED_STRIDE
+from davae.data.scenes import ProceduralScenes
+from davae.data.scenes.dataset import SEED_STRIDE
 
 
 class RenderedDataset(ItemDataset):

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from davae.data.procedural import buildings, nature, objects
-from davae.data.procedural.canvas import Canvas
+from davae.data.scenes import buildings, nature, objects
+from davae.data.scenes.canvas import Canvas
 from davae.errors import DavaeError
 
 _PAINTERS: dict[str, Callable[[Canvas, np.random.Generator], str]] = {
