@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 
-from davae.data import read_items
+from davae.data import Item, as_item_dataset, read_items
 from davae.latents import ChannelStatistics
 from davae.recipes.dc_ae import KlArchitecture
-from davae.recipes.settings import (
-    BaseAutoencoderArchitecture,
-    BaseAutoencoderSettings,
-)
+from davae.recipes.settings import BaseAutoencoderArchitecture, BaseAutoencoderSettings
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_shared_rows
 from davae.training.adversary import make_adversary
-from davae.training.images import mean_psnr, own_images, stack_images
+from davae.training.images import mean_psnr, rank_share_of_images, stack_images
 from davae.training.plain_objective import PlainObjective
 from davae.training.stage import Player, Stage
 
@@ -58,9 +54,9 @@ class BaseAutoencoderStage(Stage):
     def __init__(
         self,
         settings: BaseAutoencoderSettings,
-        dataset: Dataset[dict[str, Any]],
-        whole: Dataset[dict[str, Any]],
-        held_out: Dataset[dict[str, Any]],
+        dataset: Dataset[Item],
+        whole: Dataset[Item],
+        held_out: Dataset[Item],
         *,
         workers: int = 0,
         timeout_s: float = 0.0,
@@ -68,7 +64,8 @@ class BaseAutoencoderStage(Stage):
         torch.manual_seed(settings.loop.seed)
         self.autoencoder = build_kl(settings.architecture)
         self.settings, self.loop = settings, settings.loop
-        self.dataset, self.whole, self.held_out = dataset, whole, held_out
+        self.dataset, self.whole = as_item_dataset(dataset), as_item_dataset(whole)
+        self.held_out = as_item_dataset(held_out)
         self.workers, self.timeout_s = workers, timeout_s
         adversary, players = make_adversary(settings.reconstruction.gan)
         self.objective = PlainObjective(
@@ -81,7 +78,7 @@ class BaseAutoencoderStage(Stage):
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
         """PSNR of held-out images."""
-        images, count = own_images(self.held_out, self.loop.validation_images)
+        images, count = rank_share_of_images(self.held_out, self.loop.validation_images)
         device, made = self.autoencoder.device, []
         for part in images.split(self.loop.batch_size):
             made.append(self.autoencoder(part.to(device), sample_posterior=False).sample.cpu())
@@ -98,7 +95,7 @@ class BaseAutoencoderStage(Stage):
         statistics = ChannelStatistics(channels)
         for items in read_items(
             self.whole,
-            range(len(self.whole)),  # type: ignore[arg-type]
+            range(len(self.whole)),
             batch_size=self.loop.batch_size,
             workers=self.workers,
             timeout_s=self.timeout_s,

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from davae.data import Item, as_item_dataset
 from davae.errors import DavaeError
 from davae.evaluation import radial_power_spectrum
 from davae.evaluation.metrics.names import SPECTRUM_DB
@@ -38,11 +38,10 @@ from davae.runtime.pictures import save_shared_rows
 from davae.runtime.processes import gathered
 from davae.training.adversary import make_adversary
 from davae.training.base_autoencoder import build_kl
-from davae.training.images import mean_of_all, own_images, stack_images
+from davae.training.images import mean_of_all, rank_share_of_images, stack_images
 from davae.training.plain_objective import PlainObjective
 from davae.training.stage import Player, Stage
 
-Images = Dataset[dict[str, Any]]
 _PICTURES = 6  # images in a validation picture
 
 
@@ -102,14 +101,15 @@ class DcAeStage(Stage):
         self,
         autoencoder: DeepAutoencoder,
         phase: Phase,
-        dataset: Images,
-        held_out: Mapping[int, Images],
+        dataset: Dataset[Item],
+        held_out: Mapping[int, Dataset[Item]],
         *,
         scaling_images: int = 1024,
         workers: int = 0,
     ) -> None:
         self.autoencoder, self.phase, self.loop = autoencoder, phase, phase.loop
-        self.dataset, self.held_out = dataset, held_out
+        self.dataset = as_item_dataset(dataset)
+        self.held_out = {side: as_item_dataset(images) for side, images in held_out.items()}
         self.scaling_images, self.workers = scaling_images, workers
         if phase.loop.gradient_checkpointing:
             if not autoencoder._supports_gradient_checkpointing:
@@ -171,7 +171,7 @@ class DcAeStage(Stage):
         """Mean and standard deviation of all latent elements of training images."""
         model = self.autoencoder
         statistics = ChannelStatistics(model.config.latent_channels)
-        count = min(self.scaling_images, len(self.dataset))  # type: ignore[arg-type]
+        count = min(self.scaling_images, len(self.dataset))
         subset = Subset(self.dataset, range(count))
         for batch in DataLoader(subset, self.loop.batch_size, collate_fn=stack_images):
             statistics.update(encode(model, batch.to(model.device)))
@@ -184,7 +184,7 @@ class DcAeStage(Stage):
         many images all processes have together.
         """
         held_out, model = self.held_out[side], self.autoencoder
-        images, count = own_images(held_out, self.loop.validation_images)
+        images, count = rank_share_of_images(held_out, self.loop.validation_images)
         at_once = max(1, self.loop.batch_size * self.phase.resolution**2 // side**2)
         made = [
             model.decode(encode(model, part.to(model.device))).sample.float().cpu()

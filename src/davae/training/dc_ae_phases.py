@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
+from davae.data import ItemDataset
+from davae.data.in_memory import ImagesInMemory, MixedScales
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_names
 from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC
@@ -22,10 +24,9 @@ from davae.recipes.read import differing_keys, dump_recipe, load_recipe
 from davae.runtime.atomic_files import atomic_json
 from davae.runtime.pictures import reduced_to
 from davae.runtime.processes import everyone, is_first, start_processes
-from davae.training.dc_ae import DcAeStage, Images, build_autoencoder, trained_layers
+from davae.training.dc_ae import DcAeStage, build_autoencoder, trained_layers
 from davae.training.images import open_part
 from davae.training.loop import TrainResult, train
-from davae.training.memory import ImagesInMemory, MixedScales
 from davae.training.provenance import data_facts
 from davae.training.run_directory import RunDirectory
 
@@ -191,10 +192,10 @@ def _layer(name: str) -> str:
     return ".".join(parts[: 3 if parts[2].isdigit() else 2])
 
 
-def training_images(recipe: DcAeRecipe, phase: Phase) -> Images:
+def training_images(recipe: DcAeRecipe, phase: Phase) -> ItemDataset:
     """The training images of a phase: whole ones, mixed with windows of larger ones where it asks for them."""
     data = _data(recipe, phase.path, phase.windows_from or phase.resolution)
-    images: Any = open_part(data, "train")
+    images: ItemDataset = open_part(data, "train")
     if recipe.data.in_memory:
         images = ImagesInMemory(images)
     if phase.windows_from is None:
@@ -202,7 +203,7 @@ def training_images(recipe: DcAeRecipe, phase: Phase) -> Images:
     return MixedScales(images, partial(reduced_to, side=phase.resolution), phase.windows, phase.loop.seed)
 
 
-def measured_images(recipe: DcAeRecipe) -> dict[int, Images]:
+def measured_images(recipe: DcAeRecipe) -> dict[int, ItemDataset]:
     """Held-out images at each resolution that is measured; decoded once."""
     return {
         side: ImagesInMemory(open_part(_data(recipe, recipe.measure.path, side), "held_out"))

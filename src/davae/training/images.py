@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from davae.data import ImageDataset, RenderedDataset, open_dataset
-from davae.data.buckets import check_buckets, make_buckets
-from davae.data.transforms import Size
+from davae.data import ImageDataset, ItemDataset, RenderedDataset, open_dataset
+from davae.data.images.buckets import check_buckets, make_buckets
+from davae.data.images.transforms import Size
 from davae.errors import DavaeError
 from davae.evaluation import psnr
 from davae.models import AutoencoderDA
@@ -77,14 +76,14 @@ def token_side(vae: AutoencoderDA, pipe: Any) -> int:
     return vae.spatial_compression * round(patch)
 
 
-def first_images(dataset: Dataset[dict[str, Any]], count: int) -> Tensor:
+def first_images(dataset: ItemDataset, count: int) -> Tensor:
     """The first ``count`` images of a data set, ``[N, 3, H, W]``."""
-    return torch.stack([dataset[i]["image"] for i in range(min(count, len(dataset)))])  # type: ignore[arg-type]
+    return torch.stack([dataset[i]["image"] for i in range(min(count, len(dataset)))])
 
 
-def own_images(dataset: Dataset[dict[str, Any]], count: int) -> tuple[Tensor, int]:
+def rank_share_of_images(dataset: ItemDataset, count: int) -> tuple[Tensor, int]:
     """This process's share of the first ``count`` images, ``[n, 3, H, W]``, and how many all have together."""
-    count = min(count, len(dataset))  # type: ignore[arg-type]
+    count = min(count, len(dataset))
     return torch.stack([dataset[i]["image"] for i in share(count)]), count
 
 
@@ -99,7 +98,7 @@ def mean_psnr(images: Tensor, made: Tensor, count: int | None = None) -> float:
     Args:
         images: ``[n, 3, H, W]``.
         made: the same.
-        count: where each process has its :func:`own_images`: how many all have together.
+        count: where each process has its :func:`rank_share_of_images`: how many all have together.
     """
     values = psnr(images, made.float().clamp(-1, 1))
     return float(values.mean()) if count is None else mean_of_all(values, count)

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import diffusers
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 import davae.pipelines
 from davae.benchmark.planner import default_detail_channels
@@ -164,7 +163,7 @@ class DiffusionBenchStage(Stage):
         def encode(x: Tensor) -> Tensor:
             return family.latents_of(self.vae, x)
 
-        self.dataset: Dataset[dict[str, Any]] = RandomLatents(images, encode) if cached else images
+        self.dataset = RandomLatents(images, encode) if cached else images
         if form != "plain":
             order_channels_last(self.vae)
         objective = _WithText(

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from davae.data import collate
+from davae.data import Item, ItemDataset, collate
 from davae.errors import DavaeError
 from davae.pipelines.families import ClassFamily, family_of
 from davae.recipes.settings import SampleSettings
 from davae.runtime.processes import gathered, share
 from davae.training.loop import to_device
 
-Item = dict[str, Any]
 MEASURED = 256
 """Held-out items measured at most."""
 
@@ -25,7 +22,7 @@ MEASURED = 256
 @torch.no_grad()
 def held_out_loss(
     objective: Callable[[Item, int], dict[str, Tensor]],
-    items: Dataset[Item],
+    items: ItemDataset,
     *,
     batch_size: int,
     step: int,
@@ -47,7 +44,7 @@ def held_out_loss(
         device: of the objective.
         draw: what the objective draws for latents ``[B, C, h, w]`` from torch's generators.
     """
-    chosen = [items[i] for i in range(min(len(items), MEASURED))]  # type: ignore[arg-type]
+    chosen = [items[i] for i in range(min(len(items), MEASURED))]
     parts = list(_parts(chosen, batch_size))
     mine = share(len(parts))
     found: list[dict[str, float]] = []

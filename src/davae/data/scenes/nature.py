@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from davae.data.procedural.canvas import (
+from davae.data.scenes.canvas import (
     Array,
     Canvas,
     Distance,
@@ -14,8 +14,8 @@ from davae.data.procedural.canvas import (
     inside,
     stroke,
 )
-from davae.data.procedural.surroundings import INK, WHITE, hills, lawn, light_up, pick_hour, sky
-from davae.data.procedural.textures import (
+from davae.data.scenes.surroundings import INK, WHITE, hills, lawn, light_up, pick_hour, sky
+from davae.data.scenes.textures import (
     colour,
     gradient,
     leaves,

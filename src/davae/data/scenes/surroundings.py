@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from davae.data.procedural.canvas import Array, Canvas, Paint
-from davae.data.procedural.textures import colour, engraved, gradient, grass, mix, water
+from davae.data.scenes.canvas import Array, Canvas, Paint
+from davae.data.scenes.textures import colour, engraved, gradient, grass, mix, water
 
 WHITE, INK = colour("ffffff"), colour("2a2530")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from davae.data.procedural.canvas import Array, Canvas, Window, inside, stroke
-from davae.data.procedural.surroundings import (
+from davae.data.scenes.canvas import Array, Canvas, Window, inside, stroke
+from davae.data.scenes.surroundings import (
     INK,
     WHITE,
     glow,
@@ -16,7 +16,7 @@ from davae.data.procedural.surroundings import (
     sea,
     sky,
 )
-from davae.data.procedural.textures import bricks, colour, mix, modulated, planks, pulse, scallops, stripes
+from davae.data.scenes.textures import bricks, colour, mix, modulated, planks, pulse, scallops, stripes
 
 
 def bridge(canvas: Canvas, rng: np.random.Generator) -> str:

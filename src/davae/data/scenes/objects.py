@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from davae.data.procedural.canvas import Array, Canvas, Distance, Window, inside, stroke
-from davae.data.procedural.surroundings import INK, WHITE, hills, lawn, light_up, pick_hour, sea, sky
-from davae.data.procedural.textures import (
+from davae.data.scenes.canvas import Array, Canvas, Distance, Window, inside, stroke
+from davae.data.scenes.surroundings import INK, WHITE, hills, lawn, light_up, pick_hour, sea, sky
+from davae.data.scenes.textures import (
     TABLE,
     colour,
     gradient,
