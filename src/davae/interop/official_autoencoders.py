@@ -20,7 +20,7 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.interop.checking import check_keys, require, set_aside
 from davae.interop.ldm_names import ldm_class, ldm_config, translate_ldm
-from davae.models import AutoencoderDA, PatchDiscriminator
+from davae.models import AutoencoderDA
 
 _WHAT = "an official state dict"
 _ENCODER_END = "bypassed: the detail encoder ends before it"
@@ -63,7 +63,7 @@ _IMAGENET = _Published(
     unused={
         "da.encoder.conv_out.": _ENCODER_END,
         "da.decoder.conv_in.": _DECODER_START,
-        "loss.": "belongs to training, see convert_discriminator",
+        "loss.": "belongs to training",
     },
     needed=("base_encoder.conv_out.weight", "base_quant_conv.weight"),
     ldm=True,
@@ -202,23 +202,6 @@ def convert_sd3(
         **details,
     )
     return model, unused
-
-
-def convert_discriminator(
-    state_dict: Mapping[str, Tensor], prefix: str = "loss.discriminator."
-) -> PatchDiscriminator:
-    """The official PatchGAN, whose size is read off its weights.
-
-    Raises:
-        DavaeError: there is none under ``prefix``, or tensors are missing, unknown or of another shape.
-    """
-    weights = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
-    require(weights, ("main.0.weight",), _WHAT, prefix)
-    strided = sum(tensor.ndim == 4 for tensor in weights.values()) - 2  # all but the last two convolutions
-    model = PatchDiscriminator(filters=len(weights["main.0.weight"]), layers=strided)
-    check_keys(weights, model.state_dict(), _WHAT)
-    model.load_state_dict(weights)
-    return model
 
 
 def _open(kind: _Published, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
