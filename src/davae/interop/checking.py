@@ -42,10 +42,7 @@ def require(weights: Mapping[str, Tensor], names: Sequence[str], what: str, pref
 
 
 def check_keys(
-    converted: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-    what: str,
-    unknown: Sequence[str] = (),
+    converted: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str, unknown: Sequence[str] = ()
 ) -> None:
     """The converted tensors are exactly the model's, by name and shape.
 

@@ -194,10 +194,14 @@ _SHARED_SECTIONS = ("timesteps", "loss", "optimizer", "loop", "sample")
 
 
 def reduced(images: Tensor, factor: int) -> Tensor:
-    """``[B, 3, H, W]`` to ``[B, 3, H / factor, W / factor]`` as an upgrade's base sees it: bicubic, antialiased."""
-    if factor == 1:
+    """``[B, 3, H, W]`` to ``[B, 3, H / factor, W / factor]`` as an upgrade's base sees it."""
+    return resized(images, (images.shape[-2] // factor, images.shape[-1] // factor))
+
+
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """``[B, 3, H, W]`` to ``[B, 3, *size]``, bicubic and antialiased; images of that size as they are."""
+    if images.shape[-2:] == size:
         return images
-    size = (images.shape[-2] // factor, images.shape[-1] // factor)
     return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
 
 

@@ -11,16 +11,15 @@ from torch.utils.data import Dataset
 
 from davae.data import read_items
 from davae.latents import ChannelStatistics
-from davae.training.adversary import make_adversary
 from davae.training.dc_ae_settings import KlArchitecture
 from davae.training.images import mean_psnr, own_images, stack_images
 from davae.training.pictures import save_shared_rows
-from davae.training.plain_objective import PlainObjective
+from davae.training.plain_objective import plain_players
 from davae.training.settings import (
     BaseAutoencoderArchitecture,
     BaseAutoencoderSettings,
 )
-from davae.training.stage import Player, Stage
+from davae.training.stage import Stage
 from davae.training.whole_files import whole_folder
 
 
@@ -70,14 +69,9 @@ class BaseAutoencoderStage(Stage):
         self.settings, self.loop = settings, settings.loop
         self.dataset, self.whole, self.held_out = dataset, whole, held_out
         self.workers, self.timeout_s = workers, timeout_s
-        adversary, players = make_adversary(settings.reconstruction.gan)
-        self.objective = PlainObjective(
-            self.autoencoder, [self.autoencoder], settings.reconstruction, adversary
+        self.objective, self.players = plain_players(
+            self.autoencoder, [self.autoencoder], settings.reconstruction, settings.optimizer
         )
-        gan = settings.reconstruction.gan
-        adaptive = gan.weight > 0 and gan.adaptive
-        model = Player("model", self.objective, settings.optimizer, can_be_sharded=not adaptive)
-        self.players = [model, *players]
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
         """PSNR of held-out images."""

@@ -15,7 +15,7 @@ from diffusers import AutoencoderDC, AutoencoderKL
 
 from davae.errors import DavaeError
 from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC
-from davae.training.base import reduced
+from davae.training.base import resized
 from davae.training.dc_ae import DcAeStage, Images, build_autoencoder, trained_layers
 from davae.training.dc_ae_settings import DcAeRecipe, Phase
 from davae.training.images import open_part
@@ -198,7 +198,8 @@ def training_images(recipe: DcAeRecipe, phase: Phase) -> Images:
         images = ImagesInMemory(images)
     if phase.windows_from is None:
         return images
-    return MixedScales(images, partial(reduced_to, side=phase.resolution), phase.windows, phase.loop.seed)
+    reduce = partial(resized, size=(phase.resolution, phase.resolution))
+    return MixedScales(images, reduce, phase.windows, phase.loop.seed)
 
 
 def measured_images(recipe: DcAeRecipe) -> dict[int, Images]:
@@ -209,26 +210,11 @@ def measured_images(recipe: DcAeRecipe) -> dict[int, Images]:
     }
 
 
-def reduced_to(images: torch.Tensor, side: int) -> torch.Tensor:
-    """``[B, 3, S, S]`` to ``[B, 3, side, side]``, bicubic and antialiased."""
-    if images.shape[-1] % side == 0:
-        return reduced(images, images.shape[-1] // side)
-    return torch.nn.functional.interpolate(
-        images, size=(side, side), mode="bicubic", antialias=True, align_corners=False
-    )
-
-
 def _data(recipe: DcAeRecipe, path: str | None, resolution: int) -> DataSettings:
-    data = recipe.data
-    return DataSettings(
-        path=path or data.path,
-        resolution=resolution,
-        crop=data.crop,
-        flip=data.flip,
-        split=data.split,
-        revision=data.revision if path is None or path == data.path else None,
-        hold_out=data.hold_out,
-    )
+    """The recipe's section at one resolution; a revision belongs to the recipe's own path."""
+    own = recipe.data.model_dump(include={"path", "revision", "crop", "flip", "split", "hold_out"})
+    other = {} if path in (None, recipe.data.path) else {"path": path, "revision": None}
+    return DataSettings(**own | other, resolution=resolution)
 
 
 def _initial(recipe: DcAeRecipe, phase: int, start: Path | None) -> DeepAutoencoder:

@@ -109,13 +109,7 @@ def compare_autoencoders(
     if diffusion is not None:
         learned, labels, classes = _images(data, resolution, train_images, hold_out=images, part="train")
         scores, samples = score_diffusion(
-            contenders,
-            learned,
-            labels,
-            held_out,
-            diffusion,
-            classes=max(1, classes),
-            networks=networks,
+            contenders, learned, labels, held_out, diffusion, classes=max(1, classes), networks=networks
         )
         sheets["samples"] = {"held-out images": held_out, **samples}
     result = Comparison(

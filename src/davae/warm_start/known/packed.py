@@ -101,11 +101,7 @@ def _flux2(d: Dummy) -> dict[str, Any]:
 
 @dummy
 def _chroma(d: Dummy) -> dict[str, Any]:
-    return {
-        **_image(d),
-        "encoder_hidden_states": d.text(d.config.joint_attention_dim),
-        "timestep": d.time(),
-    }
+    return {**_image(d), "encoder_hidden_states": d.text(d.config.joint_attention_dim), "timestep": d.time()}
 
 
 @dummy
