@@ -14,8 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from davae.models import AutoencoderDA
+from davae.recipes.read import load_recipe
 from davae.tiny import debug_base
-from davae.training.recipe import load_recipe
 from davae.training.run import train_autoencoder, train_diffusion
 from davae.training.run_directory import read_metrics
 
@@ -69,13 +69,12 @@ def test_what_the_transformer_sees_is_normalised(debug_run):
     _, stage1, _ = debug_run
     vae = AutoencoderDA.from_pretrained(stage1.result)
     from davae.data import open_dataset
-    from davae.pipelines import latent_scaling
+    from davae.models.latent_space import encode, to_model_space
 
     data = open_dataset("procedural:48", resolution=32)
     images = torch.stack([data[i]["image"] for i in range(24)])
-    scaling, shift = latent_scaling(vae)
     with torch.no_grad():
-        latent = (vae.encode(images).latent_dist.mode() - shift) * scaling
+        latent = to_model_space(vae, encode(vae, images))
     detail = vae.layout.split(latent)[1].transpose(0, 1).flatten(1)
     torch.testing.assert_close(detail.mean(1), torch.zeros(8), atol=1e-3, rtol=0)
     torch.testing.assert_close(detail.std(1), torch.ones(8), atol=1e-2, rtol=0)

@@ -1,13 +1,11 @@
 """Figures of docs/results that set runs side by side."""
 
-import json
-import runpy
-from pathlib import Path
-
-import pytest
 from PIL import Image
-
 from davae.errors import DavaeError
+from pathlib import Path
+import json
+import pytest
+import runpy
 
 _CURVES = runpy.run_path(str(Path(__file__).parents[2] / "docs/results/dc-ae/curves.py"))
 save_curves, save_spectra = _CURVES["save_curves"], _CURVES["save_spectra"]
@@ -27,6 +25,13 @@ def test_curves_hold_what_was_logged(tmp_path):
     assert Image.open(tmp_path / "out" / "curve.png").width > 300
     written = json.loads((tmp_path / "out" / "curve.json").read_text())
     assert written == {"x": "step", "y": "dB", "lines": {"a": [[0, 10], [1.0, 2.0]], "b": [[0], [3.0]]}}
+
+
+def test_a_run_that_logged_an_earlier_name_of_the_metric(tmp_path):
+    line = {"step": 4, "spectral_distance_128": 2.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    for name in ("spectral_distance_128", "spectrum_db_128"):
+        assert save_curves({"a": tmp_path}, name, tmp_path / "curve.png") == {"a": ([4], [2.5])}
 
 
 def test_a_metric_that_was_not_logged(tmp_path):

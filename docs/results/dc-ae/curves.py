@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from davae.errors import DavaeError
+from davae.evaluation.metrics.names import current_name
+from davae.runtime.atomic_files import atomic_json
 from davae.training.run_directory import read_metrics
 
 Line = tuple[list[float], list[float]]
@@ -70,6 +72,7 @@ def save_spectra(
 
 
 def _curve(folder: Path, metric: str) -> Line:
+    metric = current_name(metric)
     logged = [line for line in read_metrics(folder / "metrics.jsonl") if metric in line]
     if not logged:
         raise DavaeError(f"{folder} has no '{metric}' in its metrics.jsonl")
@@ -90,4 +93,4 @@ def _save(out: Path, lines: Mapping[str, Line], x: str, y: str, *, log: bool) ->
     axes.legend(frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=140, metadata={"Software": None})
-    out.with_suffix(".json").write_text(json.dumps({"x": x, "y": y, "lines": lines}, indent=1))
+    atomic_json(out.with_suffix(".json"), {"x": x, "y": y, "lines": lines})

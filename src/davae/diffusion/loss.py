@@ -11,17 +11,18 @@ off by 1, the details at half weight: (4 + 0.5 * 3) / (1 + 0.5 * 3) = 2.2.
 """
 
 from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from davae.diffusion.flow_matching import per_sample, velocity_of, x0_from_velocity
+from davae.choices import LossForm
+from davae.choices import check_choice
+from davae.diffusion.flow_matching import per_sample
+from davae.diffusion.flow_matching import velocity_of
+from davae.diffusion.flow_matching import x0_from_velocity
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
+from torch import Tensor
+from typing import Literal
+import torch
+import torch.nn.functional as F
 
 Reduction = Literal["mean", "none"]
 
@@ -111,13 +112,12 @@ class FlowLoss:
     """
 
     layout: LatentLayout
-    form: Literal["velocity", "x0"] = "velocity"
+    form: LossForm = "velocity"
     min_snr_gamma: float | None = None
     cosine_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.form not in ("velocity", "x0"):
-            raise DavaeError(f"unknown loss form '{self.form}': use velocity or x0")
+        check_choice(self.form, LossForm, "loss form")
         if not self.cosine_weight >= 0:
             raise DavaeError(f"cosine_weight must not be negative, got {self.cosine_weight}")
 

@@ -1,7 +1,7 @@
 """Tensor mathematics of structured latents: layout, alignment, statistics, posterior."""
 
+from davae.choices import AlignmentForm
 from davae.latents.alignment import (
-    AlignmentForm,
     AlignmentLoss,
     adaptive_weight,
     gradient_ratio,
@@ -11,6 +11,7 @@ from davae.latents.alignment import (
 )
 from davae.latents.layout import LatentLayout, token_count
 from davae.latents.posterior import gaussian_kl
+from davae.latents.scaling import latent_affine, to_raw, to_scaled
 from davae.latents.statistics import ChannelStatistics
 
 __all__ = [
@@ -23,6 +24,9 @@ __all__ = [
     "gradient_ratio",
     "gradient_scale",
     "grouped_mean",
+    "latent_affine",
     "self_similarity",
+    "to_raw",
+    "to_scaled",
     "token_count",
 ]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from davae.errors import DavaeError
-from davae.latents import LatentLayout
+from davae.latents import LatentLayout, latent_affine
 
 _PROBE_SIDE = 256  # pixels; shows any compression up to 256, and costs nothing on the meta device
 
@@ -136,14 +136,7 @@ class BaseAdapter(ABC):
         On any device: who uses them brings them to the latent's. The base's own device does not tell where it
         computes while its weights are offloaded.
         """
-        config, channels = base.config, self.latent_channels(base)
-        scale = torch.full((channels,), _number(config, "scaling_factor", 1.0))
-        shift = torch.full((channels,), _number(config, "shift_factor", 0.0))
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is not None and std is not None:
-            shift = torch.tensor(mean, dtype=torch.float32).flatten()
-            scale = scale / torch.tensor(std, dtype=torch.float32).flatten()
-        return shift, scale
+        return latent_affine(base.config, self.latent_channels(base))
 
     def bound(self, z: Tensor) -> Tensor:
         """What the base's decoder does to a raw latent before its first layer, such as a soft clamp."""
@@ -215,6 +208,12 @@ def find_adapter(name: str) -> tuple[type[ModelMixin], BaseAdapter]:
     return _ADAPTERS[name]
 
 
+def adapter_of(model: ModelMixin) -> BaseAdapter | None:
+    """The adapter of a model's class, or of the nearest class that it inherits from; none where there is none."""
+    named = (_ADAPTERS.get(cls.__name__) for cls in type(model).__mro__)
+    return next((found[1] for found in named if found is not None), None)
+
+
 def constructor_arguments(base_class: type[ModelMixin], config: Any) -> dict[str, Any]:
     """The part of a model's config that its constructor takes."""
     taken = inspect.signature(base_class.__init__).parameters
@@ -229,8 +228,3 @@ def offloaded_blocks(base: ModelMixin) -> list[str]:
     """
     named = getattr(base, "_group_offload_block_modules", None)
     return list(named or [name for name, _ in base.named_children()])
-
-
-def _number(config: Any, name: str, default: float) -> float:
-    value = config.get(name)
-    return default if value is None else float(value)

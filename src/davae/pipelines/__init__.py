@@ -9,7 +9,6 @@ from davae.pipelines.lora import attach_lora, attached_lora, merge_lora
 from davae.pipelines.model_card import Making, write_model_card
 from davae.pipelines.previews import Previews, set_preview_decoder
 from davae.pipelines.saving import push_to_hub, save_pipeline
-from davae.pipelines.scaling import latent_scaling
 from davae.pipelines.speed import speed_up
 from davae.pipelines.upgrade import upgrade_pipeline
 
@@ -22,7 +21,6 @@ __all__ = [
     "attached_lora",
     "find_licence",
     "fit_to_autoencoder",
-    "latent_scaling",
     "load_adapters",
     "load_pipeline",
     "merge_lora",

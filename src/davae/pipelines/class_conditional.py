@@ -19,8 +19,8 @@ from torch import Tensor
 from davae.diffusion.flow_matching import guide, is_guided
 from davae.diffusion.schedulers import check_flow_scheduler, scheduler_step, set_sigmas, shifted_scheduler
 from davae.errors import DavaeError
+from davae.latents import latent_affine, to_raw
 from davae.models.custom_code import custom_code
-from davae.pipelines.scaling import from_model_space
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -167,7 +167,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _decode(self, latents: Tensor, output_type: str) -> Any:
-        raw = from_model_space(self.vae, latents)
+        raw = to_raw(latents, *latent_affine(self.vae.config, latents.shape[1]))
         images = self.vae.decode(raw.to(self.vae.dtype)).sample.float()  # [B, 3, H, W]
         return VaeImageProcessor(self.vae_scale_factor).postprocess(images, output_type=output_type)
 

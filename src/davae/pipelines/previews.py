@@ -17,6 +17,7 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.models import find_adapter
+from davae.models.latent_space import decode, from_model_space
 from davae.pipelines.families import family_of
 from davae.pipelines.families.packing import unpack
 
@@ -144,12 +145,10 @@ class Previews:
         base = latents[:, : vae.layout.base_channels]
         decoder = getattr(self.pipe, "preview_decoder", None)
         known = vae.base_vae if decoder is None else decoder
-        _, adapter = find_adapter(type(known).__name__)
         # The pipeline's own VAE computes where the latents are, also while its weights are kept elsewhere.
         base = base.to(device=latents.device if decoder is None else decoder.device, dtype=known.dtype)
-        shift, scale = (value.to(base)[:, None, None] for value in adapter.normalisation(known))
-        raw = base / scale + shift
-        image = vae.decode_base(raw) if decoder is None else adapter.decode(decoder, raw)
+        raw = from_model_space(known, base)
+        image = vae.decode_base(raw) if decoder is None else decode(decoder, raw)
         return VaeImageProcessor().postprocess(image, output_type=self.output_type)
 
     def _grid(self, tokens: int) -> tuple[int, int]:

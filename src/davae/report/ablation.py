@@ -1,28 +1,39 @@
-"""The picture of an ablation: every variant's figures, with the values of the single seeds."""
+"""An ablation with its picture and table: every variant's figures, with the values of the single seeds."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from rich.table import Table
 
-from davae.training.ablation import Ablation
+from davae.recipes.settings import AblationRecipe
+from davae.report.words import better, metric_label, significant
+from davae.training.ablation import Ablation, ablate
 
-#: Metrics drawn where they were measured, with what is told about them.
-SHOWN = {
-    "swd": "sliced Wasserstein, finest level\n(lower is better)",
-    "swd_mean": "sliced Wasserstein, all levels\n(lower is better)",
-    "spectrum_db": "spectral distance in dB\n(lower is better)",
-    "frechet": "Fréchet distance of features\n(lower is better)",
-    "kernel": "kernel distance of features x 1000\n(lower is better)",
-    "autoencoder_psnr": "PSNR in dB\n(higher is better)",
-}
+_SHOWN = ("swd/finest", "swd/mean", "spectrum_db", "fid", "kid", "autoencoder_psnr")
+
+
+def shown_metrics(result: Ablation) -> dict[str, str]:
+    """The metrics that are shown, of those that every variant has, with a label each."""
+    first, *others = result.variants.values()
+    everywhere = [m for m in first if all(m in figures for figures in others)]
+    names = [m for shown in _SHOWN for m in everywhere if m == shown or m.startswith(f"{shown}/")]
+    bare = {name: name.removeprefix("autoencoder_") for name in names}
+    return {name: f"{metric_label(bare[name])}\n({better(bare[name])} is better)" for name in names}
+
+
+def run_ablation(recipe: AblationRecipe, out: Path) -> Ablation:
+    """:func:`davae.training.ablation.ablate`, and the picture ``out/ablation.png`` of what it found."""
+    result = ablate(recipe, out)
+    draw_ablation(result, out / "ablation.png")
+    return result
 
 
 def draw_ablation(result: Ablation, file: Path) -> Path:
     """Write one picture: a panel a metric, a row a variant, dots for the seeds and a bar for their mean."""
     names = list(result.variants)
-    shown = [m for m in SHOWN if all(m in result.variants[n] for n in names)]
+    shown = shown_metrics(result)
     figure = Figure(figsize=(2.6 * len(shown) + 1.6, 0.45 * len(names) + 1.4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown):
         for row, name in enumerate(names):
@@ -34,7 +45,7 @@ def draw_ablation(result: Ablation, file: Path) -> Path:
                 spread.values, [row] * len(spread.values), s=16, color="0.3", alpha=0.7, linewidths=0
             )
         real = f"\nreal images: {result.real[metric]:.3g}" if metric in result.real else ""
-        axes.set_title(SHOWN[metric] + real, fontsize=8)
+        axes.set_title(shown[metric] + real, fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -43,3 +54,18 @@ def draw_ablation(result: Ablation, file: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     return file
+
+
+def ablation_table(result: Ablation) -> Table:
+    """Mean and spread of the shown metrics, a row a variant."""
+    seeds = f"{len(result.seeds)} seed{'s' if len(result.seeds) > 1 else ''}, {result.samples} samples each"
+    table = Table(title=f"mean (standard deviation) over {seeds}")
+    table.add_column("variant")
+    shown = shown_metrics(result)
+    for label in shown.values():
+        table.add_column(label, justify="right")
+    for name, figures in result.variants.items():
+        spreads = (figures[metric] for metric in shown)
+        table.add_row(name, *(f"{significant(s.mean, 4)} ({significant(s.std, 2)})" for s in spreads))
+    table.add_row("real images", *(significant(result.real[m], 4) if m in result.real else "" for m in shown))
+    return table

@@ -14,16 +14,20 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from torch import Tensor
+
 from davae.errors import DavaeError
 from davae.evaluation.features import open_network
-from davae.training.ablation_measures import GenerationMeasures, generated_images, real_images
-from davae.training.ablation_settings import AblationRecipe
-from davae.training.recipe import load_recipe
+from davae.evaluation.metrics.image_set import ImageSet, compare_sets
+from davae.recipes.read import load_variant
+from davae.recipes.settings import AblationRecipe, UpgradeRecipe
+from davae.runtime.atomic_files import atomic_json
+from davae.training.ablation_measures import generated_images, real_images
 from davae.training.run import train_autoencoder, train_diffusion
 from davae.training.run_directory import environment
-from davae.training.settings import UpgradeRecipe
 
 logger = logging.getLogger(__name__)
+_BATCH = 32  # images at a time through the metrics
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Ablation:
         seeds: of every variant.
         samples: images behind a generation figure.
         variants: name to metric to figure; metrics of the autoencoder begin with ``autoencoder_``, the others are
-            those of `GenerationMeasures` and the losses on held-out images.
+            the losses on held-out images, and the distances to them (:mod:`davae.evaluation.metrics.names`).
         real: the same distances of as many training images to the held-out ones of the first variant's data: what
             no model can be expected to beat.
         environment: versions and hardware.
@@ -74,28 +78,28 @@ def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
         DavaeError: a variant is not a class-conditional upgrade recipe, or ``out`` holds another ablation.
     """
     cases = {
-        (name, seed): _recipe_of(recipe, name, seed) for name in recipe.variants for seed in recipe.seeds
+        (name, seed): load_variant(recipe, name, seed) for name in recipe.variants for seed in recipe.seeds
     }  # all are read before anything is trained
-    network = None if recipe.features is None else open_network(recipe.features)
+    networks = [] if recipe.features is None else [open_network(recipe.features)]
     _claim(out, recipe)
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in recipe.variants}
     first = next(iter(cases.values()))
-    measures: dict[str, GenerationMeasures] = {}  # variants may differ in their data
+    held_out: dict[str, ImageSet] = {}  # variants may differ in their data
 
-    def measures_of(case: UpgradeRecipe) -> GenerationMeasures:
+    def distances(case: UpgradeRecipe, images: Tensor) -> dict[str, float]:
         key = case.data.model_dump_json()
-        if key not in measures:
-            measures[key] = GenerationMeasures(real_images(case, "held_out"), network)
-        return measures[key]
+        if key not in held_out:
+            held_out[key] = ImageSet(networks).extend(real_images(case, "held_out").split(_BATCH))
+        return compare_sets(ImageSet(networks).extend(images.split(_BATCH)), held_out[key]).figures
 
-    real = measures_of(first)(real_images(first, "train", recipe.samples))
+    real = distances(first, real_images(first, "train", recipe.samples))
     for seed in recipe.seeds:  # a whole comparison stands after every seed
         for name in recipe.variants:
             case = cases[name, seed]
             folder = out / "runs" / name.replace(" ", "-") / f"seed-{seed}"
             trained = _trained(case, folder, out, f"{name}, seed {seed}")
             made = generated_images(case, folder / "pipeline", recipe.samples, folder / "samples.safetensors")
-            figures[name].append({**trained, **measures_of(case)(made)})
+            figures[name].append({**trained, **distances(case, made)})
         result = Ablation(
             seeds=list(recipe.seeds[: recipe.seeds.index(seed) + 1]),
             samples=recipe.samples,
@@ -103,18 +107,8 @@ def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
             real=real,
             environment=environment(),
         )
-        (out / "ablation.json").write_text(json.dumps(result.to_json(), indent=1))
+        atomic_json(out / "ablation.json", result.to_json())
     return result
-
-
-def _recipe_of(recipe: AblationRecipe, name: str, seed: int) -> UpgradeRecipe:
-    seeds = [f"autoencoder.loop.seed={seed}", f"diffusion.loop.seed={seed}"]
-    found = load_recipe(recipe.recipe, [*recipe.overrides, *recipe.variants[name], *seeds])
-    if not isinstance(found, UpgradeRecipe):
-        raise DavaeError(
-            f"variant '{name}': {recipe.recipe} is a recipe of kind '{found.kind}', not an upgrade"
-        )
-    return found
 
 
 def _claim(out: Path, recipe: AblationRecipe) -> None:
@@ -129,7 +123,7 @@ def _claim(out: Path, recipe: AblationRecipe) -> None:
             raise DavaeError(
                 f"{out} holds another ablation ({', '.join(differing)} differ): choose another --out"
             )
-    file.write_text(json.dumps(asked, indent=1))
+    atomic_json(file, asked)
 
 
 def _trained(recipe: UpgradeRecipe, folder: Path, out: Path, told: str) -> dict[str, float]:
@@ -140,7 +134,7 @@ def _trained(recipe: UpgradeRecipe, folder: Path, out: Path, told: str) -> dict[
         autoencoder, figures = _autoencoder(recipe, out)
         trained = train_diffusion(recipe, folder, autoencoder)
         figures |= {k: v for k, v in trained.metrics.items() if k.startswith("held_out_")}
-        done.write_text(json.dumps(figures, indent=1))
+        atomic_json(done, figures)
     return json.loads(done.read_text())
 
 
@@ -153,7 +147,7 @@ def _autoencoder(recipe: UpgradeRecipe, out: Path) -> tuple[Path, dict[str, floa
     done = folder / "result.json"
     if not done.is_file():
         trained = train_autoencoder(recipe, folder)
-        done.write_text(json.dumps({f"autoencoder_{k}": v for k, v in trained.metrics.items()}, indent=1))
+        atomic_json(done, {f"autoencoder_{k}": v for k, v in trained.metrics.items()})
     return folder / "autoencoder", json.loads(done.read_text())
 
 

@@ -1,26 +1,23 @@
 """The autoencoder stage of a new base: a plain ``AutoencoderKL`` from nothing."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers import AutoencoderKL
-from torch.utils.data import Dataset
-
 from davae.data import read_items
 from davae.latents import ChannelStatistics
-from davae.training.dc_ae_settings import KlArchitecture
-from davae.training.images import mean_psnr, own_images, stack_images
-from davae.training.pictures import save_shared_rows
+from davae.recipes.dc_ae import KlArchitecture
+from davae.recipes.settings import BaseAutoencoderArchitecture
+from davae.recipes.settings import BaseAutoencoderSettings
+from davae.runtime.atomic_files import atomic_folder
+from davae.runtime.pictures import save_shared_rows
+from davae.training.images import mean_psnr
+from davae.training.images import own_images
+from davae.training.images import stack_images
 from davae.training.plain_objective import plain_players
-from davae.training.settings import (
-    BaseAutoencoderArchitecture,
-    BaseAutoencoderSettings,
-)
 from davae.training.stage import Stage
-from davae.training.whole_files import whole_folder
+from diffusers import AutoencoderKL
+from pathlib import Path
+from torch.utils.data import Dataset
+from typing import Any
+import torch
 
 
 def build_kl(shape: BaseAutoencoderArchitecture | KlArchitecture) -> AutoencoderKL:
@@ -103,6 +100,6 @@ class BaseAutoencoderStage(Stage):
         variance = (statistics.std.square() + (statistics.mean - mean).square()).mean()
         self.autoencoder.register_to_config(scaling_factor=float(variance.rsqrt()), shift_factor=float(mean))
         self.autoencoder.to(memory_format=torch.contiguous_format)
-        with whole_folder(out / "vae") as folder:
+        with atomic_folder(out / "vae") as folder:
             self.autoencoder.save_pretrained(folder)
         return out / "vae"

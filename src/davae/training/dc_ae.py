@@ -14,34 +14,42 @@ phase resolution       layers                   loss
 """
 
 from __future__ import annotations
-
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers import AutoencoderDC, AutoencoderKL
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
-
 from davae.errors import DavaeError
-from davae.evaluation import psnr, radial_power_spectrum, ssim
-from davae.evaluation.spectrum import spectra_distance
+from davae.evaluation import radial_power_spectrum
+from davae.evaluation.metrics.names import SPECTRUM_DB
+from davae.evaluation.metrics.psnr_ssim import pair_metrics
+from davae.evaluation.metrics.spectrum import spectra_distance
 from davae.latents import ChannelStatistics
-from davae.models.dc_ae import (
-    DeepAutoencoder,
-    PlainAutoencoderDC,
-    head_layers,
-    latent_layers,
-)
+from davae.models.dc_ae import DeepAutoencoder
+from davae.models.dc_ae import PlainAutoencoderDC
+from davae.models.dc_ae import head_layers
+from davae.models.dc_ae import latent_layers
+from davae.models.latent_space import encode
+from davae.recipes.dc_ae import DcArchitecture
+from davae.recipes.dc_ae import HeadPhase
+from davae.recipes.dc_ae import KlArchitecture
+from davae.recipes.dc_ae import LatentPhase
+from davae.recipes.dc_ae import Phase
+from davae.runtime.atomic_files import atomic_folder
+from davae.runtime.pictures import save_shared_rows
+from davae.runtime.processes import gathered
 from davae.training.base_autoencoder import build_kl
-from davae.training.dc_ae_settings import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
-from davae.training.images import mean_of_all, own_images, stack_images
-from davae.training.pictures import save_shared_rows
+from davae.training.images import mean_of_all
+from davae.training.images import own_images
+from davae.training.images import stack_images
 from davae.training.plain_objective import plain_players
-from davae.training.processes import gathered
 from davae.training.stage import Stage
-from davae.training.whole_files import whole_folder
+from diffusers import AutoencoderDC
+from diffusers import AutoencoderKL
+from pathlib import Path
+from torch import Tensor
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
+from torch.utils.data import Subset
+from typing import Any
+import torch
 
 Images = Dataset[dict[str, Any]]
 _PICTURES = 6  # images in a validation picture
@@ -80,12 +88,6 @@ def trained_layers(autoencoder: DeepAutoencoder, phase: Phase) -> list[nn.Module
     if isinstance(phase, HeadPhase):
         return head_layers(autoencoder, phase.stages)
     return [autoencoder]
-
-
-def encode(autoencoder: DeepAutoencoder, images: Tensor) -> Tensor:
-    """``[B, 3, H, W]`` to the latent ``[B, C, H / f, W / f]``; of an ``AutoencoderKL`` the mean."""
-    output = autoencoder.encode(images)
-    return output.latent if isinstance(autoencoder, AutoencoderDC) else output.latent_dist.mean
 
 
 class DcAeStage(Stage):
@@ -144,11 +146,11 @@ class DcAeStage(Stage):
             images, made, count = self._reconstructed(side)
             rows = {"input": images, "reconstruction": made}
             save_shared_rows(samples / f"step-{step}-{side}px.png", rows, count, at_most=_PICTURES)
-            values[f"psnr_{side}"] = mean_of_all(psnr(images, made), count)
-            values[f"ssim_{side}"] = mean_of_all(ssim(images, made), count)
+            for name, each in pair_metrics(images, made).items():
+                values[f"{name}_{side}"] = mean_of_all(each, count)
             frequency, power = _mean_spectrum(images, count)
             power_made = _mean_spectrum(made, count)[1]
-            values[f"spectral_distance_{side}"] = spectra_distance(frequency, power, power_made)
+            values[f"{SPECTRUM_DB}_{side}"] = spectra_distance(frequency, power, power_made)
             self.spectra[side] = {
                 "frequency": frequency.tolist(),
                 "images": power.tolist(),
@@ -167,7 +169,7 @@ class DcAeStage(Stage):
                 factors["shift_factor"] = mean
             model.register_to_config(**factors)
         model.to(memory_format=torch.contiguous_format)
-        with whole_folder(out / "autoencoder") as folder:
+        with atomic_folder(out / "autoencoder") as folder:
             model.save_pretrained(folder)
         return out / "autoencoder"
 

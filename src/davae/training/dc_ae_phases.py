@@ -1,32 +1,42 @@
 """The three phases as runs: each starts from the last one's result and proves what it left alone."""
 
 from __future__ import annotations
-
-import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from davae.errors import DavaeError
+from davae.evaluation.metrics.names import current_names
+from davae.models.dc_ae import DeepAutoencoder
+from davae.models.dc_ae import PlainAutoencoderDC
+from davae.recipes.data import DataSettings
+from davae.recipes.dc_ae import DcAeRecipe
+from davae.recipes.dc_ae import Phase
+from davae.recipes.read import differing_keys
+from davae.recipes.read import dump_recipe
+from davae.recipes.read import load_recipe
+from davae.runtime.atomic_files import atomic_json
+from davae.runtime.pictures import reduced_to
+from davae.runtime.processes import everyone
+from davae.runtime.processes import is_first
+from davae.runtime.processes import start_processes
+from davae.training.dc_ae import DcAeStage
+from davae.training.dc_ae import Images
+from davae.training.dc_ae import build_autoencoder
+from davae.training.dc_ae import trained_layers
+from davae.training.images import open_part
+from davae.training.loop import TrainResult
+from davae.training.loop import train
+from davae.training.memory import ImagesInMemory
+from davae.training.memory import MixedScales
+from davae.training.provenance import data_facts
+from davae.training.run_directory import RunDirectory
+from diffusers import AutoencoderDC
+from diffusers import AutoencoderKL
 from functools import partial
 from pathlib import Path
 from typing import Any
-
+import hashlib
+import json
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
-
-from davae.errors import DavaeError
-from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC
-from davae.training.base import resized
-from davae.training.dc_ae import DcAeStage, Images, build_autoencoder, trained_layers
-from davae.training.dc_ae_settings import DcAeRecipe, Phase
-from davae.training.images import open_part
-from davae.training.loop import TrainResult, train
-from davae.training.memory import ImagesInMemory, MixedScales
-from davae.training.processes import everyone, is_first, start_processes
-from davae.training.provenance import data_facts
-from davae.training.recipe import differing_keys, dump_recipe, load_recipe
-from davae.training.run_directory import RunDirectory
-from davae.training.settings import DataSettings
-from davae.training.whole_files import write_whole
 
 _CLASSES = {c.__name__: c for c in (AutoencoderDC, PlainAutoencoderDC, AutoencoderKL)}
 _MEASURED = {"scaling_factor", "shift_factor"}  # config entries that training sets
@@ -134,7 +144,7 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
         "spectra": stage.spectra,
     }
     if is_first():
-        write_whole(out / "summary.json", json.dumps(summary, indent=1))
+        atomic_json(out / "summary.json", summary)
     return result
 
 
@@ -198,8 +208,7 @@ def training_images(recipe: DcAeRecipe, phase: Phase) -> Images:
         images = ImagesInMemory(images)
     if phase.windows_from is None:
         return images
-    reduce = partial(resized, size=(phase.resolution, phase.resolution))
-    return MixedScales(images, reduce, phase.windows, phase.loop.seed)
+    return MixedScales(images, partial(reduced_to, side=phase.resolution), phase.windows, phase.loop.seed)
 
 
 def measured_images(recipe: DcAeRecipe) -> dict[int, Images]:
@@ -265,14 +274,14 @@ def _measured_or_known(stage: DcAeStage, directory: RunDirectory) -> dict[str, f
         stage.objective.to(torch.accelerator.current_accelerator())
     figures = stage.validate(directory.samples, 0)
     if is_first():
-        write_whole(kept, json.dumps(figures))
+        atomic_json(kept, figures)
     return figures
 
 
 def _read_figures(file: Path) -> dict[str, float] | None:
     """Figures written before; none where there are none, or the file was damaged by a power cut."""
     try:
-        return json.loads(file.read_text()) if file.is_file() else None
+        return current_names(json.loads(file.read_text())) if file.is_file() else None
     except ValueError:
         return None
 

@@ -1,23 +1,25 @@
 """The images of a recipe's data section."""
 
 from __future__ import annotations
-
-import math
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-
-from davae.data import ImageDataset, RenderedDataset, open_dataset
-from davae.data.buckets import check_buckets, make_buckets
+from davae.data import ImageDataset
+from davae.data import RenderedDataset
+from davae.data import open_dataset
+from davae.data.buckets import check_buckets
+from davae.data.buckets import make_buckets
 from davae.data.transforms import Size
 from davae.errors import DavaeError
 from davae.evaluation import psnr
 from davae.models import AutoencoderDA
 from davae.pipelines.families import family_of
-from davae.training.processes import gathered, share
-from davae.training.settings import DataSettings
+from davae.recipes.data import DataSettings
+from davae.runtime.processes import gathered
+from davae.runtime.processes import share
+from torch import Tensor
+from torch.utils.data import Dataset
+from typing import Any
+from typing import Literal
+import math
+import torch
 
 
 def open_part(

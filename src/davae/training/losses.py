@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from davae.errors import DavaeError
 from davae.evaluation.dino_distance import DinoDistance
+from davae.recipes.settings import ReconstructionSettings
 from davae.training.perceptual import LpipsLoss
-from davae.training.settings import ReconstructionSettings
 
 
 def laplacian_l1(error: Tensor, levels: int = 3) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
-from davae.interop.checkpoints import read_state_dict
+from davae.runtime.weight_files import read_state_dict
 
 _BACKBONE_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 

@@ -13,8 +13,11 @@ from davae.errors import DavaeError
 from davae.pipelines import fit_to_autoencoder
 from davae.pipelines.loading import pipeline_place
 from davae.pipelines.opening import opening
-from davae.pipelines.placing import saved_dtype
+from davae.recipes.data_path import check_data_path
 from davae.recipes.presets import find_preset
+from davae.recipes.read import load_recipe
+from davae.recipes.settings import BaseRecipe, UpgradeRecipe
+from davae.runtime.devices import saved_dtype
 from davae.tiny import debug_base, load_tiny
 from davae.training.base import train_base
 from davae.training.cache_commands import check_cache_is_there
@@ -23,8 +26,6 @@ from davae.training.dry_run import dry_run as describe_run
 from davae.training.dry_run_base import dry_run_base as describe_base_run
 from davae.training.levels import train_levels
 from davae.training.loop import TrainResult
-from davae.training.recipe import load_recipe
-from davae.training.settings import BaseRecipe, UpgradeRecipe
 
 
 def run_autoencoder(
@@ -70,6 +71,7 @@ def run_base(
     if dry_run:
         return describe_base_run(settings)
     check_cache_is_there(settings, recipe, overrides)
+    check_data_path(settings.data.path, settings.data.revision)
     start = settings.start_from
     base = None if start is None else load_base(start.pipeline)
     return _told(train_base(settings, out or Path("runs") / _stem(recipe), base))
@@ -77,11 +79,13 @@ def run_base(
 
 def train_autoencoder(recipe: UpgradeRecipe, out: Path) -> TrainResult:
     """Stage 1 into ``out/autoencoder``. Continues from the newest checkpoint in ``out``."""
+    check_data_path(recipe.data.path, recipe.data.revision)  # before a base is loaded
     return train_levels(recipe, load_recipe_base(recipe), out)
 
 
 def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> TrainResult:
     """Stage 2 into ``out/pipeline``. Continues from the newest checkpoint in ``out``."""
+    check_data_path(recipe.data.path, recipe.data.revision)
     base = load_recipe_base(recipe, transformer_dtype=getattr(torch, recipe.diffusion.tune.frozen_dtype))
     return train_transformer(recipe, base, out, autoencoder)
 

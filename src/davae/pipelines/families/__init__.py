@@ -13,7 +13,6 @@ from davae.pipelines.families.classes import ClassFamily
 from davae.pipelines.families.family import (
     Conditioning,
     PipelineFamily,
-    encode_images,
     scheduler_shift,
 )
 from davae.pipelines.families.registry import family_of, register_family, registered_pipelines
@@ -22,7 +21,6 @@ __all__ = [
     "ClassFamily",
     "Conditioning",
     "PipelineFamily",
-    "encode_images",
     "family_of",
     "register_family",
     "registered_pipelines",

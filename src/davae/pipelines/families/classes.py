@@ -12,9 +12,8 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.pipelines.class_conditional import predict_velocity
-from davae.pipelines.families.family import Conditioning, PipelineFamily, encode_images
+from davae.pipelines.families.family import Conditioning, PipelineFamily
 from davae.pipelines.families.registry import register_family
-from davae.pipelines.scaling import to_model_space
 
 
 class ClassFamily(PipelineFamily):
@@ -75,11 +74,6 @@ class ClassConditional(ClassFamily):
     def null_label(self, pipe: DiffusionPipeline) -> int:
         """The number after the last class."""
         return int(pipe.transformer.null_label)
-
-    @torch.no_grad()
-    def latents_of(self, vae: ModelMixin, images: Tensor) -> Tensor:
-        """As in every family; where the autoencoder knows a mean and deviation for each channel, by these."""
-        return to_model_space(vae, encode_images(vae, images))
 
     def _predict(
         self,

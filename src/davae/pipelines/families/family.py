@@ -20,6 +20,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.models.latent_space import encode, to_model_space
 from davae.pipelines.full_resolution import fit_to_autoencoder
 
 Conditioning = Mapping[str, Tensor]
@@ -103,9 +104,7 @@ class PipelineFamily(ABC):
 
         A random posterior gives its mode.
         """
-        latent = encode_images(vae, images)
-        shift = (getattr(vae.config, "shift_factor", None) or 0.0) if self.reads_shift else 0.0
-        return (latent - shift) * vae.config.scaling_factor
+        return to_model_space(vae, encode(vae, images), shifted=self.reads_shift)
 
     # The transformer
 
@@ -224,23 +223,6 @@ class PipelineFamily(ABC):
             "guidance_scale": guidance_scale,
             "max_sequence_length": max_length or self.text_length,
         }
-
-
-def encode_images(vae: ModelMixin, images: Tensor) -> Tensor:
-    """The autoencoder's raw latent of images, ``[B, C, h, w]``: the posterior's mode, or the latent itself.
-
-    Autoencoders of images and videos alike get the images as videos of one frame.
-    """
-    images = images.to(vae.device, vae.dtype)
-    if _takes_frames(vae):
-        images = images[:, :, None]  # [B, 3, 1, H, W]
-    encoded = vae.encode(images)
-    latent = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
-    return latent[:, :, 0] if latent.ndim == 5 else latent
-
-
-def _takes_frames(vae: ModelMixin) -> bool:
-    return any(cls.__name__ == "AutoencoderKLQwenImage" for cls in type(vae).__mro__)
 
 
 def scheduler_shift(config: Mapping[str, Any], tokens: int) -> float:

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from davae.pipelines.families.family import Conditioning, PipelineFamily, encode_images
+from davae.pipelines.families.family import Conditioning, PipelineFamily
 from davae.pipelines.families.packing import pack, unpack
 from davae.pipelines.families.registry import register_family
 
@@ -22,12 +22,6 @@ class QwenImage(PipelineFamily):
     text_length = 512
     packed = True
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
-
-    def latents_of(self, vae: ModelMixin, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` to ``[B, C + D, h, w]`` with every channel's mean and deviation taken out."""
-        latent = encode_images(vae, images)
-        mean, std = (torch.tensor(v).to(latent).view(1, -1, 1, 1) for v in _statistics(vae))
-        return (latent - mean) / std
 
     def _encode(
         self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool
@@ -71,11 +65,6 @@ class QwenImage(PipelineFamily):
         del arguments["guidance_scale"]
         negative = {"negative_prompt": [""] * len(prompts)} if guidance_scale > 1 else {}
         return arguments | {"true_cfg_scale": guidance_scale} | negative
-
-
-def _statistics(vae: ModelMixin) -> tuple[list[float], list[float]]:
-    """Means and standard deviations of the latent's channels, as the pipeline reads them."""
-    return list(vae.config.latents_mean), list(vae.config.latents_std)
 
 
 register_family(QwenImage())

@@ -48,9 +48,11 @@ class RandomLatents(Dataset[dict[str, Any]]):
 
     def __init__(self, images: RandomImages, encode: Callable[[Tensor], Tensor]) -> None:
         self.classes = images.classes
-        self.items = [dict(images[index]) for index in range(len(images))]
-        for item in self.items:
-            item["latent"] = encode(item.pop("image")[None])[0].contiguous().cpu()
+        self.items = []
+        for index in range(len(images)):
+            item = images[index]
+            self.items.append({**item, "latent": encode(item.pop("image")[None])[0].contiguous().cpu()})
+            del self.items[-1]["image"]
 
     def __len__(self) -> int:
         return len(self.items)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,12 +14,14 @@ from torch import Tensor
 from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.features import open_network
-from davae.pipelines.placing import chosen_device
-from davae.training.compare.autoencoders import AutoencoderScore, open_contenders, score_autoencoders
+from davae.evaluation.metrics.names import LPIPS
+from davae.evaluation.metrics.perceptual import Lpips
+from davae.runtime.atomic_files import atomic_json
+from davae.runtime.devices import chosen_device
+from davae.runtime.pictures import PICTURES, save_rows
+from davae.training.compare.autoencoders import AutoencoderScore, open_candidates, score_autoencoders
 from davae.training.compare.diffusion import DiffusionScore, score_diffusion
 from davae.training.compare.trial import DiffusionOptions
-from davae.training.perceptual import LpipsLoss
-from davae.training.pictures import PICTURES, save_rows
 
 
 @dataclass(frozen=True)
@@ -95,21 +96,27 @@ def compare_autoencoders(
     """
     where = torch.device(chosen_device(device))
     networks = [open_network(name, device=where) for name in features]
-    perceptual = None if lpips is None else LpipsLoss(str(lpips))
-    contenders = open_contenders(autoencoders, resolution, tokens=tokens, device=where)
+    perceptual = {} if lpips is None else {LPIPS: Lpips(lpips, where)}
+    candidates = open_candidates(autoencoders, resolution, tokens=tokens, device=where)
     if diffusion is None:
         held_out, _, _ = _images(data, resolution, images)
     else:
         held_out, _, _ = _images(data, resolution, images, hold_out=images, part="held_out")
     rows, made = score_autoencoders(
-        contenders, held_out, batch=batch, repeats=repeats, networks=networks, lpips=perceptual
+        candidates, held_out, batch=batch, repeats=repeats, networks=networks, perceptual=perceptual
     )
     scores: list[DiffusionScore] = []
     sheets = {"reconstructions": {"input": held_out, **made}}
     if diffusion is not None:
         learned, labels, classes = _images(data, resolution, train_images, hold_out=images, part="train")
         scores, samples = score_diffusion(
-            contenders, learned, labels, held_out, diffusion, classes=max(1, classes), networks=networks
+            candidates,
+            learned,
+            labels,
+            held_out,
+            diffusion,
+            classes=max(1, classes),
+            networks=networks,
         )
         sheets["samples"] = {"held-out images": held_out, **samples}
     result = Comparison(
@@ -126,7 +133,7 @@ def compare_autoencoders(
     )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "comparison.json").write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+        atomic_json(out / "comparison.json", result.to_json())
         for name, pictures in sheets.items():
             save_rows(out / f"{name}.png", {row: shown[:PICTURES] for row, shown in pictures.items()})
     return result

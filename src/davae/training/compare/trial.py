@@ -1,31 +1,35 @@
 """One autoencoder's transformer in the comparison: the same for all but its first and last layer."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import Tensor
-
+from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
+from dataclasses import field
 from davae.benchmark import count_flops
 from davae.diffusion.loss import FlowLoss
 from davae.diffusion.noise import FlowProcess
-from davae.diffusion.schedulers import scheduler_step, set_sigmas
+from davae.diffusion.schedulers import scheduler_step
+from davae.diffusion.schedulers import set_sigmas
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
-from davae.models.any_autoencoder import decode_raw
-from davae.models.lightningdit import SIZES, Size
+from davae.models.latent_space import decode
+from davae.models.lightningdit import SIZES
+from davae.models.lightningdit import Size
 from davae.pipelines.class_conditional import guided_velocity
 from davae.pipelines.families.classes import ClassConditional
-from davae.training.compare.autoencoders import Contender, decode_all, encode_all
+from davae.recipes.loop import OptimizerSettings
+from davae.recipes.settings import FlowLossSettings
+from davae.runtime.progress import Progress
+from davae.training.compare.autoencoders import Candidate
+from davae.training.compare.autoencoders import decode_all
+from davae.training.compare.autoencoders import encode_all
 from davae.training.diffusion import DiffusionObjective
 from davae.training.ema import Ema
 from davae.training.optimizers import make_optimizer
-from davae.training.progress import Progress
-from davae.training.settings import FlowLossSettings, OptimizerSettings
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+import torch
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,11 @@ class Trial:
     """One autoencoder's transformer, its normalised latents and its optimizer."""
 
     def __init__(
-        self, contender: Contender, images: Tensor, labels: Tensor, classes: int, options: DiffusionOptions
+        self, candidate: Candidate, images: Tensor, labels: Tensor, classes: int, options: DiffusionOptions
     ) -> None:
-        self.contender, self.options, self.labels = contender, options, labels
-        self.device = contender.model.device
-        raw = encode_all(contender, images, options.batch)
+        self.candidate, self.options, self.labels = candidate, options, labels
+        self.device = candidate.model.device
+        raw = encode_all(candidate, images, options.batch)
         # As LightningDiT does: every channel to mean 0 and deviation 1, whatever the autoencoder's own scaling.
         self.mean = raw.mean((0, 2, 3), keepdim=True)
         self.std = raw.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
@@ -93,17 +97,17 @@ class Trial:
             self.transformer = LightningDiTTransformer2DModel(
                 **options.size,
                 sample_size=raw.shape[-1],
-                patch_size=contender.patch,
-                in_channels=contender.channels,
+                patch_size=candidate.patch,
+                in_channels=candidate.channels,
                 num_classes=classes,
                 qk_norm=True,
             ).to(self.device)
-        layout = LatentLayout(contender.channels, 0)
+        layout = LatentLayout(candidate.channels, 0)
         self.objective = DiffusionObjective(
             ClassConditional(), self.transformer, layout, FlowProcess(FlowLoss(layout)), FlowLossSettings()
         ).train()
         settings = OptimizerSettings(learning_rate=options.learning_rate, betas=(0.9, 0.95))
-        self.optimizer = make_optimizer(contender.name, self.objective, settings, {})
+        self.optimizer = make_optimizer(candidate.name, self.objective, settings, {})
         self.ema = Ema(self.transformer.parameters(), options.ema)
 
     def step(self, number: int) -> float:
@@ -132,7 +136,7 @@ class Trial:
         """All steps; the loss of each."""
         losses = []
         with Progress(
-            f"{self.contender.name}, {self.contender.tokens} tokens", self.options.steps
+            f"{self.candidate.name}, {self.candidate.tokens} tokens", self.options.steps
         ) as progress:
             for number in range(self.options.steps):
                 losses.append(self.step(number))
@@ -158,7 +162,7 @@ class Trial:
                 for sigma, timestep in zip(sigmas, scheduler.timesteps, strict=True):
                     velocity = self.velocity(latents, sigma, part)
                     latents = scheduler_step(scheduler, velocity, timestep, latents, None)
-                yield decode_all(self.contender, latents.cpu() * self.std + self.mean, self.options.batch)
+                yield decode_all(self.candidate, latents.cpu() * self.std + self.mean, self.options.batch)
         self.transformer.train()
 
     def probes(self) -> dict[str, Callable[[], object]]:
@@ -173,7 +177,7 @@ class Trial:
         return {
             "train": lambda: self.step(0),
             "denoise": lambda: self.velocity(latents, 0.5, labels),
-            "decode": lambda: decode_raw(self.contender.model, raw),
+            "decode": lambda: decode(self.candidate.model, raw),
         }
 
     def flops(self) -> tuple[int, int]:

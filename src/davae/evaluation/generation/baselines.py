@@ -1,0 +1,185 @@
+"""The images of an upgraded pipeline and of its baselines, from the same prompts and seeds."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from davae.errors import DavaeError
+from davae.evaluation.generation.compare import Batches
+from davae.evaluation.generation.image_run import ImageRun, RunSettings
+from davae.evaluation.generation.prompts import GENEVAL_SAMPLES, PromptSet, class_set, open_prompt_set
+from davae.pipelines.generate import takes_prompts
+from davae.runtime.pictures import upscaled
+from davae.runtime.processes import rank_and_world, wait_for_everyone
+
+UPGRADED, BASE_UPSCALED, BASE_NATIVE = "upgraded", "base, upscaled", "base, native"
+CLASS_IMAGES = 50_000
+"""Images of a class-conditional model where no number is given: what published distances use."""
+
+
+Progress = Callable[[Iterable[int], str, int], Iterable[int]]
+"""Wraps the numbers of images as they are made; told what they are for and how many are missing."""
+
+
+@dataclass
+class Variants:
+    """Runs by folder name, models by the name they are reported under, and the baselines that cannot be had."""
+
+    prompts: PromptSet
+    count: int
+    runs: dict[str, ImageRun] = field(default_factory=dict)
+    models: dict[str, Batches] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+def generate_variants(
+    open_pipeline: Callable[[str], DiffusionPipeline],
+    settings: RunSettings,
+    out: str | Path,
+    *,
+    base: str | None = None,
+    others: Mapping[str, str] | None = None,
+    prompts: str | Path | None = None,
+    count: int | None = None,
+    progress: Progress = lambda made, _name, _missing: made,
+) -> Variants:
+    """Make all images that are missing, shared among the processes that a launcher started.
+
+    All ranks must call this.
+
+    Args:
+        open_pipeline: a pipeline by name.
+        settings: of the upgraded pipeline; the baselines follow it.
+        out: one folder each for ``upgraded``, ``base`` (at base resolution) and ``native`` (at full), and for others.
+        base: name of the base pipeline; none leaves the baselines out.
+        others: further pipelines by the name they are reported under, such as one of equal tokens on another
+            autoencoder; asked for the full resolution, and resized to it where they make another.
+        prompts: file of prompts, for pipelines that take them.
+        count: images of each; none takes every prompt once (GenEval: four times), or 50 000 of classes.
+        progress: shows how far this process is.
+
+    Raises:
+        DavaeError: prompts for a class-conditional pipeline or none for the other kind, a folder of another run, or
+            two models of one name.
+    """
+    out = Path(out)
+    _check_names(others or {})
+    pipe = open_pipeline(settings.pipeline)
+    subjects = find_subjects(pipe, prompts)
+    total = _count(count, subjects)
+    variants = Variants(subjects, total)
+    settings = replace(settings, prompts=subjects.describe())
+    upgraded = variants.runs["upgraded"] = _make(pipe, settings, out / "upgraded", variants, progress)
+    variants.models[UPGRADED] = partial(upgraded.batches, total)
+    scale = int(getattr(pipe.vae, "scale", 1))
+    wait_for_everyone()
+    del pipe  # its memory may be needed
+    full = (upgraded.size()[0], upgraded.size()[1])
+    if base is not None:
+        _add_base(open_pipeline(base), base, settings, out, variants, progress, full, scale)
+    for name, pipeline in (others or {}).items():
+        pipe = open_pipeline(pipeline)
+        sized = replace(settings, pipeline=pipeline)
+        if _takes_size(pipe):
+            sized = replace(sized, height=full[0], width=full[1])
+        run = variants.runs[name] = _make(pipe, sized, out / name, variants, progress)
+        variants.models[name] = partial(_upscaled, run, total, full)
+        wait_for_everyone()
+    return variants
+
+
+def _add_base(
+    pipe: DiffusionPipeline,
+    base: str,
+    settings: RunSettings,
+    out: Path,
+    variants: Variants,
+    progress: Progress,
+    full: tuple[int, int],
+    scale: int,
+) -> None:
+    """The base at base resolution, enlarged (equal tokens), and at full resolution."""
+    total, flexible = variants.count, _takes_size(pipe)
+    height, width = (full[0] // scale, full[1] // scale) if flexible else (None, None)
+    small = replace(settings, pipeline=base, height=height, width=width)
+    lower = variants.runs["base"] = _make(pipe, small, out / "base", variants, progress)
+    variants.models[BASE_UPSCALED] = partial(_upscaled, lower, total, full)
+    if scale == 1:
+        variants.unavailable[BASE_NATIVE] = "the pipeline is not upgraded: it is native itself"
+    elif flexible:
+        large = replace(settings, pipeline=base, height=full[0], width=full[1])
+        native = variants.runs["native"] = _make(pipe, large, out / "native", variants, progress)
+        variants.models[BASE_NATIVE] = partial(native.batches, total)
+    else:
+        variants.unavailable[BASE_NATIVE] = f"{type(pipe).__name__} takes no height and width"
+    wait_for_everyone()
+
+
+def _takes_size(pipe: DiffusionPipeline) -> bool:
+    return "height" in inspect.signature(type(pipe).__call__).parameters
+
+
+def _check_names(others: Mapping[str, str]) -> None:
+    taken = {"upgraded", "base", "native", "geneval", BASE_UPSCALED, BASE_NATIVE}
+    for name in others:
+        if name in taken or not name or Path(name).name != name:
+            raise DavaeError(
+                f"a model beside cannot be called '{name}': it names a row and a folder of its own"
+            )
+
+
+def find_subjects(pipe: DiffusionPipeline, prompts: str | Path | None) -> PromptSet:
+    """What the images are of: the file's prompts, or every class the transformer knows.
+
+    Raises:
+        DavaeError: the file and the kind of pipeline do not go together.
+    """
+    if takes_prompts(pipe):
+        if prompts is None:
+            raise DavaeError(
+                f"{type(pipe).__name__} makes images of prompts: name a file of them with --prompts"
+            )
+        return open_prompt_set(prompts)
+    if prompts is not None:
+        raise DavaeError(f"{type(pipe).__name__} makes images of classes: leave --prompts out")
+    config = pipe.transformer.config
+    classes = getattr(config, "num_classes", None) or getattr(config, "num_embeds_ada_norm", None)
+    if not classes:
+        raise DavaeError(f"{type(pipe.transformer).__name__} does not tell how many classes it knows")
+    return class_set(int(classes))
+
+
+def _count(count: int | None, subjects: PromptSet) -> int:
+    if count is not None and count < 2:
+        raise DavaeError(f"--count is {count}: distances need at least 2 images")
+    if count is None:
+        count = CLASS_IMAGES if subjects.kind == "classes" else len(subjects.subjects)
+        count *= GENEVAL_SAMPLES if subjects.kind == "geneval" else 1
+    return count
+
+
+def _make(
+    pipe: DiffusionPipeline, settings: RunSettings, folder: Path, variants: Variants, progress: Progress
+) -> ImageRun:
+    run = ImageRun(folder, settings)
+    rank, world = rank_and_world()
+    missing = run.share_missing(variants.count, rank, world)
+    made = run.make(pipe, variants.prompts, variants.count, rank=rank, world=world)
+    for _ in progress(made, folder.name, len(missing)):
+        pass
+    return run
+
+
+def _upscaled(run: ImageRun, count: int, size: tuple[int, int]) -> Iterator[Tensor]:
+    for images in run.batches(count):
+        if images.shape[-2:] == size:
+            yield images
+            continue
+        yield upscaled(images, size)

@@ -1,0 +1,168 @@
+"""A run that makes many images: shared among processes, stopped and continued at will, each image made once.
+
+Image ``i`` is the file ``images/000000i.png``. It is written beside and then renamed, so a file that is there is whole,
+and the set of files is all the state there is. An image depends on its number and on the settings alone: on its seed
+``seed + i``, and on the batch it belongs to, which is cut by number too, never by what is still missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from davae.data import image_to_tensor
+from davae.errors import DavaeError
+from davae.evaluation.generation.prompts import PromptSet
+from davae.pipelines.generate import generate_batch
+from davae.runtime.atomic_files import atomic_file, atomic_write
+
+_SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """All that decides what image ``i`` looks like; a folder keeps to those it was begun with.
+
+    Attributes:
+        pipeline: its name or folder.
+        prompts: as `PromptSet.describe` tells.
+        seed: of image 0; image ``i`` has ``seed + i``.
+        batch: images made in one call.
+        steps, guidance, height, width: the pipeline's own where None.
+        dtype: of the pipeline.
+    """
+
+    pipeline: str
+    prompts: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    batch: int = 1
+    steps: int | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    dtype: str = "float32"
+
+
+class ImageRun:
+    """The folder of a run.
+
+    Args:
+        folder: made where it is missing.
+        settings: of this run.
+
+    Raises:
+        DavaeError: the folder was begun with other settings; the first that differs is named.
+    """
+
+    def __init__(self, folder: str | Path, settings: RunSettings) -> None:
+        self.folder = Path(folder)
+        self.settings = settings
+        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+        file = self.folder / _SETTINGS
+        wanted = asdict(settings)
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            for key, value in wanted.items():
+                if found.get(key) != value:
+                    raise DavaeError(
+                        f"{self.folder} was begun with {key} = {found.get(key)!r}, not {value!r}: its images would "
+                        "not belong together. Give another --out, or delete the folder"
+                    )
+            return
+        atomic_write(file, json.dumps(wanted, indent=1), shared=True)
+
+    def describe(self) -> dict[str, Any]:
+        """For the JSON: the settings."""
+        return asdict(self.settings)
+
+    def path(self, index: int) -> Path:
+        """File of an image."""
+        return self.folder / "images" / f"{index:07d}.png"
+
+    def missing(self, count: int) -> list[int]:
+        """Those of the first ``count`` images that are not there yet."""
+        there = {entry.name for entry in os.scandir(self.folder / "images")}
+        return [i for i in range(count) if self.path(i).name not in there]
+
+    def share_missing(self, count: int, rank: int, world: int) -> list[int]:
+        """Those of :meth:`missing` that process ``rank`` of ``world`` makes: batches go to processes in turn."""
+        return [i for i in self.missing(count) if i // self.settings.batch % world == rank]
+
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images; the first one must be there."""
+        height, width = self._read(0).shape[-2:]
+        return height, width
+
+    def make(
+        self, pipe: DiffusionPipeline, prompts: PromptSet, count: int, *, rank: int = 0, world: int = 1
+    ) -> Iterator[int]:
+        """Make what is missing of this process's share; yields the number of each image once it is on disk.
+
+        A batch that was interrupted is made again as a whole, and only the images
+        that are missing are written: its arithmetic is that of an undisturbed run, bit for bit.
+
+        Args:
+            pipe: the pipeline.
+            prompts: what the images are of.
+            count: images of the whole run. A larger one than before extends the run.
+            rank, world: number of this process, and of all.
+        """
+        size = self.settings.batch
+        for block in sorted({i // size for i in self.share_missing(count, rank, world)}):
+            # The last batch is always filled up: a run that is extended later meets the same batches.
+            indices = range(block * size, (block + 1) * size)
+            images = generate_batch(
+                pipe,
+                [prompts.subject(i) for i in indices],
+                [self.settings.seed + i for i in indices],
+                steps=self.settings.steps,
+                guidance=self.settings.guidance,
+                height=self.settings.height,
+                width=self.settings.width,
+            )
+            for index, image in zip(indices, images, strict=True):
+                if index < count and not self.path(index).exists():
+                    with atomic_file(self.path(index), shared=True) as partial:
+                        image.save(partial, format="PNG")
+                    yield index
+
+    def batches(self, count: int, *, size: int = 32) -> Iterator[Tensor]:
+        """The first ``count`` images in order, ``[B, 3, H, W]`` in [-1, 1].
+
+        Raises:
+            DavaeError: an image is missing or cannot be read.
+        """
+        for start in range(0, count, size):
+            yield torch.stack([self._read(i) for i in range(start, min(start + size, count))])
+
+    def _read(self, index: int) -> Tensor:
+        try:
+            with Image.open(self.path(index)) as image:
+                return image_to_tensor(image)
+        except OSError as error:
+            raise DavaeError(
+                f"image {index} of the run cannot be read ({error}): delete {self.path(index)} if it is there, and "
+                "run the same command again"
+            ) from error
+
+
+def write_geneval_folder(run: ImageRun, prompts: PromptSet, count: int, out: str | Path) -> Path:
+    """Lay images out as GenEval's scorer reads them: ``00000/metadata.jsonl`` and ``00000/samples/00000.png``."""
+    out = Path(out)
+    for index in range(count):
+        prompt, sample = index % len(prompts.subjects), index // len(prompts.subjects)
+        folder = out / f"{prompt:05d}"
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        if sample == 0:
+            atomic_write(folder / "metadata.jsonl", json.dumps(prompts.metadata[prompt]))
+        atomic_write(folder / "samples" / f"{sample:05d}.png", run.path(index).read_bytes())
+    return out

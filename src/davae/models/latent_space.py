@@ -1,0 +1,124 @@
+"""The latent space of any image autoencoder, of diffusers or of davae: opened, encoded to, decoded from, scaled.
+
+Three kinds of numbers: images ``[B, 3, H, W]`` in [-1, 1]; *raw* latents ``[B, C, h, w]``, which the autoencoder
+encodes to and decodes from; and *model space*, ``(raw - shift) * scale``, which a diffusion model sees. Autoencoders of
+videos take and give single frames without their axis.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from davae.errors import DavaeError
+from davae.latents import latent_affine, to_raw, to_scaled
+from davae.models.autoencoder_da import AutoencoderDA
+from davae.models.base_adapters import BaseAdapter, adapter_of
+from davae.models.dc_ae import PlainAutoencoderDC
+from davae.models.known_bases import LDMAutoencoderKL
+
+_OURS = {cls.__name__: cls for cls in (AutoencoderDA, LDMAutoencoderKL, PlainAutoencoderDC)}
+
+
+def open_autoencoder(folder: str | Path) -> ModelMixin:
+    """The autoencoder of a folder, or of a pipeline's folder, in eval mode.
+
+    Raises:
+        DavaeError: there is none, or its class is not known.
+    """
+    folder = Path(folder)
+    path = folder if (folder / "config.json").is_file() else folder / "vae"
+    if not (path / "config.json").is_file():
+        raise DavaeError(
+            f"{folder} is no autoencoder's folder: there is no config.json in it, nor in its vae/"
+        )
+    name = str(json.loads((path / "config.json").read_text(encoding="utf-8")).get("_class_name"))
+    model_class = _OURS.get(name) or getattr(diffusers, name, None)
+    if model_class is None or not name.startswith(("Autoencoder", *_OURS)):
+        raise DavaeError(f"{path} holds a {name}: expected an autoencoder of diffusers or of davae")
+    return model_class.from_pretrained(path).eval()
+
+
+def compression_of(model: ModelMixin) -> int:
+    """Image pixels a latent position, a side.
+
+    Raises:
+        DavaeError: the configuration does not tell.
+    """
+    for name in ("spatial_compression", "spatial_compression_ratio"):
+        if isinstance(getattr(model, name, None), int):
+            return int(getattr(model, name))
+    config: Any = model.config
+    widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    if not widths:
+        raise DavaeError(f"the configuration of {type(model).__name__} does not tell its compression")
+    return int(2 ** (len(widths) - 1))
+
+
+@torch.no_grad()
+def encode(model: ModelMixin, images: Tensor) -> Tensor:
+    """Raw latents ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in [-1, 1]: of a random posterior its mode.
+
+    Of an :class:`AutoencoderDA` they are ``[B, C + D, h, w]`` as pipelines hold them, details normalised.
+
+    Raises:
+        DavaeError: ``model.encode`` returns no latent that is known.
+    """
+    images = images.to(model.device, model.dtype)
+    if isinstance(model, AutoencoderDA):
+        return model.encode(images).latent_dist.mode()
+    return _adapter(model).encode(model, images)
+
+
+@torch.no_grad()
+def decode(model: ModelMixin, latents: Tensor) -> Tensor:
+    """Images ``[B, 3, H, W]``, about in [-1, 1], of raw latents as :func:`encode` gives them."""
+    latents = latents.to(model.device, model.dtype)
+    if isinstance(model, AutoencoderDA):
+        return model.decode(latents).sample
+    return _adapter(model).decode(model, latents)
+
+
+def to_model_space(model: ModelMixin, latent: Tensor, *, shifted: bool = True) -> Tensor:
+    """Raw latents ``[B, C, h, w]`` as a diffusion model sees them: ``(latent - shift) * scale``.
+
+    Args:
+        model: the autoencoder.
+        latent: raw.
+        shifted: False where the pipeline reads no ``shift_factor``; shift is then 0.
+    """
+    return to_scaled(latent, *_affine(model, shifted))
+
+
+def from_model_space(model: ModelMixin, latent: Tensor, *, shifted: bool = True) -> Tensor:
+    """The inverse of :func:`to_model_space`: what :func:`decode` takes."""
+    return to_raw(latent, *_affine(model, shifted))
+
+
+def _affine(model: ModelMixin, shifted: bool) -> tuple[Tensor, Tensor]:
+    if isinstance(model, AutoencoderDA):
+        shift, scale = model.adapter.normalisation(model.base)
+        details = latent_affine(model.config, model.layout.channels)
+        shift, scale = (torch.cat([a, b[len(a) :]]) for a, b in zip((shift, scale), details))
+    else:
+        shift, scale = _adapter(model).normalisation(model)
+    return (shift if shifted else torch.zeros_like(shift)), scale
+
+
+class _Undescribed(BaseAdapter):
+    """An autoencoder that nobody described: what every one of diffusers has in common."""
+
+    def detail_encoder(self, base: Any) -> Any:
+        raise DavaeError(f"{type(base).__name__} has no adapter")
+
+    joint_decoder = detail_encoder
+
+
+def _adapter(model: ModelMixin) -> BaseAdapter:
+    return adapter_of(model) or _Undescribed()

@@ -1,0 +1,175 @@
+"""The typed settings of a DC-AE training: one network, one set of images, three phases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from davae.choices import Crop
+from davae.recipes.data import ImageSettings
+from davae.recipes.loop import LoopSettings, OptimizerSettings
+from davae.recipes.section import NotNegative, Positive, Section, Share
+from davae.recipes.settings import ReconstructionSettings
+
+
+class DcArchitecture(Section):
+    """An ``AutoencoderDC``; compression is ``2 ** (len(block_out_channels) - 1)``."""
+
+    family: Literal["dc"] = "dc"
+    """Which autoencoder."""
+    block_out_channels: list[Positive]
+    """Channels by stage from the image to the latent, for encoder and decoder."""
+    latent_channels: Positive
+    """``C``, a divisor of the last of ``block_out_channels``."""
+    encoder_layers: list[NotNegative]
+    """Blocks per stage; 0 in the first leaves its resolution out, as in the published models."""
+    decoder_layers: list[NotNegative]
+    """Blocks per stage, from the image to the latent like ``block_out_channels``."""
+    residual_stages: Positive = 3
+    """First stages, of plain residual blocks (decoder: batch norm, ReLU). The others have EfficientViT blocks
+    (RMS norm, SiLU)."""
+    attention_head_dim: Positive = 32
+    """Channels of a head of the linear attention."""
+    residual_autoencoding: bool = True
+    """The shortcuts without parameters; off for the comparison."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> DcArchitecture:
+        count = len(self.block_out_channels)
+        for name in ("encoder_layers", "decoder_layers"):
+            if len(getattr(self, name)) != count:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries for {count} block_out_channels"
+                )
+        if self.block_out_channels[-1] % self.latent_channels:
+            raise ValueError(
+                f"latent_channels {self.latent_channels} must divide the last of block_out_channels "
+                f"({self.block_out_channels[-1]}): the shortcut at the latent averages whole groups"
+            )
+        return self
+
+
+class KlArchitecture(Section):
+    """A deep ``AutoencoderKL``, the baseline; compression is ``2 ** (len(block_out_channels) - 1)``."""
+
+    family: Literal["kl"]
+    """Which autoencoder."""
+    block_out_channels: list[Positive]
+    """Channels by stage from the image to the latent, for encoder and decoder."""
+    latent_channels: Positive
+    """``C``."""
+    layers_per_block: Positive = 2
+    """Residual blocks per stage."""
+    norm_num_groups: Positive = 32
+    """Groups of each group norm; divides every entry of ``block_out_channels``."""
+
+
+class DcAeDataSettings(ImageSettings):
+    """Where the images come from. Resolution and crops are the phases' own."""
+
+    crop: Crop = "random"
+    flip: bool = True
+    in_memory: bool = False
+    """Decode each image once and keep it; crops and flips are then drawn once too, windows every time."""
+
+
+class Phase(Section):
+    """One phase: its images, its losses, its loop."""
+
+    resolution: Positive
+    """Side of the square training image in pixels."""
+    path: str | None = None
+    """Other images than ``data.path``, for a phase that needs larger ones."""
+    windows_from: Positive | None = None
+    """Also cut windows of ``resolution`` from images read at this side."""
+    windows: Share = 0.5
+    """Share of the training images that are such windows."""
+    reconstruction: ReconstructionSettings = ReconstructionSettings()
+    optimizer: OptimizerSettings
+    loop: LoopSettings
+
+    @model_validator(mode="after")
+    def _windows_fit(self) -> Phase:
+        if self.windows_from is not None and self.windows_from < self.resolution:
+            raise ValueError(f"windows_from {self.windows_from} is below the resolution {self.resolution}")
+        return self
+
+
+class LatentPhase(Phase):
+    """Phase 2: only the layers around the latent."""
+
+    stages: Positive = 1
+    """Stages on each side of the latent that learn."""
+
+
+class HeadPhase(Phase):
+    """Phase 3: only the decoder's head."""
+
+    stages: NotNegative = 1
+    """Stages before the output convolution that learn with it."""
+
+
+class MeasureSettings(Section):
+    """What each phase is measured on, before and after."""
+
+    resolutions: list[Positive]
+    """Sides in pixels; held-out images are read at each of them."""
+    path: str | None = None
+    """Other images than ``data.path``; the same share of them is held out."""
+    scaling_images: Positive = 1024
+    """Most training images used to measure ``scaling_factor``."""
+
+
+class DcAeRecipe(Section):
+    """A deep compression autoencoder from nothing, with decoupled high-resolution adaptation."""
+
+    kind: Literal["dc-ae"]
+    """Which sections the file has."""
+    description: str
+    """One line for people."""
+    data: DcAeDataSettings = DcAeDataSettings()
+    architecture: Annotated[DcArchitecture | KlArchitecture, Field(discriminator="family")]
+    phase1: Phase
+    """Low resolution, everything, reconstruction only."""
+    phase2: LatentPhase | None = None
+    """High resolution, the layers around the latent, reconstruction only."""
+    phase3: HeadPhase | None = None
+    """Low resolution, the decoder's head, with the GAN."""
+    measure: MeasureSettings
+
+    @property
+    def compression(self) -> int:
+        """Pixels per latent position and side."""
+        return 2 ** (len(self.architecture.block_out_channels) - 1)
+
+    def _sides(self) -> Iterator[tuple[str, int]]:
+        for number, phase in enumerate((self.phase1, self.phase2, self.phase3), start=1):
+            if phase is not None:
+                yield f"phase{number}.resolution", phase.resolution
+        for side in self.measure.resolutions:
+            yield "measure.resolutions", side
+
+    @model_validator(mode="after")
+    def _compression_divides(self) -> DcAeRecipe:
+        f = self.compression
+        for where, side in self._sides():
+            if side % f:
+                below, above = side // f * f, (side // f + 1) * f
+                near = f"{below} or {above}" if below else f"{above}"
+                raise ValueError(
+                    f"{where} is {side} pixels, which the compression {f} does not divide; take {near}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _gan_comes_last(self) -> DcAeRecipe:
+        for name in ("phase1", "phase2"):
+            phase = getattr(self, name)
+            if phase is not None and phase.reconstruction.gan.weight:
+                raise ValueError(
+                    f"{name}.reconstruction.gan.weight is {phase.reconstruction.gan.weight}: the GAN belongs to "
+                    "phase 3, where it needs neither high resolution nor the latent; set it to 0 here"
+                )
+        return self

@@ -1,0 +1,419 @@
+"""The typed settings of a training: what a recipe file may say, with defaults and limits.
+
+Each class is one section of a recipe. The docstring below a field is its description: units, and the source of a
+default. `davae.recipes.read` reads files into these classes and turns mistakes into one clear line.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from davae.choices import (
+    AlignmentForm,
+    AlignmentTarget,
+    FrozenDtype,
+    LatentSpace,
+    LevelOrder,
+    LossForm,
+    NewChannelsStart,
+    Reduction,
+    SavedDtype,
+    Scale,
+    ScheduleShape,
+    Scheme,
+    TuneMode,
+)
+from davae.recipes.data import DataSettings
+from davae.recipes.loop import LoopSettings, OptimizerSettings
+from davae.recipes.section import NotNegative, Positive, PositiveFloat, Probability, Section, Share, Weight
+
+
+class AlignmentSettings(Section):
+    """Detail alignment, Eq. 3 and 4."""
+
+    form: AlignmentForm = "mean"
+    """What is compared with the base latent: grouped means (the paper), similarities of positions, or a learned
+    projection."""
+    weight: Weight = 0.5
+    """Factor of the alignment term; 0 leaves it out."""
+    adaptive: bool = False
+    """Multiply the weight by the gradient ratio |grad rec| / |grad alignment| at the last shared layer."""
+    target: AlignmentTarget = "base"
+    """With several levels: tie each level's details to the base latent, or to all channels below the level."""
+
+
+class GanSettings(Section):
+    """PatchGAN discriminator; off while ``weight`` is 0."""
+
+    weight: Weight = 0.0
+    """Factor of the generator's hinge loss."""
+    start_step: NotNegative = 0
+    """Step from which the discriminator learns and the generator sees it."""
+    adaptive: bool = True
+    """Multiply the weight by the gradient ratio |grad rec| / |grad gan| at the decoder's last layer."""
+    filters: Positive = 64
+    """Channels of the discriminator's first convolution."""
+    layers: Positive = 3
+    """Convolutions of stride 2."""
+    learning_rate: PositiveFloat = 1e-4
+    """Of the discriminator's AdamW, constant."""
+    betas: tuple[float, float] = (0.5, 0.9)
+    """Of the discriminator's AdamW."""
+
+
+class ReconstructionSettings(Section):
+    """The terms that compare a reconstruction with its image."""
+
+    l1_weight: Weight = 1.0
+    """Mean absolute error of pixels in [-1, 1]."""
+    mse_weight: Weight = 0.0
+    """Mean squared error of pixels in [-1, 1]."""
+    laplacian_weight: Weight = 0.0
+    """L1 on a Laplacian pyramid: weight-free, keeps fine structure from blurring."""
+    lpips_weight: Weight = 0.0
+    """LPIPS (VGG); needs the ``lpips`` extra and its backbone file."""
+    lpips_backbone: str | None = None
+    """File of the VGG-16 weights (torchvision layout, safetensors or .pth)."""
+    dino_weight: Weight = 0.0
+    """Distance through the layers of a DINO network; 250 to 1000 beside an L1 of weight 1 is usual."""
+    dino_backbone: str | None = None
+    """Folder of the network (transformers layout: ``config.json``, ``model.safetensors``)."""
+    kl_weight: Weight = 1e-6
+    """KL divergence of the posterior from a standard normal."""
+    kl_reduction: Reduction = "mean"
+    """Over a sample's elements; ``mean`` is the ImageNet code's, ``sum`` the usual form."""
+    gan: GanSettings = GanSettings()
+
+
+class AutoencoderModelSettings(Section):
+    """Options of ``AutoencoderDA.from_base``."""
+
+    scale: Scale = 2
+    """Side of the full image over the side of the base's."""
+    detail_channels: Positive | Annotated[list[Positive], Field(min_length=1)]
+    """``D``, a multiple of ``scale ** 2 / 2``; with ``D = scale ** 2 C`` the start is the base VAE at full resolution.
+    A list means nested levels, each of a factor 2: the channels that each one adds."""
+    start_from: str | None = None
+    """Folder of a trained autoencoder whose levels are the first ones here."""
+    antialias: bool = True
+    """Antialias the bicubic reduction to base resolution."""
+    clamp_base_image: bool = False
+    """Clamp the reduced image to [-1, 1]."""
+    base_latent_space: LatentSpace = "scaled"
+    """What alignment and joint decoder see: ``(z - shift) * scale`` as the diffusion model does, or ``z``."""
+    detail_dropout: Probability = 0.1
+    """Share of training samples whose details are zeroed in front of the decoder."""
+    warm_blocks: bool = True
+    """Start the new blocks from the base's layers they replace; ``false`` is the official start."""
+
+    @model_validator(mode="after")
+    def _a_factor_of_two_a_level(self) -> AutoencoderModelSettings:
+        nested = self.detail_channels if isinstance(self.detail_channels, list) else []
+        if nested and self.scale != 2 ** len(nested):
+            raise ValueError(
+                f"{len(nested)} levels of detail_channels make a scale of {2 ** len(nested)}, not {self.scale}"
+            )
+        return self
+
+
+class AutoencoderSettings(Section):
+    """The autoencoder stage: detail encoder and joint decoder."""
+
+    model: AutoencoderModelSettings
+    alignment: AlignmentSettings = AlignmentSettings()
+    reconstruction: ReconstructionSettings = ReconstructionSettings()
+    levels: LevelOrder = "sequential"
+    """Several levels: one training after another, each with the lower levels frozen, or one training for all."""
+    optimizer: OptimizerSettings
+    loop: LoopSettings
+    """With sequential levels, of each level's training."""
+    statistics_images: Positive = 10_000
+    """Most images used to measure the detail channels' mean and standard deviation."""
+
+
+class LoraSettings(Section):
+    """Low-rank adapters on the transformer's own layers (peft)."""
+
+    rank: Positive = 16
+    """Rank of each adapter."""
+    alpha: Positive = 16
+    """Adapters are scaled by ``alpha / rank``."""
+    targets: list[str] | None = None
+    """Module name suffixes; none takes the usual ones of the transformer's family."""
+
+
+class SigmaTableSettings(Section):
+    """``sigma = table[int(steps u)]``: a scheduler made with one shift and set to another, times truncated."""
+
+    config_shift: PositiveFloat = 3.0
+    """Shift that the scheduler was made with."""
+    train_shift: PositiveFloat = 4.0
+    """Shift that it is set to."""
+    steps: Positive = 1000
+    """Entries of the table."""
+
+
+class TimestepSettings(Section):
+    """How noise levels are drawn: ``sigma`` is the share of noise, 1 is pure noise."""
+
+    scheme: Scheme = "logit_normal"
+    """Distribution of ``sigma`` before the shift; ``logit_normal`` is the sigmoid of a Gaussian."""
+    logit_mean: float = 0.0
+    """Mean of that Gaussian; above 0 favours noise."""
+    logit_std: PositiveFloat = 1.0
+    """Standard deviation of that Gaussian."""
+    shift: PositiveFloat | None = None
+    """``sigma <- shift sigma / (1 + (shift - 1) sigma)``; above 1 favours noise. None takes the shift that the
+    pipeline samples with at the training's token count (1 for the class-conditional pipeline)."""
+    table: SigmaTableSettings | None = None
+    """Take noise levels from a table instead of shifting them: the official SD3 training."""
+
+    @model_validator(mode="after")
+    def _one_shift(self) -> TimestepSettings:
+        if self.table is not None and self.shift is not None:
+            raise ValueError("shift and table exclude each other: the table holds its own shifts")
+        return self
+
+
+class FlowLossSettings(Section):
+    """The diffusion loss, Eq. 12 and 13, and the official code's variants."""
+
+    form: LossForm = "velocity"
+    """Compare ``noise - data``, or the data it implies (official SD3 training). Flow models only."""
+    min_snr_gamma: PositiveFloat | None = None
+    """Weigh samples by ``min((1 - t) / t, gamma)``, ``t`` the share of noise; none weighs them alike."""
+    cosine_weight: Weight = 0.0
+    """Weight of ``1 - cos(prediction, target)`` over channels, not scheduled (LightningDiT)."""
+    variance_weight: Weight = 1.0
+    """Weight of the variational bound of variances that a transformer predicts beside the noise (DiT, PixArt), in
+    bits; 0 leaves them as they are. Others have no such term."""
+    detail_warmup_steps: NotNegative = 0
+    """``N`` of Eq. 12: steps over which the detail channels' loss fades in."""
+    detail_schedule: ScheduleShape = "cosine"
+    """How it fades in; ``constant`` gives it full weight from the first step."""
+
+
+class TuneSettings(Section):
+    """Which weights of the transformer learn."""
+
+    mode: TuneMode = "full"
+    """All weights, adapters with the widened layers in full, or the new channels only (base weights stay bit-equal)."""
+    lora: LoraSettings = LoraSettings()
+    new_channels_learning_rate: PositiveFloat | None = None
+    """Learning rate of the widened input and output layers; none takes the optimizer's."""
+    new_channels_start: NewChannelsStart = "zero"
+    """Weights of the new channels at step 0. ``random`` is for ablations: with the spread of the base's own weights,
+    so that step 0 is no longer the pretrained model."""
+    frozen_dtype: FrozenDtype = "float32"
+    """Precision of the weights that do not learn; those that do stay in float32. ``bfloat16`` halves the memory
+    of the transformer, needs ``loop.precision=bf16``, and the result is saved in it."""
+    add_qk_norm: bool = False
+    """LightningDiT without QK-norm: put it in, as the official ImageNet training does. Attention changes at once,
+    so the start is no longer an exact copy of the base."""
+
+
+class PromptSettings(Section):
+    """Text-conditional models: how captions become what the transformer sees."""
+
+    dropout: Probability = 0.1
+    """Share of samples trained with the empty prompt, for classifier-free guidance."""
+    max_length: Positive | None = None
+    """Tokens a prompt is cut or padded to; none takes the pipeline's default (SD3 256, FLUX 512, ...)."""
+    guidance: float = 3.5
+    """What a guidance-distilled transformer (FLUX.1-dev) is told in training."""
+    validation: list[str] = Field(default=[])
+    """Prompts of the validation images; empty takes captions of held-out images."""
+
+
+class SampleSettings(Section):
+    """Sampling for validation pictures and the report."""
+
+    num_inference_steps: Positive = 25
+    """Steps of the sampler."""
+    guidance_scale: float = 3.0
+    """Classifier-free guidance; 1 is none."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Class-conditional pipelines: guide only while ``start <= t <= end``, where t = 0 is noise."""
+
+
+class DiffusionSettings(Section):
+    """The diffusion stage: the warm-started transformer."""
+
+    tune: TuneSettings = TuneSettings()
+    prompts: PromptSettings = PromptSettings()
+    timesteps: TimestepSettings = TimestepSettings()
+    loss: FlowLossSettings = FlowLossSettings()
+    optimizer: OptimizerSettings
+    loop: LoopSettings
+    sample: SampleSettings = SampleSettings()
+
+    @model_validator(mode="after")
+    def _frozen_weights_fit(self) -> DiffusionSettings:
+        if self.tune.frozen_dtype == "bfloat16":
+            if self.tune.mode == "full":
+                raise ValueError("tune.frozen_dtype=bfloat16 needs frozen weights: set tune.mode=lora")
+            if self.loop.precision != "bf16":
+                raise ValueError("tune.frozen_dtype=bfloat16 needs loop.precision=bf16")
+        return self
+
+
+class UpgradeRecipe(Section):
+    """A whole upgrade: the base, the data, and both stages."""
+
+    kind: Literal["upgrade"] = "upgrade"
+    """Which sections the file has."""
+    description: str
+    """One line for people."""
+    base: str = "tiny"
+    """``tiny`` (embedded), ``debug`` (random weights), a pipeline folder, or a name on the hub."""
+    base_revision: str | None = None
+    """A name on the hub: the branch, tag or commit to take; none takes the newest. The run's environment.json says
+    which commit it was, to be pinned here."""
+    base_remote_code: bool = False
+    """Whether Python files that lie beside the base's weights may be executed."""
+    data: DataSettings = DataSettings()
+    autoencoder: AutoencoderSettings
+    diffusion: DiffusionSettings
+
+
+class BaseAutoencoderArchitecture(Section):
+    """A small ``AutoencoderKL``; compression is ``2 ** (len(block_out_channels) - 1)``."""
+
+    block_out_channels: list[Positive]
+    """Channels by stage from the image to the latent."""
+    latent_channels: Positive
+    """``C``."""
+    layers_per_block: Positive = 1
+    """Residual blocks per stage."""
+    norm_num_groups: Positive = 8
+    """Groups of each group norm; divides every entry of ``block_out_channels``."""
+
+
+class BaseAutoencoderSettings(Section):
+    """First half of a base training: the autoencoder."""
+
+    architecture: BaseAutoencoderArchitecture
+    reconstruction: ReconstructionSettings = ReconstructionSettings()
+    optimizer: OptimizerSettings
+    loop: LoopSettings
+
+
+class BaseTransformerArchitecture(Section):
+    """A LightningDiT transformer."""
+
+    hidden_size: Positive
+    """Width of a token, a multiple of 4 times the heads."""
+    num_layers: Positive
+    """Transformer blocks."""
+    num_attention_heads: Positive
+    """Heads of each attention."""
+    patch_size: Positive = 1
+    """Side of a token in latent positions."""
+    qk_norm: bool = True
+    """Normalise queries and keys."""
+    class_dropout: Probability = 0.1
+    """Share of samples trained without their class, for classifier-free guidance."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> BaseTransformerArchitecture:
+        if self.hidden_size % (4 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of 4 x num_attention_heads "
+                f"({self.num_attention_heads}): 2-D rotary positions split a head in four"
+            )
+        return self
+
+
+class StartFromSettings(Section):
+    """A native fine-tune: a pipeline's autoencoder is kept and its transformer is the start."""
+
+    pipeline: str
+    """A class-conditional pipeline's folder, ``tiny`` or ``debug``; a bundled configuration for dry runs."""
+    patch_size: Positive | None = None
+    """Another patch size, a multiple of the pipeline's: twice the resolution at the same number of tokens."""
+    qk_norm: bool | None = None
+    """Put QK-norm in, or take it as it is."""
+
+
+class BaseTransformerSettings(Section):
+    """Second half of a base training: the transformer on the autoencoder's latents."""
+
+    architecture: BaseTransformerArchitecture | None = None
+    """Left out with ``start_from``, whose pipeline has one."""
+    timesteps: TimestepSettings = TimestepSettings()
+    loss: FlowLossSettings = FlowLossSettings()
+    optimizer: OptimizerSettings
+    loop: LoopSettings
+    sample: SampleSettings = SampleSettings()
+
+
+class BaseRecipe(Section):
+    """A class-conditional base pipeline from nothing: autoencoder, then transformer."""
+
+    kind: Literal["base"]
+    """Which sections the file has."""
+    description: str
+    """One line for people."""
+    data: DataSettings = DataSettings()
+    downsample: Positive = 1
+    """Images are rendered or read at ``data.resolution`` and reduced by this factor, as the base of
+    an upgrade sees them."""
+    full_resolution_crops: Share = 0.0
+    """Share of the autoencoder's training images that are crops at full resolution, not reduced ones."""
+    save_dtype: SavedDtype = "float32"
+    """Precision of the saved weights; training is not affected."""
+    start_from: StartFromSettings | None = None
+    """A pipeline to fine-tune; none trains both halves from nothing."""
+    autoencoder: BaseAutoencoderSettings | None = None
+    """Left out with ``start_from``, whose pipeline has one."""
+    transformer: BaseTransformerSettings
+
+    @model_validator(mode="after")
+    def _one_start(self) -> BaseRecipe:
+        own = {"autoencoder": self.autoencoder, "transformer.architecture": self.transformer.architecture}
+        given = [name for name, value in own.items() if value is not None]
+        if self.start_from is not None and given:
+            raise ValueError(f"with start_from, {' and '.join(given)} come from its pipeline: leave out")
+        if self.start_from is None and len(given) < 2:
+            absent = [name for name in own if name not in given]
+            raise ValueError(f"{' and '.join(absent)} needed, or start_from")
+        return self
+
+    @model_validator(mode="after")
+    def _reads_everything(self) -> BaseRecipe:
+        cached = self.data.cache is not None or self.data.cache_dtype != "float32"
+        if cached and (self.start_from is None or self.downsample > 1):
+            raise ValueError(
+                "data.cache and data.cache_dtype need start_from, whose autoencoder is there beforehand, and "
+                "downsample=1. Leave them out; data.cache_latents=true keeps the latents in memory"
+            )
+        if self.data.buckets is not False:
+            raise ValueError("data.buckets: the training of a base has one size; set data.buckets=false")
+        if self.start_from is not None and self.full_resolution_crops:
+            raise ValueError(
+                "full_resolution_crops are for training an autoencoder; with start_from, leave out"
+            )
+        return self
+
+
+class AblationRecipe(Section):
+    """Variants of one upgrade recipe: the same data, steps and seeds, some settings changed."""
+
+    kind: Literal["ablation"]
+    """Which sections the file has."""
+    description: str
+    """One line for people."""
+    recipe: str
+    """The upgrade recipe that every variant starts from, by name or file."""
+    overrides: tuple[str, ...] = ()
+    """``section.key=value``, for every variant."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    """Every variant is trained once with each."""
+    samples: Positive = 192
+    """Images generated for the generation metrics, classes in turn."""
+    features: str | None = None
+    """A network for distances of features, as ``davae evaluate generation --features`` takes it."""
+    variants: Annotated[dict[str, list[str]], Field(min_length=1)]
+    """Name to the overrides that make the variant. The first is what the others are compared with."""

@@ -1,0 +1,193 @@
+"""Recipes: typed, strict, read without torch; what a run may continue with."""
+
+import copy
+import functools
+import operator
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import davae
+from davae.errors import DavaeError
+from davae.recipes.read import (
+    KINDS,
+    differing_keys,
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_names,
+    resumable_keys,
+    sections_of,
+)
+from davae.recipes.settings import ReconstructionSettings
+from davae.training.run_directory import RunDirectory
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_reads_and_survives_a_round_trip(name):
+    recipe = load_recipe(name)
+    again = parse_recipe(yaml.safe_load(dump_recipe(recipe)), "round trip")
+    assert again == recipe
+
+
+def test_overrides_change_exactly_what_they_name():
+    plain = load_recipe("tiny").model_dump(mode="json")
+    changed = load_recipe(
+        "tiny", ["data.path=photos/", "autoencoder.optimizer.learning_rate=1e-4", "autoencoder.loop.steps=7"]
+    ).model_dump(mode="json")
+    assert {d.split(":")[0] for d in differing_keys(changed, plain)} == {
+        "data.path",
+        "autoencoder.optimizer.learning_rate",
+        "autoencoder.loop.steps",
+    }
+    assert changed["autoencoder"]["optimizer"]["learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("autoencoder.loop.setps=3", "did you mean 'autoencoder.loop.steps'"),
+        ("autoencoder.steps=3", "did you mean 'autoencoder.loop.steps'"),
+        ("autoencoder.loop.steps=-3", "autoencoder.loop.steps"),
+        ("autoencoder.loop.steps=many", "autoencoder.loop.steps"),
+        ("autoencoder.model.scale=3", "autoencoder.model.scale"),
+        ("diffusion.tune.mode=some", "diffusion.tune.mode"),
+        ("nonsense", "section.key=value"),
+        ("base.name=x", "is a value, not a section"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(override, message):
+    with pytest.raises(DavaeError, match=re.escape(message)) as caught:
+        load_recipe("tiny", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_recipe_names_the_nearest():
+    with pytest.raises(DavaeError, match="did you mean 'tiny'"):
+        load_recipe("tinny")
+
+
+def test_a_broken_file_is_named(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: [tiny")
+    with pytest.raises(DavaeError, match=r"mine\.yaml is not valid YAML"):
+        load_recipe(file)
+
+
+#: Last parts of the names of the settings with which a run may continue changed, in any section of any recipe.
+RESUMABLE = {
+    "batch_size",
+    "gradient_accumulation",
+    "gradient_checkpointing",
+    "precision",
+    "workers",
+    "timeout_s",
+    "cache",
+    "cache_latents",
+    "log_every",
+    "checkpoint_every",
+    "checkpoints_total_limit",
+    "report_to",
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["debug-text", "imagenet-512-native", "tiny-base", "dc-ae-f64c128", "sd-vae-f64"]
+)
+def test_a_run_continues_with_other_values_of_the_resumable_settings_alone(name, tmp_path):
+    ours = load_recipe(name).model_dump(mode="json")
+    keys = list(_leaves(ours))
+    resumable = {key for key in keys if key.rpartition(".")[2] in RESUMABLE}
+    assert resumable_keys(ours["kind"]) & set(keys) == resumable
+    assert any("batch_size" in key for key in resumable)
+    theirs = copy.deepcopy(ours)
+    for key in resumable:
+        *path, last = key.split(".")
+        functools.reduce(operator.getitem, path, theirs)[last] = "other"
+    with RunDirectory(tmp_path, theirs).locked():
+        pass
+    with RunDirectory(tmp_path, ours).locked():
+        pass
+    other = next(key for key in keys if key.endswith("loop.seed"))
+    *path, last = other.split(".")
+    functools.reduce(operator.getitem, path, theirs)[last] = 77
+    with pytest.raises(DavaeError, match=rf"{re.escape(other)}: 0 -> 77"):
+        RunDirectory(tmp_path, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_resumable_settings_are_these(kind):
+    names = {f"{path}.{name}".lstrip(".") for path, s in sections_of(KINDS[kind]) for name in s.model_fields}
+    assert resumable_keys(kind) == {name for name in names if name.rpartition(".")[2] in RESUMABLE}
+
+
+def _leaves(values, prefix=""):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def test_reading_recipes_imports_nothing_heavy():
+    """A mistyped key is answered at once. The package's own ``__init__`` is left out: recipes stand below all else."""
+    code = f"""
+import sys, types
+davae = sys.modules["davae"] = types.ModuleType("davae")
+davae.__path__ = [{str(Path(davae.__file__).parent)!r}]
+from davae.recipes.read import load_recipe
+import davae.recipes.presets
+load_recipe("tiny")
+print(sorted({{m.partition(".")[0] for m in sys.modules}} & {{"torch", "diffusers", "transformers", "numpy"}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_settings_that_came_since(tmp_path):
+    recipe = load_recipe("debug").model_dump(mode="json")
+    older = copy.deepcopy(recipe)
+    del older["diffusion"]["loss"]["variance_weight"], older["autoencoder"]["reconstruction"]["kl_weight"]
+    with RunDirectory(tmp_path, {**older, "autoencoder_folder": "here"}).locked():
+        pass
+    default = ReconstructionSettings().kl_weight
+    recipe["autoencoder"]["reconstruction"]["kl_weight"] = default
+    with RunDirectory(tmp_path, {**recipe, "autoencoder_folder": "here"}).locked():
+        pass
+    recipe["diffusion"]["loss"]["variance_weight"] = 0.5
+    with pytest.raises(DavaeError, match=r"variance_weight: 1\.0 -> 0\.5"):
+        RunDirectory(tmp_path, {**recipe, "autoencoder_folder": "here"})
+
+
+def test_a_run_goes_on_with_latents_read_otherwise(tmp_path):
+    """A bundled recipe may keep latents one day, or read them from a cache: what is learnt is the same."""
+    older = load_recipe("tiny-base").model_dump(mode="json")
+    older["data"] |= {"cache_latents": False, "cache": None}
+    with RunDirectory(tmp_path, older).locked():
+        pass
+    with RunDirectory(tmp_path, load_recipe("tiny-base").model_dump(mode="json")).locked():
+        pass
+
+
+def test_a_run_of_an_earlier_version_with_random_crops_goes_on(tmp_path):
+    """It let latents be asked for beside random crops, and kept none."""
+    recipe = load_recipe("tiny", ["data.crop=random", "data.cache_latents=false"]).model_dump(mode="json")
+    older = copy.deepcopy(recipe)
+    older["data"]["cache_latents"] = True
+    del older["diffusion"]["loss"]["variance_weight"]  # came since
+    with RunDirectory(tmp_path, older).locked():
+        pass
+    with RunDirectory(tmp_path, recipe).locked():
+        pass
+
+
+def test_a_setting_that_was_taken_away_is_dropped_where_it_said_nothing():
+    assert (
+        "plain" not in load_recipe("debug", ["diffusion.loop.plain=false"]).model_dump()["diffusion"]["loop"]
+    )
+    with pytest.raises(DavaeError, match=r"diffusion.loop.*'plain' is gone.*Remove it"):
+        load_recipe("debug", ["diffusion.loop.plain=true"])
