@@ -5,13 +5,14 @@ import time
 import pytest
 import torch
 
-from davae.benchmark import SideBySide, median_seconds, peak_memory_bytes, side_by_side
+from davae.benchmark import SideBySide, peak_memory_bytes, side_by_side
 from davae.errors import DavaeError
 
 
 def test_median_is_about_the_time_slept_and_warmup_is_not_counted() -> None:
     waits = iter([0.2, 0.01, 0.01, 0.01])
-    assert 0.009 < median_seconds(lambda: time.sleep(next(waits)), 3, warmup=1) < 0.1
+    timed = side_by_side({"sleep": lambda: time.sleep(next(waits))}, 3, warmup=1)
+    assert 0.009 < timed.medians["sleep"] < 0.1
     assert next(waits, None) is None
 
 
@@ -48,7 +49,7 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(DavaeError, match="no CUDA device"):
         peak_memory_bytes("cuda")
     with pytest.raises(DavaeError, match="repeats must be at least 1"):
-        median_seconds(lambda: None, 0)
+        side_by_side({"nothing": lambda: None}, 0)
     with pytest.raises(DavaeError, match="no function"):
         side_by_side({})
     assert sys.platform

@@ -15,7 +15,7 @@ from davae.evaluation.features.inception_network import InceptionNetwork
 from davae.evaluation.features.resize import resize_tensorflow1
 from davae.evaluation.features.transformers_model import preprocessing
 from davae.runtime.pictures import to_bytes
-from davae.tiny.small_text import clip_tokenizer
+from davae.tiny.small_text import clip
 
 _SMALL = {
     "hidden_size": 16,
@@ -78,7 +78,7 @@ def test_a_timm_network_is_seen_as_it_was_trained_and_timm_named_where_it_is_mis
 
 
 def test_clip_embeds_images_and_texts(tmp_path):
-    tokenizer = clip_tokenizer()
+    tokenizer = clip(projection=False)["tokenizer"]
     tokenizer.save_pretrained(tmp_path)
     text = {k: v for k, v in _SMALL.items() if "size" not in k or k in ("hidden_size", "intermediate_size")}
     text |= {"vocab_size": len(tokenizer), "max_position_embeddings": 8}

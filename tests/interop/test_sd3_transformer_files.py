@@ -10,14 +10,14 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import save_file
 from tests.conftest import load_case, parity_cases, relative_error
-from tests.parity.test_warm_start import layout_of, official_weights, original, predict
+from tests.parity.test_warm_start import layout_of, official_weights, original, predict, to_official_order
 from torch import Tensor
 from typer.testing import CliRunner
 
 from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.interop.conversion import convert_sd3_file
-from davae.interop.official_sd3_transformer import from_official_order, to_official, to_official_order
+from davae.interop.official_sd3_transformer import from_official_order, to_official
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
 from davae.pipelines import load_pipeline, upgrade_pipeline

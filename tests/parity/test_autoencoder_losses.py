@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from davae.interop.official_autoencoders import convert_discriminator, convert_imagenet
+from davae.interop.official_autoencoders import convert_imagenet
 from davae.latents import AlignmentLoss, adaptive_weight, gaussian_kl
-from davae.models import AutoencoderDA, hinge_discriminator_loss, hinge_generator_loss
+from davae.models import AutoencoderDA, PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
 from tests.conftest import ParityCase, load_case, parity_cases, relative_error
 
 TOLERANCE, WEIGHT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4, 5e-5
@@ -25,6 +25,16 @@ class Step:
     terms: dict[str, Tensor]
 
 
+def official_discriminator(case: ParityCase) -> PatchDiscriminator:
+    """The authors' PatchGAN, whose size is read off its weights."""
+    prefix = "loss.discriminator."
+    weights = {n.removeprefix(prefix): t for n, t in case.state_dict().items() if n.startswith(prefix)}
+    strided = sum(tensor.ndim == 4 for tensor in weights.values()) - 2  # all but the last two convolutions
+    model = PatchDiscriminator(filters=len(weights["main.0.weight"]), layers=strided)
+    model.load_state_dict(weights)
+    return model
+
+
 def generator_step(case: ParityCase) -> Step:
     model, _ = convert_imagenet(case.state_dict(), detail_dropout=0.0)
     settings, images = case.info["loss_config"], case.tensors["image"]
@@ -32,7 +42,7 @@ def generator_step(case: ParityCase) -> Step:
     z_d = posterior.mean + posterior.std * case.tensors["train_detail_noise"]
     assert relative_error(z_d.detach(), case.tensors["train_detail_sample"]) < TOLERANCE
     reconstruction = model.train().decode_structured(z, z_d)
-    discriminator = convert_discriminator(case.state_dict()).train()
+    discriminator = official_discriminator(case).train()
     nll = (images - reconstruction).abs().mean()
     adversarial = hinge_generator_loss(discriminator(reconstruction))
     alignment = AlignmentLoss(model.layout)(z_d, model.alignment_target(z))
@@ -86,7 +96,7 @@ def test_generator_terms_and_gradients(path: Path) -> None:
 def test_discriminator_terms(path: Path) -> None:
     case = load_case(path)
     expected = case.info["scalars"]["train_discriminator"]
-    discriminator = convert_discriminator(case.state_dict()).train()
+    discriminator = official_discriminator(case).train()
     discriminator(case.tensors["train_reconstruction"])  # the generator's pass comes first
     real, fake = discriminator(case.tensors["image"]), discriminator(case.tensors["train_reconstruction"])
     assert float(hinge_discriminator_loss(real, fake)) == pytest.approx(expected["disc_loss"], rel=TOLERANCE)

@@ -17,7 +17,6 @@ from davae.interop.official_sd3_transformer import (
     from_official_order,
     load_transformer,
     to_official,
-    to_official_order,
 )
 from davae.latents import LatentLayout
 from davae.models.lightningdit import LightningDiTTransformer2DModel
@@ -28,6 +27,12 @@ TOLERANCE = 1e-5
 SD3 = pytest.mark.parametrize("path", parity_cases("sd3_warm_start", having="original_output"))
 ORDERS = {"forward": "base_first", "reverse": "detail_first"}
 BRANCHES = {"extra.patch_embed": "pos_embed.proj.extra_conv", "extra.proj_out": "proj_out.extra_linear"}
+
+
+def to_official_order(latent: Tensor, layout: LatentLayout, order: str) -> Tensor:
+    """The inverse of `from_official_order`."""
+    base, detail = layout.split(latent)
+    return latent if order == "base_first" else torch.cat([detail, base], dim=1)
 
 
 def original(case: ParityCase) -> SD3Transformer2DModel:

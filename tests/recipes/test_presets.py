@@ -3,8 +3,7 @@ import torch
 import transformers
 
 from davae.benchmark.planner_architectures import build, find_architecture
-from davae.errors import DavaeError
-from davae.recipes.presets import find_preset, load_preset, preset_names
+from davae.recipes.presets import find_preset, preset_names
 
 #: What the authors publish, in billions.
 PUBLISHED = {
@@ -41,7 +40,8 @@ def test_every_preset_is_listed():
 
 @pytest.mark.parametrize("key", sorted(PUBLISHED))
 def test_preset_builds_the_published_model(key):
-    preset = load_preset(key)
+    preset = find_preset(key)
+    assert preset is not None
     count = sum(p.numel() for p in build(preset.transformer).parameters())
     assert count == preset.transformer_parameters
     assert count / 1e9 == pytest.approx(PUBLISHED[key], rel=0.01)
@@ -68,8 +68,6 @@ def test_preset_can_be_upgraded(key):
     assert all(p.device == torch.device("meta") for p in widened.parameters())
 
 
-def test_nearest_name_is_suggested():
+def test_names_on_the_hub_are_known_in_any_case():
     assert find_preset("Stabilityai/Stable-Diffusion-3.5-Medium") is find_preset("sd35-medium")
     assert find_preset("nothing") is None
-    with pytest.raises(DavaeError, match="did you mean 'sd35-medium'"):
-        load_preset("sd35-mediun")

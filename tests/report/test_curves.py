@@ -1,12 +1,16 @@
-"""Figures that set runs side by side."""
+"""Figures of docs/results that set runs side by side."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from davae.errors import DavaeError
-from davae.report.curves import save_curves, save_spectra
+
+_CURVES = runpy.run_path(str(Path(__file__).parents[2] / "docs/results/dc-ae/curves.py"))
+save_curves, save_spectra = _CURVES["save_curves"], _CURVES["save_spectra"]
 
 
 def _run(folder, values):

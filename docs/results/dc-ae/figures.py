@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from davae.report.curves import save_curves, save_spectra
+from curves import save_curves, save_spectra
 
 runs, out = Path(sys.argv[1]), Path(sys.argv[2])
 F64 = {

@@ -103,7 +103,6 @@ def make_contestants(
     steps: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    text_tokens: int | None = None,
     encode_text: bool = True,
 ) -> list[Contestant]:
     """Base at its share of the resolution, native at the full one, and one upgraded model a scale.
@@ -116,7 +115,6 @@ def make_contestants(
         batch: images at a time.
         steps: denoising steps; none takes the pipeline's.
         device, dtype: where and in what precision.
-        text_tokens: tokens of a prompt; none takes the pipeline's.
         encode_text: with the text encoders, where the architecture describes some.
 
     Raises:
@@ -124,7 +122,7 @@ def make_contestants(
     """
     encoders = text_encoders_of(architecture, device=device, dtype=dtype) if encode_text else None
     base, vae = _real(architecture.transformer, device, dtype), _real(architecture.vae, device, dtype)
-    text = architecture.text_tokens if text_tokens is None else text_tokens
+    text = {"text_tokens": architecture.text_tokens} if architecture.text_tokens else {}
     made = []
 
     def add(name: str, side: int, scale: int, transformer: ModelMixin, decoder: ModelMixin) -> None:
@@ -141,12 +139,7 @@ def make_contestants(
         generator = torch.Generator().manual_seed(0)
         latent = torch.randn(batch, channels, grid, grid, generator=generator).to(device, dtype)
         passes = architecture.passes
-        arguments = dummy_arguments(
-            transformer,
-            torch.cat([latent] * passes),
-            generator,
-            **({"text_tokens": text} if text else {}),
-        )
+        arguments = dummy_arguments(transformer, torch.cat([latent] * passes), generator, **text)
         made.append(
             Contestant(
                 name=name,

@@ -97,7 +97,6 @@ def bench_inference(
     dtype: str = "float32",
     attention: str = "native",
     compile: bool = False,
-    text_tokens: int | None = None,
     text: bool = True,
     end_to_end: bool = False,
 ) -> InferenceBenchmark:
@@ -119,7 +118,6 @@ def bench_inference(
         dtype: ``float32``, ``bfloat16`` or ``float16``, for all contestants.
         attention: backend of diffusers' attention dispatcher, for all contestants.
         compile: compile repeated blocks and decoders, of all contestants.
-        text_tokens: tokens of a prompt; none takes the pipeline's.
         text: with the text encoders, where the configuration describes some.
         end_to_end: also time whole images: text, every step and the decoder in one go.
 
@@ -138,7 +136,6 @@ def bench_inference(
         steps=steps,
         device=where,
         dtype=precision,
-        text_tokens=text_tokens,
         encode_text=text,
     )
     text_flops = contestants[0].text_flops()

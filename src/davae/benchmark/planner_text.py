@@ -28,13 +28,6 @@ def inference_line(plan: Plan) -> str:
     )
 
 
-def summary_lines(plan: Plan) -> list[str]:
-    """The plan in a few lines."""
-    lines = [f"base: {plan.base} ({plan.pipeline})", inference_line(plan)]
-    lines += [stage_line(plan, stage) for stage in STAGES]
-    return lines + notes(plan)
-
-
 def notes(plan: Plan) -> list[str]:
     """What the figures rest on, and what does not fit."""
     lines = [f"architecture: {plan.source}"]

@@ -57,10 +57,7 @@ class TextEncoders(nn.Module):
 
 
 def text_encoders_of(
-    architecture: Architecture,
-    *,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    architecture: Architecture, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TextEncoders | None:
     """The text encoders at the pipeline's prompt length; none where its configuration describes none."""
     if not architecture.text_encoders:

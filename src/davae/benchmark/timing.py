@@ -29,19 +29,6 @@ def _seconds(fn: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _check_counts(repeats: int, warmup: int) -> None:
-    if repeats < 1 or warmup < 0:
-        raise DavaeError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
-
-
-def median_seconds(fn: Callable[[], object], repeats: int = 5, *, warmup: int = 1) -> float:
-    """Median wall-clock seconds of a call, after ``warmup`` calls that are not counted."""
-    _check_counts(repeats, warmup)
-    for _ in range(warmup):
-        fn()
-    return median(_seconds(fn) for _ in range(repeats))
-
-
 @dataclass(frozen=True)
 class SideBySide:
     """Times of several functions, measured in turns.
@@ -84,7 +71,8 @@ def side_by_side(
     Raises:
         DavaeError: nothing to time, or counts that make no sense.
     """
-    _check_counts(repeats, warmup)
+    if repeats < 1 or warmup < 0:
+        raise DavaeError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
     if not functions:
         raise DavaeError("side_by_side was given no function to time")
     names = list(functions)

@@ -28,12 +28,7 @@ Reduction = Literal["mean", "none"]
 
 
 def structured_loss(
-    prediction: Tensor,
-    target: Tensor,
-    layout: LatentLayout,
-    weight: float,
-    *,
-    reduction: Reduction = "mean",
+    prediction: Tensor, target: Tensor, layout: LatentLayout, weight: float, *, reduction: Reduction = "mean"
 ) -> Tensor:
     """Eq. 13: ``(|u_hat - u|^2 + w |u_hat_d - u_d|^2) / (|B| + w |R|)`` per sample, then their mean.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from davae.errors import DavaeError
 
 logger = logging.getLogger(__name__)
+ModelT = TypeVar("ModelT", bound=nn.Module)
 _SHOWN = 20  # names of a kind in a message; a model of another size differs in hundreds
 
 
@@ -40,10 +42,7 @@ def require(weights: Mapping[str, Tensor], names: Sequence[str], what: str, pref
 
 
 def check_keys(
-    converted: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-    what: str,
-    unknown: Sequence[str] = (),
+    converted: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str, unknown: Sequence[str] = ()
 ) -> None:
     """The converted tensors are exactly the model's, by name and shape.
 
@@ -68,6 +67,27 @@ def check_keys(
     if any(faults.values()):
         ours = " (missing ones by their names in the diffusers model)" if faults["missing"] else ""
         raise DavaeError(f"this is not {what} as published. {listed(faults)}{ours}")
+
+
+def filled(model: ModelT, converted: Mapping[str, Tensor], what: str, unknown: Sequence[str] = ()) -> ModelT:
+    """The model with these weights, in eval mode; errors as :func:`check_keys`."""
+    check_keys(converted, model.state_dict(), what, unknown)
+    model.load_state_dict(dict(converted))
+    return model.eval()
+
+
+def channel_statistics(
+    given: tuple[Sequence[float], Sequence[float]], channels: int, what: str = "the latent"
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel.
+
+    Raises:
+        DavaeError: there are more or fewer than ``what`` has channels.
+    """
+    mean, std = (list(map(float, values)) for values in given)
+    if len(mean) != channels or len(std) != channels:
+        raise DavaeError(f"statistics of {len(mean)} and {len(std)} channels, {what} has {channels}")
+    return mean, std
 
 
 def set_aside(

@@ -103,12 +103,10 @@ def convert_vavae_file(
         resolution: image size that it was trained at.
         statistics: the file of the latent's statistics, see :func:`read_statistics`.
     """
-    read = None if statistics is None else read_statistics(statistics)
-    state = read_state_dict(file)
+    read, state = read_statistics(statistics), read_state_dict(file)
     with about_file(file):
         model, unused = convert_vavae(state, resolution=resolution, statistics=read)
-    _save(model, out)
-    return Converted(out, _described(model), _count(model), unused)
+    return _saved(model, out, unused)
 
 
 def convert_imagenet_file(
@@ -124,12 +122,10 @@ def convert_imagenet_file(
         statistics: of all channels, see :func:`read_statistics`.
     """
     vae = None if base is None else _vae(base)
-    read = None if statistics is None else read_statistics(statistics)
-    state = read_state_dict(file)
+    read, state = read_statistics(statistics), read_state_dict(file)
     with about_file(file):
         model, unused = convert_imagenet(state, base=vae, base_resolution=resolution, statistics=read)
-    _save(model, out)
-    return Converted(out, _described(model), _count(model), unused)
+    return _saved(model, out, unused)
 
 
 def convert_sd3_file(
@@ -176,12 +172,10 @@ def convert_sd3_file(
         return Converted(out, kind, _count(transformer))
     if lora is not None or vae is not None:
         raise DavaeError(f"{file} is no transformer of SD3: --lora and --vae go with the transformer's file")
-    base_vae = _vae(base)
-    read = None if statistics is None else read_statistics(statistics)
+    base_vae, read = _vae(base), read_statistics(statistics)
     with about_file(file):
         model, unused = convert_sd3(state, dict(base_vae.config), base=base_vae, statistics=read)
-    _save(model, out)
-    return Converted(out, _described(model), _count(model), unused)
+    return _saved(model, out, unused)
 
 
 def _sd3_entries(weights: Which) -> tuple[str, ...]:
@@ -210,12 +204,14 @@ def _sd3_pipeline(
     return fit_to_autoencoder(type(pipe)(**parts))
 
 
-def read_statistics(file: Path) -> Statistics:
+def read_statistics(file: Path | None) -> Statistics | None:
     """Mean and standard deviation of each channel: ``mean`` and ``std`` of a JSON file, or of one with tensors.
 
     Raises:
         DavaeError: no such file, or it holds something else.
     """
+    if file is None:
+        return None
     if file.suffix == ".json":
         try:
             content: Any = json.loads(file.read_text(encoding="utf-8"))
@@ -273,13 +269,14 @@ def _count(model: ModelMixin) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _described(model: Any) -> str:
-    name = type(model).__name__
-    if hasattr(model, "layout"):
-        compression = model.spatial_compression
-        return (
-            f"{name} f{compression}, {model.layout.base_channels} + {model.layout.detail_channels} channels"
-        )
-    return (
-        f"{name} f{2 ** (len(model.config.block_out_channels) - 1)}, {model.config.latent_channels} channels"
-    )
+def _saved(model: Any, out: Path, unused: list[str]) -> Converted:
+    """An autoencoder in its folder, and what it is."""
+    _save(model, out)
+    if isinstance(model, AutoencoderDA):
+        compression, layout = model.spatial_compression, model.layout
+        channels = f"{layout.base_channels} + {layout.detail_channels}"
+    else:
+        compression = 2 ** (len(model.config.block_out_channels) - 1)
+        channels = str(model.config.latent_channels)
+    kind = f"{type(model).__name__} f{compression}, {channels} channels"
+    return Converted(out, kind, _count(model), unused)

@@ -18,9 +18,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.interop.checking import check_keys, require, set_aside
+from davae.interop.checking import channel_statistics, filled, require, set_aside
 from davae.interop.ldm_names import ldm_class, ldm_config, translate_ldm
-from davae.models import AutoencoderDA, PatchDiscriminator
+from davae.models import AutoencoderDA
 
 _WHAT = "an official state dict"
 _ENCODER_END = "bypassed: the detail encoder ends before it"
@@ -63,7 +63,7 @@ _IMAGENET = _Published(
     unused={
         "da.encoder.conv_out.": _ENCODER_END,
         "da.decoder.conv_in.": _DECODER_START,
-        "loss.": "belongs to training, see convert_discriminator",
+        "loss.": "belongs to training",
     },
     needed=("base_encoder.conv_out.weight", "base_quant_conv.weight"),
     ldm=True,
@@ -134,7 +134,7 @@ def convert_imagenet(
     }
     details: dict[str, list[float]] = {}
     if statistics is not None:
-        mean, std = _statistics(statistics, weights[f"{_IMAGENET.up}.conv.weight"].shape[1], "the latent")
+        mean, std = channel_statistics(statistics, weights[f"{_IMAGENET.up}.conv.weight"].shape[1])
         base_config |= {"latents_mean": mean[:channels], "latents_std": std[:channels]}
         details = {"detail_mean": mean[channels:], "detail_std": std[channels:]}
     branch_config: dict[str, Any] = {
@@ -162,7 +162,6 @@ def convert_sd3(
     *,
     base: AutoencoderKL | None = None,
     statistics: tuple[Sequence[float], Sequence[float]] | None = None,
-    detail_dropout: float = 0.0,
 ) -> tuple[AutoencoderDA, list[str]]:
     """The SD3 autoencoder, "diff" mode: scaled base latent, clamped base image, details first in the decoder.
 
@@ -174,7 +173,6 @@ def convert_sd3(
         base: the SD3 VAE, for its decoder where the file does not hold it; without either ``decode_base``
             raises.
         statistics: per-channel mean and standard deviation of the ``D`` detail channels.
-        detail_dropout: for further training.
 
     Returns:
         The model in eval mode, and the names of official tensors that have no use in it.
@@ -190,7 +188,7 @@ def convert_sd3(
     details: dict[str, list[float]] = {}
     if statistics is not None:
         added = weights[f"{_SD3.up}.conv.weight"].shape[1] - int(base_config["latent_channels"])
-        mean, std = _statistics(statistics, added, "the detail latent")
+        mean, std = channel_statistics(statistics, added, "the detail latent")
         details = {"detail_mean": mean, "detail_std": std}
     model = _assemble(
         _SD3,
@@ -198,27 +196,10 @@ def convert_sd3(
         base,
         base_class="AutoencoderKL",
         base_config=base_config,
-        detail_dropout=detail_dropout,
+        detail_dropout=0.0,
         **details,
     )
     return model, unused
-
-
-def convert_discriminator(
-    state_dict: Mapping[str, Tensor], prefix: str = "loss.discriminator."
-) -> PatchDiscriminator:
-    """The official PatchGAN, whose size is read off its weights.
-
-    Raises:
-        DavaeError: there is none under ``prefix``, or tensors are missing, unknown or of another shape.
-    """
-    weights = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
-    require(weights, ("main.0.weight",), _WHAT, prefix)
-    strided = sum(tensor.ndim == 4 for tensor in weights.values()) - 2  # all but the last two convolutions
-    model = PatchDiscriminator(filters=len(weights["main.0.weight"]), layers=strided)
-    check_keys(weights, model.state_dict(), _WHAT)
-    model.load_state_dict(weights)
-    return model
 
 
 def _open(kind: _Published, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -226,15 +207,6 @@ def _open(kind: _Published, state_dict: Mapping[str, Tensor]) -> tuple[dict[str,
     weights, unused = set_aside(state_dict, kind.unused)
     require(weights, (*kind.needed, f"{kind.up}.conv.weight", f"{kind.down}.conv.weight"), _WHAT)
     return weights, unused
-
-
-def _statistics(
-    given: tuple[Sequence[float], Sequence[float]], channels: int, what: str
-) -> tuple[list[float], list[float]]:
-    mean, std = (list(map(float, values)) for values in given)
-    if len(mean) != channels or len(std) != channels:
-        raise DavaeError(f"statistics of {len(mean)} and {len(std)} channels, {what} has {channels}")
-    return mean, std
 
 
 def _assemble(
@@ -265,9 +237,7 @@ def _assemble(
         **kind.options,
         **config,
     )
-    check_keys(converted, model.state_dict(), _WHAT)
-    model.load_state_dict(converted)
-    return model.eval()
+    return filled(model, converted, _WHAT)
 
 
 def _with_decoder_of(base: AutoencoderKL, converted: dict[str, Tensor]) -> dict[str, Tensor]:

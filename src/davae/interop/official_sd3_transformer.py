@@ -176,12 +176,6 @@ def from_official_order(latent: Tensor, layout: LatentLayout, order: ChannelOrde
     return layout.join(base, detail)
 
 
-def to_official_order(latent: Tensor, layout: LatentLayout, order: ChannelOrder) -> Tensor:
-    """The inverse of `from_official_order`."""
-    base, detail = layout.split(latent)
-    return latent if order == "base_first" else torch.cat([detail, base], dim=1)
-
-
 def _require(state_dict: Mapping[str, Any], *, present: Sequence[str], absent: Sequence[str]) -> None:
     faults = {
         "missing": [name for name in present if name not in state_dict],

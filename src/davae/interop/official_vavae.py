@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.interop.checking import check_keys, require, set_aside
+from davae.interop.checking import channel_statistics, filled, require, set_aside
 from davae.interop.ldm_names import ldm_class, ldm_config, translate_ldm
 from davae.models.known_bases import LDMAutoencoderKL
 
@@ -67,23 +67,18 @@ def convert_vavae(
         "force_upcast": False,
     }
     if statistics is not None:
-        mean, std = (list(map(float, values)) for values in statistics)
-        if len(mean) != channels or len(std) != channels:
-            raise DavaeError(f"statistics of {len(mean)} and {len(std)} channels, the latent has {channels}")
+        mean, std = channel_statistics(statistics, channels)
         config |= {"latents_mean": mean, "latents_std": std}
     model_class = (
         AutoencoderKL if ldm_class(weights, {"encoder.": config}) == "AutoencoderKL" else LDMAutoencoderKL
     )
-    model = model_class(**config)
     converted: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         part, _, inner = name.partition(".")
         if part in ("encoder", "decoder"):
             inner, tensor = translate_ldm(inner, tensor, len(config["block_out_channels"]))
         converted[f"{part}.{inner}"] = tensor
-    check_keys(converted, model.state_dict(), _WHAT)
-    model.load_state_dict(converted)
-    return model.eval(), unused + left
+    return filled(model_class(**config), converted, _WHAT), unused + left
 
 
 def _prefer_ema(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

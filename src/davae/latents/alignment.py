@@ -102,13 +102,7 @@ class AlignmentLoss(nn.Module):
             return F.mse_loss(grouped_mean(z_d, self.layout.base_channels), z)
 
 
-def adaptive_weight(
-    reference_loss: Tensor,
-    loss: Tensor,
-    parameter: Tensor,
-    *,
-    maximum: float,
-) -> Tensor:
+def adaptive_weight(reference_loss: Tensor, loss: Tensor, parameter: Tensor, *, maximum: float) -> Tensor:
     """Weight that gives ``loss`` as large a gradient as ``reference_loss`` has, at one parameter.
 
     ``|d reference / d parameter| / (|d loss / d parameter| + 1e-4)``, clamped to ``[0, maximum]``, with

@@ -80,10 +80,7 @@ class LatentLayout:
         Raises:
             DavaeError: a part has another number of channels, or the parts differ in batch or grid.
         """
-        for name, part, expected in (
-            ("base", z, self.base_channels),
-            ("detail", z_d, self.detail_channels),
-        ):
+        for name, part, expected in (("base", z, self.base_channels), ("detail", z_d, self.detail_channels)):
             if part.shape[1] != expected:
                 raise DavaeError(f"the {name} latent has {part.shape[1]} channels, expected {expected}")
         if z.shape[0] != z_d.shape[0] or z.shape[2:] != z_d.shape[2:]:

@@ -4,7 +4,6 @@ from davae.report.build import build_report
 from davae.report.recorder import FigureRecorder
 from davae.report.schema import (
     Alignment,
-    Curve,
     Figures,
     Generation,
     Reconstruction,
@@ -15,7 +14,6 @@ from davae.report.schema import (
 
 __all__ = [
     "Alignment",
-    "Curve",
     "FigureRecorder",
     "Figures",
     "Generation",

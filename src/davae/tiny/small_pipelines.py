@@ -6,6 +6,7 @@ tests, a first try of a recipe, and bug reports. What they paint is noise.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from davae.errors import DavaeError
@@ -119,16 +121,18 @@ def _kl_16_channels_style(levels: int = 3) -> AutoencoderKL:
     return _kl(levels, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
 
 
+def _transformer(kind: type[ModelMixin], **further: Any) -> ModelMixin:
+    """Two layers of two heads, latents in patches of two by two; as far as the class has a word for it."""
+    sizes = {"patch_size": 2, "in_channels": CHANNELS, "num_layers": 2, "attention_head_dim": 8}
+    sizes |= {"num_attention_heads": 2, "joint_attention_dim": text.WIDTH, "sample_size": 8}
+    known = inspect.signature(kind).parameters
+    return kind(**{name: size for name, size in sizes.items() if name in known} | further)
+
+
 def _sd3() -> DiffusionPipeline:
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=CHANNELS,
+    transformer = _transformer(
+        SD3Transformer2DModel,
         out_channels=CHANNELS,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=text.WIDTH,
         caption_projection_dim=16,
         pooled_projection_dim=2 * text.CLIP_WIDTH,
         pos_embed_max_size=32,
@@ -139,24 +143,19 @@ def _sd3() -> DiffusionPipeline:
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_kl_16_channels_style(),
-        text_encoder=text.clip_encoder(projection=True),
-        tokenizer=text.clip_tokenizer(),
-        text_encoder_2=text.clip_encoder(projection=True),
-        tokenizer_2=text.clip_tokenizer(),
-        text_encoder_3=text.t5_encoder(),
-        tokenizer_3=text.t5_tokenizer(),
+        **text.clip(projection=True),
+        **text.clip("_2", projection=True),
+        **text.t5("_3"),
     )
 
 
 def _flux() -> DiffusionPipeline:
-    transformer = FluxTransformer2DModel(
+    transformer = _transformer(
+        FluxTransformer2DModel,
         patch_size=1,
         in_channels=4 * CHANNELS,  # latents packed two by two
         num_layers=1,
         num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=text.WIDTH,
         pooled_projection_dim=text.CLIP_WIDTH,
         guidance_embeds=True,
         axes_dims_rope=(2, 2, 4),
@@ -164,59 +163,45 @@ def _flux() -> DiffusionPipeline:
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**_FLUX_SHIFT),
         vae=_kl_16_channels_style(),
-        text_encoder=text.clip_encoder(projection=False),
-        tokenizer=text.clip_tokenizer(),
-        text_encoder_2=text.t5_encoder(),
-        tokenizer_2=text.t5_tokenizer(),
+        **text.clip(projection=False),
+        **text.t5("_2"),
         transformer=transformer,
     )
 
 
 def _pixart_sigma() -> DiffusionPipeline:
-    transformer = PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=CHANNELS,
+    transformer = _transformer(
+        PixArtTransformer2DModel,
         out_channels=2 * CHANNELS,  # noise and variance
-        num_layers=2,
         cross_attention_dim=16,
         sample_size=32,
-        patch_size=2,
         caption_channels=text.WIDTH,
         use_additional_conditions=False,
     )
     return PixArtSigmaPipeline(
-        tokenizer=text.t5_tokenizer(),
-        text_encoder=text.t5_encoder(),
-        vae=_kl(4),
-        transformer=transformer,
-        scheduler=DPMSolverMultistepScheduler(),
+        **text.t5(), vae=_kl(4), transformer=transformer, scheduler=DPMSolverMultistepScheduler()
     )
 
 
 def _sana() -> DiffusionPipeline:
     levels = 6
+    coders = {
+        "block_types": ("ResBlock",) * (levels - 1) + ("EfficientViTBlock",),
+        "block_out_channels": (8,) * levels,
+        "layers_per_block": (1,) * levels,
+        "qkv_multiscales": ((),) * (levels - 1) + ((5,),),
+    }
     vae = AutoencoderDC(
         latent_channels=CHANNELS,
         attention_head_dim=8,
-        encoder_block_types=("ResBlock",) * (levels - 1) + ("EfficientViTBlock",),
-        decoder_block_types=("ResBlock",) * (levels - 1) + ("EfficientViTBlock",),
-        encoder_block_out_channels=(8,) * levels,
-        decoder_block_out_channels=(8,) * levels,
-        encoder_layers_per_block=(1,) * levels,
-        decoder_layers_per_block=(1,) * levels,
-        encoder_qkv_multiscales=((),) * (levels - 1) + ((5,),),
-        decoder_qkv_multiscales=((),) * (levels - 1) + ((5,),),
+        **{f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in coders.items()},
         decoder_norm_types="rms_norm",
         decoder_act_fns="silu",
         scaling_factor=0.41407,
     )
-    transformer = SanaTransformer2DModel(
-        in_channels=CHANNELS,
+    transformer = _transformer(
+        SanaTransformer2DModel,
         out_channels=CHANNELS,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=2,
         num_cross_attention_heads=2,
         cross_attention_head_dim=8,
         cross_attention_dim=16,
@@ -227,25 +212,14 @@ def _sana() -> DiffusionPipeline:
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
-    return SanaPipeline(
-        tokenizer=text.gemma_tokenizer(),
-        text_encoder=text.gemma_encoder(),
-        vae=vae,
-        transformer=transformer,
-        scheduler=scheduler,
-    )
+    return SanaPipeline(**text.gemma(), vae=vae, transformer=transformer, scheduler=scheduler)
 
 
 def _dit() -> DiffusionPipeline:
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=CHANNELS,
+    transformer = _transformer(
+        DiTTransformer2DModel,
         out_channels=2 * CHANNELS,  # noise and variance
-        num_layers=2,
         norm_num_groups=4,
-        sample_size=8,
-        patch_size=2,
         num_embeds_ada_norm=1000,  # the pipeline writes "no class" as 1000
     )
     return DiTPipeline(
@@ -267,38 +241,25 @@ def _qwenimage() -> DiffusionPipeline:
         latents_std=[1.5, 0.8, 1.1, 2.0],
     )
     _louder(vae)
-    transformer = QwenImageTransformer2DModel(
-        patch_size=2,
+    transformer = _transformer(
+        QwenImageTransformer2DModel,
         in_channels=4 * CHANNELS,  # latents packed two by two
         out_channels=CHANNELS,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=text.WIDTH,
         axes_dims_rope=(2, 2, 4),
     )
     _louder(transformer)
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     )
-    return QwenImagePipeline(
-        scheduler=scheduler,
-        vae=vae,
-        text_encoder=text.qwen_encoder(),
-        tokenizer=text.qwen_tokenizer(),
-        transformer=transformer,
-    )
+    return QwenImagePipeline(scheduler=scheduler, vae=vae, **text.qwen(), transformer=transformer)
 
 
 def _lumina2() -> DiffusionPipeline:
-    transformer = Lumina2Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=CHANNELS,
+    transformer = _transformer(
+        Lumina2Transformer2DModel,
         hidden_size=24,
         num_layers=1,
         num_refiner_layers=1,
-        num_attention_heads=2,
         num_kv_heads=1,
         multiple_of=8,
         axes_dim_rope=(4, 4, 4),
@@ -309,33 +270,22 @@ def _lumina2() -> DiffusionPipeline:
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
         vae=_kl_16_channels_style(levels=4),  # the pipeline takes 8 pixels a latent position for granted
-        text_encoder=text.gemma_encoder(),
-        tokenizer=text.gemma_tokenizer(),
+        **text.gemma(),
     )
 
 
 def _auraflow() -> DiffusionPipeline:
-    transformer = AuraFlowTransformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=CHANNELS,
+    transformer = _transformer(
+        AuraFlowTransformer2DModel,
         out_channels=CHANNELS,
         num_mmdit_layers=1,
         num_single_dit_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=text.WIDTH,
         caption_projection_dim=16,
         pos_embed_max_size=1024,
     )
     _louder(transformer)
-    return AuraFlowPipeline(
-        tokenizer=text.t5_tokenizer(),
-        text_encoder=text.umt5_encoder(),
-        vae=_kl(),
-        transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
-    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
+    return AuraFlowPipeline(**text.umt5(), vae=_kl(), transformer=transformer, scheduler=scheduler)
 
 
 _MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {

@@ -12,6 +12,7 @@ import inspect
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from diffusers import SanaPipeline
 from tokenizers import Regex, pre_tokenizers
@@ -52,40 +53,8 @@ _SENTENCES = (
 )
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """Byte pairs, lower case, at most 77 tokens."""
-    vocabulary, merges = _byte_pairs(("<|startoftext|>", "<|endoftext|>"), "</w>")
-    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=CLIP_TOKENS)
-
-
-def t5_tokenizer() -> T5Tokenizer:
-    """Unigrams: whole common words, else single characters."""
-    words = sorted({word.strip(",:.") for text in _corpus() for word in text.split()})
-    characters = sorted({c for text in _corpus() for c in text} | set(map(chr, range(33, 127))))
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
-    pieces += [(c, -8.0) for c in characters if not c.isspace()]
-    pieces += [(f"▁{word}", -4.0) for word in words if word][: VOCABULARY - len(pieces)]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
-
-
-def gemma_tokenizer() -> GemmaTokenizer:
-    """Byte pairs with a start token, bytes where nothing else fits."""
-    vocabulary, merges = _characters(
-        ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)))
-    )
-    return GemmaTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=2048)
-
-
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """Byte pairs with the chat's own tokens."""
-    vocabulary, merges = _byte_pairs(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
-    tokenizer = Qwen2Tokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=2048)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    return tokenizer
-
-
-def clip_encoder(*, projection: bool) -> PreTrainedModel:
-    """CLIP's text model; with projection, as the pipelines with two of them have it."""
+def clip(suffix: str = "", *, projection: bool) -> dict[str, Any]:
+    """CLIP's text model (with projection, as the pipelines with two of them have it); byte pairs, lower case."""
     config = CLIPTextConfig(
         vocab_size=VOCABULARY,
         hidden_size=CLIP_WIDTH,
@@ -99,17 +68,62 @@ def clip_encoder(*, projection: bool) -> PreTrainedModel:
         pad_token_id=1,
         initializer_factor=10.0,
     )
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+    vocabulary, merges = _byte_pairs(("<|startoftext|>", "<|endoftext|>"), "</w>")
+    tokenizer = CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=CLIP_TOKENS)
+    return _pair((CLIPTextModelWithProjection if projection else CLIPTextModel)(config), tokenizer, suffix)
 
 
-def t5_encoder() -> PreTrainedModel:
-    """T5's encoder."""
-    return T5EncoderModel(T5Config(**_T5)).eval()
+def t5(suffix: str = "") -> dict[str, Any]:
+    """T5's encoder; unigrams: whole common words, else single characters."""
+    return _pair(T5EncoderModel(T5Config(**_T5)), _t5_tokenizer(), suffix)
 
 
-def umt5_encoder() -> PreTrainedModel:
-    """UMT5's encoder."""
-    return UMT5EncoderModel(UMT5Config(**_T5)).eval()
+def umt5() -> dict[str, Any]:
+    """UMT5's encoder with T5's tokenizer."""
+    return _pair(UMT5EncoderModel(UMT5Config(**_T5)), _t5_tokenizer())
+
+
+def gemma() -> dict[str, Any]:
+    """Gemma 2 without its head; byte pairs with a start token, bytes where nothing else fits."""
+    bytes_ = (f"<0x{byte:02X}>" for byte in range(256))
+    vocabulary, merges = _characters(("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *bytes_))
+    tokenizer = GemmaTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=2048)
+    return _pair(Gemma2Model(Gemma2Config(**_DECODER, head_dim=8, query_pre_attn_scalar=8)), tokenizer)
+
+
+def qwen() -> dict[str, Any]:
+    """Qwen2.5-VL, its vision tower hardly anything; byte pairs with the chat's own tokens."""
+    text = {**_DECODER, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    vision = {
+        "depth": 1,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_heads": 2,
+        "out_hidden_size": WIDTH,
+        "fullatt_block_indexes": [0],
+    }
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "vision_start_token_id": 3, "vision_end_token_id": 4}
+    config = Qwen2_5_VLConfig(
+        text_config=text | tokens, vision_config=vision, image_token_id=5, video_token_id=6, **tokens
+    )
+    vocabulary, merges = _byte_pairs(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    tokenizer = Qwen2Tokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=2048)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return _pair(Qwen2_5_VLForConditionalGeneration(config), tokenizer)
+
+
+def _pair(encoder: PreTrainedModel, tokenizer: Any, suffix: str = "") -> dict[str, Any]:
+    """By the names that pipelines give them."""
+    return {f"text_encoder{suffix}": encoder.eval(), f"tokenizer{suffix}": tokenizer}
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    words = sorted({word.strip(",:.") for text in _corpus() for word in text.split()})
+    characters = sorted({c for text in _corpus() for c in text} | set(map(chr, range(33, 127))))
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0)]
+    pieces += [(c, -8.0) for c in characters if not c.isspace()]
+    pieces += [(f"▁{word}", -4.0) for word in words if word][: VOCABULARY - len(pieces)]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
 _T5 = {
@@ -130,29 +144,6 @@ _DECODER = {
     "num_key_value_heads": 1,
     "initializer_range": _SPREAD,
 }
-
-
-def gemma_encoder() -> PreTrainedModel:
-    """Gemma 2 without its head."""
-    return Gemma2Model(Gemma2Config(**_DECODER, head_dim=8, query_pre_attn_scalar=8)).eval()
-
-
-def qwen_encoder() -> PreTrainedModel:
-    """Qwen2.5-VL; its vision tower is there but hardly anything."""
-    text = {**_DECODER, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
-    vision = {
-        "depth": 1,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_heads": 2,
-        "out_hidden_size": WIDTH,
-        "fullatt_block_indexes": [0],
-    }
-    tokens = {"bos_token_id": 0, "eos_token_id": 0, "vision_start_token_id": 3, "vision_end_token_id": 4}
-    config = Qwen2_5_VLConfig(
-        text_config=text | tokens, vision_config=vision, image_token_id=5, video_token_id=6, **tokens
-    )
-    return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
 @functools.cache

@@ -14,10 +14,9 @@ from davae.recipes.dc_ae import KlArchitecture
 from davae.recipes.settings import BaseAutoencoderArchitecture, BaseAutoencoderSettings
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_shared_rows
-from davae.training.adversary import make_adversary
 from davae.training.images import mean_psnr, rank_share_of_images, stack_images
-from davae.training.plain_objective import PlainObjective
-from davae.training.stage import Player, Stage
+from davae.training.plain_objective import plain_players
+from davae.training.stage import Stage
 
 
 def build_kl(shape: BaseAutoencoderArchitecture | KlArchitecture) -> AutoencoderKL:
@@ -67,14 +66,9 @@ class BaseAutoencoderStage(Stage):
         self.dataset, self.whole = as_item_dataset(dataset), as_item_dataset(whole)
         self.held_out = as_item_dataset(held_out)
         self.workers, self.timeout_s = workers, timeout_s
-        adversary, players = make_adversary(settings.reconstruction.gan)
-        self.objective = PlainObjective(
-            self.autoencoder, [self.autoencoder], settings.reconstruction, adversary
+        self.objective, self.players = plain_players(
+            self.autoencoder, [self.autoencoder], settings.reconstruction, settings.optimizer
         )
-        gan = settings.reconstruction.gan
-        adaptive = gan.weight > 0 and gan.adaptive
-        model = Player("model", self.objective, settings.optimizer, can_be_sharded=not adaptive)
-        self.players = [model, *players]
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
         """PSNR of held-out images."""

@@ -36,11 +36,10 @@ from davae.recipes.dc_ae import DcArchitecture, HeadPhase, KlArchitecture, Laten
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_shared_rows
 from davae.runtime.processes import gathered
-from davae.training.adversary import make_adversary
 from davae.training.base_autoencoder import build_kl
 from davae.training.images import mean_of_all, rank_share_of_images, stack_images
-from davae.training.plain_objective import PlainObjective
-from davae.training.stage import Player, Stage
+from davae.training.plain_objective import plain_players
+from davae.training.stage import Stage
 
 _PICTURES = 6  # images in a validation picture
 
@@ -118,15 +117,12 @@ class DcAeStage(Stage):
                     "loop.batch_size and raise loop.gradient_accumulation instead"
                 )
             autoencoder.enable_gradient_checkpointing()
-        gan = phase.reconstruction.gan
-        if gan.weight:
+        if phase.reconstruction.gan.weight:
             torch.manual_seed(phase.loop.seed)
-        adversary, players = make_adversary(gan)
         layers = trained_layers(autoencoder, phase)
-        self.objective = PlainObjective(autoencoder, layers, phase.reconstruction, adversary)
-        adaptive = gan.weight > 0 and gan.adaptive
-        model = Player("model", self.objective, phase.optimizer, can_be_sharded=not adaptive)
-        self.players = [model, *players]
+        self.objective, self.players = plain_players(
+            autoencoder, layers, phase.reconstruction, phase.optimizer
+        )
         self.spectra: dict[int, dict[str, list[float]]] = {}
         """Of the last validation, by resolution: the rings' frequencies, and the power of images and of
         reconstructions on them."""

@@ -212,16 +212,10 @@ def measured_images(recipe: DcAeRecipe) -> dict[int, ItemDataset]:
 
 
 def _data(recipe: DcAeRecipe, path: str | None, resolution: int) -> DataSettings:
-    data = recipe.data
-    return DataSettings(
-        path=path or data.path,
-        resolution=resolution,
-        crop=data.crop,
-        flip=data.flip,
-        split=data.split,
-        revision=data.revision if path is None or path == data.path else None,
-        hold_out=data.hold_out,
-    )
+    """The recipe's section at one resolution; a revision belongs to the recipe's own path."""
+    own = recipe.data.model_dump(include={"path", "revision", "crop", "flip", "split", "hold_out"})
+    other = {} if path in (None, recipe.data.path) else {"path": path, "revision": None}
+    return DataSettings(**own | other, resolution=resolution)
 
 
 def _initial(recipe: DcAeRecipe, phase: int, start: Path | None) -> DeepAutoencoder:

@@ -76,11 +76,6 @@ def token_side(vae: AutoencoderDA, pipe: Any) -> int:
     return vae.spatial_compression * round(patch)
 
 
-def first_images(dataset: ItemDataset, count: int) -> Tensor:
-    """The first ``count`` images of a data set, ``[N, 3, H, W]``."""
-    return torch.stack([dataset[i]["image"] for i in range(min(count, len(dataset)))])
-
-
 def rank_share_of_images(dataset: ItemDataset, count: int) -> tuple[Tensor, int]:
     """This process's share of the first ``count`` images, ``[n, 3, H, W]``, and how many all have together."""
     count = min(count, len(dataset))

@@ -24,10 +24,7 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
 
 
 def make_optimizer(
-    name: str,
-    module: nn.Module,
-    settings: OptimizerSettings,
-    rates: dict[str, float],
+    name: str, module: nn.Module, settings: OptimizerSettings, rates: dict[str, float]
 ) -> torch.optim.Optimizer:
     """AdamW over a module's trained parameters: torch's fused one, or the one of 8 bits.
 

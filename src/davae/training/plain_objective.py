@@ -11,9 +11,24 @@ from torch import Tensor, nn
 
 from davae.latents import gaussian_kl
 from davae.models.dc_ae import DeepAutoencoder, last_decoder_weight
+from davae.recipes.loop import OptimizerSettings
 from davae.recipes.settings import ReconstructionSettings
-from davae.training.adversary import Adversary
+from davae.training.adversary import Adversary, make_adversary
 from davae.training.losses import ReconstructionLoss
+from davae.training.stage import Player
+
+
+def plain_players(
+    autoencoder: DeepAutoencoder,
+    layers: Sequence[nn.Module],
+    settings: ReconstructionSettings,
+    optimizer: OptimizerSettings,
+) -> tuple[PlainObjective, list[Player]]:
+    """The objective, and the players that train it: the autoencoder's ``layers``, and the GAN's where there is one."""
+    adversary, players = make_adversary(settings.gan)
+    objective = PlainObjective(autoencoder, layers, settings, adversary)
+    adaptive = settings.gan.weight > 0 and settings.gan.adaptive
+    return objective, [Player("model", objective, optimizer, can_be_sharded=not adaptive), *players]
 
 
 class PlainObjective(nn.Module):

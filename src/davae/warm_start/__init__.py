@@ -7,7 +7,7 @@ from davae.warm_start.description import ChannelDescription, ChannelPlace, input
 from davae.warm_start.dummy_inputs import Dummy, dummy
 from davae.warm_start.new_channels import channel_parameters, new_channel_masks
 from davae.warm_start.probing.probe import probed_description
-from davae.warm_start.registry import describe, described_classes, description_of, dummy_arguments
+from davae.warm_start.registry import describe, description_of, dummy_arguments
 from davae.warm_start.self_check import WarmStartReport, check_warm_start
 from davae.warm_start.widen import widen_channels
 
@@ -21,7 +21,6 @@ __all__ = [
     "channel_parameters",
     "check_warm_start",
     "describe",
-    "described_classes",
     "description_of",
     "detail_weight",
     "dummy",

@@ -117,7 +117,10 @@ def pack(latent: Tensor, side: int) -> Tensor:
     return torch.nn.functional.pixel_unshuffle(latent, side).flatten(2).mT
 
 
-def dummy(build: Callable[[Dummy], dict[str, Any]]) -> DummyInputs:
+DummyBuilder = Callable[[Dummy], dict[str, Any]]
+
+
+def dummy(build: DummyBuilder) -> DummyInputs:
     """A `DummyInputs` from a function of a `Dummy`."""
 
     @functools.wraps(build)

@@ -10,8 +10,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from davae.errors import WarmStartError
-from davae.warm_start.description import ChannelDescription
-from davae.warm_start.dummy_inputs import TEXT_TOKENS
+from davae.warm_start.description import ChannelDescription, DummyInputs
+from davae.warm_start.dummy_inputs import TEXT_TOKENS, DummyBuilder, dummy
 from davae.warm_start.probing.probe import probed_description
 
 #: A description, or a function of the transformer where the places depend on its configuration.
@@ -30,9 +30,16 @@ def describe(class_name: str, description: Describer) -> None:
         raise WarmStartError(f"{class_name} is described already; a class has one description")
 
 
-def described_classes() -> tuple[str, ...]:
-    """Names of the classes that have a description."""
-    return tuple(sorted(_DESCRIPTIONS))
+def described(*class_names: str, **description: Any) -> Callable[[DummyBuilder], DummyInputs]:
+    """Decorator of a function that makes the dummy inputs of classes: describes them with these and the rest."""
+
+    def with_inputs(build: DummyBuilder) -> DummyInputs:
+        inputs = dummy(build)
+        for name in class_names:
+            describe(name, ChannelDescription(dummy_inputs=inputs, **description))
+        return inputs
+
+    return with_inputs
 
 
 def description_of(transformer: ModelMixin) -> ChannelDescription:

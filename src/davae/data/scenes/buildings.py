@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from davae.data.scenes.canvas import Array, Canvas, Window, inside, stroke
-from davae.data.scenes.surroundings import (
-    INK,
-    WHITE,
-    glow,
-    hills,
-    lawn,
-    light_up,
-    pick_hour,
-    sea,
-    sky,
-)
+from davae.data.scenes.canvas import Array, Canvas, Window, f32, inside, stroke, turned
+from davae.data.scenes.surroundings import INK, WHITE, glow, hills, lawn, light_up, pick, pick_hour, sea, sky
 from davae.data.scenes.textures import bricks, colour, mix, modulated, planks, pulse, scallops, stripes
 
 
 def bridge(canvas: Canvas, rng: np.random.Generator) -> str:
     """A suspension bridge over water: two towers, main cables, hangers and a trussed deck."""
     hour = pick_hour(rng)
-    name, code = (("red", "c8402f"), ("green", "2f7d6b"), ("grey", "6d7787"))[int(rng.integers(3))]
+    name, code = pick(rng, ("red", "c8402f"), ("green", "2f7d6b"), ("grey", "6d7787"))
     # At night a bridge is floodlit, or it would vanish against the sky.
     tone = mix(colour(code), WHITE, 0.4) if hour.words == "at night" else colour(code)
     dark = mix(tone, INK, 0.55)
@@ -42,21 +32,19 @@ def bridge(canvas: Canvas, rng: np.random.Generator) -> str:
 
     def cable(x: Array) -> Array:
         # Parabolas that meet at the towers' tops: one between them and half of one on either side.
-        share = np.abs(x - np.float32(middle)) / np.float32(half)
+        share = np.abs(x - f32(middle)) / f32(half)
         between = np.minimum(share, 1) ** 2
         outside = (np.maximum(2 - share, 0)) ** 2
-        return np.float32(deck - 0.03) + np.float32(top - deck + 0.03) * np.where(share < 1, between, outside)
+        return f32(deck - 0.03) + f32(top - deck + 0.03) * np.where(share < 1, between, outside)
 
     def ropes(w: Window) -> Array:
         line = cable(w.x)
         slope = np.sqrt(1 + (np.gradient(line[0]) / w.pixel) ** 2).astype(np.float32)
         main = stroke(np.abs(w.y - line) / slope, 0.013, w.pixel)
-        hangers = pulse((w.x - np.float32(middle)) * np.float32(1 / 0.042) + 0.1, 0.17, w.pixel / 0.042)
+        hangers = pulse((w.x - f32(middle)) * f32(1 / 0.042) + 0.1, 0.17, w.pixel / 0.042)
         return np.maximum(main, hangers * inside(line - w.y, w.pixel))
 
-    window = canvas.window(0, top - 0.01, 1, deck)
-    assert window is not None
-    canvas.blend(window, ropes(window), dark)
+    canvas.cover((0, top - 0.01, 1, deck), ropes, dark)
     for x in towers:
         canvas.rectangle(x - 0.032, top - 0.03, x - 0.012, horizon + 0.05, tone)
         canvas.rectangle(x + 0.012, top - 0.03, x + 0.032, horizon + 0.05, tone)
@@ -66,9 +54,9 @@ def bridge(canvas: Canvas, rng: np.random.Generator) -> str:
         canvas.rectangle(x - 0.05, horizon + 0.04, x + 0.05, horizon + 0.09, mix(colour("8d8a86"), INK, 0.2))
 
     def truss(w: Window) -> Array:
-        zigzag = np.abs(np.mod((w.x - np.float32(middle)) * np.float32(1 / 0.06), 1) * 2 - 1)
-        level = (w.y - np.float32(deck)) * np.float32(1 / 0.045)
-        return stroke(np.abs(level - zigzag) * np.float32(0.045 * 0.55), 0.009, w.pixel)
+        zigzag = np.abs(np.mod((w.x - f32(middle)) * f32(1 / 0.06), 1) * 2 - 1)
+        level = (w.y - f32(deck)) * f32(1 / 0.045)
+        return stroke(np.abs(level - zigzag) * f32(0.045 * 0.55), 0.009, w.pixel)
 
     canvas.rectangle(0, deck, 1, deck + 0.045, modulated(mix(tone, WHITE, 0.35), dark, truss))
     canvas.rectangle(0, deck - 0.014, 1, deck + 0.004, tone)
@@ -80,9 +68,9 @@ def bridge(canvas: Canvas, rng: np.random.Generator) -> str:
 def house(canvas: Canvas, rng: np.random.Generator) -> str:
     """A brick house with a shingled roof, sash windows, a door, a chimney, and a picket fence."""
     hour = pick_hour(rng)
-    wall = colour(("b5523a", "c97b4a", "a8443f", "cf9a62")[int(rng.integers(4))])
-    roof = colour(("4b4a63", "6b3a34", "3f5c66")[int(rng.integers(3))])
-    door = colour(("2f6f5e", "2d4f8f", "8f2d3a", "d9a531")[int(rng.integers(4))])
+    wall = colour(pick(rng, "b5523a", "c97b4a", "a8443f", "cf9a62"))
+    roof = colour(pick(rng, "4b4a63", "6b3a34", "3f5c66"))
+    door = colour(pick(rng, "2f6f5e", "2d4f8f", "8f2d3a", "d9a531"))
     middle, half = rng.uniform(0.47, 0.53), rng.uniform(0.255, 0.295)
     eaves, ridge = rng.uniform(0.42, 0.46), rng.uniform(0.16, 0.2)
     side = 1 if rng.integers(2) else -1
@@ -145,25 +133,20 @@ def fence(canvas: Canvas, left: float, right: float, top: float) -> None:
     white = colour("f5f1e6")
     canvas.rectangle(left, top + 0.025, right, top + 0.037, white)
     canvas.rectangle(left, top + 0.075, right, top + 0.087, white)
-    window = canvas.window(left, top, right, top + 0.11)
-    if window is None:
-        return
-    period = 0.034
-    phase = (window.x - np.float32(0.5)) * np.float32(1 / period)
-    pickets = pulse(phase, 0.42, window.pixel / period)
-    across = (window.x > left) & (window.x < right)
-    height = np.clip((window.y - np.float32(top)) * np.float32(1 / window.pixel), 0, 1) * inside(
-        window.y - np.float32(top + 0.11), window.pixel
-    )
-    canvas.blend(window, pickets * height * across, white)
+
+    def pickets(w: Window) -> Array:
+        bars = pulse((w.x - f32(0.5)) * f32(1 / 0.034), 0.42, w.pixel / 0.034)
+        height = np.clip((w.y - f32(top)) * f32(1 / w.pixel), 0, 1) * inside(w.y - f32(top + 0.11), w.pixel)
+        return bars * height * ((w.x > left) & (w.x < right))
+
+    canvas.cover((left, top, right, top + 0.11), pickets, white)
 
 
 def lighthouse(canvas: Canvas, rng: np.random.Generator) -> str:
     """A banded lighthouse on a rocky cliff above the sea."""
     hour = pick_hour(rng)
-    name, code = (("red", "cf3a33"), ("blue", "2c5aa0"), ("black", "34323d"))[
-        int(rng.choice(3, p=[0.6, 0.25, 0.15]))
-    ]
+    colours = ("red", "cf3a33"), ("blue", "2c5aa0"), ("black", "34323d")
+    name, code = pick(rng, *colours, p=(0.6, 0.25, 0.15))
     band, pale = colour(code), colour("f6efe2")
     middle, base, top = rng.uniform(0.44, 0.56), rng.uniform(0.74, 0.78), rng.uniform(0.24, 0.28)
     width = rng.uniform(0.088, 0.1)
@@ -182,40 +165,34 @@ def lighthouse(canvas: Canvas, rng: np.random.Generator) -> str:
     rock = mix(colour("6d5f57"), colour("8a7a62"), float(rng.uniform()))
 
     def cliff(x: Array) -> Array:
-        away = np.abs(x - np.float32(middle)) * np.float32(1 / 0.36)
-        jag = np.abs(np.mod(x * np.float32(11), 1) - np.float32(0.5)) * np.float32(0.03)
-        return np.float32(base) + np.float32(0.3) * away**3 + jag * np.minimum(away * 2, 1)
+        away = np.abs(x - f32(middle)) * f32(1 / 0.36)
+        jag = np.abs(np.mod(x * f32(11), 1) - f32(0.5)) * f32(0.03)
+        return f32(base) + f32(0.3) * away**3 + jag * np.minimum(away * 2, 1)
 
     def cracks(w: Window) -> Array:
-        u = w.x * np.float32(1 / 0.05) + np.float32(0.5) * np.sin(w.y * np.float32(22))
-        v = w.y * np.float32(1 / 0.042) + np.float32(0.5) * np.sin(w.x * np.float32(17))
+        u = w.x * f32(1 / 0.05) + f32(0.5) * np.sin(w.y * f32(22))
+        v = w.y * f32(1 / 0.042) + f32(0.5) * np.sin(w.x * f32(17))
         return np.maximum(pulse(u, 0.2, w.pixel / 0.05), pulse(v, 0.26, w.pixel / 0.042))
 
     canvas.below(base, cliff, modulated(rock, mix(rock, INK, 0.65), cracks))
-    canvas.shape(
-        (0, base - 0.01, 1, 1), lambda x, y: np.abs(y - cliff(x)) - np.float32(0.012), colour("6fa04a")
-    )
+    canvas.shape((0, base - 0.01, 1, 1), lambda x, y: np.abs(y - cliff(x)) - f32(0.012), colour("6fa04a"))
 
     height = base - top
 
     def tower(x: Array, y: Array) -> Array:
-        half = np.float32(width) * (
-            np.float32(0.62) + np.float32(0.38) * (y - np.float32(top)) / np.float32(height)
-        )
-        return np.maximum(
-            np.abs(x - np.float32(middle)) - half, np.abs(y - np.float32((top + base) / 2)) - height / 2
-        )
+        half = f32(width) * (f32(0.62) + f32(0.38) * (y - f32(top)) / f32(height))
+        return np.maximum(np.abs(x - f32(middle)) - half, np.abs(y - f32((top + base) / 2)) - height / 2)
 
     def bands(w: Window) -> Array:
-        return pulse((w.y - np.float32(top)) * np.float32(2.5 / height), 0.5, w.pixel * 2.5 / height)
+        return pulse((w.y - f32(top)) * f32(2.5 / height), 0.5, w.pixel * 2.5 / height)
 
     def masonry(w: Window) -> Array:
         painted = mix(pale, band, bands(w))
-        v = (w.y - np.float32(top)) * np.float32(1 / 0.032)
-        u = (w.x - np.float32(middle)) * np.float32(1 / 0.055) + np.float32(0.5) * np.mod(np.floor(v), 2)
+        v = (w.y - f32(top)) * f32(1 / 0.032)
+        u = (w.x - f32(middle)) * f32(1 / 0.055) + f32(0.5) * np.mod(np.floor(v), 2)
         joints = np.maximum(pulse(v, 0.24, w.pixel / 0.032), pulse(u, 0.14, w.pixel / 0.055))
-        shadow = np.clip((w.x - np.float32(middle)) * np.float32(4.5), 0, 0.45)
-        return mix(mix(painted, INK, joints * np.float32(0.42)), INK, shadow)
+        shadow = np.clip((w.x - f32(middle)) * f32(4.5), 0, 0.45)
+        return mix(mix(painted, INK, joints * f32(0.42)), INK, shadow)
 
     canvas.shape((middle - width, top, middle + width, base), tower, masonry)
     for y in (top + 0.16, top + 0.32):
@@ -239,9 +216,9 @@ def lighthouse(canvas: Canvas, rng: np.random.Generator) -> str:
 def windmill(canvas: Canvas, rng: np.random.Generator) -> str:
     """A tower mill with four lattice sails, in a field of flowers."""
     hour = pick_hour(rng)
-    body = colour(("e9dcc3", "b9846a", "8e9aa6")[int(rng.integers(3))])
-    cap = colour(("a33b32", "3f6b50", "4b4668")[int(rng.integers(3))])
-    flower = colour(("e8455a", "f2b632", "a95fc0")[int(rng.integers(3))])
+    body = colour(pick(rng, "e9dcc3", "b9846a", "8e9aa6"))
+    cap = colour(pick(rng, "a33b32", "3f6b50", "4b4668"))
+    flower = colour(pick(rng, "e8455a", "f2b632", "a95fc0"))
     middle, hub = rng.uniform(0.46, 0.54), rng.uniform(0.35, 0.39)
     turn = rng.uniform(0.25, 1.3)
     reach = rng.uniform(0.29, 0.33)
@@ -251,25 +228,23 @@ def windmill(canvas: Canvas, rng: np.random.Generator) -> str:
     lawn(canvas, rng, horizon=horizon)
 
     def beds(w: Window) -> Array:
-        v = (w.y - np.float32(0.86)) * np.float32(1 / 0.047)
-        u = w.x * np.float32(1 / 0.038) + np.float32(0.5) * np.mod(np.floor(v), 2)
-        du, dv = np.mod(u, 1) - np.float32(0.5), np.mod(v, 1) - np.float32(0.4)
-        return inside(np.hypot(du * np.float32(0.038), dv * np.float32(0.047)) - np.float32(0.0125), w.pixel)
+        v = (w.y - f32(0.86)) * f32(1 / 0.047)
+        u = w.x * f32(1 / 0.038) + f32(0.5) * np.mod(np.floor(v), 2)
+        du, dv = np.mod(u, 1) - f32(0.5), np.mod(v, 1) - f32(0.4)
+        return inside(np.hypot(du * f32(0.038), dv * f32(0.047)) - f32(0.0125), w.pixel)
 
-    window = canvas.window(0, 0.86, 1, 1)
-    assert window is not None
-    canvas.blend(window, beds(window), flower)
+    canvas.cover((0, 0.86, 1, 1), beds, flower)
 
     def tower(x: Array, y: Array) -> Array:
-        half = np.float32(0.085) + np.float32(0.075) * (y - np.float32(hub)) / np.float32(base - hub)
+        half = f32(0.085) + f32(0.075) * (y - f32(hub)) / f32(base - hub)
         return np.maximum(
-            np.abs(x - np.float32(middle)) - half, np.abs(y - np.float32((hub + base) / 2)) - (base - hub) / 2
+            np.abs(x - f32(middle)) - half, np.abs(y - f32((hub + base) / 2)) - (base - hub) / 2
         )
 
     stone = bricks(body, mix(body, INK, 0.5), size=(0.064, 0.036), width=0.0075, origin=(middle, hub))
 
     def shaded(w: Window) -> Array:
-        return mix(stone(w), INK, np.clip((w.x - np.float32(middle)) * np.float32(3), 0, 0.4))
+        return mix(stone(w), INK, np.clip((w.x - f32(middle)) * f32(3), 0, 0.4))
 
     canvas.shape((middle - 0.17, hub, middle + 0.17, base), tower, shaded)
     tiles = scallops(
@@ -278,8 +253,7 @@ def windmill(canvas: Canvas, rng: np.random.Generator) -> str:
     canvas.shape(
         (middle - 0.11, hub - 0.12, middle + 0.11, hub + 0.01),
         lambda x, y: np.maximum(
-            np.hypot(x - np.float32(middle), (y - np.float32(hub)) * 0.95) - 0.105,
-            y - np.float32(hub + 0.008),
+            np.hypot(x - f32(middle), (y - f32(hub)) * 0.95) - 0.105, y - f32(hub + 0.008)
         ),
         tiles,
     )
@@ -297,22 +271,20 @@ def windmill(canvas: Canvas, rng: np.random.Generator) -> str:
     wood, cloth = colour("4a3528"), colour("fbf6e8")
 
     def sails(w: Window) -> tuple[Array, Array]:
-        dx, dy = w.x - np.float32(middle), w.y - np.float32(centre_y)
-        cosine, sine = np.float32(np.cos(turn)), np.float32(np.sin(turn))
-        p, q = dx * cosine + dy * sine, dy * cosine - dx * sine
+        dx, dy = w.x - f32(middle), w.y - f32(centre_y)
+        p, q = turned(dx, dy, turn)
         # Turn every point into the quadrant of the first sail: along its arm, across it.
         flat = np.abs(p) >= np.abs(q)
         along = np.where(flat, np.abs(p), np.abs(q))
         across = np.where(flat, np.where(p > 0, q, -q), np.where(q > 0, -p, p))
-        arm = inside(np.maximum(np.abs(across) - np.float32(0.009), along - np.float32(reach)), w.pixel)
+        arm = inside(np.maximum(np.abs(across) - f32(0.009), along - f32(reach)), w.pixel)
         middle_along, half_along = 0.5 * (reach + 0.07), 0.5 * (reach - 0.07)
         frame = np.maximum(
-            np.abs(across - np.float32(0.045)) - np.float32(0.036),
-            np.abs(along - np.float32(middle_along)) - np.float32(half_along),
+            np.abs(across - f32(0.045)) - f32(0.036), np.abs(along - f32(middle_along)) - f32(half_along)
         )
         bars = np.maximum(
-            pulse((along - np.float32(0.07)) * np.float32(1 / 0.036), 0.25, w.pixel / 0.036),
-            pulse((across - np.float32(0.0063)) * np.float32(1 / 0.036), 0.2, w.pixel / 0.036),
+            pulse((along - f32(0.07)) * f32(1 / 0.036), 0.25, w.pixel / 0.036),
+            pulse((across - f32(0.0063)) * f32(1 / 0.036), 0.2, w.pixel / 0.036),
         )
         sheet = inside(frame, w.pixel)
         rim = stroke(np.abs(frame), 0.008, w.pixel)
@@ -323,7 +295,7 @@ def windmill(canvas: Canvas, rng: np.random.Generator) -> str:
     )
     assert window is not None
     sheet, bars = sails(window)
-    canvas.blend(window, sheet * np.float32(0.85), cloth)
+    canvas.blend(window, sheet * f32(0.85), cloth)
     canvas.blend(window, bars, wood)
     canvas.ellipse((middle, centre_y), (0.022, 0.022), INK)
     light_up(canvas, hour)

@@ -7,9 +7,9 @@ and work is restricted to each shape's bounding box: a scene costs a few millise
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import TypeAlias
 
 import numpy as np
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[np.float32]
 Point: TypeAlias = tuple[float, float]
+Bounds: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom
+f32 = np.float32
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def _centres(resolution: int) -> Array:
 
 def inside(distance: Array, pixel: float) -> Array:
     """Coverage of a shape from its signed distance (negative within), a ramp of one pixel across the edge."""
-    return np.clip(0.5 - distance * np.float32(1 / pixel), 0, 1)
+    return np.clip(0.5 - distance * f32(1 / pixel), 0, 1)
 
 
 def stroke(distance: Array, width: float, pixel: float) -> Array:
@@ -57,8 +59,8 @@ def stroke(distance: Array, width: float, pixel: float) -> Array:
 
     Both edges are filtered, so a line thinner than a pixel keeps its ink: it grows fainter and not wider.
     """
-    scaled = distance * np.float32(1 / pixel)
-    half = np.float32(0.5 * width / pixel)
+    scaled = distance * f32(1 / pixel)
+    half = f32(0.5 * width / pixel)
     return np.clip(half + 0.5 - scaled, 0, 1) - np.clip(0.5 - half - scaled, 0, 1)
 
 
@@ -89,23 +91,28 @@ class Canvas:
 
     def fill(self, paint: Paint) -> None:
         """Cover the whole picture."""
-        window = self.window()
-        assert window is not None
-        self.blend(window, np.ones((1, 1), dtype=np.float32), paint)
+        self.cover((0, 0, 1, 1), lambda _: np.ones((1, 1), dtype=np.float32), paint)
+
+    def cover(
+        self, bounds: Bounds, coverage: Callable[[Window], Array], paint: Paint, opacity: float = 1.0
+    ) -> None:
+        """Lay paint where ``coverage``, in [0, 1], says, within ``bounds``."""
+        window = self.window(*bounds)
+        if window is not None:
+            self.blend(window, coverage(window) * f32(opacity), paint)
 
     def rectangle(
         self, left: float, top: float, right: float, bottom: float, paint: Paint, opacity: float = 1.0
     ) -> None:
         """An upright rectangle; its coverage is exact."""
-        window = self.window(left, top, right, bottom)
-        if window is None:
-            return
-        half = 0.5 * self.pixel
-        across = np.minimum(window.x + half, right) - np.maximum(window.x - half, left)
-        down = np.minimum(window.y + half, bottom) - np.maximum(window.y - half, top)
-        scale = np.float32(1 / self.pixel)
-        coverage = np.clip(across * scale, 0, 1) * np.clip(down * scale, 0, 1)
-        self.blend(window, coverage * np.float32(opacity), paint)
+
+        def coverage(w: Window) -> Array:
+            half, scale = 0.5 * w.pixel, f32(1 / w.pixel)
+            across = np.minimum(w.x + half, right) - np.maximum(w.x - half, left)
+            down = np.minimum(w.y + half, bottom) - np.maximum(w.y - half, top)
+            return np.clip(across * scale, 0, 1) * np.clip(down * scale, 0, 1)
+
+        self.cover((left, top, right, bottom), coverage, paint, opacity)
 
     def ellipse(
         self,
@@ -118,73 +125,59 @@ class Canvas:
         outline: float = 0.0,
     ) -> None:
         """An ellipse turned by ``angle`` (radians, clockwise on screen), or its outline of that width."""
-        reach = max(radii) + outline if angle else 0.0
-        reach_x, reach_y = (reach, reach) if angle else (radii[0] + outline, radii[1] + outline)
-        window = self.window(
-            centre[0] - reach_x, centre[1] - reach_y, centre[0] + reach_x, centre[1] + reach_y
+        reach = max(radii) if angle else 0.0
+        reach_x, reach_y = max(reach, radii[0]) + outline, max(reach, radii[1]) + outline
+        (x, y) = centre
+        self.shape(
+            (x - reach_x, y - reach_y, x + reach_x, y + reach_y),
+            lambda px, py: ellipse_distance(px - f32(x), py - f32(y), radii, angle),
+            paint,
+            opacity=opacity,
+            outline=outline,
         )
-        if window is None:
-            return
-        distance = ellipse_distance(
-            window.x - np.float32(centre[0]), window.y - np.float32(centre[1]), radii, angle
-        )
-        if outline:
-            coverage = stroke(np.abs(distance), outline, self.pixel)
-        else:
-            coverage = inside(distance, self.pixel)
-        self.blend(window, coverage * np.float32(opacity), paint)
 
     def polygon(self, points: Sequence[Point], paint: Paint, opacity: float = 1.0) -> None:
         """A convex polygon, its corners in either order."""
         xs, ys = [p[0] for p in points], [p[1] for p in points]
-        window = self.window(min(xs), min(ys), max(xs), max(ys))
-        if window is None:
-            return
         middle_x, middle_y = sum(xs) / len(xs), sum(ys) / len(ys)
-        distance: Array | None = None
-        for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[0]], strict=True):
-            length = float(np.hypot(x1 - x0, y1 - y0))
-            normal_x, normal_y = (y1 - y0) / length, (x0 - x1) / length
-            if (middle_x - x0) * normal_x + (middle_y - y0) * normal_y > 0:
-                normal_x, normal_y = -normal_x, -normal_y
-            offset = np.float32(x0 * normal_x + y0 * normal_y)
-            side = window.x * np.float32(normal_x) + (window.y * np.float32(normal_y) - offset)
-            distance = side if distance is None else np.maximum(distance, side)
-        assert distance is not None
-        self.blend(window, inside(distance, self.pixel) * np.float32(opacity), paint)
+
+        def distance(x: Array, y: Array) -> Array:
+            sides = []
+            for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[0]], strict=True):
+                length = float(np.hypot(x1 - x0, y1 - y0))
+                normal_x, normal_y = (y1 - y0) / length, (x0 - x1) / length
+                if (middle_x - x0) * normal_x + (middle_y - y0) * normal_y > 0:
+                    normal_x, normal_y = -normal_x, -normal_y
+                offset = f32(x0 * normal_x + y0 * normal_y)
+                sides.append(x * f32(normal_x) + (y * f32(normal_y) - offset))
+            return reduce(np.maximum, sides)
+
+        self.shape((min(xs), min(ys), max(xs), max(ys)), distance, paint, opacity=opacity)
 
     def line(self, start: Point, end: Point, width: float, paint: Paint, opacity: float = 1.0) -> None:
         """A straight line with round ends."""
         (x0, y0), (x1, y1) = start, end
         half = 0.5 * width
-        window = self.window(min(x0, x1) - half, min(y0, y1) - half, max(x0, x1) + half, max(y0, y1) + half)
-        if window is None:
-            return
-        along_x, along_y = np.float32(x1 - x0), np.float32(y1 - y0)
-        from_x, from_y = window.x - np.float32(x0), window.y - np.float32(y0)
-        share = np.clip((from_x * along_x + from_y * along_y) / (along_x**2 + along_y**2), 0, 1)
-        distance = np.hypot(from_x - share * along_x, from_y - share * along_y)
-        self.blend(window, stroke(distance, width, self.pixel) * np.float32(opacity), paint)
+        along_x, along_y = f32(x1 - x0), f32(y1 - y0)
+
+        def coverage(w: Window) -> Array:
+            from_x, from_y = w.x - f32(x0), w.y - f32(y0)
+            share = np.clip((from_x * along_x + from_y * along_y) / (along_x**2 + along_y**2), 0, 1)
+            return stroke(np.hypot(from_x - share * along_x, from_y - share * along_y), width, w.pixel)
+
+        bounds = (min(x0, x1) - half, min(y0, y1) - half, max(x0, x1) + half, max(y0, y1) + half)
+        self.cover(bounds, coverage, paint, opacity)
 
     def shape(
-        self,
-        bounds: tuple[float, float, float, float],
-        distance: Distance,
-        paint: Paint,
-        *,
-        opacity: float = 1.0,
-        outline: float = 0.0,
+        self, bounds: Bounds, distance: Distance, paint: Paint, *, opacity: float = 1.0, outline: float = 0.0
     ) -> None:
-        """Any shape, from its signed distance, or its outline of that width.
+        """Any shape, from its signed distance, or its outline of that width."""
 
-        ``bounds`` is left, top, right, bottom.
-        """
-        window = self.window(*bounds)
-        if window is None:
-            return
-        signed = distance(window.x, window.y)
-        coverage = stroke(np.abs(signed), outline, self.pixel) if outline else inside(signed, self.pixel)
-        self.blend(window, coverage * np.float32(opacity), paint)
+        def coverage(w: Window) -> Array:
+            signed = distance(w.x, w.y)
+            return stroke(np.abs(signed), outline, w.pixel) if outline else inside(signed, w.pixel)
+
+        self.cover(bounds, coverage, paint, opacity)
 
     def below(self, top: float, height: Callable[[Array], Array], paint: Paint) -> None:
         """Everything under the curve ``y = height(x)``, none of which lies above ``top``."""
@@ -192,8 +185,21 @@ class Canvas:
 
     def to_uint8(self) -> NDArray[np.uint8]:
         """The picture as [R, R, 3] bytes."""
-        scaled = np.clip(self.rgb * np.float32(255) + np.float32(0.5), 0, 255)
+        scaled = np.clip(self.rgb * f32(255) + f32(0.5), 0, 255)
         return np.ascontiguousarray(scaled.transpose(1, 2, 0).astype(np.uint8))
+
+
+def turned(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
+    """Coordinates along and across an axis at ``angle`` (radians, clockwise on screen)."""
+    cosine, sine = f32(np.cos(angle)), f32(np.sin(angle))
+    return x * cosine + y * sine, y * cosine - x * sine
+
+
+def circles_distance(x: Array, y: Array, circles: Iterable[tuple[float, float, float]]) -> Array:
+    """Signed distance to the union of circles (centre x, centre y, radius)."""
+    return reduce(
+        np.minimum, (np.hypot(x - f32(cx), y - f32(cy)) - f32(radius) for cx, cy, radius in circles)
+    )
 
 
 def ellipse_distance(x: Array, y: Array, radii: Point, angle: float = 0.0) -> Array:
@@ -202,9 +208,8 @@ def ellipse_distance(x: Array, y: Array, radii: Point, angle: float = 0.0) -> Ar
     With ``k0 = |p / r|`` and ``k1 = |p / r^2|`` it is ``k0 (k0 - 1) / k1``.
     """
     if angle:
-        cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-        x, y = x * cosine + y * sine, y * cosine - x * sine
-    rx, ry = np.float32(radii[0]), np.float32(radii[1])
+        x, y = turned(x, y, angle)
+    rx, ry = f32(radii[0]), f32(radii[1])
     scaled = np.sqrt((x / rx) ** 2 + (y / ry) ** 2)
     gradient = np.sqrt((x / rx**2) ** 2 + (y / ry**2) ** 2)
-    return scaled * (scaled - 1) / np.maximum(gradient, np.float32(1e-6))
+    return scaled * (scaled - 1) / np.maximum(gradient, f32(1e-6))

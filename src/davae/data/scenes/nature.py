@@ -10,11 +10,14 @@ from davae.data.scenes.canvas import (
     Distance,
     Texture,
     Window,
+    circles_distance,
     ellipse_distance,
+    f32,
     inside,
     stroke,
+    turned,
 )
-from davae.data.scenes.surroundings import INK, WHITE, hills, lawn, light_up, pick_hour, sky
+from davae.data.scenes.surroundings import INK, WHITE, hills, lawn, light_up, pick, pick_hour, sky
 from davae.data.scenes.textures import (
     colour,
     gradient,
@@ -31,14 +34,15 @@ from davae.data.scenes.textures import (
 
 def butterfly(canvas: Canvas, rng: np.random.Generator) -> str:
     """A butterfly with spread wings: veins, a dark border with pale spots, over soft foliage."""
-    name, code, inner = (
+    name, code, inner = pick(
+        rng,
         ("orange", "f08a24", "ffd166"),
         ("blue", "3d7fe0", "9fd8ff"),
         ("pink", "e0529c", "ffc2dd"),
         ("yellow", "f5cf2e", "fff3a6"),
-    )[int(rng.integers(4))]
+    )
     tone, centre = colour(code), colour(inner)
-    meadow = colour(("8fbf7f", "a9c98a", "7fb59a")[int(rng.integers(3))])
+    meadow = colour(pick(rng, "8fbf7f", "a9c98a", "7fb59a"))
     middle, level = rng.uniform(0.46, 0.54), rng.uniform(0.46, 0.52)
     size = rng.uniform(0.94, 1.06)
     opening = rng.uniform(-0.12, 0.12)
@@ -58,25 +62,21 @@ def butterfly(canvas: Canvas, rng: np.random.Generator) -> str:
         cx, cy, rx, ry = centre_x * size, centre_y * size, radii[0] * size, radii[1] * size
 
         def distance(x: Array, y: Array) -> Array:
-            return ellipse_distance(
-                np.abs(x - np.float32(middle)) - np.float32(cx), y - np.float32(level + cy), (rx, ry), angle
-            )
+            return ellipse_distance(np.abs(x - f32(middle)) - f32(cx), y - f32(level + cy), (rx, ry), angle)
 
         def pattern(w: Window) -> Array:
-            x, y = np.abs(w.x - np.float32(middle)), w.y - np.float32(level)
+            x, y = np.abs(w.x - f32(middle)), w.y - f32(level)
             signed = distance(w.x, w.y)
-            radius, theta = np.hypot(x, y) + np.float32(1e-3), np.arctan2(y, x)
-            turns = np.float32(14 / np.pi)
-            veins = pulse(
-                theta * turns + np.float32(0.5 * 0.16), 0.16, np.minimum(w.pixel * turns / radius, 1)
-            )
-            border = inside(-signed - np.float32(0.042 * size), w.pixel)
+            radius, theta = np.hypot(x, y) + f32(1e-3), np.arctan2(y, x)
+            turns = f32(14 / np.pi)
+            veins = pulse(theta * turns + f32(0.5 * 0.16), 0.16, np.minimum(w.pixel * turns / radius, 1))
+            border = inside(-signed - f32(0.042 * size), w.pixel)
             spots = pulse(theta * turns * 2, 0.5, np.minimum(w.pixel * turns * 2 / radius, 1)) * stroke(
-                np.abs(signed + np.float32(0.021 * size)), 0.02 * size, w.pixel
+                np.abs(signed + f32(0.021 * size)), 0.02 * size, w.pixel
             )
-            cross = stroke(np.abs(signed + np.float32(0.085 * size)), 0.009, w.pixel)
-            body = mix(centre, tone, np.clip(radius * np.float32(6 / size) - np.float32(0.4), 0, 1))
-            body = mix(body, INK, np.maximum(veins, cross) * np.float32(0.85))
+            cross = stroke(np.abs(signed + f32(0.085 * size)), 0.009, w.pixel)
+            body = mix(centre, tone, np.clip(radius * f32(6 / size) - f32(0.4), 0, 1))
+            body = mix(body, INK, np.maximum(veins, cross) * f32(0.85))
             return mix(mix(body, INK, border), WHITE, spots)
 
         reach = max(rx, ry)
@@ -97,18 +97,19 @@ def butterfly(canvas: Canvas, rng: np.random.Generator) -> str:
 
 def fish(canvas: Canvas, rng: np.random.Generator) -> str:
     """A fish with scales and rayed fins above a sandy bottom, with weed and bubbles."""
-    name, code, back = (
+    name, code, back = pick(
+        rng,
         ("orange", "f7943a", "b03a16"),
         ("yellow", "f7d23e", "c98a1a"),
         ("red", "e2504a", "8f2036"),
         ("violet", "b07be0", "5b3a9a"),
-    )[int(rng.integers(4))]
+    )
     tone, dark = colour(code), colour(back)
     side = 1.0 if rng.integers(2) else -1.0
     middle, level = 0.5 + rng.uniform(-0.03, 0.03), rng.uniform(0.43, 0.49)
     length, height = rng.uniform(0.245, 0.275), rng.uniform(0.155, 0.185)
     drift = rng.uniform(0, 0.15)
-    deep = colour(("0f5f8f", "136f86", "1f4f93")[int(rng.integers(3))])
+    deep = colour(pick(rng, "0f5f8f", "136f86", "1f4f93"))
     bubbles = rng.uniform((0.0, 0.0, 0.008), (0.1, 0.32, 0.02), size=(5, 3))
     sea_light = gradient(mix(deep, colour("8fe0e8"), 0.65), mix(deep, colour("061f3f"), 0.3), 0, 0.9)
     canvas.fill(
@@ -123,12 +124,12 @@ def fish(canvas: Canvas, rng: np.random.Generator) -> str:
     sand = colour("e3c98f")
 
     def grains(w: Window) -> Array:
-        v = (w.y - np.float32(0.84)) * np.float32(1 / 0.03) + np.float32(0.45) * np.sin(w.x * np.float32(14))
+        v = (w.y - f32(0.84)) * f32(1 / 0.03) + f32(0.45) * np.sin(w.x * f32(14))
         return pulse(v, 0.35, w.pixel / 0.03)
 
     canvas.below(
         0.8,
-        lambda x: np.float32(0.84) + np.float32(0.02) * np.sin(x * 8 + np.float32(drift * 20)),
+        lambda x: f32(0.84) + f32(0.02) * np.sin(x * 8 + f32(drift * 20)),
         modulated(sand, colour("a07c48"), grains),
     )
     for index, (x, top) in enumerate(((0.07, 0.5), (0.14, 0.6), (0.87, 0.56), (0.94, 0.46))):
@@ -136,9 +137,9 @@ def fish(canvas: Canvas, rng: np.random.Generator) -> str:
 
     def rays(paint_dark: Array, origin_x: float, origin_y: float, count: float) -> Texture:
         def texture(w: Window) -> Array:
-            dx, dy = (w.x - np.float32(origin_x)) * np.float32(side), w.y - np.float32(origin_y)
-            turns = np.float32(count / np.pi)
-            radius = np.hypot(dx, dy) + np.float32(1e-3)
+            dx, dy = (w.x - f32(origin_x)) * f32(side), w.y - f32(origin_y)
+            turns = f32(count / np.pi)
+            radius = np.hypot(dx, dy) + f32(1e-3)
             return mix(
                 tone,
                 paint_dark,
@@ -168,10 +169,10 @@ def fish(canvas: Canvas, rng: np.random.Generator) -> str:
     head_x = middle + side * length * 0.5
 
     def head(x: Array, y: Array) -> Array:
-        whole = ellipse_distance(x - np.float32(middle), y - np.float32(level), (length, height))
-        cheek = np.hypot(
-            (x - np.float32(middle + side * length * 1.15)), (y - np.float32(level)) * 0.9
-        ) - np.float32(length * 0.62)
+        whole = ellipse_distance(x - f32(middle), y - f32(level), (length, height))
+        cheek = np.hypot((x - f32(middle + side * length * 1.15)), (y - f32(level)) * 0.9) - f32(
+            length * 0.62
+        )
         return np.maximum(whole, cheek)
 
     bounds = (
@@ -198,39 +199,38 @@ def weed(canvas: Canvas, x: float, top: float, tone: Array) -> None:
     """One swaying blade of water weed with side leaves."""
 
     def blade(w: Window) -> Array:
-        centre = np.float32(x) + np.float32(0.014) * np.sin(w.y * np.float32(24))
+        centre = f32(x) + f32(0.014) * np.sin(w.y * f32(24))
         away = np.abs(w.x - centre)
-        fronds = pulse((w.y + away * np.float32(0.9)) * np.float32(1 / 0.036), 0.4, w.pixel / 0.036)
-        room = np.float32(0.04) * np.clip((w.y - np.float32(top)) * np.float32(5), 0.15, 1)
-        return np.maximum(stroke(away, 0.012, w.pixel), fronds * inside(away - room, w.pixel)) * inside(
-            np.float32(top) - w.y, w.pixel
-        )
+        fronds = pulse((w.y + away * f32(0.9)) * f32(1 / 0.036), 0.4, w.pixel / 0.036)
+        room = f32(0.04) * np.clip((w.y - f32(top)) * f32(5), 0.15, 1)
+        rows = inside(f32(top) - w.y, w.pixel)
+        grown = np.maximum(stroke(away, 0.012, w.pixel), fronds * inside(away - room, w.pixel)) * rows
+        return grown * inside(w.y - f32(0.9), w.pixel)
 
-    window = canvas.window(x - 0.07, top, x + 0.07, 0.9)
-    assert window is not None
-    canvas.blend(window, blade(window) * inside(window.y - np.float32(0.9), window.pixel), tone)
+    canvas.cover((x - 0.07, top, x + 0.07, 0.9), blade, tone)
 
 
 def flower(canvas: Canvas, rng: np.random.Generator) -> str:
     """One large flower with veined petals and a seeded heart, on a leafy stem."""
-    name, code, inner = (
+    name, code, inner = pick(
+        rng,
         ("yellow", "f8c61e", "f08a1c"),
         ("pink", "f27bb0", "c22f78"),
         ("white", "fbf7f0", "a892c0"),
         ("red", "e5412f", "8f1524"),
         ("violet", "9a6be0", "4f2a9a"),
-    )[int(rng.integers(5))]
+    )
     tone, vein = colour(code), colour(inner)
     middle, level = rng.uniform(0.46, 0.54), rng.uniform(0.37, 0.42)
     reach, count = rng.uniform(0.27, 0.31), int(rng.integers(9, 13))
     turn, lean = rng.uniform(0, 1), rng.uniform(-0.05, 0.05)
-    back = colour(("a8dcef", "cfe8c9", "f6e3c4")[int(rng.integers(3))])
+    back = colour(pick(rng, "a8dcef", "cfe8c9", "f6e3c4"))
     backdrop = gradient(mix(back, WHITE, 0.3), mix(back, colour("6fae72"), 0.45), 0.1, 1)
     hatch = stripes(backdrop, mix(back, colour("3f7f6f"), 0.45), 0.03, 0.3, angle=np.pi / 4, origin=0.0)
     canvas.fill(hatch)
     canvas.shape(
         (0, 0.8, 1, 1),
-        lambda x, y: np.float32(0.9) - y + np.float32(0.02) * np.sin(x * np.float32(13)),
+        lambda x, y: f32(0.9) - y + f32(0.02) * np.sin(x * f32(13)),
         leaves(colour("3f8a45"), colour("9fd06a"), colour("1c5230"), size=0.06, origin=(0.0, 0.9)),
     )
     green = colour("3f8f3f")
@@ -244,25 +244,25 @@ def flower(canvas: Canvas, rng: np.random.Generator) -> str:
 
     def petals(offset: float, scale: float) -> tuple[Distance, Texture]:
         def polar(w_x: Array, w_y: Array) -> tuple[Array, Array]:
-            dx, dy = w_x - np.float32(middle), w_y - np.float32(level)
-            return np.hypot(dx, dy) + np.float32(1e-4), np.arctan2(dy, dx)
+            dx, dy = w_x - f32(middle), w_y - f32(level)
+            return np.hypot(dx, dy) + f32(1e-4), np.arctan2(dy, dx)
 
         def distance(x: Array, y: Array) -> Array:
             radius, theta = polar(x, y)
-            part = theta * np.float32(count / (2 * np.pi)) + np.float32(turn + offset)
-            lobe = np.abs(np.sin(part * np.float32(np.pi)))
-            edge = np.float32(reach * scale) * (np.float32(0.62) + np.float32(0.38) * np.sqrt(lobe))
-            return (radius - edge) * np.float32(0.75)
+            part = theta * f32(count / (2 * np.pi)) + f32(turn + offset)
+            lobe = np.abs(np.sin(part * f32(np.pi)))
+            edge = f32(reach * scale) * (f32(0.62) + f32(0.38) * np.sqrt(lobe))
+            return (radius - edge) * f32(0.75)
 
         def paint(w: Window) -> Array:
             radius, theta = polar(w.x, w.y)
-            turns = np.float32(count / (2 * np.pi))
-            part = theta * turns + np.float32(turn + offset)
-            near = np.clip(np.float32(1.45) - radius * np.float32(1.5 / reach), 0, 1)
-            body = mix(tone, vein, near * np.float32(0.75))
-            lines = pulse(part * 5 + np.float32(0.15), 0.3, np.minimum(w.pixel * turns * 5 / radius, 1))
-            gap = pulse(part + np.float32(0.05), 0.1, np.minimum(w.pixel * turns / radius, 1))
-            body = mix(body, vein, lines * np.float32(0.95))
+            turns = f32(count / (2 * np.pi))
+            part = theta * turns + f32(turn + offset)
+            near = np.clip(f32(1.45) - radius * f32(1.5 / reach), 0, 1)
+            body = mix(tone, vein, near * f32(0.75))
+            lines = pulse(part * 5 + f32(0.15), 0.3, np.minimum(w.pixel * turns * 5 / radius, 1))
+            gap = pulse(part + f32(0.05), 0.1, np.minimum(w.pixel * turns / radius, 1))
+            body = mix(body, vein, lines * f32(0.95))
             return mix(body, mix(vein, INK, 0.45), gap)
 
         return distance, paint
@@ -274,13 +274,13 @@ def flower(canvas: Canvas, rng: np.random.Generator) -> str:
     canvas.shape(bounds, front_shape, front_paint)
 
     def seeds(w: Window) -> Array:
-        dx, dy = w.x - np.float32(middle), w.y - np.float32(level)
-        radius, theta = np.hypot(dx, dy) + np.float32(1e-4), np.arctan2(dy, dx)
+        dx, dy = w.x - f32(middle), w.y - f32(level)
+        radius, theta = np.hypot(dx, dy) + f32(1e-4), np.arctan2(dy, dx)
         # Two families of spirals cross, as in a sunflower's heart.
-        spiral = np.log(radius) * np.float32(2.6)
-        foot = np.minimum(w.pixel * np.float32(3.2) / radius, 1)
-        one = pulse(theta * np.float32(10 / np.pi) + spiral, 0.42, foot)
-        other = pulse(theta * np.float32(10 / np.pi) - spiral, 0.42, foot)
+        spiral = np.log(radius) * f32(2.6)
+        foot = np.minimum(w.pixel * f32(3.2) / radius, 1)
+        one = pulse(theta * f32(10 / np.pi) + spiral, 0.42, foot)
+        other = pulse(theta * f32(10 / np.pi) - spiral, 0.42, foot)
         return one * other
 
     canvas.ellipse((middle, level), (heart, heart), modulated(colour("6b3f1d"), colour("f0c04a"), seeds))
@@ -293,10 +293,9 @@ def leaf(canvas: Canvas, x: float, y: float, side: float) -> None:
     angle = -0.5 * side
 
     def veins(w: Window) -> Array:
-        dx, dy = w.x - np.float32(x), w.y - np.float32(y)
-        cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-        along, across = (dx * cosine + dy * sine) * np.float32(side), dy * cosine - dx * sine
-        ribs = pulse((along - np.abs(across)) * np.float32(1 / 0.034), 0.25, w.pixel * 1.4 / 0.034)
+        dx, dy = w.x - f32(x), w.y - f32(y)
+        along, across = turned(dx, dy, angle)
+        ribs = pulse((along * f32(side) - np.abs(across)) * f32(1 / 0.034), 0.25, w.pixel * 1.4 / 0.034)
         return np.maximum(ribs, stroke(np.abs(across), 0.009, w.pixel))
 
     canvas.ellipse((x, y), (0.14, 0.058), modulated(colour("4fa34a"), colour("1f5f2c"), veins), angle=angle)
@@ -305,12 +304,14 @@ def leaf(canvas: Canvas, x: float, y: float, side: float) -> None:
 def tree(canvas: Canvas, rng: np.random.Generator) -> str:
     """A broad tree with leafy crown and barked trunk on a meadow."""
     hour = pick_hour(rng)
-    season, code, light, dark = (
+    season, code, light, dark = pick(
+        rng,
         ("green", "4f9440", "b5d965", "1c4f2a"),
         ("autumn", "d9782a", "ffc558", "8a2f18"),
         ("blossoming", "eda3bd", "ffe6ee", "a84a72"),
         ("golden", "dcae2f", "fff08a", "8f6212"),
-    )[int(rng.choice(4, p=[0.46, 0.2, 0.17, 0.17]))]
+        p=(0.46, 0.2, 0.17, 0.17),
+    )
     middle, level = rng.uniform(0.46, 0.54), rng.uniform(0.36, 0.4)
     size = rng.uniform(0.92, 1.06)
     wobble = rng.uniform(-0.02, 0.02, size=6)
@@ -323,8 +324,8 @@ def tree(canvas: Canvas, rng: np.random.Generator) -> str:
     bark = planks(colour("7a5233"), colour("2f1d12"), colour("43291a"), board=0.04, period=0.02, angle=0.0)
 
     def trunk(x: Array, y: Array) -> Array:
-        spread = np.float32(0.042) + np.float32(1.2) * np.maximum(y - np.float32(0.74), 0) ** 1.5
-        return np.maximum(np.abs(x - np.float32(middle)) - spread, y - np.float32(ground + 0.012))
+        spread = f32(0.042) + f32(1.2) * np.maximum(y - f32(0.74), 0) ** 1.5
+        return np.maximum(np.abs(x - f32(middle)) - spread, y - f32(ground + 0.012))
 
     canvas.shape((middle - 0.12, level, middle + 0.12, ground + 0.02), trunk, bark)
     canvas.line((middle, 0.64), (middle - 0.13, 0.5), 0.03, colour("5e3d26"))
@@ -339,19 +340,20 @@ def tree(canvas: Canvas, rng: np.random.Generator) -> str:
     )
 
     def crown(x: Array, y: Array) -> Array:
-        nearest: Array | None = None
-        for (dx, dy, radius), shift in zip(blobs, wobble, strict=True):
-            d = np.hypot(
-                x - np.float32(middle + dx * size), y - np.float32(level + (dy + shift) * size)
-            ) - np.float32(radius * size)
-            nearest = d if nearest is None else np.minimum(nearest, d)
-        assert nearest is not None
+        nearest = circles_distance(
+            x,
+            y,
+            (
+                (middle + dx * size, level + (dy + shift) * size, radius * size)
+                for (dx, dy, radius), shift in zip(blobs, wobble, strict=True)
+            ),
+        )
         # Leaves fray the edge.
-        return nearest + np.float32(0.007) * np.sin(x * np.float32(150)) * np.sin(y * np.float32(150))
+        return nearest + f32(0.007) * np.sin(x * f32(150)) * np.sin(y * f32(150))
 
     def foliage(w: Window) -> Array:
-        shade = (w.x - np.float32(middle)) * np.float32(1.3) + (w.y - np.float32(level)) * np.float32(1.9)
-        body = mix(colour(code), colour(dark), np.clip(shade + np.float32(0.25), 0, 0.75))
+        shade = (w.x - f32(middle)) * f32(1.3) + (w.y - f32(level)) * f32(1.9)
+        body = mix(colour(code), colour(dark), np.clip(shade + f32(0.25), 0, 0.75))
         return leaves(lambda _: body, colour(light), colour(dark), size=0.046, origin=(middle, level))(w)
 
     reach = 0.33 * size

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from davae.data.scenes.canvas import Array, Canvas, Paint
+from davae.data.scenes.canvas import Array, Canvas, Paint, circles_distance, f32
 from davae.data.scenes.textures import colour, engraved, gradient, grass, mix, water
 
+T = TypeVar("T")
 WHITE, INK = colour("ffffff"), colour("2a2530")
 
 
@@ -31,9 +34,14 @@ HOURS = (
 )
 
 
+def pick(rng: np.random.Generator, *options: T, p: Sequence[float] | None = None) -> T:
+    """One of the options, equally often or with the probabilities ``p``."""
+    return options[int(rng.integers(len(options)) if p is None else rng.choice(len(options), p=p))]
+
+
 def pick_hour(rng: np.random.Generator) -> Hour:
     """Day more often than night."""
-    return HOURS[int(rng.choice(4, p=[0.3, 0.34, 0.24, 0.12]))]
+    return pick(rng, *HOURS, p=(0.3, 0.34, 0.24, 0.12))
 
 
 def glow(code: str, hour: Hour) -> Array:
@@ -74,14 +82,8 @@ def cloud(canvas: Canvas, x: float, y: float, size: float, paint: Paint) -> None
 
     def distance(px: Array, py: Array) -> Array:
         puffs = [(-0.9, 0.12, 0.55), (0.0, -0.2, 0.8), (0.95, 0.15, 0.5)]
-        nearest: Array | None = None
-        for dx, dy, radius in puffs:
-            d = np.hypot(px - np.float32(x + dx * size), py - np.float32(y + dy * size)) - np.float32(
-                radius * size
-            )
-            nearest = d if nearest is None else np.minimum(nearest, d)
-        assert nearest is not None
-        return np.maximum(nearest, py - np.float32(y + 0.45 * size))
+        nearest = circles_distance(px, py, ((x + dx * size, y + dy * size, r * size) for dx, dy, r in puffs))
+        return np.maximum(nearest, py - f32(y + 0.45 * size))
 
     canvas.shape((x - 1.6 * size, y - 1.1 * size, x + 1.6 * size, y + 0.5 * size), distance, paint)
 
@@ -91,9 +93,8 @@ def hills(canvas: Canvas, rng: np.random.Generator, tone: Array, *, horizon: flo
     phase = rng.uniform(0, 6.28)
 
     def ridge(x: Array) -> Array:
-        return np.float32(horizon) - np.float32(height) * (
-            np.float32(0.6)
-            + np.float32(0.4) * np.sin(x * 7 + np.float32(phase)) * np.cos(x * 3 + np.float32(2 * phase))
+        return f32(horizon) - f32(height) * (
+            f32(0.6) + f32(0.4) * np.sin(x * 7 + f32(phase)) * np.cos(x * 3 + f32(2 * phase))
         )
 
     paint = engraved(tone, mix(tone, INK, 0.35), period=1 / 40, strength=0.7, bend=0.02, duty=0.35)
@@ -110,7 +111,7 @@ def lawn(canvas: Canvas, rng: np.random.Generator, *, horizon: float) -> None:
         mix(base, colour("123c1e"), 0.65),
         horizon=horizon,
     )
-    canvas.below(horizon - 0.02, lambda x: np.float32(horizon) + np.float32(0.012) * np.sin(x * 9), blades)
+    canvas.below(horizon - 0.02, lambda x: f32(horizon) + f32(0.012) * np.sin(x * 9), blades)
 
 
 def sea(canvas: Canvas, rng: np.random.Generator, hour: Hour, *, horizon: float) -> None:

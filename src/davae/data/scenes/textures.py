@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from davae.data.scenes.canvas import Array, Paint, Texture, Window, inside
+from davae.data.scenes.canvas import Array, Paint, Texture, Window, f32, inside
 
 TABLE = np.random.default_rng(20_240).random((6, 32, 32), dtype=np.float32)
 """Fixed numbers in [0, 1): leaves and bricks vary in the same way in every scene, so it can be learnt."""
@@ -19,7 +19,7 @@ TABLE = np.random.default_rng(20_240).random((6, 32, 32), dtype=np.float32)
 
 def colour(code: str) -> Array:
     """The colour [3] in [0, 1] of a hexadecimal code such as ``"e8a33d"``."""
-    return np.array([int(code[i : i + 2], 16) for i in (0, 2, 4)], dtype=np.float32) / np.float32(255)
+    return np.array([int(code[i : i + 2], 16) for i in (0, 2, 4)], dtype=np.float32) / f32(255)
 
 
 def mix(first: Array, second: Array, share: Array | float) -> Array:
@@ -39,7 +39,7 @@ def pulse(phase: Array, duty: float, footprint: Array | float) -> Array:
     ``phase`` and ``footprint`` (what a pixel spans) are in periods. The average is exact where the phase is
     linear within the pixel: the bars' integral, ``floor(t) duty + min(t - floor(t), duty)``, at both ends.
     """
-    duty32, footprint = np.float32(duty), np.asarray(footprint, dtype=np.float32)
+    duty32, footprint = f32(duty), np.asarray(footprint, dtype=np.float32)
     start, end = phase - 0.5 * footprint, phase + 0.5 * footprint
     whole_start, whole_end = np.floor(start), np.floor(end)
     ink = np.minimum(end - whole_end, duty32) - np.minimum(start - whole_start, duty32)
@@ -48,7 +48,7 @@ def pulse(phase: Array, duty: float, footprint: Array | float) -> Array:
 
 def gradient(top: Array, bottom: Array, start: float, end: float) -> Texture:
     """From one colour at height ``start`` to another at ``end``, downwards."""
-    return lambda w: mix(top, bottom, np.clip((w.y - np.float32(start)) / np.float32(end - start), 0, 1))
+    return lambda w: mix(top, bottom, np.clip((w.y - f32(start)) / f32(end - start), 0, 1))
 
 
 def stripes(
@@ -58,9 +58,7 @@ def stripes(
     cosine, sine = float(np.cos(angle)), float(np.sin(angle))
 
     def texture(w: Window) -> Array:
-        along = (
-            w.x * np.float32(cosine / period) + w.y * np.float32(sine / period) - np.float32(origin / period)
-        )
+        along = w.x * f32(cosine / period) + w.y * f32(sine / period) - f32(origin / period)
         return mix(resolve(first, w), second, pulse(along, duty, w.pixel / period))
 
     return texture
@@ -77,9 +75,9 @@ def engraved(
     """Level, gently waving lines, as an engraver draws a sky."""
 
     def texture(w: Window) -> Array:
-        swell = np.float32(bend) * np.sin(w.x * np.float32(9.0) + w.y * np.float32(5.0))
-        lines = pulse((w.y + swell) * np.float32(1 / period), duty, w.pixel / period)
-        return mix(resolve(base, w), ink, lines * np.float32(strength))
+        swell = f32(bend) * np.sin(w.x * f32(9.0) + w.y * f32(5.0))
+        lines = pulse((w.y + swell) * f32(1 / period), duty, w.pixel / period)
+        return mix(resolve(base, w), ink, lines * f32(strength))
 
     return texture
 
@@ -91,13 +89,13 @@ def bricks(
     length, height = size
 
     def texture(w: Window) -> Array:
-        v = (w.y - np.float32(origin[1])) * np.float32(1 / height)
+        v = (w.y - f32(origin[1])) * f32(1 / height)
         course = np.floor(v)
-        u = (w.x - np.float32(origin[0])) * np.float32(1 / length) + np.float32(0.5) * np.mod(course, 2)
+        u = (w.x - f32(origin[0])) * f32(1 / length) + f32(0.5) * np.mod(course, 2)
         level = pulse(v, width / height, w.pixel / height)
         upright = pulse(u, width / length, w.pixel / length)
         tone = TABLE[0, course.astype(np.int32) % 32, np.floor(u).astype(np.int32) % 32]
-        body = base[:, None, None] * (np.float32(0.84) + np.float32(0.3) * tone)
+        body = base[:, None, None] * (f32(0.84) + f32(0.3) * tone)
         return mix(body, joint, 1 - (1 - level) * (1 - upright))
 
     return texture
@@ -116,16 +114,16 @@ def scallops(
     length, height = size
 
     def texture(w: Window) -> Array:
-        v = (w.y - np.float32(origin[1])) * np.float32(1 / height)
+        v = (w.y - f32(origin[1])) * f32(1 / height)
         row = np.floor(v)
-        u = (w.x - np.float32(origin[0])) * np.float32(1 / length) + np.float32(0.5) * np.mod(row, 2)
+        u = (w.x - f32(origin[0])) * f32(1 / length) + f32(0.5) * np.mod(row, 2)
         across = (u - np.floor(u)) * 2 - 1
         depth = (v - row) - (1 - across * across)
         slope = np.sqrt(1 / height**2 + (4 * across / length) ** 2)
         distance = np.abs(depth) / slope
         half = 0.5 * width
         ink = np.clip((half - distance) / w.pixel + 0.5, 0, 1) * min(1.0, 2 * width / (width + w.pixel))
-        shade = np.where(depth < 0, depth + 1, depth) * np.float32(lift) + np.float32(1 - 0.5 * lift)
+        shade = np.where(depth < 0, depth + 1, depth) * f32(lift) + f32(1 - 0.5 * lift)
         return mix(resolve(base, w) * shade, line, ink)
 
     return texture
@@ -135,16 +133,14 @@ def weave(light: Array, dark: Array, gap: Array, *, size: float, origin: tuple[f
     """Basketwork: bands that pass over and under, each shaded across its width, dark gaps between them."""
 
     def texture(w: Window) -> Array:
-        scale = np.float32(1 / size)
-        u, v = (w.x - np.float32(origin[0])) * scale, (w.y - np.float32(origin[1])) * scale * np.float32(1.6)
+        scale = f32(1 / size)
+        u, v = (w.x - f32(origin[0])) * scale, (w.y - f32(origin[1])) * scale * f32(1.6)
         row = np.floor(v)
-        shifted = u * np.float32(0.5) + np.float32(0.5) * np.mod(row, 2)
+        shifted = u * f32(0.5) + f32(0.5) * np.mod(row, 2)
         foot = w.pixel / size
         over = pulse(shifted, 0.5, foot * 0.5)
-        bulge = np.sin((shifted * 2 - np.floor(shifted * 2)) * np.float32(np.pi)) * np.float32(
-            max(0.0, 1 - foot)
-        )
-        cane = mix(dark, light, over * (np.float32(0.45) + np.float32(0.55) * bulge))
+        bulge = np.sin((shifted * 2 - np.floor(shifted * 2)) * f32(np.pi)) * f32(max(0.0, 1 - foot))
+        cane = mix(dark, light, over * (f32(0.45) + f32(0.55) * bulge))
         between = pulse(v, 0.24, foot * 1.6)
         return mix(cane, gap, between)
 
@@ -155,26 +151,24 @@ def leaves(base: Paint, light: Array, dark: Array, *, size: float, origin: tuple
     """Foliage: small leaves in staggered rows, a dark layer under a light one, each turned its own way."""
 
     def layer(w: Window, shift: float, table: int) -> Array:
-        scale = np.float32(1 / size)
-        u = (w.x - np.float32(origin[0])) * scale + np.float32(shift)
-        v = (w.y - np.float32(origin[1])) * scale + np.float32(shift * 0.7)
+        scale = f32(1 / size)
+        u = (w.x - f32(origin[0])) * scale + f32(shift)
+        v = (w.y - f32(origin[1])) * scale + f32(shift * 0.7)
         row = np.floor(v)
-        u = u + np.float32(0.5) * np.mod(row, 2) + np.float32(0.16) * np.sin(row * np.float32(2.3))
+        u = u + f32(0.5) * np.mod(row, 2) + f32(0.16) * np.sin(row * f32(2.3))
         column = np.floor(u)
         i, j = row.astype(np.int32) % 32, column.astype(np.int32) % 32
-        angle = TABLE[table, i, j] * np.float32(np.pi)
+        angle = TABLE[table, i, j] * f32(np.pi)
         cosine, sine = np.cos(angle), np.sin(angle)
-        du, dv = u - column - np.float32(0.5), v - row - np.float32(0.5)
+        du, dv = u - column - f32(0.5), v - row - f32(0.5)
         along, across = du * cosine + dv * sine, dv * cosine - du * sine
         # A lens: |across| below a parabola of |along|.
-        distance = (np.abs(across) - np.float32(0.24) * (1 - (along * np.float32(2.1)) ** 2)) * np.float32(
-            size * 0.8
-        )
+        distance = (np.abs(across) - f32(0.24) * (1 - (along * f32(2.1)) ** 2)) * f32(size * 0.8)
         return inside(distance, w.pixel)
 
     def texture(w: Window) -> Array:
-        ground = mix(resolve(base, w), dark, layer(w, 0.0, 1) * np.float32(0.85))
-        return mix(ground, light, layer(w, 0.5, 2) * np.float32(0.85))
+        ground = mix(resolve(base, w), dark, layer(w, 0.0, 1) * f32(0.85))
+        return mix(ground, light, layer(w, 0.5, 2) * f32(0.85))
 
     return texture
 
@@ -183,15 +177,15 @@ def grass(base: Paint, light: Array, dark: Array, *, horizon: float, period: flo
     """Rows of leaning blades, light and dark side by side, staggered from row to row."""
 
     def texture(w: Window) -> Array:
-        v = (w.y - np.float32(horizon)) * np.float32(1 / (1.25 * period))
+        v = (w.y - f32(horizon)) * f32(1 / (1.25 * period))
         row = np.floor(v)
         fraction = v - row
-        lean = np.float32(0.5) * fraction * fraction
-        u = w.x * np.float32(1 / period) + np.float32(0.37) * row + lean
+        lean = f32(0.5) * fraction * fraction
+        u = w.x * f32(1 / period) + f32(0.37) * row + lean
         foot = w.pixel / period
-        tip = np.float32(0.35) + np.float32(0.65) * fraction
+        tip = f32(0.35) + f32(0.65) * fraction
         body = mix(resolve(base, w), dark, pulse(u, 0.3, foot) * tip)
-        return mix(body, light, pulse(u - np.float32(0.36), 0.3, foot) * tip)
+        return mix(body, light, pulse(u - f32(0.36), 0.3, foot) * tip)
 
     return texture
 
@@ -200,17 +194,17 @@ def water(base: Paint, crest: Array, trough: Array, *, horizon: float, drift: fl
     """Ripples: broken level lines that widen towards the viewer."""
 
     def texture(w: Window) -> Array:
-        depth = np.maximum(w.y - np.float32(horizon), 0)
+        depth = np.maximum(w.y - f32(horizon), 0)
         # The phase grows as the root of the depth below the horizon: farther lines lie closer together.
-        root = np.sqrt(depth + np.float32(0.03))
-        v = root * np.float32(30.0)
-        foot = np.float32(30.0 * 0.5 * w.pixel) / root
+        root = np.sqrt(depth + f32(0.03))
+        v = root * f32(30.0)
+        foot = f32(30.0 * 0.5 * w.pixel) / root
         row = np.floor(v)
-        u = (w.x - np.float32(0.5)) / (np.float32(0.3) + root) + np.float32(drift) + np.float32(0.29) * row
-        bob = np.float32(0.22) * np.sin(u * np.float32(24.0))
-        breaks = np.clip(np.float32(0.75) + np.float32(0.9) * np.sin(u * np.float32(11.0)), 0, 1)
+        u = (w.x - f32(0.5)) / (f32(0.3) + root) + f32(drift) + f32(0.29) * row
+        bob = f32(0.22) * np.sin(u * f32(24.0))
+        breaks = np.clip(f32(0.75) + f32(0.9) * np.sin(u * f32(11.0)), 0, 1)
         body = mix(resolve(base, w), trough, pulse(v + bob, 0.34, foot) * breaks)
-        return mix(body, crest, pulse(v + bob + np.float32(0.42), 0.3, foot) * breaks)
+        return mix(body, crest, pulse(v + bob + f32(0.42), 0.3, foot) * breaks)
 
     return texture
 
@@ -223,14 +217,12 @@ def planks(
     cosine, sine = float(np.cos(angle)), float(np.sin(angle))
 
     def texture(w: Window) -> Array:
-        across = w.x * np.float32(cosine) + w.y * np.float32(sine)
-        along = w.y * np.float32(cosine) - w.x * np.float32(sine)
-        bend = np.float32(0.35) * np.sin(
-            along * np.float32(14.0) + np.floor(across * np.float32(1 / board)) * np.float32(2.4)
-        )
-        lines = pulse(across * np.float32(1 / period) + bend, 0.4, w.pixel / period)
-        body = mix(resolve(base, w), grain, lines * np.float32(0.75))
-        return mix(body, seam, pulse(across * np.float32(1 / board), 0.09, w.pixel / board))
+        across = w.x * f32(cosine) + w.y * f32(sine)
+        along = w.y * f32(cosine) - w.x * f32(sine)
+        bend = f32(0.35) * np.sin(along * f32(14.0) + np.floor(across * f32(1 / board)) * f32(2.4))
+        lines = pulse(across * f32(1 / period) + bend, 0.4, w.pixel / period)
+        body = mix(resolve(base, w), grain, lines * f32(0.75))
+        return mix(body, seam, pulse(across * f32(1 / board), 0.09, w.pixel / board))
 
     return texture
 

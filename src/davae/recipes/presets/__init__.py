@@ -6,14 +6,11 @@ files say, as far as they shape the model; ``parameters`` is checked against the
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
-
-from davae.errors import DavaeError
 
 
 @dataclass(frozen=True)
@@ -79,21 +76,6 @@ def find_preset(name: str) -> Preset | None:
         if wanted in (preset.key, preset.name.lower()):
             return preset
     return None
-
-
-def load_preset(name: str) -> Preset:
-    """:func:`find_preset`, where a missing one is an error.
-
-    Raises:
-        DavaeError: no such preset; names the nearest.
-    """
-    found = find_preset(name)
-    if found is not None:
-        return found
-    names = [n for preset in _presets() for n in (preset.key, preset.name)]
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f" (did you mean '{near[0]}'?)" if near else ""
-    raise DavaeError(f"no bundled configuration of '{name}'{hint}; there are {', '.join(preset_names())}")
 
 
 @cache

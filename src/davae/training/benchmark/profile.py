@@ -33,21 +33,20 @@ class StepProfile:
     Attributes:
         parts: shares of ``forward``, ``backward``, ``optimizer`` and ``data``, 1 together. The optimizer's is AdamW's
             alone; clipping, the average of weights and the check of gradients count as forward.
-        operators: the most expensive ones first.
+        operators: the ten most expensive ones, the first one first.
     """
 
     parts: dict[str, float]
     operators: list[OperatorTime]
 
 
-def profile_step(step: Callable[[], None], *, operators: int = 10) -> StepProfile:
+def profile_step(step: Callable[[], None]) -> StepProfile:
     """Profile one call, after one that is not counted.
 
     On a GPU the times are the device's, but for the loading of data.
 
     Args:
         step: a training step, as `davae.training.loop.steps_of` gives it.
-        operators: how many to name.
     """
     step()
     cuda = torch.cuda.is_available()
@@ -72,7 +71,7 @@ def profile_step(step: Callable[[], None], *, operators: int = 10) -> StepProfil
     spent = {"backward": under(_BACKWARD, whole), "optimizer": under(_OPTIMIZER, whole), "data": data}
     rest = max(0.0, total - spent["backward"] - spent["optimizer"] - (0.0 if cuda else data))
     parts = {"forward": rest, **spent}
-    return StepProfile(_shares(parts), _most_expensive(averages, own, total, operators))
+    return StepProfile(_shares(parts), _most_expensive(averages, own, total))
 
 
 def _shares(parts: dict[str, float]) -> dict[str, float]:
@@ -80,9 +79,7 @@ def _shares(parts: dict[str, float]) -> dict[str, float]:
     return {name: seconds / together for name, seconds in parts.items()}
 
 
-def _most_expensive(
-    averages: Iterable[Any], own: Callable[[Any], float], total: float, count: int
-) -> list[OperatorTime]:
+def _most_expensive(averages: Iterable[Any], own: Callable[[Any], float], total: float) -> list[OperatorTime]:
     named = [event for event in averages if event.key.startswith(("aten::", "fused", "triton"))]
     named.sort(key=own, reverse=True)
-    return [OperatorTime(e.key, own(e), own(e) / (total or 1.0), int(e.count)) for e in named[:count]]
+    return [OperatorTime(e.key, own(e), own(e) / (total or 1.0), int(e.count)) for e in named[:10]]

@@ -146,7 +146,8 @@ class DiffusionBenchStage(Stage):
         self.vae = _autoencoder(architecture, settings).requires_grad_(False)
         layout = self.vae.layout
         with _seeded():
-            wide = {**architecture.transformer, **_widening(architecture, layout)}
+            widening = widened_config(architecture.build_transformer(), layout)
+            wide = {**architecture.transformer, **widening}
             transformer = build(wide, device="cpu")
             recipe = DiffusionSettings(
                 tune=TuneSettings(mode=settings.tune), optimizer=settings.optimizer(), loop=self.loop
@@ -209,10 +210,6 @@ def _autoencoder(architecture: Architecture, settings: StepSettings) -> Autoenco
     if settings.resolution % unit:
         raise DavaeError(f"{settings.resolution} pixels are not a multiple of {unit} (compression x patch)")
     return vae
-
-
-def _widening(architecture: Architecture, layout: LatentLayout) -> dict[str, int]:
-    return widened_config(architecture.build_transformer(), layout)
 
 
 def _family(architecture: Architecture) -> PipelineFamily:

@@ -101,11 +101,7 @@ class Trial:
             ).to(self.device)
         layout = LatentLayout(candidate.channels, 0)
         self.objective = DiffusionObjective(
-            ClassConditional(),
-            self.transformer,
-            layout,
-            FlowProcess(FlowLoss(layout)),
-            FlowLossSettings(),
+            ClassConditional(), self.transformer, layout, FlowProcess(FlowLoss(layout)), FlowLossSettings()
         ).train()
         settings = OptimizerSettings(learning_rate=options.learning_rate, betas=(0.9, 0.95))
         self.optimizer = make_optimizer(candidate.name, self.objective, settings, {})
@@ -115,10 +111,7 @@ class Trial:
         """One training step; the batch and its noise depend on ``number`` alone."""
         generator = torch.Generator().manual_seed(self.options.seed + number)
         chosen = torch.randint(len(self.latents), (self.options.batch,), generator=generator)
-        batch = {
-            "latent": self.latents[chosen].to(self.device),
-            "label": self.labels[chosen].to(self.device),
-        }
+        batch = {"latent": self.latents[chosen].to(self.device), "label": self.labels[chosen].to(self.device)}
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.options.seed + number)
             loss = self.objective(batch, number)["total"]

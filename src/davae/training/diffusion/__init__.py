@@ -6,8 +6,8 @@ To be read in this order: `train`, `stage`, `objective`, and of `davae.diffusion
 from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings
 from davae.training.diffusion.objective import DiffusionObjective, noise_process
 from davae.training.diffusion.stage import DiffusionStage
-from davae.training.diffusion.tuning import lora_config, select_trained
-from davae.training.diffusion.validation import generate_classes, generate_prompts, held_out_loss
+from davae.training.diffusion.tuning import select_trained
+from davae.training.diffusion.validation import generate_classes
 
 __all__ = [
     "ClassMap",
@@ -15,9 +15,6 @@ __all__ = [
     "DiffusionStage",
     "PromptEmbeddings",
     "generate_classes",
-    "generate_prompts",
-    "held_out_loss",
-    "lora_config",
     "noise_process",
     "select_trained",
 ]

@@ -82,7 +82,6 @@ def generate_classes(
     sample: SampleSettings,
     *,
     seed: int,
-    batch: int = 48,
     positions: Sequence[int] | None = None,
 ) -> Tensor:
     """Samples of the given labels in turn, ``[count, 3, H, W]`` in [-1, 1], image ``i`` from seed ``seed + i``.
@@ -93,7 +92,6 @@ def generate_classes(
         count: images.
         sample: steps and guidance.
         seed: of the first image.
-        batch: images together.
         positions: which of the images to make; none makes all.
     """
     family = family_of(pipeline)
@@ -110,7 +108,7 @@ def generate_classes(
             generators=generators,
         )
 
-    return _in_batches(pipeline, make, range(count) if positions is None else positions, batch, seed)
+    return _in_batches(pipeline, make, range(count) if positions is None else positions, 48, seed)
 
 
 def generate_prompts(
@@ -120,7 +118,6 @@ def generate_prompts(
     sample: SampleSettings,
     *,
     seed: int,
-    batch: int = 4,
     max_length: int | None = None,
     positions: Sequence[int] | None = None,
 ) -> Tensor:
@@ -132,7 +129,6 @@ def generate_prompts(
         size: height and width in pixels.
         sample: steps and guidance.
         seed: of the first image.
-        batch: images together.
         max_length: tokens a prompt is cut or padded to.
         positions: which of the images to make; none makes all.
     """
@@ -150,7 +146,7 @@ def generate_prompts(
             max_length=max_length,
         )
 
-    return _in_batches(pipeline, make, range(len(prompts)) if positions is None else positions, batch, seed)
+    return _in_batches(pipeline, make, range(len(prompts)) if positions is None else positions, 4, seed)
 
 
 def _in_batches(

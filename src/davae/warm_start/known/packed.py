@@ -8,7 +8,7 @@ import torch
 
 from davae.warm_start.description import ChannelDescription, DummyInputs, input_layer, output_layer
 from davae.warm_start.dummy_inputs import Dummy, dummy, pack
-from davae.warm_start.registry import describe
+from davae.warm_start.registry import describe, described
 
 #: Ways to count the latent: unpacked, packed two by two, packed with as much control latent beside it.
 PACKED = ("c", "c 2 2", "c 2 2 | c 2 2")
@@ -34,7 +34,15 @@ def _image(d: Dummy, axes: int = 3) -> dict[str, Any]:
     }
 
 
-@dummy
+@described(
+    "FluxTransformer2DModel",
+    inputs=input_layer("x_embedder", "in_channels"),
+    outputs=output_layer("proj_out", "p p out_channels"),
+    counts={"in_channels": PACKED, "out_channels": PACKED[:2]},
+    sample_axis=2,
+    sample_pattern="p p out_channels",
+    packing=2,
+)
 def _flux(d: Dummy) -> dict[str, Any]:
     return {
         **_image(d),
@@ -45,21 +53,16 @@ def _flux(d: Dummy) -> dict[str, Any]:
     }
 
 
-describe(
-    "FluxTransformer2DModel",
-    ChannelDescription(
-        inputs=input_layer("x_embedder", "in_channels"),
-        outputs=output_layer("proj_out", "p p out_channels"),
-        counts={"in_channels": PACKED, "out_channels": PACKED[:2]},
-        sample_axis=2,
-        sample_pattern="p p out_channels",
-        packing=2,
-        dummy_inputs=_flux,
-    ),
-)
+_QWEN: dict[str, Any] = {
+    "inputs": input_layer("img_in", "in_channels"),
+    "outputs": output_layer("proj_out", "out_channels p p"),  # the pipeline unpacks "c 2 2"
+    "counts": {"in_channels": PACKED[:2], "out_channels": "c"},
+    "sample_axis": 2,
+    "sample_pattern": "out_channels p p",
+}
 
 
-@dummy
+@described("QwenImageTransformer2DModel", **_QWEN)
 def _qwen_image(d: Dummy) -> dict[str, Any]:
     side, latents = side_of(d)
     shape = (1, *d.grid(side))
@@ -74,7 +77,7 @@ def _qwen_image(d: Dummy) -> dict[str, Any]:
     }
 
 
-@dummy
+@described("NucleusMoEImageTransformer2DModel", **_QWEN)
 def _nucleus(d: Dummy) -> dict[str, Any]:
     side, _ = side_of(d)
     return {
@@ -84,23 +87,6 @@ def _nucleus(d: Dummy) -> dict[str, Any]:
         "timestep": d.time(),
         "img_shapes": [(1, *d.grid(side))] * d.batch,
     }
-
-
-for _name, _inputs in (
-    ("QwenImageTransformer2DModel", _qwen_image),
-    ("NucleusMoEImageTransformer2DModel", _nucleus),
-):
-    describe(
-        _name,
-        ChannelDescription(
-            inputs=input_layer("img_in", "in_channels"),
-            outputs=output_layer("proj_out", "out_channels p p"),  # the pipeline unpacks "c 2 2"
-            counts={"in_channels": PACKED[:2], "out_channels": "c"},
-            sample_axis=2,
-            sample_pattern="out_channels p p",
-            dummy_inputs=_inputs,
-        ),
-    )
 
 
 @dummy
@@ -115,11 +101,7 @@ def _flux2(d: Dummy) -> dict[str, Any]:
 
 @dummy
 def _chroma(d: Dummy) -> dict[str, Any]:
-    return {
-        **_image(d),
-        "encoder_hidden_states": d.text(d.config.joint_attention_dim),
-        "timestep": d.time(),
-    }
+    return {**_image(d), "encoder_hidden_states": d.text(d.config.joint_attention_dim), "timestep": d.time()}
 
 
 @dummy
@@ -160,7 +142,19 @@ describe("BriaTransformer2DModel", _tokens(_chroma))
 describe("BriaFiboTransformer2DModel", _tokens(_bria_fibo))
 
 
-@dummy
+@described(
+    "Flux3Transformer2DModel",
+    inputs=(
+        *input_layer("x_embedders.image", "in_channels"),
+        *input_layer("x_embedders.image_cond", "cond_in_channels"),
+    ),
+    outputs=output_layer("proj_out", "in_channels"),
+    counts={"in_channels": PACKED[:2], "cond_in_channels": PACKED[:2]},
+    sizes={},
+    sample_axis=2,
+    sample_pattern="in_channels",
+    packing=2,
+)
 def _flux3(d: Dummy) -> dict[str, Any]:
     image = _image(d, axes=4)
     side, _ = side_of(d)
@@ -173,24 +167,6 @@ def _flux3(d: Dummy) -> dict[str, Any]:
         "timestep": d.time(),
         "target_timestep": d.time() if d.config.flow_map else None,
     }
-
-
-describe(
-    "Flux3Transformer2DModel",
-    ChannelDescription(
-        inputs=(
-            *input_layer("x_embedders.image", "in_channels"),
-            *input_layer("x_embedders.image_cond", "cond_in_channels"),
-        ),
-        outputs=output_layer("proj_out", "in_channels"),
-        counts={"in_channels": PACKED[:2], "cond_in_channels": PACKED[:2]},
-        sizes={},
-        sample_axis=2,
-        sample_pattern="in_channels",
-        packing=2,
-        dummy_inputs=_flux3,
-    ),
-)
 
 
 @dummy

@@ -9,10 +9,15 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from davae.warm_start.description import ChannelDescription, input_layer, output_layer
 from davae.warm_start.dummy_inputs import Dummy, dummy
-from davae.warm_start.registry import describe
+from davae.warm_start.registry import describe, described
 
 
-@dummy
+@described(
+    "SD3Transformer2DModel",
+    inputs=input_layer("pos_embed.proj", "in_channels"),  # convolution of kernel and stride p
+    outputs=output_layer("proj_out", "p p out_channels"),
+    counts={"in_channels": ("c", "c | 1 | c"), "out_channels": "c"},
+)
 def _sd3(d: Dummy) -> dict[str, Any]:
     # Inpainting configurations take [latent, mask, masked latent] on the channel axis.
     latents, masks = divmod(d.config.in_channels, d.latent.shape[1])
@@ -27,34 +32,21 @@ def _sd3(d: Dummy) -> dict[str, Any]:
     }
 
 
-describe(
-    "SD3Transformer2DModel",
-    ChannelDescription(
-        inputs=input_layer("pos_embed.proj", "in_channels"),  # convolution of kernel and stride p
-        outputs=output_layer("proj_out", "p p out_channels"),
-        counts={"in_channels": ("c", "c | 1 | c"), "out_channels": "c"},
-        dummy_inputs=_sd3,
-    ),
+@described(
+    "LightningDiTTransformer2DModel",
+    inputs=input_layer("patch_embed"),
+    outputs=output_layer("proj_out", "p p c"),
 )
-
-
-@dummy
 def _class_label(d: Dummy) -> dict[str, Any]:
     labels = d.integers(d.config.num_classes + 1)
     return {"hidden_states": d.latent, "timestep": d.time(), "class_labels": labels}
 
 
-describe(
-    "LightningDiTTransformer2DModel",
-    ChannelDescription(
-        inputs=input_layer("patch_embed"),
-        outputs=output_layer("proj_out", "p p c"),
-        dummy_inputs=_class_label,
-    ),
+@described(
+    "SanaTransformer2DModel",
+    inputs=input_layer("patch_embed.proj"),
+    outputs=output_layer("proj_out", "p p c"),
 )
-
-
-@dummy
 def _sana(d: Dummy) -> dict[str, Any]:
     return {
         "hidden_states": d.latent,
@@ -65,17 +57,11 @@ def _sana(d: Dummy) -> dict[str, Any]:
     }
 
 
-describe(
-    "SanaTransformer2DModel",
-    ChannelDescription(
-        inputs=input_layer("patch_embed.proj"),
-        outputs=output_layer("proj_out", "p p c"),
-        dummy_inputs=_sana,
-    ),
+@described(
+    "AuraFlowTransformer2DModel",
+    inputs=input_layer("pos_embed.proj", "c p p"),  # linear over flattened patches
+    outputs=output_layer("proj_out", "p p c"),
 )
-
-
-@dummy
 def _auraflow(d: Dummy) -> dict[str, Any]:
     return {
         "hidden_states": d.latent,
@@ -84,17 +70,11 @@ def _auraflow(d: Dummy) -> dict[str, Any]:
     }
 
 
-describe(
-    "AuraFlowTransformer2DModel",
-    ChannelDescription(
-        inputs=input_layer("pos_embed.proj", "c p p"),  # linear over flattened patches
-        outputs=output_layer("proj_out", "p p c"),
-        dummy_inputs=_auraflow,
-    ),
+@described(
+    "Lumina2Transformer2DModel",
+    inputs=input_layer("x_embedder", "p p c"),
+    outputs=output_layer("norm_out.linear_2", "p p c"),
 )
-
-
-@dummy
 def _lumina2(d: Dummy) -> dict[str, Any]:
     return {
         "hidden_states": d.latent,
@@ -102,16 +82,6 @@ def _lumina2(d: Dummy) -> dict[str, Any]:
         "encoder_attention_mask": d.text_mask(),
         "timestep": d.time(),
     }
-
-
-describe(
-    "Lumina2Transformer2DModel",
-    ChannelDescription(
-        inputs=input_layer("x_embedder", "p p c"),
-        outputs=output_layer("norm_out.linear_2", "p p c"),
-        dummy_inputs=_lumina2,
-    ),
-)
 
 
 @dummy
@@ -137,7 +107,14 @@ def _prx_places(transformer: ModelMixin) -> ChannelDescription:
 describe("PRXTransformer2DModel", _prx_places)
 
 
-@dummy
+@described(
+    "ErnieImageTransformer2DModel",
+    inputs=input_layer("x_embedder.proj", "in_channels"),  # still an image after the packing
+    outputs=output_layer("final_linear", "p p out_channels"),
+    counts={"in_channels": ("c", "c 2 2"), "out_channels": ("c", "c 2 2")},
+    sample_pattern="out_channels",
+    packing=2,
+)
 def _ernie(d: Dummy) -> dict[str, Any]:
     side = d.packing(d.config.in_channels)
     return {
@@ -148,20 +125,11 @@ def _ernie(d: Dummy) -> dict[str, Any]:
     }
 
 
-describe(
-    "ErnieImageTransformer2DModel",
-    ChannelDescription(
-        inputs=input_layer("x_embedder.proj", "in_channels"),  # still an image after the packing
-        outputs=output_layer("final_linear", "p p out_channels"),
-        counts={"in_channels": ("c", "c 2 2"), "out_channels": ("c", "c 2 2")},
-        sample_pattern="out_channels",
-        packing=2,
-        dummy_inputs=_ernie,
-    ),
+@described(
+    "HiDreamImageTransformer2DModel",
+    inputs=input_layer("x_embedder.proj", "p p c"),
+    outputs=output_layer("final_layer.linear", "p p c"),
 )
-
-
-@dummy
 def _hidream(d: Dummy) -> dict[str, Any]:
     t5, llama = d.config.caption_channels
     layers = max(d.config.llama_layers) + 1
@@ -172,16 +140,6 @@ def _hidream(d: Dummy) -> dict[str, Any]:
         "encoder_hidden_states_llama3": list(d.normal(layers, d.text_tokens, llama).unbind(1)),
         "pooled_embeds": d.normal(d.config.text_emb_dim),
     }
-
-
-describe(
-    "HiDreamImageTransformer2DModel",
-    ChannelDescription(
-        inputs=input_layer("x_embedder.proj", "p p c"),
-        outputs=output_layer("final_layer.linear", "p p c"),
-        dummy_inputs=_hidream,
-    ),
-)
 
 
 @dummy

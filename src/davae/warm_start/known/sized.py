@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from davae.warm_start.description import ChannelDescription, input_layer, output_layer
-from davae.warm_start.dummy_inputs import Dummy, dummy
-from davae.warm_start.registry import describe
+from davae.warm_start.description import input_layer, output_layer
+from davae.warm_start.dummy_inputs import Dummy
+from davae.warm_start.registry import described
 
 
 def _sizes(d: Dummy, *names: str) -> dict[str, Any]:
@@ -17,7 +17,13 @@ def _sizes(d: Dummy, *names: str) -> dict[str, Any]:
     return {name: torch.zeros_like(sizes) if name == "crop_coords" else sizes for name in names}
 
 
-@dummy
+@described(
+    "CogView3PlusTransformer2DModel",
+    "CogView4Transformer2DModel",
+    inputs=input_layer("patch_embed.proj", "in_channels p p"),
+    outputs=output_layer("proj_out", "c p p"),
+    counts={"in_channels": ("c", "c | c"), "out_channels": "c"},
+)
 def _cogview(d: Dummy) -> dict[str, Any]:
     latents = d.config.in_channels // d.latent.shape[1]  # a control latent stands beside the noisy one
     return {
@@ -28,19 +34,11 @@ def _cogview(d: Dummy) -> dict[str, Any]:
     }
 
 
-for _name in ("CogView3PlusTransformer2DModel", "CogView4Transformer2DModel"):
-    describe(
-        _name,
-        ChannelDescription(
-            inputs=input_layer("patch_embed.proj", "in_channels p p"),
-            outputs=output_layer("proj_out", "c p p"),
-            counts={"in_channels": ("c", "c | c"), "out_channels": "c"},
-            dummy_inputs=_cogview,
-        ),
-    )
-
-
-@dummy
+@described(
+    "GlmImageTransformer2DModel",
+    inputs=input_layer("image_projector.proj", "c p p"),
+    outputs=output_layer("proj_out", "c p p"),
+)
 def _glm_image(d: Dummy) -> dict[str, Any]:
     rows, columns = d.grid(d.config.patch_size)
     # The forward indexes by a mask; where a mask has no values, by no positions.
@@ -55,13 +53,3 @@ def _glm_image(d: Dummy) -> dict[str, Any]:
         "timestep": d.time(1000),
         **_sizes(d, "target_size", "crop_coords"),
     }
-
-
-describe(
-    "GlmImageTransformer2DModel",
-    ChannelDescription(
-        inputs=input_layer("image_projector.proj", "c p p"),
-        outputs=output_layer("proj_out", "c p p"),
-        dummy_inputs=_glm_image,
-    ),
-)

@@ -9,7 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from davae.warm_start.description import ChannelDescription, input_layer, output_layer
 from davae.warm_start.dummy_inputs import Dummy, dummy, pack
-from davae.warm_start.registry import describe
+from davae.warm_start.registry import describe, described
 
 
 @dummy
@@ -41,7 +41,12 @@ def _z_image_places(transformer: ModelMixin) -> ChannelDescription:
 describe("ZImageTransformer2DModel", _z_image_places)
 
 
-@dummy
+@described(
+    "BriaFibo2Transformer2DModel",
+    inputs=input_layer("x_embedder", "c p p"),
+    outputs=output_layer("final_layer.linear", "c p p"),
+    counts={"in_channels": "c"},
+)
 def _bria_fibo2(d: Dummy) -> dict[str, Any]:
     layers = 1 + len(d.config.injection_layer_ids)
     return {
@@ -51,18 +56,15 @@ def _bria_fibo2(d: Dummy) -> dict[str, Any]:
     }
 
 
-describe(
-    "BriaFibo2Transformer2DModel",
-    ChannelDescription(
-        inputs=input_layer("x_embedder", "c p p"),
-        outputs=output_layer("final_layer.linear", "c p p"),
-        counts={"in_channels": "c"},
-        dummy_inputs=_bria_fibo2,
+@described(
+    "OmniGenTransformer2DModel",
+    inputs=(
+        *input_layer("patch_embedding.output_image_proj"),
+        *input_layer("patch_embedding.input_image_proj"),
     ),
+    outputs=output_layer("proj_out", "p p c"),
+    counts={"in_channels": "c"},
 )
-
-
-@dummy
 def _omnigen(d: Dummy) -> dict[str, Any]:
     # A prompt that holds an image of the latent's size, so that both embedders run.
     rows, columns = d.grid(d.config.patch_size)
@@ -81,21 +83,13 @@ def _omnigen(d: Dummy) -> dict[str, Any]:
     }
 
 
-describe(
-    "OmniGenTransformer2DModel",
-    ChannelDescription(
-        inputs=(
-            *input_layer("patch_embedding.output_image_proj"),
-            *input_layer("patch_embedding.input_image_proj"),
-        ),
-        outputs=output_layer("proj_out", "p p c"),
-        counts={"in_channels": "c"},
-        dummy_inputs=_omnigen,
-    ),
+@described(
+    "QwenImage21Transformer2DModel",
+    inputs=input_layer("img_in", "c p p"),
+    outputs=output_layer("proj_out", "c p p"),
+    sample_axis=2,
+    sample_pattern="c p p",
 )
-
-
-@dummy
 def _qwen_image21(d: Dummy) -> dict[str, Any]:
     side, device = d.config.patch_size, d.latent.device
     rows, columns = d.grid(side)
@@ -110,19 +104,17 @@ def _qwen_image21(d: Dummy) -> dict[str, Any]:
     }
 
 
-describe(
-    "QwenImage21Transformer2DModel",
-    ChannelDescription(
-        inputs=input_layer("img_in", "c p p"),
-        outputs=output_layer("proj_out", "c p p"),
-        sample_axis=2,
-        sample_pattern="c p p",
-        dummy_inputs=_qwen_image21,
-    ),
+@described(
+    "Ideogram4Transformer2DModel",
+    # The one pipeline that packs with the channel fastest: it unpacks [row, column, channel].
+    inputs=input_layer("input_proj", "in_channels"),
+    outputs=output_layer("final_layer.linear", "in_channels"),
+    counts={"in_channels": ("c", "2 2 c")},
+    sizes={},
+    sample_axis=2,
+    sample_pattern="in_channels",
+    packing=2,
 )
-
-
-@dummy
 def _ideogram4(d: Dummy) -> dict[str, Any]:
     side = d.packing(d.config.in_channels)
     image = _channel_fastest(pack(d.latent, side), side)
@@ -143,22 +135,6 @@ def _ideogram4(d: Dummy) -> dict[str, Any]:
 
 def _channel_fastest(tokens: torch.Tensor, side: int) -> torch.Tensor:
     return tokens.unflatten(2, (-1, side * side)).transpose(2, 3).flatten(2)
-
-
-describe(
-    "Ideogram4Transformer2DModel",
-    ChannelDescription(
-        # The one pipeline that packs with the channel fastest: it unpacks [row, column, channel].
-        inputs=input_layer("input_proj", "in_channels"),
-        outputs=output_layer("final_layer.linear", "in_channels"),
-        counts={"in_channels": ("c", "2 2 c")},
-        sizes={},
-        sample_axis=2,
-        sample_pattern="in_channels",
-        packing=2,
-        dummy_inputs=_ideogram4,
-    ),
-)
 
 
 @dummy

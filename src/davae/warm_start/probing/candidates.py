@@ -28,14 +28,12 @@ class Candidate:
         axis: the axis of its weight that follows the channels.
         features: size of that axis.
         takes: the layer is an input layer; else an output layer.
-        biased: it has a bias (which follows the channels of an output layer).
     """
 
     layer: str
     axis: int
     features: int
     takes: bool
-    biased: bool
 
 
 def channel_counts(transformer: ModelMixin) -> dict[str, int | None]:
@@ -107,4 +105,4 @@ def _candidate(model: nn.Module, name: str, changed: list[int], after: torch.Siz
             "latent there"
         )
     takes = changed[0] == (0 if isinstance(module, _TRANSPOSED) else 1)
-    return Candidate(layer, changed[0], before, takes, module.bias is not None)
+    return Candidate(layer, changed[0], before, takes)

@@ -25,17 +25,7 @@ from davae.warm_start.dummy_inputs import Dummy
 from davae.warm_start.observe import first_tensor
 
 #: What a forward may raise when an input does not fit it.
-MISFITS = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    AssertionError,
-    NotImplementedError,
-    ArithmeticError,
-)
+MISFITS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
 #: First pattern found in an argument's name decides what it is.
 _KINDS = (
@@ -52,19 +42,8 @@ _KINDS = (
     ("text", r"^encoder_hidden_states$|text|prompt|caption|^cap_|^context|condition"),
 )
 #: Optional arguments that are given all the same: conditioning that a model may not do without.
-_GIVEN = {
-    "encoder_hidden_states",
-    "timestep",
-    "timesteps",
-    "class_labels",
-    "context",
-    "t",
-    "y",
-    "pooled_projections",
-    "img_ids",
-    "txt_ids",
-    "img_shapes",
-}
+_GIVEN = {"encoder_hidden_states", "timestep", "timesteps", "class_labels", "context", "t", "y"}
+_GIVEN |= {"pooled_projections", "img_ids", "txt_ids", "img_shapes"}
 _WIDTHS = (1009, 1013, 1019, 1021, 1031)  # primes that no layer is wide
 
 
