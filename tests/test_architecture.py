@@ -18,12 +18,13 @@ LAYERS = [
     {"evaluation", "benchmark"},
     {"interop"},
     {"training"},
+    {"bases"},
     {"report"},
     {"demo"},
     {"cli"},
     {"__main__"},
 ]
-BESIDE = {"choices", "errors", "version", "__init__"}
+BESIDE = {"choices", "errors", "import_hooks", "version", "__init__"}
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 

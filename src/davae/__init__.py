@@ -7,28 +7,33 @@
     vae = davae.AutoencoderDA.from_base(pipe.vae, scale=2, detail_channels=16)
     pipe = davae.upgrade_pipeline(pipe, vae)
 
-Importing davae is enough for diffusers to open pipelines that davae saved.
+Importing davae is enough for diffusers to open pipelines that davae saved, whichever of the two is imported first. It
+imports neither torch nor diffusers: a name is imported when it is first used.
 """
 
 import sys
-
-import diffusers
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from davae.errors import DavaeError, WarmStartError
-from davae.models import AutoencoderDA, LightningDiTTransformer2DModel
-from davae.pipelines import (
-    ClassConditionalPipeline,
-    load_adapters,
-    load_pipeline,
-    push_to_hub,
-    save_adapters,
-    save_pipeline,
-    speed_up,
-    upgrade_pipeline,
-    write_model_card,
-)
+from davae.import_hooks import after_import
 from davae.version import __version__
-from davae.warm_start import widen_channels
+
+if TYPE_CHECKING:
+    from davae.models import AutoencoderDA, LightningDiTTransformer2DModel
+    from davae.pipelines import (
+        ClassConditionalPipeline,
+        load_adapters,
+        load_pipeline,
+        push_to_hub,
+        save_adapters,
+        save_pipeline,
+        speed_up,
+        upgrade_pipeline,
+        write_model_card,
+    )
+    from davae.warm_start import WarmStartError, widen_channels
 
 __all__ = [
     "AutoencoderDA",
@@ -48,7 +53,39 @@ __all__ = [
     "write_model_card",
 ]
 
-# diffusers looks for the class of a pipeline, and for the library of a component that is not its own, among its own
-# names. It offers no other way that runs davae's classes and not the code in a folder.
-diffusers.ClassConditionalPipeline = ClassConditionalPipeline
-diffusers.pipelines.davae = sys.modules[__name__]
+_PACKAGES = (
+    "models",
+    "pipelines",
+    "warm_start",
+    "latents",
+)  # where the names above are, and names themselves
+
+if not TYPE_CHECKING:  # a checker takes a module with __getattr__ to have every name
+
+    def __getattr__(name: str) -> Any:
+        """A public name at its first use (PEP 562)."""
+        if name in _PACKAGES:
+            return import_module(f"davae.{name}")
+        if name not in __all__:
+            raise AttributeError(f"module 'davae' has no attribute '{name}'")
+        packages = (import_module(f"davae.{package}") for package in _PACKAGES)
+        globals()[name] = next(getattr(package, name) for package in packages if hasattr(package, name))
+        return globals()[name]
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, *_PACKAGES})
+
+
+def _show_to_diffusers(diffusers: ModuleType) -> None:
+    """Put davae where diffusers looks for classes.
+
+    It looks for the class of a pipeline, and for the library of a component that is not its own, among its own names.
+    It offers no other way that runs davae's classes and not the code in a folder.
+    """
+
+    names = {"ClassConditionalPipeline": property(lambda _: sys.modules[__name__].ClassConditionalPipeline)}
+    diffusers.__class__ = type("_WithDavae", (type(diffusers),), names)  # imported when it is asked for
+    diffusers.pipelines.davae = sys.modules[__name__]
+
+
+after_import("diffusers", _show_to_diffusers)

@@ -11,8 +11,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from davae.cli import generate as generate_verb
-from davae.cli import reconstruct as reconstruct_verb
+from davae.bases import generate as generate_verb
 from davae.cli.main import app
 from davae.data import render_scene
 from davae.models import AutoencoderDA
@@ -22,6 +21,7 @@ from davae.runtime import devices
 from davae.tiny import debug_base
 from davae.tiny.small_pipelines import small_pipeline
 from davae.training.run import load_base
+from davae.training.runs import reconstruct as reconstruct_verb
 
 
 class Stop(Exception):
@@ -85,7 +85,7 @@ def test_reconstruct_takes_the_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     placed = Placed()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(reconstruct_verb, "load_autoencoder", load)
-    assert isinstance(CliRunner().invoke(app, ["reconstruct", "x", "y"]).exception, Stop)
+    assert isinstance(CliRunner().invoke(app, ["reconstruct", "x", "procedural:1"]).exception, Stop)
     assert asked == ["saved", "cuda"]
 
 

@@ -12,8 +12,9 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from PIL import Image
 from typer.testing import CliRunner
 
-from davae.cli.compare import comparison_table, named_folders
+from davae.cli.compare import named_folders
 from davae.cli.main import app
+from davae.cli.tables import comparison_table
 from davae.errors import DavaeError
 from davae.evaluation.features import Features
 from davae.models import AutoencoderDA

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 import typer
-from rich.table import Table
 
-from davae.benchmark.autoencoder import AutoencoderBenchmark, bench_autoencoder
-from davae.benchmark.inference import InferenceBenchmark, bench_inference
-from davae.cli.bench_training import training
-from davae.cli.options import Device, DType, Json, Repeats
-from davae.cli.output import wide_console, write_figures
+from davae.choices import Precision
+from davae.cli.options import Device, DType, Json, Repeats, wide_console, write_figures
 
 app = typer.Typer(no_args_is_help=True)
-app.command()(training)
 
 Base = Annotated[
     str, typer.Argument(help="A bundled configuration, a name on the hub, or a pipeline folder.")
@@ -23,6 +18,8 @@ Resolution = Annotated[int, typer.Option("--resolution", min=1, help="Side of th
 Details = Annotated[int | None, typer.Option("--detail-channels", min=1, help="D.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile on both sides.")]
+Stage = Literal["autoencoder", "diffusion"]
+Tune = Literal["full", "lora"]
 
 
 @app.command()
@@ -47,6 +44,8 @@ def inference(
     json_file: Json = None,
 ) -> None:
     """Base, native and upgraded model with random weights: seconds, operations and memory of an image."""
+    from davae.benchmark.inference import bench_inference
+
     result = bench_inference(
         base,
         resolution=resolution,
@@ -62,6 +61,8 @@ def inference(
         text=text,
         end_to_end=end_to_end,
     )
+    from davae.cli.tables import inference_table
+
     wide_console().print(inference_table(result))
     write_figures(json_file, result.to_json())
 
@@ -83,6 +84,8 @@ def autoencoder(
     json_file: Json = None,
 ) -> None:
     """Encode and decode of the upgraded autoencoder and of the base VAE at the same resolution."""
+    from davae.benchmark.autoencoder import bench_autoencoder
+
     result = bench_autoencoder(
         base,
         resolution=resolution,
@@ -95,62 +98,48 @@ def autoencoder(
         dtype=dtype,
         compile=compile,
     )
+    from davae.cli.tables import autoencoder_table
+
     wide_console().print(autoencoder_table(result))
     write_figures(json_file, result.to_json())
 
 
-def inference_table(result: InferenceBenchmark) -> Table:
-    """The rows for people."""
-    title = f"{result.base}: {result.device}, {result.dtype}, batch {result.batch}, {result.repeats} rounds"
-    table = Table(title=title + (", compiled" if result.compiled else ""))
-    whole = any(row.whole_image_seconds is not None for row in result.rows)
-    for column in (
-        "",
-        "pixels",
-        "tokens",
-        "s / text",
-        "s / step",
-        "s / decode",
-        "s / image",
-        *(["s, whole image"] if whole else []),
-        "TFLOP",
-        "TFLOP/s",
-        "memory",
-        "speed-up",
-        "FLOP-limited",
-    ):
-        table.add_column(column, justify="left" if not column else "right")
-    for row in result.rows:
-        operations = row.text_flops + row.steps * row.step_flops + row.decode_flops
-        table.add_row(
-            row.name,
-            str(row.resolution),
-            str(row.tokens),
-            "no encoders" if row.text_seconds is None else f"{row.text_seconds:.3g}",
-            f"{row.step_seconds:.3g}",
-            f"{row.decode_seconds:.3g}",
-            f"{row.image_seconds:.3g}",
-            *([f"{row.whole_image_seconds:.3g}"] if row.whole_image_seconds is not None else []),
-            f"{operations / 1e12:.3g}",
-            f"{row.achieved_flops / 1e12:.3g}",
-            "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.1f} GiB",
-            f"{row.speedup if row.whole_image_speedup is None else row.whole_image_speedup:.2f}x",
-            f"{row.flop_limited_speedup:.2f}x ({row.share:.0%})",
-        )
-    return table
+@app.command()
+def training(
+    base: Annotated[
+        str, typer.Argument(help="tiny, a bundled configuration, a name on the hub, or a pipeline folder.")
+    ],
+    resolution: Annotated[int, typer.Option("--resolution", min=1, help="Side of the full image.")] = 256,
+    scale: Annotated[int, typer.Option("--scale", min=1)] = 2,
+    detail_channels: Annotated[int | None, typer.Option("--detail-channels", min=1, help="D.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images a step.")] = 4,
+    stage: Annotated[Stage | None, typer.Option("--stage", help="One of them alone (default both).")] = None,
+    gan: Annotated[bool, typer.Option("--gan", help="With the adversarial term.")] = False,
+    tune: Annotated[Tune, typer.Option("--tune", help="Which weights of the transformer learn.")] = "full",
+    precision: Annotated[Precision, typer.Option("--precision", help="Of autocast.")] = "no",
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile in the fast forms.")] = False,
+    repeats: Repeats = 5,
+    profile: Annotated[bool, typer.Option("--profile", help="Also what bounds a step.")] = False,
+    json_file: Json = None,
+) -> None:
+    """A training step of both stages with random weights: plain, fast, and from cached latents and text."""
+    from davae.training.benchmark import bench_training
 
+    result = bench_training(
+        base,
+        resolution=resolution,
+        scale=scale,
+        detail_channels=detail_channels,
+        batch=batch,
+        stages=(stage,) if stage else get_args(Stage),
+        gan=gan,
+        tune=tune,
+        precision=precision,
+        compile=compile,
+        repeats=repeats,
+        profile=profile,
+    )
+    from davae.cli.tables import print_training
 
-def autoencoder_table(result: AutoencoderBenchmark) -> Table:
-    """The rows for people."""
-    table = Table(title=f"{result.base}: {result.device}, {result.dtype}, {result.resolution} px")
-    for column in ("", "encode, images/s", "decode, images/s", "decode over base", "decode memory"):
-        table.add_column(column, justify="left" if not column else "right")
-    for row in result.rows:
-        table.add_row(
-            row.name,
-            f"{row.encode_images_per_second:.3g}",
-            f"{row.decode_images_per_second:.3g}",
-            f"{row.decode_over_base:.2f}x",
-            f"{row.decode_memory_bytes / 2**20:.0f} MiB",
-        )
-    return table
+    print_training(wide_console(), result)
+    write_figures(json_file, result.to_json())

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from davae.cli.options import new_folder
-from davae.training.run_cache import default_folder, run_cache, run_verify
+from davae.cli.options import Overrides, RecipeName, TrainedAutoencoder, check_recipe, new_folder
 
-
-class ShardFormat(StrEnum):
-    """Kinds of shards."""
-
-    safetensors = "safetensors"
-    webdataset = "webdataset"
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command()(cache)
+ShardFormat = Literal["safetensors", "webdataset"]
 
 
 def cache(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Overrides as section.key=value, e.g. data.path=photos/")
-    ] = None,
-    recipe: Annotated[str, typer.Option("--recipe", help="A recipe's name, or a YAML file.")] = "tiny",
+    overrides: Overrides = None,
+    recipe: RecipeName = "tiny",
     out: Annotated[
         Path | None,
         typer.Option(
@@ -37,22 +23,23 @@ def cache(
             callback=new_folder,
         ),
     ] = None,
-    autoencoder: Annotated[
-        Path | None,
-        typer.Option("--autoencoder", help="Folder of the trained autoencoder (default: stage 1's result)."),
-    ] = None,
+    autoencoder: TrainedAutoencoder = None,
     shard_format: Annotated[
         ShardFormat, typer.Option("--format", help="safetensors files, or tar files for WebDataset.")
-    ] = ShardFormat.safetensors,
+    ] = "safetensors",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images encoded together.")] = 8,
     verify: Annotated[
         bool, typer.Option("--verify", help="Only compare the shards in --out with their hashes.")
     ] = False,
 ) -> None:
     """Latents and text embeddings of a recipe's images, for `davae train diffusion` to train from."""
+    if not verify:
+        check_recipe(recipe, overrides)
+    from davae.training.run_cache import default_folder, run_cache, run_verify
+
     if verify:
-        typer.echo(run_verify(out or default_folder(recipe, overrides or ())))
-        return
-    text = run_cache(recipe, overrides or (), out, autoencoder, shard_format.value, batch_size)
+        text = run_verify(out or default_folder(recipe, overrides or ()))
+    else:
+        text = run_cache(recipe, overrides or (), out, autoencoder, shard_format, batch_size)
     if text:
         typer.echo(text)

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from davae.cli.evaluate_parts import FeatureNames
-from davae.cli.options import Device, Json, Repeats, new_folder
-from davae.cli.output import wide_console, write_figures
+from davae.cli.options import (
+    Device,
+    FeatureNames,
+    Json,
+    Repeats,
+    new_folder,
+    some_images,
+    wide_console,
+    write_figures,
+)
 from davae.errors import DavaeError
-from davae.training.compare import Comparison, DiffusionOptions, compare_autoencoders
-from davae.training.compare.trial import transformer_size
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -30,7 +34,9 @@ def autoencoder(
         list[str],
         typer.Argument(help="NAME=FOLDER, an autoencoder's or a pipeline's; the first is the reference."),
     ],
-    data: Annotated[str, typer.Option("--data", help="A folder or data set of images.")],
+    data: Annotated[
+        str, typer.Option("--data", help="A folder or data set of images.", callback=some_images)
+    ],
     resolution: Annotated[int, typer.Option("--resolution", min=1, help="Side of the square image.")],
     images: Annotated[
         int, typer.Option("--images", min=1, help="Images to reconstruct, held out of training.")
@@ -72,6 +78,10 @@ def autoencoder(
     ] = None,
 ) -> None:
     """Compression, reconstruction and speed on the same images; with --diffusion-steps generation too."""
+    folders = named_folders(autoencoders)
+    from davae.training.compare import DiffusionOptions, compare_autoencoders
+    from davae.training.compare.trial import transformer_size
+
     options = None
     if diffusion_steps:
         options = DiffusionOptions(
@@ -84,7 +94,7 @@ def autoencoder(
             repeats=repeats,
         )
     result = compare_autoencoders(
-        named_folders(autoencoders),
+        folders,
         data=data,
         resolution=resolution,
         images=images,
@@ -98,6 +108,8 @@ def autoencoder(
         features=features or (),
         lpips=lpips,
     )
+    from davae.cli.tables import comparison_table
+
     wide_console().print(comparison_table(result))
     write_figures(json_file, result.to_json())
 
@@ -117,50 +129,3 @@ def named_folders(texts: Sequence[str]) -> dict[str, str]:
             raise DavaeError(f"the name '{name}' is given twice")
         found[name] = folder
     return found
-
-
-def comparison_table(result: Comparison) -> Table:
-    """One table, an autoencoder a column, a measurement a row."""
-    table = Table(title=f"{result.images} images of {result.resolution} px, {result.device}")
-    table.add_column("")
-    for row in result.autoencoders:
-        table.add_column(row.name, justify="right")
-    lines = {
-        "model": [row.kind for row in result.autoencoders],
-        "latent": [f"f{row.compression} c{row.channels} p{row.patch}" for row in result.autoencoders],
-        "tokens": [str(row.tokens) for row in result.autoencoders],
-        "parameters": [f"{row.parameters / 1e6:.1f}M" for row in result.autoencoders],
-        "PSNR, dB": [f"{row.psnr:.2f}" for row in result.autoencoders],
-        "SSIM": [f"{row.ssim:.3f}" for row in result.autoencoders],
-        "SWD": [f"{row.swd:.3f}" for row in result.autoencoders],
-        "spectrum, dB off": [f"{row.spectrum_db:.2f}" for row in result.autoencoders],
-        "encode, images/s": [f"{row.encode_images_per_second:.3g}" for row in result.autoencoders],
-        "decode, images/s": [f"{row.decode_images_per_second:.3g}" for row in result.autoencoders],
-    }
-    if result.diffusion:
-        lines |= {
-            "transformer": [f"{row.parameters / 1e6:.1f}M" for row in result.diffusion],
-            "training, images/s": [f"{row.train_images_per_second:.3g}" for row in result.diffusion],
-            "  over the first (FLOP-limited)": [
-                f"{row.train_speedup:.2f}x ({row.train_flop_limited:.2f}x)" for row in result.diffusion
-            ],
-            "sampling, images/s": [f"{row.sample_images_per_second:.3g}" for row in result.diffusion],
-            "  over the first (FLOP-limited) ": [
-                f"{row.sample_speedup:.2f}x ({row.sample_flop_limited:.2f}x)" for row in result.diffusion
-            ],
-            "loss at the end": [f"{row.loss:.3f}" for row in result.diffusion],
-            "SWD of samples": [f"{row.swd:.3f}" for row in result.diffusion],
-        }
-    if result.autoencoders[0].lpips is not None:
-        lines["LPIPS"] = [f"{row.lpips:.3f}" for row in result.autoencoders]
-    for part, metric, scores in (
-        ("rFID", "fid", result.autoencoders),
-        ("FID of samples", "fid", result.diffusion),
-        ("KID of samples", "kid", result.diffusion),  # unbiased: the better one for few samples
-    ):
-        for name in scores[0].distances if scores else ():
-            if name.startswith(f"{metric}/"):
-                lines[f"{part}, {name.partition('/')[2]}"] = [f"{row.distances[name]:.3f}" for row in scores]
-    for name, values in lines.items():
-        table.add_row(name, *values)
-    return table

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Literal
 
 import typer
 
 from davae.choices import ChannelOrder
 from davae.cli.options import new_folder
-from davae.errors import DavaeError
-from davae.interop.conversion import (
-    Which,
-    convert_imagenet_file,
-    convert_lightningdit_file,
-    convert_sd3_file,
-    convert_vavae_file,
-)
 
 app = typer.Typer(no_args_is_help=True)
+
+Which = Literal["ema", "model"]
 
 File = Annotated[
     Path, typer.Argument(help="The file as published: .safetensors, or .pt and .ckpt of tensors only.")
@@ -29,7 +23,9 @@ Out = Annotated[
 Resolution = Annotated[
     int, typer.Option("--resolution", min=1, help="Image side that the base was trained at.")
 ]
-Weights = Annotated[str, typer.Option("--weights", help="ema or model, where the file has both.")]
+Weights = Annotated[
+    Literal["ema", "model"], typer.Option("--weights", help="ema or model, where the file has both.")
+]
 Statistics = Annotated[
     Path | None,
     typer.Option("--statistics", help="File of the latent's 'mean' and 'std', one value a channel."),
@@ -50,13 +46,17 @@ def lightningdit(
     ] = None,
 ) -> None:
     """A LightningDiT transformer; with --vae a pipeline that `davae generate` and `davae upgrade` open."""
-    made = convert_lightningdit_file(file, out, weights=_which(weights), heads=heads, size=size, vae=vae)
+    from davae.interop.conversion import convert_lightningdit_file
+
+    made = convert_lightningdit_file(file, out, weights=weights, heads=heads, size=size, vae=vae)
     typer.echo(str(made))
 
 
 @app.command()
 def vavae(file: File, out: Out, resolution: Resolution = 256, statistics: Statistics = None) -> None:
     """VA-VAE, or another LDM autoencoder, to an AutoencoderKL."""
+    from davae.interop.conversion import convert_vavae_file
+
     typer.echo(str(convert_vavae_file(file, out, resolution=resolution, statistics=statistics)))
 
 
@@ -71,6 +71,8 @@ def davae_imagenet(
     statistics: Statistics = None,
 ) -> None:
     """The authors' ImageNet autoencoder to an AutoencoderDA."""
+    from davae.interop.conversion import convert_imagenet_file
+
     made = convert_imagenet_file(file, out, base=base, resolution=resolution, statistics=statistics)
     typer.echo(str(made))
 
@@ -92,27 +94,21 @@ def davae_sd3(
         typer.Option("--vae", help="Folder of the converted autoencoder: write a whole pipeline."),
     ] = None,
     order: Annotated[
-        str,
-        typer.Option("--order", help="Channels of a transformer without branches: detail_first, base_first."),
+        ChannelOrder,
+        typer.Option("--order", help="Channels of a transformer without branches."),
     ] = "detail_first",
 ) -> None:
     """The authors' SD3 autoencoder to an AutoencoderDA, or their tuned SD3 transformer to diffusers' class."""
-    if order not in get_args(ChannelOrder):
-        raise DavaeError(f"--order is '{order}': it is {' or '.join(get_args(ChannelOrder))}")
+    from davae.interop.conversion import convert_sd3_file
+
     made = convert_sd3_file(
         file,
         out,
         base=base,
         statistics=statistics,
-        weights=_which(weights),
+        weights=weights,
         lora=lora,
         vae=vae,
-        order=order,  # type: ignore[arg-type]
+        order=order,
     )
     typer.echo(str(made))
-
-
-def _which(weights: str) -> Which:
-    if weights not in get_args(Which):
-        raise DavaeError(f"--weights is '{weights}': it is ema or model")
-    return weights  # type: ignore[return-value]

@@ -6,32 +6,19 @@ import logging
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from diffusers import DiffusionPipeline
-from rich.progress import track
 
-from davae.cli.evaluate_parts import (
-    FeatureNames,
-    named,
-    open_networks,
-    optional,
-    report,
-    write_json,
-)
-from davae.cli.options import LAST_SEED, Device, DType, Json, new_file, new_folder
+from davae.cli.evaluate_parts import named, open_networks, optional, report, write_json
+from davae.cli.options import LAST_SEED, Device, DType, FeatureNames, Json, new_file, new_folder
 from davae.errors import DavaeError
-from davae.evaluation.contest import Progress, run_contest
-from davae.evaluation.features import TextImageNetwork
-from davae.evaluation.generation import compare_generation, open_reference
-from davae.evaluation.image_run import RunSettings, write_geneval_folder
-from davae.evaluation.image_set import Distances
-from davae.pipelines import load_pipeline
-from davae.runtime.devices import chosen_device, named_dtype
-from davae.runtime.processes import start_processes
-from davae.training.run import load_base
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from davae.evaluation.image_set import Distances
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +70,13 @@ def generation(
     json_file: Json = None,
 ) -> None:
     """Generate, then measure. Stopped at any time, the same command continues; under torchrun work is shared."""
+    from davae.evaluation.contest import run_contest
+    from davae.evaluation.features import TextImageNetwork
+    from davae.evaluation.generation import compare_generation, open_reference
+    from davae.evaluation.image_run import RunSettings, write_geneval_folder
+    from davae.runtime.devices import chosen_device, named_dtype
+    from davae.runtime.processes import start_processes
+
     precision, wanted = named_dtype(dtype), chosen_device(device)
     others = dict(named(text, "--beside", "equal-tokens=PIPELINE") for text in beside or [])
     compared = open_reference(reference, limit=reference_images)
@@ -155,13 +149,18 @@ def _flat(row: Distances) -> dict[str, float]:
 
 
 def _open_pipeline(name: str, dtype: torch.dtype, device: str) -> DiffusionPipeline:
+    from davae.pipelines import load_pipeline
+    from davae.training.run import load_base
+
     made_in_code = name in ("tiny", "debug") or name.startswith("debug-")
     pipe = load_base(name, dtype=dtype) if made_in_code else load_pipeline(name, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
 
-def _progress(*, shown: bool) -> Progress:
+def _progress(*, shown: bool) -> Any:
+    from rich.progress import track
+
     def show(made: Iterable[int], name: str, missing: int) -> Iterable[int]:
         return track(made, name, total=missing, transient=True, disable=not shown)
 

@@ -5,22 +5,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
-from rich.table import Table
 
-from davae.cli.output import wide_console, write_figures
+from davae.cli.options import wide_console, write_figures
 from davae.errors import DavaeError
-from davae.evaluation.features import FeatureNetwork, open_network
 
-FeatureNames = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--features",
-        help="inception, inception:FILE, efficientnet-lite0, or a transformers model; can be given again.",
-    ),
-]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from davae.evaluation.features import FeatureNetwork
+
 Part = TypeVar("Part")
 
 
@@ -47,6 +43,8 @@ def optional(name: str, make: Callable[[], Part], unavailable: dict[str, str]) -
 
 def open_networks(names: Sequence[str], device: str, unavailable: dict[str, str]) -> list[FeatureNetwork]:
     """The feature networks that can be had."""
+    from davae.evaluation.features import open_network
+
     opened = [
         optional(f"fid/{name}", functools.partial(open_network, name, device=device), unavailable)
         for name in names
@@ -56,6 +54,8 @@ def open_networks(names: Sequence[str], device: str, unavailable: dict[str, str]
 
 def figures_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
     """A row a metric, a column a contestant."""
+    from rich.table import Table
+
     table = Table()
     table.add_column("")
     for name in rows:

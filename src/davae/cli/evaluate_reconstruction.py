@@ -6,36 +6,27 @@ import importlib.util
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch import Tensor
 
-from davae.cli.evaluate_parts import (
-    FeatureNames,
-    named,
-    open_networks,
-    optional,
-    report,
-    write_json,
-)
+from davae.cli.evaluate_parts import named, open_networks, optional, report, write_json
 from davae.cli.inspect import trained_resolution
-from davae.cli.options import Device, Json
-from davae.data import open_dataset
+from davae.cli.options import Device, FeatureNames, Json, some_images
 from davae.errors import DavaeError
-from davae.evaluation.crops import folder_crops, read_boxes
-from davae.evaluation.dino_distance import DinoDistance
-from davae.evaluation.reconstruction_baselines import Row, compare_reconstructions
-from davae.pipelines.opening import autoencoder_folder, load_autoencoder
-from davae.runtime.atomic_files import file_hash
 from davae.runtime.devices import chosen_device
-from davae.training.perceptual import LpipsLoss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from davae.evaluation.reconstruction_baselines import Row
 
 
 def reconstruction(
     autoencoder: Annotated[Path, typer.Argument(help="Folder of a trained autoencoder.")],
-    data: Annotated[str, typer.Option("--data", help="Images, as in a recipe (see docs/data.md).")],
+    data: Annotated[
+        str, typer.Option("--data", help="Images, as in a recipe (see docs/data.md).", callback=some_images)
+    ],
     resolution: Annotated[
         int | None, typer.Option("--resolution", min=1, help="Side in pixels (default: the run's).")
     ] = None,
@@ -64,6 +55,11 @@ def reconstruction(
     json_file: Json = None,
 ) -> None:
     """An autoencoder beside its baselines: base upscaled, base at full resolution, and the reduced image."""
+    from davae.data import open_dataset
+    from davae.evaluation.crops import folder_crops, read_boxes
+    from davae.evaluation.reconstruction_baselines import compare_reconstructions
+    from davae.pipelines.opening import autoencoder_folder, load_autoencoder
+
     autoencoder_folder(autoencoder)
     where = chosen_device(device)
     side = resolution or trained_resolution(autoencoder)
@@ -98,6 +94,8 @@ def reconstruction(
 
 
 def _batches(dataset: object, count: int, size: int) -> Iterator[Tensor]:
+    import torch
+
     length = len(dataset)  # type: ignore[arg-type]
     for start in range(0, count, size):
         numbers = range(start, min(start + size, count))
@@ -123,10 +121,14 @@ class _Lpips:
                 f"LPIPS needs torchvision's VGG-16 weights, and {weights} is no file: fetch "
                 "https://download.pytorch.org/models/vgg16-397923af.pth where there is a network and give its path"
             )
+        from davae.training.perceptual import LpipsLoss
+
         self._weights, self._device = weights, device
         self._network = LpipsLoss(str(weights)).to(device)
 
     def describe(self) -> dict[str, Any]:
+        from davae.evaluation.frechet import file_hash
+
         return {
             "network": "LPIPS, VGG-16",
             "weights": self._weights.name,
@@ -134,20 +136,26 @@ class _Lpips:
             "resize": "none",
         }
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, made: Tensor) -> Tensor:
+        import torch
+
         pairs = zip(images.to(self._device).split(1), made.to(self._device).split(1), strict=True)
-        return torch.stack([self._network(a, b) for a, b in pairs]).cpu()  # the loss is a mean, so one by one
+        with torch.no_grad():
+            return torch.stack([self._network(a, b) for a, b in pairs]).cpu()  # the loss is a mean
 
 
 class _Dino:
     """DINO distance of each pair, on the CPU."""
 
     def __init__(self, folder: Path, device: str) -> None:
+        from davae.evaluation.dino_distance import DinoDistance
+
         self._device = device
         self._network = DinoDistance(folder).to(device)
         self.describe = self._network.describe
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, made: Tensor) -> Tensor:
-        return self._network(images.to(self._device), made.to(self._device)).cpu()
+        import torch
+
+        with torch.no_grad():
+            return self._network(images.to(self._device), made.to(self._device)).cpu()

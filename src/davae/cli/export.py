@@ -8,12 +8,6 @@ from typing import Annotated
 import typer
 
 from davae.cli.options import new_folder
-from davae.training.export import export_run
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command()(export)
 
 
 def export(
@@ -40,6 +34,8 @@ def export(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
 ) -> None:
     """Copy a run's result to a folder with a model card, for others to open; publish it if asked."""
+    from davae.training.export import export_run
+
     told = export_run(
         run,
         out,

@@ -6,19 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import track
 
 from davae.cli.options import LAST_SEED, Device, ModelDType, new_folder
-from davae.errors import DavaeError
-from davae.pipelines.generate import generate_images, read_prompts, takes_prompts
-from davae.pipelines.speed import speed_up
-from davae.runtime.devices import chosen_device, wanted_dtype
-from davae.training.run import load_base
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command()(generate)
 
 
 def generate(
@@ -60,31 +49,25 @@ def generate(
     dtype: ModelDType = None,
 ) -> None:
     """Images of prompts or of classes, one PNG each."""
-    if (compile or attention) and not fast:
-        raise DavaeError("--compile and --attention belong to --fast: give it too")
-    where = chosen_device(device)
-    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
-    pipe = load_base(pipeline, dtype=wanted_dtype(dtype, where)).to(where)
-    if fast:  # its measures follow from the device
-        speed_up(pipe, compile=compile, attention=attention)
-    pipe.set_progress_bar_config(disable=True)
-    subjects, wrong = (texts, labels) if takes_prompts(pipe) else (labels, texts)
-    if wrong or not subjects:
-        wanted = "prompts: give --prompt or --prompts" if takes_prompts(pipe) else "classes: give their names"
-        raise DavaeError(f"{type(pipe).__name__} makes images of {wanted}")
-    images = generate_images(
-        pipe,
-        subjects,
-        count=count,
+    from davae.bases.generate import write_images
+
+    written = write_images(
+        pipeline,
+        labels or (),
+        prompt=prompt or (),
+        prompts=prompts,
+        out=out,
         seed=seed,
+        count=count,
         steps=steps,
         guidance=guidance,
-        negative_prompt=negative,
+        negative=negative,
         height=height,
         width=width,
+        fast=fast,
+        compile=compile,
+        attention=attention,
+        device=device,
+        dtype=dtype,
     )
-    total = count * len(subjects)
-    for made in track(images, "generating", total=total, transient=True):
-        out.mkdir(parents=True, exist_ok=True)  # where nothing can be made, none is left behind
-        made.image.save(out / made.file_name)
-    typer.echo(f"{total} images of {made.image.width} x {made.image.height} pixels in {out}")
+    typer.echo(f"{len(written.files)} images of {written.width} x {written.height} pixels in {out}")

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 import yaml
-from rich.table import Table
 
-from davae.cli.options import Device, new_folder
-from davae.cli.output import wide_console, write_figures
-from davae.data import ImageDataset, RenderedDataset, open_dataset
+from davae.cli.options import Device, new_folder, some_images, wide_console, write_figures
 from davae.errors import DavaeError
-from davae.evaluation.inspection import Inspection, inspect_autoencoder
-from davae.pipelines.opening import autoencoder_folder, load_autoencoder
-from davae.report.inspection import draw_inspection
 from davae.runtime.devices import chosen_device
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from davae.data import ImageDataset, RenderedDataset
+    from davae.evaluation.inspection import Inspection
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +30,9 @@ def _inspect(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", help="Images, as in a recipe (see docs/data.md; default: those the run held out)."
+            "--data",
+            help="Images, as in a recipe (see docs/data.md; default: those the run held out).",
+            callback=some_images,
         ),
     ] = None,
     beside: Annotated[
@@ -56,6 +57,12 @@ def _inspect(
     """Class maps, spectra, channel statistics, and reconstruction with the details zeroed and shuffled."""
     if method not in ("tsne", "pca"):
         raise DavaeError(f"--method must be tsne or pca, not '{method}'")
+    import torch
+
+    from davae.evaluation.inspection import inspect_autoencoder
+    from davae.pipelines.opening import load_autoencoder
+    from davae.report.inspection import draw_inspection
+
     where = chosen_device(device)
     folders = named_folders([autoencoder, *(beside or [])])
     # One set for all: an autoencoder beside was trained on other images perhaps.
@@ -79,6 +86,8 @@ def _inspect(
 
 def named_folders(folders: Sequence[Path]) -> dict[str, Path]:
     """Autoencoders by title; of equal titles the later ones are numbered."""
+    from davae.pipelines.opening import autoencoder_folder
+
     named: dict[str, Path] = {}
     for folder in folders:
         title = autoencoder_title(autoencoder_folder(folder))
@@ -89,6 +98,8 @@ def named_folders(folders: Sequence[Path]) -> dict[str, Path]:
 
 def _images(folder: Path, data: str | None, resolution: int) -> ImageDataset | RenderedDataset:
     """What was asked for, else the images that the folder's run did not learn from."""
+    from davae.data import open_dataset
+
     if data is not None:
         return open_dataset(data, resolution=resolution)
     settings = _run_data(folder)
@@ -124,6 +135,8 @@ def autoencoder_title(folder: Path) -> str:
 
 def inspection_table(found: dict[str, Inspection]) -> Table:
     """The figures for people, a column an autoencoder."""
+    from rich.table import Table
+
     table = Table()
     table.add_column("")
     for title in found:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+from types import ModuleType
 
-import transformers
 import typer
-from diffusers.utils.logging import disable_progress_bar, set_verbosity_error
-from rich.console import Console
-from rich.logging import RichHandler
 
-from davae import __version__
 from davae.cli import (
     ablate,
     bench,
@@ -31,7 +27,9 @@ from davae.cli import (
     upgrade,
 )
 from davae.errors import DavaeError
+from davae.import_hooks import after_import
 from davae.training.stopping import TrainingStopped
+from davae.version import __version__
 
 app = typer.Typer(
     help="Larger images from the same number of tokens, for any latent diffusion model.",
@@ -39,24 +37,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-demo.register(app)
+app.command()(demo.demo)
 app.add_typer(
     train.app, name="train", help="Train a stage by recipe; the same command continues a stopped run."
 )
-plan.register(app)
-upgrade.register(app)
-cache.register(app)
+app.command()(plan.plan)
+app.command()(upgrade.upgrade)
+app.command()(cache.cache)
 app.add_typer(bench.app, name="bench", help="Native and upgraded, side by side in one process.")
 app.add_typer(compare.app, name="compare", help="Autoencoders side by side on the same images.")
 app.add_typer(convert.app, name="convert", help="Files that the authors published, to diffusers folders.")
-generate.register(app)
-reconstruct.register(app)
+app.command()(generate.generate)
+app.command()(reconstruct.reconstruct)
 app.add_typer(evaluate.app, name="evaluate", help="How good images are: reconstructed and generated.")
 inspect.register(app)
-ablate.register(app)
-export.register(app)
-report.register(app)
-doctor.register(app)
+app.command()(ablate.ablate)
+app.command()(export.export)
+app.command()(report.report)
+app.command()(doctor.doctor)
 
 
 @app.callback(invoke_without_command=True)
@@ -64,18 +62,26 @@ def _options(
     version: bool = typer.Option(False, "--version", help="Show the version and leave."),
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Say more while working."),
 ) -> None:
+    if version:
+        typer.echo(f"davae {__version__}")
+        raise typer.Exit
+    from rich.console import Console
+    from rich.logging import RichHandler
+
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_path=False, show_level=False, omit_repeated_times=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
     logging.getLogger("davae").setLevel(logging.DEBUG if verbose else logging.INFO)
-    disable_progress_bar()  # of a second's loading
-    transformers.logging.disable_progress_bar()
-    if not verbose:
-        transformers.logging.set_verbosity_error()  # it warns of optional parts that nothing here uses,
-        set_verbosity_error()  # and diffusers of an autoencoder class that it does not know
-    if version:
-        typer.echo(f"davae {__version__}")
-        raise typer.Exit
+
+    def quiet(library: ModuleType) -> None:
+        """No progress bars of a second's loading. Without --verbose no warnings: transformers gives them of optional
+        parts that nothing here uses, diffusers of an autoencoder class that it does not know."""
+        library.utils.logging.disable_progress_bar()
+        if not verbose:
+            library.utils.logging.set_verbosity_error()
+
+    after_import("transformers", quiet)
+    after_import("diffusers", quiet)
 
 
 def main() -> None:
@@ -84,17 +90,21 @@ def main() -> None:
         app()
     except DavaeError as error:
         logging.getLogger("davae").debug("where it came up:", exc_info=error)  # for --verbose
-        # Never broken to the terminal's width: a command in it is there to be copied.
-        Console(stderr=True).print(
-            f"davae: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
+        _tell(str(error), style="red")
         sys.exit(2)
     except TrainingStopped as stopped:
-        Console(stderr=True).print(f"davae: {stopped}", markup=False, highlight=False)
+        _tell(str(stopped))
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
-        Console(stderr=True).print("davae: stopped; the same command continues from the last checkpoint")
+        _tell("stopped; the same command continues from the last checkpoint")
         sys.exit(130)
+
+
+def _tell(text: str, *, style: str = "") -> None:
+    """One line on standard error, never broken to the terminal's width: a command in it is there to be copied."""
+    from rich.console import Console
+
+    Console(stderr=True).print(f"davae: {text}", style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

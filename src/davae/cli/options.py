@@ -1,14 +1,19 @@
-"""Options that several verbs share, and the checks of places to write to, made before any work."""
+"""Options that several verbs share, checks made before any work, and how the verbs that measure hand out figures."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from davae.errors import DavaeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LAST_SEED = 2**31 - 1
 """As far as every generator goes, with room for the images that count up from it."""
@@ -49,6 +54,53 @@ def _check_place(file: Path) -> None:
         raise DavaeError(f"{file.parent} cannot be written: you may not write in {above}. Name another place")
 
 
+def some_images(path: str | None) -> str | None:
+    """Where images can be.
+
+    Raises:
+        DavaeError: there is no such folder or file.
+    """
+    from davae.recipes.data_path import check_data_path
+
+    if path is not None:
+        check_data_path(path)
+    return path
+
+
+def check_recipe(recipe: str, overrides: Sequence[str] | None, *, images: bool = True) -> None:
+    """Find the mistakes in a recipe before what trains from it is imported.
+
+    Args:
+        recipe, overrides: as given.
+        images: whether they must be there.
+
+    Raises:
+        DavaeError: no such recipe, an unknown key, a bad value, or nothing at ``data.path``.
+    """
+    from davae.recipes.data_path import check_data_path
+    from davae.recipes.read import load_recipe
+    from davae.recipes.settings import AblationRecipe
+
+    settings = load_recipe(recipe, overrides or ())
+    if images and not isinstance(settings, AblationRecipe):
+        check_data_path(settings.data.path, settings.data.revision)
+
+
+def wide_console() -> Console:
+    """A console for tables of many columns; where it is no terminal, a file has room for all of them."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=max(140, console.width))
+
+
+def write_figures(file: Path | None, values: dict[str, Any]) -> None:
+    """Every figure as JSON, where a file was named."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda or cuda:1 (default: the GPU, if any).")
 ]
@@ -59,5 +111,20 @@ ModelDType = Annotated[
     ),
 ]
 DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+FeatureNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--features",
+        help="inception, inception:FILE, efficientnet-lite0, or a transformers model; can be given again.",
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write every figure here.", callback=new_file)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides as section.key=value, e.g. data.path=photos/")
+]
+RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name, or a YAML file.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Rounds; medians are told.")]
+TrainedAutoencoder = Annotated[
+    Path | None,
+    typer.Option("--autoencoder", help="Folder of the trained autoencoder (default: stage 1's result)."),
+]

@@ -5,17 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from davae.benchmark.planner_text import notes, tables
-from davae.cli.options import Json
-from davae.cli.output import write_figures
-from davae.training.dry_run import plan_upgrade
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command()(plan)
+from davae.cli.options import Json, check_recipe, write_figures
 
 
 def plan(
@@ -37,6 +28,10 @@ def plan(
     json_file: Json = None,
 ) -> None:
     """Tokens, operations, memory, speed-up and training hours of an upgrade, before anything is trained."""
+    if recipe is not None:
+        check_recipe(recipe, (), images=False)
+    from davae.training.dry_run import plan_upgrade
+
     made = plan_upgrade(
         base,
         resolution=resolution,
@@ -46,9 +41,7 @@ def plan(
         batch=batch,
         recipe=recipe,
     )
-    console = Console()
-    for table in tables(made):
-        console.print(table)
-    for line in notes(made):
-        console.print(line, highlight=False, markup=False)
+    from davae.cli.tables import print_plan
+
+    print_plan(made)
     write_figures(json_file, made.to_json())

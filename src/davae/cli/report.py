@@ -7,14 +7,9 @@ from typing import Annotated
 
 import typer
 
-from davae.report import build_report
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command()(report)
-
 
 def report(run: Annotated[Path, typer.Argument(help="Directory of a finished run.")]) -> None:
     """Rebuild the report of a run from its files."""
+    from davae.report import build_report
+
     typer.echo(build_report(run))

@@ -7,16 +7,10 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import new_folder
-from davae.training.dc_ae_phases import run_dc_ae
-from davae.training.run import run_autoencoder, run_base, run_diffusion
+from davae.cli.options import Overrides, RecipeName, TrainedAutoencoder, check_recipe, new_folder
 
 app = typer.Typer(no_args_is_help=True)
 
-RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name, or a YAML file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Overrides as section.key=value, e.g. data.path=photos/")
-]
 Out = Annotated[
     Path | None,
     typer.Option("--out", help="Run directory (default runs/RECIPE-STAGE).", callback=new_folder),
@@ -29,7 +23,10 @@ def autoencoder(
     overrides: Overrides = None, recipe: RecipeName = "tiny", out: Out = None, dry_run: DryRun = False
 ) -> None:
     """Stage 1: detail encoder and joint decoder on a frozen base autoencoder."""
-    _report(run_autoencoder(recipe, overrides or (), out, dry_run=dry_run))
+    check_recipe(recipe, overrides, images=not dry_run)
+    from davae.training.run import run_autoencoder
+
+    typer.echo(run_autoencoder(recipe, overrides or (), out, dry_run=dry_run))
 
 
 @app.command()
@@ -37,14 +34,14 @@ def diffusion(
     overrides: Overrides = None,
     recipe: RecipeName = "tiny",
     out: Out = None,
-    autoencoder: Annotated[
-        Path | None,
-        typer.Option("--autoencoder", help="Folder of the trained autoencoder (default: stage 1's result)."),
-    ] = None,
+    autoencoder: TrainedAutoencoder = None,
     dry_run: DryRun = False,
 ) -> None:
     """Stage 2: the warm-started transformer on structured latents."""
-    _report(run_diffusion(recipe, overrides or (), out, autoencoder=autoencoder, dry_run=dry_run))
+    check_recipe(recipe, overrides, images=not dry_run)
+    from davae.training.run import run_diffusion
+
+    typer.echo(run_diffusion(recipe, overrides or (), out, autoencoder=autoencoder, dry_run=dry_run))
 
 
 @app.command()
@@ -52,7 +49,10 @@ def base(
     overrides: Overrides = None, recipe: RecipeName = "tiny-base", out: Out = None, dry_run: DryRun = False
 ) -> None:
     """A small base pipeline from nothing, as the embedded one was made."""
-    _report(run_base(recipe, overrides or (), out, dry_run=dry_run))
+    check_recipe(recipe, overrides, images=not dry_run)
+    from davae.training.run import run_base
+
+    typer.echo(run_base(recipe, overrides or (), out, dry_run=dry_run))
 
 
 @app.command("dc-ae")
@@ -70,8 +70,7 @@ def dc_ae(
     dry_run: DryRun = False,
 ) -> None:
     """A deep compression autoencoder in three phases: low resolution, high resolution, decoder's head."""
-    _report(run_dc_ae(recipe, overrides or (), out, phase=phase, start=start, dry_run=dry_run))
+    check_recipe(recipe, overrides, images=not dry_run)
+    from davae.training.dc_ae_phases import run_dc_ae
 
-
-def _report(text: str) -> None:
-    typer.echo(text)
+    typer.echo(run_dc_ae(recipe, overrides or (), out, phase=phase, start=start, dry_run=dry_run))

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from davae.cli.options import new_folder
 from davae.errors import DavaeError
-from davae.pipelines import upgrade_pipeline
-from davae.pipelines.opening import load_autoencoder
-from davae.pipelines.same_base import layout_over
-from davae.pipelines.silent_details import unguarded
-from davae.pipelines.timestep_shift import TimestepShift
-from davae.training.run import load_base
-from davae.warm_start import check_warm_start
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command()(upgrade)
 
 
 def upgrade(
@@ -37,37 +24,18 @@ def upgrade(
     ] = False,
 ) -> None:
     """Write the warm-started pipeline: same class, wider latent, base behaviour unchanged."""
-    shift, vae = _shift(timestep_shift), load_autoencoder(autoencoder)  # what is quick to refuse comes first
-    base = load_base(pipeline)
-    upgraded = upgrade_pipeline(base, vae, timestep_shift=shift)
-    layout = layout_over(base.vae, vae)
-    with unguarded(upgraded.transformer):
-        report = check_warm_start(base.transformer, upgraded.transformer, layout)
-    upgraded.save_pretrained(out)
-    if as_json:
-        facts = {
-            "pipeline": type(upgraded).__name__,
-            "folder": str(out),
-            "scale": vae.scale,
-            "pixels_per_latent_position": vae.spatial_compression,
-            "channels": {"base": layout.base_channels, "detail": layout.detail_channels},
-            "scheduler": {
-                k: v for k, v in upgraded.scheduler.config.items() if "shift" in k or "seq_len" in k
-            },
-            "self_check": {**dataclasses.asdict(report), "dtype": str(report.dtype).removeprefix("torch.")},
-        }
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    typer.echo(str(report))
-    typer.echo(
-        f"{type(upgraded).__name__} with {layout.base_channels} + {layout.detail_channels} latent channels, images "
-        f"{vae.scale} times larger from the same tokens: {out}"
-    )
+    shift = _shift(timestep_shift)
+    from davae.bases.upgrade import write_upgraded
+
+    written = write_upgraded(pipeline, autoencoder, out, timestep_shift=shift)
+    typer.echo(json.dumps(written.to_json(), indent=2) if as_json else str(written))
 
 
-def _shift(text: str) -> TimestepShift:
-    if text in ("base", "native"):
-        return text  # type: ignore[return-value]  # one of the two literals
+def _shift(text: str) -> Literal["base", "native"] | float:
+    if text == "base":
+        return "base"
+    if text == "native":
+        return "native"
     try:
         return float(text)
     except ValueError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,11 +18,10 @@ from davae.data.skips import check_headers, refuse_if_mostly_bad
 from davae.data.splits import Part, choose_part
 from davae.data.transforms import Size, SquareCrop
 from davae.errors import DavaeError
+from davae.recipes.data_path import check_data_path, is_on_hub, is_procedural
 
 PROCEDURAL_LENGTH = 10_000
 """Scenes in ``procedural`` without a length."""
-
-_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+)?")
 
 
 def open_dataset(
@@ -73,7 +71,7 @@ def open_dataset(
     """
     transform = SquareCrop(resolution, crop, flip)
     name = str(path_or_name)
-    if re.fullmatch(r"procedural(:.*)?", name) and revision is None:
+    if is_procedural(name) and revision is None:
         return RenderedDataset(_procedural(name, resolution, hold_out, part), flip=flip, seed=seed)
     shortest = max(1, resolution // 4 if min_size is None else min_size)
     source = find_source(path_or_name, split, revision)
@@ -104,36 +102,19 @@ def find_source(path_or_name: str | Path, split: str | None = "train", revision:
     """
     name = str(path_or_name)
     path = Path(name).expanduser()
-    if _is_on_hub(name, path):
+    check_data_path(name, revision)
+    if is_on_hub(name):
         return open_hub(name, split, revision)
-    if revision is not None:
-        raise DavaeError(
-            f"data.revision is set, but '{name}' is not a name on the hub; only those have revisions"
-        )
     if path.is_dir():
         return _in_folder(path, split)
     if path.is_file():
         return _from_files([path], name)
     if name.endswith(".tar"):
         return ShardSource(find_shards(str(path)), name)
-    if glob.has_magic(name):
-        files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-        if not files:
-            raise DavaeError(f"no file matches {name}")
-        return _from_files(files, name)
-    raise DavaeError(
-        f"no images at '{name}': there is no such folder or file. Give a folder of images, parquet or arrow "
-        f"files, WebDataset .tar shards, owner/name of a data set on the Hugging Face hub, or procedural"
-    )
-
-
-def _is_on_hub(name: str, path: Path) -> bool:
-    """Whether a name can only be one on the hub: what exists on disk, or lies beside what does, comes first."""
-    local = path.exists() or name.endswith(".tar") or glob.has_magic(name)
-    local = (
-        local or path.is_absolute() or name.startswith((".", "~")) or ("/" in name and path.parent.is_dir())
-    )
-    return not local and _HUB_NAME.fullmatch(name) is not None
+    files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+    if not files:
+        raise DavaeError(f"no file matches {name}")
+    return _from_files(files, name)
 
 
 def _in_folder(folder: Path, split: str | None) -> Source:

@@ -103,7 +103,9 @@ def _find_home(module: str, name: str) -> tuple[str, str]:
     if file.name == "__init__.py":
         if _file(f"{module}.{name}").is_file():
             return f"{module}.{name}", ""
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        for node in ast.walk(
+            ast.parse(file.read_text(encoding="utf-8"))
+        ):  # davae's own are for checkers alone
             if isinstance(node, ast.ImportFrom) and _is_ours(node.module):
                 for alias in node.names:
                     if (alias.asname or alias.name) == name:

@@ -63,6 +63,35 @@ def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Reci
     return parse_recipe(values, source)
 
 
+def load_ablation(name_or_file: str | Path, overrides: Sequence[str] = ()) -> AblationRecipe:
+    """:func:`load_recipe` of an ablation, whose variants are read too.
+
+    Raises:
+        DavaeError: as there, for the ablation or one of its variants, or it is of another kind.
+    """
+    recipe = load_recipe(name_or_file, overrides)
+    if not isinstance(recipe, AblationRecipe):
+        raise DavaeError(f"recipe '{name_or_file}' is of kind '{recipe.kind}', not an ablation")
+    for name in recipe.variants:
+        load_variant(recipe, name, recipe.seeds[0])
+    return recipe
+
+
+def load_variant(recipe: AblationRecipe, name: str, seed: int) -> UpgradeRecipe:
+    """The upgrade recipe of a variant of an ablation, with one of its seeds.
+
+    Raises:
+        DavaeError: as for :func:`load_recipe`, or the ablation is not of an upgrade.
+    """
+    seeds = [f"autoencoder.loop.seed={seed}", f"diffusion.loop.seed={seed}"]
+    found = load_recipe(recipe.recipe, [*recipe.overrides, *recipe.variants[name], *seeds])
+    if not isinstance(found, UpgradeRecipe):
+        raise DavaeError(
+            f"variant '{name}': {recipe.recipe} is a recipe of kind '{found.kind}', not an upgrade"
+        )
+    return found
+
+
 def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
     """Validate plain values into the typed recipe of their ``kind``."""
     kind = values.get("kind", "upgrade")

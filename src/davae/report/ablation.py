@@ -1,12 +1,14 @@
-"""The picture of an ablation: every variant's figures, with the values of the single seeds."""
+"""An ablation with its picture and table: every variant's figures, with the values of the single seeds."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from rich.table import Table
 
-from davae.training.ablation import Ablation
+from davae.recipes.settings import AblationRecipe
+from davae.training.ablation import Ablation, ablate
 
 #: Metrics drawn where they were measured, with what is told about them.
 SHOWN = {
@@ -17,6 +19,13 @@ SHOWN = {
     "kernel": "kernel distance of features x 1000\n(lower is better)",
     "autoencoder_psnr": "PSNR in dB\n(higher is better)",
 }
+
+
+def run_ablation(recipe: AblationRecipe, out: Path) -> Ablation:
+    """:func:`davae.training.ablation.ablate`, and the picture ``out/ablation.png`` of what it found."""
+    result = ablate(recipe, out)
+    draw_ablation(result, out / "ablation.png")
+    return result
 
 
 def draw_ablation(result: Ablation, file: Path) -> Path:
@@ -43,3 +52,17 @@ def draw_ablation(result: Ablation, file: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     return file
+
+
+def ablation_table(result: Ablation) -> Table:
+    """Mean and spread of the shown metrics, a row a variant."""
+    seeds = f"{len(result.seeds)} seed{'s' if len(result.seeds) > 1 else ''}, {result.samples} samples each"
+    table = Table(title=f"mean (standard deviation) over {seeds}")
+    table.add_column("variant")
+    shown = [m for m in SHOWN if all(m in v for v in result.variants.values())]
+    for metric in shown:
+        table.add_column(SHOWN[metric], justify="right")
+    for name, figures in result.variants.items():
+        table.add_row(name, *(f"{figures[m].mean:.3f} ({figures[m].std:.3f})" for m in shown))
+    table.add_row("real images", *(f"{result.real[m]:.3f}" if m in result.real else "" for m in shown))
+    return table

@@ -16,7 +16,7 @@ from typing import Any
 
 from davae.errors import DavaeError
 from davae.evaluation.features import open_network
-from davae.recipes.read import load_recipe
+from davae.recipes.read import load_variant
 from davae.recipes.settings import AblationRecipe, UpgradeRecipe
 from davae.runtime.atomic_files import atomic_json
 from davae.training.ablation_measures import GenerationMeasures, generated_images, real_images
@@ -74,7 +74,7 @@ def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
         DavaeError: a variant is not a class-conditional upgrade recipe, or ``out`` holds another ablation.
     """
     cases = {
-        (name, seed): _recipe_of(recipe, name, seed) for name in recipe.variants for seed in recipe.seeds
+        (name, seed): load_variant(recipe, name, seed) for name in recipe.variants for seed in recipe.seeds
     }  # all are read before anything is trained
     network = None if recipe.features is None else open_network(recipe.features)
     _claim(out, recipe)
@@ -105,16 +105,6 @@ def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
         )
         atomic_json(out / "ablation.json", result.to_json())
     return result
-
-
-def _recipe_of(recipe: AblationRecipe, name: str, seed: int) -> UpgradeRecipe:
-    seeds = [f"autoencoder.loop.seed={seed}", f"diffusion.loop.seed={seed}"]
-    found = load_recipe(recipe.recipe, [*recipe.overrides, *recipe.variants[name], *seeds])
-    if not isinstance(found, UpgradeRecipe):
-        raise DavaeError(
-            f"variant '{name}': {recipe.recipe} is a recipe of kind '{found.kind}', not an upgrade"
-        )
-    return found
 
 
 def _claim(out: Path, recipe: AblationRecipe) -> None:

@@ -13,6 +13,7 @@ from davae.errors import DavaeError
 from davae.pipelines import fit_to_autoencoder
 from davae.pipelines.loading import pipeline_place
 from davae.pipelines.opening import opening
+from davae.recipes.data_path import check_data_path
 from davae.recipes.presets import find_preset
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe, UpgradeRecipe
@@ -70,6 +71,7 @@ def run_base(
     if dry_run:
         return describe_base_run(settings)
     check_cache_is_there(settings, recipe, overrides)
+    check_data_path(settings.data.path, settings.data.revision)
     start = settings.start_from
     base = None if start is None else load_base(start.pipeline)
     return _told(train_base(settings, out or Path("runs") / _stem(recipe), base))
@@ -77,11 +79,13 @@ def run_base(
 
 def train_autoencoder(recipe: UpgradeRecipe, out: Path) -> TrainResult:
     """Stage 1 into ``out/autoencoder``. Continues from the newest checkpoint in ``out``."""
+    check_data_path(recipe.data.path, recipe.data.revision)  # before a base is loaded
     return train_levels(recipe, load_recipe_base(recipe), out)
 
 
 def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> TrainResult:
     """Stage 2 into ``out/pipeline``. Continues from the newest checkpoint in ``out``."""
+    check_data_path(recipe.data.path, recipe.data.revision)
     base = load_recipe_base(recipe, transformer_dtype=getattr(torch, recipe.diffusion.tune.frozen_dtype))
     return train_transformer(recipe, base, out, autoencoder)
 

@@ -11,6 +11,7 @@ from davae.data.cache import Format, verify_cache
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.opening import load_autoencoder
+from davae.recipes.data_path import check_data_path
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe, UpgradeRecipe
 from davae.runtime.processes import is_first
@@ -38,6 +39,7 @@ def run_cache(
     """
     settings = _cached_recipe(recipe, overrides)
     out = out or cache_folder(settings, recipe)
+    check_data_path(settings.data.path, settings.data.revision)
     vae, base = _models(settings, recipe, autoencoder)
     made = write_cache(
         settings.data,

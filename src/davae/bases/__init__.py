@@ -1,0 +1,1 @@
+"""Bases by name, and what is done with them in one call."""

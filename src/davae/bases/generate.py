@@ -1,0 +1,100 @@
+"""Images in a folder, from the name of a pipeline: what ``davae generate`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from diffusers import DiffusionPipeline
+from rich.progress import track
+
+from davae.errors import DavaeError
+from davae.pipelines import speed_up
+from davae.pipelines.generate import generate_images, read_prompts, takes_prompts
+from davae.runtime.devices import chosen_device, wanted_dtype
+from davae.training.run import load_base
+
+
+class WrittenImages(NamedTuple):
+    """The files in the order of their seeds, and the size of the last one in pixels."""
+
+    files: list[Path]
+    width: int
+    height: int
+
+
+def write_images(
+    pipeline: str,
+    labels: Sequence[str] = (),
+    *,
+    prompt: Sequence[str] = (),
+    prompts: Path | None = None,
+    out: str | Path = "samples",
+    seed: int = 0,
+    count: int = 1,
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    fast: bool = False,
+    compile: bool = False,
+    attention: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> WrittenImages:
+    """Images of prompts or of classes, one PNG each.
+
+    Args:
+        pipeline: ``tiny``, a pipeline's folder or a run, or a name on the hub; base or upgraded.
+        labels: class names or numbers, of a class-conditional pipeline.
+        prompt: prompts, of a text-to-image pipeline.
+        prompts: a text file of more prompts, one a line.
+        out: folder for the images.
+        count: images of each.
+        seed, steps, guidance, height, width: see :func:`davae.pipelines.generate.generate_images`.
+        negative: a prompt to guide away from.
+        fast: every measure for speed that changes images by rounding alone.
+        compile, attention: see :func:`davae.speed_up`; with ``fast`` only.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; None takes the GPU where there is one.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None is as saved on a GPU, float32 on a CPU.
+
+    Raises:
+        DavaeError: the pipeline cannot be opened, or it does not take what it is given.
+    """
+    if (compile or attention) and not fast:
+        raise DavaeError("--compile and --attention belong to --fast: give it too")
+    where, folder = chosen_device(device), Path(out)
+    texts = [*prompt, *(read_prompts(prompts) if prompts else [])]
+    pipe = load_base(pipeline, dtype=wanted_dtype(dtype, where)).to(where)
+    if fast:  # its measures follow from the device
+        speed_up(pipe, compile=compile, attention=attention)
+    pipe.set_progress_bar_config(disable=True)
+    subjects = _subjects(pipe, labels, texts)
+    images = generate_images(
+        pipe,
+        subjects,
+        count=count,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative,
+        height=height,
+        width=width,
+    )
+    files = []
+    for made in track(images, "generating", total=count * len(subjects), transient=True):
+        folder.mkdir(parents=True, exist_ok=True)  # where nothing can be made, none is left behind
+        made.image.save(folder / made.file_name)
+        files.append(folder / made.file_name)
+    return WrittenImages(files, *made.image.size)
+
+
+def _subjects(pipe: DiffusionPipeline, labels: Sequence[str], texts: Sequence[str]) -> Sequence[str]:
+    """What the pipeline makes images of: texts or classes, never both."""
+    subjects, wrong = (texts, labels) if takes_prompts(pipe) else (labels, texts)
+    if wrong or not subjects:
+        wanted = "prompts: give --prompt or --prompts" if takes_prompts(pipe) else "classes: give their names"
+        raise DavaeError(f"{type(pipe).__name__} makes images of {wanted}")
+    return subjects

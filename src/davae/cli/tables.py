@@ -1,0 +1,193 @@
+"""Results as tables and lines for people. It imports rich: verbs import it when they have a result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from davae.benchmark.planner_text import notes, tables
+
+if TYPE_CHECKING:
+    from davae.benchmark.autoencoder import AutoencoderBenchmark
+    from davae.benchmark.inference import InferenceBenchmark
+    from davae.benchmark.planner import Plan
+    from davae.training.benchmark import StepProfile, TrainingBenchmark
+    from davae.training.compare import Comparison
+
+
+def print_plan(plan: Plan) -> None:
+    """What an image costs, memory, training; and what the figures rest on."""
+    console = Console()
+    for table in tables(plan):
+        console.print(table)
+    for line in notes(plan):
+        console.print(line, highlight=False, markup=False)
+
+
+def print_demo(summary: Mapping[str, Any]) -> None:
+    """What an image costs, and how good images are: ``summary.json`` of a demo."""
+    console = Console()
+    table = Table("", "base", "native", "upgraded", title="what an image costs")
+    for row, unit, scale in (
+        ("tokens", "", 1),
+        ("flops_per_image", "GFLOP", 1e-9),
+        ("seconds_per_image", "s", 1),
+    ):
+        values = [f"{summary[row][k] * scale:.4g}" for k in ("base", "native", "upgraded")]
+        table.add_row(f"{row.replace('_', ' ')} {unit}".strip(), *values)
+    console.print(table)
+    r, g = summary["reconstruction"], summary["generation"]
+    console.print(
+        f"reconstruction: {r['psnr_upgraded']:.2f} dB, base upscaled {r['psnr_base_upscaled']:.2f} dB\n"
+        f"samples against real images (sliced Wasserstein, finest level, lower is better): "
+        f"{g['swd_upgraded']:.3f}, base upscaled {g['swd_base_upscaled']:.3f}\n"
+        f"{summary['wall_seconds']:.0f} s, {summary['peak_memory_bytes'] / 2**30:.1f} GiB at most",
+        highlight=False,
+    )
+
+
+def inference_table(result: InferenceBenchmark) -> Table:
+    """The rows for people."""
+    title = f"{result.base}: {result.device}, {result.dtype}, batch {result.batch}, {result.repeats} rounds"
+    table = Table(title=title + (", compiled" if result.compiled else ""))
+    whole = any(row.whole_image_seconds is not None for row in result.rows)
+    for column in (
+        "",
+        "pixels",
+        "tokens",
+        "s / text",
+        "s / step",
+        "s / decode",
+        "s / image",
+        *(["s, whole image"] if whole else []),
+        "TFLOP",
+        "TFLOP/s",
+        "memory",
+        "speed-up",
+        "FLOP-limited",
+    ):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in result.rows:
+        operations = row.text_flops + row.steps * row.step_flops + row.decode_flops
+        table.add_row(
+            row.name,
+            str(row.resolution),
+            str(row.tokens),
+            "no encoders" if row.text_seconds is None else f"{row.text_seconds:.3g}",
+            f"{row.step_seconds:.3g}",
+            f"{row.decode_seconds:.3g}",
+            f"{row.image_seconds:.3g}",
+            *([f"{row.whole_image_seconds:.3g}"] if row.whole_image_seconds is not None else []),
+            f"{operations / 1e12:.3g}",
+            f"{row.achieved_flops / 1e12:.3g}",
+            "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**30:.1f} GiB",
+            f"{row.speedup if row.whole_image_speedup is None else row.whole_image_speedup:.2f}x",
+            f"{row.flop_limited_speedup:.2f}x ({row.share:.0%})",
+        )
+    return table
+
+
+def autoencoder_table(result: AutoencoderBenchmark) -> Table:
+    """The rows for people."""
+    table = Table(title=f"{result.base}: {result.device}, {result.dtype}, {result.resolution} px")
+    for column in ("", "encode, images/s", "decode, images/s", "decode over base", "decode memory"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in result.rows:
+        table.add_row(
+            row.name,
+            f"{row.encode_images_per_second:.3g}",
+            f"{row.decode_images_per_second:.3g}",
+            f"{row.decode_over_base:.2f}x",
+            f"{row.decode_memory_bytes / 2**20:.0f} MiB",
+        )
+    return table
+
+
+def print_training(console: Console, result: TrainingBenchmark) -> None:
+    """The rows, then what bounds a step where that was asked for."""
+    console.print(training_table(result))
+    for name, found in result.profiles.items():
+        console.print(profile_table(name, found))
+
+
+def training_table(result: TrainingBenchmark) -> Table:
+    """The rows for people."""
+    title = (
+        f"{result.base}: {result.device}, {result.resolution} px, batch {result.batch}, "
+        f"precision {result.precision}, {result.repeats} rounds"
+    )
+    table = Table(title=title + (", compiled" if result.compiled else ""))
+    for column in ("stage", "form", "s / step", "images/s", "memory", "speed-up", "memory over plain"):
+        table.add_column(column, justify="left" if column in ("stage", "form") else "right")
+    for row in result.rows:
+        table.add_row(
+            row.stage,
+            row.form,
+            f"{row.step_seconds:.3g}",
+            f"{row.images_per_second:.3g}",
+            f"{row.memory_bytes / 2**20:.0f} MiB",
+            f"{row.speedup:.2f}x",
+            f"{row.memory_over_plain:.2f}x",
+        )
+    return table
+
+
+def profile_table(stage: str, found: StepProfile) -> Table:
+    """Where the time of the cached form goes."""
+    parts = ", ".join(f"{name} {share:.0%}" for name, share in found.parts.items())
+    table = Table(title=f"{stage} step: {parts}")
+    for column in ("operator", "ms", "share", "calls"):
+        table.add_column(column, justify="left" if column == "operator" else "right")
+    for line in found.operators:
+        table.add_row(line.name, f"{line.seconds * 1e3:.1f}", f"{line.share:.0%}", str(line.calls))
+    return table
+
+
+def comparison_table(result: Comparison) -> Table:
+    """One table, an autoencoder a column, a measurement a row."""
+    table = Table(title=f"{result.images} images of {result.resolution} px, {result.device}")
+    table.add_column("")
+    for row in result.autoencoders:
+        table.add_column(row.name, justify="right")
+    lines = {
+        "model": [row.kind for row in result.autoencoders],
+        "latent": [f"f{row.compression} c{row.channels} p{row.patch}" for row in result.autoencoders],
+        "tokens": [str(row.tokens) for row in result.autoencoders],
+        "parameters": [f"{row.parameters / 1e6:.1f}M" for row in result.autoencoders],
+        "PSNR, dB": [f"{row.psnr:.2f}" for row in result.autoencoders],
+        "SSIM": [f"{row.ssim:.3f}" for row in result.autoencoders],
+        "SWD": [f"{row.swd:.3f}" for row in result.autoencoders],
+        "spectrum, dB off": [f"{row.spectrum_db:.2f}" for row in result.autoencoders],
+        "encode, images/s": [f"{row.encode_images_per_second:.3g}" for row in result.autoencoders],
+        "decode, images/s": [f"{row.decode_images_per_second:.3g}" for row in result.autoencoders],
+    }
+    if result.diffusion:
+        lines |= {
+            "transformer": [f"{row.parameters / 1e6:.1f}M" for row in result.diffusion],
+            "training, images/s": [f"{row.train_images_per_second:.3g}" for row in result.diffusion],
+            "  over the first (FLOP-limited)": [
+                f"{row.train_speedup:.2f}x ({row.train_flop_limited:.2f}x)" for row in result.diffusion
+            ],
+            "sampling, images/s": [f"{row.sample_images_per_second:.3g}" for row in result.diffusion],
+            "  over the first (FLOP-limited) ": [
+                f"{row.sample_speedup:.2f}x ({row.sample_flop_limited:.2f}x)" for row in result.diffusion
+            ],
+            "loss at the end": [f"{row.loss:.3f}" for row in result.diffusion],
+            "SWD of samples": [f"{row.swd:.3f}" for row in result.diffusion],
+        }
+    if result.autoencoders[0].lpips is not None:
+        lines["LPIPS"] = [f"{row.lpips:.3f}" for row in result.autoencoders]
+    for part, metric, scores in (
+        ("rFID", "fid", result.autoencoders),
+        ("FID of samples", "fid", result.diffusion),
+        ("KID of samples", "kid", result.diffusion),  # unbiased: the better one for few samples
+    ):
+        for name in scores[0].distances if scores else ():
+            if name.startswith(f"{metric}/"):
+                lines[f"{part}, {name.partition('/')[2]}"] = [f"{row.distances[name]:.3f}" for row in scores]
+    for name, values in lines.items():
+        table.add_row(name, *values)
+    return table

@@ -1,0 +1,1 @@
+"""What the verbs around trainings do, callable from a script."""

@@ -1,0 +1,67 @@
+"""Images through a trained autoencoder, as one picture: what ``davae reconstruct`` does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from davae.data import open_dataset
+from davae.evaluation import psnr
+from davae.pipelines.opening import load_autoencoder
+from davae.runtime.devices import chosen_device, wanted_dtype
+from davae.runtime.pictures import save_rows
+from davae.training.autoencoder import upscaled_base
+
+
+class Reconstructed(NamedTuple):
+    """The picture, and the mean PSNR of its images in dB."""
+
+    picture: Path
+    psnr: float
+    gain: float
+    """Over the base's reconstruction, enlarged."""
+    images: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.picture}: PSNR {self.psnr:.2f} dB, {self.gain:+.2f} dB over the base upscaled "
+            f"({self.images} images)"
+        )
+
+
+@torch.no_grad()
+def reconstruct_images(
+    autoencoder: str | Path,
+    images: str,
+    *,
+    resolution: int = 128,
+    count: int = 8,
+    out: str | Path = "reconstructions.png",
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Reconstructed:
+    """Images through the autoencoder, beside what the base alone gives.
+
+    Args:
+        autoencoder: folder of a trained `AutoencoderDA`.
+        images: a folder or data set of images; the first ``count`` are taken.
+        resolution: side of the square crop in pixels.
+        out: the picture with the rows input, base upscaled, reconstruction.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; None takes the GPU where there is one.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None is as saved on a GPU, float32 on a CPU.
+
+    Raises:
+        DavaeError: there is no such autoencoder, or there are no images.
+    """
+    where = chosen_device(device)
+    vae = load_autoencoder(autoencoder, dtype=wanted_dtype(dtype, where)).to(where).eval()
+    dataset = open_dataset(images, resolution=resolution)
+    batch = torch.stack([dataset[i]["image"] for i in range(min(count, len(dataset)))])
+    placed = batch.to(vae.device, vae.dtype)
+    made = vae.decode(vae.encode(placed).latent_dist.mode()).sample.clamp(-1, 1).float().cpu()
+    enlarged = upscaled_base(vae, placed).float().cpu()
+    save_rows(Path(out), {"input": batch, "base, upscaled": enlarged, "reconstruction": made})
+    reached, base = float(psnr(batch, made).mean()), float(psnr(batch, enlarged).mean())
+    return Reconstructed(Path(out), reached, reached - base, len(batch))
