@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from davae.benchmark import count_flops, peak_memory_bytes, side_by_side
 from davae.errors import DavaeError
-from davae.evaluation import PatchSet, psnr, ssim
+from davae.evaluation import PatchSet
+from davae.evaluation.metrics.psnr_ssim import pair_metrics
 from davae.latents import token_count
 from davae.models import AutoencoderDA
 from davae.pipelines import ClassConditionalPipeline, upgrade_pipeline
@@ -186,14 +187,15 @@ def _compare_reconstructions(
     probes: dict[str, Any] = {}
     if len(labels[several].unique()) > 1:
         probes = recorder.add_latents(*vae.layout.split(latent[several]), labels[several])
-    figures = Reconstruction(
-        psnr_upgraded=float(psnr(images, reconstruction).mean()),
-        psnr_base_upscaled=float(psnr(images, enlarged).mean()),
-        ssim_upgraded=float(ssim(images, reconstruction).mean()),
-        ssim_base_upscaled=float(ssim(images, enlarged).mean()),
-        images=len(images),
-    )
-    return figures, {"base_latents_equal": torch.equal(z, own), **probes}
+    figures = {
+        f"{name}_{row}": float(values.mean())
+        for row, made in (("upgraded", reconstruction), ("base_upscaled", enlarged))
+        for name, values in pair_metrics(images, made).items()
+    }
+    return Reconstruction(**figures, images=len(images)), {
+        "base_latents_equal": torch.equal(z, own),
+        **probes,
+    }
 
 
 @torch.no_grad()
@@ -221,8 +223,8 @@ def _compare_samples(
         for x in (made, upscaled(small, made.shape[-2:]))
     ]
     return Generation(
-        swd_upgraded=distances[0][0],
-        swd_base_upscaled=distances[1][0],
+        swd_finest_upgraded=distances[0][0],
+        swd_finest_base_upscaled=distances[1][0],
         swd_levels_upgraded=distances[0],
         swd_levels_base_upscaled=distances[1],
         images=count,

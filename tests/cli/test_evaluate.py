@@ -40,7 +40,7 @@ def test_reconstruction_tells_every_baseline_and_what_is_missing(autoencoder, tm
         "--json", tmp_path / "r.json", "--device", "cpu",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    for words in ("base, upscaled", "base, native", "lettering: psnr", "swd", "spectrum_db"):
+    for words in ("base, upscaled", "base, native", "lettering: psnr", "swd/finest", "spectrum_db"):
         assert words in done.output
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["images"] == 5
@@ -62,7 +62,7 @@ def test_generation_measures_what_it_can_and_continues(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     assert "weights-inception-2015-12-05-6726825d.pth" in done.output
     first = json.loads((tmp_path / "out" / "evaluation.json").read_text())
-    assert first["rows"]["upgraded"]["figures"]["swd"] > 0
+    assert first["rows"]["upgraded"]["figures"]["swd/mean"] > 0
     assert "efficientnet-lite0" in first["rows"]["upgraded"]["unavailable"]["fid/inception"]
     assert first["reference"]["images"] == 12
     changed = (tmp_path / "out" / "upgraded" / "images" / "0000003.png").stat().st_mtime_ns

@@ -17,15 +17,20 @@ from typer.testing import CliRunner
 from davae.bases.generate import write_images
 from davae.bases.upgrade import write_upgraded
 from davae.benchmark.autoencoder import bench_autoencoder
-from davae.cli import bench, cache, convert
+from davae.cli import bench, cache, convert, inspect
 from davae.cli.main import app
 from davae.data import render_scene
 from davae.data.cache import Format
+from davae.evaluation.generation.evaluate import evaluate_generation
+from davae.evaluation.latent_space.inspect import inspect_latents
+from davae.evaluation.latent_space.projection import Method
+from davae.evaluation.reconstruction.evaluate import evaluate_reconstruction
 from davae.interop.conversion import Which, convert_lightningdit_file
 from davae.interop.official_sd3_transformer import ChannelOrder
 from davae.models import AutoencoderDA
 from davae.recipes.read import load_ablation
 from davae.report.ablation import run_ablation
+from davae.report.inspection import write_inspection
 from davae.tiny import debug_base
 from davae.training.benchmark import bench_training
 from davae.training.benchmark.side_by_side import StageName
@@ -160,6 +165,66 @@ def test_compare(here: Path, tmp_path: Path) -> None:
     assert untimed(json.loads((tmp_path / "c.json").read_text())) == untimed(result.to_json())
 
 
+def test_evaluate_reconstruction(here: Path, tmp_path: Path) -> None:
+    options = ["--data", "procedural:6", "--resolution", 32, "--images", 4, "--device", "cpu"]
+    options += ["--crops", f"photos={here / 'photos'}", "--json", tmp_path / "r.json"]
+    text = verb("evaluate", "reconstruction", here / "vae", *options)
+    report = evaluate_reconstruction(
+        here / "vae",
+        "procedural:6",
+        resolution=32,
+        images=4,
+        crops={"photos": here / "photos"},
+        device="cpu",
+    )
+    assert json.loads((tmp_path / "r.json").read_text()) == json.loads(json.dumps(report.to_json()))
+    assert report.crops == {"fine texture": 4, "photos": 3}
+    assert f"{report.figures()['upgraded']['photos: psnr']:.4g}" in text
+
+
+def test_evaluate_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))  # no Inception there
+    options = ["--reference", "procedural:6", "--beside", "other=debug", "--count", 4, "--steps", 1]
+    options += ["--batch", 2, "--device", "cpu", "--out", tmp_path / "a"]
+    text = verb("evaluate", "generation", "debug", *options)
+    report = evaluate_generation(
+        "debug",
+        "procedural:6",
+        beside={"other": "debug"},
+        count=4,
+        steps=1,
+        batch=2,
+        device="cpu",
+        out=tmp_path / "b",
+    )
+    assert report is not None
+    written = json.loads((tmp_path / "a" / "evaluation.json").read_text())
+    ours = json.loads(json.dumps(report.to_json()).replace(str(tmp_path / "b"), str(tmp_path / "a")))
+    assert written == ours
+    assert contents(tmp_path / "a" / "upgraded") == contents(tmp_path / "b" / "upgraded")
+    assert list(report.missing()) == ["fid/inception"]
+    assert f"{report.figures()['other']['swd/finest']:.4g}" in text
+
+
+def test_inspect(here: Path, tmp_path: Path) -> None:
+    options = ["--beside", here / "vae", "--data", "procedural:12", "--images", 10, "--resolution", 32]
+    options += ["--method", "pca", "--device", "cpu"]
+    text = verb("inspect", here / "vae", *options, "--out", tmp_path / "a")
+    found = inspect_latents(
+        here / "vae",
+        "procedural:12",
+        beside=[here / "vae"],
+        images=10,
+        resolution=32,
+        method="pca",
+        device="cpu",
+    )
+    assert list(found) == ["vae", "vae (2)"]
+    files = write_inspection(found, tmp_path / "b")
+    assert [Path(line).name for line in text.splitlines()[-len(files) :]] == [file.name for file in files]
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
 def test_convert(tmp_path: Path) -> None:
     save_file(official(), tmp_path / "dit.safetensors")
     text = verb("convert", "lightningdit", tmp_path / "dit.safetensors", "--out", tmp_path / "a")
@@ -182,6 +247,7 @@ def test_choices_are_those_of_the_functions() -> None:
         (bench.Precision, of_training["precision"]),
         (cache.ShardFormat, Format),
         (convert.Which, Which),
+        (inspect.Method, Method),
         (convert.ChannelOrder, ChannelOrder),
     ):
         assert set(get_args(ours)) == set(get_args(theirs))

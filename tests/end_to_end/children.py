@@ -17,7 +17,9 @@ LIMIT_S = 600.0  # no life of the tests takes a tenth of it
 # Each child is a fork of a server that has imported torch and has one thread. A fork of the tests' own process
 # would copy the locks that its other threads (progress bars, loaders) hold at that moment, and could wait for ever.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["davae.cli.main", "davae.training.run", "davae.cli.evaluate_generation"])
+_CONTEXT.set_forkserver_preload(
+    ["davae.cli.main", "davae.training.run", "davae.evaluation.generation.evaluate"]
+)
 
 
 def start(

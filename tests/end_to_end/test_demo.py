@@ -27,7 +27,7 @@ def test_the_summary_holds_every_figure(demo):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["tokens"] == {"base": 16, "native": 64, "upgraded": 16}
     assert set(summary["reconstruction"]) >= {"psnr_upgraded", "psnr_base_upscaled"}
-    assert set(summary["generation"]) >= {"swd_upgraded", "swd_base_upscaled"}
+    assert set(summary["generation"]) >= {"swd_finest_upgraded", "swd_finest_base_upscaled"}
     assert summary["wall_seconds"] > 0
     assert summary["peak_memory_bytes"] > 2**20
     flops = summary["flops_per_image"]

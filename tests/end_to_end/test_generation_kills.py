@@ -8,5 +8,5 @@ def test_two_kills_leave_no_trace(tmp_path):
     assert seen["images"] == seen["distinct"] == 36
     assert 0 < seen["images_at_each_kill"][0] < seen["images_at_each_kill"][1] < 36
     assert seen["differing"] == []
-    assert seen["figures"]["swd"] > 0
+    assert seen["figures"]["swd/mean"] > 0
     assert seen["figures"] == seen["figures_undisturbed"]

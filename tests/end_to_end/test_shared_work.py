@@ -34,7 +34,7 @@ def both(tmp_path_factory):
 def test_metrics_and_pictures_are_those_of_one_process(stage, both):
     (one, alone), (two, shared) = both
     assert shared[stage] == pytest.approx(alone[stage], rel=1e-5)
-    names = {"psnr", "alignment"} if stage == "autoencoder" else {"held_out_total", "swd"}
+    names = {"psnr", "alignment"} if stage == "autoencoder" else {"held_out_total", "swd/finest"}
     assert names <= shared[stage].keys()
     pictures = [np.asarray(Image.open(out / stage / "step-1.png")).astype(int) for out in (one, two)]
     assert pictures[0].shape == pictures[1].shape

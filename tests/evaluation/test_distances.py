@@ -10,17 +10,17 @@ import torch
 from scipy.stats import ortho_group
 
 from davae.errors import DavaeError
-from davae.evaluation.class_score import class_score
-from davae.evaluation.clip_score import ClipScore
-from davae.evaluation.frechet import (
+from davae.evaluation.metrics.clip_score import ClipScore
+from davae.evaluation.metrics.fid import (
     Gaussian,
     GaussianStatistics,
     frechet_distance,
     load_statistics,
     save_statistics,
 )
-from davae.evaluation.kernel_distance import kernel_distance, polynomial_kernel, unbiased_mmd
-from davae.evaluation.manifold import precision_recall
+from davae.evaluation.metrics.inception_score import inception_score
+from davae.evaluation.metrics.kid import kid, polynomial_kernel, unbiased_mmd
+from davae.evaluation.metrics.precision_recall import precision_recall
 from davae.runtime.atomic_files import file_hash
 
 
@@ -75,7 +75,7 @@ def test_frechet_distance_with_fewer_images_than_features():
     assert frechet_distance(_moments(few), _moments(few)) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_frechet_and_kernel_distance_and_class_score_are_torch_fidelitys(fidelity):
+def test_fid_kid_and_inception_score_are_torch_fidelitys(fidelity):
     a, b = _rows(80, 12, seed=1), _rows(70, 12, seed=2, scale=1.3, shift=0.2)
     theirs = fidelity.fid.fid_statistics_to_metric(
         fidelity.fid.fid_features_to_statistics(a), fidelity.fid.fid_features_to_statistics(b), False
@@ -84,16 +84,16 @@ def test_frechet_and_kernel_distance_and_class_score_are_torch_fidelitys(fidelit
     theirs = fidelity.kid.kid_features_to_metric(
         a, b, kid_subsets=5, kid_subset_size=50, rng_seed=7, verbose=False
     )
-    ours = kernel_distance(a, b, subsets=5, subset_size=50, seed=7)
+    ours = kid(a, b, subsets=5, subset_size=50, seed=7)
     assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
     assert ours.std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-9)
     theirs = fidelity.isc.isc_features_to_metric(a, splits=4, shuffle=True, rng_seed=3)
-    ours = class_score(a, splits=4, seed=3)
+    ours = inception_score(a, splits=4, seed=3)
     assert ours.mean == pytest.approx(theirs["inception_score_mean"], rel=1e-9)
     assert ours.std == pytest.approx(theirs["inception_score_std"], rel=1e-9)
 
 
-def test_kernel_distance_by_loops_and_in_expectation():
+def test_kid_by_loops_and_in_expectation():
     a, b = _rows(7, 3, seed=1), _rows(9, 3, seed=2, shift=1.0)
     k = lambda x, y: (float(x @ y) / 3 + 1) ** 3  # noqa: E731
     loops = sum(k(x, y) for i, x in enumerate(a) for j, y in enumerate(a) if i != j) / 42
@@ -105,14 +105,14 @@ def test_kernel_distance_by_loops_and_in_expectation():
     moments = lambda m, s: (1.0, m, m * m + s * s, m**3 + 3 * m * s * s)  # noqa: E731
     gap = [p - q for p, q in zip(moments(0.0, 1.0), moments(0.5, 1.5), strict=True)]
     expected = sum(math.comb(3, i) * gap[i] ** 2 for i in range(4))
-    assert kernel_distance(x, y, subsets=4, subset_size=2000).mean == pytest.approx(expected, rel=0.15)
-    same = kernel_distance(x, _rows(4000, 1, seed=9), subsets=4, subset_size=2000).mean
+    assert kid(x, y, subsets=4, subset_size=2000).mean == pytest.approx(expected, rel=0.15)
+    same = kid(x, _rows(4000, 1, seed=9), subsets=4, subset_size=2000).mean
     assert abs(same) < 0.02 * expected
     assert polynomial_kernel(a, b).shape == (7, 9)
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.5])
-def test_kernel_distance_of_isotropic_gaussians_has_a_closed_form(scale):
+def test_kid_of_isotropic_gaussians_has_a_closed_form(scale):
     # x, y ~ N(0, a^2 I), N(0, b^2 I): E k = 1 + 3 a^2 b^2 / F, odd moments vanish; so MMD^2 = 3 (a^2 - b^2)^2 / F.
     a, b = _rows(3000, 8, seed=5), _rows(3000, 8, seed=6, scale=scale)
     expected = 3 * (1 - scale**2) ** 2 / 8
@@ -141,10 +141,10 @@ def test_clip_score_of_known_angles():
         ClipScore().score()
 
 
-def test_class_score_is_the_number_of_classes_at_best_and_one_at_worst():
+def test_inception_score_is_the_number_of_classes_at_best_and_one_at_worst():
     sure = torch.eye(5).repeat(4, 1).log()  # log 0 = -inf, as a hard prediction is
-    assert class_score(sure, splits=1).mean == pytest.approx(5.0)
-    assert class_score(torch.zeros(20, 5), splits=2).mean == pytest.approx(1.0)
+    assert inception_score(sure, splits=1).mean == pytest.approx(5.0)
+    assert inception_score(torch.zeros(20, 5), splits=2).mean == pytest.approx(1.0)
 
 
 def test_precision_and_recall_of_sets_laid_out_by_hand():
@@ -182,9 +182,9 @@ def test_statistics_travel_as_adm_writes_them(tmp_path):
         (lambda: GaussianStatistics().update(torch.tensor([[float("nan")]])), "NaN"),
         (lambda: GaussianStatistics().update(_rows(1)).gaussian(), "at least 2 images"),
         (lambda: frechet_distance(_moments(_rows(5)), _moments(_rows(5, 4))), "different networks"),
-        (lambda: kernel_distance(_rows(5), _rows(5), subset_size=6), "subsets of 6"),
+        (lambda: kid(_rows(5), _rows(5), subset_size=6), "subsets of 6"),
         (lambda: precision_recall(_rows(3), _rows(9)), "3 neighbours"),
-        (lambda: class_score(_rows(3), splits=4), "4 parts"),
+        (lambda: inception_score(_rows(3), splits=4), "4 parts"),
         (lambda: ClipScore().update(_rows(3), _rows(2)), "pairs"),
     ],
 )

@@ -9,13 +9,13 @@ from PIL import Image
 
 from davae.data import open_dataset
 from davae.errors import DavaeError
-from davae.evaluation import image_run
-from davae.evaluation.contest import run_contest
 from davae.evaluation.features import Features
-from davae.evaluation.frechet import GaussianStatistics, save_statistics
-from davae.evaluation.generation import compare_generation, open_reference
-from davae.evaluation.image_run import ImageRun, RunSettings, write_geneval_folder
-from davae.evaluation.prompt_sets import class_set, open_prompt_set
+from davae.evaluation.generation import image_run
+from davae.evaluation.generation.baselines import generate_variants
+from davae.evaluation.generation.compare import compare_generation, open_reference
+from davae.evaluation.generation.image_run import ImageRun, RunSettings, write_geneval_folder
+from davae.evaluation.generation.prompts import class_set, open_prompt_set
+from davae.evaluation.metrics.fid import GaussianStatistics, save_statistics
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.report.pictures import save_png
@@ -234,40 +234,44 @@ def test_a_text_pipeline_beside_its_baselines_and_the_geneval_folder(sd3, tmp_pa
     rows = [{"tag": "single_object", "prompt": f"a photo of a {name}"} for name in ("fox", "boat")]
     (tmp_path / "g.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = RunSettings("upgraded", steps=1, guidance=1.0, height=64, width=64, batch=2)
-    contest = run_contest(sd3.__getitem__, settings, tmp_path, base="base", prompts=tmp_path / "g.jsonl")
-    assert contest.count == 8
-    sizes = {name: Image.open(run.path(0)).size for name, run in contest.runs.items()}
+    variants = generate_variants(
+        sd3.__getitem__, settings, tmp_path, base="base", prompts=tmp_path / "g.jsonl"
+    )
+    assert variants.count == 8
+    sizes = {name: Image.open(run.path(0)).size for name, run in variants.runs.items()}
     assert sizes == {"upgraded": (64, 64), "base": (32, 32), "native": (64, 64)}
-    assert {tuple(next(iter(make())).shape[-2:]) for make in contest.models.values()} == {(64, 64)}
-    report = compare_generation(contest.models, open_reference("procedural:12"), prompts=contest.prompts)
+    assert {tuple(next(iter(make())).shape[-2:]) for make in variants.models.values()} == {(64, 64)}
+    report = compare_generation(variants.models, open_reference("procedural:12"), prompts=variants.prompts)
     assert list(report.rows) == ["upgraded", "base, upscaled", "base, native"]
     assert report.rows["upgraded"].figures["spectrum_db"] > 0
-    out = write_geneval_folder(contest.runs["upgraded"], contest.prompts, contest.count, tmp_path / "geneval")
+    out = write_geneval_folder(
+        variants.runs["upgraded"], variants.prompts, variants.count, tmp_path / "geneval"
+    )
     assert sorted(p.name for p in out.iterdir()) == ["00000", "00001"]
     assert json.loads((out / "00001" / "metadata.jsonl").read_text()) == rows[1]
     samples = sorted((out / "00001" / "samples").iterdir())
     assert [s.name for s in samples] == [f"{i:05d}.png" for i in range(4)]
-    assert samples[2].read_bytes() == contest.runs["upgraded"].path(5).read_bytes()
+    assert samples[2].read_bytes() == variants.runs["upgraded"].path(5).read_bytes()
 
 
 def test_another_pipeline_of_equal_tokens_stands_beside(sd3, tmp_path):
     (tmp_path / "p.txt").write_text("a fox\na boat\n")
     settings = RunSettings("upgraded", steps=1, guidance=1.0, height=64, width=64, batch=2)
     asked = {"prompts": tmp_path / "p.txt", "others": {"equal tokens": "upgraded"}}
-    contest = run_contest(sd3.__getitem__, settings, tmp_path / "out", **asked)
-    assert list(contest.models) == ["upgraded", "equal tokens"]
-    assert _same_files(contest.runs["upgraded"], contest.runs["equal tokens"], 2)
-    assert torch.equal(*(next(iter(make())) for make in contest.models.values()))
+    variants = generate_variants(sd3.__getitem__, settings, tmp_path / "out", **asked)
+    assert list(variants.models) == ["upgraded", "equal tokens"]
+    assert _same_files(variants.runs["upgraded"], variants.runs["equal tokens"], 2)
+    assert torch.equal(*(next(iter(make())) for make in variants.models.values()))
     for name in ("native", "a/b"):
         with pytest.raises(DavaeError, match=f"cannot be called '{name}'"):
-            run_contest(sd3.__getitem__, settings, tmp_path / "out", others={name: "base"})
+            generate_variants(sd3.__getitem__, settings, tmp_path / "out", others={name: "base"})
 
 
 def test_prompts_and_classes_are_not_mixed_up(sd3, pipe, tmp_path):
     with pytest.raises(DavaeError, match="--prompts"):
-        run_contest(sd3.__getitem__, RunSettings("base"), tmp_path)
+        generate_variants(sd3.__getitem__, RunSettings("base"), tmp_path)
     with pytest.raises(DavaeError, match="leave --prompts out"):
-        run_contest(lambda _: pipe, RunSettings("debug"), tmp_path, prompts="p.txt", count=2)
+        generate_variants(lambda _: pipe, RunSettings("debug"), tmp_path, prompts="p.txt", count=2)
 
 
 def test_the_reference_as_statistics_gives_the_distance_of_the_images(undisturbed, tmp_path):

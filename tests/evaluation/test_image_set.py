@@ -6,8 +6,10 @@ import torch.nn.functional as F
 
 from davae.data import open_dataset
 from davae.evaluation.features import Features
-from davae.evaluation.frechet import frechet_distance
-from davae.evaluation.image_set import ImageSet, compare_sets
+from davae.evaluation.metrics.fid import frechet_distance
+from davae.evaluation.metrics.image_set import ImageSet, compare_sets, swd_figures
+from davae.evaluation.metrics.kid import unbiased_mmd
+from davae.evaluation.metrics.names import current_name, current_names
 
 
 class _Pooled:
@@ -37,18 +39,51 @@ def _blurred(images, width):
 def test_equal_sets_are_at_distance_zero_and_blur_moves_them_apart(scenes):
     reference = ImageSet([_Pooled()]).update(scenes)
     same = compare_sets(ImageSet([_Pooled()]).update(scenes), reference).figures
-    assert same["swd"] == 0
+    assert same["swd/finest"] == same["swd/mean"] == 0
     assert same["spectrum_db"] == 0
     assert same["fid/pooled"] == pytest.approx(0, abs=1e-6)
     assert same["precision/pooled"] == same["recall/pooled"] == 1
-    swd, spectrum = [0.0], [0.0]
+    found = [same]
     for width in (3, 5, 9):
-        found = compare_sets(ImageSet([_Pooled()]).update(_blurred(scenes, width)), reference).figures
-        swd.append(found["swd/level0"])
-        spectrum.append(found["spectrum_db"])
-    assert swd == sorted(swd)
-    assert spectrum == sorted(spectrum)
-    assert swd[1] > 0.01
+        found.append(compare_sets(ImageSet([_Pooled()]).update(_blurred(scenes, width)), reference).figures)
+    for name in ("swd/finest", "swd/mean", "spectrum_db", "fid/pooled", "kid/pooled"):
+        values = [figures[name] for figures in found]
+        assert values == sorted(values), name
+    assert found[1]["swd/finest"] > 0.01
+
+
+def test_one_kid_everywhere_is_that_of_all_images_where_a_subset_holds_them_all(scenes):
+    sets = [ImageSet([_Pooled()]).update(images) for images in (_blurred(scenes, 9), scenes)]
+    rows = [images.features["pooled"].rows.double() for images in sets]
+    figures = compare_sets(*sets).figures
+    assert figures["kid/pooled"] == pytest.approx(unbiased_mmd(*rows), rel=1e-9)
+    assert figures["kid_std/pooled"] == pytest.approx(0, abs=1e-12)
+
+
+def test_pyramid_levels_have_one_name_each():
+    assert swd_figures({0: 0.3, 1: 0.2, 2: 0.1}) == {
+        "swd/finest": 0.3,
+        "swd/level1": 0.2,
+        "swd/level2": 0.1,
+        "swd/mean": pytest.approx(0.2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("earlier", "today"),
+    [
+        ("swd", "swd/finest"),
+        ("spectral_distance_128", "spectrum_db_128"),
+        ("swd_upgraded", "swd_finest_upgraded"),
+        ("psnr_128", "psnr_128"),
+        ("swd/mean", "swd/mean"),
+        ("held_out_loss_2", "held_out_loss_2"),
+        ("", ""),
+    ],
+)
+def test_names_of_earlier_runs_are_read_as_todays(earlier, today):
+    assert current_name(earlier) == today
+    assert current_names({earlier: 1.5}) == {today: 1.5}
 
 
 def test_every_figure_is_the_same_in_batches(scenes):
@@ -73,7 +108,8 @@ def test_against_moments_alone_the_rest_is_named_as_missing(scenes):
         "kid/pooled",
         "precision/pooled",
         "recall/pooled",
-        "swd",
+        "swd/finest",
+        "swd/mean",
         "spectrum_db",
     } == told.unavailable.keys()
-    assert "class_score/pooled" in told.figures
+    assert "inception_score/pooled" in told.figures

@@ -12,9 +12,12 @@ from davae.cli.main import app
 from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation import psnr, radial_power_spectrum
-from davae.evaluation.inspection import _derangement, inspect_autoencoder
-from davae.evaluation.latent_properties import high_frequency_share, local_distant_similarity
-from davae.evaluation.latent_spectra import detail_groups
+from davae.evaluation.latent_space.inspect import _derangement, inspect_autoencoder
+from davae.evaluation.latent_space.spectra import (
+    detail_groups,
+    high_frequency_share,
+    local_distant_similarity,
+)
 from davae.models import AutoencoderDA
 from davae.tiny import debug_base
 

@@ -10,7 +10,7 @@ from davae.evaluation import (
     nearest_neighbour_accuracy,
     project_latents,
 )
-from davae.evaluation.separability import ridge_accuracies
+from davae.evaluation.latent_space.separability import ridge_accuracies
 
 
 def _clusters(spread: float, count: int = 30, classes: int = 4) -> tuple[Tensor, Tensor]:

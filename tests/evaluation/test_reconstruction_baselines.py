@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from davae.errors import DavaeError
-from davae.evaluation.reconstruction_baselines import compare_reconstructions
+from davae.evaluation.reconstruction.baselines import compare_reconstructions
 from davae.models import AutoencoderDA
 from davae.tiny import debug_base
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.evaluation import PatchSet, sliced_wasserstein, wasserstein_1d
-from davae.evaluation.sliced_wasserstein import _blur, default_levels, laplacian_pyramid
+from davae.evaluation.metrics.sliced_wasserstein import _blur, default_levels, laplacian_pyramid
 
 
 def _images(count: int, seed: int, size: int = 64) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from davae.evaluation import log_spectral_distance, radial_power_spectrum
-from davae.evaluation.spectrum import radial_bins
+from davae.evaluation.metrics.spectrum import radial_bins
 
 
 @pytest.mark.parametrize("size", [(16, 16), (15, 15), (16, 24), (9, 40)])

@@ -25,6 +25,13 @@ def test_curves_hold_what_was_logged(tmp_path):
     assert written == {"x": "step", "y": "dB", "lines": {"a": [[0, 10], [1.0, 2.0]], "b": [[0], [3.0]]}}
 
 
+def test_a_run_that_logged_an_earlier_name_of_the_metric(tmp_path):
+    line = {"step": 4, "spectral_distance_128": 2.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    for name in ("spectral_distance_128", "spectrum_db_128"):
+        assert save_curves({"a": tmp_path}, name, tmp_path / "curve.png") == {"a": ([4], [2.5])}
+
+
 def test_a_metric_that_was_not_logged(tmp_path):
     with pytest.raises(DavaeError, match="no 'ssim'"):
         save_curves({"a": _run(tmp_path / "a", [1.0])}, "ssim", tmp_path / "curve.png")

@@ -15,13 +15,14 @@ def test_terms_are_read_over_their_own_steps_and_bookkeeping_is_left_out(tmp_pat
         '{"step": 2, "loss": 0.5, "lr": 1, "images_per_second": 3, "grad_norm": 1, "note": "x"}\n'
         '{"step": 1, "loss": 1.0, "lr": 1, "images_per_second": 3, "grad_norm": 1}\n'
         '{"step": 2, "loss": 0.4, "kl": NaN, "lr": 1}\n'
-        '{"step": 3, "kl": 2.0}\n'
+        '{"step": 3, "kl": 2.0, "swd": 0.25}\n'
         '{"step": 4, "kl": 1.0, "lo'  # cut short by a kill
     )
     series = read_metrics(path)
     assert series["loss"] == ([1, 2], [1.0, 0.4])  # what was written last counts
     assert series["kl"][0] == [2, 3]
     assert loss_terms(series) == ["loss"]
+    assert series["swd/finest"] == ([3], [0.25])  # what an earlier run called otherwise
     path.write_text('{"step": 1, "loss": 1}\nnot json\n')
     with pytest.raises(DavaeError, match="line 2 is not JSON"):
         read_metrics(path)
@@ -53,6 +54,11 @@ def test_losses_that_are_zero_or_negative_or_not_finite_can_be_drawn() -> None:
         (words.significant(1234.5), "1234"),
         (words.significant(0.04567), "0.0457"),
         (words.significant(2.4e-7, 2), "2.4\u202f×\u202f10⁻⁷"),
+        (words.metric_label("swd/finest"), "SWD, finest level"),
+        (words.metric_label("fid/inception"), "FID, inception"),
+        (words.metric_label("held_out_total"), "held_out_total"),
+        (words.better("precision/inception"), "higher"),
+        (words.better("kid/inception"), "lower"),
         (words.seconds(0.0421), "42.1 ms"),
         (words.seconds(95.04), "95.0 s"),
         (words.seconds(311.2), "5 min 11 s"),

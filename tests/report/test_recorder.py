@@ -74,6 +74,15 @@ def test_probe_accuracies_are_returned(tmp_path: Path) -> None:
     assert probes["linear_probe_detail"] < 0.9
 
 
+def test_the_summary_of_an_earlier_run_opens(tmp_path: Path) -> None:
+    summary = make_summary()
+    earlier = json.loads(summary.model_dump_json())
+    for row in ("upgraded", "base_upscaled", "real"):
+        earlier["generation"][f"swd_{row}"] = earlier["generation"].pop(f"swd_finest_{row}")
+    (tmp_path / "summary.json").write_text(json.dumps(earlier))
+    assert Summary.read(tmp_path) == summary
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     recorder = FigureRecorder(tmp_path, classes=["only one"])
     with pytest.raises(DavaeError, match=r"'b': 3.*'captions': 2"):

@@ -17,12 +17,12 @@ from davae.cli.main import app
 from davae.cli.tables import comparison_table
 from davae.errors import DavaeError
 from davae.evaluation.features import Features
+from davae.evaluation.metrics.image_set import ImageSet, compare_sets
 from davae.models import AutoencoderDA
 from davae.models.latent_space import compression_of, decode, encode, open_autoencoder
 from davae.models.lightningdit import SIZES
 from davae.tiny import debug_base
-from davae.training.compare import DiffusionOptions, compare_autoencoders, open_contenders, score_autoencoders
-from davae.training.compare.distances import FeatureReference
+from davae.training.compare import DiffusionOptions, compare_autoencoders, open_candidates, score_autoencoders
 from davae.training.compare.trial import Trial, transformer_size
 
 SIZE = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
@@ -99,36 +99,36 @@ def test_a_lossless_autoencoder_scores_perfectly_and_a_random_one_does_not() -> 
         num_decoder_blocks=(1,),
         latent_channels=3,
     )
-    contenders = open_contenders({"exact": exact, "random": kl()}, 32)
-    rows, made = score_autoencoders(contenders, images, batch=2, repeats=1)
+    candidates = open_candidates({"exact": exact, "random": kl()}, 32)
+    rows, made = score_autoencoders(candidates, images, batch=2, repeats=1)
     exact_row, random_row = rows
     assert torch.equal(made["exact"], images)
-    assert exact_row.psnr == float("inf")
-    assert exact_row.ssim == pytest.approx(1)
-    assert exact_row.swd == pytest.approx(0, abs=1e-6)
-    assert exact_row.spectrum_db == pytest.approx(0, abs=1e-6)
-    assert random_row.psnr < 20
-    assert random_row.spectrum_db > 1
+    assert exact_row.figures["psnr"] == float("inf")
+    assert exact_row.figures["ssim"] == pytest.approx(1)
+    assert exact_row.figures["swd/finest"] == pytest.approx(0, abs=1e-6)
+    assert exact_row.figures["spectrum_db"] == pytest.approx(0, abs=1e-6)
+    assert random_row.figures["psnr"] < 20
+    assert random_row.figures["spectrum_db"] > 1
     assert (random_row.compression, random_row.channels, random_row.tokens) == (2, 4, 256)
     assert random_row.parameters == sum(p.numel() for p in kl().parameters())
 
 
 def test_one_token_budget_is_reached_by_the_patch() -> None:
-    found = open_contenders({"f2": kl(), "f8": dc()}, 32, tokens=16)
+    found = open_candidates({"f2": kl(), "f8": dc()}, 32, tokens=16)
     assert [(c.patch, c.tokens) for c in found] == [(4, 16), (1, 16)]
     with pytest.raises(
         DavaeError, match=r"f8: its latent of 4 x 4 cannot be cut into 64 tokens: .* 16, 4, 1"
     ):
-        open_contenders({"f2": kl(), "f8": dc()}, 32, tokens=64)
+        open_candidates({"f2": kl(), "f8": dc()}, 32, tokens=64)
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
     with pytest.raises(
         DavaeError, match="f8: 36 pixels are not a multiple of its compression, 8; the nearest is 32"
     ):
-        open_contenders({"f8": dc()}, 36)
+        open_candidates({"f8": dc()}, 36)
     with pytest.raises(DavaeError, match="is no autoencoder's folder"):
-        open_contenders({"none": tmp_path}, 32)
+        open_candidates({"none": tmp_path}, 32)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(DavaeError, match="holds a UNet2DModel"):
         open_autoencoder(tmp_path)
@@ -145,8 +145,8 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
 def test_trials_see_the_same_batches_and_their_latents_are_normalised() -> None:
     options = DiffusionOptions(steps=2, batch=3, size=SIZE)
     images, labels = torch.rand(6, 3, 16, 16) * 2 - 1, torch.arange(6) % 2
-    contender = open_contenders({"f2": kl()}, 16)[0]
-    first, second = (Trial(contender, images, labels, 2, options) for _ in range(2))
+    candidate = open_candidates({"f2": kl()}, 16)[0]
+    first, second = (Trial(candidate, images, labels, 2, options) for _ in range(2))
     torch.testing.assert_close(first.latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(first.latents.std((0, 2, 3)), torch.ones(4))
     assert [first.step(i) for i in range(2)] == [second.step(i) for i in range(2)]
@@ -165,7 +165,7 @@ def test_training_on_one_image_finds_it_again() -> None:
         num_decoder_blocks=(1,),
         latent_channels=3,
     )
-    contender = open_contenders({"f1": exact}, 16, tokens=16)[0]
+    candidate = open_candidates({"f1": exact}, 16, tokens=16)[0]
     options = DiffusionOptions(
         steps=150,
         batch=8,
@@ -175,7 +175,7 @@ def test_training_on_one_image_finds_it_again() -> None:
         guidance=1.0,
         ema=0.9,
     )
-    trial = Trial(contender, images, torch.zeros(1, dtype=torch.long), 1, options)
+    trial = Trial(candidate, images, torch.zeros(1, dtype=torch.long), 1, options)
     losses = [trial.step(number) for number in range(options.steps)]
     assert losses[-1] < 0.5 * losses[0]
     made = trial.sampled(torch.zeros(2, dtype=torch.long))
@@ -227,11 +227,10 @@ def test_table_two_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """One token budget by the patch, one transformer, and every column of the paper's table."""
     monkeypatch.setattr("davae.training.compare.comparison.open_network", Colours)
 
-    class Lpips(torch.nn.Module):
-        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            return (a - b).abs().mean()
+    def lpips(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a - b).abs().mean((1, 2, 3))
 
-    monkeypatch.setattr("davae.training.compare.comparison.LpipsLoss", lambda file: Lpips())
+    monkeypatch.setattr("davae.training.compare.comparison.Lpips", lambda file, device: lpips)
     options = DiffusionOptions(steps=2, batch=4, size=SIZE, samples=6, sample_steps=1, repeats=1)
     result = compare_autoencoders(
         {"f2": kl(), "f4": AutoencoderDA.from_base(kl(), scale=2, detail_channels=4), "f8": dc()},
@@ -251,9 +250,9 @@ def test_table_two_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     blocks = {row.parameters for row in result.diffusion}
     assert max(blocks) - min(blocks) < 3000  # the first and the last layer
     for row in result.autoencoders:
-        assert row.lpips is not None
-        assert row.distances["fid/colours"] > 0
-    assert all(row.distances["fid/colours"] > 0 for row in result.diffusion)
+        assert row.figures["lpips"] > 0
+        assert row.figures["fid/colours"] > 0
+    assert all(row.figures["fid/colours"] > 0 for row in result.diffusion)
     assert result.training_images == 12
     assert result.networks == [{"network": "colours"}]
     named = [str(cell) for cell in comparison_table(result).columns[0].cells]
@@ -269,10 +268,13 @@ def test_table_two_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_distances_of_features_are_zero_for_a_lossless_autoencoder() -> None:
     images = torch.rand(8, 3, 32, 32) * 2 - 1
-    reference = FeatureReference([Colours()], images, 3)
-    assert reference.distances(images)["fid/colours"] == pytest.approx(0, abs=1e-4)
-    assert reference.distances(images + 0.5)["fid/colours"] == pytest.approx(12 * 0.25, rel=1e-3)
-    assert FeatureReference([], images, 3).distances(images) == {}
+
+    def distance(made: torch.Tensor) -> float:
+        sets = [ImageSet([Colours()], spatial=False).extend(x.split(3)) for x in (made, images)]
+        return compare_sets(*sets).figures["fid/colours"]
+
+    assert distance(images) == pytest.approx(0, abs=1e-4)
+    assert distance(images + 0.5) == pytest.approx(12 * 0.25, rel=1e-3)
 
 
 def test_the_verb(tmp_path: Path) -> None:

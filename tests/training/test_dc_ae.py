@@ -170,7 +170,7 @@ def test_hashes_see_one_element_and_not_the_memory_order():
 def test_each_phase_is_measured_before_and_after(phases):
     one, two = _summary(phases[0]), _summary(phases[1])
     assert two["before"] == pytest.approx(one["after"], rel=1e-4)
-    assert {"psnr_16", "ssim_16", "spectral_distance_16", "psnr_32", "ssim_32"} <= two["after"].keys()
+    assert {"psnr_16", "ssim_16", "spectrum_db_16", "psnr_32", "ssim_32"} <= two["after"].keys()
     assert two["before"] != two["after"]
     assert set(two["spectra"]) == {"16", "32"}
 

@@ -251,6 +251,12 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     stage.validate = lambda samples, step: {"value": values[step]}
     train(stage, tmp_path, {})
     assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step-2", "step-6"]
+    stage = _Stage(
+        steps=2, validate_every=1, checkpoints_total_limit=1, best_metric="swd", checkpoint_every=2
+    )
+    stage.validate = lambda samples, step: {"swd/finest": values[step]}  # the recipe is of an earlier run
+    train(stage, tmp_path / "earlier", {})
+    assert [p.name for p in checkpoints(tmp_path / "earlier" / "checkpoints")] == ["step-2"]
     stage = _Stage(best_metric="psnr", checkpoint_every=3)
     with pytest.raises(DavaeError, match=r"best_metric is 'psnr'.*measures weight"):
         train(stage, tmp_path / "other", {})

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from davae.cli.evaluate_parts import named, open_networks, optional, report, write_json
-from davae.cli.inspect import trained_resolution
-from davae.cli.options import Device, FeatureNames, Json, some_images
-from davae.errors import DavaeError
-from davae.runtime.devices import chosen_device
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from davae.evaluation.reconstruction_baselines import Row
+from davae.cli.options import Device, FeatureNames, Json, named_values, some_images, write_figures
 
 
 def reconstruction(
@@ -55,107 +43,24 @@ def reconstruction(
     json_file: Json = None,
 ) -> None:
     """An autoencoder beside its baselines: base upscaled, base at full resolution, and the reduced image."""
-    from davae.data import open_dataset
-    from davae.evaluation.crops import folder_crops, read_boxes
-    from davae.evaluation.reconstruction_baselines import compare_reconstructions
-    from davae.pipelines.opening import autoencoder_folder, load_autoencoder
+    folders = named_values(crops, "--crops", "lettering=crops/lettering")
+    from davae.cli.tables import print_figures
+    from davae.evaluation.reconstruction.evaluate import evaluate_reconstruction
 
-    autoencoder_folder(autoencoder)
-    where = chosen_device(device)
-    side = resolution or trained_resolution(autoencoder)
-    folders = dict(named(text, "--crops", "lettering=crops/lettering") for text in crops or [])
-    boxed = {} if boxes is None else read_boxes(boxes)
-    dataset = open_dataset(data, resolution=side)
-    vae = load_autoencoder(autoencoder).to(where)
-    unit = vae.spatial_compression
-    apart: dict[str, Iterable[Tensor]] = {
-        n: folder_crops(Path(folder), unit) for n, folder in folders.items()
-    }
-    for name, parts in boxed.items():
-        apart[name] = chain(apart.get(name, ()), (box.cut(unit) for box in parts))
-    unavailable: dict[str, str] = {}
-    perceptual = {
-        "lpips": None if lpips is None else optional("lpips", lambda: _Lpips(lpips, where), unavailable),
-        "dino": None if dino is None else optional("dino", lambda: _Dino(dino, where), unavailable),
-    }
-    found = compare_reconstructions(
-        vae,
-        _batches(dataset, min(images, len(dataset)), batch),
-        crops=apart,
-        networks=open_networks(features or [], where, unavailable),
-        perceptual={name: distance for name, distance in perceptual.items() if distance is not None},
+    found = evaluate_reconstruction(
+        autoencoder,
+        data,
+        resolution=resolution,
+        images=images,
+        crops=folders,
+        boxes=boxes,
+        features=features,
+        lpips=lpips,
+        dino=dino,
+        batch=batch,
+        device=device,
     )
-    rows = {name: _flat(row) for name, row in found.rows.items()}
-    for row in found.rows.values():
-        unavailable |= row.unavailable
-    report(rows, unavailable)
-    about = {"autoencoder": str(autoencoder), "data": data, "resolution": side, "unavailable": unavailable}
-    write_json(json_file, about | found.to_json())
-
-
-def _batches(dataset: object, count: int, size: int) -> Iterator[Tensor]:
-    import torch
-
-    length = len(dataset)  # type: ignore[arg-type]
-    for start in range(0, count, size):
-        numbers = range(start, min(start + size, count))
-        yield torch.stack([dataset[i * length // count]["image"] for i in numbers])  # type: ignore[index]
-
-
-def _flat(row: Row) -> dict[str, float]:
-    """Figures of a row with its crops, in one line."""
-    shown = {"latent positions, relative": row.positions} | row.figures
-    for crop, figures in row.crops.items():
-        shown |= {f"{crop}: {metric}": value for metric, value in figures.items()}
-    return shown
-
-
-class _Lpips:
-    """LPIPS of each pair, on the CPU."""
-
-    def __init__(self, weights: Path, device: str) -> None:
-        if importlib.util.find_spec("lpips") is None:
-            raise DavaeError("LPIPS needs the package lpips: pip install 'davae[lpips]'")
-        if not weights.is_file():
-            raise DavaeError(
-                f"LPIPS needs torchvision's VGG-16 weights, and {weights} is no file: fetch "
-                "https://download.pytorch.org/models/vgg16-397923af.pth where there is a network and give its path"
-            )
-        from davae.training.perceptual import LpipsLoss
-
-        self._weights, self._device = weights, device
-        self._network = LpipsLoss(str(weights)).to(device)
-
-    def describe(self) -> dict[str, Any]:
-        from davae.evaluation.frechet import file_hash
-
-        return {
-            "network": "LPIPS, VGG-16",
-            "weights": self._weights.name,
-            "weights_sha256": file_hash(self._weights),
-            "resize": "none",
-        }
-
-    def __call__(self, images: Tensor, made: Tensor) -> Tensor:
-        import torch
-
-        pairs = zip(images.to(self._device).split(1), made.to(self._device).split(1), strict=True)
-        with torch.no_grad():
-            return torch.stack([self._network(a, b) for a, b in pairs]).cpu()  # the loss is a mean
-
-
-class _Dino:
-    """DINO distance of each pair, on the CPU."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        from davae.evaluation.dino_distance import DinoDistance
-
-        self._device = device
-        self._network = DinoDistance(folder).to(device)
-        self.describe = self._network.describe
-
-    def __call__(self, images: Tensor, made: Tensor) -> Tensor:
-        import torch
-
-        with torch.no_grad():
-            return self._network(images.to(self._device), made.to(self._device)).cpu()
+    print_figures(found.figures(), found.unavailable)
+    write_figures(json_file, found.to_json())
+    if json_file is not None:
+        typer.echo(json_file)

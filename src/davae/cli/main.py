@@ -50,7 +50,7 @@ app.add_typer(convert.app, name="convert", help="Files that the authors publishe
 app.command()(generate.generate)
 app.command()(reconstruct.reconstruct)
 app.add_typer(evaluate.app, name="evaluate", help="How good images are: reconstructed and generated.")
-inspect.register(app)
+app.command()(inspect.inspect)
 app.command()(ablate.ablate)
 app.command()(export.export)
 app.command()(report.report)

@@ -54,6 +54,21 @@ def _check_place(file: Path) -> None:
         raise DavaeError(f"{file.parent} cannot be written: you may not write in {above}. Name another place")
 
 
+def named_values(texts: Sequence[str] | None, option: str, example: str) -> dict[str, str]:
+    """Values by name of an option of the form ``NAME=VALUE`` that can be given again.
+
+    Raises:
+        DavaeError: one is not of that form; the option is named, with an example.
+    """
+    found: dict[str, str] = {}
+    for text in texts or ():
+        name, _, value = text.partition("=")
+        if not name or not value:
+            raise DavaeError(f"{option} {text}: write NAME=..., such as {example}")
+        found[name] = value
+    return found
+
+
 def some_images(path: str | None) -> str | None:
     """Where images can be.
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from davae.benchmark.planner_text import notes, tables
+from davae.cli.options import wide_console
+from davae.report.words import metric_label
 
 if TYPE_CHECKING:
     from davae.benchmark.autoencoder import AutoencoderBenchmark
     from davae.benchmark.inference import InferenceBenchmark
     from davae.benchmark.planner import Plan
+    from davae.evaluation.latent_space.inspect import Inspection
     from davae.training.benchmark import StepProfile, TrainingBenchmark
-    from davae.training.compare import Comparison
+    from davae.training.compare import AutoencoderScore, Comparison, DiffusionScore
 
 
 def print_plan(plan: Plan) -> None:
@@ -43,7 +46,7 @@ def print_demo(summary: Mapping[str, Any]) -> None:
     console.print(
         f"reconstruction: {r['psnr_upgraded']:.2f} dB, base upscaled {r['psnr_base_upscaled']:.2f} dB\n"
         f"samples against real images (sliced Wasserstein, finest level, lower is better): "
-        f"{g['swd_upgraded']:.3f}, base upscaled {g['swd_base_upscaled']:.3f}\n"
+        f"{g['swd_finest_upgraded']:.3f}, base upscaled {g['swd_finest_base_upscaled']:.3f}\n"
         f"{summary['wall_seconds']:.0f} s, {summary['peak_memory_bytes'] / 2**30:.1f} GiB at most",
         highlight=False,
     )
@@ -157,10 +160,7 @@ def comparison_table(result: Comparison) -> Table:
         "latent": [f"f{row.compression} c{row.channels} p{row.patch}" for row in result.autoencoders],
         "tokens": [str(row.tokens) for row in result.autoencoders],
         "parameters": [f"{row.parameters / 1e6:.1f}M" for row in result.autoencoders],
-        "PSNR, dB": [f"{row.psnr:.2f}" for row in result.autoencoders],
-        "SSIM": [f"{row.ssim:.3f}" for row in result.autoencoders],
-        "SWD": [f"{row.swd:.3f}" for row in result.autoencoders],
-        "spectrum, dB off": [f"{row.spectrum_db:.2f}" for row in result.autoencoders],
+        **_figure_lines(result.autoencoders, ("psnr", "ssim", "lpips", "swd/finest", "spectrum_db"), "{}"),
         "encode, images/s": [f"{row.encode_images_per_second:.3g}" for row in result.autoencoders],
         "decode, images/s": [f"{row.decode_images_per_second:.3g}" for row in result.autoencoders],
     }
@@ -176,18 +176,73 @@ def comparison_table(result: Comparison) -> Table:
                 f"{row.sample_speedup:.2f}x ({row.sample_flop_limited:.2f}x)" for row in result.diffusion
             ],
             "loss at the end": [f"{row.loss:.3f}" for row in result.diffusion],
-            "SWD of samples": [f"{row.swd:.3f}" for row in result.diffusion],
+            **_figure_lines(result.diffusion, ("swd/finest",), "{} of samples"),
         }
-    if result.autoencoders[0].lpips is not None:
-        lines["LPIPS"] = [f"{row.lpips:.3f}" for row in result.autoencoders]
-    for part, metric, scores in (
-        ("rFID", "fid", result.autoencoders),
-        ("FID of samples", "fid", result.diffusion),
-        ("KID of samples", "kid", result.diffusion),  # unbiased: the better one for few samples
-    ):
-        for name in scores[0].distances if scores else ():
-            if name.startswith(f"{metric}/"):
-                lines[f"{part}, {name.partition('/')[2]}"] = [f"{row.distances[name]:.3f}" for row in scores]
+    lines |= _figure_lines(result.autoencoders, ("fid",), "r{}")
+    lines |= _figure_lines(result.diffusion, ("fid", "kid"), "{} of samples")  # KID is without bias for few
     for name, values in lines.items():
         table.add_row(name, *values)
+    return table
+
+
+def _figure_lines(
+    rows: Sequence[AutoencoderScore] | Sequence[DiffusionScore], metrics: Sequence[str], form: str
+) -> dict[str, list[str]]:
+    """Lines of the metrics that were measured, of all networks; ``form`` is of their names."""
+    names = rows[0].figures if rows else ()
+    found = [name for metric in metrics for name in names if name == metric or name.startswith(f"{metric}/")]
+    labels = {name: metric_label(name).partition(", ") for name in found}
+    return {
+        form.format(metric) + comma + rest: [f"{row.figures[name]:.3f}" for row in rows]
+        for name, (metric, comma, rest) in labels.items()
+    }
+
+
+def print_figures(rows: Mapping[str, Mapping[str, float]], unavailable: Mapping[str, str]) -> None:
+    """A row a metric, a column a variant; below the table what is missing and why."""
+    table = Table()
+    table.add_column("")
+    for name in rows:
+        table.add_column(name, justify="right")
+    for metric in dict.fromkeys(metric for figures in rows.values() for metric in figures):
+        values = [figures.get(metric) for figures in rows.values()]
+        table.add_row(metric, *("-" if value is None else f"{value:.4g}" for value in values))
+    console = wide_console()
+    console.print(table)
+    for name, reason in unavailable.items():
+        console.print(f"{name}: not measured. {reason}", markup=False, highlight=False, soft_wrap=True)
+
+
+def inspection_table(found: dict[str, Inspection]) -> Table:
+    """The figures for people, a column an autoencoder."""
+    table = Table()
+    table.add_column("")
+    for title in found:
+        table.add_column(title, justify="right")
+
+    def row(name: str, values: list[float | None], form: str) -> None:
+        table.add_row(name, *("-" if v is None else format(v, form) for v in values))
+
+    some = list(found.values())
+    for kind, told in (
+        ("whole", "PSNR, reconstruction"),
+        ("zeroed", "PSNR, details zeroed"),
+        ("shuffled", "PSNR, details shuffled"),
+        ("base", "PSNR, base enlarged"),
+    ):
+        row(told, [i.psnr.get(kind) for i in some], ".2f")
+    row("alignment error, relative", [i.alignment_error for i in some], ".3f")
+    for part in ("base", "detail", "structured"):
+        row(f"linear probe, {part}", [i.parts[part].linear_probe for i in some], ".1%")
+        row("   its deviation over splits", [i.parts[part].linear_probe_std for i in some], ".1%")
+        row(f"nearest neighbours, {part}", [i.parts[part].nearest_neighbours for i in some], ".1%")
+    row("chance", [i.chance for i in some], ".1%")
+    for part in ("base", "detail"):
+        row(f"high-frequency share, {part}", [i.parts[part].high_frequency_share for i in some], ".3f")
+        row(
+            f"local - distant similarity, {part}",
+            [i.parts[part].local_distant_similarity for i in some],
+            ".3f",
+        )
+    row("high-frequency share, images", [i.image_high_frequency_share for i in some], ".3f")
     return table

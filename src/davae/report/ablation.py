@@ -8,17 +8,19 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from davae.recipes.settings import AblationRecipe
+from davae.report.words import better, metric_label, significant
 from davae.training.ablation import Ablation, ablate
 
-#: Metrics drawn where they were measured, with what is told about them.
-SHOWN = {
-    "swd": "sliced Wasserstein, finest level\n(lower is better)",
-    "swd_mean": "sliced Wasserstein, all levels\n(lower is better)",
-    "spectrum_db": "spectral distance in dB\n(lower is better)",
-    "frechet": "Fréchet distance of features\n(lower is better)",
-    "kernel": "kernel distance of features x 1000\n(lower is better)",
-    "autoencoder_psnr": "PSNR in dB\n(higher is better)",
-}
+_SHOWN = ("swd/finest", "swd/mean", "spectrum_db", "fid", "kid", "autoencoder_psnr")
+
+
+def shown_metrics(result: Ablation) -> dict[str, str]:
+    """The metrics that are shown, of those that every variant has, with a label each."""
+    first, *others = result.variants.values()
+    everywhere = [m for m in first if all(m in figures for figures in others)]
+    names = [m for shown in _SHOWN for m in everywhere if m == shown or m.startswith(f"{shown}/")]
+    bare = {name: name.removeprefix("autoencoder_") for name in names}
+    return {name: f"{metric_label(bare[name])}\n({better(bare[name])} is better)" for name in names}
 
 
 def run_ablation(recipe: AblationRecipe, out: Path) -> Ablation:
@@ -31,7 +33,7 @@ def run_ablation(recipe: AblationRecipe, out: Path) -> Ablation:
 def draw_ablation(result: Ablation, file: Path) -> Path:
     """Write one picture: a panel a metric, a row a variant, dots for the seeds and a bar for their mean."""
     names = list(result.variants)
-    shown = [m for m in SHOWN if all(m in result.variants[n] for n in names)]
+    shown = shown_metrics(result)
     figure = Figure(figsize=(2.6 * len(shown) + 1.6, 0.45 * len(names) + 1.4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown):
         for row, name in enumerate(names):
@@ -43,7 +45,7 @@ def draw_ablation(result: Ablation, file: Path) -> Path:
                 spread.values, [row] * len(spread.values), s=16, color="0.3", alpha=0.7, linewidths=0
             )
         real = f"\nreal images: {result.real[metric]:.3g}" if metric in result.real else ""
-        axes.set_title(SHOWN[metric] + real, fontsize=8)
+        axes.set_title(shown[metric] + real, fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -59,10 +61,11 @@ def ablation_table(result: Ablation) -> Table:
     seeds = f"{len(result.seeds)} seed{'s' if len(result.seeds) > 1 else ''}, {result.samples} samples each"
     table = Table(title=f"mean (standard deviation) over {seeds}")
     table.add_column("variant")
-    shown = [m for m in SHOWN if all(m in v for v in result.variants.values())]
-    for metric in shown:
-        table.add_column(SHOWN[metric], justify="right")
+    shown = shown_metrics(result)
+    for label in shown.values():
+        table.add_column(label, justify="right")
     for name, figures in result.variants.items():
-        table.add_row(name, *(f"{figures[m].mean:.3f} ({figures[m].std:.3f})" for m in shown))
-    table.add_row("real images", *(f"{result.real[m]:.3f}" if m in result.real else "" for m in shown))
+        spreads = (figures[metric] for metric in shown)
+        table.add_row(name, *(f"{significant(s.mean, 4)} ({significant(s.std, 2)})" for s in spreads))
+    table.add_row("real images", *(significant(result.real[m], 4) if m in result.real else "" for m in shown))
     return table

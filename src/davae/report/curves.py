@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from davae.errors import DavaeError
+from davae.evaluation.metrics.names import current_name
 from davae.runtime.atomic_files import atomic_json
 from davae.training.run_directory import read_metrics
 
@@ -71,6 +72,7 @@ def save_spectra(
 
 
 def _curve(folder: Path, metric: str) -> Line:
+    metric = current_name(metric)
     logged = [line for line in read_metrics(folder / "metrics.jsonl") if metric in line]
     if not logged:
         raise DavaeError(f"{folder} has no '{metric}' in its metrics.jsonl")

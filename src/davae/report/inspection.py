@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +12,9 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from davae.evaluation.inspection import Inspection
-from davae.evaluation.latent_spectra import Spectrum
-from davae.evaluation.spectrum import NYQUIST
+from davae.evaluation.latent_space.inspect import Inspection
+from davae.evaluation.latent_space.spectra import Spectrum
+from davae.evaluation.metrics.spectrum import NYQUIST
 
 _PARTS = {"base": "base latent", "detail": "detail latent"}
 _MADE = {
@@ -25,6 +26,14 @@ _MADE = {
 _GROUP = re.compile(r"details (of level )?\d+$")
 _COLOURS = {"z": "black", "images": "black", "reconstruction": "tab:blue", "without details": "tab:red"}
 _COLOURS["added by all details"] = "tab:orange"
+
+
+def write_inspection(inspections: Mapping[str, Inspection], folder: Path) -> list[Path]:
+    """The pictures of :func:`draw_inspection`, and every figure in ``inspection.json``; returns the files."""
+    files = [*draw_inspection(inspections, folder), folder / "inspection.json"]
+    values = {title: found.to_json() for title, found in inspections.items()}
+    files[-1].write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    return files
 
 
 def draw_inspection(inspections: Mapping[str, Inspection], folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from davae.errors import DavaeError
+from davae.evaluation.metrics.names import current_name
 
 _BOOKKEEPING = re.compile(
     r"(^|[_/.])(step|epoch|lr|learning_rate|seconds|time|rate|images|samples|norm|weight|memory|eta|psnr|ssim)"
@@ -42,7 +43,7 @@ def read_metrics(path: Path) -> Series:
             raise DavaeError(f"{path}, line {number} must be an object with a whole-numbered 'step'")
         for term, value in record.items():
             if term != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                found.setdefault(term, {})[record["step"]] = float(value)
+                found.setdefault(current_name(term), {})[record["step"]] = float(value)
     return {term: (sorted(points), [points[s] for s in sorted(points)]) for term, points in found.items()}
 
 

@@ -11,18 +11,9 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.evaluation import linear_probe_accuracy, project_latents, radial_power_spectrum
-from davae.evaluation.crops import busiest_crop
+from davae.evaluation.reconstruction.crops import busiest_crop
 from davae.report.pictures import enlarged, save_png
-from davae.report.schema import (
-    TENSOR_FILE,
-    Curve,
-    Figures,
-    LatentMap,
-    Picture,
-    PictureRow,
-    Section,
-    Spectrum,
-)
+from davae.report.schema import TENSOR_FILE, Curve, Figures, LatentMap, Picture, PictureRow, Section, Spectrum
 from davae.runtime.atomic_files import atomic_tensors
 
 STAGES = (

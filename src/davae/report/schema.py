@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Generic, Literal, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from davae.errors import DavaeError
+from davae.evaluation.metrics.names import current_names
 from davae.runtime.atomic_files import atomic_write
 
 Number = TypeVar("Number", int, float)
@@ -85,15 +86,20 @@ class Reconstruction(_Record):
 class Generation(_Record):
     """Distance of generated images from real ones at full resolution: sliced Wasserstein, finest level."""
 
-    swd_upgraded: float
-    swd_base_upscaled: float
-    swd_real: float | None = None
+    swd_finest_upgraded: float
+    swd_finest_base_upscaled: float
+    swd_finest_real: float | None = None
     """The same distance between two sets of real images: the floor that sampling alone sets."""
     swd_levels_upgraded: list[float] = []
     """All pyramid levels, finest first."""
     swd_levels_base_upscaled: list[float] = []
     images: int | None = None
     """Generated images in each set."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier_names(cls, values: Any) -> Any:
+        return current_names(values) if isinstance(values, dict) else values
 
 
 class Alignment(_Record):

@@ -8,7 +8,34 @@ from collections.abc import Mapping
 from davae.report.schema import Summary
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_METRICS = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "dino": "DINO distance",
+    "swd/finest": "SWD, finest level",
+    "swd/mean": "SWD, mean of levels",
+    "spectrum_db": "spectral distance, dB",
+    "fid": "FID",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "inception_score": "Inception Score",
+    "clip_score": "CLIP score",
+}
+_HIGHER_IS_BETTER = {"psnr", "ssim", "precision", "recall", "inception_score", "clip_score"}
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def metric_label(name: str) -> str:
+    """A metric for people (:mod:`davae.evaluation.metrics.names`): ``fid/NETWORK`` as ``FID, NETWORK``."""
+    family, _, network = name.partition("/")
+    return _METRICS.get(name) or (f"{_METRICS[family]}, {network}" if family in _METRICS else name)
+
+
+def better(name: str) -> str:
+    """Which way a metric is better: ``higher`` or ``lower``."""
+    return "higher" if name.partition("/")[0] in _HIGHER_IS_BETTER else "lower"
 
 
 def significant(value: float, digits: int = 3) -> str:

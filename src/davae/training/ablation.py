@@ -14,16 +14,20 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from torch import Tensor
+
 from davae.errors import DavaeError
 from davae.evaluation.features import open_network
+from davae.evaluation.metrics.image_set import ImageSet, compare_sets
 from davae.recipes.read import load_variant
 from davae.recipes.settings import AblationRecipe, UpgradeRecipe
 from davae.runtime.atomic_files import atomic_json
-from davae.training.ablation_measures import GenerationMeasures, generated_images, real_images
+from davae.training.ablation_measures import generated_images, real_images
 from davae.training.run import train_autoencoder, train_diffusion
 from davae.training.run_directory import environment
 
 logger = logging.getLogger(__name__)
+_BATCH = 32  # images at a time through the metrics
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Ablation:
         seeds: of every variant.
         samples: images behind a generation figure.
         variants: name to metric to figure; metrics of the autoencoder begin with ``autoencoder_``, the others are
-            those of `GenerationMeasures` and the losses on held-out images.
+            the losses on held-out images, and the distances to them (:mod:`davae.evaluation.metrics.names`).
         real: the same distances of as many training images to the held-out ones of the first variant's data: what
             no model can be expected to beat.
         environment: versions and hardware.
@@ -76,26 +80,26 @@ def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
     cases = {
         (name, seed): load_variant(recipe, name, seed) for name in recipe.variants for seed in recipe.seeds
     }  # all are read before anything is trained
-    network = None if recipe.features is None else open_network(recipe.features)
+    networks = [] if recipe.features is None else [open_network(recipe.features)]
     _claim(out, recipe)
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in recipe.variants}
     first = next(iter(cases.values()))
-    measures: dict[str, GenerationMeasures] = {}  # variants may differ in their data
+    held_out: dict[str, ImageSet] = {}  # variants may differ in their data
 
-    def measures_of(case: UpgradeRecipe) -> GenerationMeasures:
+    def distances(case: UpgradeRecipe, images: Tensor) -> dict[str, float]:
         key = case.data.model_dump_json()
-        if key not in measures:
-            measures[key] = GenerationMeasures(real_images(case, "held_out"), network)
-        return measures[key]
+        if key not in held_out:
+            held_out[key] = ImageSet(networks).extend(real_images(case, "held_out").split(_BATCH))
+        return compare_sets(ImageSet(networks).extend(images.split(_BATCH)), held_out[key]).figures
 
-    real = measures_of(first)(real_images(first, "train", recipe.samples))
+    real = distances(first, real_images(first, "train", recipe.samples))
     for seed in recipe.seeds:  # a whole comparison stands after every seed
         for name in recipe.variants:
             case = cases[name, seed]
             folder = out / "runs" / name.replace(" ", "-") / f"seed-{seed}"
             trained = _trained(case, folder, out, f"{name}, seed {seed}")
             made = generated_images(case, folder / "pipeline", recipe.samples, folder / "samples.safetensors")
-            figures[name].append({**trained, **measures_of(case)(made)})
+            figures[name].append({**trained, **distances(case, made)})
         result = Ablation(
             seeds=list(recipe.seeds[: recipe.seeds.index(seed) + 1]),
             samples=recipe.samples,

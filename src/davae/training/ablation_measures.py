@@ -3,61 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean
 from typing import Literal
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from davae.evaluation import log_spectral_distance, sliced_wasserstein
-from davae.evaluation.features import FeatureNetwork
-from davae.evaluation.frechet import GaussianStatistics, frechet_distance
-from davae.evaluation.kernel_distance import unbiased_mmd
 from davae.pipelines.loading import load_pipeline
 from davae.recipes.settings import UpgradeRecipe
 from davae.runtime.atomic_files import atomic_tensors
 from davae.runtime.pictures import to_bytes
 from davae.training.diffusion.validation import generate_classes
 from davae.training.images import open_part
-
-_BATCH = 32  # images through the feature network at a time
-
-
-class GenerationMeasures:
-    """Distances of generated images to real ones.
-
-    ``swd`` is the sliced Wasserstein distance at the finest level, ``swd_mean`` over all levels, ``spectrum_db`` the
-    distance of radial power spectra; with a feature network also ``frechet`` and ``kernel``, the unbiased squared
-    maximum mean discrepancy of its features times 1000, which unlike the former does not grow as images get fewer.
-
-    Args:
-        real: ``[N, 3, H, W]`` in [-1, 1].
-        network: of the features, if any.
-    """
-
-    def __init__(self, real: Tensor, network: FeatureNetwork | None = None) -> None:
-        self._real, self._network = real, network
-        self._features = None if network is None else self._rows(network, real)
-
-    def __call__(self, images: Tensor) -> dict[str, float]:
-        """Every distance of ``images`` ``[M, 3, H, W]`` in [-1, 1]."""
-        levels = list(sliced_wasserstein(images, self._real).values())
-        found = {
-            "swd": levels[0],
-            "swd_mean": mean(levels),
-            "spectrum_db": log_spectral_distance(images, self._real),
-        }
-        if self._network is not None and self._features is not None:
-            rows = self._rows(self._network, images)
-            a, b = (GaussianStatistics().update(r).gaussian() for r in (rows, self._features))
-            found["frechet"] = frechet_distance(a, b)
-            found["kernel"] = 1000 * unbiased_mmd(rows.double(), self._features.double())
-        return found
-
-    @staticmethod
-    def _rows(network: FeatureNetwork, images: Tensor) -> Tensor:
-        return torch.cat([network(part).rows.cpu() for part in images.split(_BATCH)])
 
 
 def real_images(

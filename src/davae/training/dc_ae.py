@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from davae.errors import DavaeError
-from davae.evaluation import psnr, radial_power_spectrum, ssim
-from davae.evaluation.spectrum import spectra_distance
+from davae.evaluation import radial_power_spectrum
+from davae.evaluation.metrics.names import SPECTRUM_DB
+from davae.evaluation.metrics.psnr_ssim import pair_metrics
+from davae.evaluation.metrics.spectrum import spectra_distance
 from davae.latents import ChannelStatistics
 from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC, head_layers, latent_layers
 from davae.models.latent_space import encode
@@ -138,11 +140,11 @@ class DcAeStage(Stage):
             images, made, count = self._reconstructed(side)
             rows = {"input": images, "reconstruction": made}
             save_shared_rows(samples / f"step-{step}-{side}px.png", rows, count, at_most=_PICTURES)
-            values[f"psnr_{side}"] = mean_of_all(psnr(images, made), count)
-            values[f"ssim_{side}"] = mean_of_all(ssim(images, made), count)
+            for name, each in pair_metrics(images, made).items():
+                values[f"{name}_{side}"] = mean_of_all(each, count)
             frequency, power = _mean_spectrum(images, count)
             power_made = _mean_spectrum(made, count)[1]
-            values[f"spectral_distance_{side}"] = spectra_distance(frequency, power, power_made)
+            values[f"{SPECTRUM_DB}_{side}"] = spectra_distance(frequency, power, power_made)
             self.spectra[side] = {
                 "frequency": frequency.tolist(),
                 "images": power.tolist(),

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
 from davae.errors import DavaeError
+from davae.evaluation.metrics.names import current_names
 from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC
 from davae.recipes.data import DataSettings
 from davae.recipes.dc_ae import DcAeRecipe, Phase
@@ -277,7 +278,7 @@ def _measured_or_known(stage: DcAeStage, directory: RunDirectory) -> dict[str, f
 def _read_figures(file: Path) -> dict[str, float] | None:
     """Figures written before; none where there are none, or the file was damaged by a power cut."""
     try:
-        return json.loads(file.read_text()) if file.is_file() else None
+        return current_names(json.loads(file.read_text())) if file.is_file() else None
     except ValueError:
         return None
 

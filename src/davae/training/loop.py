@@ -27,6 +27,7 @@ from torch import Tensor
 from davae.data import BatchStream, SkipLedger
 from davae.data.stalls import is_of_a_dead_worker, told_dead_worker
 from davae.errors import DavaeError
+from davae.evaluation.metrics.names import current_name
 from davae.runtime.atomic_files import disk_full_as_error
 from davae.runtime.processes import LONGEST_WAIT, all_the_same, use_cpu
 from davae.runtime.progress import Progress
@@ -338,9 +339,9 @@ class _Training:
     def _measured(self, done: int) -> float | None:
         self.directory.write_metrics(done, self.metrics)
         self.accelerator.log(self.metrics, step=done)
-        best = self.loop.best_metric
-        if best is None:
+        if self.loop.best_metric is None:
             return None
+        best = current_name(self.loop.best_metric)
         if best not in self.metrics:
             raise DavaeError(
                 f"loop.best_metric is '{best}', which {self.stage.name} does not measure; it measures "

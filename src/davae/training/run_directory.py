@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from davae.errors import DavaeError
+from davae.evaluation.metrics.names import current_names
 from davae.recipes.read import differing_keys, resumable_keys, with_later_settings
 from davae.runtime.atomic_files import atomic_write, locked
 from davae.training.checkpoint import checkpoints
@@ -143,7 +144,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
         if isinstance(line, dict) and "step" in line:
-            lines.append(line)
+            lines.append(current_names(line))
     return lines
 
 

@@ -1,6 +1,7 @@
 """Networks whose features stand for images: Inception, EfficientNet-Lite0, or any transformers model."""
 
-from davae.evaluation.features.network import FeatureNetwork, Features, open_network
+from davae.evaluation.features.network import FeatureNetwork, Features
+from davae.evaluation.features.open import open_network
 from davae.evaluation.features.text_image import TextImageNetwork
 
 __all__ = ["FeatureNetwork", "Features", "TextImageNetwork", "open_network"]

@@ -1,10 +1,9 @@
-"""What a feature network is, and how one is found by name."""
+"""What a feature network is."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -26,28 +25,3 @@ class FeatureNetwork(Protocol):
 
     def __call__(self, images: Tensor) -> Features:
         """Features of ``[B, 3, H, W]`` in [-1, 1], rounded to 8 bits first, as image files are."""
-
-
-def open_network(name: str, *, device: str | torch.device = "cpu") -> FeatureNetwork:
-    """A feature network by name.
-
-    Args:
-        name: ``inception`` or ``inception:FILE``, ``efficientnet-lite0``, or a transformers model by folder or name.
-        device: where it computes.
-
-    Raises:
-        DavaeError: weights or a package are missing; the message names the file, where it was looked for, and how to
-            get it.
-    """
-    # Here, so that naming one network does not import what the others need.
-    if name == "inception" or name.startswith("inception:"):
-        from davae.evaluation.features.inception import Inception
-
-        return Inception(name.partition(":")[2] or None, device=device)
-    if name == "efficientnet-lite0":
-        from davae.evaluation.features.efficientnet import EfficientNetLite0
-
-        return EfficientNetLite0(device=device)
-    from davae.evaluation.features.transformers_model import TransformersFeatures
-
-    return TransformersFeatures(name, device=device)

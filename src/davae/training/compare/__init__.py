@@ -2,8 +2,8 @@
 
 from davae.training.compare.autoencoders import (
     AutoencoderScore,
-    Contender,
-    open_contenders,
+    Candidate,
+    open_candidates,
     score_autoencoders,
 )
 from davae.training.compare.comparison import Comparison, compare_autoencoders
@@ -12,12 +12,12 @@ from davae.training.compare.trial import DiffusionOptions
 
 __all__ = [
     "AutoencoderScore",
+    "Candidate",
     "Comparison",
-    "Contender",
     "DiffusionOptions",
     "DiffusionScore",
     "compare_autoencoders",
-    "open_contenders",
+    "open_candidates",
     "score_autoencoders",
     "score_diffusion",
 ]

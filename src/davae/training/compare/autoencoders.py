@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from davae.benchmark import side_by_side
 from davae.errors import DavaeError
-from davae.evaluation import log_spectral_distance, psnr, sliced_wasserstein, ssim
 from davae.evaluation.features import FeatureNetwork
+from davae.evaluation.metrics.image_set import ImageSet, compare_sets
+from davae.evaluation.metrics.perceptual import Perceptual
+from davae.evaluation.metrics.psnr_ssim import PairMeans
 from davae.models.latent_space import compression_of, decode, encode, open_autoencoder
 from davae.pipelines.opening import opening
-from davae.training.compare.distances import FeatureReference
 
 _SMALLEST = 16  # pixels: of SSIM's window and the Wasserstein pyramid
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """One autoencoder in the comparison.
 
     Attributes:
@@ -49,17 +50,13 @@ class AutoencoderScore:
     """Measurements of one autoencoder.
 
     Attributes:
-        name: of the contender.
+        name: of the candidate.
         kind: class of the model.
-        compression, channels, patch, tokens: see :class:`Contender`.
+        compression, channels, patch, tokens: see :class:`Candidate`.
         parameters: of the whole model.
-        psnr: dB, mean over images.
-        ssim: mean over images.
-        swd: sliced Wasserstein distance to the images at the finest level.
-        spectrum_db: distance of the radial power spectra, dB.
+        figures: means over the images, and distances of the reconstructions to them (``fid/NETWORK`` is rFID), by
+            the names of :mod:`davae.evaluation.metrics.names`.
         encode_images_per_second, decode_images_per_second: medians, all autoencoders measured in turns.
-        lpips: mean over images; None without the weights.
-        distances: of the reconstructions to the images by feature networks, such as ``fid/inception`` (rFID).
     """
 
     name: str
@@ -69,23 +66,18 @@ class AutoencoderScore:
     patch: int
     tokens: int
     parameters: int
-    psnr: float
-    ssim: float
-    swd: float
-    spectrum_db: float
+    figures: dict[str, float]
     encode_images_per_second: float
     decode_images_per_second: float
-    lpips: float | None = None
-    distances: dict[str, float] = field(default_factory=dict)
 
 
-def open_contenders(
+def open_candidates(
     autoencoders: Mapping[str, str | Path | ModelMixin],
     resolution: int,
     *,
     tokens: int | None = None,
     device: torch.device | str = "cpu",
-) -> list[Contender]:
+) -> list[Candidate]:
     """Open autoencoders for images of one size.
 
     Args:
@@ -121,7 +113,7 @@ def open_contenders(
         grid = resolution // compression
         patch = _patch(name, grid, tokens)
         found.append(
-            Contender(
+            Candidate(
                 name=name,
                 model=model.eval().requires_grad_(False).to(device),
                 compression=compression,
@@ -145,49 +137,49 @@ def _patch(name: str, grid: int, tokens: int | None) -> int:
     )
 
 
-def encode_all(contender: Contender, images: Tensor, batch: int) -> Tensor:
+def encode_all(candidate: Candidate, images: Tensor, batch: int) -> Tensor:
     """Raw latents of all images, on the CPU: [N, C, h, w]."""
-    return torch.cat([encode(contender.model, part).float().cpu() for part in images.split(batch)])
+    return torch.cat([encode(candidate.model, part).float().cpu() for part in images.split(batch)])
 
 
-def decode_all(contender: Contender, latents: Tensor, batch: int) -> Tensor:
+def decode_all(candidate: Candidate, latents: Tensor, batch: int) -> Tensor:
     """Images of raw latents, clamped, on the CPU: [N, 3, H, W]."""
-    made = [decode(contender.model, part).float().cpu().clamp(-1, 1) for part in latents.split(batch)]
+    made = [decode(candidate.model, part).float().cpu().clamp(-1, 1) for part in latents.split(batch)]
     return torch.cat(made)
 
 
 def score_autoencoders(
-    contenders: Sequence[Contender],
+    candidates: Sequence[Candidate],
     images: Tensor,
     *,
     batch: int = 8,
     repeats: int = 5,
     networks: Sequence[FeatureNetwork] = (),
-    lpips: nn.Module | None = None,
+    perceptual: Mapping[str, Perceptual] | None = None,
 ) -> tuple[list[AutoencoderScore], dict[str, Tensor]]:
     """Reconstruct the same images with each and measure.
 
     Args:
-        contenders: see :func:`open_contenders`.
+        candidates: see :func:`open_candidates`.
         images: [N, 3, R, R] in [-1, 1].
         batch: images at a time, also where time is taken.
         repeats: rounds of the timing.
         networks: for distances of features.
-        lpips: from two batches to their mean distance, see :class:`davae.training.perceptual.LpipsLoss`.
+        perceptual: further distances of each pair by name, such as LPIPS.
 
     Returns:
         One row each, and the reconstructions by name.
     """
-    real = FeatureReference(networks, images, batch)
+    real = ImageSet(networks).extend(images.split(batch))
     part = images[:batch]
-    encoders = {c.name: partial(encode, c.model, part.to(c.model.device)) for c in contenders}
-    latents = {c.name: encode_all(c, images, batch) for c in contenders}
+    encoders = {c.name: partial(encode, c.model, part.to(c.model.device)) for c in candidates}
+    latents = {c.name: encode_all(c, images, batch) for c in candidates}
     decoders = {
-        c.name: partial(decode, c.model, latents[c.name][:batch].to(c.model.device)) for c in contenders
+        c.name: partial(decode, c.model, latents[c.name][:batch].to(c.model.device)) for c in candidates
     }
     encoded, decoded = side_by_side(encoders, repeats).medians, side_by_side(decoders, repeats).medians
     rows, made = [], {}
-    for c in contenders:
+    for c in candidates:
         again = made[c.name] = decode_all(c, latents[c.name], batch)
         if again.shape != images.shape:
             raise DavaeError(
@@ -203,20 +195,19 @@ def score_autoencoders(
                 patch=c.patch,
                 tokens=c.tokens,
                 parameters=sum(p.numel() for p in c.model.parameters()),
-                psnr=float(psnr(images, again).mean()),
-                ssim=float(ssim(images, again).mean()),
-                swd=next(iter(sliced_wasserstein(again, images).values())),
-                spectrum_db=log_spectral_distance(again, images),
+                figures=_figures(images, again, real, batch, perceptual or {}),
                 encode_images_per_second=len(part) / encoded[c.name],
                 decode_images_per_second=len(part) / decoded[c.name],
-                lpips=None if lpips is None else _mean_lpips(lpips, images, again, batch),
-                distances=real.distances(again),
             )
         )
     return rows, made
 
 
-@torch.no_grad()
-def _mean_lpips(lpips: nn.Module, images: Tensor, again: Tensor, batch: int) -> float:
-    pairs = zip(images.split(batch), again.split(batch), strict=True)
-    return sum(float(lpips(a, b)) * len(a) for a, b in pairs) / len(images)
+def _figures(
+    images: Tensor, again: Tensor, real: ImageSet, batch: int, perceptual: Mapping[str, Perceptual]
+) -> dict[str, float]:
+    means, made = PairMeans(perceptual), ImageSet(real.networks)
+    for part, ours in zip(images.split(batch), again.split(batch), strict=True):
+        means.update(part, ours)
+        made.update(ours)
+    return means.figures() | compare_sets(made, real).figures

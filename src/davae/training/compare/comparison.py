@@ -14,13 +14,14 @@ from torch import Tensor
 from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.features import open_network
+from davae.evaluation.metrics.names import LPIPS
+from davae.evaluation.metrics.perceptual import Lpips
 from davae.runtime.atomic_files import atomic_json
 from davae.runtime.devices import chosen_device
 from davae.runtime.pictures import PICTURES, save_rows
-from davae.training.compare.autoencoders import AutoencoderScore, open_contenders, score_autoencoders
+from davae.training.compare.autoencoders import AutoencoderScore, open_candidates, score_autoencoders
 from davae.training.compare.diffusion import DiffusionScore, score_diffusion
 from davae.training.compare.trial import DiffusionOptions
-from davae.training.perceptual import LpipsLoss
 
 
 @dataclass(frozen=True)
@@ -95,21 +96,21 @@ def compare_autoencoders(
     """
     where = torch.device(chosen_device(device))
     networks = [open_network(name, device=where) for name in features]
-    perceptual = None if lpips is None else LpipsLoss(str(lpips))
-    contenders = open_contenders(autoencoders, resolution, tokens=tokens, device=where)
+    perceptual = {} if lpips is None else {LPIPS: Lpips(lpips, where)}
+    candidates = open_candidates(autoencoders, resolution, tokens=tokens, device=where)
     if diffusion is None:
         held_out, _, _ = _images(data, resolution, images)
     else:
         held_out, _, _ = _images(data, resolution, images, hold_out=images, part="held_out")
     rows, made = score_autoencoders(
-        contenders, held_out, batch=batch, repeats=repeats, networks=networks, lpips=perceptual
+        candidates, held_out, batch=batch, repeats=repeats, networks=networks, perceptual=perceptual
     )
     scores: list[DiffusionScore] = []
     sheets = {"reconstructions": {"input": held_out, **made}}
     if diffusion is not None:
         learned, labels, classes = _images(data, resolution, train_images, hold_out=images, part="train")
         scores, samples = score_diffusion(
-            contenders,
+            candidates,
             learned,
             labels,
             held_out,

@@ -7,7 +7,7 @@ steps, batches, noise levels and learning rate. Fewer tokens make it faster; whe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -15,11 +15,9 @@ from torch import Tensor
 
 from davae.benchmark import side_by_side
 from davae.evaluation.features import FeatureNetwork
-from davae.evaluation.image_set import ImageSet
-from davae.evaluation.sliced_wasserstein import PatchSet
+from davae.evaluation.metrics.image_set import ImageSet, compare_sets, spatial_distances
 from davae.runtime.pictures import PICTURES
-from davae.training.compare.autoencoders import Contender
-from davae.training.compare.distances import FeatureReference
+from davae.training.compare.autoencoders import Candidate
 from davae.training.compare.trial import DiffusionOptions, Trial
 
 
@@ -36,8 +34,8 @@ class DiffusionScore:
         train_speedup, sample_speedup: over the first autoencoder, medians of the ratios round by round.
         train_flop_limited, sample_flop_limited: the ratios of the operations.
         loss: mean of the last tenth of the training.
-        swd: of decoded samples to held-out images at the finest level, the samples' classes as in the data.
-        distances: of the samples to the training images by feature networks, such as ``fid/inception`` (FID).
+        figures: ``swd/...`` and ``spectrum_db`` of decoded samples to held-out images, the samples' classes as in the
+            data; by feature networks distances to the training images, such as ``fid/inception``.
     """
 
     name: str
@@ -50,12 +48,11 @@ class DiffusionScore:
     train_flop_limited: float
     sample_flop_limited: float
     loss: float
-    swd: float
-    distances: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float]
 
 
 def score_diffusion(
-    contenders: Sequence[Contender],
+    candidates: Sequence[Candidate],
     images: Tensor,
     labels: Tensor,
     held_out: Tensor,
@@ -67,7 +64,7 @@ def score_diffusion(
     """Time, train and sample the same transformer over each autoencoder.
 
     Args:
-        contenders: the first one is what the others are compared with.
+        candidates: the first one is what the others are compared with.
         images: training images, [N, 3, R, R] in [-1, 1].
         labels: [N] int64 in [0, classes], where `classes` is no class.
         held_out: images that samples are compared with, [M, 3, R, R].
@@ -78,9 +75,11 @@ def score_diffusion(
     Returns:
         One row each, and the first samples by name.
     """
-    real = FeatureReference(networks, images, options.batch)
-    patches = PatchSet().update(held_out)
-    trials = {c.name: Trial(c, images, labels, classes, options) for c in contenders}
+    real = ImageSet(networks, spatial=False)
+    if networks:
+        real.extend(images.split(options.batch))
+    unseen = ImageSet().extend(held_out.split(options.batch))
+    trials = {c.name: Trial(c, images, labels, classes, options) for c in candidates}
     wanted = labels[torch.arange(options.samples) % len(labels)]
     losses, found, shown = {}, {}, {}
     for name, trial in trials.items():
@@ -93,12 +92,11 @@ def score_diffusion(
         rows.append(
             DiffusionScore(
                 name=name,
-                tokens=trial.contender.tokens,
+                tokens=trial.candidate.tokens,
                 parameters=sum(p.numel() for p in trial.transformer.parameters()),
                 loss=sum(last) / len(last),
-                swd=_patches(found[name]).distance(patches)[0],
-                distances=real.distances(found[name]),
-                **cost.of(name, over=contenders[0].name),
+                figures=spatial_distances(found[name], unseen) | compare_sets(found[name], real).figures,
+                **cost.of(name, over=candidates[0].name),
             )
         )
     return rows, shown
@@ -113,11 +111,6 @@ def _gather(batches: Iterable[Tensor], networks: Sequence[FeatureNetwork]) -> tu
         if len(shown) < PICTURES:
             shown += images[: PICTURES - len(shown)]
     return found, torch.stack(shown)
-
-
-def _patches(images: ImageSet) -> PatchSet:
-    assert images.patches is not None  # gathered with them
-    return images.patches
 
 
 class _Cost:

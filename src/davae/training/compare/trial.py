@@ -23,7 +23,7 @@ from davae.pipelines.families.classes import ClassConditional
 from davae.recipes.loop import OptimizerSettings
 from davae.recipes.settings import FlowLossSettings
 from davae.runtime.progress import Progress
-from davae.training.compare.autoencoders import Contender, decode_all, encode_all
+from davae.training.compare.autoencoders import Candidate, decode_all, encode_all
 from davae.training.diffusion import DiffusionObjective
 from davae.training.ema import Ema
 from davae.training.optimizers import make_optimizer
@@ -80,11 +80,11 @@ class Trial:
     """One autoencoder's transformer, its normalised latents and its optimizer."""
 
     def __init__(
-        self, contender: Contender, images: Tensor, labels: Tensor, classes: int, options: DiffusionOptions
+        self, candidate: Candidate, images: Tensor, labels: Tensor, classes: int, options: DiffusionOptions
     ) -> None:
-        self.contender, self.options, self.labels = contender, options, labels
-        self.device = contender.model.device
-        raw = encode_all(contender, images, options.batch)
+        self.candidate, self.options, self.labels = candidate, options, labels
+        self.device = candidate.model.device
+        raw = encode_all(candidate, images, options.batch)
         # As LightningDiT does: every channel to mean 0 and deviation 1, whatever the autoencoder's own scaling.
         self.mean = raw.mean((0, 2, 3), keepdim=True)
         self.std = raw.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
@@ -94,12 +94,12 @@ class Trial:
             self.transformer = LightningDiTTransformer2DModel(
                 **options.size,
                 sample_size=raw.shape[-1],
-                patch_size=contender.patch,
-                in_channels=contender.channels,
+                patch_size=candidate.patch,
+                in_channels=candidate.channels,
                 num_classes=classes,
                 qk_norm=True,
             ).to(self.device)
-        layout = LatentLayout(contender.channels, 0)
+        layout = LatentLayout(candidate.channels, 0)
         self.objective = DiffusionObjective(
             ClassConditional(),
             self.transformer,
@@ -108,7 +108,7 @@ class Trial:
             FlowLossSettings(),
         ).train()
         settings = OptimizerSettings(learning_rate=options.learning_rate, betas=(0.9, 0.95))
-        self.optimizer = make_optimizer(contender.name, self.objective, settings, {})
+        self.optimizer = make_optimizer(candidate.name, self.objective, settings, {})
         self.ema = Ema(self.transformer.parameters(), options.ema)
 
     def step(self, number: int) -> float:
@@ -140,7 +140,7 @@ class Trial:
         """All steps; the loss of each."""
         losses = []
         with Progress(
-            f"{self.contender.name}, {self.contender.tokens} tokens", self.options.steps
+            f"{self.candidate.name}, {self.candidate.tokens} tokens", self.options.steps
         ) as progress:
             for number in range(self.options.steps):
                 losses.append(self.step(number))
@@ -166,7 +166,7 @@ class Trial:
                 for sigma, timestep in zip(sigmas, scheduler.timesteps, strict=True):
                     velocity = self.velocity(latents, sigma, part)
                     latents = scheduler_step(scheduler, velocity, timestep, latents, None)
-                yield decode_all(self.contender, latents.cpu() * self.std + self.mean, self.options.batch)
+                yield decode_all(self.candidate, latents.cpu() * self.std + self.mean, self.options.batch)
         self.transformer.train()
 
     def probes(self) -> dict[str, Callable[[], object]]:
@@ -181,7 +181,7 @@ class Trial:
         return {
             "train": lambda: self.step(0),
             "denoise": lambda: self.velocity(latents, 0.5, labels),
-            "decode": lambda: decode(self.contender.model, raw),
+            "decode": lambda: decode(self.candidate.model, raw),
         }
 
     def flops(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from davae.evaluation import sliced_wasserstein
+from davae.evaluation.metrics.names import SWD_FINEST
 from davae.latents import LatentLayout
 from davae.pipelines.adapters import save_adapters
 from davae.pipelines.families import family_of
@@ -190,7 +191,7 @@ class DiffusionStage(Stage):
             shown = [self.images[i]["image"] for i in range(min(count, len(self.images)))]  # type: ignore[arg-type]
             real = torch.stack([image for image in shown if image.shape == made.shape[1:]] or shown[:1])
             if real.shape[1:] == made.shape[1:]:
-                values["swd"] = next(iter(sliced_wasserstein(made, real).values()))
+                values[SWD_FINEST] = sliced_wasserstein(made, real)[0]
         return values
 
     def _samples(self, pipeline: DiffusionPipeline, count: int, size: tuple[int, int]) -> Tensor:

@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.evaluation.generation import Batches
-from davae.evaluation.image_run import ImageRun, RunSettings
-from davae.evaluation.prompt_sets import GENEVAL_SAMPLES, PromptSet, class_set, open_prompt_set
+from davae.evaluation.generation.compare import Batches
+from davae.evaluation.generation.image_run import ImageRun, RunSettings
+from davae.evaluation.generation.prompts import GENEVAL_SAMPLES, PromptSet, class_set, open_prompt_set
 from davae.pipelines.generate import takes_prompts
 from davae.runtime.pictures import upscaled
 from davae.runtime.processes import rank_and_world, wait_for_everyone
@@ -29,8 +29,8 @@ Progress = Callable[[Iterable[int], str, int], Iterable[int]]
 
 
 @dataclass
-class Contest:
-    """Runs by folder name, models by the name they are reported under, and what could not take part."""
+class Variants:
+    """Runs by folder name, models by the name they are reported under, and the baselines that cannot be had."""
 
     prompts: PromptSet
     count: int
@@ -39,7 +39,7 @@ class Contest:
     unavailable: dict[str, str] = field(default_factory=dict)
 
 
-def run_contest(
+def generate_variants(
     open_pipeline: Callable[[str], DiffusionPipeline],
     settings: RunSettings,
     out: str | Path,
@@ -49,7 +49,7 @@ def run_contest(
     prompts: str | Path | None = None,
     count: int | None = None,
     progress: Progress = lambda made, _name, _missing: made,
-) -> Contest:
+) -> Variants:
     """Make all images that are missing, shared among the processes that a launcher started.
 
     All ranks must call this.
@@ -74,25 +74,25 @@ def run_contest(
     pipe = open_pipeline(settings.pipeline)
     subjects = find_subjects(pipe, prompts)
     total = _count(count, subjects)
-    contest = Contest(subjects, total)
+    variants = Variants(subjects, total)
     settings = replace(settings, prompts=subjects.describe())
-    upgraded = contest.runs["upgraded"] = _make(pipe, settings, out / "upgraded", contest, progress)
-    contest.models[UPGRADED] = partial(upgraded.batches, total)
+    upgraded = variants.runs["upgraded"] = _make(pipe, settings, out / "upgraded", variants, progress)
+    variants.models[UPGRADED] = partial(upgraded.batches, total)
     scale = int(getattr(pipe.vae, "scale", 1))
     wait_for_everyone()
     del pipe  # its memory may be needed
     full = (upgraded.size()[0], upgraded.size()[1])
     if base is not None:
-        _add_base(open_pipeline(base), base, settings, out, contest, progress, full, scale)
+        _add_base(open_pipeline(base), base, settings, out, variants, progress, full, scale)
     for name, pipeline in (others or {}).items():
         pipe = open_pipeline(pipeline)
         sized = replace(settings, pipeline=pipeline)
         if _takes_size(pipe):
             sized = replace(sized, height=full[0], width=full[1])
-        run = contest.runs[name] = _make(pipe, sized, out / name, contest, progress)
-        contest.models[name] = partial(_upscaled, run, total, full)
+        run = variants.runs[name] = _make(pipe, sized, out / name, variants, progress)
+        variants.models[name] = partial(_upscaled, run, total, full)
         wait_for_everyone()
-    return contest
+    return variants
 
 
 def _add_base(
@@ -100,25 +100,25 @@ def _add_base(
     base: str,
     settings: RunSettings,
     out: Path,
-    contest: Contest,
+    variants: Variants,
     progress: Progress,
     full: tuple[int, int],
     scale: int,
 ) -> None:
     """The base at base resolution, enlarged (equal tokens), and at full resolution."""
-    total, flexible = contest.count, _takes_size(pipe)
+    total, flexible = variants.count, _takes_size(pipe)
     height, width = (full[0] // scale, full[1] // scale) if flexible else (None, None)
     small = replace(settings, pipeline=base, height=height, width=width)
-    lower = contest.runs["base"] = _make(pipe, small, out / "base", contest, progress)
-    contest.models[BASE_UPSCALED] = partial(_upscaled, lower, total, full)
+    lower = variants.runs["base"] = _make(pipe, small, out / "base", variants, progress)
+    variants.models[BASE_UPSCALED] = partial(_upscaled, lower, total, full)
     if scale == 1:
-        contest.unavailable[BASE_NATIVE] = "the pipeline is not upgraded: it is native itself"
+        variants.unavailable[BASE_NATIVE] = "the pipeline is not upgraded: it is native itself"
     elif flexible:
         large = replace(settings, pipeline=base, height=full[0], width=full[1])
-        native = contest.runs["native"] = _make(pipe, large, out / "native", contest, progress)
-        contest.models[BASE_NATIVE] = partial(native.batches, total)
+        native = variants.runs["native"] = _make(pipe, large, out / "native", variants, progress)
+        variants.models[BASE_NATIVE] = partial(native.batches, total)
     else:
-        contest.unavailable[BASE_NATIVE] = f"{type(pipe).__name__} takes no height and width"
+        variants.unavailable[BASE_NATIVE] = f"{type(pipe).__name__} takes no height and width"
     wait_for_everyone()
 
 
@@ -166,12 +166,12 @@ def _count(count: int | None, subjects: PromptSet) -> int:
 
 
 def _make(
-    pipe: DiffusionPipeline, settings: RunSettings, folder: Path, contest: Contest, progress: Progress
+    pipe: DiffusionPipeline, settings: RunSettings, folder: Path, variants: Variants, progress: Progress
 ) -> ImageRun:
     run = ImageRun(folder, settings)
     rank, world = rank_and_world()
-    missing = run.share_missing(contest.count, rank, world)
-    made = run.make(pipe, contest.prompts, contest.count, rank=rank, world=world)
+    missing = run.share_missing(variants.count, rank, world)
+    made = run.make(pipe, variants.prompts, variants.count, rank=rank, world=world)
     for _ in progress(made, folder.name, len(missing)):
         pass
     return run

@@ -15,7 +15,7 @@ from torch import Tensor
 from davae.errors import DavaeError
 
 
-class KernelDistance(NamedTuple):
+class Kid(NamedTuple):
     """Mean and standard deviation over subsets; may be slightly below 0 for equal sets."""
 
     mean: float
@@ -40,9 +40,7 @@ def unbiased_mmd(a: Tensor, b: Tensor) -> float:
     )
 
 
-def kernel_distance(
-    a: Tensor, b: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
-) -> KernelDistance:
+def kid(a: Tensor, b: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020) -> Kid:
     """KID of two sets of features.
 
     Args:
@@ -65,4 +63,4 @@ def kernel_distance(
         part_a = a[torch.from_numpy(random.choice(len(a), subset_size, replace=False))]
         part_b = b[torch.from_numpy(random.choice(len(b), subset_size, replace=False))]
         found.append(unbiased_mmd(part_a, part_b))
-    return KernelDistance(float(np.mean(found)), float(np.std(found)), subsets, subset_size)
+    return Kid(float(np.mean(found)), float(np.std(found)), subsets, subset_size)

@@ -11,14 +11,14 @@ from torch import Tensor
 from davae.errors import DavaeError
 
 
-class ClassScore(NamedTuple):
+class InceptionScore(NamedTuple):
     """Mean and standard deviation over the parts; 1 at least, the number of classes at most."""
 
     mean: float
     std: float
 
 
-def class_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> ClassScore:
+def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> InceptionScore:
     """``exp(mean_x KL(p(y|x) | p(y)))``, over equal parts of the shuffled images.
 
     Args:
@@ -39,7 +39,7 @@ def class_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> ClassS
         part = logs[i * len(logs) // splits : (i + 1) * len(logs) // splits]
         marginal = part.logsumexp(dim=0) - np.log(len(part))  # log p(y); no class underflows
         scores.append(float(_kl(part, marginal).sum(dim=1).mean().exp()))
-    return ClassScore(float(np.mean(scores)), float(np.std(scores)))
+    return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
 
 
 def _kl(logs: Tensor, marginal: Tensor) -> Tensor:

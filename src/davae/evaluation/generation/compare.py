@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,19 @@ from torch import Tensor
 
 from davae.data import open_dataset
 from davae.errors import DavaeError
-from davae.evaluation.categories import categories_of, compare_categories
-from davae.evaluation.clip_score import ClipScore
 from davae.evaluation.features import FeatureNetwork, TextImageNetwork
-from davae.evaluation.frechet import Gaussian, load_statistics, save_statistics
-from davae.evaluation.image_set import PATCH_IMAGES, Distances, ImageSet, compare_sets
-from davae.evaluation.prompt_sets import PromptSet
+from davae.evaluation.generation.prompts import PromptSet
+from davae.evaluation.images import spread_batches
+from davae.evaluation.metrics.clip_score import ClipScore
+from davae.evaluation.metrics.fid import Gaussian, load_statistics, save_statistics
+from davae.evaluation.metrics.image_set import (
+    PATCH_IMAGES,
+    Distances,
+    ImageSet,
+    compare_sets,
+    feature_distances,
+)
+from davae.evaluation.metrics.names import CLIP_SCORE
 from davae.runtime.atomic_files import file_hash
 
 Batches = Callable[[], Iterable[Tensor]]
@@ -56,12 +63,9 @@ class Reference:
 
     def batches(self, height: int, width: int, *, size: int = 32) -> Iterator[tuple[Tensor, list[str]]]:
         """Images ``[B, 3, H, W]`` in [-1, 1], resized as in ADM, the middle cut out; and their classes' names."""
-        shape = {} if height == width else {"buckets": [(width, height)]}
-        dataset = open_dataset(self.name, resolution=min(height, width), **shape)  # type: ignore[arg-type]
-        count = min(self.limit or len(dataset), len(dataset))
-        for start in range(0, count, size):
-            numbers = range(start, min(start + size, count))
-            items = [dataset[i * len(dataset) // count] for i in numbers]
+        buckets = None if height == width else [(width, height)]
+        dataset = open_dataset(self.name, resolution=min(height, width), buckets=buckets)
+        for items in spread_batches(dataset, self.limit or len(dataset), size):
             classes = ["" if item["label"] < 0 else dataset.classes[item["label"]] for item in items]
             yield torch.stack([item["image"] for item in items]), classes
 
@@ -101,6 +105,7 @@ class GenerationReport:
         categories: how many images of each model have a category, by its name.
         networks: preprocessing and weights of each feature network.
         settings: of the metrics themselves.
+        runs: folder and settings of the images by model, where davae made them.
     """
 
     count: int
@@ -109,10 +114,33 @@ class GenerationReport:
     categories: dict[str, int]
     networks: list[dict[str, Any]]
     settings: dict[str, Any]
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Of every model its figures, then of its categories the Fréchet distance and the CLIP score."""
+        shown: dict[str, dict[str, float]] = {}
+        for model, row in self.rows.items():
+            shown[model] = dict(row.figures)
+            for category, part in row.categories.items():
+                shown[model] |= {
+                    f"{category}: {metric}": value
+                    for metric, value in part.figures.items()
+                    if metric.startswith("fid/") or metric == CLIP_SCORE
+                }
+        return shown
+
+    def missing(self) -> dict[str, str]:
+        """What could not be measured of some model, with the reason."""
+        reasons: dict[str, str] = {}
+        for row in self.rows.values():
+            reasons |= row.unavailable
+            for category, part in row.categories.items():
+                reasons |= {f"{category}: {metric}": reason for metric, reason in part.unavailable.items()}
+        return reasons
 
 
 def compare_generation(
@@ -133,7 +161,7 @@ def compare_generation(
         networks: for the distances of features.
         clip: for the CLIP score, with ``prompts``.
         prompts: what image ``i`` is of.
-        unavailable: metrics that were asked for and cannot be had, with the reason; told in every row.
+        unavailable: metrics that were asked for and cannot be had, with the reason; in every row.
         save_statistics_to: ``.npz`` for the moments of the reference's features, with one network only.
 
     Raises:
@@ -162,8 +190,8 @@ def compare_generation(
         rows[name] = compare_sets(found, gathered)
         rows[name].categories = compare_categories(found, gathered)
         for category, score in scores.items():
-            told = rows[name].categories[category] if category else rows[name]
-            told.figures["clip_score"] = score.score()
+            part = rows[name].categories[category] if category else rows[name]
+            part.figures[CLIP_SCORE] = score.score()
         rows[name].unavailable |= dict(unavailable or {})
     if gathered is None:
         raise DavaeError("there is no model to measure")
@@ -176,11 +204,11 @@ def compare_generation(
         rows=rows,
         categories=categories,
         networks=[network.describe() for network in networks]
-        + ([] if clip is None else [clip.describe() | {"for": "clip_score"}]),
+        + ([] if clip is None else [clip.describe() | {"for": CLIP_SCORE}]),
         settings={
             "kid": "polynomial kernel (x.y / F + 1)^3, unbiased, 100 subsets of at most 1000, seed 2020",
             "precision_recall": "3 neighbours",
-            "class_score": "10 parts of the shuffled images, of at least 10 images each, seed 2020",
+            "inception_score": "10 parts of the shuffled images, of at least 10 images each, seed 2020",
             "swd": f"patches 7 x 7, 128 an image and level, first {PATCH_IMAGES} images, pooled moments, seed 0",
         },
     )
@@ -203,3 +231,46 @@ def _save_moments(gathered: ImageSet | Gaussian, file: Path) -> dict[str, str]:
         )
     ((network, features),) = gathered.features.items()
     return {"file": str(file), "network": network, "sha256": save_statistics(features.gaussian(), file)}
+
+
+def compare_categories(
+    found: ImageSet, reference: ImageSet | Gaussian, *, seed: int = 2020
+) -> dict[str, Distances]:
+    """Distances of features of each category to the reference images of the same name.
+
+    Args:
+        found: generated images, whose ``groups`` are their categories.
+        reference: real images, whose ``groups`` are their classes (the folders they lie in), with the same networks.
+        seed: of subsets.
+
+    Returns:
+        By category, in the order in which they first appear; empty where no image has one. A category is smaller
+        than the whole set, so its Fréchet distance is larger: compare it among models, not with the whole.
+    """
+    result: dict[str, Distances] = {}
+    for category in categories_of(found):
+        result[category] = distances = Distances()
+        for name, features in found.features.items():
+            if isinstance(reference, Gaussian):
+                distances.unavailable[f"fid/{name}"] = (
+                    "the reference is a file of statistics: images are needed"
+                )
+                continue
+            there = reference.numbers_of(category)
+            if not there:
+                distances.unavailable[f"fid/{name}"] = (
+                    f"the reference has no class '{category}': its images must lie in folders named as the categories"
+                )
+                continue
+            try:
+                ours = features.part(found.numbers_of(category))
+                theirs = reference.features[name].part(there)
+                feature_distances(distances, name, ours, theirs, seed)
+            except DavaeError as error:
+                distances.unavailable[f"fid/{name}"] = str(error)
+    return result
+
+
+def categories_of(images: ImageSet) -> list[str]:
+    """Names in the order of their first image; images without one do not count."""
+    return [name for name in dict.fromkeys(images.groups) if name]

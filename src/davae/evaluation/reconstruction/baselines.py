@@ -4,29 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.evaluation.crops import FINE_TEXTURE, fine_texture
 from davae.evaluation.features import FeatureNetwork
-from davae.evaluation.image_set import ImageSet, compare_sets
-from davae.evaluation.reconstruction import psnr, ssim
+from davae.evaluation.metrics.image_set import ImageSet, compare_sets
+from davae.evaluation.metrics.perceptual import Perceptual
+from davae.evaluation.metrics.psnr_ssim import PairMeans
+from davae.evaluation.reconstruction.crops import FINE_TEXTURE, fine_texture
 from davae.models import AutoencoderDA
 from davae.runtime.pictures import upscaled
-
-
-class Perceptual(Protocol):
-    """A distance of pairs through a network."""
-
-    def describe(self) -> dict[str, Any]:
-        """Weights with their SHA-256, and the preprocessing."""
-
-    def __call__(self, images: Tensor, made: Tensor, /) -> Tensor:
-        """Distances ``[B]`` of images and reconstructions ``[B, 3, H, W]`` in [-1, 1]."""
-
 
 UPGRADED, BASE_UPSCALED, BASE_NATIVE, REDUCED = "upgraded", "base, upscaled", "base, native", "image, reduced"
 _MEANING = {
@@ -67,6 +57,8 @@ class ReconstructionReport:
         networks: preprocessing and weights of each feature network.
         perceptual: the same of each perceptual distance, by name.
         reference: hashes of the images' 8-bit pixels and of the moments of their features.
+        autoencoder, data, resolution: what was measured on what, where they were given by name.
+        unavailable: metric to the reason why it is missing from some row.
     """
 
     images: int
@@ -76,10 +68,23 @@ class ReconstructionReport:
     networks: list[dict[str, Any]]
     perceptual: dict[str, dict[str, Any]]
     reference: dict[str, Any]
+    autoencoder: str | None = None
+    data: str | None = None
+    resolution: int | None = None
+    unavailable: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Of every row its figures, then those of its crops."""
+        shown: dict[str, dict[str, float]] = {}
+        for name, row in self.rows.items():
+            shown[name] = {"latent positions, relative": row.positions} | row.figures
+            for crop, figures in row.crops.items():
+                shown[name] |= {f"{crop}: {metric}": value for metric, value in figures.items()}
+        return shown
 
 
 @torch.no_grad()
@@ -93,7 +98,7 @@ def compare_reconstructions(
 ) -> ReconstructionReport:
     """Reconstruct images in every way and measure each.
 
-    The squares of fine texture are found in the images (`davae.evaluation.crops`) and cut out of their
+    The squares of fine texture are found in the images (`davae.evaluation.reconstruction.crops`) and cut out of their
     reconstructions; all other crops are images of their own.
 
     Args:
@@ -114,8 +119,8 @@ def compare_reconstructions(
     rows = {name: Row(_MEANING[name], shares[name]) for name in names}
     real = ImageSet(networks)
     made = {name: ImageSet(networks) for name in names}
-    means = {name: _Means(perceptual) for name in names}
-    textures = {name: _Means(perceptual) for name in names}
+    means = {name: PairMeans(perceptual) for name in names}
+    textures = {name: PairMeans(perceptual) for name in names}
     for images in batches:
         real.update(images)
         cut = fine_texture(images)
@@ -130,11 +135,11 @@ def compare_reconstructions(
         row.crops[FINE_TEXTURE] = textures[name].figures()
         if real.count > 1:
             distances = compare_sets(made[name], real)
-            row.figures |= {k: v for k, v in distances.figures.items() if not k.startswith("class_score")}
+            row.figures |= {k: v for k, v in distances.figures.items() if not k.startswith("inception_score")}
             row.unavailable |= distances.unavailable
     counts = {FINE_TEXTURE: real.count}
     for crop, images_of in (crops or {}).items():
-        apart = {name: _Means(perceptual) for name in names}
+        apart = {name: PairMeans(perceptual) for name in names}
         for images in images_of:
             for name, ours in reconstruct_all_ways(vae, images).items():
                 apart[name].update(images, ours)
@@ -180,23 +185,3 @@ def native_reconstruction(vae: AutoencoderDA, images: Tensor) -> Tensor:
     """What the pretrained base autoencoder makes of ``[B, 3, H, W]`` at full resolution, ``s^2`` times the tokens."""
     lowest = next(iter(vae.autoencoders()))
     return lowest.adapter.decode(lowest.base, lowest.adapter.encode(lowest.base, images))
-
-
-class _Means:
-    """Means over pairs that come in batches."""
-
-    def __init__(self, perceptual: Mapping[str, Perceptual]) -> None:
-        self.count = 0
-        self._perceptual = perceptual
-        self._sums: dict[str, float] = {}
-
-    def update(self, images: Tensor, made: Tensor) -> None:
-        images = images.float().cpu()
-        found = {"psnr": psnr(images, made), "ssim": ssim(images, made)}
-        found |= {name: distance(images, made) for name, distance in self._perceptual.items()}
-        for name, values in found.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(values.double().sum())
-        self.count += len(images)
-
-    def figures(self) -> dict[str, float]:
-        return {name: total / max(self.count, 1) for name, total in self._sums.items()}

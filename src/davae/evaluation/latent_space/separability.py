@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from davae.errors import DavaeError
-from davae.evaluation.latents import latent_rows
+from davae.evaluation.latent_space.projection import latent_rows
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 

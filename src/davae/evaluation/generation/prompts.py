@@ -24,7 +24,7 @@ class PromptSet:
         kind: where they come from.
         subjects: prompts, or class numbers as text.
         metadata: one entry a prompt, of GenEval files.
-        categories: of each prompt, told apart in the results; empty, or an empty name, where a file has none.
+        categories: of each prompt, reported apart; empty, or an empty name, where a file has none.
         sha256: of the file; empty for classes.
     """
 

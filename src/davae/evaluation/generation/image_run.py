@@ -21,7 +21,7 @@ from torch import Tensor
 
 from davae.data import image_to_tensor
 from davae.errors import DavaeError
-from davae.evaluation.prompt_sets import PromptSet
+from davae.evaluation.generation.prompts import PromptSet
 from davae.pipelines.generate import generate_batch
 from davae.runtime.atomic_files import atomic_file, atomic_write
 
@@ -99,7 +99,8 @@ class ImageRun:
 
     def size(self) -> tuple[int, int]:
         """Height and width of the images; the first one must be there."""
-        return tuple(self._read(0).shape[-2:])  # type: ignore[return-value]
+        height, width = self._read(0).shape[-2:]
+        return height, width
 
     def make(
         self, pipe: DiffusionPipeline, prompts: PromptSet, count: int, *, rank: int = 0, world: int = 1

@@ -1,6 +1,8 @@
-"""Reconstruction metrics, one value an image. Images are [B, C, H, W] in [-1, 1], so the data range is 2."""
+"""Metrics of pairs of images, one value a pair. Images are [B, C, H, W] in [-1, 1], so the data range is 2."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 from torchmetrics.functional.image import (
@@ -9,6 +11,7 @@ from torchmetrics.functional.image import (
 )
 
 from davae.errors import DavaeError
+from davae.evaluation.metrics.names import PSNR, SSIM
 
 DATA_RANGE = 2.0
 _SSIM_WINDOW = 11
@@ -66,3 +69,46 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     # torchmetrics takes includes mirrored borders, which moves the value by up to a few hundredths.
     border = _SSIM_WINDOW // 2
     return local[..., border:-border, border:-border].mean((1, 2, 3))
+
+
+PairDistance = Callable[[Tensor, Tensor], Tensor]
+"""Images and reconstructions ``[B, 3, H, W]`` in [-1, 1] to one value a pair, ``[B]``."""
+
+
+def pair_metrics(
+    images: Tensor, reconstruction: Tensor, perceptual: Mapping[str, PairDistance] | None = None
+) -> dict[str, Tensor]:
+    """Every metric of pairs by name, ``[B]`` each on the CPU: what is measured wherever images are reconstructed.
+
+    Args:
+        images: ``[B, 3, H, W]`` in [-1, 1].
+        reconstruction: the same shape.
+        perceptual: further distances by name, such as ``lpips``.
+    """
+    metrics: dict[str, PairDistance] = {PSNR: psnr, SSIM: ssim, **(perceptual or {})}
+    return {name: metric(images, reconstruction) for name, metric in metrics.items()}
+
+
+class PairMeans:
+    """Means of :func:`pair_metrics` over pairs that come in batches.
+
+    Args:
+        perceptual: further distances by name.
+    """
+
+    def __init__(self, perceptual: Mapping[str, PairDistance] | None = None) -> None:
+        self.count = 0
+        self._perceptual = perceptual
+        self._sums: dict[str, float] = {}
+
+    def update(self, images: Tensor, reconstruction: Tensor) -> PairMeans:
+        """Add pairs ``[B, 3, H, W]`` in [-1, 1]; returns itself."""
+        images, reconstruction = images.float().cpu(), reconstruction.float().cpu()
+        for name, values in pair_metrics(images, reconstruction, self._perceptual).items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(values.double().sum())
+        self.count += len(images)
+        return self
+
+    def figures(self) -> dict[str, float]:
+        """Mean by name; empty before the first pair."""
+        return {name: total / self.count for name, total in self._sums.items()}

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from davae.data import open_dataset
 from davae.errors import DavaeError
-from davae.evaluation.latent_properties import high_frequency_share, local_distant_similarity
-from davae.evaluation.latent_spectra import Spectrum, image_spectra, latent_spectra
-from davae.evaluation.latents import project_latents
-from davae.evaluation.reconstruction import psnr, ssim
-from davae.evaluation.separability import linear_probe, nearest_neighbour_accuracy
+from davae.evaluation.images import held_out_images, spread_batches, trained_resolution
+from davae.evaluation.latent_space.projection import Method, project_latents
+from davae.evaluation.latent_space.separability import linear_probe, nearest_neighbour_accuracy
+from davae.evaluation.latent_space.spectra import (
+    Spectrum,
+    high_frequency_share,
+    image_spectra,
+    latent_spectra,
+    local_distant_similarity,
+)
+from davae.evaluation.metrics.names import PSNR, SSIM
+from davae.evaluation.metrics.psnr_ssim import pair_metrics
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA
+from davae.pipelines.opening import autoencoder_folder, load_autoencoder
+from davae.runtime.devices import chosen_device
 from davae.runtime.pictures import upscaled
 
 _BAND_IMAGES = 32
@@ -33,7 +44,7 @@ class Part:
         linear_probe, linear_probe_std: held-out accuracy, mean and standard deviation over splits; none without
             labels.
         nearest_neighbours: accuracy of the five nearest others.
-        high_frequency_share, local_distant_similarity: see `davae.evaluation.latent_properties`.
+        high_frequency_share, local_distant_similarity: see `davae.evaluation.latent_space.spectra`.
         projection: ``[N, 2]``, where the images lie in the plane.
     """
 
@@ -90,13 +101,67 @@ class Inspection:
         return values
 
 
+def inspect_latents(
+    autoencoder: str | Path,
+    data: str | None = None,
+    *,
+    beside: Sequence[str | Path] = (),
+    images: int = 256,
+    resolution: int | None = None,
+    method: Method = "tsne",
+    device: str | None = None,
+) -> dict[str, Inspection]:
+    """Look at trained autoencoders through the same images: what ``davae inspect`` does, before it draws.
+
+    :func:`davae.report.inspection.write_inspection` makes pictures of the result.
+
+    Args:
+        autoencoder: folder of a trained one.
+        data: images, as in a recipe's ``data.path``; None takes those that the run held out.
+        beside: folders of others, such as one without alignment.
+        images: how many, evenly from the whole set.
+        resolution: side in pixels; None takes the run's.
+        method: how images are laid out in the plane.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; None takes the GPU where there is one.
+
+    Returns:
+        By title: a run's name, or the folder's; of equal titles the later ones are numbered.
+
+    Raises:
+        DavaeError: an autoencoder or the images cannot be read, or there are fewer than 8.
+    """
+    where = chosen_device(device)
+    folder = Path(autoencoder)
+    folders = _titled([folder, *map(Path, beside)])
+    side = resolution or trained_resolution(folder)
+    # One set for all: an autoencoder beside was trained on other images perhaps.
+    dataset = held_out_images(folder, side) if data is None else open_dataset(data, resolution=side)
+    items = [item for batch in spread_batches(dataset, images, images) for item in batch]
+    pictures = torch.stack([item["image"] for item in items])
+    labels = torch.tensor([item["label"] for item in items])
+    return {
+        title: inspect_autoencoder(load_autoencoder(place).to(where), pictures, labels, method=method)
+        for title, place in folders.items()
+    }
+
+
+def _titled(folders: Sequence[Path]) -> dict[str, Path]:
+    titled: dict[str, Path] = {}
+    for folder in folders:
+        place = autoencoder_folder(folder)
+        title = place.resolve().parent.name if place.name == "autoencoder" else place.name
+        again = sum(name.partition(" (")[0] == title for name in titled)
+        titled[f"{title} ({again + 1})" if again else title] = folder
+    return titled
+
+
 @torch.no_grad()
 def inspect_autoencoder(
     vae: AutoencoderDA,
     images: Tensor,
     labels: Tensor | None = None,
     *,
-    method: Literal["pca", "tsne"] = "tsne",
+    method: Method = "tsne",
     batch: int = 8,
     seed: int = 0,
 ) -> Inspection:
@@ -145,6 +210,7 @@ def inspect_autoencoder(
     }
     raw_z = _map(lambda x: vae.alignment_target(vae.encode_base(x)), vae, images, batch)
     raw_details = _map(lambda x: vae.encode_details(x).mean, vae, images, batch)
+    pairs = {name: pair_metrics(images, x) for name, x in made.items()}
     difference = grouped_mean(raw_details.float(), vae.layout.base_channels) - raw_z.float()
     return Inspection(
         images=len(images),
@@ -155,8 +221,8 @@ def inspect_autoencoder(
         parts=parts,
         chance=None if known is None else float(known.bincount().max() / len(known)),
         alignment_error=float(difference.square().mean() / raw_z.float().square().mean()),
-        psnr={k: float(psnr(images, v).mean()) for k, v in made.items()},
-        ssim={k: float(ssim(images, v).mean()) for k, v in made.items()},
+        psnr={name: float(found[PSNR].mean()) for name, found in pairs.items()},
+        ssim={name: float(found[SSIM].mean()) for name, found in pairs.items()},
         image_high_frequency_share=high_frequency_share(images),
         latent_spectra=latent_spectra(vae, latents),
         image_spectra=in_images,
@@ -184,7 +250,7 @@ def _usable_labels(labels: Tensor | None, count: int) -> Tensor | None:
     return labels.cpu().long() if len(sizes) > 1 and int(sizes.min()) > 1 else None
 
 
-def _part(latents: Tensor, labels: Tensor | None, method: Literal["pca", "tsne"], seed: int) -> Part:
+def _part(latents: Tensor, labels: Tensor | None, method: Method, seed: int) -> Part:
     probe = None if labels is None else linear_probe(latents, labels, seed=seed)
     return Part(
         channels=latents.shape[1],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.evaluation.class_score import class_score
 from davae.evaluation.features import FeatureNetwork, Features
-from davae.evaluation.frechet import Gaussian, GaussianStatistics, frechet_distance
-from davae.evaluation.kernel_distance import kernel_distance
-from davae.evaluation.manifold import precision_recall
-from davae.evaluation.sliced_wasserstein import PatchSet
-from davae.evaluation.spectrum import SpectrumMean
+from davae.evaluation.metrics.fid import Gaussian, GaussianStatistics, frechet_distance
+from davae.evaluation.metrics.inception_score import inception_score
+from davae.evaluation.metrics.kid import kid
+from davae.evaluation.metrics.names import SPECTRUM_DB, SWD_FINEST, SWD_MEAN
+from davae.evaluation.metrics.precision_recall import precision_recall
+from davae.evaluation.metrics.sliced_wasserstein import PatchSet
+from davae.evaluation.metrics.spectrum import SpectrumMean
 from davae.runtime.pictures import to_bytes
 
 PATCH_IMAGES = 8192
@@ -25,6 +26,7 @@ PATCH_IMAGES = 8192
 
 KID_SUBSET = 1000
 NEIGHBOURS = 3
+_STATISTICS_ONLY = "the reference is a file of statistics: images are needed"
 
 
 class FeatureSet:
@@ -131,7 +133,7 @@ class Distances:
     """Figures by name, and for each figure that could not be had the reason.
 
     Attributes:
-        figures: such as ``fid/inception``; names are told in ``docs/evaluation.md``.
+        figures: such as ``fid/inception``, see :mod:`davae.evaluation.metrics.names`.
         unavailable: name to reason.
         categories: the same of parts of the set, by name.
     """
@@ -153,19 +155,28 @@ def compare_sets(found: ImageSet, reference: ImageSet | Gaussian, *, seed: int =
     for name, features in found.features.items():
         known = reference if isinstance(reference, Gaussian) else reference.features[name]
         feature_distances(result, name, features, known, seed)
-    spatial = ("swd", "spectrum_db")
     if isinstance(reference, Gaussian):
-        result.unavailable |= dict.fromkeys(
-            spatial, "the reference is a file of statistics: images are needed"
-        )
-    elif found.patches is not None and reference.patches is not None:
-        assert found.spectrum is not None
-        assert reference.spectrum is not None
-        levels = found.patches.distance(reference.patches)
-        result.figures["swd"] = sum(levels.values()) / len(levels)
-        result.figures |= {f"swd/level{level}": value for level, value in levels.items()}
-        result.figures["spectrum_db"] = found.spectrum.distance(reference.spectrum)
+        result.unavailable |= dict.fromkeys((SWD_FINEST, SWD_MEAN, SPECTRUM_DB), _STATISTICS_ONLY)
+    else:
+        result.figures |= spatial_distances(found, reference)
     return result
+
+
+def spatial_distances(found: ImageSet, reference: ImageSet) -> dict[str, float]:
+    """Sliced Wasserstein and spectral distance of two sets; nothing where one was gathered without them."""
+    if found.patches is None or reference.patches is None:
+        return {}
+    assert found.spectrum is not None
+    assert reference.spectrum is not None
+    return swd_figures(found.patches.distance(reference.patches)) | {
+        SPECTRUM_DB: found.spectrum.distance(reference.spectrum)
+    }
+
+
+def swd_figures(levels: Mapping[int, float]) -> dict[str, float]:
+    """Distances of pyramid levels by name: the mean, ``swd/finest`` for level 0, ``swd/levelN`` for coarser ones."""
+    named = {f"swd/level{level}" if level else SWD_FINEST: value for level, value in levels.items()}
+    return {SWD_MEAN: sum(levels.values()) / len(levels)} | named
 
 
 def feature_distances(
@@ -179,13 +190,12 @@ def feature_distances(
     except DavaeError as error:
         result.unavailable[f"fid/{name}"] = str(error)
     if isinstance(reference, Gaussian):
-        reason = "the reference is a file of statistics: images are needed"
-        result.unavailable |= {f"{m}/{name}": reason for m in ("kid", "precision", "recall")}
+        result.unavailable |= {f"{m}/{name}": _STATISTICS_ONLY for m in ("kid", "precision", "recall")}
     else:
         others = reference.rows
         size = min(KID_SUBSET, len(rows), len(others))
-        kid = kernel_distance(rows, others, subset_size=size, seed=seed)
-        result.figures |= {f"kid/{name}": kid.mean, f"kid_std/{name}": kid.std}
+        found = kid(rows, others, subset_size=size, seed=seed)
+        result.figures |= {f"kid/{name}": found.mean, f"kid_std/{name}": found.std}
         if min(len(rows), len(others)) > NEIGHBOURS:
             both = precision_recall(others, rows, neighbours=NEIGHBOURS)
             result.figures |= {f"precision/{name}": both.precision, f"recall/{name}": both.recall}
@@ -194,5 +204,5 @@ def feature_distances(
             result.unavailable |= {f"{m}/{name}": reason for m in ("precision", "recall")}
     if logits is not None:
         # Ten parts as published; fewer where a part would have less than ten images, and say nothing.
-        score = class_score(logits, splits=min(10, max(1, len(logits) // 10)), seed=seed)
-        result.figures |= {f"class_score/{name}": score.mean, f"class_score_std/{name}": score.std}
+        score = inception_score(logits, splits=min(10, max(1, len(logits) // 10)), seed=seed)
+        result.figures |= {f"inception_score/{name}": score.mean, f"inception_score_std/{name}": score.std}

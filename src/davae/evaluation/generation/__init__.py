@@ -1,0 +1,1 @@
+"""Generated images: made, and measured beside their baselines."""

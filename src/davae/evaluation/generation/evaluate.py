@@ -1,0 +1,148 @@
+"""A pipeline's images beside its baselines, from names and folders: what ``davae evaluate generation`` does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from rich.progress import track
+
+from davae.errors import DavaeError
+from davae.evaluation.features import TextImageNetwork
+from davae.evaluation.features.open import open_networks, or_unavailable
+from davae.evaluation.generation.baselines import generate_variants
+from davae.evaluation.generation.compare import GenerationReport, compare_generation, open_reference
+from davae.evaluation.generation.image_run import RunSettings, write_geneval_folder
+from davae.evaluation.metrics.names import CLIP_SCORE
+from davae.pipelines import load_pipeline
+from davae.runtime.devices import chosen_device, named_dtype
+from davae.runtime.processes import start_processes
+from davae.training.run import load_base
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_generation(
+    pipeline: str | Path,
+    reference: str | Path,
+    *,
+    out: str | Path = "generation",
+    base: str | None = None,
+    beside: Mapping[str, str] | None = None,
+    count: int | None = None,
+    prompts: Path | None = None,
+    features: Sequence[str] | None = None,
+    clip: str | None = None,
+    reference_images: int | None = None,
+    save_statistics: Path | None = None,
+    seed: int = 0,
+    batch: int = 1,
+    steps: int | None = None,
+    guidance: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+) -> GenerationReport | None:
+    """Generate, then measure. Called again it makes what is missing; under torchrun all ranks must call this.
+
+    Args:
+        pipeline: a folder, a run, a name on the hub, ``tiny`` or ``debug``.
+        reference: images, as in a recipe's ``data.path``, or an ``.npz`` of statistics.
+        out: folder of the images.
+        base: the base pipeline, measured upscaled and at full resolution.
+        beside: further pipelines by the name they are reported under.
+        count: images of each; None takes every prompt once, or 50,000 of classes.
+        prompts: text, MJHQ-30K ``.json`` or GenEval ``.jsonl``.
+        features: feature networks (:func:`davae.evaluation.features.open_network`); None takes ``inception``.
+        clip: a CLIP model, for the CLIP score.
+        reference_images: at most so many of the reference; None takes all.
+        save_statistics: ``.npz`` for the moments of the reference's features.
+        seed: of image 0; the next ones count up.
+        batch: images in one call.
+        steps, guidance, height, width: the pipeline's own where None.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; None takes the GPU where there is one.
+
+    Returns:
+        Every figure, and what could not be measured with the reason; None in all processes but the first.
+
+    Raises:
+        DavaeError: a pipeline or the reference cannot be opened, prompts do not fit the pipeline, or ``out`` holds
+            images of other settings.
+    """
+    precision, wanted = named_dtype(dtype), chosen_device(device)
+    compared = open_reference(str(reference), limit=reference_images)
+    # Waiting for the slowest process may take hours; torch would give up after minutes.
+    state = start_processes(cpu=device == "cpu", timeout=timedelta(days=7))
+    where = str(state.device) if state.num_processes > 1 else wanted
+    unavailable: dict[str, str] = {}
+    networks, clip_network = [], None
+    if state.is_main_process:  # before the images: what is missing should be known early
+        networks = open_networks(["inception"] if features is None else features, where, unavailable)
+        if clip is not None:
+            clip_network = or_unavailable(
+                CLIP_SCORE, lambda: TextImageNetwork(clip, device=where), unavailable
+            )
+        if save_statistics is not None and (len(networks) != 1 or compared.moments is not None):
+            raise DavaeError(
+                "--save-statistics writes the moments of reference images by one feature network: give images as the "
+                "reference, and one --features that can be had"
+            )
+        for name, reason in unavailable.items():
+            logger.warning("%s will not be measured: %s", name, reason)
+    variants = generate_variants(
+        lambda name: _open_pipeline(name, precision, where),
+        RunSettings(
+            str(pipeline),
+            {},
+            seed,
+            batch,
+            steps=steps,
+            guidance=guidance,
+            height=height,
+            width=width,
+            dtype=dtype,
+        ),
+        out,
+        base=base,
+        others=beside,
+        prompts=prompts,
+        count=count,
+        progress=partial(_progress, shown=state.is_main_process),
+    )
+    if not state.is_main_process:
+        return None
+    if variants.prompts.kind == "classes" and clip is not None:
+        clip_network, unavailable[CLIP_SCORE] = None, "the pipeline makes images of classes, not of texts"
+    report = compare_generation(
+        variants.models,
+        compared,
+        networks=networks,
+        clip=clip_network,
+        prompts=variants.prompts,
+        unavailable=unavailable | variants.unavailable,
+        save_statistics_to=save_statistics,
+    )
+    if variants.prompts.kind == "geneval":
+        for name, run in variants.runs.items():
+            write_geneval_folder(run, variants.prompts, variants.count, Path(out) / "geneval" / name)
+    runs = {name: run.describe() | {"folder": str(run.folder)} for name, run in variants.runs.items()}
+    return replace(report, runs=runs)
+
+
+def _open_pipeline(name: str, dtype: torch.dtype, device: str) -> DiffusionPipeline:
+    made_in_code = name in ("tiny", "debug") or name.startswith("debug-")
+    pipe = load_base(name, dtype=dtype) if made_in_code else load_pipeline(name, dtype=dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def _progress(made: Iterable[int], name: str, missing: int, *, shown: bool) -> Iterable[int]:
+    return track(made, name, total=missing, transient=True, disable=not shown)

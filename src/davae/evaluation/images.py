@@ -1,0 +1,58 @@
+"""Which images an evaluation looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from davae.data import ImageDataset, Item, RenderedDataset, open_dataset
+from davae.errors import DavaeError
+
+Images = ImageDataset | RenderedDataset
+
+
+def spread_batches(dataset: Images, count: int, size: int) -> Iterator[list[Item]]:
+    """``count`` items in batches of ``size``, evenly from the whole data set; all where it has no more."""
+    count = min(count, len(dataset))
+    for start in range(0, count, size):
+        numbers = range(start, min(start + size, count))
+        yield [dataset[i * len(dataset) // count] for i in numbers]
+
+
+def held_out_images(autoencoder: Path, resolution: int) -> Images:
+    """The images that the run of an autoencoder's folder did not learn from.
+
+    Raises:
+        DavaeError: the folder is in no run, or the run held none out.
+    """
+    settings = _run_data(autoencoder)
+    if settings is None or not settings["hold_out"]:
+        raise DavaeError(f"{autoencoder} is in no run that held images out: name images with --data")
+    return open_dataset(
+        settings["path"],
+        resolution=resolution,
+        split=settings["split"],
+        hold_out=settings["hold_out"],
+        part="held_out",
+    )
+
+
+def trained_resolution(autoencoder: Path) -> int:
+    """Side in pixels of the images that the run of an autoencoder's folder was trained on.
+
+    Raises:
+        DavaeError: the folder is in no run.
+    """
+    settings = _run_data(autoencoder)
+    if settings is None:
+        raise DavaeError(f"{autoencoder} is not in a run, so its resolution is not known: give --resolution")
+    return int(settings["resolution"])
+
+
+def _run_data(autoencoder: Path) -> dict[str, Any] | None:
+    """The section ``data`` of the recipe of a folder's run; none where the folder is not in one."""
+    recipe = autoencoder.resolve().parent / "config.yaml"
+    return yaml.safe_load(recipe.read_text(encoding="utf-8"))["data"] if recipe.is_file() else None

@@ -1,0 +1,1 @@
+"""Metrics: one module each, and the two bundles that everything measures with."""

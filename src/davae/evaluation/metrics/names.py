@@ -1,0 +1,42 @@
+"""What metrics are called: one name a quantity, wherever it is measured, written or shown.
+
+* means over pairs of images: ``psnr``, ``ssim``, ``lpips``, ``dino`` (see :mod:`davae.evaluation.metrics.psnr_ssim`);
+* between two sets of images (see :mod:`davae.evaluation.metrics.image_set`): ``swd/finest``, ``swd/levelN``,
+  ``swd/mean``, ``spectrum_db``, and of each feature network ``fid/NETWORK``, ``kid/NETWORK``, ``kid_std/NETWORK``,
+  ``precision/NETWORK``, ``recall/NETWORK``, ``inception_score/NETWORK``, ``inception_score_std/NETWORK``;
+* between images and their texts: ``clip_score``.
+
+A training that measures at several resolutions appends the side: ``psnr_128``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+PSNR, SSIM, LPIPS, DINO = "psnr", "ssim", "lpips", "dino"
+SWD_FINEST, SWD_MEAN, SPECTRUM_DB, CLIP_SCORE = "swd/finest", "swd/mean", "spectrum_db", "clip_score"
+
+_EARLIER = {
+    "swd": SWD_FINEST,
+    "spectral_distance": SPECTRUM_DB,
+    "swd_upgraded": "swd_finest_upgraded",
+    "swd_base_upscaled": "swd_finest_base_upscaled",
+    "swd_real": "swd_finest_real",
+}
+"""Names in ``metrics.jsonl``, recipes and summaries of earlier runs. (The JSON of an earlier evaluation, which nothing
+reads, says ``swd`` for ``swd/mean``; that of an ablation ``frechet`` for ``fid``, ``kernel`` for 1000 ``kid``.)"""
+_SIDE = re.compile(r"_\d+$")
+Value = TypeVar("Value")
+
+
+def current_name(name: str) -> str:
+    """Today's name of a metric in a file of an earlier run; all other names as they are."""
+    stem, side = _SIDE.sub("", name), _SIDE.search(name)
+    return _EARLIER.get(stem, stem) + ("" if side is None else side[0])
+
+
+def current_names(figures: Mapping[str, Value]) -> dict[str, Value]:
+    """Figures under today's names."""
+    return {current_name(name): value for name, value in figures.items()}

@@ -1,0 +1,86 @@
+"""An autoencoder beside its baselines, from folders: what ``davae evaluate reconstruction`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from davae.data import open_dataset
+from davae.evaluation.features.open import open_networks, or_unavailable
+from davae.evaluation.images import spread_batches, trained_resolution
+from davae.evaluation.metrics.names import DINO, LPIPS
+from davae.evaluation.metrics.perceptual import Dino, Lpips, Perceptual
+from davae.evaluation.reconstruction.baselines import ReconstructionReport, compare_reconstructions
+from davae.evaluation.reconstruction.crops import folder_crops, read_boxes
+from davae.pipelines.opening import autoencoder_folder, load_autoencoder
+from davae.runtime.devices import chosen_device
+
+
+def evaluate_reconstruction(
+    autoencoder: str | Path,
+    data: str,
+    *,
+    resolution: int | None = None,
+    images: int = 256,
+    crops: Mapping[str, str | Path] | None = None,
+    boxes: str | Path | None = None,
+    features: Sequence[str] | None = None,
+    lpips: Path | None = None,
+    dino: Path | None = None,
+    batch: int = 8,
+    device: str | None = None,
+) -> ReconstructionReport:
+    """An autoencoder beside its baselines: base upscaled, base at full resolution, and the reduced image.
+
+    Args:
+        autoencoder: folder of a trained one.
+        data: images, as in a recipe's ``data.path``.
+        resolution: side in pixels; None takes the run's.
+        images: how many, evenly from the whole set.
+        crops: name to folder of crops that are reported apart, such as lettering.
+        boxes: table (``.csv``) of parts of image files that are reported apart by name.
+        features: feature networks (:func:`davae.evaluation.features.open_network`).
+        lpips: file of torchvision's VGG-16 weights, for LPIPS.
+        dino: folder of a DINO network, for its perceptual distance.
+        batch: images at a time.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; None takes the GPU where there is one.
+
+    Returns:
+        Every figure, and what could not be measured with the reason.
+
+    Raises:
+        DavaeError: the autoencoder, the images or the crops cannot be read, or their sizes do not fit.
+    """
+    folder, where = Path(autoencoder), chosen_device(device)
+    autoencoder_folder(folder)
+    side = resolution or trained_resolution(folder)
+    boxed = {} if boxes is None else read_boxes(boxes)
+    dataset = open_dataset(data, resolution=side)
+    vae = load_autoencoder(folder).to(where)
+    unit = vae.spatial_compression
+    apart: dict[str, Iterable[Tensor]] = {
+        name: folder_crops(Path(place), unit) for name, place in (crops or {}).items()
+    }
+    for name, parts in boxed.items():
+        apart[name] = chain(apart.get(name, ()), (box.cut(unit) for box in parts))
+    unavailable: dict[str, str] = {}
+    perceptual: dict[str, Perceptual | None] = {}
+    if lpips is not None:
+        perceptual[LPIPS] = or_unavailable(LPIPS, lambda: Lpips(lpips, where), unavailable)
+    if dino is not None:
+        perceptual[DINO] = or_unavailable(DINO, lambda: Dino(dino, where), unavailable)
+    report = compare_reconstructions(
+        vae,
+        (torch.stack([item["image"] for item in items]) for items in spread_batches(dataset, images, batch)),
+        crops=apart,
+        networks=open_networks(features or [], where, unavailable),
+        perceptual={name: distance for name, distance in perceptual.items() if distance is not None},
+    )
+    for row in report.rows.values():
+        unavailable |= row.unavailable
+    return replace(report, autoencoder=str(autoencoder), data=data, resolution=side, unavailable=unavailable)
