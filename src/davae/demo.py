@@ -16,11 +16,12 @@ from torch.utils.data import Dataset
 from davae.benchmark import count_flops, peak_memory_bytes, side_by_side
 from davae.errors import DavaeError
 from davae.evaluation import PatchSet
-from davae.evaluation.enlarging import upscaled
 from davae.evaluation.metrics.psnr_ssim import pair_metrics
 from davae.latents import token_count
 from davae.models import AutoencoderDA
 from davae.pipelines import ClassConditionalPipeline, upgrade_pipeline
+from davae.recipes.read import load_recipe
+from davae.recipes.settings import UpgradeRecipe
 from davae.report import (
     Alignment,
     FigureRecorder,
@@ -31,14 +32,12 @@ from davae.report import (
     WarmStart,
     build_report,
 )
+from davae.runtime.pictures import save_rows, upscaled
 from davae.training.autoencoder import upscaled_base
 from davae.training.diffusion import ClassMap, generate_classes
 from davae.training.images import open_part
-from davae.training.pictures import save_rows
-from davae.training.recipe import load_recipe
 from davae.training.run import load_recipe_base, train_autoencoder, train_diffusion
 from davae.training.run_directory import environment, read_metrics
-from davae.training.settings import UpgradeRecipe
 from davae.warm_start import check_warm_start
 
 logger = logging.getLogger(__name__)

@@ -187,7 +187,7 @@ def test_plan_of_the_embedded_base_is_complete_and_plain():
 def test_mistakes_are_told():
     with pytest.raises(DavaeError, match="multiple of 32"):
         planner.plan("sd35-medium", resolution=1000)
-    with pytest.raises(DavaeError, match="scale must be"):
+    with pytest.raises(DavaeError, match="unknown scale '3'"):
         planner.plan("sd35-medium", resolution=1024, scale=3)
     with pytest.raises(DavaeError, match="did you mean H100"):
         find_gpu("H10")

@@ -28,6 +28,7 @@ from davae.evaluation.reconstruction.evaluate import evaluate_reconstruction
 from davae.interop.conversion import Which, convert_lightningdit_file
 from davae.interop.official_sd3_transformer import ChannelOrder
 from davae.models import AutoencoderDA
+from davae.recipes.read import load_ablation
 from davae.report.ablation import run_ablation
 from davae.report.inspection import write_inspection
 from davae.tiny import debug_base
@@ -37,7 +38,6 @@ from davae.training.compare import compare_autoencoders
 from davae.training.dc_ae_phases import run_dc_ae
 from davae.training.dry_run import plan_upgrade
 from davae.training.export import export_run
-from davae.training.recipe import load_ablation
 from davae.training.run import run_autoencoder, run_base, run_diffusion
 from davae.training.run_cache import run_cache
 from davae.training.runs.installation import installation, installation_text

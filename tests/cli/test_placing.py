@@ -15,8 +15,9 @@ from davae.bases import generate as generate_verb
 from davae.cli.main import app
 from davae.data import render_scene
 from davae.models import AutoencoderDA
-from davae.pipelines import placing, speed_up
+from davae.pipelines import speed_up
 from davae.pipelines.opening import load_autoencoder
+from davae.runtime import devices
 from davae.tiny import debug_base
 from davae.tiny.small_pipelines import small_pipeline
 from davae.training.run import load_base
@@ -105,8 +106,8 @@ def test_a_pipeline_of_half_precision_runs_on_a_cpu_and_keeps_it_where_asked(
 
 
 def test_what_was_saved_is_read_from_the_files(in_bfloat16: Path, tmp_path: Path) -> None:
-    assert placing.saved_dtype(in_bfloat16 / "transformer") == torch.bfloat16
-    assert placing.saved_dtype(tmp_path) == torch.float32
+    assert devices.saved_dtype(in_bfloat16 / "transformer") == torch.bfloat16
+    assert devices.saved_dtype(tmp_path) == torch.float32
     assert _dtypes(load_base(str(in_bfloat16), dtype="saved")) == {torch.bfloat16}
     assert _dtypes(load_base("debug-sd3", dtype=torch.bfloat16)) == {torch.bfloat16}
     vae = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8).to(torch.float16)

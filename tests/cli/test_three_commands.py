@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from davae.cli.main import app
 from davae.data import render_scene
 from davae.errors import DavaeError
-from davae.training.recipe import load_recipe, recipe_names
+from davae.recipes.read import load_recipe, recipe_names
+from davae.recipes.settings import BaseRecipe, UpgradeRecipe
 from davae.training.run_cache import default_folder
-from davae.training.settings import BaseRecipe, UpgradeRecipe
 
 CACHED = [
     name

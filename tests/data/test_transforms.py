@@ -80,5 +80,5 @@ def test_randomness_depends_on_seed_epoch_and_index_only() -> None:
 def test_bad_settings() -> None:
     with pytest.raises(DavaeError, match="resolution"):
         SquareCrop(0)
-    with pytest.raises(DavaeError, match="known are center, random"):
+    with pytest.raises(DavaeError, match="use center or random"):
         SquareCrop(8, "middle")  # type: ignore[arg-type]

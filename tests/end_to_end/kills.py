@@ -25,8 +25,8 @@ from pathlib import Path
 
 from tests.end_to_end import children
 
+from davae.recipes.read import load_recipe
 from davae.training.checkpoint import checkpoints, load_checkpoint
-from davae.training.recipe import load_recipe
 from davae.training.run import train_autoencoder
 from davae.training.run_directory import read_metrics
 

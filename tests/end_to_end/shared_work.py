@@ -15,11 +15,11 @@ from davae.data import open_dataset
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.same_base import layout_over
+from davae.recipes.read import load_recipe
+from davae.runtime.processes import everyone, is_first, start_processes
 from davae.training.autoencoder import AutoencoderStage
 from davae.training.caching import write_cache
 from davae.training.diffusion import DiffusionStage
-from davae.training.processes import everyone, is_first, start_processes
-from davae.training.recipe import load_recipe
 from davae.training.run import load_base
 
 IMAGES = 11

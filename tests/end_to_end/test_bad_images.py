@@ -10,7 +10,7 @@ from PIL import Image
 
 from davae.data import render_scene
 from davae.errors import DavaeError
-from davae.training.recipe import load_recipe
+from davae.recipes.read import load_recipe
 from davae.training.run import train_autoencoder
 
 

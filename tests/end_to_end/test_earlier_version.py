@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
 import davae
-from davae.training.recipe import load_recipe
+from davae.recipes.read import load_recipe
 from davae.training.run import train_autoencoder, train_diffusion
 
 EARLIER = Path(__file__).resolve().parents[1] / "earlier"

@@ -10,9 +10,9 @@ from tests.conftest import small_tmpfs
 from davae.data.cache import LatentCache, verify_cache
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
+from davae.recipes.read import load_recipe
 from davae.training.caching import write_cache
 from davae.training.checkpoint import checkpoints, load_checkpoint
-from davae.training.recipe import load_recipe
 from davae.training.run import load_base, train_autoencoder
 from davae.training.run_directory import read_metrics
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from davae.training.recipe import load_recipe
+from davae.recipes.read import load_recipe
 from davae.training.run import train_autoencoder, train_diffusion
 from davae.training.run_directory import read_metrics
 

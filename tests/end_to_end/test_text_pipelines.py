@@ -12,8 +12,8 @@ from davae.data import CLASSES, render_scene
 from davae.models import AutoencoderDA
 from davae.pipelines import load_adapters, load_pipeline
 from davae.pipelines.families import family_of
+from davae.recipes.read import load_recipe
 from davae.tiny.small_pipelines import SMALL_PIPELINES, base_resolution, call_arguments
-from davae.training.recipe import load_recipe
 from davae.training.run import load_base, train_diffusion
 from davae.training.run_directory import read_metrics
 

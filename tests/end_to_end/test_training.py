@@ -14,8 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from davae.models import AutoencoderDA
+from davae.recipes.read import load_recipe
 from davae.tiny import debug_base
-from davae.training.recipe import load_recipe
 from davae.training.run import train_autoencoder, train_diffusion
 from davae.training.run_directory import read_metrics
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from davae.recipes.loop import LoopSettings, OptimizerSettings
+from davae.recipes.read import load_recipe
 from davae.training.loop import train
-from davae.training.recipe import load_recipe
 from davae.training.run import train_autoencoder, train_diffusion
-from davae.training.settings import LoopSettings, OptimizerSettings
 from davae.training.stage import Player, Stage
 
 POISONED_STEP = 1

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from davae.errors import DavaeError
+from davae.recipes.loop import LoopSettings, OptimizerSettings
 from davae.training.loop import train
-from davae.training.settings import LoopSettings, OptimizerSettings
 from davae.training.stage import Player, Stage
 from davae.training.stopping import TrainingStopped
 

@@ -7,8 +7,8 @@ from transformers import Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTMo
 
 from davae.errors import DavaeError
 from davae.evaluation.dino_distance import DinoDistance
+from davae.recipes.settings import ReconstructionSettings
 from davae.training.losses import ReconstructionLoss
-from davae.training.settings import ReconstructionSettings
 
 _SMALL = {
     "hidden_size": 16,

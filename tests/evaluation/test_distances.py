@@ -14,7 +14,6 @@ from davae.evaluation.metrics.clip_score import ClipScore
 from davae.evaluation.metrics.fid import (
     Gaussian,
     GaussianStatistics,
-    file_hash,
     frechet_distance,
     load_statistics,
     save_statistics,
@@ -22,6 +21,7 @@ from davae.evaluation.metrics.fid import (
 from davae.evaluation.metrics.inception_score import inception_score
 from davae.evaluation.metrics.kid import kid, polynomial_kernel, unbiased_mmd
 from davae.evaluation.metrics.precision_recall import precision_recall
+from davae.runtime.atomic_files import file_hash
 
 
 def _rows(count, features=6, *, seed=0, scale=1.0, shift=0.0):

@@ -12,8 +12,9 @@ from davae.errors import DavaeError
 from davae.evaluation.features import TextImageNetwork, open_network
 from davae.evaluation.features.inception import WEIGHTS
 from davae.evaluation.features.inception_network import InceptionNetwork
-from davae.evaluation.features.resize import resize_tensorflow1, to_bytes
+from davae.evaluation.features.resize import resize_tensorflow1
 from davae.evaluation.features.transformers_model import preprocessing
+from davae.runtime.pictures import to_bytes
 from davae.tiny.small_text import clip_tokenizer
 
 _SMALL = {

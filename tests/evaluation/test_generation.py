@@ -11,7 +11,7 @@ from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.features import Features
 from davae.evaluation.generation import image_run
-from davae.evaluation.generation.baselines import Processes, generate_variants
+from davae.evaluation.generation.baselines import generate_variants
 from davae.evaluation.generation.compare import compare_generation, open_reference
 from davae.evaluation.generation.image_run import ImageRun, RunSettings, write_geneval_folder
 from davae.evaluation.generation.prompts import class_set, open_prompt_set
@@ -67,7 +67,7 @@ def test_a_run_killed_twice_ends_as_an_undisturbed_one(pipe, undisturbed, tmp_pa
         for _ in range(after):
             next(made)
         made.close()
-        (tmp_path / "images" / f".{run.path(after + 2).name}.1.part").write_bytes(b"half a pic")
+        (tmp_path / "images" / f".{run.path(after + 2).name}.1.partial").write_bytes(b"half a pic")
     assert len(run.missing(_COUNT)) == _COUNT - 18
     last = ImageRun(tmp_path, _SETTINGS)
     assert len(list(last.make(pipe, class_set(12), _COUNT))) == _COUNT - 18
@@ -235,7 +235,7 @@ def test_a_text_pipeline_beside_its_baselines_and_the_geneval_folder(sd3, tmp_pa
     (tmp_path / "g.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = RunSettings("upgraded", steps=1, guidance=1.0, height=64, width=64, batch=2)
     variants = generate_variants(
-        sd3.__getitem__, settings, tmp_path, base="base", prompts=tmp_path / "g.jsonl", processes=Processes()
+        sd3.__getitem__, settings, tmp_path, base="base", prompts=tmp_path / "g.jsonl"
     )
     assert variants.count == 8
     sizes = {name: Image.open(run.path(0)).size for name, run in variants.runs.items()}

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.interop.checkpoints import read_state_dict
 from davae.interop.official_lightningdit import convert, load
-from davae.models.positions import rope_table, sincos_table
+from davae.models.lightningdit import rope_table, sincos_table
+from davae.runtime.weight_files import read_state_dict
 
 
 def official(*, hidden: int = 16, heads: int = 2, side: int = 3) -> dict[str, Tensor]:

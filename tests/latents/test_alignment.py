@@ -66,7 +66,9 @@ def test_relational_form_ignores_rotation_and_length_of_the_vectors() -> None:
 
 
 def test_unknown_form() -> None:
-    with pytest.raises(DavaeError, match=r"unknown alignment form 'cosine': use one of mean, relational"):
+    with pytest.raises(
+        DavaeError, match=r"unknown alignment form 'cosine': use mean, relational or projection"
+    ):
         AlignmentLoss(LatentLayout(2, 2), "cosine")  # type: ignore[arg-type]
 
 

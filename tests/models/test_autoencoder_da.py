@@ -273,7 +273,7 @@ def test_scales_take_one_step(scale: int) -> None:
 
 
 def test_mistakes_are_told_with_numbers() -> None:
-    with pytest.raises(DavaeError, match="scale must be 2, 4 or 8, not 3"):
+    with pytest.raises(DavaeError, match="unknown scale '3': use 2, 4 or 8"):
         make(scale=3)
     with pytest.raises(DavaeError, match="positive multiple of 8 for scale 4, not 12"):
         make(scale=4, detail_channels=12)

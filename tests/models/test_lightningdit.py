@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.models.lightningdit import SIZES, LightningDiTTransformer2DModel, RMSNorm
-from davae.models.positions import apply_rope, rope_table, sincos_table
+from davae.models.lightningdit import (
+    SIZES,
+    LightningDiTTransformer2DModel,
+    RMSNorm,
+    apply_rope,
+    rope_table,
+    sincos_table,
+)
 
 TINY = {
     "sample_size": 4,

@@ -8,7 +8,7 @@ from torch import nn
 
 from davae.errors import DavaeError
 from davae.models import LightningDiTTransformer2DModel
-from davae.models.lightningdit_start import restarted
+from davae.models.lightningdit import restarted
 
 
 def model(**options: object) -> LightningDiTTransformer2DModel:

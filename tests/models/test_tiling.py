@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.models.tiling import tiled
-from davae.models.whole_image_norms import WholeImageNorms
+from davae.models.tiling import WholeImageNorms, tiled
 from davae.tiny import TINY
 from tests.models.bases import NAMES, make_base
 

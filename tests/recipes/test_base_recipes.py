@@ -11,11 +11,11 @@ import pytest
 
 from davae.data import BatchStream, RenderedDataset
 from davae.errors import DavaeError
+from davae.recipes.read import load_recipe
 from davae.training import base
 from davae.training.base_autoencoder import BaseAutoencoderStage
 from davae.training.diffusion import DiffusionStage, stage
 from davae.training.dry_run_base import dry_run_base
-from davae.training.recipe import load_recipe
 from davae.training.run import run_base
 from davae.training.run_cache import run_cache
 from davae.training.run_directory import read_metrics

@@ -7,8 +7,8 @@ from davae.benchmark.planner_architectures import find_architecture
 from davae.benchmark.planner_stages import target_counts
 from davae.benchmark.planner_text import inference_line, stage_line
 from davae.recipes.presets import find_preset
+from davae.recipes.read import load_recipe
 from davae.training.dry_run import _diffusion_run, dry_run, recipe_plan
-from davae.training.recipe import load_recipe
 
 BIG = (
     "sd35-medium-1024",

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from davae.data import CLASSES, open_dataset
 from davae.evaluation import psnr
+from davae.recipes.settings import SampleSettings
 from davae.tiny import TINY, load_tiny
 from davae.training.diffusion import generate_classes
-from davae.training.settings import SampleSettings
 
 
 @pytest.fixture(scope="module")

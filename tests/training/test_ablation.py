@@ -11,10 +11,10 @@ from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families import family_of
+from davae.recipes.read import load_recipe
 from davae.tiny import debug_base
 from davae.training.ablation import Spread, ablate
 from davae.training.diffusion.tuning import select_trained
-from davae.training.recipe import load_recipe
 from davae.warm_start import new_channel_masks
 
 

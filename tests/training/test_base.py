@@ -9,10 +9,10 @@ import torch
 from diffusers import AutoencoderKL
 
 from davae.pipelines import ClassConditionalPipeline
+from davae.recipes.read import load_recipe
+from davae.recipes.settings import BaseRecipe
 from davae.training import base as base_module
 from davae.training.base import train_base
-from davae.training.recipe import load_recipe
-from davae.training.settings import BaseRecipe
 
 _LOOP = {
     "steps": 1,

@@ -18,14 +18,15 @@ from davae.data.cache import LATENTS, TEXTS, LatentCache, caption_key
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import family_of
+from davae.recipes.data import DataSettings
+from davae.recipes.read import load_recipe
+from davae.recipes.settings import UpgradeRecipe
 from davae.training import caching
 from davae.training.caching import open_cache, write_cache
 from davae.training.images import open_training_part, token_side
-from davae.training.recipe import load_recipe
 from davae.training.run import load_base, train_autoencoder, train_diffusion
 from davae.training.run_cache import run_cache, run_verify
 from davae.training.run_directory import read_metrics
-from davae.training.settings import DataSettings, UpgradeRecipe
 
 STEPS = 20
 

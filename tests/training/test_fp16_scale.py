@@ -7,11 +7,11 @@ import torch
 from tests.training.test_loop import _Objective, _Stage, _weights
 from torch.amp import GradScaler
 
+from davae.recipes.loop import OptimizerSettings
 from davae.training import loop
 from davae.training.checkpoint import checkpoints
 from davae.training.loop import train
 from davae.training.run_directory import read_metrics
-from davae.training.settings import OptimizerSettings
 from davae.training.sharding import begin_accelerator
 from davae.training.stage import Player
 

@@ -12,10 +12,10 @@ from torch import nn
 from davae.latents import AlignmentLoss, ChannelStatistics, LatentLayout, adaptive_weight, gaussian_kl
 from davae.models import lightningdit
 from davae.models.float32_islands import keep_linear_attention_in_float32
+from davae.recipes.settings import AlignmentSettings, ReconstructionSettings
 from davae.tiny import debug_base
 from davae.tiny.small_transformers import SMALL_TRANSFORMERS
 from davae.training.losses import ReconstructionLoss
-from davae.training.settings import AlignmentSettings, ReconstructionSettings
 from davae.training.structured_objective import StructuredObjective
 
 HALVES = [torch.bfloat16, torch.float16]

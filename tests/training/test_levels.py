@@ -9,20 +9,20 @@ import torch
 
 from davae.data import open_dataset
 from davae.errors import DavaeError
-from davae.evaluation.enlarging import upscaled
 from davae.latents import AlignmentLoss, ChannelStatistics
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.same_base import layout_over
+from davae.recipes.read import load_recipe
+from davae.recipes.settings import UpgradeRecipe
+from davae.runtime.pictures import upscaled
 from davae.tiny import debug_base, load_tiny
 from davae.training.autoencoder import AutoencoderStage, upscaled_base
 from davae.training.images import first_images, mean_psnr
 from davae.training.levels import new_level
 from davae.training.loop import train
-from davae.training.recipe import load_recipe
 from davae.training.run import train_autoencoder, train_diffusion
 from davae.training.run_directory import read_metrics
-from davae.training.settings import UpgradeRecipe
 from davae.training.structured_objective import StructuredObjective
 
 NESTED = [

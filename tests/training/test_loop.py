@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from davae.errors import DavaeError
+from davae.recipes.loop import LoopSettings, OptimizerSettings
 from davae.training.checkpoint import checkpoints
 from davae.training.loop import train
 from davae.training.optimizers import learning_rate
 from davae.training.run_directory import read_metrics
-from davae.training.settings import LoopSettings, OptimizerSettings
 from davae.training.stage import Player, Stage
 from davae.training.stopping import TrainingStopped
 
@@ -231,14 +231,15 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
             second = _Stage()
             second.facts = {"base": "another"}
             with pytest.raises(DavaeError, match=f"is in use: process {os.getpid()} on .* trains there"):
-                train(second, tmp_path, {"loop": {"log_every": 3}})  # a setting that another run may change
+                # a setting that another run may change
+                train(second, tmp_path, {"autoencoder": {"loop": {"log_every": 3}}})
             assert [file.read_bytes() for file in files] == before
             refused.append(True)
             return {"weight": 0.0}
 
-    train(_Second(), tmp_path, {"loop": {"log_every": 1}})
+    train(_Second(), tmp_path, {"autoencoder": {"loop": {"log_every": 1}}})
     assert refused
-    train(_Stage(), tmp_path, {"loop": {"log_every": 3}})  # free again
+    train(_Stage(), tmp_path, {"autoencoder": {"loop": {"log_every": 3}}})  # free again
     assert "log_every: 3" in files[0].read_text()
 
 

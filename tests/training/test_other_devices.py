@@ -13,12 +13,13 @@ from tests.training.test_text_stage import _stage
 
 from davae.data.loader import collate
 from davae.models import AutoencoderDA
+from davae.recipes.loop import LoopSettings
+from davae.recipes.settings import AlignmentSettings, ReconstructionSettings
 from davae.tiny import debug_base
 from davae.tiny.small_pipelines import SMALL_PIPELINES
 from davae.training.guards import StepGuard
 from davae.training.loop import to_device
 from davae.training.plain_objective import PlainObjective
-from davae.training.settings import AlignmentSettings, LoopSettings, ReconstructionSettings
 from davae.training.sharded_tensors import gradient_norms
 from davae.training.structured_objective import StructuredObjective
 from davae.training.window import LossWindow

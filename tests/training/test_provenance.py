@@ -8,11 +8,11 @@ import pytest
 
 from davae.data import open_dataset
 from davae.errors import DavaeError
+from davae.recipes.read import load_recipe
 from davae.tiny import debug_base
 from davae.training import images as images_of_recipes
 from davae.training import run
 from davae.training.provenance import base_facts, commit_of, data_facts
-from davae.training.recipe import load_recipe
 from davae.training.run import load_base, train_autoencoder, train_diffusion
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -10,10 +10,10 @@ import pytest
 from tests.training.test_loop import _Stage
 
 from davae.errors import DavaeError
+from davae.runtime.atomic_files import atomic_folder, atomic_write
 from davae.training.export import export_run
 from davae.training.loop import train
 from davae.training.run_directory import RunDirectory, read_metrics
-from davae.training.whole_files import whole_folder, write_whole
 
 
 class _Killed(BaseException):
@@ -112,10 +112,10 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files are read from /proc")
 def test_bytes_reach_the_disk_before_their_name(tmp_path: Path, on_disk: list[str]) -> None:
     """A rename alone may leave an empty file after a power cut."""
-    write_whole(tmp_path / "a.txt", "a")
+    atomic_write(tmp_path / "a.txt", "a")
     assert on_disk == [".a.txt.partial", ".a.txt.partial -> a.txt", tmp_path.name]
     on_disk.clear()
-    with whole_folder(tmp_path / "b") as folder:
+    with atomic_folder(tmp_path / "b") as folder:
         (folder / "c.txt").write_text("c")
     assert on_disk == ["c.txt", ".b.partial", ".b.partial -> b", tmp_path.name]
     on_disk.clear()
@@ -123,57 +123,3 @@ def test_bytes_reach_the_disk_before_their_name(tmp_path: Path, on_disk: list[st
     for name in ("config.yaml", "environment.json", "best.json"):
         beside = f".{name}.partial"
         assert on_disk.index(beside) < on_disk.index(f"{beside} -> {name}")
-
-
-def test_a_link_to_another_disk_stays_one(tmp_path: Path) -> None:
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "pipeline").symlink_to(tmp_path / "disk")
-    for text in ("one", "two"):
-        with whole_folder(tmp_path / "pipeline") as folder:
-            (folder / "weights").write_text(text)
-    assert (tmp_path / "pipeline").is_symlink()
-    assert (tmp_path / "disk" / "weights").read_text() == "two"
-
-
-def test_an_empty_folder_is_filled_not_replaced(tmp_path: Path) -> None:
-    """A mount cannot be renamed, and a shell that stands in the folder would stand nowhere."""
-    out = tmp_path / "out"
-    out.mkdir()
-    number = out.stat().st_ino
-    with pytest.raises(FileNotFoundError), whole_folder(out):
-        raise FileNotFoundError
-    assert list(out.iterdir()) == []
-    with whole_folder(out) as folder:
-        (folder / "inner").mkdir()
-        (folder / "inner" / "file").write_text("new")
-        assert folder.parent == out
-    assert out.stat().st_ino == number
-    assert [str(p.relative_to(out)) for p in out.rglob("*")] == ["inner", "inner/file"]
-
-
-def test_a_kill_between_two_names_loses_neither(tmp_path: Path) -> None:
-    """The old folder had lost its name and the new one had none yet; then there was no room to write it again."""
-    old, new = tmp_path / ".out.removed", tmp_path / ".out.partial"
-    for folder in (old, new):
-        folder.mkdir()
-        (folder / "file").write_text(folder.name)
-    with pytest.raises(OSError, match="no room"), whole_folder(tmp_path / "out"):
-        raise OSError("no room")
-    assert (tmp_path / "out" / "file").read_text() == ".out.removed"
-
-
-def test_a_folder_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
-    result = tmp_path / "run" / "pipeline"
-    for text in ("one", "two"):
-        with whole_folder(result) as folder:
-            (folder / "weights").write_text(text)
-    with pytest.raises(FileNotFoundError), whole_folder(result) as folder:
-        (folder / "absent" / "weights").write_text("three")
-    assert (result / "weights").read_text() == "two"
-    (result.parent / ".pipeline.partial").mkdir()  # as a kill leaves it
-    (result.parent / ".pipeline.partial" / "left").write_text("over")
-    with whole_folder(result) as folder:
-        (folder / "weights").write_text("four")
-    assert [path.name for path in result.parent.iterdir()] == ["pipeline"]
-    assert [path.name for path in result.iterdir()] == ["weights"]
-    assert (result / "weights").read_text() == "four"

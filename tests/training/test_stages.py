@@ -12,6 +12,8 @@ from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families import family_of
+from davae.recipes.read import load_recipe
+from davae.recipes.settings import FlowLossSettings
 from davae.tiny import debug_base
 from davae.training.autoencoder import AutoencoderStage, StructuredObjective
 from davae.training.benchmark.separate_passes import SeparatePassesObjective
@@ -20,8 +22,6 @@ from davae.training.latents_in_memory import LatentsInMemory
 from davae.training.loop import train
 from davae.training.losses import laplacian_l1
 from davae.training.memory import ImagesInMemory, MixedScales
-from davae.training.recipe import load_recipe
-from davae.training.settings import FlowLossSettings
 
 
 def _vae(**options):

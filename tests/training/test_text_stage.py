@@ -13,6 +13,8 @@ from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families import PipelineFamily, family_of
+from davae.recipes.read import load_recipe
+from davae.recipes.settings import FlowLossSettings, SigmaTableSettings, TimestepSettings
 from davae.tiny.small_pipelines import SMALL_PIPELINES, base_resolution, small_pipeline
 from davae.training.diffusion import (
     DiffusionObjective,
@@ -23,9 +25,7 @@ from davae.training.diffusion import (
     select_trained,
 )
 from davae.training.loop import train
-from davae.training.recipe import load_recipe
 from davae.training.run_directory import read_metrics
-from davae.training.settings import FlowLossSettings, SigmaTableSettings, TimestepSettings
 from davae.warm_start import channel_parameters
 
 LAYOUT = LatentLayout(2, 4)

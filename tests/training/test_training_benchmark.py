@@ -10,6 +10,7 @@ from davae.benchmark.planner_architectures import find_architecture
 from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
+from davae.recipes.settings import AlignmentSettings, GanSettings, ReconstructionSettings
 from davae.tiny import debug_base
 from davae.training.adaptive_weights import with_gradients
 from davae.training.adversary import make_adversary
@@ -17,7 +18,6 @@ from davae.training.benchmark import bench_training, profile_step
 from davae.training.benchmark.separate_passes import SeparatePassesObjective
 from davae.training.benchmark.stages import FORMS, DiffusionBenchStage, StepSettings, autoencoder_stage
 from davae.training.loop import steps_of
-from davae.training.settings import AlignmentSettings, GanSettings, ReconstructionSettings
 from davae.training.structured_objective import StructuredObjective
 
 # A large eps keeps AdamW from turning rounding of a vanishing gradient into a whole step.

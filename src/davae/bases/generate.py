@@ -12,7 +12,7 @@ from rich.progress import track
 from davae.errors import DavaeError
 from davae.pipelines import speed_up
 from davae.pipelines.generate import generate_images, read_prompts, takes_prompts
-from davae.pipelines.placing import chosen_device, wanted_dtype
+from davae.runtime.devices import chosen_device, wanted_dtype
 from davae.training.run import load_base
 
 

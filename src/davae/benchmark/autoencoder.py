@@ -19,7 +19,7 @@ from davae.benchmark.planner_architectures import find_architecture
 from davae.benchmark.timing import side_by_side
 from davae.errors import DavaeError
 from davae.models import find_adapter
-from davae.pipelines.placing import chosen_device, named_dtype
+from davae.runtime.devices import chosen_device, named_dtype
 
 
 @dataclass(frozen=True)

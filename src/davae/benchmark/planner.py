@@ -23,6 +23,7 @@ from davae.benchmark.planner_stages import (
     diffusion_stage,
     forward_cost,
 )
+from davae.choices import Scale, check_choice
 from davae.errors import DavaeError
 from davae.models import find_adapter
 
@@ -230,8 +231,7 @@ def default_detail_channels(base_channels: int, scale: int) -> int:
 
 def _check_sizes(architecture: Architecture, resolution: int, scale: int, compression: int) -> None:
     unit = scale * compression * architecture.patch
-    if scale not in (2, 4, 8):
-        raise DavaeError(f"scale must be 2, 4 or 8, not {scale}")
+    check_choice(scale, Scale, "scale")
     if resolution < 1 or resolution % unit:
         raise DavaeError(
             f"resolution {resolution} does not fit: it must be a multiple of {unit} (scale {scale} times "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 from davae.benchmark.planner_architectures import Architecture
 from davae.benchmark.planner_depth import block_runs, cost_by_depth
 from davae.benchmark.planner_memory import Cost, bytes_of, checkpointing, cost_of, drop_gradients
+from davae.choices import FrozenDtype, Precision, TuneMode
 from davae.errors import DavaeError
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA, PatchDiscriminator
 from davae.warm_start import channel_parameters, dummy_arguments
 
-Precision = Literal["no", "bf16", "fp16"]
 _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # 0 halves
 
 
@@ -77,10 +76,10 @@ class DiffusionRun(Run):
         prompt_length: tokens a prompt is padded to, where it is not the pipeline's default.
     """
 
-    mode: Literal["full", "lora", "new_channels"] = "lora"
+    mode: TuneMode = "lora"
     lora_rank: int = 256
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    frozen_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    frozen_dtype: FrozenDtype = "bfloat16"
     cached: bool = True
     prompt_length: int | None = None
 

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from davae.choices import ChannelOrder
 from davae.cli.options import new_folder
 
 app = typer.Typer(no_args_is_help=True)
 
 Which = Literal["ema", "model"]
-ChannelOrder = Literal["detail_first", "base_first"]
 
 File = Annotated[
     Path, typer.Argument(help="The file as published: .safetensors, or .pt and .ckpt of tensors only.")

@@ -93,8 +93,8 @@ def check_recipe(recipe: str, overrides: Sequence[str] | None, *, images: bool =
         DavaeError: no such recipe, an unknown key, a bad value, or nothing at ``data.path``.
     """
     from davae.recipes.data_path import check_data_path
-    from davae.training.ablation_settings import AblationRecipe
-    from davae.training.recipe import load_recipe
+    from davae.recipes.read import load_recipe
+    from davae.recipes.settings import AblationRecipe
 
     settings = load_recipe(recipe, overrides or ())
     if images and not isinstance(settings, AblationRecipe):

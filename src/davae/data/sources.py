@@ -6,6 +6,7 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
+from davae.choices import Crop
 from davae.data.buckets import assign_buckets
 from davae.data.dataset import ImageDataset, Source
 from davae.data.folder import IMAGE_SUFFIXES, FolderSource
@@ -15,7 +16,7 @@ from davae.data.rendered import RenderedDataset
 from davae.data.shards import ShardSource, find_shards
 from davae.data.skips import check_headers, refuse_if_mostly_bad
 from davae.data.splits import Part, choose_part
-from davae.data.transforms import Crop, Size, SquareCrop
+from davae.data.transforms import Size, SquareCrop
 from davae.errors import DavaeError
 from davae.recipes.data_path import check_data_path, is_on_hub, is_procedural
 

@@ -7,16 +7,15 @@ workers or another order of reading give the same crops.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from davae.choices import Crop, check_choice
 from davae.errors import DavaeError
 
-Crop = Literal["center", "random"]
 Size = tuple[int, int]
 """(width, height) in pixels, as Pillow has it."""
 
@@ -71,8 +70,7 @@ class SquareCrop:
     def __post_init__(self) -> None:
         if self.resolution < 1:
             raise DavaeError(f"resolution must be a positive number of pixels, not {self.resolution}")
-        if self.crop not in ("center", "random"):
-            raise DavaeError(f"crop is '{self.crop}'; known are center, random")
+        check_choice(self.crop, Crop, "crop")
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
         """A picture of mode RGB to ``[3, R, R]`` in [-1, 1]."""

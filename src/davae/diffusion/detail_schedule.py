@@ -7,11 +7,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
+from davae.choices import ScheduleShape, check_choice
 from davae.errors import DavaeError
-
-ScheduleShape = Literal["cosine", "linear", "constant"]
 
 
 def detail_weight(
@@ -46,8 +44,7 @@ def detail_weight(
     for name, weight in (("start_weight", start_weight), ("end_weight", end_weight)):
         if not (weight >= 0 and math.isfinite(weight)):
             raise DavaeError(f"{name} must be finite and not negative, got {weight}")
-    if shape not in ("cosine", "linear", "constant"):
-        raise DavaeError(f"unknown schedule shape '{shape}': use cosine, linear or constant")
+    check_choice(shape, ScheduleShape, "schedule shape")
     if shape == "constant" or step >= start_step + warmup_steps:
         return float(end_weight)
     progress = max(step - start_step, 0) / warmup_steps  # in [0, 1)

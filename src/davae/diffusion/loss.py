@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from davae.choices import LossForm, check_choice
 from davae.diffusion.flow_matching import per_sample, velocity_of, x0_from_velocity
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
@@ -116,13 +117,12 @@ class FlowLoss:
     """
 
     layout: LatentLayout
-    form: Literal["velocity", "x0"] = "velocity"
+    form: LossForm = "velocity"
     min_snr_gamma: float | None = None
     cosine_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.form not in ("velocity", "x0"):
-            raise DavaeError(f"unknown loss form '{self.form}': use velocity or x0")
+        check_choice(self.form, LossForm, "loss form")
         if not self.cosine_weight >= 0:
             raise DavaeError(f"cosine_weight must not be negative, got {self.cosine_weight}")
 

@@ -12,15 +12,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from davae.choices import Scheme, check_choice
 from davae.errors import DavaeError
-
-Scheme = Literal["logit_normal", "uniform"]
 
 
 def sample_unit(
@@ -38,11 +36,10 @@ def sample_unit(
     Raises:
         DavaeError: an unknown scheme, or a standard deviation that is not positive.
     """
+    check_choice(scheme, Scheme, "timestep scheme")
     device = generator.device if generator is not None else None
     if scheme == "uniform":
         return torch.rand(count, generator=generator, device=device)
-    if scheme != "logit_normal":
-        raise DavaeError(f"unknown timestep scheme '{scheme}': use logit_normal or uniform")
     if not std > 0:
         raise DavaeError(f"the logit standard deviation must be positive, got {std}")
     return torch.sigmoid(mean + std * torch.randn(count, generator=generator, device=device))

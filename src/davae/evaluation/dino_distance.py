@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from davae.errors import DavaeError
-from davae.evaluation.metrics.fid import file_hash
+from davae.runtime.atomic_files import file_hash
 
 LARGEST_SIDE = 512
 """Larger images are reduced to this longer side first."""

@@ -7,7 +7,7 @@
 * :mod:`~davae.interop.official_sd3_transformer`: ``load_transformer`` gives a widened ``SD3Transformer2DModel``;
   latents in the authors' detail-first order are reordered by ``from_official_order``.
 * :mod:`~davae.interop.sd3_transformer_files`: ``convert_transformer`` reads every form in which the authors write it.
-* :mod:`~davae.interop.checkpoints`: safetensors, and ``.pt`` or ``.ckpt`` through ``weights_only=True``.
+* :mod:`~davae.runtime.weight_files`: safetensors, and ``.pt`` or ``.ckpt`` through ``weights_only=True``.
 
 Every key is accounted for; one that is missing or unknown is an error that names it.
 """

@@ -9,20 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-)
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from davae.choices import ChannelOrder
 from davae.errors import DavaeError
 from davae.interop import official_lightningdit
-from davae.interop.checkpoints import about_file, read_state_dict, read_tensors
 from davae.interop.official_autoencoders import convert_imagenet, convert_sd3
-from davae.interop.official_sd3_transformer import ChannelOrder
 from davae.interop.official_vavae import convert_vavae
 from davae.interop.sd3_transformer_files import convert_transformer, is_transformer
 from davae.latents import LatentLayout
@@ -33,6 +27,7 @@ from davae.pipelines.full_resolution import fit_to_autoencoder
 from davae.pipelines.opening import opening
 from davae.pipelines.same_base import layout_over
 from davae.pipelines.timestep_shift import scheduler_for
+from davae.runtime.weight_files import about_file, read_state_dict, read_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.interop.checking import check_keys, require
-from davae.interop.checkpoints import about_file, read_state_dict, strip_wrappers
-from davae.models.lightningdit import SIZES, LightningDiTTransformer2DModel
-from davae.models.positions import rope_table, sincos_table
+from davae.models.lightningdit import SIZES, LightningDiTTransformer2DModel, rope_table, sincos_table
+from davae.runtime.weight_files import about_file, read_state_dict, strip_wrappers
 
 #: Official module -> ours. Modules of a block are listed without their ``blocks.N.``.
 _MODULES = {
@@ -56,7 +55,7 @@ def load(
         num_attention_heads: needed only where :func:`convert` asks for it.
 
     Raises:
-        DavaeError: see :func:`convert` and :func:`davae.interop.checkpoints.read_state_dict`.
+        DavaeError: see :func:`convert` and :func:`davae.runtime.weight_files.read_state_dict`.
     """
     entries = tuple(dict.fromkeys((weights, "ema", "model", "state_dict")))
     official = read_state_dict(path, entries=entries)

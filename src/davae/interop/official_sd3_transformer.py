@@ -14,19 +14,19 @@ reordered, see `from_official_order`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
+from davae.choices import ChannelOrder
 from davae.errors import DavaeError
 from davae.interop.checking import listed
 from davae.latents import LatentLayout
 
 #: ``"detail_first"`` is the authors' ``reverse=True``, which their SD3 autoencoder needs.
-ChannelOrder = Literal["base_first", "detail_first"]
 
 _INPUT, _OUTPUT = "pos_embed.proj", "proj_out"
 _BRANCHES = {_INPUT: ("base_conv", "extra_conv"), _OUTPUT: ("base_linear", "extra_linear")}

@@ -16,7 +16,7 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.interop.checking import check_keys, require, set_aside
 from davae.interop.ldm_names import ldm_class, ldm_config, translate_ldm
-from davae.models.ldm_autoencoder import LDMAutoencoderKL
+from davae.models.known_bases import LDMAutoencoderKL
 
 logger = logging.getLogger(__name__)
 _WHAT = "an LDM autoencoder"

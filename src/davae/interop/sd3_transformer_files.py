@@ -20,10 +20,11 @@ from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from davae.choices import ChannelOrder
 from davae.errors import DavaeError
-from davae.interop.checkpoints import about_file, read_state_dict
-from davae.interop.official_sd3_transformer import ChannelOrder, load_transformer, split_plain_layers
+from davae.interop.official_sd3_transformer import load_transformer, split_plain_layers
 from davae.latents import LatentLayout
+from davae.runtime.weight_files import about_file, read_state_dict
 
 logger = logging.getLogger(__name__)
 

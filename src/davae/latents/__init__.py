@@ -1,7 +1,7 @@
 """Tensor mathematics of structured latents: layout, alignment, statistics, posterior."""
 
+from davae.choices import AlignmentForm
 from davae.latents.alignment import (
-    AlignmentForm,
     AlignmentLoss,
     adaptive_weight,
     gradient_ratio,

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from davae.errors import DavaeError
+from davae.choices import AlignmentForm, check_choice
 from davae.latents.layout import LatentLayout
 
-AlignmentForm = Literal["mean", "relational", "projection"]
 _FLOAT16_SCALE = 4096.0
-_FORMS = ("mean", "relational", "projection")
 
 
 def _group_edges(channels: int, groups: int) -> list[int]:
@@ -77,8 +74,7 @@ class AlignmentLoss(nn.Module):
 
     def __init__(self, layout: LatentLayout, form: AlignmentForm = "mean") -> None:
         super().__init__()
-        if form not in _FORMS:
-            raise DavaeError(f"unknown alignment form '{form}': use one of {', '.join(_FORMS)}")
+        check_choice(form, AlignmentForm, "alignment form")
         self.layout, self.form = layout, form
         self.projection: nn.Conv2d | None = None
         if form == "projection":

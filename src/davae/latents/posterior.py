@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
+from davae.choices import Reduction
 from davae.errors import DavaeError
 
 
-def gaussian_kl(mean: Tensor, logvar: Tensor, *, reduction: Literal["mean", "sum"] = "sum") -> Tensor:
+def gaussian_kl(mean: Tensor, logvar: Tensor, *, reduction: Reduction = "sum") -> Tensor:
     """KL divergence of ``N(mean, exp(logvar))`` from ``N(0, 1)``, computed in float32.
 
     Args:

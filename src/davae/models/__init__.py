@@ -1,10 +1,8 @@
 """Networks as diffusers models: the detail-aligned autoencoder, its blocks and adapters, the transformer."""
 
-from davae.models.autoencoder_da import AutoencoderDA
+from davae.models.autoencoder_da import AutoencoderDA, Level, detail_dropout_factor
 from davae.models.base_adapters import BaseAdapter, Convolution, FeatureChain, find_adapter, register_adapter
-from davae.models.detail_dropout import detail_dropout_factor
 from davae.models.discriminator import PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
-from davae.models.levels import Level
 from davae.models.lightningdit import LightningDiTTransformer2DModel
 from davae.models.nested_base import NestedAdapter
 from davae.models.residual_sampling import ResidualDownsample, ResidualUpsample

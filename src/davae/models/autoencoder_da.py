@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,35 +15,36 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
+from davae.choices import ChannelOrder, LatentSpace, Scale, check_choice
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import known_bases, video_bases  # noqa: F401 (registers the adapters)
-from davae.models.base_adapters import (
-    constructor_arguments,
-    find_adapter,
-    offloaded_blocks,
-    register_adapter,
-)
-from davae.models.detail_dropout import detail_dropout_factor
-from davae.models.detail_normalisation import DetailNormalisation
-from davae.models.levels import Levels
+from davae.models.base_adapters import constructor_arguments, find_adapter, offloaded_blocks, register_adapter
 from davae.models.nested_base import NestedAdapter
-from davae.models.option_checks import check_detail_channels, check_options
 from davae.models.pipeline_config import DERIVED_KEYS, derived_config
 from davae.models.portable import Portable
 from davae.models.residual_sampling import ResidualDownsample, ResidualUpsample
-from davae.models.single_frame import takes_single_frame, without_alpha
-from davae.models.start_from_base import start_blocks_from_base
-from davae.models.structured_posterior import StructuredPosterior
-from davae.models.tiles_and_slices import TilesAndSlices
-
-LatentSpace = Literal["scaled", "raw"]
-ChannelOrder = Literal["base_first", "detail_first"]
+from davae.models.structured_posterior import StructuredPosterior, takes_single_frame, without_alpha
+from davae.models.tiling import tiled
+from davae.models.warm_blocks import start_blocks_from_base
 
 
-class AutoencoderDA(
-    Levels, DetailNormalisation, TilesAndSlices, Portable, ModelMixin, AutoencoderMixin, ConfigMixin
-):
+@dataclass(frozen=True)
+class Level:
+    """One prefix of the latent that can be decoded.
+
+    Args:
+        number: 0 is the base alone.
+        scale: resolution of its image per side, as a multiple of the base's.
+        layout: its channels: ``C`` base channels, and the detail channels of this and all lower levels.
+    """
+
+    number: int
+    scale: int
+    layout: LatentLayout
+
+
+class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
     """A diffusers autoencoder whose latent is ``[z, z_d]``: the base VAE's latent and ``D`` detail channels.
 
     ``z`` (``C`` channels) is the base latent of the image at base resolution, untouched. ``z_d`` is encoded
@@ -59,7 +61,7 @@ class AutoencoderDA(
     The base may be an ``AutoencoderDA`` itself. The latent then has levels, ``[z, z_d1, z_d2]``, and this one's
     ``z_d`` is all of the details: ``layout``, ``scale``, ``encode``, ``decode``, ``encode_base``,
     ``encode_details`` and ``decode_structured`` speak of the whole, ``own_layout``, ``factor``,
-    ``encode_prefix`` and ``encode_own_details`` of what this level adds. See :class:`davae.models.levels.Levels`.
+    ``encode_prefix`` and ``encode_own_details`` of what this level adds. See :attr:`levels`.
 
     Args:
         base_class: class name of the base, see :func:`davae.models.find_adapter`.
@@ -109,11 +111,11 @@ class AutoencoderDA(
         has_base_decoder: bool = True,
     ) -> None:
         super().__init__()
-        check_options(scale, base_latent_space, decoder_channel_order, detail_dropout)
+        _check_options(scale, base_latent_space, decoder_channel_order, detail_dropout)
         model_class, self.adapter = find_adapter(base_class)
         self.base = model_class.from_config(base_config)
         self.factor, self.scale = scale, scale * self.adapter.scale(self.base)
-        check_detail_channels(detail_channels, self.scale)
+        _check_detail_channels(detail_channels, self.scale)
         base_layout = self.adapter.latent_layout(self.base)
         self.own_layout = LatentLayout(base_layout.channels, detail_channels)
         self.layout = LatentLayout(base_layout.base_channels, base_layout.detail_channels + detail_channels)
@@ -225,6 +227,49 @@ class AutoencoderDA(
     # ------------------------------------------------------------------ what it is
 
     @property
+    def below(self) -> AutoencoderDA | None:
+        """The autoencoder of the level below; None where that is the base VAE."""
+        return self.base if isinstance(self.base, AutoencoderDA) else None
+
+    @property
+    def spatial_compression(self) -> int:
+        """Pixels per latent position and side, ``s * f``."""
+        return self.scale * self.base_compression
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Every prefix that can be decoded, the base (level 0) first, the whole latent last."""
+        if self.below is None:
+            lower: tuple[Level, ...] = (Level(0, 1, LatentLayout(self.layout.base_channels, 0)),)
+        else:
+            lower = self.below.levels
+        return (*lower, Level(len(lower), self.scale, self.layout))
+
+    @property
+    def base_vae(self) -> Any:
+        """The pretrained VAE at the bottom."""
+        return self.base if self.below is None else self.below.base_vae
+
+    def at_level(self, number: int) -> AutoencoderDA:
+        """The autoencoder of a level, 1 or higher. It is a part of this one, not a copy.
+
+        Raises:
+            DavaeError: there is no such level.
+        """
+        for level in self.autoencoders():
+            if level.levels[-1].number == number:
+                return level
+        raise DavaeError(f"there is no level {number} of details: levels are 1 to {self.levels[-1].number}")
+
+    def autoencoders(self) -> Iterator[AutoencoderDA]:
+        """The autoencoders of all levels, lowest first, this one last."""
+        if self.below is not None:
+            yield from self.below.autoencoders()
+        yield self
+
+    # ------------------------------------------------------------------ what learns
+
+    @property
     def last_decoder_weight(self) -> Tensor:
         """Weight of the joint decoder's last convolution: the adaptive GAN weight compares gradients here."""
         return [m for m in self.joint_decoder.modules() if isinstance(m, nn.Conv2d)][-1].weight
@@ -253,6 +298,30 @@ class AutoencoderDA(
         self.base.requires_grad_(requires_grad and self.trains_below)
         return self
 
+    def drop_base_decoder(self) -> None:
+        """Forget the decoders of all levels below: :meth:`decode` needs none of them.
+
+        Saves their memory and their place in saved files; previews and lower levels cannot be decoded any more.
+        """
+        self.register_to_config(has_base_decoder=False)
+        self.adapter.drop_decoder(self.base)
+
+    def train_levels(self, *, together: bool) -> None:
+        """Choose what learns: this level alone (the start), or all levels together. The base VAE never does.
+
+        Raises:
+            DavaeError: all are to learn, but the lower levels' decoders were dropped.
+        """
+        if self.below is not None:
+            if together and not self.config.has_base_decoder:
+                raise DavaeError("the lower levels have no decoders left: they cannot be trained")
+            self.trains_below = together
+            self.below.train_levels(together=together)
+        self.requires_grad_(True)
+        self.train(self.training)
+
+    # ------------------------------------------------------------------ the parts, of raw latents
+
     def base_affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """``shift`` and ``scale``, float32 ``[C]``, of the space in which details are aligned and decoded.
 
@@ -263,8 +332,6 @@ class AutoencoderDA(
         if self.config.base_latent_space == "raw":
             return torch.zeros_like(shift), torch.ones_like(scale)
         return shift, scale
-
-    # ------------------------------------------------------------------ the parts
 
     def reduce(self, images: Tensor) -> Tensor:
         """Images ``[B, 3, H, W]`` at the resolution of the level below; bicubic.
@@ -392,6 +459,66 @@ class AutoencoderDA(
         base, details = self.below.layout.split(z)
         return self.below.layout.join(bound(base), details)
 
+    # ------------------------------------------------------------------ the statistics of the details
+
+    # Every level keeps those of its own channels in its own config. Networks see raw details; the statistics apply
+    # where pipelines hand latents in and out, so that they may be measured again after a training.
+
+    def set_detail_statistics(self, mean: Tensor, std: Tensor, *, level: int | None = None) -> None:
+        """Keep mean and standard deviation of raw ``z_d`` per channel; encode and decode normalise with them.
+
+        They stand in the config.
+
+        Args:
+            mean, std: ``[D]``, of the channels that the level adds.
+            level: which level, 1 the lowest; None is the last one.
+
+        Raises:
+            DavaeError: another length, a value that is not finite, or a standard deviation of 0.
+        """
+        if level is not None and level != self._number():
+            if self.below is None:
+                raise DavaeError(f"there is no level {level} of details: the lowest is {self._number()}")
+            self.below.set_detail_statistics(mean, std, level=level)
+            # The config of this level holds the one below, and is what a saved model is made from.
+            arguments = constructor_arguments(type(self.below), self.below.config)
+            self.register_to_config(base_config=arguments)
+            return
+        count = self.own_layout.detail_channels
+        for name, values in (("mean", mean), ("std", std)):
+            if values.shape != (count,) or not values.isfinite().all():
+                raise DavaeError(
+                    f"detail {name} must be {count} finite values, not {tuple(values.shape)}: {values}"
+                )
+        if not (std > 0).all():
+            raise DavaeError(
+                f"detail channel {int((std <= 0).nonzero()[0])} is constant: its standard deviation is 0"
+            )
+        self.register_to_config(detail_mean=mean.tolist(), detail_std=std.tolist())
+
+    def detail_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of raw ``z_d``, float32 ``[D]`` each on the CPU, all levels."""
+        count, config = self.own_layout.detail_channels, self.config
+        mean = torch.tensor(config.detail_mean or [0.0] * count, dtype=torch.float32)
+        std = torch.tensor(config.detail_std or [1.0] * count, dtype=torch.float32)
+        if self.below is None:
+            return mean, std
+        mean_below, std_below = self.below.detail_statistics()
+        return torch.cat([mean_below, mean]), torch.cat([std_below, std])
+
+    def _detail_affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``mean`` and ``std``, ``[D, 1, 1]``, with ``z_d = x_d * std + mean`` for a pipeline's ``x_d``.
+
+        Args:
+            device: of ``x_d``; the model's own says nothing while its weights are offloaded.
+        """
+        mean, std = (values.to(device) for values in self.detail_statistics())
+        scaling, shift = self.config.scaling_factor or 1.0, self.config.shift_factor or 0.0
+        return (mean - shift * scaling * std)[:, None, None], (scaling * std)[:, None, None]
+
+    def _number(self) -> int:
+        return 1 if self.below is None else 1 + self.below._number()
+
     # ------------------------------------------------------------------ the diffusers interface
 
     @apply_forward_hook
@@ -431,6 +558,49 @@ class AutoencoderDA(
         images = self.decode_structured(base, (details.float() * std + mean).to(z.dtype))
         return DecoderOutput(sample=images) if return_dict else (images,)
 
+    @apply_forward_hook
+    def decode_level(self, latent: Tensor, level: int) -> Tensor:
+        """The image of one level, ``[B, 3, h * f * scale, w * f * scale]`` with that level's scale.
+
+        Channels above the level are not looked at.
+
+        Args:
+            latent: in the pipelines' convention, ``[B, n, h, w]`` with at least the level's channels.
+            level: 0 decodes the base channels with the untouched base VAE, the last level everything.
+
+        Raises:
+            DavaeError: no such level, too few channels, or the model was made without the decoder.
+        """
+        levels = self.levels
+        if not 0 <= level < len(levels):
+            raise DavaeError(f"there is no level {level}: levels are 0 to {levels[-1].number}")
+        channels = levels[level].layout.channels
+        if latent.shape[1] < channels:
+            raise DavaeError(f"level {level} needs {channels} channels, the latent has {latent.shape[1]}")
+        latent = latent[:, :channels]
+        if level == levels[-1].number:
+            return self.decode(latent).sample
+        if not self.config.has_base_decoder:
+            raise DavaeError(
+                "this autoencoder was made without its base's decoder: only its last level can be decoded"
+            )
+        if self.below is not None:
+            return self.below.decode_level(latent, level)
+        return self._decode_base(latent)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def decode_base(self, latent: Tensor) -> Tensor:
+        """A preview, ``[B, 3, H / s, W / s]``: the untouched base VAE on the first ``C`` channels.
+
+        Args:
+            latent: in the pipelines' convention, ``[B, C + D, h, w]``, or its base part ``[B, C, h, w]``.
+
+        Raises:
+            DavaeError: the model has no base decoder.
+        """
+        return self.decode_level(latent, 0)
+
     def _decode_base(self, z: Tensor) -> Tensor:
         decode = self._tiled(lambda x: self.adapter.decode(self.base, x), self.base, 1, self.base_compression)
         return self._sliced(decode, z)
@@ -446,6 +616,105 @@ class AutoencoderDA(
         posterior = self.encode(sample).latent_dist
         latent = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(latent, return_dict=return_dict)
+
+    # ------------------------------------------------------------------ large inputs
+
+    def enable_tiling(
+        self, tile_sample_min_size: int | None = None, tile_overlap_factor: float | None = None
+    ) -> None:
+        """Encode and decode larger images in overlapping tiles; see :func:`davae.models.tiling.tiled`.
+
+        Args:
+            tile_sample_min_size: side of a tile in pixels of the full-resolution image, a multiple of ``s *
+                f``.
+            tile_overlap_factor: part of a tile that overlaps its neighbour, in [0, 0.5].
+
+        Raises:
+            DavaeError: a value out of range.
+        """
+        size = tile_sample_min_size or self.tile_sample_min_size
+        factor = self.tile_overlap_factor if tile_overlap_factor is None else tile_overlap_factor
+        if size % self.spatial_compression:
+            raise DavaeError(f"tile size {size} is not a multiple of {self.spatial_compression} pixels")
+        if not 0.0 <= factor <= 0.5:
+            raise DavaeError(f"tile_overlap_factor must lie in [0, 0.5], not {factor}")
+        self.use_tiling, self.tile_sample_min_size, self.tile_overlap_factor = True, size, factor
+        if self.below is not None:  # the same tiles, in latent positions
+            self.below.enable_tiling(size // self.factor, factor)
+
+    def disable_tiling(self) -> None:
+        """Encode and decode in one step."""
+        self._switch("use_tiling", on=False)
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one sample of a batch at a time."""
+        self._switch("use_slicing", on=True)
+
+    def disable_slicing(self) -> None:
+        """Encode and decode whole batches."""
+        self._switch("use_slicing", on=False)
+
+    def _switch(self, name: str, *, on: bool) -> None:
+        setattr(self, name, on)
+        if self.below is not None:
+            self.below._switch(name, on=on)
+
+    def _tiled(
+        self, function: Callable[[Tensor], Tensor], network: nn.Module, cell_in: int, cell_out: int
+    ) -> Callable[[Tensor], Tensor]:
+        """``function``, which calls ``network``, by tiles where tiling is on and the input larger than one."""
+        tile = self.tile_sample_min_size // self.spatial_compression
+
+        def apply(x: Tensor) -> Tensor:
+            if not self.use_tiling or max(x.shape[-2:]) <= tile * cell_in:
+                return function(x)
+            overlap = round(tile * self.tile_overlap_factor)
+            return tiled(
+                function,
+                x,
+                tile=tile,
+                overlap=overlap,
+                cell_in=cell_in,
+                cell_out=cell_out,
+                networks=[network],
+            )
+
+        return apply
+
+    def _sliced(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``function(x)``, one sample at a time where slicing is on."""
+        if self.use_slicing and x.shape[0] > 1:
+            return torch.cat([function(part) for part in x.split(1)])
+        return function(x)
+
+
+def _check_options(scale: int, space: str, order: str, dropout: float) -> None:
+    """Raise a :class:`DavaeError` for a value that does not exist, in the order of the constructor."""
+    check_choice(scale, Scale, "scale")
+    check_choice(space, LatentSpace, "base_latent_space")
+    check_choice(order, ChannelOrder, "decoder_channel_order")
+    if not 0.0 <= dropout < 1.0:
+        raise DavaeError(f"detail_dropout must lie in [0, 1), not {dropout}")
+
+
+def _check_detail_channels(detail_channels: int, scale: int) -> None:
+    """Raise a :class:`DavaeError` for a number that the down block of the whole ``scale`` cannot make."""
+    if detail_channels < 1 or 2 * detail_channels % scale**2:
+        raise DavaeError(
+            f"detail_channels must be a positive multiple of {scale**2 // 2} for scale {scale}, "
+            f"not {detail_channels}"
+        )
+
+
+def detail_dropout_factor(uniform: Tensor, probability: float) -> Tensor:
+    """Factor on each sample's detail latent: 0 with ``probability``, else ``1 / (1 - probability)``.
+
+    Args:
+        uniform: numbers in [0, 1), ``[B]``; a sample is kept where its number is below ``1 - probability``.
+        probability: in [0, 1).
+    """
+    keep = 1.0 - probability
+    return (uniform < keep).to(uniform.dtype) / keep
 
 
 register_adapter(AutoencoderDA, NestedAdapter())

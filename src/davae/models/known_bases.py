@@ -7,12 +7,13 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from davae.models.base_adapters import BaseAdapter, Convolution, FeatureChain, register_adapter
-from davae.models.frugal_blocks import with_frugal_blocks
-from davae.models.ldm_autoencoder import LDMAutoencoderKL
 
 
 class _Rescale(nn.Module):
@@ -160,6 +161,107 @@ def _matrix(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
 def _runs(few: int, many: int) -> Tensor:
     """``[many, few]``: 1 where a row belongs to the run of ``many / few`` consecutive rows of that column."""
     return torch.eye(few).repeat_interleave(many // few, dim=0)
+
+
+class FrugalSiLU(nn.SiLU):
+    """``x sigmoid(x)``, in place while gradients are off. For inputs that nobody reads afterwards."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape."""
+        return F.silu(input, inplace=not torch.is_grad_enabled())
+
+
+class FrugalResnetBlock2D(ResnetBlock2D):
+    """A residual block of a KL autoencoder: no time, no change of resolution."""
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """``[B, in, h, w]`` to ``[B, out, h, w]``."""
+        if torch.is_grad_enabled() or temb is not None:
+            return super().forward(input_tensor, temb, *args, **kwargs)
+        x = self.conv1(F.silu(self.norm1(input_tensor), inplace=True))  # [B, out, h, w]
+        x = F.silu(self.norm2(x), inplace=True)
+        x = self.conv2(self.dropout(x))
+        x += input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        return x if self.output_scale_factor == 1.0 else x.div_(self.output_scale_factor)
+
+
+def with_frugal_blocks(network: nn.Module) -> nn.Module:
+    """Let diffusers' ``Encoder`` or ``Decoder`` use these blocks; changed in place and returned."""
+    for module in network.modules():
+        if _is_plain_block(module):
+            module.__class__ = FrugalResnetBlock2D
+    if type(getattr(network, "conv_act", None)) is nn.SiLU:  # after a norm, whose output nobody else reads
+        network.conv_act = FrugalSiLU()
+    return network
+
+
+def _is_plain_block(module: nn.Module) -> bool:
+    return (
+        type(module) is ResnetBlock2D
+        and module.time_emb_proj is None
+        and module.upsample is None
+        and module.downsample is None
+        and type(module.nonlinearity) is nn.SiLU
+        and isinstance(module.norm1, nn.GroupNorm)
+        and isinstance(module.norm2, nn.GroupNorm)
+    )
+
+
+class LDMAutoencoderKL(AutoencoderKL):
+    """An ``AutoencoderKL`` with ``stem_channels`` behind the encoder's first convolution.
+
+    LDM (``ch``, ``ch_mult``) starts with ``ch`` channels and widens in the first residual block;
+    ``AutoencoderKL`` starts with the width of its first level. The two agree where ``ch_mult`` begins with 1.
+
+    Args:
+        stem_channels: ``ch``.
+
+    The other arguments are ``AutoencoderKL``'s.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        stem_channels: int,
+        down_block_types: tuple[str, ...],
+        up_block_types: tuple[str, ...],
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int = 2,
+        latent_channels: int = 4,
+        norm_num_groups: int = 32,
+        sample_size: int = 256,
+        scaling_factor: float = 1.0,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
+        force_upcast: bool = False,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+    ) -> None:
+        super().__init__(
+            down_block_types=down_block_types,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            latent_channels=latent_channels,
+            norm_num_groups=norm_num_groups,
+            sample_size=sample_size,
+            scaling_factor=scaling_factor,
+            latents_mean=latents_mean,
+            latents_std=latents_std,
+            force_upcast=force_upcast,
+            use_quant_conv=use_quant_conv,
+            use_post_quant_conv=use_post_quant_conv,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        self.encoder.conv_in = nn.Conv2d(3, stem_channels, kernel_size=3, padding=1)
+        self.encoder.down_blocks[0].resnets[0] = ResnetBlock2D(
+            in_channels=stem_channels,
+            out_channels=block_out_channels[0],
+            temb_channels=None,
+            groups=norm_num_groups,
+            eps=1e-6,
+        )
 
 
 for _class, _adapter in (

@@ -21,7 +21,7 @@ from davae.latents import latent_affine, to_raw, to_scaled
 from davae.models.autoencoder_da import AutoencoderDA
 from davae.models.base_adapters import BaseAdapter, adapter_of
 from davae.models.dc_ae import PlainAutoencoderDC
-from davae.models.ldm_autoencoder import LDMAutoencoderKL
+from davae.models.known_bases import LDMAutoencoderKL
 
 _OURS = {cls.__name__: cls for cls in (AutoencoderDA, LDMAutoencoderKL, PlainAutoencoderDC)}
 

@@ -6,7 +6,7 @@ RMSNorm, SwiGLU, two-dimensional RoPE and optional QK-norm. The whole comes firs
 
 from __future__ import annotations
 
-from typing import ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,6 @@ from torch._guards import detect_fake_mode
 
 from davae.errors import DavaeError
 from davae.models.portable import Portable
-from davae.models.positions import apply_rope, rope_table, sincos_table
 
 TIME_CHANNELS = 256  # width of the timestep's sinusoid
 
@@ -336,3 +335,118 @@ def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
     # x (1 + scale) + shift, one shift and scale per sample: [B, T, hidden], [B, hidden]
     x = x * (1 + scale[:, None])
     return x if shift is None else x + shift[:, None]
+
+
+def grid_positions(height: int, width: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Row and column of every token in reading order: two float32 tensors [height * width]."""
+    rows = torch.arange(height, dtype=torch.float32, device=device)
+    columns = torch.arange(width, dtype=torch.float32, device=device)
+    return rows.repeat_interleave(width), columns.repeat(height)
+
+
+def _angles(position: Tensor, count: int) -> Tensor:
+    """``position * 10000^(-i / count)`` for i < count: [N] -> [N, count]."""
+    exponent = torch.arange(count, dtype=torch.float32, device=position.device) / count
+    return position[:, None] * 10000.0**-exponent
+
+
+def sincos_table(height: int, width: int, channels: int, device: torch.device | None = None) -> Tensor:
+    """Fixed position table [height * width, channels], float32.
+
+    The first half of the channels encodes the column, the second the row; each half is all sines, then all
+    cosines, of ``channels / 4`` frequencies from 1 down to 1/10000. `channels` must divide by four.
+    """
+    row, column = grid_positions(height, width, device)
+    column_angle, row_angle = _angles(column, channels // 4), _angles(row, channels // 4)
+    return torch.cat([column_angle.sin(), column_angle.cos(), row_angle.sin(), row_angle.cos()], dim=1)
+
+
+def rope_table(
+    height: int, width: int, head_channels: int, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotation angles, each [height * width, head_channels / 2], float32.
+
+    The first half of a head's channel pairs turns with the row, the second with the column, each through
+    ``head_channels / 4`` frequencies from 1 down. `head_channels` must divide by four.
+    """
+    row, column = grid_positions(height, width, device)
+    angle = torch.cat([_angles(row, head_channels // 4), _angles(column, head_channels // 4)], dim=1)
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate neighbouring channel pairs of every token by its angles; keeps the dtype of `x`.
+
+    The product of a rotated query and a rotated key depends on their positions through the difference only:
+    (R(p) q) . (R(p') k) = q . R(p' - p) k   (Su et al. 2021, arXiv 2104.09864).
+
+    Args:
+        x: queries or keys, [B, heads, tokens, head_channels].
+        cos: from :func:`rope_table`, [tokens, head_channels / 2].
+        sin: the same.
+    """
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)  # [B, heads, tokens, head_channels / 2] each
+    rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+def restarted(
+    model: LightningDiTTransformer2DModel,
+    *,
+    sample_size: int | None = None,
+    patch_size: int | None = None,
+    qk_norm: bool | None = None,
+) -> LightningDiTTransformer2DModel:
+    """A new model with the weights of ``model`` and other options; what is not given stays.
+
+    Neither change keeps the function exactly, the weights are a start. New norms of queries and keys have weight 1. A
+    larger patch sees the mean of the old tokens inside it, ``W' = W / k^2`` at each of the ``k x k`` places, and
+    its head gives to each place what the old head gave.
+
+    Args:
+        model: is not changed.
+        sample_size: side of the latent that it will be trained on; positions are computed for any.
+        patch_size: a multiple of the old one.
+        qk_norm: normalise queries and keys.
+
+    Raises:
+        DavaeError: not a LightningDiT, a patch size that is no multiple of the old one, or QK-norm taken out.
+    """
+    if not isinstance(model, LightningDiTTransformer2DModel):
+        raise DavaeError(f"only LightningDiT can be started with other options, not {type(model).__name__}")
+    changes: dict[str, Any] = {"sample_size": sample_size, "patch_size": patch_size, "qk_norm": qk_norm}
+    arguments = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    arguments |= {name: value for name, value in changes.items() if value is not None}
+    factor, rest = divmod(arguments["patch_size"], model.config.patch_size)
+    if rest or factor < 1:
+        raise DavaeError(
+            f"patch_size {arguments['patch_size']} is no multiple of the base's {model.config.patch_size}"
+        )
+    if model.config.qk_norm and not arguments["qk_norm"]:
+        raise DavaeError(
+            "the base was trained with QK-norm, which cannot be taken out: leave qk_norm as it is"
+        )
+    weights = model.state_dict()
+    if factor > 1:
+        weights = _larger_patches(weights, factor, model.config.patch_size)
+    with torch.device(next(model.parameters()).device):
+        made = LightningDiTTransformer2DModel(**arguments)
+    fresh = made.state_dict()
+    norms = (".attn.norm_q.", ".attn.norm_k.")
+    for name in fresh.keys() - weights.keys():
+        assert any(norm in name for norm in norms), name
+        weights[name] = fresh[name]
+    made.load_state_dict({name: weights[name] for name in fresh}, strict=True)
+    nn.Module.to(made, model.dtype)
+    return made.train(model.training)
+
+
+def _larger_patches(weights: dict[str, Tensor], factor: int, patch: int) -> dict[str, Tensor]:
+    places = factor**2
+    embed, head = weights["patch_embed.weight"], "proj_out."
+    changed = {"patch_embed.weight": embed.repeat(1, 1, factor, factor) / places}
+    for name in (f"{head}weight", f"{head}bias"):
+        old = weights[name].unflatten(0, (patch, patch, -1))  # [p, p, C, ...], the channel fastest
+        tiled = old.repeat(factor, factor, *[1] * (old.ndim - 2))
+        changed[name] = tiled.flatten(0, 2)
+    return {**weights, **changed}

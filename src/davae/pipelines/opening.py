@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.pipelines.placing import saved_dtype
+from davae.runtime.devices import saved_dtype
 
 
 def load_autoencoder(

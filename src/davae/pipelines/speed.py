@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
-from davae.pipelines.placing import DTYPES
+from davae.runtime.devices import DTYPES
 
 logger = logging.getLogger(__name__)
 _MOST_VARIANTS = 64

@@ -7,9 +7,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from davae.recipes.settings import AblationRecipe
 from davae.report.words import better, metric_label, significant
 from davae.training.ablation import Ablation, ablate
-from davae.training.ablation_settings import AblationRecipe
 
 _SHOWN = ("swd/finest", "swd/mean", "spectrum_db", "fid", "kid", "autoencoder_psnr")
 

@@ -20,6 +20,7 @@ from davae.report.metrics import loss_terms, read_metrics, smoothed
 from davae.report.pictures import data_uri
 from davae.report.plots import COLOURS, SHAPES, loss_plot, scatter_plot, spectrum_plot
 from davae.report.schema import TENSOR_FILE, Curve, Figures, Picture, Summary
+from davae.runtime.atomic_files import atomic_write
 
 REPORT_FILE = "report.html"
 
@@ -56,9 +57,8 @@ def build_report(run_dir: Path | str) -> Path:
         everything=words.flatten(summary.model_dump(exclude={"settings", "hardware", "skipped", "command"})),
     )
     path = run_dir / REPORT_FILE
-    beside = path.with_name(REPORT_FILE + ".part")
-    beside.write_text(text, encoding="utf-8")
-    return beside.replace(path)
+    atomic_write(path, text)
+    return path
 
 
 def _environment() -> Environment:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_name
+from davae.runtime.atomic_files import atomic_json
 from davae.training.run_directory import read_metrics
 
 Line = tuple[list[float], list[float]]
@@ -92,4 +93,4 @@ def _save(out: Path, lines: Mapping[str, Line], x: str, y: str, *, log: bool) ->
     axes.legend(frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=140, metadata={"Software": None})
-    out.with_suffix(".json").write_text(json.dumps({"x": x, "y": y, "lines": lines}, indent=1))
+    atomic_json(out.with_suffix(".json"), {"x": x, "y": y, "lines": lines})

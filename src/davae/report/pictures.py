@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.evaluation.enlarging import upscaled
+from davae.runtime.pictures import to_bytes, upscaled
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -21,7 +21,7 @@ def save_png(image: Tensor, path: Path) -> Path:
         raise DavaeError(f"a picture must be [3, H, W] or [1, H, W] in [-1, 1], got {list(image.shape)}")
     if not image.isfinite().all():
         raise DavaeError(f"the picture for {path.name} holds NaN or infinite values")
-    levels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    levels = to_bytes(image.detach().cpu()).to(torch.uint8)
     array = levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()  # [H, W, 3]
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, format="PNG", optimize=True)

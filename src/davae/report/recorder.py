@@ -7,23 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.evaluation import linear_probe_accuracy, project_latents, radial_power_spectrum
 from davae.evaluation.reconstruction.crops import busiest_crop
 from davae.report.pictures import enlarged, save_png
-from davae.report.schema import (
-    TENSOR_FILE,
-    Curve,
-    Figures,
-    LatentMap,
-    Picture,
-    PictureRow,
-    Section,
-    Spectrum,
-)
+from davae.report.schema import TENSOR_FILE, Curve, Figures, LatentMap, Picture, PictureRow, Section, Spectrum
+from davae.runtime.atomic_files import atomic_tensors
 
 STAGES = (
     Curve(
@@ -206,7 +197,9 @@ class FigureRecorder:
     def write(self) -> Figures:
         """Write ``figures.json`` and ``figures.safetensors``; the pictures are there already."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        save_file(self._tensors or {"labels": torch.zeros(0, dtype=torch.long)}, self.run_dir / TENSOR_FILE)
+        atomic_tensors(
+            self.run_dir / TENSOR_FILE, self._tensors or {"labels": torch.zeros(0, dtype=torch.long)}
+        )
         figures = Figures(
             sections=self._sections,
             curves=self.curves,

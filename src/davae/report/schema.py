@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_names
+from davae.runtime.atomic_files import atomic_write
 
 Number = TypeVar("Number", int, float)
 Scalar = str | int | float | bool | None
@@ -37,9 +38,8 @@ class _File(_Record):
         """Write the file, whole or not at all; returns its path."""
         path = Path(run_dir) / self.file_name()
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        return beside.replace(path)
+        atomic_write(path, self.model_dump_json(indent=2) + "\n")
+        return path
 
     @classmethod
     def read(cls, run_dir: Path | str) -> Self:

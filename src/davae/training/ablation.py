@@ -19,12 +19,12 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.evaluation.features import open_network
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets
+from davae.recipes.read import load_variant
+from davae.recipes.settings import AblationRecipe, UpgradeRecipe
+from davae.runtime.atomic_files import atomic_json
 from davae.training.ablation_measures import generated_images, real_images
-from davae.training.ablation_settings import AblationRecipe
-from davae.training.recipe import load_variant
 from davae.training.run import train_autoencoder, train_diffusion
 from davae.training.run_directory import environment
-from davae.training.settings import UpgradeRecipe
 
 logger = logging.getLogger(__name__)
 _BATCH = 32  # images at a time through the metrics
@@ -107,7 +107,7 @@ def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
             real=real,
             environment=environment(),
         )
-        (out / "ablation.json").write_text(json.dumps(result.to_json(), indent=1))
+        atomic_json(out / "ablation.json", result.to_json())
     return result
 
 
@@ -123,7 +123,7 @@ def _claim(out: Path, recipe: AblationRecipe) -> None:
             raise DavaeError(
                 f"{out} holds another ablation ({', '.join(differing)} differ): choose another --out"
             )
-    file.write_text(json.dumps(asked, indent=1))
+    atomic_json(file, asked)
 
 
 def _trained(recipe: UpgradeRecipe, folder: Path, out: Path, told: str) -> dict[str, float]:
@@ -134,7 +134,7 @@ def _trained(recipe: UpgradeRecipe, folder: Path, out: Path, told: str) -> dict[
         autoencoder, figures = _autoencoder(recipe, out)
         trained = train_diffusion(recipe, folder, autoencoder)
         figures |= {k: v for k, v in trained.metrics.items() if k.startswith("held_out_")}
-        done.write_text(json.dumps(figures, indent=1))
+        atomic_json(done, figures)
     return json.loads(done.read_text())
 
 
@@ -147,7 +147,7 @@ def _autoencoder(recipe: UpgradeRecipe, out: Path) -> tuple[Path, dict[str, floa
     done = folder / "result.json"
     if not done.is_file():
         trained = train_autoencoder(recipe, folder)
-        done.write_text(json.dumps({f"autoencoder_{k}": v for k, v in trained.metrics.items()}, indent=1))
+        atomic_json(done, {f"autoencoder_{k}": v for k, v in trained.metrics.items()})
     return folder / "autoencoder", json.loads(done.read_text())
 
 

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from davae.evaluation.features.resize import to_bytes
 from davae.pipelines.loading import load_pipeline
+from davae.recipes.settings import UpgradeRecipe
+from davae.runtime.atomic_files import atomic_tensors
+from davae.runtime.pictures import to_bytes
 from davae.training.diffusion.validation import generate_classes
 from davae.training.images import open_part
-from davae.training.settings import UpgradeRecipe
 
 
 def real_images(
@@ -38,7 +39,5 @@ def generated_images(recipe: UpgradeRecipe, pipeline: Path, count: int, file: Pa
         made = generate_classes(
             pipe, numbers or [0], count, recipe.diffusion.sample, seed=recipe.diffusion.loop.seed
         )
-        beside = file.with_suffix(".partial")
-        save_file({"images": to_bytes(made).to(torch.uint8).contiguous()}, beside)
-        beside.replace(file)
+        atomic_tensors(file, {"images": to_bytes(made).to(torch.uint8)})
     return load_file(file)["images"].float() / 127.5 - 1

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from davae.latents import adaptive_weight
 from davae.models import PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
-from davae.training.settings import GanSettings, OptimizerSettings
+from davae.recipes.loop import OptimizerSettings
+from davae.recipes.settings import GanSettings
 from davae.training.stage import Player
 
 MAX_ADAPTIVE_GAN = 1e4  # official code

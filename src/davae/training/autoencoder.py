@@ -11,18 +11,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from davae.data.buckets import same_size_batches
-from davae.evaluation.enlarging import upscaled
 from davae.latents import ChannelStatistics, grouped_mean
 from davae.models import AutoencoderDA
+from davae.recipes.settings import AutoencoderSettings
+from davae.runtime.atomic_files import atomic_folder
+from davae.runtime.pictures import save_shared_rows, upscaled
+from davae.runtime.processes import start_processes
 from davae.training.adversary import make_adversary
 from davae.training.images import mean_of_all, mean_psnr, own_images, stack_images
 from davae.training.latents_in_memory import WithBaseLatents
-from davae.training.pictures import save_shared_rows
-from davae.training.processes import start_processes
-from davae.training.settings import AutoencoderSettings
 from davae.training.stage import Player, Stage
 from davae.training.structured_objective import StructuredObjective, alignment_layout, levels_that_learn
-from davae.training.whole_files import whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +139,7 @@ class AutoencoderStage(Stage):
             levels=self.learning,
         )
         self.autoencoder.to(memory_format=torch.contiguous_format)
-        with whole_folder(out / "autoencoder") as folder:
+        with atomic_folder(out / "autoencoder") as folder:
             self.autoencoder.save_pretrained(folder)
         return out / "autoencoder"
 

@@ -8,29 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from davae.data import Mirrored
 from davae.data.mirroring import unmirrored
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
-from davae.models.lightningdit_start import restarted
+from davae.models.lightningdit import restarted
 from davae.pipelines import ClassConditionalPipeline
+from davae.recipes.settings import BaseRecipe, DiffusionSettings
+from davae.runtime.atomic_files import atomic_folder
+from davae.runtime.pictures import reduced
+from davae.runtime.processes import is_first, wait_for_everyone
 from davae.training.base_autoencoder import BaseAutoencoderStage
 from davae.training.caching import open_cache
 from davae.training.diffusion import DiffusionStage
 from davae.training.images import open_part
 from davae.training.loop import TrainResult, train
 from davae.training.memory import ImagesInMemory, MixedScales, Prepared
-from davae.training.processes import is_first, wait_for_everyone
 from davae.training.provenance import data_facts
-from davae.training.settings import BaseRecipe, DiffusionSettings
-from davae.training.whole_files import whole_folder
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = N
     if is_first():  # the result holds the averaged weights, the pipeline in memory the last ones
         averaged = ClassConditionalPipeline.from_pretrained(result.result)
         averaged.to(getattr(torch, recipe.save_dtype))
-        with whole_folder(out / "pipeline") as folder:
+        with atomic_folder(out / "pipeline") as folder:
             averaged.save_pretrained(folder)
     wait_for_everyone()
     return result
@@ -191,14 +190,6 @@ def _is_saved(model: Path) -> bool:
 
 
 _SHARED_SECTIONS = ("timesteps", "loss", "optimizer", "loop", "sample")
-
-
-def reduced(images: Tensor, factor: int) -> Tensor:
-    """``[B, 3, H, W]`` to ``[B, 3, H / factor, W / factor]`` as an upgrade's base sees it: bicubic, antialiased."""
-    if factor == 1:
-        return images
-    size = (images.shape[-2] // factor, images.shape[-1] // factor)
-    return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
 
 
 def _reduced_item(item: dict[str, Any], factor: int) -> dict[str, Any]:

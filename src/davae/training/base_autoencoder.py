@@ -11,17 +11,17 @@ from torch.utils.data import Dataset
 
 from davae.data import read_items
 from davae.latents import ChannelStatistics
-from davae.training.adversary import make_adversary
-from davae.training.dc_ae_settings import KlArchitecture
-from davae.training.images import mean_psnr, own_images, stack_images
-from davae.training.pictures import save_shared_rows
-from davae.training.plain_objective import PlainObjective
-from davae.training.settings import (
+from davae.recipes.dc_ae import KlArchitecture
+from davae.recipes.settings import (
     BaseAutoencoderArchitecture,
     BaseAutoencoderSettings,
 )
+from davae.runtime.atomic_files import atomic_folder
+from davae.runtime.pictures import save_shared_rows
+from davae.training.adversary import make_adversary
+from davae.training.images import mean_psnr, own_images, stack_images
+from davae.training.plain_objective import PlainObjective
 from davae.training.stage import Player, Stage
-from davae.training.whole_files import whole_folder
 
 
 def build_kl(shape: BaseAutoencoderArchitecture | KlArchitecture) -> AutoencoderKL:
@@ -109,6 +109,6 @@ class BaseAutoencoderStage(Stage):
         variance = (statistics.std.square() + (statistics.mean - mean).square()).mean()
         self.autoencoder.register_to_config(scaling_factor=float(variance.rsqrt()), shift_factor=float(mean))
         self.autoencoder.to(memory_format=torch.contiguous_format)
-        with whole_folder(out / "vae") as folder:
+        with atomic_folder(out / "vae") as folder:
             self.autoencoder.save_pretrained(folder)
         return out / "vae"

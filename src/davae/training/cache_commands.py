@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from davae.errors import DavaeError
-from davae.training.settings import BaseRecipe, UpgradeRecipe
+from davae.recipes.settings import BaseRecipe, UpgradeRecipe
 
 
 def cache_folder(settings: UpgradeRecipe | BaseRecipe, recipe: str | Path) -> Path:

@@ -25,8 +25,8 @@ from davae.data.cache.index import read_index
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import family_of
+from davae.recipes.data import DataSettings
 from davae.training.images import bucket_sizes, token_side
-from davae.training.settings import DataSettings
 
 logger = logging.getLogger(__name__)
 

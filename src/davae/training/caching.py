@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 
 from davae.data import ImageDataset, RenderedDataset, SkipLedger
 from davae.data.buckets import bucket_of, same_size_batches
-from davae.data.cache import (
-    LATENTS,
-    TEXTS,
-    CacheWriter,
-    Format,
-    LatentCache,
-    Record,
-    caption_key,
-)
+from davae.data.cache import LATENTS, TEXTS, CacheWriter, Format, LatentCache, Record, caption_key
 from davae.data.cache.index import read_index
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import PipelineFamily, family_of
+from davae.recipes.data import DataSettings
+from davae.runtime.atomic_files import disk_full_as_error, locked
+from davae.runtime.processes import everyone, rank_and_world, start_processes, wait_for_everyone
+from davae.runtime.progress import Progress
 from davae.training.cache_facts import cache_fingerprint, pipeline_parts, without_touched
-from davae.training.full_disk import telling_of_a_full_disk
 from davae.training.images import open_training_part
-from davae.training.processes import everyone, rank_and_world, start_processes, wait_for_everyone
-from davae.training.progress import Progress
-from davae.training.settings import DataSettings
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +84,7 @@ def write_cache(
     }
     rank, world = rank_and_world()
     kept = "The shards that were written are whole"
-    with telling_of_a_full_disk(Path(out), kept), _locked(Path(out), first=rank == 0):
+    with disk_full_as_error(Path(out), kept), _locked(Path(out), first=rank == 0):
         with processes.main_process_first():
             writer = CacheWriter(
                 out, fingerprint, form=form, about=about, rank=rank, world_size=world, **writer_options
@@ -220,28 +211,15 @@ def _write_texts(
     return len(distinct)
 
 
-@contextmanager
-def _locked(folder: Path, *, first: bool) -> Iterator[None]:
-    """No other run writes this cache meanwhile; the first of a run's processes answers for all of them.
-
-    Raises:
-        DavaeError: another one does.
-    """
+def _locked(folder: Path, *, first: bool) -> AbstractContextManager[None]:
+    """No other run writes this cache meanwhile; the first of a run's processes answers for all of them."""
     if not first:
-        yield
-        return
+        return nullcontext()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise DavaeError(
-            f"{folder} is in use: another `davae cache` writes there; wait for it, or give another --out"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
+    return locked(
+        folder / ".lock",
+        lambda: f"{folder} is in use: another `davae cache` writes there; wait for it, or give another --out",
+    )
 
 
 def _facts(

@@ -8,7 +8,6 @@ whole when it got its name; the manifest shows whether it still is.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -21,9 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from davae.data.cache.shards import flush
 from davae.errors import DavaeError
-from davae.training.full_disk import is_full_disk
+from davae.runtime.atomic_files import atomic_folder, file_hash, flush, is_disk_full, remove_folder
 
 logger = logging.getLogger(__name__)
 Tensors = dict[str, dict[str, Tensor]]
@@ -56,32 +54,24 @@ def save_checkpoint(
     Raises:
         DavaeError: the disk is full; the checkpoints before are untouched.
     """
-    partial = folder / f".step-{step}.partial"
+    final = folder / f"step-{step}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".step-*"):  # of a run that was killed
             shutil.rmtree(leftover)
-        partial.mkdir()
-        for name, named in tensors.items():
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in named.items()}, partial / f"{name}.safetensors"
-            )
-        (partial / _STATE).write_text(json.dumps({"step": step, **values}))
-        files = {file.name: _facts(file) for file in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps(files, indent=1))
-        for file in partial.iterdir():
-            flush(file)
-        flush(partial)
+        with atomic_folder(final) as partial:
+            for name, named in tensors.items():
+                save_file(
+                    {k: v.detach().cpu().contiguous() for k, v in named.items()},
+                    partial / f"{name}.safetensors",
+                )
+            (partial / _STATE).write_text(json.dumps({"step": step, **values}))
+            files = {file.name: _facts(file) for file in sorted(partial.iterdir())}
+            (partial / MANIFEST).write_text(json.dumps(files, indent=1))
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not is_full_disk(error):
+        if not is_disk_full(error):
             raise
         raise DavaeError(_told_full(folder, step, tensors)) from error
-    final = folder / f"step-{step}"
-    if final.exists():
-        _remove(final)
-    partial.rename(final)
-    flush(folder)
     flush(folder.parent)  # which may be new, too
     remove_old(folder, step, keep=keep, protected=protected)
     return final
@@ -96,7 +86,7 @@ def remove_old(folder: Path, step: int, *, keep: int, protected: Collection[int]
     reached = [path for path in checkpoints(folder) if step_of(path) <= step]
     for old in reached[:-keep]:
         if step_of(old) not in protected:
-            _remove(old)
+            remove_folder(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -174,15 +164,7 @@ def _manifest(path: Path, needed: Collection[str]) -> dict[str, Any]:
 
 
 def _facts(file: Path) -> dict[str, Any]:
-    with file.open("rb") as content:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
-
-
-def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint so that a kill in the middle leaves no half of it under its name."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    return {"bytes": file.stat().st_size, "sha256": file_hash(file)}
 
 
 def _told_full(folder: Path, step: int, tensors: Tensors) -> str:

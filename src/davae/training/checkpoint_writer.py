@@ -8,10 +8,11 @@ import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
+from davae.choices import BestMode
+from davae.runtime.atomic_files import atomic_write
 from davae.training.checkpoint import Tensors, remove_old, save_checkpoint, step_of
-from davae.training.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class CheckpointWriter:
         best_mode: whether small or large values of the watched metric are good.
     """
 
-    def __init__(self, folder: Path, *, keep: int, best_mode: Literal["min", "max"] = "min") -> None:
+    def __init__(self, folder: Path, *, keep: int, best_mode: BestMode = "min") -> None:
         self.folder, self.keep, self.best_mode = folder, keep, best_mode
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
@@ -100,7 +101,7 @@ class CheckpointWriter:
         path = save_checkpoint(self.folder, step, tensors, values, keep=self.keep, protected=before)
         if best is not None:
             self.best = {"step": step_of(path), "value": best}
-            write_whole(self._best_file, json.dumps(self.best))
+            atomic_write(self._best_file, json.dumps(self.best))
             # Only now may the best before go: until the line above the file named it.
             remove_old(self.folder, step, keep=self.keep, protected={step})
         return path

@@ -32,15 +32,15 @@ from davae.evaluation.metrics.spectrum import spectra_distance
 from davae.latents import ChannelStatistics
 from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC, head_layers, latent_layers
 from davae.models.latent_space import encode
+from davae.recipes.dc_ae import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
+from davae.runtime.atomic_files import atomic_folder
+from davae.runtime.pictures import save_shared_rows
+from davae.runtime.processes import gathered
 from davae.training.adversary import make_adversary
 from davae.training.base_autoencoder import build_kl
-from davae.training.dc_ae_settings import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
 from davae.training.images import mean_of_all, own_images, stack_images
-from davae.training.pictures import save_shared_rows
 from davae.training.plain_objective import PlainObjective
-from davae.training.processes import gathered
 from davae.training.stage import Player, Stage
-from davae.training.whole_files import whole_folder
 
 Images = Dataset[dict[str, Any]]
 _PICTURES = 6  # images in a validation picture
@@ -163,7 +163,7 @@ class DcAeStage(Stage):
                 factors["shift_factor"] = mean
             model.register_to_config(**factors)
         model.to(memory_format=torch.contiguous_format)
-        with whole_folder(out / "autoencoder") as folder:
+        with atomic_folder(out / "autoencoder") as folder:
             model.save_pretrained(folder)
         return out / "autoencoder"
 

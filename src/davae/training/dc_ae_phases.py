@@ -16,18 +16,18 @@ from diffusers import AutoencoderDC, AutoencoderKL
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_names
 from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC
-from davae.training.base import reduced
+from davae.recipes.data import DataSettings
+from davae.recipes.dc_ae import DcAeRecipe, Phase
+from davae.recipes.read import differing_keys, dump_recipe, load_recipe
+from davae.runtime.atomic_files import atomic_json
+from davae.runtime.pictures import reduced_to
+from davae.runtime.processes import everyone, is_first, start_processes
 from davae.training.dc_ae import DcAeStage, Images, build_autoencoder, trained_layers
-from davae.training.dc_ae_settings import DcAeRecipe, Phase
 from davae.training.images import open_part
 from davae.training.loop import TrainResult, train
 from davae.training.memory import ImagesInMemory, MixedScales
-from davae.training.processes import everyone, is_first, start_processes
 from davae.training.provenance import data_facts
-from davae.training.recipe import differing_keys, dump_recipe, load_recipe
 from davae.training.run_directory import RunDirectory
-from davae.training.settings import DataSettings
-from davae.training.whole_files import write_whole
 
 _CLASSES = {c.__name__: c for c in (AutoencoderDC, PlainAutoencoderDC, AutoencoderKL)}
 _MEASURED = {"scaling_factor", "shift_factor"}  # config entries that training sets
@@ -135,7 +135,7 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
         "spectra": stage.spectra,
     }
     if is_first():
-        write_whole(out / "summary.json", json.dumps(summary, indent=1))
+        atomic_json(out / "summary.json", summary)
     return result
 
 
@@ -210,15 +210,6 @@ def measured_images(recipe: DcAeRecipe) -> dict[int, Images]:
     }
 
 
-def reduced_to(images: torch.Tensor, side: int) -> torch.Tensor:
-    """``[B, 3, S, S]`` to ``[B, 3, side, side]``, bicubic and antialiased."""
-    if images.shape[-1] % side == 0:
-        return reduced(images, images.shape[-1] // side)
-    return torch.nn.functional.interpolate(
-        images, size=(side, side), mode="bicubic", antialias=True, align_corners=False
-    )
-
-
 def _data(recipe: DcAeRecipe, path: str | None, resolution: int) -> DataSettings:
     data = recipe.data
     return DataSettings(
@@ -280,7 +271,7 @@ def _measured_or_known(stage: DcAeStage, directory: RunDirectory) -> dict[str, f
         stage.objective.to(torch.accelerator.current_accelerator())
     figures = stage.validate(directory.samples, 0)
     if is_first():
-        write_whole(kept, json.dumps(figures))
+        atomic_json(kept, figures)
     return figures
 
 

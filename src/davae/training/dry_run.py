@@ -14,8 +14,9 @@ from davae.benchmark.planner_stages import AutoencoderRun, DiffusionRun, target_
 from davae.benchmark.planner_text import inference_line, notes, stage_line
 from davae.errors import DavaeError
 from davae.pipelines.families import family_of
-from davae.training.recipe import dump_recipe, load_recipe, recipe_names
-from davae.training.settings import LoopSettings, OptimizerSettings, UpgradeRecipe
+from davae.recipes.loop import LoopSettings, OptimizerSettings
+from davae.recipes.read import dump_recipe, load_recipe, recipe_names
+from davae.recipes.settings import UpgradeRecipe
 from davae.warm_start import description_of
 
 Stage = Literal["autoencoder", "diffusion"]

@@ -8,11 +8,11 @@ from davae.benchmark import count_flops
 from davae.benchmark.planner_architectures import find_architecture
 from davae.benchmark.planner_hours import TRANSFORMER_UTILISATION, find_gpu, hours
 from davae.models import LightningDiTTransformer2DModel
-from davae.models.lightningdit_start import restarted
+from davae.models.lightningdit import restarted
+from davae.recipes.read import dump_recipe
+from davae.recipes.settings import BaseRecipe
 from davae.training.base import check_divides
 from davae.training.base_autoencoder import build_kl
-from davae.training.recipe import dump_recipe
-from davae.training.settings import BaseRecipe
 
 _CLASSES = 1000  # of a transformer from nothing, whose data set need not be here
 

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from davae.errors import DavaeError
-from davae.training.settings import OptimizerSettings
+from davae.recipes.loop import OptimizerSettings
 
 _WRAPPED = "__bnb_optimizer_quant_state__"
 

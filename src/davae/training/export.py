@@ -13,9 +13,9 @@ from davae.errors import DavaeError
 from davae.models.portable import CODE_FILE
 from davae.pipelines import Licence, Making, find_licence, push_to_hub, write_model_card
 from davae.pipelines.adapters import LAYERS_FILE
+from davae.runtime.atomic_files import atomic_folder
 from davae.tiny import TINY
 from davae.training.run_directory import read_config, read_metrics
-from davae.training.whole_files import whole_folder
 
 _PORTABLE_CLASSES = ("AutoencoderDA", "LightningDiTTransformer2DModel")
 # Where a result lies in a run directory, or in one that holds the runs of both stages.
@@ -65,7 +65,7 @@ def export_run(
     licence = find_licence(card_of, license, name=license_name, link=license_link)
     if out.exists() and any(out.iterdir()):
         raise DavaeError(f"{out} holds files already: choose another --out, or remove the folder")
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         shutil.copytree(result, folder, dirs_exist_ok=True)
         if adapters:
             shutil.copytree(_autoencoder_of(stage, recipe), folder / "autoencoder")

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
-from davae.training.processes import rank_and_world
-from davae.training.settings import LoopSettings
+from davae.recipes.loop import LoopSettings
+from davae.runtime.processes import rank_and_world
 
 logger = logging.getLogger(__name__)
 _IDS_TOLD = 8

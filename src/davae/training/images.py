@@ -16,8 +16,8 @@ from davae.errors import DavaeError
 from davae.evaluation import psnr
 from davae.models import AutoencoderDA
 from davae.pipelines.families import family_of
-from davae.training.processes import gathered, share
-from davae.training.settings import DataSettings
+from davae.recipes.data import DataSettings
+from davae.runtime.processes import gathered, share
 
 
 def open_part(

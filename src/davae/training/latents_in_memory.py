@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from davae.data import read_items
 from davae.data.mirroring import crops_at_random, is_mirrored, item_of, unmirrored
 from davae.errors import DavaeError
+from davae.runtime.processes import gathered, share
 from davae.training.memory import keep_facts
-from davae.training.processes import gathered, share
 
 Item = dict[str, Any]
 

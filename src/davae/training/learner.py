@@ -1,8 +1,7 @@
 """A player as the loop trains it: losses, gradients, a step, and what a checkpoint holds of it.
 
-A :class:`Learner` is the same to the loop however its weights and moments are kept: whole in every process, spread by
-FSDP2 (:mod:`davae.training.sharding`) or by DeepSpeed (:mod:`davae.training.zero`). With several processes every
-method is a collective operation: all must call it.
+Weights and moments are whole in every process or sharded by FSDP2 (:mod:`davae.training.sharding`); tensor functions
+take both. With several processes all ranks must call every method.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 
 from davae.models.float32_islands import keep_linear_attention_in_float32
 from davae.pipelines.speed import compile_regions, order_channels_last
-from davae.training import deepspeed_settings
+from davae.recipes.loop import LoopSettings
 from davae.training.module_state import module_tensors, optimizer_tensors, restore_module, restore_optimizer
 from davae.training.optimizers import make_optimizer
-from davae.training.settings import LoopSettings
 from davae.training.sharded_tensors import (
     clip_gradients,
     gradient_norms,
@@ -29,7 +27,6 @@ from davae.training.sharded_tensors import (
 )
 from davae.training.sharding import is_sharding, replicate, shard, unsynced
 from davae.training.stage import Player
-from davae.training.whole_models import dissolve
 
 
 class Learner:
@@ -103,7 +100,8 @@ class Learner:
             rate: learning rate, multiplied by each group's ``rate_factor``.
             good: a boolean on the device, the same in every process.
         """
-        self._set_rate(self.optimizer, rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["rate_factor"]
         optimizer = self.optimizer.optimizer  # accelerate's lets the scaler judge, which sees gradients only
         optimizer.found_inf = (~good).float()  # read by the fused optimizer, on the device
         optimizer.step()
@@ -126,15 +124,6 @@ class Learner:
         restore_module(self.player.module, tensors, where)
         restore_optimizer(self.optimizer, moments)
 
-    def dissolve(self) -> None:
-        """Make the player's module an ordinary one for good, whole in every process; nothing is trained after."""
-        dissolve(self.player.module)
-
-    @staticmethod
-    def _set_rate(optimizer: Any, rate: float) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["rate_factor"]
-
 
 def prepare(accelerator: Accelerator, loop: LoopSettings, player: Player, *, is_model: bool) -> Learner:
     """Put a player on its device, in the form the settings and the launcher ask for.
@@ -156,10 +145,6 @@ def prepare(accelerator: Accelerator, loop: LoopSettings, player: Player, *, is_
     if loop.compile:
         compile_regions(module)
     optimizer = make_optimizer(player.name, module, player.optimizer, player.learning_rates)
-    if is_model and deepspeed_settings.asked_for():
-        from davae.training.zero import ZeroLearner  # deepspeed is an optional part
-
-        return ZeroLearner(accelerator, loop, player, optimizer)
     prepared: Any
     if sharded:
         prepared = shard(accelerator, module, optimizer)

@@ -12,11 +12,11 @@ from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.opening import load_autoencoder
 from davae.pipelines.same_base import layout_over
+from davae.recipes.settings import AutoencoderModelSettings, UpgradeRecipe
 from davae.training.autoencoder import AutoencoderStage
 from davae.training.images import open_part, open_training_part
 from davae.training.loop import TrainResult, train
 from davae.training.provenance import base_facts, data_facts
-from davae.training.settings import AutoencoderModelSettings, UpgradeRecipe
 
 logger = logging.getLogger(__name__)
 

@@ -28,21 +28,21 @@ from davae.data import BatchStream, SkipLedger
 from davae.data.stalls import is_of_a_dead_worker, told_dead_worker
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_name
+from davae.runtime.atomic_files import disk_full_as_error
+from davae.runtime.processes import LONGEST_WAIT, all_the_same, use_cpu
+from davae.runtime.progress import Progress
 from davae.training.checkpoint_writer import CheckpointWriter
 from davae.training.ema import Ema
-from davae.training.full_disk import telling_of_a_full_disk
 from davae.training.guards import KeptBuffers, StepGuard, told_out_of_memory
 from davae.training.learner import prepare
 from davae.training.optimizers import learning_rate
-from davae.training.processes import LONGEST_WAIT, all_the_same, use_cpu
-from davae.training.progress import Progress
 from davae.training.run_directory import RunDirectory
 from davae.training.run_state import RunState
 from davae.training.sharding import begin_accelerator
 from davae.training.shared_draws import SharedDraws
 from davae.training.stage import Stage
 from davae.training.stopping import StopRequest, TrainingStopped
-from davae.training.whole_models import whole
+from davae.training.whole_models import dissolve, whole
 from davae.training.window import LossWindow
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def train(
         TrainingStopped: a signal asked for it.
     """
     try:
-        with telling_of_a_full_disk(out, "Its checkpoints are whole"):
+        with disk_full_as_error(out, "Its checkpoints are whole"):
             return _Training(stage, out, recipe).run(stop_after)
     except torch.OutOfMemoryError as error:
         raise DavaeError(told_out_of_memory(stage.name, stage.loop)) from error
@@ -365,7 +365,7 @@ class _Training:
         if not self.metrics:  # the run had ended before: measure again rather than report nothing
             self._evaluate(self.loop.steps)
         with self.ema.applied() if self.ema is not None else nullcontext():
-            self.learners[0].dissolve()
+            dissolve(self.stage.players[0].module)
             if self.main:
                 result = self.stage.export(self.out)
         facts: list[Any] = [result, self.metrics]

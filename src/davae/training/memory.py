@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from davae.data import item_generator, read_items
 from davae.data.buckets import bucket_of
 from davae.data.mirroring import crops_at_random, flips, item_of, unmirrored
+from davae.runtime.pictures import to_bytes
 
 Item = dict[str, Any]
 
@@ -58,7 +59,7 @@ class ImagesInMemory(Dataset[Item]):
         image = item["image"]
         if self.prepare is not None:
             image = self.prepare(image[None])[0]
-        self.kept[index] = {**item, "image": ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)}
+        self.kept[index] = {**item, "image": to_bytes(image).to(torch.uint8)}
 
 
 class MixedScales(Dataset[Item]):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from davae.errors import DavaeError
+from davae.recipes.loop import OptimizerSettings
 from davae.training.eight_bit import eight_bit_adamw
-from davae.training.settings import OptimizerSettings
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from davae.latents import gaussian_kl
 from davae.models.dc_ae import DeepAutoencoder, last_decoder_weight
+from davae.recipes.settings import ReconstructionSettings
 from davae.training.adversary import Adversary
 from davae.training.losses import ReconstructionLoss
-from davae.training.settings import ReconstructionSettings
 
 
 class PlainObjective(nn.Module):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from davae.training.settings import DataSettings, UpgradeRecipe
+from davae.recipes.data import DataSettings
+from davae.recipes.settings import UpgradeRecipe
 
 _SNAPSHOT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\]|$)")
 

@@ -13,9 +13,11 @@ from davae.errors import DavaeError
 from davae.pipelines import fit_to_autoencoder
 from davae.pipelines.loading import pipeline_place
 from davae.pipelines.opening import opening
-from davae.pipelines.placing import saved_dtype
 from davae.recipes.data_path import check_data_path
 from davae.recipes.presets import find_preset
+from davae.recipes.read import load_recipe
+from davae.recipes.settings import BaseRecipe, UpgradeRecipe
+from davae.runtime.devices import saved_dtype
 from davae.tiny import debug_base, load_tiny
 from davae.training.base import train_base
 from davae.training.cache_commands import check_cache_is_there
@@ -24,8 +26,6 @@ from davae.training.dry_run import dry_run as describe_run
 from davae.training.dry_run_base import dry_run_base as describe_base_run
 from davae.training.levels import train_levels
 from davae.training.loop import TrainResult
-from davae.training.recipe import load_recipe
-from davae.training.settings import BaseRecipe, UpgradeRecipe
 
 
 def run_autoencoder(

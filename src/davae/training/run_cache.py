@@ -12,12 +12,12 @@ from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.opening import load_autoencoder
 from davae.recipes.data_path import check_data_path
+from davae.recipes.read import load_recipe
+from davae.recipes.settings import BaseRecipe, UpgradeRecipe
+from davae.runtime.processes import is_first
 from davae.training.cache_commands import cache_folder, training_command
 from davae.training.caching import write_cache
-from davae.training.processes import is_first
-from davae.training.recipe import load_recipe
 from davae.training.run import load_base, load_recipe_base, trained_autoencoder
-from davae.training.settings import BaseRecipe, UpgradeRecipe
 
 
 def run_cache(

@@ -16,33 +16,15 @@ from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_names
+from davae.recipes.read import differing_keys, resumable_keys, with_later_settings
+from davae.runtime.atomic_files import atomic_write, locked
 from davae.training.checkpoint import checkpoints
-from davae.training.recipe import differing_keys, with_later_settings
-from davae.training.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 _PACKAGES = ("davae", "torch", "diffusers", "accelerate", "peft", "transformers", "safetensors", "datasets")
-
-#: Settings that say how steps are computed and kept, not what is learnt: a run may go on with others, so that
-#: it fits another machine, another number of processes, or the memory that was found too small.
-_MAY_CHANGE = {
-    "batch_size",
-    "gradient_accumulation",
-    "gradient_checkpointing",
-    "precision",
-    "workers",
-    "timeout_s",
-    "cache",
-    "cache_latents",
-    "log_every",
-    "checkpoint_every",
-    "checkpoints_total_limit",
-    "report_to",
-}
 
 
 class RunDirectory:
@@ -63,6 +45,7 @@ class RunDirectory:
     def __init__(self, path: Path, recipe: dict[str, Any], *, facts: dict[str, Any] | None = None) -> None:
         self.path, self.recipe, self.facts = path, recipe, facts or {}
         self.config = path / "config.yaml"
+        self._owner = path / "run.owner"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
         self.metrics_file = path / "metrics.jsonl"
@@ -78,25 +61,21 @@ class RunDirectory:
             DavaeError: another process trains here, or one has begun a run with other settings meanwhile.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        lock, owner = FileLock(self.path / "run.lock"), self.path / "run.owner"
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            who = owner.read_text().strip() if owner.is_file() else "another process"
-            raise DavaeError(
-                f"{self.path} is in use: {who} trains there; wait for it, stop it, or choose another --out"
-            ) from error
-        try:
-            owner.write_text(f"process {os.getpid()} on {platform.node()}\n")
-            changed = self._changed()
-            if changed:
-                logger.info("%s goes on with %s", self.path, "; ".join(changed))
-            write_whole(self.config, yaml.safe_dump(self.recipe, sort_keys=False))
-            write_whole(self.path / "environment.json", json.dumps(environment() | self.facts, indent=2))
-            yield
-        finally:
-            owner.unlink(missing_ok=True)
-            lock.release()
+        with locked(self.path / "run.lock", self._in_use):
+            try:
+                self._owner.write_text(f"process {os.getpid()} on {platform.node()}\n")
+                changed = self._changed()
+                if changed:
+                    logger.info("%s goes on with %s", self.path, "; ".join(changed))
+                atomic_write(self.config, yaml.safe_dump(self.recipe, sort_keys=False))
+                atomic_write(self.path / "environment.json", json.dumps(environment() | self.facts, indent=2))
+                yield
+            finally:
+                self._owner.unlink(missing_ok=True)
+
+    def _in_use(self) -> str:
+        who = self._owner.read_text().strip() if self._owner.is_file() else "another process"
+        return f"{self.path} is in use: {who} trains there; wait for it, stop it, or choose another --out"
 
     def write_metrics(self, step: int, values: dict[str, float]) -> None:
         """Append one line to ``metrics.jsonl``."""
@@ -115,8 +94,8 @@ class RunDirectory:
             text = "".join(json.dumps(line) + "\n" for line in kept)
             if text != before:
                 if not step:  # nothing may be left of the run that they tell of but these lines
-                    write_whole(file.with_name(f"{file.name}.before"), before)
-                write_whole(file, text)
+                    atomic_write(file.with_name(f"{file.name}.before"), before)
+                atomic_write(file, text)
 
     def _changed(self) -> list[str]:
         """The settings that a run here may change and that differ from those it had.
@@ -137,7 +116,8 @@ class RunDirectory:
             logger.warning("%s; nothing was saved yet, so it is written anew", why)
             return []
         changed = differing_keys(self.recipe, with_later_settings(known))
-        differing = [c for c in changed if c.partition(":")[0].rpartition(".")[2] not in _MAY_CHANGE]
+        allowed = resumable_keys(self.recipe.get("kind", "upgrade"))
+        differing = [c for c in changed if c.partition(":")[0] not in allowed]
         if differing:
             raise DavaeError(
                 f"{self.path} holds a run with other settings ({'; '.join(differing[:5])}"

@@ -16,12 +16,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from davae.data import BatchStream, SkipLedger
+from davae.runtime.processes import all_the_same, everyone, is_first, rank_and_world, wait_for_everyone
 from davae.training.checkpoint import newest_whole
 from davae.training.checkpoint_writer import CheckpointWriter
 from davae.training.ema import Ema
 from davae.training.guards import StepGuard
 from davae.training.learner import Learner
-from davae.training.processes import all_the_same, everyone, is_first, rank_and_world, wait_for_everyone
 from davae.training.sharded_tensors import whole_on_cpu
 from davae.training.window import LossWindow
 

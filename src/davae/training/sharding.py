@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from davae.errors import DavaeError
-from davae.training.deepspeed_settings import LAUNCHER, as_for_ddp
+from davae.runtime.processes import LAUNCHER, refuse_deepspeed
 from davae.training.whole_models import ORIGINAL, units_of
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,6 @@ logger = logging.getLogger(__name__)
 def begin_accelerator(**options: Any) -> Accelerator:
     """An accelerator for one training, sharding with FSDP2 where the launcher's configuration asks for it.
 
-    Where it asks for DeepSpeed, accelerate begins as for DDP, and :mod:`davae.training.zero` does the rest.
-
     One process may train several stages one after the other, each with its own precision.
 
     Args:
@@ -41,8 +39,9 @@ def begin_accelerator(**options: Any) -> Accelerator:
 
     Raises:
         DavaeError: the configuration asks for a form of FSDP that is not supported, for FSDP in float16, or for
-            DeepSpeed where it is not installed.
+            DeepSpeed.
     """
+    refuse_deepspeed()
     _forget_the_training_before()
     plugin = _plugin()
     if plugin is not None and options.get("mixed_precision") == "fp16":
@@ -50,8 +49,7 @@ def begin_accelerator(**options: Any) -> Accelerator:
             f"loop.precision=fp16, while {LAUNCHER} asks for FSDP: every process would scale its losses as its "
             "own shards need it. Take loop.precision=bf16"
         )
-    with as_for_ddp():
-        accelerator = Accelerator(fsdp_plugin=plugin, **options)
+    accelerator = Accelerator(fsdp_plugin=plugin, **options)
     if plugin is not None and accelerator.use_distributed:
         # Weights stay in float32 and autocast decides what is computed in half precision, as without sharding:
         # FSDP's own policy would also cast latents, times and normalisation.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from davae.training.settings import LoopSettings, OptimizerSettings
+from davae.recipes.loop import LoopSettings, OptimizerSettings
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Stage(ABC):
     def validate(self, samples: Path, step: int) -> dict[str, float]:
         """Measure the model on held-out images and write a picture into ``samples``.
 
-        Called in every process, each of which takes its share (see :mod:`davae.training.processes`); the first one
+        Called in every process, each of which takes its share (see :mod:`davae.runtime.processes`); the first one
         writes, and its figures count.
         """
 

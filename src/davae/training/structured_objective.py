@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from davae.latents import AlignmentLoss, LatentLayout, gaussian_kl
 from davae.models import AutoencoderDA
+from davae.recipes.settings import AlignmentSettings, ReconstructionSettings
 from davae.training.adaptive_weights import Decoded, single_pass
 from davae.training.adversary import Adversary
 from davae.training.losses import ReconstructionLoss
-from davae.training.settings import AlignmentSettings, ReconstructionSettings
 
 MAX_ADAPTIVE_ALIGNMENT = 1e8  # official code
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from davae.errors import DavaeError
+from davae.runtime.atomic_files import atomic_file, atomic_json
 
 _NAMED = 3
 
@@ -75,13 +76,10 @@ class Fingerprint:
 
     def save(self, folder: Path) -> None:
         """Write ``sources.jsonl``, then ``fingerprint.json``: where the latter is, both are whole."""
-        with (folder / "sources.jsonl").open("w") as file:
+        with atomic_file(folder / "sources.jsonl") as partial, partial.open("w") as file:
             for name, fact in self.sources.items():
                 file.write(json.dumps([name, *fact]) + "\n")
-        text = json.dumps({"facts": self.facts, "hash": self.hash}, indent=1)
-        partial = folder / ".fingerprint.json.partial"
-        partial.write_text(text)
-        partial.rename(folder / "fingerprint.json")
+        atomic_json(folder / "fingerprint.json", {"facts": self.facts, "hash": self.hash})
 
     @classmethod
     def load(cls, folder: Path) -> Fingerprint:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from davae.data.cache.shards import file_hash, shard_path
+from davae.data.cache.shards import shard_path
 from davae.errors import DavaeError
+from davae.runtime.atomic_files import file_hash
 
 INDEX = "index.jsonl"
 

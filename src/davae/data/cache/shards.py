@@ -7,7 +7,6 @@ WebDataset readers expect. Nothing is unpacked and nothing is unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.runtime.atomic_files import atomic_file, atomic_tensors
 
 Format = Literal["safetensors", "webdataset"]
 SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "webdataset": ".tar"}
@@ -50,42 +50,22 @@ class Record:
 
 
 def write_shard(path: Path, records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Write a whole shard beside ``path``, put it on the disk, then give it its name.
+    """Write a complete shard, or none.
 
     Returns:
         One index line a record: ``key``, ``shard``, the record's facts, and in tar shards where its tensors are.
     """
-    partial = path.with_name(f".{path.name}.partial")
     lines = [{"key": r.key, "shard": path.name, **r.facts} for r in records]
-    if path.suffix == ".tar":
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
-            for record, line in zip(records, lines):
-                body = safetensors.torch.save({k: v.contiguous() for k, v in record.tensors.items()})
-                line |= {"offset": archive.offset + tarfile.BLOCKSIZE, "bytes": len(body)}
-                _add(archive, f"{record.key}.safetensors", body)
-                _add(archive, f"{record.key}.json", json.dumps(record.facts).encode())
-    else:
-        named = {f"{r.key}.{k}": v.contiguous() for r in records for k, v in r.tensors.items()}
-        safetensors.torch.save_file(named, partial)
-    flush(partial)
-    partial.rename(path)
-    flush(path.parent)
+    if path.suffix != ".tar":
+        atomic_tensors(path, {f"{r.key}.{k}": v for r in records for k, v in r.tensors.items()})
+        return lines
+    with atomic_file(path) as partial, tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for record, line in zip(records, lines):
+            body = safetensors.torch.save({k: v.contiguous() for k, v in record.tensors.items()})
+            line |= {"offset": archive.offset + tarfile.BLOCKSIZE, "bytes": len(body)}
+            _add(archive, f"{record.key}.safetensors", body)
+            _add(archive, f"{record.key}.json", json.dumps(record.facts).encode())
     return lines
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Ask the operating system to put a file, or a folder's entries, on the disk now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def is_shard_name(name: str) -> bool:

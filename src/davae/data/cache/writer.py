@@ -11,25 +11,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from davae.data.cache.fingerprint import Fingerprint
 from davae.data.cache.index import append, journal_of, merge_journals, read_index
 from davae.data.cache.shards import (
     SUFFIXES,
     Format,
     Record,
-    file_hash,
     is_shard_name,
     stored,
     write_shard,
 )
 from davae.errors import DavaeError
+from davae.runtime.atomic_files import atomic_json, file_hash
+from davae.runtime.devices import DTYPES
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Storage types by name."""
 
 SHARD_BYTES = 256 * 2**20
 SHARD_RECORDS = 4096
@@ -93,8 +89,7 @@ class CacheWriter:
             others = [p.name for p in self.folder.iterdir() if not p.name.startswith(".")]
             if set(others) - {"cache.json", "sources.jsonl"}:
                 raise DavaeError(f"{self.folder} holds other files ({min(others)}); give an empty folder")
-            text = json.dumps({"format": self.form, **about}, indent=1)
-            (self.folder / "cache.json").write_text(text)
+            atomic_json(self.folder / "cache.json", {"format": self.form, **about})
             fingerprint.save(self.folder)
         for left in self.folder.glob(".*.partial"):
             left.unlink()

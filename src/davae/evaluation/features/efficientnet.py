@@ -10,8 +10,9 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.evaluation.features.network import Features
-from davae.evaluation.features.resize import resize_bicubic, standardise, to_bytes
-from davae.evaluation.metrics.fid import file_hash
+from davae.evaluation.features.resize import standardise
+from davae.runtime.atomic_files import file_hash
+from davae.runtime.pictures import resize_bicubic, to_bytes
 
 _SIDE = 224
 _MEAN, _STD = (127 / 255,) * 3, (128 / 255,) * 3  # the Lite models' own (x - 127) / 128

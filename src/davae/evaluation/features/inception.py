@@ -11,8 +11,9 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.evaluation.features.inception_network import InceptionNetwork
 from davae.evaluation.features.network import Features
-from davae.evaluation.features.resize import resize_tensorflow1, to_bytes
-from davae.evaluation.metrics.fid import file_hash
+from davae.evaluation.features.resize import resize_tensorflow1
+from davae.runtime.atomic_files import file_hash
+from davae.runtime.pictures import to_bytes
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 _URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"

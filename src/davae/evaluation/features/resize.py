@@ -3,20 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """``[B, 3, H, W]`` in [-1, 1] to whole numbers 0..255, still float32: what an image file would hold."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
-
-
-def resize_bicubic(images: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic with antialiasing, as Pillow does it; images of the right size stay as they are."""
-    if images.shape[-2:] == (height, width):
-        return images
-    return F.interpolate(images, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
 
 
 def resize_tensorflow1(images: Tensor, height: int, width: int) -> Tensor:

@@ -14,8 +14,9 @@ from transformers.utils import cached_file
 
 from davae.errors import DavaeError
 from davae.evaluation.features.network import Features
-from davae.evaluation.features.resize import resize_bicubic, standardise, to_bytes
-from davae.evaluation.metrics.fid import file_hash
+from davae.evaluation.features.resize import standardise
+from davae.runtime.atomic_files import file_hash
+from davae.runtime.pictures import resize_bicubic, to_bytes
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")

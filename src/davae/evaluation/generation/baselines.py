@@ -12,32 +12,20 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.evaluation.enlarging import upscaled
 from davae.evaluation.generation.compare import Batches
 from davae.evaluation.generation.image_run import ImageRun, RunSettings
 from davae.evaluation.generation.prompts import GENEVAL_SAMPLES, PromptSet, class_set, open_prompt_set
 from davae.pipelines.generate import takes_prompts
+from davae.runtime.pictures import upscaled
+from davae.runtime.processes import rank_and_world, wait_for_everyone
 
 UPGRADED, BASE_UPSCALED, BASE_NATIVE = "upgraded", "base, upscaled", "base, native"
 CLASS_IMAGES = 50_000
 """Images of a class-conditional model where no number is given: what published distances use."""
 
 
-@dataclass
-class Processes:
-    """This process among all, and how to wait for the others.
-
-    Attributes:
-        rank, world: number of this one, and how many.
-        wait: returns once every process has called it.
-        progress: wraps the numbers of images as they are made; its other arguments are the run's name and how many
-            images it lacks.
-    """
-
-    rank: int = 0
-    world: int = 1
-    wait: Callable[[], None] = lambda: None
-    progress: Callable[[Iterable[int], str, int], Iterable[int]] = lambda made, _name, _missing: made
+Progress = Callable[[Iterable[int], str, int], Iterable[int]]
+"""Wraps the numbers of images as they are made; told what they are for and how many are missing."""
 
 
 @dataclass
@@ -60,9 +48,11 @@ def generate_variants(
     others: Mapping[str, str] | None = None,
     prompts: str | Path | None = None,
     count: int | None = None,
-    processes: Processes | None = None,
+    progress: Progress = lambda made, _name, _missing: made,
 ) -> Variants:
-    """Make all images that are missing.
+    """Make all images that are missing, shared among the processes that a launcher started.
+
+    All ranks must call this.
 
     Args:
         open_pipeline: a pipeline by name.
@@ -73,35 +63,35 @@ def generate_variants(
             autoencoder; asked for the full resolution, and resized to it where they make another.
         prompts: file of prompts, for pipelines that take them.
         count: images of each; none takes every prompt once (GenEval: four times), or 50 000 of classes.
-        processes: who else works in the same folder.
+        progress: shows how far this process is.
 
     Raises:
         DavaeError: prompts for a class-conditional pipeline or none for the other kind, a folder of another run, or
             two models of one name.
     """
-    out, processes = Path(out), processes or Processes()
+    out = Path(out)
     _check_names(others or {})
     pipe = open_pipeline(settings.pipeline)
     subjects = find_subjects(pipe, prompts)
     total = _count(count, subjects)
     variants = Variants(subjects, total)
     settings = replace(settings, prompts=subjects.describe())
-    upgraded = variants.runs["upgraded"] = _make(pipe, settings, out / "upgraded", variants, processes)
+    upgraded = variants.runs["upgraded"] = _make(pipe, settings, out / "upgraded", variants, progress)
     variants.models[UPGRADED] = partial(upgraded.batches, total)
     scale = int(getattr(pipe.vae, "scale", 1))
-    processes.wait()
+    wait_for_everyone()
     del pipe  # its memory may be needed
     full = (upgraded.size()[0], upgraded.size()[1])
     if base is not None:
-        _add_base(open_pipeline(base), base, settings, out, variants, processes, full, scale)
+        _add_base(open_pipeline(base), base, settings, out, variants, progress, full, scale)
     for name, pipeline in (others or {}).items():
         pipe = open_pipeline(pipeline)
         sized = replace(settings, pipeline=pipeline)
         if _takes_size(pipe):
             sized = replace(sized, height=full[0], width=full[1])
-        run = variants.runs[name] = _make(pipe, sized, out / name, variants, processes)
+        run = variants.runs[name] = _make(pipe, sized, out / name, variants, progress)
         variants.models[name] = partial(_upscaled, run, total, full)
-        processes.wait()
+        wait_for_everyone()
     return variants
 
 
@@ -111,7 +101,7 @@ def _add_base(
     settings: RunSettings,
     out: Path,
     variants: Variants,
-    processes: Processes,
+    progress: Progress,
     full: tuple[int, int],
     scale: int,
 ) -> None:
@@ -119,17 +109,17 @@ def _add_base(
     total, flexible = variants.count, _takes_size(pipe)
     height, width = (full[0] // scale, full[1] // scale) if flexible else (None, None)
     small = replace(settings, pipeline=base, height=height, width=width)
-    lower = variants.runs["base"] = _make(pipe, small, out / "base", variants, processes)
+    lower = variants.runs["base"] = _make(pipe, small, out / "base", variants, progress)
     variants.models[BASE_UPSCALED] = partial(_upscaled, lower, total, full)
     if scale == 1:
         variants.unavailable[BASE_NATIVE] = "the pipeline is not upgraded: it is native itself"
     elif flexible:
         large = replace(settings, pipeline=base, height=full[0], width=full[1])
-        native = variants.runs["native"] = _make(pipe, large, out / "native", variants, processes)
+        native = variants.runs["native"] = _make(pipe, large, out / "native", variants, progress)
         variants.models[BASE_NATIVE] = partial(native.batches, total)
     else:
         variants.unavailable[BASE_NATIVE] = f"{type(pipe).__name__} takes no height and width"
-    processes.wait()
+    wait_for_everyone()
 
 
 def _takes_size(pipe: DiffusionPipeline) -> bool:
@@ -176,12 +166,13 @@ def _count(count: int | None, subjects: PromptSet) -> int:
 
 
 def _make(
-    pipe: DiffusionPipeline, settings: RunSettings, folder: Path, variants: Variants, processes: Processes
+    pipe: DiffusionPipeline, settings: RunSettings, folder: Path, variants: Variants, progress: Progress
 ) -> ImageRun:
     run = ImageRun(folder, settings)
-    missing = run.share_missing(variants.count, processes.rank, processes.world)
-    made = run.make(pipe, variants.prompts, variants.count, rank=processes.rank, world=processes.world)
-    for _ in processes.progress(made, folder.name, len(missing)):
+    rank, world = rank_and_world()
+    missing = run.share_missing(variants.count, rank, world)
+    made = run.make(pipe, variants.prompts, variants.count, rank=rank, world=world)
+    for _ in progress(made, folder.name, len(missing)):
         pass
     return run
 

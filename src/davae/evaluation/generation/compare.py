@@ -17,7 +17,7 @@ from davae.evaluation.features import FeatureNetwork, TextImageNetwork
 from davae.evaluation.generation.prompts import PromptSet
 from davae.evaluation.images import spread_batches
 from davae.evaluation.metrics.clip_score import ClipScore
-from davae.evaluation.metrics.fid import Gaussian, file_hash, load_statistics, save_statistics
+from davae.evaluation.metrics.fid import Gaussian, load_statistics, save_statistics
 from davae.evaluation.metrics.image_set import (
     PATCH_IMAGES,
     Distances,
@@ -26,6 +26,7 @@ from davae.evaluation.metrics.image_set import (
     feature_distances,
 )
 from davae.evaluation.metrics.names import CLIP_SCORE
+from davae.runtime.atomic_files import file_hash
 
 Batches = Callable[[], Iterable[Tensor]]
 """Begins anew at every call: images ``[B, 3, H, W]`` in [-1, 1], in the order of their numbers."""

@@ -6,22 +6,23 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from rich.progress import track
 
 from davae.errors import DavaeError
 from davae.evaluation.features import TextImageNetwork
 from davae.evaluation.features.open import open_networks, or_unavailable
-from davae.evaluation.generation.baselines import Processes, generate_variants
+from davae.evaluation.generation.baselines import generate_variants
 from davae.evaluation.generation.compare import GenerationReport, compare_generation, open_reference
 from davae.evaluation.generation.image_run import RunSettings, write_geneval_folder
 from davae.evaluation.metrics.names import CLIP_SCORE
 from davae.pipelines import load_pipeline
-from davae.pipelines.placing import chosen_device, named_dtype
+from davae.runtime.devices import chosen_device, named_dtype
+from davae.runtime.processes import start_processes
 from davae.training.run import load_base
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def evaluate_generation(
     precision, wanted = named_dtype(dtype), chosen_device(device)
     compared = open_reference(str(reference), limit=reference_images)
     # Waiting for the slowest process may take hours; torch would give up after minutes.
-    state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
+    state = start_processes(cpu=device == "cpu", timeout=timedelta(days=7))
     where = str(state.device) if state.num_processes > 1 else wanted
     unavailable: dict[str, str] = {}
     networks, clip_network = [], None
@@ -114,7 +115,7 @@ def evaluate_generation(
         others=beside,
         prompts=prompts,
         count=count,
-        processes=_processes(state),
+        progress=partial(_progress, shown=state.is_main_process),
     )
     if not state.is_main_process:
         return None
@@ -143,8 +144,5 @@ def _open_pipeline(name: str, dtype: torch.dtype, device: str) -> DiffusionPipel
     return pipe.to(device)
 
 
-def _processes(state: PartialState) -> Processes:
-    def progress(made: Iterable[int], name: str, missing: int) -> Iterable[int]:
-        return track(made, name, total=missing, transient=True, disable=not state.is_main_process)
-
-    return Processes(state.process_index, state.num_processes, state.wait_for_everyone, progress)
+def _progress(made: Iterable[int], name: str, missing: int, *, shown: bool) -> Iterable[int]:
+    return track(made, name, total=missing, transient=True, disable=not shown)

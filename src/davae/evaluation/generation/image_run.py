@@ -23,6 +23,7 @@ from davae.data import image_to_tensor
 from davae.errors import DavaeError
 from davae.evaluation.generation.prompts import PromptSet
 from davae.pipelines.generate import generate_batch
+from davae.runtime.atomic_files import atomic_file, atomic_write
 
 _SETTINGS = "settings.json"
 
@@ -77,7 +78,7 @@ class ImageRun:
                         "not belong together. Give another --out, or delete the folder"
                     )
             return
-        _write_whole(file, json.dumps(wanted, indent=1).encode())
+        atomic_write(file, json.dumps(wanted, indent=1), shared=True)
 
     def describe(self) -> dict[str, Any]:
         """For the JSON: the settings."""
@@ -130,7 +131,8 @@ class ImageRun:
             )
             for index, image in zip(indices, images, strict=True):
                 if index < count and not self.path(index).exists():
-                    _save_whole(image, self.path(index))
+                    with atomic_file(self.path(index), shared=True) as partial:
+                        image.save(partial, format="PNG")
                     yield index
 
     def batches(self, count: int, *, size: int = 32) -> Iterator[Tensor]:
@@ -161,26 +163,6 @@ def write_geneval_folder(run: ImageRun, prompts: PromptSet, count: int, out: str
         folder = out / f"{prompt:05d}"
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         if sample == 0:
-            _write_whole(folder / "metadata.jsonl", json.dumps(prompts.metadata[prompt]).encode())
-        _write_whole(folder / "samples" / f"{sample:05d}.png", run.path(index).read_bytes())
+            atomic_write(folder / "metadata.jsonl", json.dumps(prompts.metadata[prompt]))
+        atomic_write(folder / "samples" / f"{sample:05d}.png", run.path(index).read_bytes())
     return out
-
-
-def _save_whole(image: Image.Image, path: Path) -> None:
-    beside = _beside(path)
-    with beside.open("wb") as file:
-        image.save(file, format="PNG")
-        file.flush()
-        os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
-    beside.replace(path)
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    beside = _beside(path)
-    beside.write_bytes(content)
-    beside.replace(path)
-
-
-def _beside(path: Path) -> Path:
-    """A hidden name of this process's own: two processes that meet never write the same file."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from davae.errors import DavaeError
-from davae.evaluation.metrics.fid import file_hash
 from davae.pipelines.generate import read_prompts
+from davae.runtime.atomic_files import file_hash
 
 GENEVAL_SAMPLES = 4
 """Images of each prompt that GenEval asks for."""

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from davae.data import open_dataset
 from davae.errors import DavaeError
-from davae.evaluation.enlarging import upscaled
 from davae.evaluation.images import held_out_images, spread_batches, trained_resolution
 from davae.evaluation.latent_space.projection import Method, project_latents
 from davae.evaluation.latent_space.separability import linear_probe, nearest_neighbour_accuracy
@@ -28,7 +27,8 @@ from davae.evaluation.metrics.psnr_ssim import pair_metrics
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA
 from davae.pipelines.opening import autoencoder_folder, load_autoencoder
-from davae.pipelines.placing import chosen_device
+from davae.runtime.devices import chosen_device
+from davae.runtime.pictures import upscaled
 
 _BAND_IMAGES = 32
 """Spectra of what each detail group adds are taken of so many images: each group costs one decoding of them."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.runtime.atomic_files import atomic_file, file_hash
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def save_statistics(gaussian: Gaussian, file: str | Path) -> str:
     arrays: dict[str, Any] = {"mu": gaussian.mean.numpy(), "sigma": gaussian.covariance.numpy()}
     if gaussian.count is not None:
         arrays["count"] = np.int64(gaussian.count)
-    np.savez(path, **arrays)
+    with atomic_file(path) as partial, partial.open("wb") as stream:
+        np.savez(stream, **arrays)
     return file_hash(path)
 
 
@@ -159,9 +161,3 @@ def load_statistics(file: str | Path) -> Gaussian:
         shapes = f"mu is {list(mean.shape)} and sigma {list(covariance.shape)}"
         raise DavaeError(f"{path}: {shapes}; [F] and [F, F] are needed")
     return Gaussian(mean, covariance, count)
-
-
-def file_hash(file: str | Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    with Path(file).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

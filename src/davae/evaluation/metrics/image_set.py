@@ -12,7 +12,6 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.evaluation.features import FeatureNetwork, Features
-from davae.evaluation.features.resize import to_bytes
 from davae.evaluation.metrics.fid import Gaussian, GaussianStatistics, frechet_distance
 from davae.evaluation.metrics.inception_score import inception_score
 from davae.evaluation.metrics.kid import kid
@@ -20,6 +19,7 @@ from davae.evaluation.metrics.names import SPECTRUM_DB, SWD_FINEST, SWD_MEAN
 from davae.evaluation.metrics.precision_recall import precision_recall
 from davae.evaluation.metrics.sliced_wasserstein import PatchSet
 from davae.evaluation.metrics.spectrum import SpectrumMean
+from davae.runtime.pictures import to_bytes
 
 PATCH_IMAGES = 8192
 """Patches are cut from the first so many images of a set; more would only fill the memory."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,16 +10,15 @@ from torch.autograd import grad
 
 from davae.latents import gradient_ratio, gradient_scale
 from davae.models import AutoencoderDA
+from davae.training.adaptive_weights import Decoded
 from davae.training.adversary import MAX_ADAPTIVE_GAN, Adversary
 from davae.training.autoencoder import AutoencoderStage
 from davae.training.structured_objective import StructuredObjective
 
 
 @dataclass(frozen=True)
-class _Decoded:
-    losses: dict[str, Tensor]
-    total: Tensor
-    among: list[Tensor]
+class _Decoded(Decoded):
+    among: Sequence[Tensor] = ()
     """Gradients are taken at all of these, as a whole backward pass does."""
 
     def alignment_ratio(self, z_d: Tensor, alignment: Tensor, weight: Tensor, *, maximum: float) -> Tensor:
@@ -52,7 +52,7 @@ class SeparatePassesObjective(StructuredObjective):
                     weight = weight * _ratio(total, hinge, last, among, MAX_ADAPTIVE_GAN)
                 losses["gan"] = weight * hinge
             total = total + losses["gan"]
-        return _Decoded(losses, total, among)
+        return _Decoded(losses, total, None, 1.0, among)
 
 
 class SeparatePassesStage(AutoencoderStage):
@@ -61,7 +61,9 @@ class SeparatePassesStage(AutoencoderStage):
     objective_class = SeparatePassesObjective
 
 
-def _ratio(reference: Tensor, loss: Tensor, weight: Tensor, among: list[Tensor], maximum: float) -> Tensor:
+def _ratio(
+    reference: Tensor, loss: Tensor, weight: Tensor, among: Sequence[Tensor], maximum: float
+) -> Tensor:
     scale = gradient_scale(weight.device)
     place = next(i for i, tensor in enumerate(among) if tensor is weight)
     first, second = (

@@ -15,17 +15,12 @@ from davae.benchmark.inference import device_name
 from davae.benchmark.memory import peak_tensor_bytes
 from davae.benchmark.planner_architectures import Architecture, find_architecture
 from davae.benchmark.timing import side_by_side
+from davae.choices import Precision, Scale, check_choice
 from davae.errors import DavaeError
+from davae.runtime.processes import use_cpu
 from davae.training.benchmark.profile import StepProfile, profile_step
-from davae.training.benchmark.stages import (
-    FORMS,
-    DiffusionBenchStage,
-    Form,
-    StepSettings,
-    autoencoder_stage,
-)
+from davae.training.benchmark.stages import FORMS, DiffusionBenchStage, Form, StepSettings, autoencoder_stage
 from davae.training.loop import steps_of
-from davae.training.processes import use_cpu
 from davae.training.stage import Stage
 
 StageName = Literal["autoencoder", "diffusion"]
@@ -94,7 +89,7 @@ def bench_training(
     stages: Sequence[StageName] = STAGES,
     gan: bool = False,
     tune: Literal["full", "lora"] = "full",
-    precision: Literal["no", "bf16", "fp16"] = "no",
+    precision: Precision = "no",
     compile: bool = False,
     repeats: int = 5,
     profile: bool = False,
@@ -129,8 +124,7 @@ def bench_training(
     if unknown or not stages:
         raise DavaeError(f"stages must be of {' and '.join(STAGES)}, not {', '.join(unknown) or 'none'}")
     architecture = find_architecture(base)
-    if scale not in (2, 4, 8):
-        raise DavaeError(f"scale must be 2, 4 or 8, not {scale}")
+    check_choice(scale, Scale, "scale")
     settings = StepSettings(
         resolution=resolution,
         scale=scale,  # type: ignore[arg-type]

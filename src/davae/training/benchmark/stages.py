@@ -17,6 +17,7 @@ import davae.pipelines
 from davae.benchmark.planner import default_detail_channels
 from davae.benchmark.planner_architectures import Architecture, build, widened_config
 from davae.benchmark.text_encoders import text_encoders_of
+from davae.choices import Precision, Scale
 from davae.diffusion.loss import FlowLoss
 from davae.diffusion.noise import DdpmProcess, FlowProcess, NoiseProcess
 from davae.errors import DavaeError
@@ -24,23 +25,22 @@ from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
 from davae.pipelines.families import PipelineFamily, family_of
 from davae.pipelines.speed import order_channels_last
-from davae.training.autoencoder import AutoencoderStage
-from davae.training.benchmark.data import RandomImages, RandomLatents
-from davae.training.benchmark.separate_passes import SeparatePassesStage
-from davae.training.diffusion.objective import DiffusionObjective
-from davae.training.diffusion.tuning import select_trained
-from davae.training.settings import (
+from davae.recipes.loop import LoopSettings, OptimizerSettings
+from davae.recipes.settings import (
     AlignmentSettings,
     AutoencoderModelSettings,
     AutoencoderSettings,
     DiffusionSettings,
     FlowLossSettings,
     GanSettings,
-    LoopSettings,
-    OptimizerSettings,
     ReconstructionSettings,
     TuneSettings,
 )
+from davae.training.autoencoder import AutoencoderStage
+from davae.training.benchmark.data import RandomImages, RandomLatents
+from davae.training.benchmark.separate_passes import SeparatePassesStage
+from davae.training.diffusion.objective import DiffusionObjective
+from davae.training.diffusion.tuning import select_trained
 from davae.training.stage import Player, Stage
 from davae.warm_start import dummy_arguments
 
@@ -72,12 +72,12 @@ class StepSettings:
     """
 
     resolution: int
-    scale: Literal[2, 4, 8] = 2
+    scale: Scale = 2
     detail_channels: int | None = None
     batch: int = 4
     gan: bool = False
     tune: Literal["full", "lora"] = "full"
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Precision = "no"
     compile: bool = False
     learning_rate: float = 1e-4
     eps: float = 1e-8

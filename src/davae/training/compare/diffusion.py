@@ -16,9 +16,9 @@ from torch import Tensor
 from davae.benchmark import side_by_side
 from davae.evaluation.features import FeatureNetwork
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets, spatial_distances
+from davae.runtime.pictures import PICTURES
 from davae.training.compare.autoencoders import Candidate
 from davae.training.compare.trial import DiffusionOptions, Trial
-from davae.training.pictures import PICTURES
 
 
 @dataclass(frozen=True)

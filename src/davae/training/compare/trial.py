@@ -20,12 +20,13 @@ from davae.models.latent_space import decode
 from davae.models.lightningdit import SIZES, Size
 from davae.pipelines.class_conditional import guided_velocity
 from davae.pipelines.families.classes import ClassConditional
+from davae.recipes.loop import OptimizerSettings
+from davae.recipes.settings import FlowLossSettings
+from davae.runtime.progress import Progress
 from davae.training.compare.autoencoders import Candidate, decode_all, encode_all
 from davae.training.diffusion import DiffusionObjective
 from davae.training.ema import Ema
 from davae.training.optimizers import make_optimizer
-from davae.training.progress import Progress
-from davae.training.settings import FlowLossSettings, OptimizerSettings
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from davae.data import ImageDataset, UnreadableImage
 from davae.errors import DavaeError
 from davae.pipelines.families import ClassFamily, PipelineFamily, family_of
-from davae.training.processes import gathered, share
+from davae.runtime.processes import gathered, share
 
 logger = logging.getLogger(__name__)
 _BATCH = 16  # captions encoded together

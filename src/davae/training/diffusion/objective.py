@@ -16,7 +16,7 @@ from davae.diffusion.timesteps import sd3_sigma_table
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.pipelines.families import PipelineFamily
-from davae.training.settings import FlowLossSettings, TimestepSettings
+from davae.recipes.settings import FlowLossSettings, TimestepSettings
 
 
 class DiffusionObjective(nn.Module):

@@ -18,17 +18,17 @@ from davae.latents import LatentLayout
 from davae.pipelines.adapters import save_adapters
 from davae.pipelines.families import family_of
 from davae.pipelines.lora import merge_lora
+from davae.recipes.settings import DiffusionSettings
+from davae.runtime.atomic_files import atomic_folder
+from davae.runtime.pictures import save_rows
+from davae.runtime.processes import gathered_in_first, is_first, share, start_processes
 from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings, captions_of, move_text_encoders
 from davae.training.diffusion.objective import DiffusionObjective, noise_process
 from davae.training.diffusion.tuning import learning_masks, select_trained
 from davae.training.diffusion.validation import MEASURED, generate_classes, generate_prompts, held_out_loss
 from davae.training.latents_in_memory import ENCODED_TOGETHER, LatentsInMemory
 from davae.training.memory import Prepared
-from davae.training.pictures import save_rows
-from davae.training.processes import gathered_in_first, is_first, share, start_processes
-from davae.training.settings import DiffusionSettings
 from davae.training.stage import Player, Stage
-from davae.training.whole_files import whole_folder
 
 logger = logging.getLogger(__name__)
 _PICTURES = 12  # in a row
@@ -254,12 +254,12 @@ class DiffusionStage(Stage):
         """
         transformer = self.pipeline.transformer.eval()
         if self.settings.tune.mode != "full":
-            with whole_folder(out / "adapters") as folder:
+            with atomic_folder(out / "adapters") as folder:
                 save_adapters(self.pipeline, folder)
             merge_lora(transformer)
         if self.settings.tune.frozen_dtype == "bfloat16":
             transformer.to(torch.bfloat16)
         transformer.to(memory_format=torch.contiguous_format)
-        with whole_folder(out / "pipeline") as folder:
+        with atomic_folder(out / "pipeline") as folder:
             self.pipeline.save_pretrained(folder)
         return out / "pipeline"

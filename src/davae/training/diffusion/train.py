@@ -9,16 +9,16 @@ import torch
 from diffusers import DiffusionPipeline
 from torch.utils.data import Dataset
 
-from davae.models.lightningdit_start import restarted
+from davae.models.lightningdit import restarted
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.opening import load_autoencoder
 from davae.pipelines.same_base import layout_over
+from davae.recipes.settings import UpgradeRecipe
 from davae.training.caching import open_cache
 from davae.training.diffusion.stage import DiffusionStage
 from davae.training.images import open_part, open_training_part
 from davae.training.loop import TrainResult, train
 from davae.training.provenance import base_facts, data_facts
-from davae.training.settings import UpgradeRecipe
 
 
 def train_transformer(

@@ -14,7 +14,7 @@ from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.pipelines.families import PipelineFamily
 from davae.pipelines.lora import attach_lora
-from davae.training.settings import DiffusionSettings, LoraSettings, TuneSettings
+from davae.recipes.settings import DiffusionSettings, LoraSettings, TuneSettings
 from davae.warm_start import channel_parameters, new_channel_masks
 
 

@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 from davae.data import collate
 from davae.errors import DavaeError
 from davae.pipelines.families import ClassFamily, family_of
+from davae.recipes.settings import SampleSettings
+from davae.runtime.processes import gathered, share
 from davae.training.loop import to_device
-from davae.training.processes import gathered, share
-from davae.training.settings import SampleSettings
 
 Item = dict[str, Any]
 MEASURED = 256

@@ -14,7 +14,6 @@ _OPTIONAL = {
     "torchvision": ("LPIPS", "install the build that matches your torch"),
     "efficientnet_lite_pytorch": ("feature distances without a download", "pip install 'davae[features]'"),
     "bitsandbytes": ("AdamW with moments of 8 bits", "pip install 'davae[eight-bit]'"),
-    "deepspeed": ("ZeRO-2 by DeepSpeed", "pip install 'davae[deepspeed]'"),
 }
 
 

@@ -1,141 +1,46 @@
 """The typed settings of a training: what a recipe file may say, with defaults and limits.
 
-Each class is one section of a recipe. Field comments give units and the source of a default;
-`davae.training.recipe` reads files into these classes and turns mistakes into one clear line.
+Each class is one section of a recipe. The docstring below a field is its description: units, and the source of a
+default. `davae.recipes.read` reads files into these classes and turns mistakes into one clear line.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, values never change after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataSettings(Section):
-    """Where images come from and how they become tensors."""
-
-    path: str = "procedural"
-    """A folder, a data set name or file, WebDataset shards, or ``procedural`` (see docs/data.md)."""
-    resolution: Positive = 128
-    """Side of the square training image in pixels, at full resolution."""
-    crop: Literal["center", "random"] = "center"
-    flip: bool = False
-    split: str = "train"
-    revision: str | None = None
-    """A name on the hub: the branch, tag or commit to take; none takes the newest. The run's environment.json says
-    which commit it was, to be pinned here."""
-    hold_out: Annotated[float, Field(ge=0)] = 0.05
-    """Share of the images (below 1) or their number (1 and more) kept for validation."""
-    workers: Annotated[int, Field(ge=0)] = 0
-    """Loader processes; 0 decodes in the training process."""
-    timeout_s: Annotated[float, Field(ge=0)] = 600.0
-    """Seconds to wait for a batch before the run stops and names the files being read; 0 waits for ever."""
-    buckets: bool | list[tuple[Positive, Positive]] = False
-    """Aspect-ratio buckets for the training images: ``true`` for sizes of about ``resolution ** 2`` pixels, or
-    a list of [width, height]. Held-out images stay square."""
-    cache_latents: bool = False
-    """Encode the images once and keep the latents in memory: all of them in the diffusion stage, the base's in the
-    autoencoder stage; with ``flip`` those of the mirrored images too. The training of a base from nothing keeps its
-    images besides, at 3 bytes a pixel."""
-    cache: str | None = None
-    """Diffusion stage, or a base recipe with ``start_from``: folder that ``davae cache`` wrote; latents and embeddings
-    are read from it."""
-    cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Storage type of a cache; with float32 training gives the same losses as from images."""
-
-    @model_validator(mode="after")
-    def _can_be_kept(self) -> DataSettings:
-        if self.crop == "random" and self.cache_latents:
-            raise ValueError(
-                "data.crop=random cuts another part out of an image each time, so data.cache_latents=true cannot "
-                "keep its latent; set data.crop=center or data.cache_latents=false"
-            )
-        return self
-
-
-def _yaml_no(value: object) -> object:
-    """YAML 1.1 reads a bare ``no`` as false; people mean the word."""
-    return "no" if value is False else value
-
-
-class LoopSettings(Section):
-    """How long and how the loop runs; the same for every stage."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_plain(cls, values: Any) -> Any:
-        """Earlier versions had ``plain``; False says what all do now."""
-        if not isinstance(values, dict) or "plain" not in values:
-            return values
-        if values["plain"] is not False:
-            raise ValueError(
-                "'plain' is gone: steps have one form. Remove it; `davae bench training` times the plain form of a step"
-            )
-        return {key: value for key, value in values.items() if key != "plain"}
-
-    steps: Positive
-    batch_size: Positive
-    """Images a process and a micro-step."""
-    gradient_accumulation: Positive = 1
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    """Gradients are scaled down to this norm."""
-    skip_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    """A step whose gradient norm exceeds this is skipped, like one that is not finite."""
-    max_skipped_steps: Positive = 10
-    """Skipped steps in a row after which the run stops and saves what is needed to find the cause."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
-    precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_yaml_no)] = "no"
-    channels_last: bool = True
-    """Convolutions in channels-last memory order: the same numbers, faster on most devices."""
-    compile: bool = False
-    """``torch.compile`` of what is repeated: the blocks of a transformer, encoders and decoders."""
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    log_every: Positive = 10
-    validate_every: Annotated[int, Field(ge=0)] = 0
-    """Steps between validations; 0 validates at the end only."""
-    validation_images: Positive = 16
-    checkpoint_every: Positive = 100
-    checkpoints_total_limit: Positive = 2
-    best_metric: str | None = None
-    """A validation metric; the checkpoint where it was best is kept besides the newest ones."""
-    best_mode: Literal["min", "max"] = "min"
-    report_to: list[str] = ["tensorboard"]
-    """Trackers known to accelerate; metrics.jsonl is written in any case."""
-
-
-class OptimizerSettings(Section):
-    """AdamW and its learning-rate schedule."""
-
-    kind: Literal["adamw", "adamw8bit"] = "adamw"
-    """``adamw8bit`` keeps the moments in 8 bits, a quarter of the memory; it needs bitsandbytes, and no FSDP."""
-    learning_rate: Annotated[float, Field(gt=0)]
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: Weight = 0.0
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    lr_scheduler: Literal["constant", "cosine"] = "constant"
-    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
-    lr_end: Weight = 0.0
-    """Learning rate at the last step of the cosine schedule."""
+from davae.choices import (
+    AlignmentForm,
+    AlignmentTarget,
+    FrozenDtype,
+    LatentSpace,
+    LevelOrder,
+    LossForm,
+    NewChannelsStart,
+    Reduction,
+    SavedDtype,
+    Scale,
+    ScheduleShape,
+    Scheme,
+    TuneMode,
+)
+from davae.recipes.data import DataSettings
+from davae.recipes.loop import LoopSettings, OptimizerSettings
+from davae.recipes.section import NotNegative, Positive, PositiveFloat, Probability, Section, Share, Weight
 
 
 class AlignmentSettings(Section):
     """Detail alignment, Eq. 3 and 4."""
 
-    form: Literal["mean", "relational", "projection"] = "mean"
+    form: AlignmentForm = "mean"
+    """What is compared with the base latent: grouped means (the paper), similarities of positions, or a learned
+    projection."""
     weight: Weight = 0.5
+    """Factor of the alignment term; 0 leaves it out."""
     adaptive: bool = False
     """Multiply the weight by the gradient ratio |grad rec| / |grad alignment| at the last shared layer."""
-    target: Literal["base", "prefix"] = "base"
+    target: AlignmentTarget = "base"
     """With several levels: tie each level's details to the base latent, or to all channels below the level."""
 
 
@@ -143,19 +48,28 @@ class GanSettings(Section):
     """PatchGAN discriminator; off while ``weight`` is 0."""
 
     weight: Weight = 0.0
-    start_step: Annotated[int, Field(ge=0)] = 0
+    """Factor of the generator's hinge loss."""
+    start_step: NotNegative = 0
+    """Step from which the discriminator learns and the generator sees it."""
     adaptive: bool = True
+    """Multiply the weight by the gradient ratio |grad rec| / |grad gan| at the decoder's last layer."""
     filters: Positive = 64
+    """Channels of the discriminator's first convolution."""
     layers: Positive = 3
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Convolutions of stride 2."""
+    learning_rate: PositiveFloat = 1e-4
+    """Of the discriminator's AdamW, constant."""
     betas: tuple[float, float] = (0.5, 0.9)
+    """Of the discriminator's AdamW."""
 
 
 class ReconstructionSettings(Section):
     """The terms that compare a reconstruction with its image."""
 
     l1_weight: Weight = 1.0
+    """Mean absolute error of pixels in [-1, 1]."""
     mse_weight: Weight = 0.0
+    """Mean squared error of pixels in [-1, 1]."""
     laplacian_weight: Weight = 0.0
     """L1 on a Laplacian pyramid: weight-free, keeps fine structure from blurring."""
     lpips_weight: Weight = 0.0
@@ -167,23 +81,32 @@ class ReconstructionSettings(Section):
     dino_backbone: str | None = None
     """Folder of the network (transformers layout: ``config.json``, ``model.safetensors``)."""
     kl_weight: Weight = 1e-6
-    kl_reduction: Literal["mean", "sum"] = "mean"
+    """KL divergence of the posterior from a standard normal."""
+    kl_reduction: Reduction = "mean"
+    """Over a sample's elements; ``mean`` is the ImageNet code's, ``sum`` the usual form."""
     gan: GanSettings = GanSettings()
 
 
 class AutoencoderModelSettings(Section):
     """Options of ``AutoencoderDA.from_base``."""
 
-    scale: Literal[2, 4, 8] = 2
+    scale: Scale = 2
+    """Side of the full image over the side of the base's."""
     detail_channels: Positive | Annotated[list[Positive], Field(min_length=1)]
-    """A list means nested levels, each of a factor 2: the channels that each one adds."""
+    """``D``, a multiple of ``scale ** 2 / 2``; with ``D = scale ** 2 C`` the start is the base VAE at full resolution.
+    A list means nested levels, each of a factor 2: the channels that each one adds."""
     start_from: str | None = None
     """Folder of a trained autoencoder whose levels are the first ones here."""
     antialias: bool = True
+    """Antialias the bicubic reduction to base resolution."""
     clamp_base_image: bool = False
-    base_latent_space: Literal["scaled", "raw"] = "scaled"
-    detail_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Clamp the reduced image to [-1, 1]."""
+    base_latent_space: LatentSpace = "scaled"
+    """What alignment and joint decoder see: ``(z - shift) * scale`` as the diffusion model does, or ``z``."""
+    detail_dropout: Probability = 0.1
+    """Share of training samples whose details are zeroed in front of the decoder."""
     warm_blocks: bool = True
+    """Start the new blocks from the base's layers they replace; ``false`` is the official start."""
 
     @model_validator(mode="after")
     def _a_factor_of_two_a_level(self) -> AutoencoderModelSettings:
@@ -201,7 +124,7 @@ class AutoencoderSettings(Section):
     model: AutoencoderModelSettings
     alignment: AlignmentSettings = AlignmentSettings()
     reconstruction: ReconstructionSettings = ReconstructionSettings()
-    levels: Literal["sequential", "together"] = "sequential"
+    levels: LevelOrder = "sequential"
     """Several levels: one training after another, each with the lower levels frozen, or one training for all."""
     optimizer: OptimizerSettings
     loop: LoopSettings
@@ -214,7 +137,9 @@ class LoraSettings(Section):
     """Low-rank adapters on the transformer's own layers (peft)."""
 
     rank: Positive = 16
+    """Rank of each adapter."""
     alpha: Positive = 16
+    """Adapters are scaled by ``alpha / rank``."""
     targets: list[str] | None = None
     """Module name suffixes; none takes the usual ones of the transformer's family."""
 
@@ -222,18 +147,24 @@ class LoraSettings(Section):
 class SigmaTableSettings(Section):
     """``sigma = table[int(steps u)]``: a scheduler made with one shift and set to another, times truncated."""
 
-    config_shift: Annotated[float, Field(gt=0)] = 3.0
-    train_shift: Annotated[float, Field(gt=0)] = 4.0
+    config_shift: PositiveFloat = 3.0
+    """Shift that the scheduler was made with."""
+    train_shift: PositiveFloat = 4.0
+    """Shift that it is set to."""
     steps: Positive = 1000
+    """Entries of the table."""
 
 
 class TimestepSettings(Section):
     """How noise levels are drawn: ``sigma`` is the share of noise, 1 is pure noise."""
 
-    scheme: Literal["logit_normal", "uniform"] = "logit_normal"
+    scheme: Scheme = "logit_normal"
+    """Distribution of ``sigma`` before the shift; ``logit_normal`` is the sigmoid of a Gaussian."""
     logit_mean: float = 0.0
-    logit_std: Annotated[float, Field(gt=0)] = 1.0
-    shift: Annotated[float, Field(gt=0)] | None = None
+    """Mean of that Gaussian; above 0 favours noise."""
+    logit_std: PositiveFloat = 1.0
+    """Standard deviation of that Gaussian."""
+    shift: PositiveFloat | None = None
     """``sigma <- shift sigma / (1 + (shift - 1) sigma)``; above 1 favours noise. None takes the shift that the
     pipeline samples with at the training's token count (1 for the class-conditional pipeline)."""
     table: SigmaTableSettings | None = None
@@ -249,29 +180,33 @@ class TimestepSettings(Section):
 class FlowLossSettings(Section):
     """The diffusion loss, Eq. 12 and 13, and the official code's variants."""
 
-    form: Literal["velocity", "x0"] = "velocity"
-    min_snr_gamma: Annotated[float, Field(gt=0)] | None = None
+    form: LossForm = "velocity"
+    """Compare ``noise - data``, or the data it implies (official SD3 training). Flow models only."""
+    min_snr_gamma: PositiveFloat | None = None
+    """Weigh samples by ``min((1 - t) / t, gamma)``, ``t`` the share of noise; none weighs them alike."""
     cosine_weight: Weight = 0.0
     """Weight of ``1 - cos(prediction, target)`` over channels, not scheduled (LightningDiT)."""
     variance_weight: Weight = 1.0
     """Weight of the variational bound of variances that a transformer predicts beside the noise (DiT, PixArt), in
     bits; 0 leaves them as they are. Others have no such term."""
-    detail_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    detail_warmup_steps: NotNegative = 0
     """``N`` of Eq. 12: steps over which the detail channels' loss fades in."""
-    detail_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    detail_schedule: ScheduleShape = "cosine"
+    """How it fades in; ``constant`` gives it full weight from the first step."""
 
 
 class TuneSettings(Section):
     """Which weights of the transformer learn."""
 
-    mode: Literal["full", "lora", "new_channels"] = "full"
+    mode: TuneMode = "full"
+    """All weights, adapters with the widened layers in full, or the new channels only (base weights stay bit-equal)."""
     lora: LoraSettings = LoraSettings()
-    new_channels_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    new_channels_learning_rate: PositiveFloat | None = None
     """Learning rate of the widened input and output layers; none takes the optimizer's."""
-    new_channels_start: Literal["zero", "random"] = "zero"
+    new_channels_start: NewChannelsStart = "zero"
     """Weights of the new channels at step 0. ``random`` is for ablations: with the spread of the base's own weights,
     so that step 0 is no longer the pretrained model."""
-    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    frozen_dtype: FrozenDtype = "float32"
     """Precision of the weights that do not learn; those that do stay in float32. ``bfloat16`` halves the memory
     of the transformer, needs ``loop.precision=bf16``, and the result is saved in it."""
     add_qk_norm: bool = False
@@ -282,13 +217,13 @@ class TuneSettings(Section):
 class PromptSettings(Section):
     """Text-conditional models: how captions become what the transformer sees."""
 
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    dropout: Probability = 0.1
     """Share of samples trained with the empty prompt, for classifier-free guidance."""
     max_length: Positive | None = None
     """Tokens a prompt is cut or padded to; none takes the pipeline's default (SD3 256, FLUX 512, ...)."""
     guidance: float = 3.5
     """What a guidance-distilled transformer (FLUX.1-dev) is told in training."""
-    validation: list[str] = []
+    validation: list[str] = Field(default=[])
     """Prompts of the validation images; empty takes captions of held-out images."""
 
 
@@ -296,8 +231,11 @@ class SampleSettings(Section):
     """Sampling for validation pictures and the report."""
 
     num_inference_steps: Positive = 25
+    """Steps of the sampler."""
     guidance_scale: float = 3.0
+    """Classifier-free guidance; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Class-conditional pipelines: guide only while ``start <= t <= end``, where t = 0 is noise."""
 
 
 class DiffusionSettings(Section):
@@ -325,7 +263,9 @@ class UpgradeRecipe(Section):
     """A whole upgrade: the base, the data, and both stages."""
 
     kind: Literal["upgrade"] = "upgrade"
+    """Which sections the file has."""
     description: str
+    """One line for people."""
     base: str = "tiny"
     """``tiny`` (embedded), ``debug`` (random weights), a pipeline folder, or a name on the hub."""
     base_revision: str | None = None
@@ -342,9 +282,13 @@ class BaseAutoencoderArchitecture(Section):
     """A small ``AutoencoderKL``; compression is ``2 ** (len(block_out_channels) - 1)``."""
 
     block_out_channels: list[Positive]
+    """Channels by stage from the image to the latent."""
     latent_channels: Positive
+    """``C``."""
     layers_per_block: Positive = 1
+    """Residual blocks per stage."""
     norm_num_groups: Positive = 8
+    """Groups of each group norm; divides every entry of ``block_out_channels``."""
 
 
 class BaseAutoencoderSettings(Section):
@@ -360,11 +304,17 @@ class BaseTransformerArchitecture(Section):
     """A LightningDiT transformer."""
 
     hidden_size: Positive
+    """Width of a token, a multiple of 4 times the heads."""
     num_layers: Positive
+    """Transformer blocks."""
     num_attention_heads: Positive
+    """Heads of each attention."""
     patch_size: Positive = 1
+    """Side of a token in latent positions."""
     qk_norm: bool = True
-    class_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Normalise queries and keys."""
+    class_dropout: Probability = 0.1
+    """Share of samples trained without their class, for classifier-free guidance."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> BaseTransformerArchitecture:
@@ -391,6 +341,7 @@ class BaseTransformerSettings(Section):
     """Second half of a base training: the transformer on the autoencoder's latents."""
 
     architecture: BaseTransformerArchitecture | None = None
+    """Left out with ``start_from``, whose pipeline has one."""
     timesteps: TimestepSettings = TimestepSettings()
     loss: FlowLossSettings = FlowLossSettings()
     optimizer: OptimizerSettings
@@ -402,18 +353,21 @@ class BaseRecipe(Section):
     """A class-conditional base pipeline from nothing: autoencoder, then transformer."""
 
     kind: Literal["base"]
+    """Which sections the file has."""
     description: str
+    """One line for people."""
     data: DataSettings = DataSettings()
     downsample: Positive = 1
     """Images are rendered or read at ``data.resolution`` and reduced by this factor, as the base of
     an upgrade sees them."""
-    full_resolution_crops: Annotated[float, Field(ge=0, le=1)] = 0.0
+    full_resolution_crops: Share = 0.0
     """Share of the autoencoder's training images that are crops at full resolution, not reduced ones."""
-    save_dtype: Literal["float32", "float16"] = "float32"
+    save_dtype: SavedDtype = "float32"
     """Precision of the saved weights; training is not affected."""
     start_from: StartFromSettings | None = None
     """A pipeline to fine-tune; none trains both halves from nothing."""
     autoencoder: BaseAutoencoderSettings | None = None
+    """Left out with ``start_from``, whose pipeline has one."""
     transformer: BaseTransformerSettings
 
     @model_validator(mode="after")
@@ -442,3 +396,24 @@ class BaseRecipe(Section):
                 "full_resolution_crops are for training an autoencoder; with start_from, leave out"
             )
         return self
+
+
+class AblationRecipe(Section):
+    """Variants of one upgrade recipe: the same data, steps and seeds, some settings changed."""
+
+    kind: Literal["ablation"]
+    """Which sections the file has."""
+    description: str
+    """One line for people."""
+    recipe: str
+    """The upgrade recipe that every variant starts from, by name or file."""
+    overrides: tuple[str, ...] = ()
+    """``section.key=value``, for every variant."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    """Every variant is trained once with each."""
+    samples: Positive = 192
+    """Images generated for the generation metrics, classes in turn."""
+    features: str | None = None
+    """A network for distances of features, as ``davae evaluate generation --features`` takes it."""
+    variants: Annotated[dict[str, list[str]], Field(min_length=1)]
+    """Name to the overrides that make the variant. The first is what the others are compared with."""

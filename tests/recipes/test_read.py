@@ -1,19 +1,30 @@
-"""Recipes: typed, strict, and every setting is read by some code."""
+"""Recipes: typed, strict, read without torch; what a run may continue with."""
 
 import copy
+import functools
+import operator
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import BaseModel
 
 import davae
 from davae.errors import DavaeError
-from davae.training import settings as settings_module
-from davae.training.recipe import differing_keys, dump_recipe, load_recipe, parse_recipe, recipe_names
+from davae.recipes.read import (
+    KINDS,
+    differing_keys,
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_names,
+    resumable_keys,
+    sections_of,
+)
+from davae.recipes.settings import ReconstructionSettings
 from davae.training.run_directory import RunDirectory
-from davae.training.settings import ReconstructionSettings, Section
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -67,23 +78,74 @@ def test_a_broken_file_is_named(tmp_path):
         load_recipe(file)
 
 
-def test_every_setting_is_read_somewhere():
-    """A setting nobody reads is a promise nobody keeps."""
-    sources = [
-        p.read_text()
-        for p in Path(davae.__file__).parent.rglob("*.py")
-        if p.name != "settings.py" or p.parent.name != "training"
-    ]
-    code = "\n".join(sources)
-    spread = {"AutoencoderModelSettings", "BaseTransformerArchitecture"}  # passed on as keyword arguments
-    unread = []
-    for name, model in vars(settings_module).items():
-        if isinstance(model, type) and issubclass(model, BaseModel) and model is not Section:
-            for field in model.model_fields:
-                wanted = rf"\b{field}\b" if name in spread else rf"\.{field}\b"
-                if field not in {"kind", "description"} and not re.search(wanted, code):
-                    unread.append(f"{name}.{field}")
-    assert not unread
+#: Last parts of the names of the settings with which a run may continue changed, in any section of any recipe.
+RESUMABLE = {
+    "batch_size",
+    "gradient_accumulation",
+    "gradient_checkpointing",
+    "precision",
+    "workers",
+    "timeout_s",
+    "cache",
+    "cache_latents",
+    "log_every",
+    "checkpoint_every",
+    "checkpoints_total_limit",
+    "report_to",
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["debug-text", "imagenet-512-native", "tiny-base", "dc-ae-f64c128", "sd-vae-f64"]
+)
+def test_a_run_continues_with_other_values_of_the_resumable_settings_alone(name, tmp_path):
+    ours = load_recipe(name).model_dump(mode="json")
+    keys = list(_leaves(ours))
+    resumable = {key for key in keys if key.rpartition(".")[2] in RESUMABLE}
+    assert resumable_keys(ours["kind"]) & set(keys) == resumable
+    assert any("batch_size" in key for key in resumable)
+    theirs = copy.deepcopy(ours)
+    for key in resumable:
+        *path, last = key.split(".")
+        functools.reduce(operator.getitem, path, theirs)[last] = "other"
+    with RunDirectory(tmp_path, theirs).locked():
+        pass
+    with RunDirectory(tmp_path, ours).locked():
+        pass
+    other = next(key for key in keys if key.endswith("loop.seed"))
+    *path, last = other.split(".")
+    functools.reduce(operator.getitem, path, theirs)[last] = 77
+    with pytest.raises(DavaeError, match=rf"{re.escape(other)}: 0 -> 77"):
+        RunDirectory(tmp_path, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_resumable_settings_are_these(kind):
+    names = {f"{path}.{name}".lstrip(".") for path, s in sections_of(KINDS[kind]) for name in s.model_fields}
+    assert resumable_keys(kind) == {name for name in names if name.rpartition(".")[2] in RESUMABLE}
+
+
+def _leaves(values, prefix=""):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def test_reading_recipes_imports_nothing_heavy():
+    """A mistyped key is answered at once. The package's own ``__init__`` is left out: recipes stand below all else."""
+    code = f"""
+import sys, types
+davae = sys.modules["davae"] = types.ModuleType("davae")
+davae.__path__ = [{str(Path(davae.__file__).parent)!r}]
+from davae.recipes.read import load_recipe
+import davae.recipes.presets
+load_recipe("tiny")
+print(sorted({{m.partition(".")[0] for m in sys.modules}} & {{"torch", "diffusers", "transformers", "numpy"}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_settings_that_came_since(tmp_path):

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from davae.errors import DavaeError
-from davae.training.ablation_settings import AblationRecipe
-from davae.training.dc_ae_settings import DcAeRecipe
-from davae.training.settings import BaseRecipe, UpgradeRecipe
+from davae.recipes.dc_ae import DcAeRecipe
+from davae.recipes.section import MAY_CHANGE, Section
+from davae.recipes.settings import AblationRecipe, BaseRecipe, UpgradeRecipe
 
 Recipe = UpgradeRecipe | BaseRecipe | DcAeRecipe | AblationRecipe
-_KINDS: dict[str, type[UpgradeRecipe] | type[BaseRecipe] | type[DcAeRecipe] | type[AblationRecipe]] = {
+KINDS: dict[str, type[UpgradeRecipe] | type[BaseRecipe] | type[DcAeRecipe] | type[AblationRecipe]] = {
     "upgrade": UpgradeRecipe,
     "base": BaseRecipe,
     "dc-ae": DcAeRecipe,
@@ -94,12 +95,12 @@ def load_variant(recipe: AblationRecipe, name: str, seed: int) -> UpgradeRecipe:
 def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
     """Validate plain values into the typed recipe of their ``kind``."""
     kind = values.get("kind", "upgrade")
-    if kind not in _KINDS:
-        raise DavaeError(f"{source}: kind is '{kind}'; known kinds are {', '.join(_KINDS)}")
+    if kind not in KINDS:
+        raise DavaeError(f"{source}: kind is '{kind}'; known kinds are {', '.join(KINDS)}")
     try:
-        return _KINDS[kind].model_validate(values)
+        return KINDS[kind].model_validate(values)
     except ValidationError as error:
-        raise DavaeError(_one_line(error, _KINDS[kind], source)) from error
+        raise DavaeError(_one_line(error, KINDS[kind], source)) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -112,7 +113,7 @@ def with_later_settings(dumped: dict[str, Any]) -> dict[str, Any]:
 
     What is no recipe of today (a setting was taken away, say) stays as it is, to be compared as it is.
     """
-    kind = _KINDS.get(dumped.get("kind", "upgrade"))
+    kind = KINDS.get(dumped.get("kind", "upgrade"))
     if kind is None:
         return dumped
     data = dumped.get("data")
@@ -124,6 +125,21 @@ def with_later_settings(dumped: dict[str, Any]) -> dict[str, Any]:
     except ValidationError:
         return dumped
     return dumped | known.model_dump(mode="json")
+
+
+def sections_of(model: type[Section], path: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """A section and all below it, each with its dotted path (empty for the first)."""
+    yield path, model
+    for name, field in model.model_fields.items():
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, Section):
+                yield from sections_of(part, f"{path}.{name}".lstrip("."))
+
+
+def resumable_keys(kind: str) -> set[str]:
+    """Dotted names of the settings that a run of such a recipe may continue with other values of."""
+    model = KINDS.get(kind)
+    return {key for key, field in _dotted_fields(model) if MAY_CHANGE in field.metadata} if model else set()
 
 
 def differing_keys(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
@@ -159,7 +175,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _one_line(error: ValidationError, model: type[BaseModel], source: str) -> str:
+def _one_line(error: ValidationError, model: type[Section], source: str) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
@@ -179,13 +195,10 @@ def _one_line(error: ValidationError, model: type[BaseModel], source: str) -> st
     return f"{source}: '{where}' is {first['input']!r}: {told}"
 
 
-def _dotted_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, field in model.model_fields.items():
-        yield f"{prefix}{name}", field
-        kinds = [field.annotation, *get_args(field.annotation)]
-        for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _dotted_fields(kind, f"{prefix}{name}.")
+def _dotted_fields(model: type[Section]) -> Iterator[tuple[str, FieldInfo]]:
+    for path, section in sections_of(model):
+        for name, field in section.model_fields.items():
+            yield f"{path}.{name}".lstrip("."), field
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

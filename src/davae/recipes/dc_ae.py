@@ -7,29 +7,31 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from davae.training.settings import (
-    LoopSettings,
-    OptimizerSettings,
-    Positive,
-    ReconstructionSettings,
-    Section,
-)
+from davae.choices import Crop
+from davae.recipes.data import ImageSettings
+from davae.recipes.loop import LoopSettings, OptimizerSettings
+from davae.recipes.section import NotNegative, Positive, Section, Share
+from davae.recipes.settings import ReconstructionSettings
 
 
 class DcArchitecture(Section):
     """An ``AutoencoderDC``; compression is ``2 ** (len(block_out_channels) - 1)``."""
 
     family: Literal["dc"] = "dc"
+    """Which autoencoder."""
     block_out_channels: list[Positive]
     """Channels by stage from the image to the latent, for encoder and decoder."""
     latent_channels: Positive
-    encoder_layers: list[Annotated[int, Field(ge=0)]]
-    """Blocks a stage; 0 in the first leaves its resolution out, as in the published models."""
-    decoder_layers: list[Annotated[int, Field(ge=0)]]
+    """``C``, a divisor of the last of ``block_out_channels``."""
+    encoder_layers: list[NotNegative]
+    """Blocks per stage; 0 in the first leaves its resolution out, as in the published models."""
+    decoder_layers: list[NotNegative]
+    """Blocks per stage, from the image to the latent like ``block_out_channels``."""
     residual_stages: Positive = 3
     """First stages, of plain residual blocks (decoder: batch norm, ReLU). The others have EfficientViT blocks
     (RMS norm, SiLU)."""
     attention_head_dim: Positive = 32
+    """Channels of a head of the linear attention."""
     residual_autoencoding: bool = True
     """The shortcuts without parameters; off for the comparison."""
 
@@ -53,27 +55,22 @@ class KlArchitecture(Section):
     """A deep ``AutoencoderKL``, the baseline; compression is ``2 ** (len(block_out_channels) - 1)``."""
 
     family: Literal["kl"]
+    """Which autoencoder."""
     block_out_channels: list[Positive]
+    """Channels by stage from the image to the latent, for encoder and decoder."""
     latent_channels: Positive
+    """``C``."""
     layers_per_block: Positive = 2
+    """Residual blocks per stage."""
     norm_num_groups: Positive = 32
+    """Groups of each group norm; divides every entry of ``block_out_channels``."""
 
 
-class DcAeDataSettings(Section):
+class DcAeDataSettings(ImageSettings):
     """Where the images come from. Resolution and crops are the phases' own."""
 
-    path: str = "procedural"
-    """A folder, a data set name or file, WebDataset shards, or ``procedural`` (see docs/data.md)."""
-    crop: Literal["center", "random"] = "random"
+    crop: Crop = "random"
     flip: bool = True
-    split: str = "train"
-    revision: str | None = None
-    """A name on the hub: the branch, tag or commit to take; none takes the newest."""
-    hold_out: Annotated[float, Field(ge=0)] = 0.05
-    """Share of the images (below 1) or their number (1 and more) kept for measuring."""
-    workers: Annotated[int, Field(ge=0)] = 0
-    timeout_s: Annotated[float, Field(ge=0)] = 600.0
-    """Seconds to wait for a batch before the run stops and names the files being read; 0 waits for ever."""
     in_memory: bool = False
     """Decode each image once and keep it; crops and flips are then drawn once too, windows every time."""
 
@@ -87,7 +84,7 @@ class Phase(Section):
     """Other images than ``data.path``, for a phase that needs larger ones."""
     windows_from: Positive | None = None
     """Also cut windows of ``resolution`` from images read at this side."""
-    windows: Annotated[float, Field(ge=0, le=1)] = 0.5
+    windows: Share = 0.5
     """Share of the training images that are such windows."""
     reconstruction: ReconstructionSettings = ReconstructionSettings()
     optimizer: OptimizerSettings
@@ -110,7 +107,7 @@ class LatentPhase(Phase):
 class HeadPhase(Phase):
     """Phase 3: only the decoder's head."""
 
-    stages: Annotated[int, Field(ge=0)] = 1
+    stages: NotNegative = 1
     """Stages before the output convolution that learn with it."""
 
 
@@ -129,7 +126,9 @@ class DcAeRecipe(Section):
     """A deep compression autoencoder from nothing, with decoupled high-resolution adaptation."""
 
     kind: Literal["dc-ae"]
+    """Which sections the file has."""
     description: str
+    """One line for people."""
     data: DcAeDataSettings = DcAeDataSettings()
     architecture: Annotated[DcArchitecture | KlArchitecture, Field(discriminator="family")]
     phase1: Phase

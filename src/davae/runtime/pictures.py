@@ -1,4 +1,4 @@
-"""Pictures that a training leaves in ``samples/``."""
+"""Images made larger or smaller, and pictures that show many of them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,42 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from davae.training.processes import gathered_in_first, is_first, share
+from davae.runtime.processes import gathered_in_first, is_first, share
 
 PICTURES = 8  # images in a row of a validation picture
 _GAP = 2  # pixels between tiles
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """``[..., H, W]`` in [-1, 1] to whole numbers 0..255, still float32: what an image file would hold."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+
+
+def resize_bicubic(images: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic with antialiasing, as Pillow does it; images of the right size stay as they are."""
+    if images.shape[-2:] == (height, width):
+        return images
+    return F.interpolate(images, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+
+
+def upscaled(small: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
+    """Images ``[B, 3, h, w]`` enlarged bicubically to ``size`` (height, width) and clamped to [-1, 1], float32.
+
+    Without antialiasing: torch's takes another kernel also where nothing is reduced.
+    """
+    return F.interpolate(small.float(), size=size, mode="bicubic", align_corners=False).clamp(-1, 1)
+
+
+def reduced(images: Tensor, factor: int) -> Tensor:
+    """``[B, 3, H, W]`` to ``[B, 3, H / factor, W / factor]`` as an upgrade's base sees it: bicubic, antialiased."""
+    return resize_bicubic(images, images.shape[-2] // factor, images.shape[-1] // factor)
+
+
+def reduced_to(images: Tensor, side: int) -> Tensor:
+    """``[B, 3, S, S]`` to ``[B, 3, side, side]``, bicubic and antialiased."""
+    if images.shape[-1] % side == 0:
+        return reduced(images, images.shape[-1] // side)
+    return resize_bicubic(images, side, side)
 
 
 def image_grid(rows: list[Tensor]) -> Image.Image:
@@ -25,14 +57,14 @@ def image_grid(rows: list[Tensor]) -> Image.Image:
     side = max(row.shape[-1] for row in rows)
     tiles = []
     for row in rows:
-        row = row.detach().float().cpu().clamp(-1, 1)
+        row = row.detach().float().cpu()
         if row.shape[-1] != side:
             row = F.interpolate(row, size=(side, side), mode="nearest-exact")
         padded = F.pad(row, (0, _GAP, 0, _GAP), value=1.0)
         tiles.append(torch.cat(list(padded), dim=2))  # [3, side, N * side]
     width = max(t.shape[2] for t in tiles)
     whole = torch.cat([F.pad(t, (0, width - t.shape[2]), value=1.0) for t in tiles], dim=1)
-    pixels = ((whole + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    pixels = to_bytes(whole).to(torch.uint8).permute(1, 2, 0).numpy()
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 

@@ -1,12 +1,14 @@
-"""Sharing out what need not be done by all processes of a training: validation, encoding, measuring.
+"""The processes that a launcher started: rank and world, and work that they share.
 
-Every process takes equally many of the things to do, so that models whose weights are spread over the processes are
-called equally often by all; where the number does not divide, the last thing is done twice and counted once. Results
-are put together in the order of the things, so they do not depend on the number of processes.
+Validation, encoding and measuring are shared. Every process takes equally many of the things to do, so that models
+whose weights are spread over the processes are called equally often by all; where the number does not divide, the last
+thing is done twice and counted once. Results are put together in the order of the things, so they do not depend on the
+number of processes.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,7 +19,6 @@ from accelerate import PartialState
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.training.deepspeed_settings import as_for_ddp
 
 T = TypeVar("T")
 
@@ -27,16 +28,37 @@ LONGEST_WAIT = timedelta(hours=2)
 """For the slowest process, or the one that exports while the others wait. torch's own limit is ten minutes."""
 
 
-def start_processes() -> PartialState:
+LAUNCHER = "the accelerate configuration (--config_file)"
+"""What errors call the file that a launcher was given."""
+
+
+def start_processes(*, cpu: bool | None = None, timeout: timedelta = LONGEST_WAIT) -> PartialState:
     """Let the processes that a launcher started find each other, and give each its device; once is enough.
 
     Training does it by itself. It must happen before anything is shared out or put on "the" GPU.
 
+    Args:
+        cpu: stay on the CPU; by default where training knows no accelerator.
+        timeout: how long one process waits for the others.
+
     Raises:
-        DavaeError: the launcher asks for DeepSpeed, which is not installed.
+        DavaeError: the launcher asks for DeepSpeed.
     """
-    with as_for_ddp():
-        return PartialState(cpu=use_cpu(), timeout=LONGEST_WAIT)
+    refuse_deepspeed()
+    return PartialState(cpu=use_cpu() if cpu is None else cpu, timeout=timeout)
+
+
+def refuse_deepspeed() -> None:
+    """Fail before anything starts where the launcher asks for DeepSpeed.
+
+    Raises:
+        DavaeError: naming the configurations that do the same with torch alone.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise DavaeError(
+            f"{LAUNCHER} asks for DeepSpeed, which davae does not use. torch alone does the same: take "
+            "configs/accelerate/fsdp2-zero2.yaml for ZeRO-2, configs/accelerate/fsdp2.yaml for ZeRO-3"
+        )
 
 
 def use_cpu() -> bool:

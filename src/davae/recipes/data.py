@@ -1,0 +1,60 @@
+"""The ``data`` section of a recipe: where images come from and how they become tensors."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import model_validator
+
+from davae.choices import Crop, StorageDtype
+from davae.recipes.section import MAY_CHANGE, NotNegative, Positive, Section, Weight
+
+
+class ImageSettings(Section):
+    """Where images come from: what every training asks."""
+
+    path: str = "procedural"
+    """A folder, a data set name or file, WebDataset shards, or ``procedural`` ([data.md](data.md))."""
+    crop: Crop = "center"
+    """The square in the middle, or one drawn anew each time."""
+    flip: bool = False
+    """Mirror left and right with probability one half."""
+    split: str = "train"
+    """Split of a data set on the hub."""
+    revision: str | None = None
+    """A name on the hub: the branch, tag or commit to take; none takes the newest. The run's ``environment.json`` says
+    which commit it was, to be pinned here."""
+    hold_out: Weight = 0.05
+    """Share of the images (below 1) or their number (1 and more) kept for validation."""
+    workers: Annotated[NotNegative, MAY_CHANGE] = 0
+    """Loader processes; 0 decodes in the training process."""
+    timeout_s: Annotated[Weight, MAY_CHANGE] = 600.0
+    """Seconds to wait for a batch before the run stops and names the files being read; 0 waits for ever."""
+
+
+class DataSettings(ImageSettings):
+    """Where images come from and how they become tensors."""
+
+    resolution: Positive = 128
+    """Side of the square training image in pixels, at full resolution."""
+    buckets: bool | list[tuple[Positive, Positive]] = False
+    """Aspect-ratio buckets for the training images: ``true`` for sizes of about ``resolution ** 2`` pixels, or
+    a list of [width, height]. Held-out images stay square."""
+    cache_latents: Annotated[bool, MAY_CHANGE] = False
+    """Encode the images once and keep the latents in memory: all of them in the diffusion stage, the base's in the
+    autoencoder stage; with ``flip`` those of the mirrored images too. The training of a base from nothing keeps its
+    images besides, at 3 bytes a pixel."""
+    cache: Annotated[str | None, MAY_CHANGE] = None
+    """Diffusion stage, or a base recipe with ``start_from``: folder that ``davae cache`` wrote; latents and embeddings
+    are read from it."""
+    cache_dtype: StorageDtype = "float32"
+    """Storage type of a cache; with float32 training gives the same losses as from images."""
+
+    @model_validator(mode="after")
+    def _can_be_kept(self) -> DataSettings:
+        if self.crop == "random" and self.cache_latents:
+            raise ValueError(
+                "data.crop=random cuts another part out of an image each time, so data.cache_latents=true cannot "
+                "keep its latent; set data.crop=center or data.cache_latents=false"
+            )
+        return self

@@ -1,0 +1,102 @@
+"""The ``loop`` and ``optimizer`` sections of a recipe, the same for every stage."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from davae.choices import BestMode, LearningRateSchedule, OptimizerKind, Precision
+from davae.recipes.section import (
+    MAY_CHANGE,
+    NotNegative,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Section,
+    Weight,
+)
+
+
+def _yaml_no(value: object) -> object:
+    """YAML 1.1 reads a bare ``no`` as false; people mean the word."""
+    return "no" if value is False else value
+
+
+class LoopSettings(Section):
+    """How long and how the loop runs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_plain(cls, values: Any) -> Any:
+        """Earlier versions had ``plain``; False says what all do now."""
+        if not isinstance(values, dict) or "plain" not in values:
+            return values
+        if values["plain"] is not False:
+            raise ValueError(
+                "'plain' is gone: steps have one form. Remove it; `davae bench training` times the plain form of a step"
+            )
+        return {key: value for key, value in values.items() if key != "plain"}
+
+    steps: Positive
+    """Optimizer steps of the whole run."""
+    batch_size: Annotated[Positive, MAY_CHANGE]
+    """Images per process and micro-step."""
+    gradient_accumulation: Annotated[Positive, MAY_CHANGE] = 1
+    """Micro-steps per optimizer step."""
+    max_grad_norm: PositiveFloat | None = None
+    """Gradients are scaled down to this norm; none leaves them as they are."""
+    skip_grad_norm: PositiveFloat | None = None
+    """A step whose gradient norm exceeds this is skipped, like one that is not finite."""
+    max_skipped_steps: Positive = 10
+    """Skipped steps in a row after which the run stops and saves what is needed to find the cause."""
+    ema_decay: Probability | None = None
+    """Decay of the exponential moving average of the weights per step; none keeps no average."""
+    precision: Annotated[Precision, BeforeValidator(_yaml_no), MAY_CHANGE] = "no"
+    """Autocast of the forward pass; ``no`` computes in float32."""
+    channels_last: bool = True
+    """Convolutions in channels-last memory order: the same numbers, faster on most devices."""
+    compile: bool = False
+    """``torch.compile`` of what is repeated: the blocks of a transformer, encoders and decoders
+    ([speed.md](speed.md))."""
+    gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    seed: int = 0
+    """All random numbers of the run follow from it."""
+    log_every: Annotated[Positive, MAY_CHANGE] = 10
+    """Steps between lines of ``metrics.jsonl``."""
+    validate_every: NotNegative = 0
+    """Steps between validations; 0 validates at the end only."""
+    validation_images: Positive = 16
+    """Held-out images that a validation reads."""
+    checkpoint_every: Annotated[Positive, MAY_CHANGE] = 100
+    """Steps between checkpoints."""
+    checkpoints_total_limit: Annotated[Positive, MAY_CHANGE] = 2
+    """Newest checkpoints that are kept."""
+    best_metric: str | None = None
+    """A validation metric; the checkpoint where it was best is kept besides the newest ones."""
+    best_mode: BestMode = "min"
+    """Whether the least or the greatest ``best_metric`` is best."""
+    report_to: Annotated[list[str], MAY_CHANGE] = Field(default=["tensorboard"])
+    """Trackers known to accelerate; ``metrics.jsonl`` is written in any case."""
+
+
+class OptimizerSettings(Section):
+    """AdamW and its learning-rate schedule."""
+
+    kind: OptimizerKind = "adamw"
+    """``adamw8bit`` keeps the moments in 8 bits, a quarter of the memory; it needs bitsandbytes, and no FSDP."""
+    learning_rate: PositiveFloat
+    """After the warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    weight_decay: Weight = 0.0
+    """Decoupled: weights shrink by this share of the learning rate each step."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    lr_scheduler: LearningRateSchedule = "constant"
+    """How the learning rate goes on after the warm-up."""
+    lr_warmup_steps: NotNegative = 0
+    """Steps over which the learning rate rises linearly from 0."""
+    lr_end: Weight = 0.0
+    """Learning rate at the last step of the cosine schedule."""
