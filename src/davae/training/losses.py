@@ -1,13 +1,14 @@
 """The reconstruction terms of the autoencoder stages."""
 
 from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from davae.errors import DavaeError
 from davae.evaluation.dino_distance import DinoDistance
 from davae.recipes.settings import ReconstructionSettings
 from davae.training.perceptual import LpipsLoss
-from torch import Tensor
-from torch import nn
-import torch.nn.functional as F
 
 
 def laplacian_l1(error: Tensor, levels: int = 3) -> Tensor:

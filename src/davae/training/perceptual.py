@@ -1,14 +1,16 @@
 """LPIPS (Zhang et al., 2018), an optional part: it needs two packages and a downloaded backbone."""
 
 from __future__ import annotations
-from davae.errors import DavaeError
-from davae.evaluation.metrics.fid import file_hash
-from davae.runtime.weight_files import read_state_dict
+
 from pathlib import Path
-from torch import Tensor
-from torch import nn
 from typing import Any
+
 import torch
+from torch import Tensor, nn
+
+from davae.errors import DavaeError
+from davae.runtime.atomic_files import file_hash
+from davae.runtime.weight_files import read_state_dict
 
 _BACKBONE_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 

@@ -1,31 +1,26 @@
 """An autoencoder beside its baselines, from folders: what ``davae evaluate reconstruction`` does."""
 
 from __future__ import annotations
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from davae.data import open_dataset
-from davae.evaluation.dino_distance import DinoDistance
-from davae.evaluation.features.open import open_networks
-from davae.evaluation.features.open import or_unavailable
-from davae.evaluation.images import spread_batches
-from davae.evaluation.images import trained_resolution
-from davae.evaluation.metrics.names import DINO
-from davae.evaluation.metrics.names import LPIPS
-from davae.evaluation.metrics.perceptual import Perceptual
-from davae.evaluation.reconstruction.baselines import ReconstructionReport
-from davae.evaluation.reconstruction.baselines import compare_reconstructions
-from davae.evaluation.reconstruction.crops import folder_crops
-from davae.evaluation.reconstruction.crops import read_boxes
-from davae.pipelines.opening import autoencoder_folder
-from davae.pipelines.opening import load_autoencoder
-from davae.runtime.devices import chosen_device
-from davae.training.perceptual import LpipsLoss
 from itertools import chain
 from pathlib import Path
-from torch import Tensor
+
 import torch
+from torch import Tensor
+
+from davae.data import open_dataset
+from davae.evaluation.dino_distance import DinoDistance
+from davae.evaluation.features.open import open_networks, or_unavailable
+from davae.evaluation.images import spread_batches, trained_resolution
+from davae.evaluation.metrics.names import DINO, LPIPS
+from davae.evaluation.metrics.perceptual import Perceptual
+from davae.evaluation.reconstruction.baselines import ReconstructionReport, compare_reconstructions
+from davae.evaluation.reconstruction.crops import folder_crops, read_boxes
+from davae.pipelines.opening import autoencoder_folder, load_autoencoder
+from davae.runtime.devices import chosen_device
+from davae.training.perceptual import LpipsLoss
 
 
 def evaluate_reconstruction(

@@ -1,11 +1,16 @@
 """The whole comparison: images in, rows and picture sheets out."""
 
 from __future__ import annotations
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import field
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
 from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.features import open_network
@@ -13,20 +18,11 @@ from davae.evaluation.metrics.names import LPIPS
 from davae.evaluation.metrics.perceptual import Perceptual
 from davae.runtime.atomic_files import atomic_json
 from davae.runtime.devices import chosen_device
-from davae.runtime.pictures import PICTURES
-from davae.runtime.pictures import save_rows
-from davae.training.compare.autoencoders import AutoencoderScore
-from davae.training.compare.autoencoders import open_candidates
-from davae.training.compare.autoencoders import score_autoencoders
-from davae.training.compare.diffusion import DiffusionScore
-from davae.training.compare.diffusion import score_diffusion
+from davae.runtime.pictures import PICTURES, save_rows
+from davae.training.compare.autoencoders import AutoencoderScore, open_candidates, score_autoencoders
+from davae.training.compare.diffusion import DiffusionScore, score_diffusion
 from davae.training.compare.trial import DiffusionOptions
 from davae.training.perceptual import LpipsLoss
-from diffusers.models.modeling_utils import ModelMixin
-from pathlib import Path
-from torch import Tensor
-from typing import Any
-import torch
 
 
 @dataclass(frozen=True)
