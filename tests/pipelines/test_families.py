@@ -257,7 +257,7 @@ def test_a_family_can_be_added_and_a_class_has_one():
         with pytest.raises(DavaeError, match="already"):
             register_family(MyFamily())
     finally:
-        from davae.pipelines.families.registry import _FAMILIES
+        from davae.pipelines.families.family import _FAMILIES
 
         del _FAMILIES["Mine"]
 

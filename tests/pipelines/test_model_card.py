@@ -15,7 +15,8 @@ from tests.pipelines.parts import upgraded
 
 import davae
 from davae.errors import DavaeError
-from davae.pipelines import Licence, Making, attach_lora, find_licence, saving, write_model_card
+from davae.pipelines import Licence, Making, attach_lora, find_licence, write_model_card
+from davae.pipelines.saving import saving
 from davae.tiny import debug_base
 from davae.tiny.small_pipelines import small_pipeline
 
@@ -45,7 +46,7 @@ def test_the_licence_is_the_given_one_or_the_base_s(tmp_path: Path, monkeypatch:
         with pytest.raises(DavaeError, match="give it as license="):
             find_licence(name)
     monkeypatch.setattr(
-        "davae.pipelines.licence.try_to_load_from_cache", lambda name, file: str(base / "README.md")
+        "davae.pipelines.saving.licence.try_to_load_from_cache", lambda name, file: str(base / "README.md")
     )
     link = "https://huggingface.co/stabilityai/sd/blob/main/LICENSE.md"
     assert find_licence("stabilityai/sd") == Licence("other", "stabilityai-ai-community", link)

@@ -13,7 +13,7 @@ from davae.evaluation.enlarging import upscaled
 from davae.latents import AlignmentLoss, ChannelStatistics
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.pipelines.same_base import layout_over
+from davae.pipelines.upgrade.base_match import layout_over
 from davae.tiny import debug_base, load_tiny
 from davae.training.autoencoder import AutoencoderStage, upscaled_base
 from davae.training.images import first_images, mean_psnr

@@ -15,7 +15,7 @@ from davae.benchmark.planner_architectures import find_architecture
 from davae.benchmark.timing import SideBySide, side_by_side
 from davae.errors import DavaeError
 from davae.pipelines.placing import chosen_device, named_dtype
-from davae.pipelines.speed import set_attention
+from davae.pipelines.sampling.speed import set_attention
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from davae.evaluation.crops import folder_crops, read_boxes
 from davae.evaluation.dino_distance import DinoDistance
 from davae.evaluation.frechet import file_hash
 from davae.evaluation.reconstruction_baselines import Row, compare_reconstructions
-from davae.pipelines.opening import autoencoder_folder, load_autoencoder
 from davae.pipelines.placing import chosen_device
+from davae.pipelines.saving.opening import autoencoder_folder, load_autoencoder
 from davae.training.perceptual import LpipsLoss
 
 

@@ -10,9 +10,9 @@ from rich.progress import track
 
 from davae.cli.options import LAST_SEED, Device, ModelDType, new_folder
 from davae.errors import DavaeError
-from davae.pipelines.generate import generate_images, read_prompts, takes_prompts
 from davae.pipelines.placing import chosen_device, wanted_dtype
-from davae.pipelines.speed import speed_up
+from davae.pipelines.sampling.generate import generate_images, read_prompts, takes_prompts
+from davae.pipelines.sampling.speed import speed_up
 from davae.training.run import load_base
 
 

@@ -16,8 +16,8 @@ from davae.cli.output import wide_console, write_figures
 from davae.data import ImageDataset, RenderedDataset, open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.inspection import Inspection, inspect_autoencoder
-from davae.pipelines.opening import autoencoder_folder, load_autoencoder
 from davae.pipelines.placing import chosen_device
+from davae.pipelines.saving.opening import autoencoder_folder, load_autoencoder
 from davae.report.inspection import draw_inspection
 
 

@@ -13,8 +13,8 @@ from davae.cli.options import Device, ModelDType, new_file
 from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation import psnr
-from davae.pipelines.opening import load_autoencoder
 from davae.pipelines.placing import chosen_device, wanted_dtype
+from davae.pipelines.saving.opening import load_autoencoder
 from davae.training.autoencoder import upscaled_base
 from davae.training.pictures import save_rows
 

@@ -12,10 +12,10 @@ import typer
 from davae.cli.options import new_folder
 from davae.errors import DavaeError
 from davae.pipelines import upgrade_pipeline
-from davae.pipelines.opening import load_autoencoder
-from davae.pipelines.same_base import layout_over
-from davae.pipelines.silent_details import unguarded
-from davae.pipelines.timestep_shift import TimestepShift
+from davae.pipelines.families.class_fixes import unguarded
+from davae.pipelines.saving.opening import load_autoencoder
+from davae.pipelines.upgrade.base_match import layout_over
+from davae.pipelines.upgrade.timestep_shift import TimestepShift
 from davae.training.run import load_base
 from davae.warm_start import check_warm_start
 

@@ -16,7 +16,7 @@ from davae.evaluation.enlarging import upscaled
 from davae.evaluation.generation import Batches
 from davae.evaluation.image_run import ImageRun, RunSettings
 from davae.evaluation.prompt_sets import GENEVAL_SAMPLES, PromptSet, class_set, open_prompt_set
-from davae.pipelines.generate import takes_prompts
+from davae.pipelines.sampling.generate import takes_prompts
 
 UPGRADED, BASE_UPSCALED, BASE_NATIVE = "upgraded", "base, upscaled", "base, native"
 CLASS_IMAGES = 50_000

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from davae.errors import DavaeError
 from davae.evaluation.frechet import file_hash
-from davae.pipelines.generate import read_prompts
+from davae.pipelines.sampling.generate import read_prompts
 
 GENEVAL_SAMPLES = 4
 """Images of each prompt that GenEval asks for."""

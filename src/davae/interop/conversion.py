@@ -29,11 +29,11 @@ from davae.latents import LatentLayout
 from davae.models import AutoencoderDA, LightningDiTTransformer2DModel
 from davae.models.any_autoencoder import open_autoencoder
 from davae.pipelines import ClassConditionalPipeline, load_pipeline
+from davae.pipelines.families.class_fixes import fit_to_autoencoder
 from davae.pipelines.flow import sigma_shift
-from davae.pipelines.full_resolution import fit_to_autoencoder
-from davae.pipelines.opening import opening
-from davae.pipelines.same_base import layout_over
-from davae.pipelines.timestep_shift import scheduler_for
+from davae.pipelines.saving.opening import opening
+from davae.pipelines.upgrade.base_match import layout_over
+from davae.pipelines.upgrade.timestep_shift import scheduler_for
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from davae.evaluation.features import FeatureNetwork
 from davae.evaluation.features.resize import to_bytes
 from davae.evaluation.frechet import GaussianStatistics, frechet_distance
 from davae.evaluation.kernel_distance import unbiased_mmd
-from davae.pipelines.loading import load_pipeline
+from davae.pipelines.saving.opening import load_pipeline
 from davae.training.diffusion.validation import generate_classes
 from davae.training.images import open_part
 from davae.training.settings import UpgradeRecipe

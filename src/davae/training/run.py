@@ -13,10 +13,9 @@ from torch.utils.data import Dataset
 from davae.errors import DavaeError
 from davae.models.lightningdit_start import restarted
 from davae.pipelines import fit_to_autoencoder, upgrade_pipeline
-from davae.pipelines.loading import pipeline_place
-from davae.pipelines.opening import load_autoencoder, opening
 from davae.pipelines.placing import saved_dtype
-from davae.pipelines.same_base import layout_over
+from davae.pipelines.saving.opening import load_autoencoder, opening, pipeline_place
+from davae.pipelines.upgrade.base_match import layout_over
 from davae.recipes.presets import find_preset
 from davae.tiny import debug_base, load_tiny
 from davae.training.base import train_base

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from davae.data.cache import Format, verify_cache
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.pipelines.opening import load_autoencoder
+from davae.pipelines.saving.opening import load_autoencoder
 from davae.training.cache_commands import cache_folder, training_command
 from davae.training.caching import write_cache
 from davae.training.processes import is_first

@@ -14,9 +14,11 @@ from davae.pipelines.families.family import (
     Conditioning,
     PipelineFamily,
     encode_images,
+    family_of,
+    register_family,
+    registered_pipelines,
     scheduler_shift,
 )
-from davae.pipelines.families.registry import family_of, register_family, registered_pipelines
 
 __all__ = [
     "ClassFamily",

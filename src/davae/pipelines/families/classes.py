@@ -11,8 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.pipelines.families.family import Conditioning, PipelineFamily, encode_images
-from davae.pipelines.families.registry import register_family
+from davae.pipelines.families.family import Conditioning, PipelineFamily, encode_images, register_family
 from davae.pipelines.scaling import to_model_space
 
 

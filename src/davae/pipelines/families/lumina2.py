@@ -6,8 +6,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from davae.pipelines.families.family import Conditioning, PipelineFamily, scheduler_shift
-from davae.pipelines.families.registry import register_family
+from davae.pipelines.families.family import Conditioning, PipelineFamily, register_family, scheduler_shift
 
 
 class Lumina2(PipelineFamily):

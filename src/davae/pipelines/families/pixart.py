@@ -9,8 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor
 
-from davae.pipelines.families.family import Conditioning, PipelineFamily
-from davae.pipelines.families.registry import register_family
+from davae.pipelines.families.family import Conditioning, PipelineFamily, register_family
 
 
 class PixArtSigma(PipelineFamily):

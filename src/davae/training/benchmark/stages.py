@@ -21,7 +21,7 @@ from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
 from davae.pipelines.families import PipelineFamily, family_of
-from davae.pipelines.speed import order_channels_last
+from davae.pipelines.sampling.speed import order_channels_last
 from davae.training.autoencoder import AutoencoderStage
 from davae.training.benchmark.data import RandomImages, RandomLatents
 from davae.training.diffusion.noise import DdpmProcess, FlowProcess, NoiseProcess

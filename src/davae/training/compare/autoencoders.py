@@ -17,7 +17,7 @@ from davae.errors import DavaeError
 from davae.evaluation import log_spectral_distance, psnr, sliced_wasserstein, ssim
 from davae.evaluation.features import FeatureNetwork
 from davae.models.any_autoencoder import compression_of, decode_raw, encode_mode, open_autoencoder
-from davae.pipelines.opening import opening
+from davae.pipelines.saving.opening import opening
 from davae.training.compare.distances import FeatureReference
 
 _SMALLEST = 16  # pixels: of SSIM's window and the Wasserstein pyramid

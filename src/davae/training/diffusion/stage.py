@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 from davae.evaluation import sliced_wasserstein
 from davae.latents import LatentLayout
-from davae.pipelines.adapters import save_adapters
 from davae.pipelines.families import family_of
 from davae.pipelines.lora import merge_lora
+from davae.pipelines.saving.adapters import save_adapters
 from davae.training.diffusion.class_map import ClassMap
 from davae.training.diffusion.noise import noise_process
 from davae.training.diffusion.objective import DiffusionObjective

@@ -9,16 +9,23 @@ its latents. Nothing of it is part of a saved pipeline, so that it is done again
 from __future__ import annotations
 
 import logging
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import PixArtImageProcessor, VaeImageProcessor
+from torch import nn
 
+from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
-from davae.pipelines.silent_details import guard_silent_details
 
 logger = logging.getLogger(__name__)
 P = TypeVar("P", bound=DiffusionPipeline)
+
+_TINY = {torch.float16: 2.0**-11}  # the square of each is still a number of its precision
+_TINY_ELSEWHERE = 2.0**-60
 
 
 class FullResolutionProcessor(PixArtImageProcessor):
@@ -74,7 +81,7 @@ def fit_to_autoencoder(pipe: P) -> P:
     guard_silent_details(pipe, vae.layout)
     cls = type(pipe)
     if cls.__name__ == "StableDiffusion3InpaintPipeline" and cls.__module__.startswith("diffusers."):
-        from davae.pipelines.sd3_inpaint import (
+        from davae.pipelines.families.sd3_inpaint import (
             StableDiffusion3InpaintPipeline,  # imports all of SD3: only here
         )
 
@@ -84,3 +91,40 @@ def fit_to_autoencoder(pipe: P) -> P:
 
 def _image_processors(pipe: DiffusionPipeline) -> list[tuple[str, VaeImageProcessor]]:
     return [(name, part) for name, part in vars(pipe).items() if isinstance(part, VaeImageProcessor)]
+
+
+def guard_silent_details(pipe: DiffusionPipeline, layout: LatentLayout) -> None:
+    """Add the guard to the transformer of a pipeline that needs it, once. Its weights stay as they are.
+
+    Args:
+        pipe: an upgraded pipeline.
+        layout: of its latent.
+    """
+    is_lumina = any(cls.__name__ == "Lumina2Pipeline" for cls in type(pipe).__mro__)
+    if not is_lumina or hasattr(pipe.transformer, "guards_silent_details"):
+        return
+
+    def off_zero(module: nn.Module, arguments: Any, output: Any) -> Any:
+        if (
+            torch.is_grad_enabled() or not module.guards_silent_details
+        ):  # in training the prediction is itself
+            return output
+        details = output[0][:, layout.detail]
+        details.masked_fill_(details == 0, _TINY.get(details.dtype, _TINY_ELSEWHERE))
+        return output
+
+    pipe.transformer.register_forward_hook(off_zero)
+    pipe.transformer.guards_silent_details = True
+
+
+@contextmanager
+def unguarded(transformer: Any) -> Iterator[None]:
+    """Within the context a guarded transformer predicts what its weights say, zeros included."""
+    guarded = hasattr(transformer, "guards_silent_details")
+    if guarded:
+        transformer.guards_silent_details = False
+    try:
+        yield
+    finally:
+        if guarded:
+            transformer.guards_silent_details = True

@@ -12,8 +12,8 @@ import yaml
 from safetensors import safe_open
 
 from davae.errors import DavaeError
-from davae.pipelines.adapters import LAYERS_FILE
-from davae.pipelines.licence import Licence, find_licence
+from davae.pipelines.saving.licence import Licence, find_licence
+from davae.pipelines.saving.opening import LAYERS_FILE
 from davae.version import __version__
 
 CARD = "README.md"
@@ -108,7 +108,7 @@ def write_model_card(
     Args:
         folder: of an upgraded pipeline, an autoencoder or adapters.
         base_model: hub name or folder of the base.
-        license: of the result; the base's own where None, see :func:`davae.pipelines.licence.find_licence`.
+        license: of the result; the base's own where None, see :func:`davae.pipelines.saving.licence.find_licence`.
         making: figures and commands.
         name: under which the result is or will be published; the folder's name where None.
 
