@@ -29,7 +29,7 @@ from davae.latents import LatentLayout
 from davae.models import AutoencoderDA, LightningDiTTransformer2DModel
 from davae.models.any_autoencoder import open_autoencoder
 from davae.pipelines import ClassConditionalPipeline, load_pipeline
-from davae.pipelines.families.class_fixes import fit_to_autoencoder
+from davae.pipelines.families import fit_to_autoencoder
 from davae.pipelines.flow import sigma_shift
 from davae.pipelines.saving.opening import opening
 from davae.pipelines.upgrade.base_match import layout_over

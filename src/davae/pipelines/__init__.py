@@ -1,6 +1,6 @@
 """Pipelines: the class-conditional one, the upgrade of any, saving and loading."""
 
-from davae.pipelines.families.class_fixes import fit_to_autoencoder
+from davae.pipelines.families import fit_to_autoencoder
 from davae.pipelines.lora import attach_lora, attached_lora, merge_lora
 from davae.pipelines.sampling.class_conditional import ClassConditionalPipeline
 from davae.pipelines.sampling.previews import Previews, set_preview_decoder

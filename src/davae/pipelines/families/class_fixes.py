@@ -1,9 +1,9 @@
-"""What a pipeline's constructor cannot learn from an upgraded autoencoder: that its sizes are full-resolution ones.
+"""Mends for pipelines whose classes take something for granted about sizes or latents.
 
 Most pipelines derive everything from the autoencoder's configuration. Some write a number down (Lumina 2 takes 8
-pixels a latent position for granted), and some move a requested size to the nearest of a list (PixArt, SANA), which
-holds base resolutions. This is mended here on the pipeline in memory, with what else a class takes for granted about
-its latents. Nothing of it is part of a saved pipeline, so that it is done again after loading.
+pixels a latent position for granted), some move a requested size to the nearest of a list of base resolutions (PixArt,
+SANA), one divides by what is 0 while details are silent. This is mended on the pipeline in memory, and again after
+loading: nothing of it is part of a saved pipeline. Which family needs which mend is said in the family.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import PixArtImageProcessor, VaeImageProcessor
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
 
 logger = logging.getLogger(__name__)
-P = TypeVar("P", bound=DiffusionPipeline)
 
 _TINY = {torch.float16: 2.0**-11}  # the square of each is still a number of its precision
 _TINY_ELSEWHERE = 2.0**-60
@@ -48,21 +48,11 @@ class FullResolutionProcessor(PixArtImageProcessor):
         return self.scale * base_height, self.scale * base_width
 
 
-def fit_to_autoencoder(pipe: P) -> P:
-    """Make ``height`` and ``width`` of a pipeline with an :class:`AutoencoderDA` mean full resolution; idempotent.
+def fit_sizes(pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
+    """Make ``height`` and ``width`` of an upgraded pipeline mean full resolution, in place; idempotent.
 
-    Called by :func:`upgrade_pipeline` and :func:`davae.load_pipeline`. Pipelines without such an autoencoder, and
-    those that find everything out themselves, stay as they are.
-
-    Args:
-        pipe: changed in place.
-
-    Returns:
-        The same pipeline.
+    Pipelines that derive them from the autoencoder stay as they are.
     """
-    vae = getattr(pipe, "vae", None)
-    if not isinstance(vae, AutoencoderDA):
-        return pipe
     known = vars(pipe).get("vae_scale_factor")
     # Some count more than the autoencoder's own compression (a patch on top of it), but none can count less.
     if known is not None and known < vae.spatial_compression:
@@ -78,53 +68,46 @@ def fit_to_autoencoder(pipe: P) -> P:
     for name, processor in _image_processors(pipe):
         if type(processor) is PixArtImageProcessor:
             setattr(pipe, name, FullResolutionProcessor(vae.scale, processor.config.vae_scale_factor))
-    guard_silent_details(pipe, vae.layout)
-    cls = type(pipe)
-    if cls.__name__ == "StableDiffusion3InpaintPipeline" and cls.__module__.startswith("diffusers."):
-        from davae.pipelines.families.sd3_inpaint import (
-            StableDiffusion3InpaintPipeline,  # imports all of SD3: only here
-        )
-
-        pipe.__class__ = StableDiffusion3InpaintPipeline
-    return pipe
 
 
 def _image_processors(pipe: DiffusionPipeline) -> list[tuple[str, VaeImageProcessor]]:
     return [(name, part) for name, part in vars(pipe).items() if isinstance(part, VaeImageProcessor)]
 
 
-def guard_silent_details(pipe: DiffusionPipeline, layout: LatentLayout) -> None:
-    """Add the guard to the transformer of a pipeline that needs it, once. Its weights stay as they are.
+def add_zero_detail_guard(transformer: ModelMixin, layout: LatentLayout) -> None:
+    """Move details that are exactly 0 off zero where nothing learns; once, the weights stay as they are.
+
+    For pipelines that divide by the norm of a channel's prediction. Lumina 2 rescales its guided prediction, row by
+    row, by ``|conditional| / |guided|``: detail channels that were never tuned give 0 / 0, and after one more step
+    every channel is lost. They are moved by far less than could show; the ratio is then 1.
 
     Args:
-        pipe: an upgraded pipeline.
+        transformer: of an upgraded pipeline.
         layout: of its latent.
     """
-    is_lumina = any(cls.__name__ == "Lumina2Pipeline" for cls in type(pipe).__mro__)
-    if not is_lumina or hasattr(pipe.transformer, "guards_silent_details"):
+    if hasattr(transformer, "zero_detail_guard"):
         return
 
     def off_zero(module: nn.Module, arguments: Any, output: Any) -> Any:
-        if (
-            torch.is_grad_enabled() or not module.guards_silent_details
-        ):  # in training the prediction is itself
+        # In training the prediction is itself.
+        if torch.is_grad_enabled() or not module.zero_detail_guard:
             return output
         details = output[0][:, layout.detail]
         details.masked_fill_(details == 0, _TINY.get(details.dtype, _TINY_ELSEWHERE))
         return output
 
-    pipe.transformer.register_forward_hook(off_zero)
-    pipe.transformer.guards_silent_details = True
+    transformer.register_forward_hook(off_zero)
+    transformer.zero_detail_guard = True
 
 
 @contextmanager
 def unguarded(transformer: Any) -> Iterator[None]:
     """Within the context a guarded transformer predicts what its weights say, zeros included."""
-    guarded = hasattr(transformer, "guards_silent_details")
+    guarded = hasattr(transformer, "zero_detail_guard")
     if guarded:
-        transformer.guards_silent_details = False
+        transformer.zero_detail_guard = False
     try:
         yield
     finally:
         if guarded:
-            transformer.guards_silent_details = True
+            transformer.zero_detail_guard = True

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.pipelines.families.class_fixes import fit_to_autoencoder
+from davae.pipelines.families import fit_to_autoencoder
 from davae.pipelines.placing import saved_dtype
 
 LAYERS_FILE = "davae_adapter.safetensors"

@@ -11,7 +11,7 @@ from torch import nn
 
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.pipelines.families.class_fixes import fit_to_autoencoder
+from davae.pipelines.families import fit_to_autoencoder
 from davae.pipelines.sampling.previews import set_preview_decoder
 from davae.pipelines.upgrade.base_match import layout_over
 from davae.pipelines.upgrade.timestep_shift import TimestepShift, scheduler_for

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-import davae.pipelines
 from davae.benchmark.planner import default_detail_channels
 from davae.benchmark.planner_architectures import Architecture, build, widened_config
 from davae.benchmark.text_encoders import text_encoders_of
@@ -140,7 +139,7 @@ class DiffusionBenchStage(Stage):
     name = "diffusion"
 
     def __init__(self, architecture: Architecture, settings: StepSettings, form: Form) -> None:
-        family = _family(architecture)
+        family = family_of(architecture.pipeline)
         self.loop = settings.loop(form)
         self.vae = _autoencoder(architecture, settings).requires_grad_(False)
         layout = self.vae.layout
@@ -212,14 +211,6 @@ def _autoencoder(architecture: Architecture, settings: StepSettings) -> Autoenco
 
 def _widening(architecture: Architecture, layout: LatentLayout) -> dict[str, int]:
     return widened_config(architecture.build_transformer(), layout)
-
-
-def _family(architecture: Architecture) -> PipelineFamily:
-    name = architecture.pipeline
-    pipeline = getattr(davae.pipelines, name, None) or getattr(diffusers, name, None)
-    if pipeline is None:
-        raise DavaeError(f"{architecture.name}: neither diffusers nor davae has a pipeline {name}")
-    return family_of(pipeline)
 
 
 def _process(family: PipelineFamily, layout: LatentLayout) -> NoiseProcess:
