@@ -13,7 +13,7 @@ from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines import Licence, find_licence
-from davae.pipelines.licence import read_front_matter
+from davae.pipelines.saving.licence import read_front_matter
 from davae.tiny import debug_base
 
 NAME, LINK = "stabilityai-ai-community", "https://example.org/LICENSE.md"

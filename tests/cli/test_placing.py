@@ -16,7 +16,7 @@ from davae.cli.main import app
 from davae.data import render_scene
 from davae.models import AutoencoderDA
 from davae.pipelines import speed_up
-from davae.pipelines.opening import load_autoencoder
+from davae.pipelines.saving.opening import load_autoencoder
 from davae.runtime import devices
 from davae.tiny import debug_base
 from davae.tiny.small_pipelines import small_pipeline

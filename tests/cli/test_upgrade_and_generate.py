@@ -12,7 +12,7 @@ from PIL import Image
 
 from davae.cli.main import main
 from davae.models import AutoencoderDA
-from davae.pipelines.generate import generate_images
+from davae.pipelines.sampling.generate import generate_images
 from davae.tiny.small_pipelines import SMALL_PIPELINES, small_pipeline
 
 

@@ -14,7 +14,7 @@ import torch
 from davae.data import open_dataset
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.pipelines.same_base import layout_over
+from davae.pipelines.upgrade.base_match import layout_over
 from davae.recipes.read import load_recipe
 from davae.runtime.processes import everyone, is_first, start_processes
 from davae.training.autoencoder import AutoencoderStage

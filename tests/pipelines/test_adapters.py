@@ -17,8 +17,8 @@ from tests.pipelines.parts import upgraded
 import davae
 from davae.errors import DavaeError
 from davae.pipelines import attach_lora, attached_lora, merge_lora
-from davae.pipelines.adapters import LAYERS_FILE, LORA_FILE
-from davae.pipelines.fingerprint import Samples
+from davae.pipelines.saving.adapters import LORA_FILE, Samples
+from davae.pipelines.saving.opening import LAYERS_FILE
 from davae.tiny import debug_base
 from davae.tiny.small_pipelines import SMALL_PIPELINES, call_arguments, small_pipeline
 

@@ -1,20 +1,34 @@
 """Every family against its own pipeline: prompts, prediction, latents, shift."""
 
+import inspect
 import math
+import re
+import textwrap
+from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+import davae
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.pipelines.families import PipelineFamily, family_of, register_family, scheduler_shift
+from davae.pipelines.families import (
+    PipelineFamily,
+    family_of,
+    find_family,
+    register_family,
+    registered_pipelines,
+    scheduler_shift,
+)
+from davae.pipelines.families.family import _FAMILIES
 from davae.pipelines.families.packing import pack, unpack
 from davae.tiny import debug_base
 from davae.tiny.small_pipelines import SMALL_PIPELINES, call_arguments, small_pipeline
 
+TRAINING_DOC = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 TEXT_PIPELINES = [name for name in SMALL_PIPELINES if name != "dit"]
 
 
@@ -257,9 +271,73 @@ def test_a_family_can_be_added_and_a_class_has_one():
         with pytest.raises(DavaeError, match="already"):
             register_family(MyFamily())
     finally:
-        from davae.pipelines.families.registry import _FAMILIES
-
         del _FAMILIES["Mine"]
+
+
+def _shift_in_words(pipe):
+    """Where the training's shift comes from: two token counts and the scheduler's keys tell."""
+    family, config = family_of(pipe), pipe.scheduler.config
+    if family.kind == "ddpm" or family.timestep_shift(pipe, 256) == 1.0:
+        return "none"
+    if family.timestep_shift(pipe, 256) != family.timestep_shift(pipe, 4096):
+        return "from the token count"
+    return "`flow_shift`" if config.get("flow_shift") else "`shift`"
+
+
+def test_the_documented_table_says_what_the_families_say(pipelines):
+    table = TRAINING_DOC.partition("### What is known about each family")[2].partition("\n\n|")[2]
+    rows = [line.strip("| ").split(" | ") for line in table.partition("\n\n")[0].splitlines()[2:]]
+    documented = {re.findall(r"`(\w+)`", row[0])[0]: row[1:] for row in rows}
+    found = {}
+    for pipe in (debug_base(), *map(pipelines, SMALL_PIPELINES)):
+        family = family_of(pipe)
+        objective = {"flow": "flow", "ddpm": "noise prediction"}[family.kind]
+        targets = ", ".join(f"`{target}`" for target in family.lora_targets)
+        found[family.name] = [objective, _shift_in_words(pipe), targets]
+    assert documented == found
+    assert found.keys() == {family_of(name).name for name in registered_pipelines()}
+
+
+def test_the_documented_example_of_a_family_works():
+    text = TRAINING_DOC.partition("Another family is one class")[2].partition("\n\n")[2]
+    code = textwrap.dedent(text.partition("\n\nWhat else")[0])
+    pipeline = type("MyPipeline", (diffusers.FluxFillPipeline,), {})
+    with pytest.raises(DavaeError, match="how to train a MyPipeline"):
+        family_of(pipeline)
+    try:
+        names = {}
+        exec(code, names)
+        family = family_of(pipeline)
+        assert type(family) is names["MyFamily"]
+        assert (family.kind, family.sizes, family.shift_rule) == ("flow", "derived", None)
+        assert family.lora_targets == ("to_q", "to_k", "to_v", "to_out.0")
+        assert "MyPipeline" in registered_pipelines()
+    finally:
+        del _FAMILIES["MyPipeline"]
+
+
+def test_every_named_class_is_one_and_prompts_have_the_pipelines_own_length():
+    for name, family in _FAMILIES.items():
+        pipeline = getattr(diffusers, name, None) or getattr(davae.pipelines, name)
+        assert find_family(pipeline) is find_family(name) is family
+        if family.trainable and family.conditioned_on == "text":
+            default = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
+            assert default is None or default.default == family.text_length, name
+
+
+def test_classes_without_a_family_get_the_defaults_and_are_not_trained():
+    family = find_family(diffusers.HunyuanDiTPipeline)
+    assert find_family("NoSuchPipeline") is family
+    assert (family.trainable, family.sizes, family.shift_rule, family.lora_targets) == (
+        False,
+        "derived",
+        None,
+        (),
+    )
+    assert find_family("Flux2Pipeline").shift_rule is not None
+    with pytest.raises(DavaeError, match="how to train a Flux2Pipeline"):
+        family_of("Flux2Pipeline")
+    assert "Flux2Pipeline" not in registered_pipelines()
 
 
 def test_an_upgraded_dit_keeps_its_class_names(tmp_path, pipelines):

@@ -15,7 +15,8 @@ from tests.pipelines.parts import upgraded
 
 import davae
 from davae.errors import DavaeError
-from davae.pipelines import Licence, Making, attach_lora, find_licence, saving, write_model_card
+from davae.pipelines import Licence, Making, attach_lora, find_licence, write_model_card
+from davae.pipelines.saving import model_card, saving
 from davae.tiny import debug_base
 from davae.tiny.small_pipelines import small_pipeline
 
@@ -45,7 +46,7 @@ def test_the_licence_is_the_given_one_or_the_base_s(tmp_path: Path, monkeypatch:
         with pytest.raises(DavaeError, match="give it as license="):
             find_licence(name)
     monkeypatch.setattr(
-        "davae.pipelines.licence.try_to_load_from_cache", lambda name, file: str(base / "README.md")
+        "davae.pipelines.saving.licence.try_to_load_from_cache", lambda name, file: str(base / "README.md")
     )
     link = "https://huggingface.co/stabilityai/sd/blob/main/LICENSE.md"
     assert find_licence("stabilityai/sd") == Licence("other", "stabilityai-ai-community", link)
@@ -94,6 +95,38 @@ def test_card_of_classes_says_that_the_pipeline_is_custom_too(tmp_path: Path) ->
     card = ModelCard.load(out / "README.md")
     assert 'custom_pipeline="pipeline", trust_remote_code=True' in card.text
     assert card.data.pipeline_tag == "unconditional-image-generation"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lumina2", "takes 8 pixels for a latent position"),
+        ("pixart-sigma", "pass `use_resolution_binning=False`"),
+        ("sana", "pass `use_resolution_binning=False`"),
+        ("sd3", None),
+    ],
+)
+def test_cards_warn_of_the_classes_that_write_sizes_down(tmp_path: Path, name: str, said: str | None) -> None:
+    out = davae.save_pipeline(upgraded(small_pipeline(name)), tmp_path, base_model="x/y", license="mit")
+    card = (out / "README.md").read_text()
+    assert said in card if said else "loaded in another way" not in card
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("StableDiffusion3Pipeline", "text-to-image"),
+        ("StableDiffusion3InpaintPipeline", "image-to-image"),
+        ("QwenImageImg2ImgPipeline", "image-to-image"),
+        ("FluxKontextPipeline", "image-to-image"),
+        ("Flux2Pipeline", "text-to-image"),
+        ("DiTPipeline", "unconditional-image-generation"),
+        ("ClassConditionalPipeline", "unconditional-image-generation"),
+        ("SomebodysPipeline", "text-to-image"),
+    ],
+)
+def test_the_task_of_a_pipeline(name: str, task: str) -> None:
+    assert model_card._task(name, text=True) == task
 
 
 def test_card_of_an_autoencoder_with_levels_and_of_adapters(tmp_path: Path) -> None:

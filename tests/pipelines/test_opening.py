@@ -11,7 +11,7 @@ import pytest
 
 from davae.benchmark import planner_architectures
 from davae.errors import DavaeError
-from davae.pipelines.opening import opening
+from davae.pipelines.saving.opening import opening
 from davae.tiny import debug_base
 from davae.training.run import load_base
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import davae
 from davae.errors import DavaeError
 from davae.models.known_bases import FrugalResnetBlock2D
-from davae.pipelines.speed import compile_regions, regions, speed_up
+from davae.pipelines.sampling.speed import compile_regions, regions, speed_up
 from davae.tiny import debug_base
 from davae.tiny.small_pipelines import call_arguments, small_pipeline
 

@@ -48,7 +48,7 @@ def test_by_default_the_schedule_is_the_base_s_at_its_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", ["sd3", "flux", "qwenimage", "lumina2"])
 def test_default_with_dynamic_shifting_is_written_down(name: str, caplog: pytest.LogCaptureFixture) -> None:
     base = dynamic(name)
-    with caplog.at_level(logging.INFO, "davae.pipelines.timestep_shift"):
+    with caplog.at_level(logging.INFO, "davae.pipelines.upgrade.timestep_shift"):
         upgraded = upgrade_pipeline(base, autoencoder(name))
     torch.testing.assert_close(sigmas(upgraded, name, 2), sigmas(base, name, 1), atol=1e-6, rtol=0)
     assert "timestep shift 'base': follows the number of tokens: base_image_seq_len" in caplog.text
@@ -130,14 +130,20 @@ def test_what_cannot_be(name: str, shift: object, message: str) -> None:
 
 
 def test_pipelines_with_their_own_rule_say_so() -> None:
-    class Flux2LikePipeline(type(small_pipeline("flux"))):  # type: ignore[misc]
-        pass
-
     base = small_pipeline("flux")
-    base.__class__ = Flux2LikePipeline
-    upgrade_pipeline(base, autoencoder("flux"))  # by tokens: nothing to write
-    with pytest.raises(
-        DavaeError, match="'native' cannot be written into the scheduler: Flux2LikePipeline has"
-    ):
+    base.__class__ = type("Flux2Pipeline", (type(base),), {})
+    line = dict(base.scheduler.config)
+    assert upgrade_pipeline(base, autoencoder("flux")).scheduler.config == line  # by tokens: nothing to write
+    with pytest.raises(DavaeError, match="'native' cannot be written into the scheduler: Flux2Pipeline has"):
         upgrade_pipeline(base, autoencoder("flux"), timestep_shift="native")
     assert upgrade_pipeline(base, autoencoder("flux"), timestep_shift=2.0).scheduler.config.shift == 2.0
+    base.__class__ = type("Ideogram4Pipeline", (type(small_pipeline("flux")),), {})
+    with pytest.raises(DavaeError, match=r"'base' cannot be written into the scheduler: .* in pixels"):
+        upgrade_pipeline(base, autoencoder("flux"))
+
+
+def test_a_prefix_of_a_class_name_decides_nothing() -> None:
+    base = small_pipeline("flux")
+    base.__class__ = type("Flux2AlikePipeline", (type(base),), {})
+    upgraded = upgrade_pipeline(base, autoencoder("flux"), timestep_shift="native")
+    assert upgraded.scheduler.config.max_image_seq_len == 1024

@@ -11,7 +11,7 @@ from rich.progress import track
 
 from davae.errors import DavaeError
 from davae.pipelines import speed_up
-from davae.pipelines.generate import generate_images, read_prompts, takes_prompts
+from davae.pipelines.sampling.generate import generate_images, read_prompts, takes_prompts
 from davae.runtime.devices import chosen_device, wanted_dtype
 from davae.training.run import load_base
 

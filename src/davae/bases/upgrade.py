@@ -8,10 +8,10 @@ from typing import Any
 
 from davae.latents import LatentLayout
 from davae.pipelines import upgrade_pipeline
-from davae.pipelines.opening import load_autoencoder
-from davae.pipelines.same_base import layout_over
-from davae.pipelines.silent_details import unguarded
-from davae.pipelines.timestep_shift import TimestepShift
+from davae.pipelines.families.class_fixes import unguarded
+from davae.pipelines.saving.opening import load_autoencoder
+from davae.pipelines.upgrade.base_match import layout_over
+from davae.pipelines.upgrade.timestep_shift import TimestepShift
 from davae.training.run import load_base
 from davae.warm_start import WarmStartReport, check_warm_start
 

@@ -20,7 +20,7 @@ from davae.benchmark.text_encoders import TextEncoders, text_encoders_of
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.models.latent_space import decode
-from davae.pipelines.speed import compile_regions, order_channels_last
+from davae.pipelines.sampling.speed import compile_regions, order_channels_last
 from davae.warm_start import dummy_arguments
 
 

@@ -14,7 +14,7 @@ from davae.benchmark.contestants import Contestant, compile_parts, make_contesta
 from davae.benchmark.planner_architectures import find_architecture
 from davae.benchmark.timing import SideBySide, side_by_side
 from davae.errors import DavaeError
-from davae.pipelines.speed import set_attention
+from davae.pipelines.sampling.speed import set_attention
 from davae.runtime.devices import chosen_device, named_dtype
 
 

@@ -160,7 +160,7 @@ def plan(
         architecture.text_tokens - architecture.prompt_length if encoders else 0
     )  # of the tokens counted above
     padded = max(text - clip, 0)
-    lengths = [_CLIP_TOKENS if e.class_name.startswith("CLIP") else padded for e in encoders]
+    lengths = [_CLIP_TOKENS if e.kind == "clip_text_model" else padded for e in encoders]
     text_flops = float(sum(2 * e.multiplied * n for e, n in zip(encoders, lengths)))
     whole = {v: per_image[v] + decode_flops[v] + passes * text_flops for v in VARIANTS}
 

@@ -27,13 +27,13 @@ from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA, find_adapter
 from davae.models.base_adapters import constructor_arguments
+from davae.pipelines.families import find_family
 from davae.recipes.presets import License, find_preset, preset_names
 from davae.tiny import debug_base, load_tiny
 from davae.warm_start import description_of
 from davae.warm_start.patterns import pattern_count
 
 logger = logging.getLogger(__name__)
-_CLIP_TOKENS = 77  # what CLIP encoders give, whatever the prompt
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Architecture:
         """Tokens that the transformer sees of prompts padded to `length`; 0 without prompts."""
         if not self.text_encoders:
             return 0
-        return length + (_CLIP_TOKENS if "text_encoder_3" in self.text_encoders else 0)
+        return length + find_family(self.pipeline).extra_text_tokens
 
     @property
     def denoising_steps(self) -> int:
@@ -149,10 +149,12 @@ class Architecture:
 
 @dataclass(frozen=True)
 class TextEncoderSize:
-    """Attributes: component name; class; parameters; parameters that a token of a prompt is multiplied with."""
+    """Attributes: component name; kind of model (transformers' ``model_type``); parameters; those that a token of a
+    prompt is multiplied with.
+    """
 
     name: str
-    class_name: str
+    kind: str
     parameters: int
     multiplied: int
 
@@ -329,4 +331,4 @@ def _text_encoder_size(name: str, config: Mapping[str, Any]) -> TextEncoderSize:
         unused = any(part.startswith(("vis", "lm_head")) for part in parameter_name.split("."))
         if parameter_name not in looked_up and not unused:
             multiplied += parameter.numel()
-    return TextEncoderSize(name, type(encoder).__name__, total, multiplied)
+    return TextEncoderSize(name, str(config["model_type"]), total, multiplied)

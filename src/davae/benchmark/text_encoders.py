@@ -40,7 +40,7 @@ class TextEncoders(nn.Module):
             self.encoders[name] = encoder
             text = encoder.config.get_text_config()
             length_here = min(length, getattr(text, "max_position_embeddings", None) or length)
-            if "CLIP" in type(encoder).__name__:
+            if encoder.config.model_type == "clip_text_model":
                 length_here = text.max_position_embeddings  # CLIP's prompts always have its full length
             ids = torch.randint(3, text.vocab_size, (1, length_here), generator=generator)
             self.tokens[name] = ids.to(device)

@@ -23,10 +23,10 @@ from davae.latents import LatentLayout
 from davae.models import AutoencoderDA, LightningDiTTransformer2DModel
 from davae.models.latent_space import open_autoencoder
 from davae.pipelines import ClassConditionalPipeline, load_pipeline
-from davae.pipelines.full_resolution import fit_to_autoencoder
-from davae.pipelines.opening import opening
-from davae.pipelines.same_base import layout_over
-from davae.pipelines.timestep_shift import scheduler_for
+from davae.pipelines.families import fit_to_autoencoder
+from davae.pipelines.saving.opening import opening
+from davae.pipelines.upgrade.base_match import layout_over
+from davae.pipelines.upgrade.timestep_shift import scheduler_for
 from davae.runtime.weight_files import about_file, read_state_dict, read_tensors
 
 logger = logging.getLogger(__name__)

@@ -1,16 +1,16 @@
 """Pipelines: the class-conditional one, the upgrade of any, saving and loading."""
 
-from davae.pipelines.adapters import load_adapters, save_adapters
-from davae.pipelines.class_conditional import ClassConditionalPipeline
-from davae.pipelines.full_resolution import fit_to_autoencoder
-from davae.pipelines.licence import Licence, find_licence
-from davae.pipelines.loading import load_pipeline
+from davae.pipelines.families import fit_to_autoencoder
 from davae.pipelines.lora import attach_lora, attached_lora, merge_lora
-from davae.pipelines.model_card import Making, write_model_card
-from davae.pipelines.previews import Previews, set_preview_decoder
-from davae.pipelines.saving import push_to_hub, save_pipeline
-from davae.pipelines.speed import speed_up
-from davae.pipelines.upgrade import upgrade_pipeline
+from davae.pipelines.sampling.class_conditional import ClassConditionalPipeline
+from davae.pipelines.sampling.previews import Previews, set_preview_decoder
+from davae.pipelines.sampling.speed import speed_up
+from davae.pipelines.saving.adapters import load_adapters, save_adapters
+from davae.pipelines.saving.licence import Licence, find_licence
+from davae.pipelines.saving.model_card import Making, write_model_card
+from davae.pipelines.saving.opening import load_pipeline
+from davae.pipelines.saving.saving import push_to_hub, save_pipeline
+from davae.pipelines.upgrade.upgrade import upgrade_pipeline
 
 __all__ = [
     "ClassConditionalPipeline",

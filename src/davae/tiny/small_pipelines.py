@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,11 +57,11 @@ def small_pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
     Raises:
         DavaeError: an unknown name.
     """
-    if name not in _MAKERS:
+    if name not in _SMALL:
         raise DavaeError(f"there is no small pipeline '{name}': choose one of {', '.join(SMALL_PIPELINES)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = _MAKERS[name]()
+        pipe = _SMALL[name].make()
     pipe.transformer.eval()
     pipe.vae.eval()
     pipe.set_progress_bar_config(disable=True)
@@ -77,20 +78,16 @@ def call_arguments(name: str, *, scale: int = 1, prompt: str = "a red fox in sno
         scale: `s` of an upgraded pipeline, whose sizes are s times as large.
         prompt: what to paint; where a pipeline takes a class instead, its length chooses one.
     """
-    arguments: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
-    if name == "dit":
+    small = _SMALL[name]
+    arguments = {"num_inference_steps": 2, "output_type": "pt", **small.call}
+    if small.of_classes:
         return arguments | {"class_labels": [len(prompt)]}  # its size is not for the caller to say
-    side = scale * base_resolution(name)
-    arguments |= {"prompt": prompt, "height": side, "width": side}
-    if name in ("pixart-sigma", "sana"):
-        # The bins begin at 256 pixels; cleaning asks for further packages.
-        arguments |= {"use_resolution_binning": False, "clean_caption": False}
-    return arguments
+    return arguments | {"prompt": prompt, "height": scale * small.side, "width": scale * small.side}
 
 
 def base_resolution(name: str) -> int:
     """Side in pixels of the image that :func:`call_arguments` asks a base pipeline for."""
-    return 64 if name in ("lumina2", "sana") else 32
+    return _SMALL[name].side
 
 
 @torch.no_grad()
@@ -288,14 +285,24 @@ def _auraflow() -> DiffusionPipeline:
     return AuraFlowPipeline(**text.umt5(), vae=_kl(), transformer=transformer, scheduler=scheduler)
 
 
-_MAKERS: dict[str, Callable[[], DiffusionPipeline]] = {
-    "sd3": _sd3,
-    "flux": _flux,
-    "pixart-sigma": _pixart_sigma,
-    "sana": _sana,
-    "dit": _dit,
-    "qwenimage": _qwenimage,
-    "lumina2": _lumina2,
-    "auraflow": _auraflow,
+@dataclass(frozen=True)
+class _Small:
+    make: Callable[[], DiffusionPipeline]
+    side: int = 32  # pixels of its images
+    of_classes: bool = False
+    call: dict[str, Any] = field(default_factory=dict)  # further arguments of a quick call
+
+
+# The lists of sizes begin at 256 pixels; cleaning asks for further packages.
+_AS_ASKED = {"use_resolution_binning": False, "clean_caption": False}
+_SMALL = {
+    "sd3": _Small(_sd3),
+    "flux": _Small(_flux),
+    "pixart-sigma": _Small(_pixart_sigma, call=_AS_ASKED),
+    "sana": _Small(_sana, side=64, call=_AS_ASKED),
+    "dit": _Small(_dit, of_classes=True),
+    "qwenimage": _Small(_qwenimage),
+    "lumina2": _Small(_lumina2, side=64),
+    "auraflow": _Small(_auraflow),
 }
-SMALL_PIPELINES = tuple(_MAKERS)
+SMALL_PIPELINES = tuple(_SMALL)

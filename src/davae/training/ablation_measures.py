@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from davae.pipelines.loading import load_pipeline
+from davae.pipelines.saving.opening import load_pipeline
 from davae.recipes.settings import UpgradeRecipe
 from davae.runtime.atomic_files import atomic_tensors
 from davae.runtime.pictures import to_bytes

@@ -5,15 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import diffusers
-
-import davae.pipelines
 from davae.benchmark.planner import Plan, plan
 from davae.benchmark.planner_architectures import Architecture, find_architecture
 from davae.benchmark.planner_stages import AutoencoderRun, DiffusionRun, target_counts
 from davae.benchmark.planner_text import inference_line, notes, stage_line
 from davae.errors import DavaeError
-from davae.pipelines.families import family_of
+from davae.pipelines.families import find_family
 from davae.recipes.loop import LoopSettings, OptimizerSettings
 from davae.recipes.read import dump_recipe, load_recipe, recipe_names
 from davae.recipes.settings import UpgradeRecipe
@@ -86,7 +83,7 @@ def plan_upgrade(
             "autoencoder": _autoencoder_run(settings),
             "diffusion": _diffusion_run(settings, architecture),
         }
-    elif (targets := _family_targets(architecture)) is not None:
+    elif targets := find_family(architecture.pipeline).lora_targets:
         steps = DiffusionRun(steps=20_000, batch_size=6, gradient_accumulation=16, lora_targets=targets)
         runs = {"diffusion": steps}
     details: int | tuple[int, ...] | None = detail_channels
@@ -138,8 +135,8 @@ def _autoencoder_run(recipe: UpgradeRecipe) -> AutoencoderRun:
 def _diffusion_run(recipe: UpgradeRecipe, architecture: Architecture) -> DiffusionRun:
     settings = recipe.diffusion
     tune = settings.tune
-    targets = tune.lora.targets or _family_targets(architecture)
-    if tune.mode == "lora" and targets is None:
+    targets = tune.lora.targets or find_family(architecture.pipeline).lora_targets
+    if tune.mode == "lora" and not targets:
         raise DavaeError(
             f"davae has no usual LoRA targets for {architecture.pipeline}: set tune.lora.targets"
         )
@@ -147,7 +144,7 @@ def _diffusion_run(recipe: UpgradeRecipe, architecture: Architecture) -> Diffusi
         **_loop(settings.loop, settings.optimizer),  # type: ignore[arg-type]
         mode=tune.mode,
         lora_rank=tune.lora.rank,
-        lora_targets=tuple(targets or ()),
+        lora_targets=tuple(targets),
         frozen_dtype=tune.frozen_dtype,
         cached=bool(recipe.data.cache or recipe.data.cache_latents),
         prompt_length=settings.prompts.max_length,
@@ -164,15 +161,6 @@ def _loop(loop: LoopSettings, optimizer: OptimizerSettings) -> dict[str, object]
         "ema": loop.ema_decay is not None,
         "optimizer_bytes": 2.0 if optimizer.kind == "adamw8bit" else 8.0,
     }
-
-
-def _family_targets(architecture: Architecture) -> tuple[str, ...] | None:
-    name = architecture.pipeline
-    pipeline = getattr(davae.pipelines, name, None) or getattr(diffusers, name, None)
-    try:
-        return None if pipeline is None else family_of(pipeline).lora_targets
-    except DavaeError:  # planned, though not trained
-        return None
 
 
 def _shapes(recipe: UpgradeRecipe, architecture: Architecture, made: Plan) -> list[str]:

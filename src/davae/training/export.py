@@ -12,7 +12,7 @@ import yaml
 from davae.errors import DavaeError
 from davae.models.portable import CODE_FILE
 from davae.pipelines import Licence, Making, find_licence, push_to_hub, write_model_card
-from davae.pipelines.adapters import LAYERS_FILE
+from davae.pipelines.saving.opening import LAYERS_FILE
 from davae.runtime.atomic_files import atomic_folder
 from davae.tiny import TINY
 from davae.training.run_directory import read_config, read_metrics
@@ -44,7 +44,7 @@ def export_run(
         out: a folder that does not exist, or is empty.
         license: of the result; the base's own where None.
         license_name, license_link: of a licence that the hub has no id for, see
-            :func:`davae.pipelines.licence.find_licence`.
+            :func:`davae.pipelines.saving.licence.find_licence`.
         adapters: LoRA, widened layers and autoencoder in place of the merged pipeline.
         repo_id: publish the folder under this name of the hub.
         private: for a new repository.

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from davae.models.float32_islands import keep_linear_attention_in_float32
-from davae.pipelines.speed import compile_regions, order_channels_last
+from davae.pipelines.sampling.speed import compile_regions, order_channels_last
 from davae.recipes.loop import LoopSettings
 from davae.training.module_state import module_tensors, optimizer_tensors, restore_module, restore_optimizer
 from davae.training.optimizers import make_optimizer

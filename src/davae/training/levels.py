@@ -10,8 +10,8 @@ import torch
 
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.pipelines.opening import load_autoencoder
-from davae.pipelines.same_base import layout_over
+from davae.pipelines.saving.opening import load_autoencoder
+from davae.pipelines.upgrade.base_match import layout_over
 from davae.recipes.settings import AutoencoderModelSettings, UpgradeRecipe
 from davae.training.autoencoder import AutoencoderStage
 from davae.training.images import open_part, open_training_part

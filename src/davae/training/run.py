@@ -11,8 +11,7 @@ from diffusers import DiffusionPipeline
 
 from davae.errors import DavaeError
 from davae.pipelines import fit_to_autoencoder
-from davae.pipelines.loading import pipeline_place
-from davae.pipelines.opening import opening
+from davae.pipelines.saving.opening import opening, pipeline_place
 from davae.recipes.data_path import check_data_path
 from davae.recipes.presets import find_preset
 from davae.recipes.read import load_recipe

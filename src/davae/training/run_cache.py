@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from davae.data.cache import Format, verify_cache
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.pipelines.opening import load_autoencoder
+from davae.pipelines.saving.opening import load_autoencoder
 from davae.recipes.data_path import check_data_path
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe, UpgradeRecipe

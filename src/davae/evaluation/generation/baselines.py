@@ -15,7 +15,7 @@ from davae.errors import DavaeError
 from davae.evaluation.generation.compare import Batches
 from davae.evaluation.generation.image_run import ImageRun, RunSettings
 from davae.evaluation.generation.prompts import GENEVAL_SAMPLES, PromptSet, class_set, open_prompt_set
-from davae.pipelines.generate import takes_prompts
+from davae.pipelines.sampling.generate import takes_prompts
 from davae.runtime.pictures import upscaled
 from davae.runtime.processes import rank_and_world, wait_for_everyone
 

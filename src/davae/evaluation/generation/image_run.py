@@ -22,7 +22,7 @@ from torch import Tensor
 from davae.data import image_to_tensor
 from davae.errors import DavaeError
 from davae.evaluation.generation.prompts import PromptSet
-from davae.pipelines.generate import generate_batch
+from davae.pipelines.sampling.generate import generate_batch
 from davae.runtime.atomic_files import atomic_file, atomic_write
 
 _SETTINGS = "settings.json"

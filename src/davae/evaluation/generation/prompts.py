@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from davae.errors import DavaeError
-from davae.pipelines.generate import read_prompts
+from davae.pipelines.sampling.generate import read_prompts
 from davae.runtime.atomic_files import file_hash
 
 GENEVAL_SAMPLES = 4

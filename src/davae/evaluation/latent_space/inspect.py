@@ -26,7 +26,7 @@ from davae.evaluation.metrics.names import PSNR, SSIM
 from davae.evaluation.metrics.psnr_ssim import pair_metrics
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA
-from davae.pipelines.opening import autoencoder_folder, load_autoencoder
+from davae.pipelines.saving.opening import autoencoder_folder, load_autoencoder
 from davae.runtime.devices import chosen_device
 from davae.runtime.pictures import upscaled
 

@@ -18,7 +18,7 @@ from davae.evaluation.metrics.names import DINO, LPIPS
 from davae.evaluation.metrics.perceptual import Perceptual
 from davae.evaluation.reconstruction.baselines import ReconstructionReport, compare_reconstructions
 from davae.evaluation.reconstruction.crops import folder_crops, read_boxes
-from davae.pipelines.opening import autoencoder_folder, load_autoencoder
+from davae.pipelines.saving.opening import autoencoder_folder, load_autoencoder
 from davae.runtime.devices import chosen_device
 from davae.training.perceptual import LpipsLoss
 

@@ -1,6 +1,6 @@
 """Families of pipelines: how each encodes prompts, sees latents, calls its transformer and counts time."""
 
-from davae.pipelines.families import (  # noqa: F401  each registers its family
+from davae.pipelines.families import (  # noqa: F401  (each registers its families)
     aura_flow,
     flux,
     lumina2,
@@ -8,20 +8,29 @@ from davae.pipelines.families import (  # noqa: F401  each registers its family
     qwen_image,
     sana,
     sd3,
+    upgrade_only,
 )
 from davae.pipelines.families.classes import ClassFamily
 from davae.pipelines.families.family import (
     Conditioning,
     PipelineFamily,
+    UpgradeOnlyFamily,
+    family_of,
+    find_family,
+    fit_to_autoencoder,
+    register_family,
+    registered_pipelines,
     scheduler_shift,
 )
-from davae.pipelines.families.registry import family_of, register_family, registered_pipelines
 
 __all__ = [
     "ClassFamily",
     "Conditioning",
     "PipelineFamily",
+    "UpgradeOnlyFamily",
     "family_of",
+    "find_family",
+    "fit_to_autoencoder",
     "register_family",
     "registered_pipelines",
     "scheduler_shift",

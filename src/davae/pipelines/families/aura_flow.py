@@ -6,8 +6,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from davae.pipelines.families.family import Conditioning, PipelineFamily
-from davae.pipelines.families.registry import register_family
+from davae.pipelines.families.family import Conditioning, PipelineFamily, register_family
 
 
 class AuraFlow(PipelineFamily):

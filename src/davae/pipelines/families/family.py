@@ -1,17 +1,22 @@
-"""What training must know about a family of pipelines, behind one face.
+"""What upgrading, training, saving and planning must know about a family of pipelines, behind one face.
 
 Pipelines differ in how they encode prompts, pack latents, count time and sign their prediction. A
 :class:`PipelineFamily` hides all of it: latents are ``[B, C + D, h, w]`` in the autoencoder's channels, a level of
 noise is ``sigma`` in [0, 1] (flow) or an integer timestep (DDPM), and the prediction is ``noise - data`` (flow) or
 the noise (DDPM).
+
+What else the classes of a family do in their own way is an attribute or a method here too, with the default that fits
+most pipelines: how they learn the size of an image, where their timestep shift comes from, what must be mended on an
+upgraded one. A family that needs another value says so in its own file.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import diffusers
 import torch
@@ -20,9 +25,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.models import AutoencoderDA
 from davae.models.latent_space import encode, to_model_space
-from davae.pipelines.full_resolution import fit_to_autoencoder
+from davae.pipelines.families.class_fixes import fit_sizes
 
+P = TypeVar("P", bound=DiffusionPipeline)
 Conditioning = Mapping[str, Tensor]
 """Named tensors whose first axis is the sample."""
 
@@ -40,6 +47,14 @@ class PipelineFamily(ABC):
         text_length: tokens that a prompt is padded to; the pipeline's own default.
         reads_shift: the pipeline takes the autoencoder's ``shift_factor`` into account.
         packed: a token is two by two latent positions, packed by the pipeline.
+        trainable: prompts can be encoded and the transformer called, see :class:`UpgradeOnlyFamily`.
+        sizes: how the classes know the sizes of images: ``"derived"`` from the autoencoder; ``"fixed"``, 8 pixels for a
+            latent position whatever the autoencoder; ``"listed"``, moved to the nearest of a list for the base.
+        edits_images: every pipeline of the family starts from an image, though its call has no ``strength``.
+        extra_text_tokens: tokens that the transformer sees beside those of the padded prompt.
+        shift_rule: how the classes derive a dynamic timestep shift, as the end of a sentence, where it is not from the
+            scheduler's configuration and the number of tokens; None where it is.
+        shift_reads_pixels: that rule reads the size in pixels, so that no shift by tokens comes out of it.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
@@ -49,6 +64,12 @@ class PipelineFamily(ABC):
     text_length: ClassVar[int] = 256
     reads_shift: ClassVar[bool] = True
     packed: ClassVar[bool] = False
+    trainable: ClassVar[bool] = True
+    sizes: ClassVar[Literal["derived", "fixed", "listed"]] = "derived"
+    edits_images: ClassVar[bool] = False
+    extra_text_tokens: ClassVar[int] = 0
+    shift_rule: ClassVar[str | None] = None
+    shift_reads_pixels: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -163,7 +184,7 @@ class PipelineFamily(ABC):
         patch = 2 if self.packed else int(transformer.config.patch_size)
         return (latent.shape[-2] // patch) * (latent.shape[-1] // patch)
 
-    # Schedules and samples
+    # Schedules
 
     def timestep_shift(self, pipe: DiffusionPipeline, tokens: int) -> float:
         """The shift of the training's noise levels: the one that the pipeline samples with at this token count.
@@ -172,6 +193,30 @@ class PipelineFamily(ABC):
         number of image tokens, another holds it in its configuration.
         """
         return scheduler_shift(pipe.scheduler.config, tokens)
+
+    def shift_line_factor(self, *, native: bool, scale: int, channels: tuple[int, int]) -> float:
+        """What the token counts of a dynamic shift (:data:`SHIFT_LINE`) are multiplied with in an upgraded pipeline.
+
+        Args:
+            native: the schedule is to be the one of the full resolution, not the one of the tokens.
+            scale: ``s``.
+            channels: of the base latent and of the upgraded one.
+        """
+        return 1.0 / scale**2 if native else 1.0
+
+    # Upgraded pipelines
+
+    def mend(self, pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:  # noqa: B027  most need nothing
+        """Mend on an upgraded pipeline what its class takes for granted about latents, beside sizes; idempotent.
+
+        Nothing of it is saved: it is done after every upgrade and every loading.
+
+        Args:
+            pipe: changed in place.
+            vae: of the pipeline.
+        """
+
+    # Samples
 
     @torch.no_grad()
     def sample(
@@ -216,13 +261,41 @@ class PipelineFamily(ABC):
         self, prompts: list[str], height: int, width: int, guidance_scale: float, max_length: int | None
     ) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call, without the ones that all pipelines share."""
-        return {
+        arguments = {
             "prompt": prompts,
             "height": height,
             "width": width,
             "guidance_scale": guidance_scale,
             "max_sequence_length": max_length or self.text_length,
         }
+        return arguments | ({"use_resolution_binning": False} if self.sizes == "listed" else {})
+
+
+class UpgradeOnlyFamily(PipelineFamily):
+    """Pipelines that can be upgraded, saved and planned, but not trained: nobody said how they are called."""
+
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    lora_targets: ClassVar[tuple[str, ...]] = ()
+    trainable = False
+
+    def _encode(
+        self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool
+    ) -> dict[str, Tensor]:
+        raise _untrainable(type(pipe).__name__)
+
+    def _predict(
+        self,
+        transformer: ModelMixin,
+        noisy: Tensor,
+        level: Tensor,
+        conditioning: Conditioning,
+        guidance: float,
+    ) -> Tensor:
+        raise _untrainable(f"pipeline of a {type(transformer).__name__}")
+
+
+SHIFT_LINE = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+"""The line ``mu(n)`` of a dynamic shift: two counts of tokens, the values there; as pipelines take it by default."""
 
 
 def scheduler_shift(config: Mapping[str, Any], tokens: int) -> float:
@@ -233,11 +306,86 @@ def scheduler_shift(config: Mapping[str, Any], tokens: int) -> float:
     linearly). Otherwise it is ``shift`` (``flow_shift`` of the multistep solvers).
     """
     if config.get("use_dynamic_shifting"):
-        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        at_low, at_high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        low, high, at_low, at_high = (config.get(key, value) for key, value in SHIFT_LINE.items())
         mu = at_low + (at_high - at_low) * (tokens - low) / (high - low)
         return mu if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
     for key in ("flow_shift", "shift"):
         if config.get(key):
             return float(config[key])
     return 1.0
+
+
+_FAMILIES: dict[str, PipelineFamily] = {}
+_UNKNOWN = UpgradeOnlyFamily()
+
+
+def register_family(family: PipelineFamily) -> PipelineFamily:
+    """Make the pipelines of a family known; returns it.
+
+    Raises:
+        DavaeError: another family has one of the class names.
+    """
+    for name in family.pipelines:
+        if _FAMILIES.setdefault(name, family) is not family:
+            raise DavaeError(f"{name} belongs to the family of {_FAMILIES[name].name} already")
+    return family
+
+
+def registered_pipelines() -> list[str]:
+    """Names of the pipeline classes that can be trained."""
+    return sorted(name for name, family in _FAMILIES.items() if family.trainable)
+
+
+def find_family(pipe: DiffusionPipeline | type[DiffusionPipeline] | str) -> PipelineFamily:
+    """The family of a pipeline, of its class or of the class's name, whether it can be trained or not.
+
+    A class belongs where it or one that it derives from is named. One that no family names gets all the defaults.
+    """
+    if isinstance(pipe, str):
+        cls = getattr(diffusers, pipe, None)
+        names = [pipe, *(parent.__name__ for parent in getattr(cls, "__mro__", ()))]
+    else:
+        cls = pipe if isinstance(pipe, type) else type(pipe)
+        names = [parent.__name__ for parent in cls.__mro__]
+    return next((_FAMILIES[name] for name in names if name in _FAMILIES), _UNKNOWN)
+
+
+def family_of(pipe: DiffusionPipeline | type[DiffusionPipeline] | str) -> PipelineFamily:
+    """:func:`find_family` of a pipeline that is to be trained.
+
+    Raises:
+        DavaeError: no family knows how; names the nearest known class and how to add a family.
+    """
+    family = find_family(pipe)
+    if not family.trainable:
+        cls = pipe if isinstance(pipe, type | str) else type(pipe)
+        raise _untrainable(cls if isinstance(cls, str) else cls.__name__)
+    return family
+
+
+def _untrainable(name: str) -> DavaeError:
+    near = difflib.get_close_matches(name, registered_pipelines(), n=1)
+    return DavaeError(
+        f"davae does not know how to train a {name}{f' (did you mean {near[0]}?)' if near else ''}. Known "
+        f"are {', '.join(registered_pipelines())}. Add it with davae.pipelines.families.register_family("
+        "YourFamily()), a PipelineFamily that says how prompts are encoded and the transformer is called"
+    )
+
+
+def fit_to_autoencoder(pipe: P) -> P:
+    """Make ``height`` and ``width`` of a pipeline with an :class:`AutoencoderDA` mean full resolution; idempotent.
+
+    Also mends what else its family knows of. Called by :func:`upgrade_pipeline` and :func:`davae.load_pipeline`.
+    Pipelines without such an autoencoder, and those that find everything out themselves, stay as they are.
+
+    Args:
+        pipe: changed in place.
+
+    Returns:
+        The same pipeline.
+    """
+    vae = getattr(pipe, "vae", None)
+    if isinstance(vae, AutoencoderDA):
+        fit_sizes(pipe, vae)
+        find_family(pipe).mend(pipe, vae)
+    return pipe

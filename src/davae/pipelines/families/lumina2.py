@@ -6,14 +6,16 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from davae.pipelines.families.family import Conditioning, PipelineFamily, scheduler_shift
-from davae.pipelines.families.registry import register_family
+from davae.models import AutoencoderDA
+from davae.pipelines.families.class_fixes import add_zero_detail_guard
+from davae.pipelines.families.family import Conditioning, PipelineFamily, register_family, scheduler_shift
 
 
 class Lumina2(PipelineFamily):
     """Prompts carry the pipeline's system prompt; the empty prompt of guidance does not, as in the pipeline."""
 
     pipelines = ("Lumina2Pipeline",)
+    sizes = "fixed"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     def _encode(
@@ -46,6 +48,14 @@ class Lumina2(PipelineFamily):
     def timestep_shift(self, pipe: DiffusionPipeline, tokens: int) -> float:
         """As in the pipeline, which counts channels where others count tokens."""
         return scheduler_shift(pipe.scheduler.config, int(pipe.transformer.config.in_channels))
+
+    def shift_line_factor(self, *, native: bool, scale: int, channels: tuple[int, int]) -> float:
+        """As much as the channels grew: wider latents must not look like longer ones."""
+        return channels[1] / channels[0]
+
+    def mend(self, pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
+        """Guided predictions are divided by their norm."""
+        add_zero_detail_guard(pipe.transformer, vae.layout)
 
 
 register_family(Lumina2())

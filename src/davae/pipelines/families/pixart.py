@@ -9,8 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor
 
-from davae.pipelines.families.family import Conditioning, PipelineFamily
-from davae.pipelines.families.registry import register_family
+from davae.pipelines.families.family import Conditioning, PipelineFamily, register_family
 
 
 class PixArtSigma(PipelineFamily):
@@ -23,6 +22,7 @@ class PixArtSigma(PipelineFamily):
     pipelines = ("PixArtSigmaPipeline",)
     kind = "ddpm"
     text_length = 300
+    sizes = "listed"
     reads_shift = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
@@ -59,7 +59,7 @@ class PixArtSigma(PipelineFamily):
         self, prompts: list[str], height: int, width: int, guidance_scale: float, max_length: int | None
     ) -> dict[str, Any]:
         arguments = super()._call_arguments(prompts, height, width, guidance_scale, max_length)
-        return arguments | {"use_resolution_binning": False, "clean_caption": _cleans_captions()}
+        return arguments | {"clean_caption": _cleans_captions()}
 
 
 def _cleans_captions() -> bool:

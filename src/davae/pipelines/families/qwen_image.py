@@ -10,9 +10,8 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from davae.pipelines.families.family import Conditioning, PipelineFamily
+from davae.pipelines.families.family import Conditioning, PipelineFamily, register_family
 from davae.pipelines.families.packing import pack, unpack
-from davae.pipelines.families.registry import register_family
 
 
 class QwenImage(PipelineFamily):

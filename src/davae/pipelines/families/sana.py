@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from davae.pipelines.families.family import Conditioning, PipelineFamily
-from davae.pipelines.families.registry import register_family
+from davae.pipelines.families.family import Conditioning, PipelineFamily, register_family
 
 
 class Sana(PipelineFamily):
@@ -18,6 +16,7 @@ class Sana(PipelineFamily):
 
     pipelines = ("SanaPipeline",)
     text_length = 300
+    sizes = "listed"
     reads_shift = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -49,12 +48,6 @@ class Sana(PipelineFamily):
             timestep=level * 1000 * transformer.config.timestep_scale,
             return_dict=False,
         )[0]
-
-    def _call_arguments(
-        self, prompts: list[str], height: int, width: int, guidance_scale: float, max_length: int | None
-    ) -> dict[str, Any]:
-        arguments = super()._call_arguments(prompts, height, width, guidance_scale, max_length)
-        return arguments | {"use_resolution_binning": False}
 
 
 register_family(Sana())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from davae.pipelines.families.family import Conditioning, PipelineFamily
-from davae.pipelines.families.registry import register_family
+from davae.models import AutoencoderDA
+from davae.pipelines.families.family import Conditioning, PipelineFamily, register_family
 
 
 class StableDiffusion3(PipelineFamily):
@@ -18,6 +19,7 @@ class StableDiffusion3(PipelineFamily):
         "StableDiffusion3Img2ImgPipeline",
         "StableDiffusion3InpaintPipeline",
     )
+    extra_text_tokens = 77  # of the CLIPs, whatever the prompt, before T5's
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear")
 
     def _encode(
@@ -48,6 +50,15 @@ class StableDiffusion3(PipelineFamily):
             pooled_projections=conditioning["pooled_prompt_embeds"],
             return_dict=False,
         )[0]
+
+    def mend(self, pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
+        """The inpainting pipeline counts channels."""
+        if type(pipe) is diffusers.StableDiffusion3InpaintPipeline:
+            from davae.pipelines.families.sd3_inpaint import (  # imports all of SD3: only here
+                StableDiffusion3InpaintPipeline,
+            )
+
+            pipe.__class__ = StableDiffusion3InpaintPipeline
 
 
 register_family(StableDiffusion3())

@@ -12,7 +12,6 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-import davae.pipelines
 from davae.benchmark.planner import default_detail_channels
 from davae.benchmark.planner_architectures import Architecture, build, widened_config
 from davae.benchmark.text_encoders import text_encoders_of
@@ -23,7 +22,7 @@ from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
 from davae.pipelines.families import PipelineFamily, family_of
-from davae.pipelines.speed import order_channels_last
+from davae.pipelines.sampling.speed import order_channels_last
 from davae.recipes.loop import LoopSettings, OptimizerSettings
 from davae.recipes.settings import (
     AlignmentSettings,
@@ -141,7 +140,7 @@ class DiffusionBenchStage(Stage):
     name = "diffusion"
 
     def __init__(self, architecture: Architecture, settings: StepSettings, form: Form) -> None:
-        family = _family(architecture)
+        family = family_of(architecture.pipeline)
         self.loop = settings.loop(form)
         self.vae = _autoencoder(architecture, settings).requires_grad_(False)
         layout = self.vae.layout
@@ -210,14 +209,6 @@ def _autoencoder(architecture: Architecture, settings: StepSettings) -> Autoenco
     if settings.resolution % unit:
         raise DavaeError(f"{settings.resolution} pixels are not a multiple of {unit} (compression x patch)")
     return vae
-
-
-def _family(architecture: Architecture) -> PipelineFamily:
-    name = architecture.pipeline
-    pipeline = getattr(davae.pipelines, name, None) or getattr(diffusers, name, None)
-    if pipeline is None:
-        raise DavaeError(f"{architecture.name}: neither diffusers nor davae has a pipeline {name}")
-    return family_of(pipeline)
 
 
 def _process(family: PipelineFamily, layout: LatentLayout) -> NoiseProcess:

@@ -19,7 +19,7 @@ from davae.evaluation.metrics.image_set import ImageSet, compare_sets
 from davae.evaluation.metrics.perceptual import Perceptual
 from davae.evaluation.metrics.psnr_ssim import PairMeans
 from davae.models.latent_space import compression_of, decode, encode, open_autoencoder
-from davae.pipelines.opening import opening
+from davae.pipelines.saving.opening import opening
 
 _SMALLEST = 16  # pixels: of SSIM's window and the Wasserstein pyramid
 

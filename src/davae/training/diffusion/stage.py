@@ -17,9 +17,9 @@ from davae.data.in_memory import ENCODED_TOGETHER, LatentsInMemory, Prepared
 from davae.evaluation import sliced_wasserstein
 from davae.evaluation.metrics.names import SWD_FINEST
 from davae.latents import LatentLayout
-from davae.pipelines.adapters import save_adapters
 from davae.pipelines.families import family_of
 from davae.pipelines.lora import merge_lora
+from davae.pipelines.saving.adapters import save_adapters
 from davae.recipes.settings import DiffusionSettings
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_rows

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 from davae.data import ItemDataset
 from davae.models.lightningdit import restarted
 from davae.pipelines import upgrade_pipeline
-from davae.pipelines.opening import load_autoencoder
-from davae.pipelines.same_base import layout_over
+from davae.pipelines.saving.opening import load_autoencoder
+from davae.pipelines.upgrade.base_match import layout_over
 from davae.recipes.settings import UpgradeRecipe
 from davae.training.caching import open_cache
 from davae.training.diffusion.stage import DiffusionStage

@@ -9,7 +9,7 @@ import torch
 
 from davae.data import open_dataset
 from davae.evaluation import psnr
-from davae.pipelines.opening import load_autoencoder
+from davae.pipelines.saving.opening import load_autoencoder
 from davae.runtime.devices import chosen_device, wanted_dtype
 from davae.runtime.pictures import save_rows
 from davae.training.autoencoder import upscaled_base

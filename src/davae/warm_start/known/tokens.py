@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -160,19 +161,21 @@ def _joy_image_plus(d: Dummy) -> dict[str, Any]:
 
 
 def _joy_image_places(transformer: ModelMixin) -> ChannelDescription:
-    plus = type(transformer).__name__.endswith("PlusTransformer3DModel")
     frames, side, _ = transformer.config.patch_size
     return ChannelDescription(
         inputs=input_layer("img_in"),
         outputs=output_layer("proj_out", "t p p c"),
         sizes={"p": side, "t": frames},
-        sample_axis=2 if plus else 1,
-        dummy_inputs=_joy_image_plus if plus else _joy_image,
+        dummy_inputs=_joy_image,
     )
 
 
+def _joy_image_plus_places(transformer: ModelMixin) -> ChannelDescription:
+    return replace(_joy_image_places(transformer), sample_axis=2, dummy_inputs=_joy_image_plus)
+
+
 describe("JoyImageEditTransformer3DModel", _joy_image_places)
-describe("JoyImageEditPlusTransformer3DModel", _joy_image_places)
+describe("JoyImageEditPlusTransformer3DModel", _joy_image_plus_places)
 
 
 @dummy

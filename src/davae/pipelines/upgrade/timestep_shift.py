@@ -17,23 +17,12 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from davae.errors import DavaeError
+from davae.pipelines.families import find_family
+from davae.pipelines.families.family import SHIFT_LINE
 
 logger = logging.getLogger(__name__)
 
 TimestepShift = Literal["base", "native"] | float
-
-# The keys of the line, and what pipelines take where a configuration lacks them.
-_LINE = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-
-# Pipelines that derive mu from something else than the configuration and the tokens.
-_OWN_RULES = {
-    "Flux2": "has its own rule for the shift, which reads the number of tokens and of steps alone",
-    "HiDream": "takes the shift from its transformer's largest number of tokens",
-    "Ideogram4": "has its own rule for the shift, which reads the height and width in pixels",
-    "QwenImageLayered": "has its own rule for the shift",
-}
-# Pipelines that count channels where they mean tokens (they look at axis 1 of a latent that is not packed).
-_COUNTS_CHANNELS = ("Lumina2",)
 
 
 def scheduler_for(
@@ -68,21 +57,16 @@ def scheduler_for(
 def _line(
     pipe: DiffusionPipeline, shift: str | float, scale: int, channels: tuple[int, int]
 ) -> dict[str, Any]:
-    name = type(pipe).__name__
-    own_rule = next((rule for start, rule in _OWN_RULES.items() if name.startswith(start)), None)
-    if own_rule is not None:
-        if shift == "base" and "pixels" not in own_rule:
+    family = find_family(pipe)
+    if family.shift_rule is not None:
+        if shift == "base" and not family.shift_reads_pixels:
             return {}
         raise DavaeError(
-            f"timestep_shift '{shift}' cannot be written into the scheduler: {name} {own_rule}. Give a number"
+            f"timestep_shift '{shift}' cannot be written into the scheduler: {type(pipe).__name__} "
+            f"{family.shift_rule}. Give a number"
         )
-    config = pipe.scheduler.config
-    line = {key: config.get(key, value) for key, value in _LINE.items()}
-    if name.startswith(_COUNTS_CHANNELS):
-        # Wider latents must not look like longer ones: the line is stretched by as much as the channels grew.
-        factor = channels[1] / channels[0]
-    else:
-        factor = 1.0 if shift == "base" else 1.0 / scale**2
+    line = {key: pipe.scheduler.config.get(key, value) for key, value in SHIFT_LINE.items()}
+    factor = family.shift_line_factor(native=shift == "native", scale=scale, channels=channels)
     for key in ("base_image_seq_len", "max_image_seq_len"):
         stretched = line[key] * factor
         line[key] = int(stretched) if stretched == int(stretched) else stretched
@@ -119,7 +103,7 @@ def _shift_key(config: Mapping[str, Any]) -> str | None:
 def _told(scheduler: SchedulerMixin, shift: TimestepShift) -> str:
     config = scheduler.config
     if config.get("use_dynamic_shifting"):
-        written = ", ".join(f"{key} {config[key]}" for key in _LINE if key in config)
+        written = ", ".join(f"{key} {config[key]}" for key in SHIFT_LINE if key in config)
         return f"follows the number of tokens: {written}"
     key = _shift_key(config)
     if key is None:

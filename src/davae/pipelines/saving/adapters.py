@@ -8,6 +8,7 @@ the transformer's input and output layers in full, and samples of the weights th
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,15 +24,15 @@ from torch import Tensor, nn
 
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.pipelines.fingerprint import Samples
 from davae.pipelines.lora import attach_lora, attached_lora
-from davae.pipelines.opening import load_autoencoder
-from davae.pipelines.upgrade import upgrade_pipeline
+from davae.pipelines.saving.opening import LAYERS_FILE, load_autoencoder
+from davae.pipelines.upgrade.upgrade import upgrade_pipeline
 from davae.warm_start import description_of
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-LAYERS_FILE = "davae_adapter.safetensors"
 FORMAT = 1
+SAMPLES = 8  # of every parameter, evenly spread
+_ROUNDING = 1 / 128  # relative: two roundings to bfloat16
 P = TypeVar("P", bound=DiffusionPipeline)
 
 
@@ -230,6 +231,64 @@ def _check_samples(what: str, saved: Tensor, parameters: dict[str, nn.Parameter]
     differing = Samples(saved).first_difference(parameters)
     if differing is not None:
         raise DavaeError(f"these adapters were tuned with another {what}: {differing}")
+
+
+# ---------------------------------------------------------------------- a few values of every weight
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Values of a model's parameters in the order of their names.
+
+    Attributes:
+        values: float32 ``[n]``, up to ``SAMPLES`` for each floating-point parameter.
+    """
+
+    values: Tensor
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Tensor]) -> Samples:
+        """Take the values. Parameters that are not floating-point (quantised ones) are left out."""
+        return cls(torch.cat([torch.zeros(0), *(values for _, values in _taken(parameters))]))
+
+    def first_difference(self, parameters: Mapping[str, Tensor]) -> str | None:
+        """What tells a model from the one the values are of, in words; None where they agree.
+
+        The same weights in another precision agree: where one side holds rounded numbers, the other is rounded too.
+        """
+        start = 0
+        for name, found in _taken(parameters):
+            wanted = self.values[start : start + len(found)]
+            start += len(found)
+            if len(wanted) < len(found):
+                return f"it has more weights, such as '{name}'"
+            if not _same(found, wanted):
+                return f"'{name}' has other values"
+        return None if start == len(self.values) else "it has fewer weights"
+
+
+def _taken(parameters: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    taken = []
+    for name in sorted(parameters):
+        flat = parameters[name].detach().flatten()
+        if flat.is_floating_point() and len(flat):
+            positions = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float64)
+            taken.append((name, flat[positions.round().long().to(flat.device)].float().cpu()))
+    return taken
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether both are the same numbers, up to the precision that one of them was stored in."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if (_fits(a, dtype) or _fits(b, dtype)) and torch.equal(a.to(dtype), b.to(dtype)):
+            return True
+    halves = (torch.bfloat16, torch.float16)
+    mixed = any(_fits(a, x) and _fits(b, y) for x, y in (halves, halves[::-1]))
+    return mixed and torch.allclose(a, b, rtol=_ROUNDING, atol=1e-6)
+
+
+def _fits(values: Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(values.to(dtype).float(), values)
 
 
 # ---------------------------------------------------------------------- LoRA

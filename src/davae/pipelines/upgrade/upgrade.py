@@ -11,10 +11,10 @@ from torch import nn
 
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.pipelines.full_resolution import fit_to_autoencoder
-from davae.pipelines.previews import set_preview_decoder
-from davae.pipelines.same_base import layout_over
-from davae.pipelines.timestep_shift import TimestepShift, scheduler_for
+from davae.pipelines.families import fit_to_autoencoder
+from davae.pipelines.sampling.previews import set_preview_decoder
+from davae.pipelines.upgrade.base_match import layout_over
+from davae.pipelines.upgrade.timestep_shift import TimestepShift, scheduler_for
 from davae.warm_start import widen_channels
 
 P = TypeVar("P", bound=DiffusionPipeline)
@@ -45,9 +45,10 @@ def upgrade_pipeline(
             part of the result where it has the device and precision of ``pipe.vae``, and elsewhere a copy does. For
             a VAE that is to be more precise than its pipeline, say ``result.vae.to(torch.float32)`` afterwards.
         timestep_shift: ``"base"``, ``"native"`` (the schedule that the base model would have used if it had been
-            asked for the full resolution) or a number (a fixed shift); see :mod:`davae.pipelines.timestep_shift`.
+            asked for the full resolution) or a number (a fixed shift); see
+            :mod:`davae.pipelines.upgrade.timestep_shift`.
         preview_decoder: a small decoder of the base's latents (TAESD and kin) for
-            :class:`davae.pipelines.previews.Previews`; it is not part of the saved pipeline.
+            :class:`davae.pipelines.sampling.previews.Previews`; it is not part of the saved pipeline.
 
     Returns:
         A new pipeline of the same class.

@@ -10,9 +10,9 @@ from huggingface_hub import HfApi
 
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.pipelines.licence import Licence, find_licence, read_front_matter
 from davae.pipelines.lora import attached_lora, merge_lora
-from davae.pipelines.model_card import CARD, Making, write_model_card
+from davae.pipelines.saving.licence import Licence, find_licence, read_front_matter
+from davae.pipelines.saving.model_card import CARD, Making, write_model_card
 
 
 def save_pipeline(

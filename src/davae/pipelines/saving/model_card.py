@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import yaml
 from safetensors import safe_open
 
 from davae.errors import DavaeError
-from davae.pipelines.adapters import LAYERS_FILE
-from davae.pipelines.licence import Licence, find_licence
+from davae.pipelines.families import find_family
+from davae.pipelines.saving.licence import Licence, find_licence
+from davae.pipelines.saving.opening import LAYERS_FILE
 from davae.version import __version__
 
 CARD = "README.md"
@@ -108,7 +111,7 @@ def write_model_card(
     Args:
         folder: of an upgraded pipeline, an autoencoder or adapters.
         base_model: hub name or folder of the base.
-        license: of the result; the base's own where None, see :func:`davae.pipelines.licence.find_licence`.
+        license: of the result; the base's own where None, see :func:`davae.pipelines.saving.licence.find_licence`.
         making: figures and commands.
         name: under which the result is or will be published; the folder's name where None.
 
@@ -172,9 +175,10 @@ class _Facts:
 
 def _task(class_name: str, *, text: bool) -> str:
     """The hub's name for what the pipeline does."""
-    if "Inpaint" in class_name or "Img2Img" in class_name or "Kontext" in class_name:
+    family, pipeline = find_family(class_name), getattr(diffusers, class_name, None)
+    if family.edits_images or (pipeline and "strength" in inspect.signature(pipeline.__call__).parameters):
         return "image-to-image"
-    return "text-to-image" if text and class_name != "DiTPipeline" else "unconditional-image-generation"
+    return "text-to-image" if text and family.conditioned_on == "text" else "unconditional-image-generation"
 
 
 def _card(facts: _Facts, name: str, base_model: str, licence: Licence, making: Making) -> str:
@@ -232,12 +236,13 @@ def _use(facts: _Facts, name: str, base_model: str) -> str:
 
 def _sizes(facts: _Facts) -> str:
     """What a caller of plain diffusers must know of the classes that write sizes down."""
-    if facts.class_name.startswith("Lumina"):
+    sizes = find_family(facts.class_name).sizes
+    if sizes == "fixed":
         return (
             f"{_FULL} `davae.load_pipeline` sees to it; loaded in another way, this class takes 8 pixels for a latent "
             f"position: ask it for the base's size, and the image is {facts.scale} times as large per side."
         )
-    if facts.class_name.startswith(("PixArt", "Sana")):
+    if sizes == "listed":
         return (
             f"{_FULL} `davae.load_pipeline` sees to it; loaded in another way, this class moves sizes to a list for "
             "the base: pass `use_resolution_binning=False`."

@@ -1,0 +1,1 @@
+"""Saved pipelines and adapters: writing, opening, model cards and licences."""
