@@ -8,13 +8,11 @@ from typing import Any
 
 import yaml
 
-from davae.data import ImageDataset, Item, RenderedDataset, open_dataset
+from davae.data import Item, ItemDataset, open_dataset
 from davae.errors import DavaeError
 
-Images = ImageDataset | RenderedDataset
 
-
-def spread_batches(dataset: Images, count: int, size: int) -> Iterator[list[Item]]:
+def spread_batches(dataset: ItemDataset, count: int, size: int) -> Iterator[list[Item]]:
     """``count`` items in batches of ``size``, evenly from the whole data set; all where it has no more."""
     count = min(count, len(dataset))
     for start in range(0, count, size):
@@ -22,7 +20,7 @@ def spread_batches(dataset: Images, count: int, size: int) -> Iterator[list[Item
         yield [dataset[i * len(dataset) // count] for i in numbers]
 
 
-def held_out_images(autoencoder: Path, resolution: int) -> Images:
+def held_out_images(autoencoder: Path, resolution: int) -> ItemDataset:
     """The images that the run of an autoencoder's folder did not learn from.
 
     Raises:
