@@ -1,25 +1,21 @@
 """Feature networks: preprocessing, weights that are missing, and what they tell about themselves."""
 
+import importlib.util
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+
 from davae.errors import DavaeError
-from davae.evaluation.features import TextImageNetwork
-from davae.evaluation.features import open_network
+from davae.evaluation.features import TextImageNetwork, open_network
 from davae.evaluation.features.inception import WEIGHTS
 from davae.evaluation.features.inception_network import InceptionNetwork
 from davae.evaluation.features.resize import resize_tensorflow1
 from davae.evaluation.features.transformers_model import preprocessing
 from davae.runtime.pictures import to_bytes
 from davae.tiny.small_text import clip
-from transformers import CLIPConfig
-from transformers import CLIPModel
-from transformers import Dinov2Config
-from transformers import Dinov2Model
-from transformers import ViTConfig
-from transformers import ViTModel
-from types import SimpleNamespace
-import importlib.util
-import json
-import pytest
-import torch
 
 _SMALL = {
     "hidden_size": 16,

@@ -1,11 +1,13 @@
 """Figures of docs/results that set runs side by side."""
 
-from PIL import Image
-from davae.errors import DavaeError
-from pathlib import Path
 import json
-import pytest
 import runpy
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from davae.errors import DavaeError
 
 _CURVES = runpy.run_path(str(Path(__file__).parents[2] / "docs/results/dc-ae/curves.py"))
 save_curves, save_spectra = _CURVES["save_curves"], _CURVES["save_spectra"]

@@ -4,25 +4,24 @@ Time and memory do not depend on the values of weights, so a configuration is en
 """
 
 from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
 from davae.benchmark.flops import count_flops
 from davae.benchmark.planner import default_detail_channels
-from davae.benchmark.planner_architectures import Architecture
-from davae.benchmark.planner_architectures import build
-from davae.benchmark.text_encoders import TextEncoders
-from davae.benchmark.text_encoders import text_encoders_of
+from davae.benchmark.planner_architectures import Architecture, build
+from davae.benchmark.text_encoders import TextEncoders, text_encoders_of
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.models.latent_space import decode
-from davae.pipelines.speed import compile_regions
-from davae.pipelines.speed import order_channels_last
+from davae.pipelines.speed import compile_regions, order_channels_last
 from davae.warm_start import dummy_arguments
-from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor
-from torch import nn
-from typing import Any
-import torch
 
 
 @dataclass

@@ -1,23 +1,21 @@
 """How much faster the upgraded model makes an image, and how much of that the operations explain."""
 
 from __future__ import annotations
+
+import platform
 from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
-from davae.benchmark.contestants import Contestant
-from davae.benchmark.contestants import compile_parts
-from davae.benchmark.contestants import make_contestants
-from davae.benchmark.planner_architectures import find_architecture
-from davae.benchmark.timing import SideBySide
-from davae.benchmark.timing import side_by_side
-from davae.errors import DavaeError
-from davae.pipelines.speed import set_attention
-from davae.runtime.devices import chosen_device
-from davae.runtime.devices import named_dtype
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
-import platform
+
 import torch
+
+from davae.benchmark.contestants import Contestant, compile_parts, make_contestants
+from davae.benchmark.planner_architectures import find_architecture
+from davae.benchmark.timing import SideBySide, side_by_side
+from davae.errors import DavaeError
+from davae.pipelines.speed import set_attention
+from davae.runtime.devices import chosen_device, named_dtype
 
 
 @dataclass(frozen=True)

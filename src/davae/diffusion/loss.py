@@ -11,18 +11,18 @@ off by 1, the details at half weight: (4 + 0.5 * 3) / (1 + 0.5 * 3) = 2.2.
 """
 
 from __future__ import annotations
+
 from dataclasses import dataclass
-from davae.choices import LossForm
-from davae.choices import check_choice
-from davae.diffusion.flow_matching import per_sample
-from davae.diffusion.flow_matching import velocity_of
-from davae.diffusion.flow_matching import x0_from_velocity
-from davae.errors import DavaeError
-from davae.latents import LatentLayout
-from torch import Tensor
 from typing import Literal
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from davae.choices import LossForm, check_choice
+from davae.diffusion.flow_matching import per_sample, velocity_of, x0_from_velocity
+from davae.errors import DavaeError
+from davae.latents import LatentLayout
 
 Reduction = Literal["mean", "none"]
 

@@ -1,41 +1,33 @@
 """From a published file to a diffusers folder: what ``davae convert`` does."""
 
 from __future__ import annotations
-from dataclasses import dataclass
-from dataclasses import field
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
 from davae.choices import ChannelOrder
 from davae.errors import DavaeError
 from davae.interop import official_lightningdit
-from davae.interop.official_autoencoders import convert_imagenet
-from davae.interop.official_autoencoders import convert_sd3
+from davae.interop.official_autoencoders import convert_imagenet, convert_sd3
 from davae.interop.official_vavae import convert_vavae
-from davae.interop.sd3_transformer_files import convert_transformer
-from davae.interop.sd3_transformer_files import is_transformer
+from davae.interop.sd3_transformer_files import convert_transformer, is_transformer
 from davae.latents import LatentLayout
-from davae.models import AutoencoderDA
-from davae.models import LightningDiTTransformer2DModel
+from davae.models import AutoencoderDA, LightningDiTTransformer2DModel
 from davae.models.latent_space import open_autoencoder
-from davae.pipelines import ClassConditionalPipeline
-from davae.pipelines import load_pipeline
+from davae.pipelines import ClassConditionalPipeline, load_pipeline
 from davae.pipelines.full_resolution import fit_to_autoencoder
 from davae.pipelines.opening import opening
 from davae.pipelines.same_base import layout_over
 from davae.pipelines.timestep_shift import scheduler_for
-from davae.runtime.weight_files import about_file
-from davae.runtime.weight_files import read_state_dict
-from davae.runtime.weight_files import read_tensors
-from diffusers import AutoencoderKL
-from diffusers import DiffusionPipeline
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers import SD3Transformer2DModel
-from diffusers.models.modeling_utils import ModelMixin
-from pathlib import Path
-from torch import Tensor
-from typing import Any
-from typing import Literal
-import json
-import logging
-import torch
+from davae.runtime.weight_files import about_file, read_state_dict, read_tensors
 
 logger = logging.getLogger(__name__)
 

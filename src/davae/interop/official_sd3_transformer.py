@@ -12,17 +12,19 @@ reordered, see `from_official_order`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
 from accelerate import init_empty_weights
-from collections.abc import Mapping
-from collections.abc import Sequence
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+
 from davae.choices import ChannelOrder
 from davae.errors import DavaeError
 from davae.interop.checking import listed
 from davae.latents import LatentLayout
-from diffusers import SD3Transformer2DModel
-from torch import Tensor
-from typing import Any
-import torch
 
 #: ``"detail_first"`` is the authors' ``reverse=True``, which their SD3 autoencoder needs.
 

@@ -5,21 +5,18 @@ arXiv 2501.01423). That model, its projection and the losses lie in some of the 
 """
 
 from __future__ import annotations
-from collections.abc import Mapping
-from collections.abc import Sequence
-from davae.errors import DavaeError
-from davae.interop.checking import channel_statistics
-from davae.interop.checking import filled
-from davae.interop.checking import require
-from davae.interop.checking import set_aside
-from davae.interop.ldm_names import ldm_class
-from davae.interop.ldm_names import ldm_config
-from davae.interop.ldm_names import translate_ldm
-from davae.models.known_bases import LDMAutoencoderKL
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from diffusers import AutoencoderKL
 from torch import Tensor
-from typing import Any
-import logging
+
+from davae.errors import DavaeError
+from davae.interop.checking import channel_statistics, filled, require, set_aside
+from davae.interop.ldm_names import ldm_class, ldm_config, translate_ldm
+from davae.models.known_bases import LDMAutoencoderKL
 
 logger = logging.getLogger(__name__)
 _WHAT = "an LDM autoencoder"

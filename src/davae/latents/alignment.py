@@ -1,14 +1,15 @@
 """Detail alignment: the loss that ties the detail latent to the base latent, and its adaptive weight."""
 
 from __future__ import annotations
-from davae.choices import AlignmentForm
-from davae.choices import check_choice
-from davae.latents.layout import LatentLayout
+
 from itertools import pairwise
-from torch import Tensor
-from torch import nn
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from davae.choices import AlignmentForm, check_choice
+from davae.latents.layout import LatentLayout
 
 _FLOAT16_SCALE = 4096.0
 

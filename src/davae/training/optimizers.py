@@ -1,12 +1,15 @@
 """AdamW with a learning rate for each parameter, and its schedule."""
 
 from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
 from davae.errors import DavaeError
 from davae.recipes.loop import OptimizerSettings
 from davae.training.eight_bit import eight_bit_adamw
-from torch import nn
-import math
-import torch
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:

@@ -1,35 +1,32 @@
 """One autoencoder's transformer in the comparison: the same for all but its first and last layer."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterator
-from dataclasses import dataclass
-from dataclasses import field
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
 from davae.benchmark import count_flops
 from davae.diffusion.loss import FlowLoss
 from davae.diffusion.noise import FlowProcess
-from davae.diffusion.schedulers import scheduler_step
-from davae.diffusion.schedulers import set_sigmas
+from davae.diffusion.schedulers import scheduler_step, set_sigmas
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
 from davae.models.latent_space import decode
-from davae.models.lightningdit import SIZES
-from davae.models.lightningdit import Size
+from davae.models.lightningdit import SIZES, Size
 from davae.pipelines.class_conditional import guided_velocity
 from davae.pipelines.families.classes import ClassConditional
 from davae.recipes.loop import OptimizerSettings
 from davae.recipes.settings import FlowLossSettings
 from davae.runtime.progress import Progress
-from davae.training.compare.autoencoders import Candidate
-from davae.training.compare.autoencoders import decode_all
-from davae.training.compare.autoencoders import encode_all
+from davae.training.compare.autoencoders import Candidate, decode_all, encode_all
 from davae.training.diffusion import DiffusionObjective
 from davae.training.ema import Ema
 from davae.training.optimizers import make_optimizer
-from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import Tensor
-import torch
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,21 @@
 """What the diffusion stage measures and shows: a loss at fixed noise, and samples beside the base's."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Sequence
-from davae.data import collate
-from davae.errors import DavaeError
-from davae.pipelines.families import ClassFamily
-from davae.pipelines.families import family_of
-from davae.recipes.settings import SampleSettings
-from davae.runtime.processes import gathered
-from davae.runtime.processes import share
-from davae.training.loop import to_device
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils.data import Dataset
-from typing import Any
-import torch
+
+from davae.data import collate
+from davae.errors import DavaeError
+from davae.pipelines.families import ClassFamily, family_of
+from davae.recipes.settings import SampleSettings
+from davae.runtime.processes import gathered, share
+from davae.training.loop import to_device
 
 Item = dict[str, Any]
 MEASURED = 256
