@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from davae.benchmark import count_flops, peak_memory_bytes, side_by_side
+from davae.data import ItemDataset
 from davae.errors import DavaeError
 from davae.evaluation import PatchSet
 from davae.evaluation.metrics.psnr_ssim import pair_metrics
@@ -151,9 +151,9 @@ def _command(out: Path, seed: int, quick: bool, data: str | None, recipe: str) -
     return " ".join([*words, *(["--recipe", recipe] if recipe != "tiny" else [])])
 
 
-def _first_images(dataset: Dataset[dict[str, Any]], count: int) -> tuple[Tensor, Tensor, list[str]]:
+def _first_images(dataset: ItemDataset, count: int) -> tuple[Tensor, Tensor, list[str]]:
     """The first ``count`` held-out images, their labels (0 where there are none) and captions."""
-    items = [dataset[i] for i in range(min(count, len(dataset)))]  # type: ignore[arg-type]
+    items = [dataset[i] for i in range(min(count, len(dataset)))]
     labels = torch.tensor([max(item["label"], 0) for item in items])
     return (
         torch.stack([item["image"] for item in items]),

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from davae.data import BatchStream, ImageDataset, ResumableSampler, open_dataset
-from davae.data.bucket_sampler import BucketSampler
-from davae.data.buckets import (
+from davae.data.images.buckets import (
     AREA_TOLERANCE,
     MAX_BUCKET_ASPECT,
     check_buckets,
@@ -23,8 +22,9 @@ from davae.data.buckets import (
     nearest_bucket,
     same_size_batches,
 )
-from davae.data.decode import upright_size
-from davae.data.transforms import SquareCrop
+from davae.data.images.decode import upright_size
+from davae.data.images.transforms import SquareCrop
+from davae.data.loading.samplers import BucketSampler
 from davae.errors import DavaeError
 from tests.data.files import encoded, picture
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from davae.data import UnreadableImage, check_header, decode_image
-from davae.data.decode import MAX_PIXELS
+from davae.data.images.decode import MAX_PIXELS
 from tests.data.files import (
     GREY,
     GREY_ALPHA,

@@ -59,12 +59,13 @@ def _instances(of: Type | None) -> Iterator[TypeInfo]:
 
 
 def _unread(changed: Mapping[str, str]) -> list[str]:
-    """Settings, as ``Class.field``, that no code outside of ``davae.recipes`` reads."""
+    """Settings, as ``Class.field``, that no code reads beside the modules that define them."""
     result = _check(changed)
+    defining = {section.__module__ for section in sections()}
     reads = {
         (info.fullname, node.name)
         for name, file in result.files.items()
-        if name.startswith("davae.") and not name.startswith("davae.recipes.")
+        if name.startswith("davae.") and name not in defining
         for node in _members(file)
         for info in _instances(result.types.get(node.expr))
     }

@@ -227,10 +227,11 @@ def test_table_two_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """One token budget by the patch, one transformer, and every column of the paper's table."""
     monkeypatch.setattr("davae.training.compare.comparison.open_network", Colours)
 
-    def lpips(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return (a - b).abs().mean((1, 2, 3))
+    class Lpips(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return (a - b).abs().mean((1, 2, 3))
 
-    monkeypatch.setattr("davae.training.compare.comparison.Lpips", lambda file, device: lpips)
+    monkeypatch.setattr("davae.training.compare.comparison.LpipsLoss", lambda file: Lpips())
     options = DiffusionOptions(steps=2, batch=4, size=SIZE, samples=6, sample_steps=1, repeats=1)
     result = compare_autoencoders(
         {"f2": kl(), "f4": AutoencoderDA.from_base(kl(), scale=2, detail_channels=4), "f8": dc()},

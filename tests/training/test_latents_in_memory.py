@@ -12,11 +12,10 @@ from tests.data.files import image_folder
 from torch import Tensor
 
 from davae.data import Mirrored, RenderedDataset, open_dataset
+from davae.data.in_memory import ImagesInMemory, LatentsInMemory, MixedScales, Prepared, WithBaseLatents
 from davae.errors import DavaeError
 from davae.recipes.read import load_recipe
 from davae.runtime import processes
-from davae.training.latents_in_memory import LatentsInMemory, WithBaseLatents
-from davae.training.memory import ImagesInMemory, MixedScales, Prepared
 from davae.training.run import run_autoencoder
 from davae.training.run_directory import read_metrics
 

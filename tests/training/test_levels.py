@@ -1,29 +1,31 @@
 """Training nested details: what learns when, what is logged, and what a person gets from it."""
 
 from __future__ import annotations
-
-from pathlib import Path
-
-import pytest
-import torch
-
 from davae.data import open_dataset
 from davae.errors import DavaeError
-from davae.latents import AlignmentLoss, ChannelStatistics
+from davae.latents import AlignmentLoss
+from davae.latents import ChannelStatistics
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.same_base import layout_over
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import UpgradeRecipe
 from davae.runtime.pictures import upscaled
-from davae.tiny import debug_base, load_tiny
-from davae.training.autoencoder import AutoencoderStage, upscaled_base
-from davae.training.images import mean_psnr, own_images
+from davae.tiny import debug_base
+from davae.tiny import load_tiny
+from davae.training.autoencoder import AutoencoderStage
+from davae.training.autoencoder import upscaled_base
+from davae.training.images import mean_psnr
+from davae.training.images import rank_share_of_images
 from davae.training.levels import new_level
 from davae.training.loop import train
-from davae.training.run import train_autoencoder, train_diffusion
+from davae.training.run import train_autoencoder
+from davae.training.run import train_diffusion
 from davae.training.run_directory import read_metrics
 from davae.training.structured_objective import StructuredObjective
+from pathlib import Path
+import pytest
+import torch
 
 NESTED = [
     "data.resolution=64",
@@ -80,7 +82,7 @@ def test_levels_together_all_learn_and_are_measured(tmp_path: Path) -> None:
     assert not torch.equal(vae.at_level(1).down.conv.weight, start.down.conv.weight)
     assert all(torch.equal(v, base.state_dict()[k]) for k, v in vae.base_vae.state_dict().items())
     # Both levels' statistics are those of the trained encoders.
-    images = own_images(open_dataset("procedural:12", resolution=64, hold_out=4), 8)[0]
+    images = rank_share_of_images(open_dataset("procedural:12", resolution=64, hold_out=4), 8)[0]
     statistics = ChannelStatistics(24)
     with torch.no_grad():
         statistics.update(vae.encode_details(images).mean)
@@ -237,7 +239,7 @@ def test_psnr_of_photographs_rises_with_each_level(real_images: Path, tmp_path: 
         )
         train(AutoencoderStage(vae, settings, train_set, held_out), tmp_path / str(number), {})
         vae = AutoencoderDA.from_pretrained(tmp_path / str(number) / "autoencoder")
-    images, _ = own_images(held_out, 8)
+    images, _ = rank_share_of_images(held_out, 8)
     with torch.no_grad():
         latent = vae.encode(images).latent_dist.mode()
         made = [upscaled(vae.decode_level(latent, level), images.shape[-2:]) for level in range(3)]

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderDC
 from tests.training.test_text_stage import _stage
 
-from davae.data.loader import collate
+from davae.data.loading.stream import collate
 from davae.models import AutoencoderDA
 from davae.recipes.loop import LoopSettings
 from davae.recipes.settings import AlignmentSettings, ReconstructionSettings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,3 +54,4 @@ def test_the_backbone_s_weights_are_taken(tmp_path: Path, monkeypatch) -> None:
     loss = LpipsLoss(str(file))
     assert torch.equal(loss.network.net.slice1[0].weight, weight)
     assert not any(parameter.requires_grad for parameter in loss.parameters())
+    assert loss.describe()["weights_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from davae.data import open_dataset
+from davae.data import Mirrored, open_dataset
+from davae.data.in_memory import ImagesInMemory
 from davae.errors import DavaeError
 from davae.recipes.read import load_recipe
 from davae.tiny import debug_base
@@ -78,8 +79,9 @@ def test_the_images_are_pinned_and_written_down_too(tmp_path, monkeypatch):
     for run_folder in ("1", "2"):
         said = json.loads((tmp_path / run_folder / "environment.json").read_text())["data"]
         assert said == {"name": "someone/photos", "revision": "v3", "commit": COMMIT}
-    around = SimpleNamespace(source=SimpleNamespace(source=SimpleNamespace(commit=COMMIT)))
-    assert data_facts(recipe.data, around)["data"]["commit"] == COMMIT
+    images = open_dataset("procedural:8", resolution=32)
+    images.commit = COMMIT
+    assert data_facts(recipe.data, Mirrored(ImagesInMemory(images)))["data"]["commit"] == COMMIT
 
 
 def test_commits_are_found_in_tokenizers_too_and_only_in_the_cache():

@@ -6,6 +6,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from davae.data import open_dataset
+from davae.data.in_memory import ImagesInMemory, LatentsInMemory, MixedScales
 from davae.diffusion import FlowLoss, FlowProcess
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
@@ -18,10 +19,8 @@ from davae.tiny import debug_base
 from davae.training.autoencoder import AutoencoderStage, StructuredObjective
 from davae.training.benchmark.separate_passes import SeparatePassesObjective
 from davae.training.diffusion import ClassMap, DiffusionObjective, DiffusionStage
-from davae.training.latents_in_memory import LatentsInMemory
 from davae.training.loop import train
 from davae.training.losses import laplacian_l1
-from davae.training.memory import ImagesInMemory, MixedScales
 
 
 def _vae(**options):

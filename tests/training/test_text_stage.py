@@ -20,7 +20,6 @@ from davae.training.diffusion import (
     DiffusionObjective,
     DiffusionStage,
     PromptEmbeddings,
-    captions_of,
     noise_process,
     select_trained,
 )
@@ -274,11 +273,6 @@ def test_images_without_any_caption_are_an_error():
     pipe = small_pipeline("sd3")
     with pytest.raises(DavaeError, match="none of the 2 images has one"):
         PromptEmbeddings(family_of(pipe), pipe, ["", ""], torch.device("cpu"))
-
-
-def test_captions_are_those_of_the_items():
-    data = open_dataset("procedural:6", resolution=32)
-    assert captions_of(data) == [data[i]["caption"] for i in range(6)]
 
 
 def test_the_held_out_loss_is_the_same_twice_and_leaves_the_random_state(tmp_path):

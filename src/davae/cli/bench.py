@@ -6,6 +6,7 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
+from davae.choices import Precision
 from davae.cli.options import Device, DType, Json, Repeats, wide_console, write_figures
 
 app = typer.Typer(no_args_is_help=True)
@@ -19,7 +20,6 @@ Batch = Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile on both sides.")]
 Stage = Literal["autoencoder", "diffusion"]
 Tune = Literal["full", "lora"]
-Precision = Literal["no", "bf16", "fp16"]
 
 
 @app.command()

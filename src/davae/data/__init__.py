@@ -1,32 +1,35 @@
 """Images from wherever people keep them, as square tensors in an order that can be resumed."""
 
-from davae.data.bucket_sampler import BucketSampler
-from davae.data.buckets import make_buckets
 from davae.data.cache import Fingerprint, LatentCache
-from davae.data.dataset import Facts, ImageDataset, Item, Source
-from davae.data.decode import UnreadableImage, check_header, decode_image
-from davae.data.folder import IMAGE_SUFFIXES, FolderSource
-from davae.data.hub import TableSource
-from davae.data.loader import BatchStream, ResumableSampler, collate, make_loader, read_items
-from davae.data.mirroring import Mirrored
-from davae.data.procedural import CLASSES, ProceduralScenes, render_scene
-from davae.data.rendered import RenderedDataset
-from davae.data.shards import ShardSource
-from davae.data.skips import SkipLedger
-from davae.data.sources import find_source, open_dataset
-from davae.data.splits import choose_part
-from davae.data.transforms import SquareCrop, image_to_tensor, item_generator, resize_short_side
+from davae.data.images.buckets import make_buckets
+from davae.data.images.dataset import Facts, ImageDataset, Source
+from davae.data.images.decode import UnreadableImage, check_header, decode_image
+from davae.data.images.mirroring import Mirrored
+from davae.data.images.protocol import DatasetWrapper, Item, ItemDataset, as_item_dataset
+from davae.data.images.transforms import SquareCrop, image_to_tensor, item_generator, resize_short_side
+from davae.data.loading.samplers import BucketSampler, ResumableSampler
+from davae.data.loading.stream import BatchStream, collate, make_loader, read_items
+from davae.data.open import find_source, open_dataset
+from davae.data.scenes import CLASSES, ProceduralScenes, render_scene
+from davae.data.sources.bad_files import SkipLedger
+from davae.data.sources.folder import IMAGE_SUFFIXES, FolderSource
+from davae.data.sources.scenes import RenderedDataset
+from davae.data.sources.splits import choose_part
+from davae.data.sources.tables import TableSource
+from davae.data.sources.webdataset import ShardSource
 
 __all__ = [
     "CLASSES",
     "IMAGE_SUFFIXES",
     "BatchStream",
     "BucketSampler",
+    "DatasetWrapper",
     "Facts",
     "Fingerprint",
     "FolderSource",
     "ImageDataset",
     "Item",
+    "ItemDataset",
     "LatentCache",
     "Mirrored",
     "ProceduralScenes",
@@ -38,6 +41,7 @@ __all__ = [
     "SquareCrop",
     "TableSource",
     "UnreadableImage",
+    "as_item_dataset",
     "check_header",
     "choose_part",
     "collate",

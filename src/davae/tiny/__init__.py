@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
-from davae.data.procedural import CLASSES
+from davae.data.scenes import CLASSES
 from davae.errors import DavaeError
 from davae.models import LightningDiTTransformer2DModel
 from davae.pipelines import ClassConditionalPipeline

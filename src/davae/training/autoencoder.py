@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from davae.data.buckets import same_size_batches
+from davae.data import Item, ItemDataset, as_item_dataset
+from davae.data.images.buckets import same_size_batches
+from davae.data.in_memory import WithBaseLatents
 from davae.latents import ChannelStatistics, grouped_mean
 from davae.models import AutoencoderDA
 from davae.recipes.settings import AutoencoderSettings
@@ -18,8 +19,7 @@ from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_shared_rows, upscaled
 from davae.runtime.processes import start_processes
 from davae.training.adversary import make_adversary
-from davae.training.images import mean_of_all, mean_psnr, own_images, stack_images
-from davae.training.latents_in_memory import WithBaseLatents
+from davae.training.images import mean_of_all, mean_psnr, rank_share_of_images, stack_images
 from davae.training.stage import Player, Stage
 from davae.training.structured_objective import StructuredObjective, alignment_layout, levels_that_learn
 
@@ -47,15 +47,15 @@ class AutoencoderStage(Stage):
         self,
         autoencoder: AutoencoderDA,
         settings: AutoencoderSettings,
-        dataset: Dataset[dict[str, Any]],
-        held_out: Dataset[dict[str, Any]],
+        dataset: Dataset[Item],
+        held_out: Dataset[Item],
         *,
         workers: int = 0,
         timeout_s: float = 0.0,
         cache_latents: bool = False,
     ) -> None:
         self.autoencoder, self.settings, self.loop = autoencoder, settings, settings.loop
-        self.dataset, self.held_out = dataset, held_out
+        self.dataset, self.held_out = as_item_dataset(dataset), as_item_dataset(held_out)
         self.workers, self.timeout_s = workers, timeout_s
         autoencoder.train_levels(together=settings.levels == "together")
         self.learning = levels_that_learn(autoencoder)
@@ -78,8 +78,10 @@ class AutoencoderStage(Stage):
         )
         if cache_latents:
             autoencoder.to(start_processes().device)
-            logger.info("encoding %d images", len(dataset))  # type: ignore[arg-type]
-            self.dataset = WithBaseLatents(dataset, self._frozen_latent, workers=workers, timeout_s=timeout_s)
+            logger.info("encoding %d images", len(self.dataset))
+            self.dataset = WithBaseLatents(
+                self.dataset, self._frozen_latent, workers=workers, timeout_s=timeout_s
+            )
         gan = settings.reconstruction.gan
         adaptive = settings.alignment.adaptive or (gan.weight > 0 and gan.adaptive)
         model = Player("model", self.objective, settings.optimizer, can_be_sharded=not adaptive)
@@ -95,7 +97,7 @@ class AutoencoderStage(Stage):
         Without details means without those that the last level adds.
         """
         vae = self.autoencoder
-        images, count = own_images(self.held_out, self.loop.validation_images)
+        images, count = rank_share_of_images(self.held_out, self.loop.validation_images)
         lower = [level.number for level in vae.levels[1:-1]]
         names = ["input", "base, upscaled", *(f"level {n}, upscaled" for n in lower)]
         rows: dict[str, list[Tensor]] = {name: [] for name in [*names, "reconstruction", "no details"]}
@@ -147,7 +149,7 @@ class AutoencoderStage(Stage):
 @torch.no_grad()
 def set_detail_statistics(
     vae: AutoencoderDA,
-    dataset: Dataset[dict[str, Any]],
+    dataset: ItemDataset,
     most: int,
     batch_size: int,
     *,
@@ -163,7 +165,7 @@ def set_detail_statistics(
         levels: the levels to measure; none measures all. A level that a transformer was tuned on must keep its own.
     """
     statistics = ChannelStatistics(vae.layout.detail_channels)
-    count = min(most, len(dataset))  # type: ignore[arg-type]
+    count = min(most, len(dataset))
     parts = list(same_size_batches(dataset, range(count), batch_size))
     for batch in DataLoader(dataset, batch_sampler=parts, collate_fn=stack_images):
         statistics.update(vae.encode_details(batch.to(vae.device, vae.dtype)).mean)

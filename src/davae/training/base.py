@@ -13,7 +13,8 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from davae.data import Mirrored
-from davae.data.mirroring import unmirrored
+from davae.data.images.protocol import ItemDataset
+from davae.data.in_memory import ImagesInMemory, MixedScales, Prepared
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
@@ -28,12 +29,9 @@ from davae.training.caching import open_cache
 from davae.training.diffusion import DiffusionStage
 from davae.training.images import open_part
 from davae.training.loop import TrainResult, train
-from davae.training.memory import ImagesInMemory, MixedScales, Prepared
 from davae.training.provenance import data_facts
 
 logger = logging.getLogger(__name__)
-
-Images = Any  # a map-style data set of items with an ``image``, its ``classes`` and what it ``skipped``
 
 
 def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = None) -> TrainResult:
@@ -50,7 +48,8 @@ def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = N
     """
     plain = recipe.model_dump(mode="json")
     data = recipe.data
-    full: Images
+    full: ItemDataset
+    images: ItemDataset
     if data.cache and base is not None:
         full = images = open_cache(data, base.vae, base)
     else:
@@ -124,14 +123,14 @@ def check_divides(side: int, unit: int) -> None:
         )
 
 
-def _training_images(recipe: BaseRecipe, *, keep: bool) -> tuple[Images, Images]:
+def _training_images(recipe: BaseRecipe, *, keep: bool) -> tuple[ItemDataset, ItemDataset]:
     """The training images at full resolution, and as the base sees them; made once and kept, or when asked for."""
     found = open_part(recipe.data, "train")
     if not keep:
         if recipe.downsample == 1:
             return found, found
         return found, Prepared(found, partial(_reduced_item, factor=recipe.downsample))
-    full = ImagesInMemory(unmirrored(found))
+    full = ImagesInMemory(found.unmirrored())
     small = full
     if recipe.downsample > 1:
         small = ImagesInMemory(full, partial(reduced, factor=recipe.downsample))
@@ -139,7 +138,7 @@ def _training_images(recipe: BaseRecipe, *, keep: bool) -> tuple[Images, Images]
 
 
 def _new_pipeline(
-    recipe: BaseRecipe, out: Path, full: Images, images: Images, held_out: ImagesInMemory
+    recipe: BaseRecipe, out: Path, full: ItemDataset, images: ItemDataset, held_out: ImagesInMemory
 ) -> ClassConditionalPipeline:
     """The first half, and a random transformer over it."""
     shape = recipe.transformer.architecture
@@ -151,7 +150,7 @@ def _new_pipeline(
     vae_folder = out / "autoencoder" / "vae"
     if not _is_saved(vae_folder):
         workers, timeout_s = recipe.data.workers, recipe.data.timeout_s
-        kept = unmirrored(full)
+        kept = full.unmirrored()
         if workers and isinstance(kept, ImagesInMemory):
             kept.read_all(workers, timeout_s)
         mixed = MixedScales(full, reduce, recipe.full_resolution_crops, recipe.autoencoder.loop.seed)

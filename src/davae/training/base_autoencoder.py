@@ -1,23 +1,24 @@
 """The autoencoder stage of a new base: a plain ``AutoencoderKL`` from nothing."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers import AutoencoderKL
-from torch.utils.data import Dataset
-
+from davae.data import Item
+from davae.data import as_item_dataset
 from davae.data import read_items
 from davae.latents import ChannelStatistics
 from davae.recipes.dc_ae import KlArchitecture
-from davae.recipes.settings import BaseAutoencoderArchitecture, BaseAutoencoderSettings
+from davae.recipes.settings import BaseAutoencoderArchitecture
+from davae.recipes.settings import BaseAutoencoderSettings
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_shared_rows
-from davae.training.images import mean_psnr, own_images, stack_images
+from davae.training.images import mean_psnr
+from davae.training.images import rank_share_of_images
+from davae.training.images import stack_images
 from davae.training.plain_objective import plain_players
 from davae.training.stage import Stage
+from diffusers import AutoencoderKL
+from pathlib import Path
+from torch.utils.data import Dataset
+import torch
 
 
 def build_kl(shape: BaseAutoencoderArchitecture | KlArchitecture) -> AutoencoderKL:
@@ -54,9 +55,9 @@ class BaseAutoencoderStage(Stage):
     def __init__(
         self,
         settings: BaseAutoencoderSettings,
-        dataset: Dataset[dict[str, Any]],
-        whole: Dataset[dict[str, Any]],
-        held_out: Dataset[dict[str, Any]],
+        dataset: Dataset[Item],
+        whole: Dataset[Item],
+        held_out: Dataset[Item],
         *,
         workers: int = 0,
         timeout_s: float = 0.0,
@@ -64,7 +65,8 @@ class BaseAutoencoderStage(Stage):
         torch.manual_seed(settings.loop.seed)
         self.autoencoder = build_kl(settings.architecture)
         self.settings, self.loop = settings, settings.loop
-        self.dataset, self.whole, self.held_out = dataset, whole, held_out
+        self.dataset, self.whole = as_item_dataset(dataset), as_item_dataset(whole)
+        self.held_out = as_item_dataset(held_out)
         self.workers, self.timeout_s = workers, timeout_s
         self.objective, self.players = plain_players(
             self.autoencoder, [self.autoencoder], settings.reconstruction, settings.optimizer
@@ -72,7 +74,7 @@ class BaseAutoencoderStage(Stage):
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
         """PSNR of held-out images."""
-        images, count = own_images(self.held_out, self.loop.validation_images)
+        images, count = rank_share_of_images(self.held_out, self.loop.validation_images)
         device, made = self.autoencoder.device, []
         for part in images.split(self.loop.batch_size):
             made.append(self.autoencoder(part.to(device), sample_posterior=False).sample.cpu())
@@ -89,7 +91,7 @@ class BaseAutoencoderStage(Stage):
         statistics = ChannelStatistics(channels)
         for items in read_items(
             self.whole,
-            range(len(self.whole)),  # type: ignore[arg-type]
+            range(len(self.whole)),
             batch_size=self.loop.batch_size,
             workers=self.workers,
             timeout_s=self.timeout_s,

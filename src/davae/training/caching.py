@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch.utils.data import DataLoader
 
 from davae.data import ImageDataset, RenderedDataset, SkipLedger
-from davae.data.buckets import bucket_of, same_size_batches
 from davae.data.cache import LATENTS, TEXTS, CacheWriter, Format, LatentCache, Record, caption_key
 from davae.data.cache.index import read_index
+from davae.data.images.buckets import same_size_batches
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import PipelineFamily, family_of
@@ -80,7 +80,7 @@ def write_cache(
     about = {
         "classes": images.classes,
         "skipped": [list(entry) for entry in images.skipped],
-        "in_buckets": bucket_of(images) is not None,
+        "in_buckets": images.bucket_of is not None,
     }
     rank, world = rank_and_world()
     kept = "The shards that were written are whole"
@@ -225,7 +225,7 @@ def _locked(folder: Path, *, first: bool) -> AbstractContextManager[None]:
 def _facts(
     images: ImageDataset | RenderedDataset, position: int, flip: bool, item: dict[str, Any]
 ) -> dict[str, Any]:
-    numbers = bucket_of(images)
+    numbers = images.bucket_of
     height, width = item["image"].shape[-2:]
     facts: dict[str, Any] = {
         "position": position,

@@ -14,34 +14,44 @@ phase resolution       layers                   loss
 """
 
 from __future__ import annotations
-
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-import torch
-from diffusers import AutoencoderDC, AutoencoderKL
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
-
+from davae.data import Item
+from davae.data import as_item_dataset
 from davae.errors import DavaeError
 from davae.evaluation import radial_power_spectrum
 from davae.evaluation.metrics.names import SPECTRUM_DB
 from davae.evaluation.metrics.psnr_ssim import pair_metrics
 from davae.evaluation.metrics.spectrum import spectra_distance
 from davae.latents import ChannelStatistics
-from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC, head_layers, latent_layers
+from davae.models.dc_ae import DeepAutoencoder
+from davae.models.dc_ae import PlainAutoencoderDC
+from davae.models.dc_ae import head_layers
+from davae.models.dc_ae import latent_layers
 from davae.models.latent_space import encode
-from davae.recipes.dc_ae import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
+from davae.recipes.dc_ae import DcArchitecture
+from davae.recipes.dc_ae import HeadPhase
+from davae.recipes.dc_ae import KlArchitecture
+from davae.recipes.dc_ae import LatentPhase
+from davae.recipes.dc_ae import Phase
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_shared_rows
 from davae.runtime.processes import gathered
 from davae.training.base_autoencoder import build_kl
-from davae.training.images import mean_of_all, own_images, stack_images
+from davae.training.images import mean_of_all
+from davae.training.images import rank_share_of_images
+from davae.training.images import stack_images
 from davae.training.plain_objective import plain_players
 from davae.training.stage import Stage
+from diffusers import AutoencoderDC
+from diffusers import AutoencoderKL
+from pathlib import Path
+from torch import Tensor
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
+from torch.utils.data import Subset
+import torch
 
-Images = Dataset[dict[str, Any]]
 _PICTURES = 6  # images in a validation picture
 
 
@@ -101,14 +111,15 @@ class DcAeStage(Stage):
         self,
         autoencoder: DeepAutoencoder,
         phase: Phase,
-        dataset: Images,
-        held_out: Mapping[int, Images],
+        dataset: Dataset[Item],
+        held_out: Mapping[int, Dataset[Item]],
         *,
         scaling_images: int = 1024,
         workers: int = 0,
     ) -> None:
         self.autoencoder, self.phase, self.loop = autoencoder, phase, phase.loop
-        self.dataset, self.held_out = dataset, held_out
+        self.dataset = as_item_dataset(dataset)
+        self.held_out = {side: as_item_dataset(images) for side, images in held_out.items()}
         self.scaling_images, self.workers = scaling_images, workers
         if phase.loop.gradient_checkpointing:
             if not autoencoder._supports_gradient_checkpointing:
@@ -167,7 +178,7 @@ class DcAeStage(Stage):
         """Mean and standard deviation of all latent elements of training images."""
         model = self.autoencoder
         statistics = ChannelStatistics(model.config.latent_channels)
-        count = min(self.scaling_images, len(self.dataset))  # type: ignore[arg-type]
+        count = min(self.scaling_images, len(self.dataset))
         subset = Subset(self.dataset, range(count))
         for batch in DataLoader(subset, self.loop.batch_size, collate_fn=stack_images):
             statistics.update(encode(model, batch.to(model.device)))
@@ -180,7 +191,7 @@ class DcAeStage(Stage):
         many images all processes have together.
         """
         held_out, model = self.held_out[side], self.autoencoder
-        images, count = own_images(held_out, self.loop.validation_images)
+        images, count = rank_share_of_images(held_out, self.loop.validation_images)
         at_once = max(1, self.loop.batch_size * self.phase.resolution**2 // side**2)
         made = [
             model.decode(encode(model, part.to(model.device))).sample.float().cpu()

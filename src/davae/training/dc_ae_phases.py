@@ -1,33 +1,42 @@
 """The three phases as runs: each starts from the last one's result and proves what it left alone."""
 
 from __future__ import annotations
-
-import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from davae.data import ItemDataset
+from davae.data.in_memory import ImagesInMemory
+from davae.data.in_memory import MixedScales
+from davae.errors import DavaeError
+from davae.evaluation.metrics.names import current_names
+from davae.models.dc_ae import DeepAutoencoder
+from davae.models.dc_ae import PlainAutoencoderDC
+from davae.recipes.data import DataSettings
+from davae.recipes.dc_ae import DcAeRecipe
+from davae.recipes.dc_ae import Phase
+from davae.recipes.read import differing_keys
+from davae.recipes.read import dump_recipe
+from davae.recipes.read import load_recipe
+from davae.runtime.atomic_files import atomic_json
+from davae.runtime.pictures import reduced_to
+from davae.runtime.processes import everyone
+from davae.runtime.processes import is_first
+from davae.runtime.processes import start_processes
+from davae.training.dc_ae import DcAeStage
+from davae.training.dc_ae import build_autoencoder
+from davae.training.dc_ae import trained_layers
+from davae.training.images import open_part
+from davae.training.loop import TrainResult
+from davae.training.loop import train
+from davae.training.provenance import data_facts
+from davae.training.run_directory import RunDirectory
+from diffusers import AutoencoderDC
+from diffusers import AutoencoderKL
 from functools import partial
 from pathlib import Path
 from typing import Any
-
+import hashlib
+import json
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
-
-from davae.errors import DavaeError
-from davae.evaluation.metrics.names import current_names
-from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC
-from davae.recipes.data import DataSettings
-from davae.recipes.dc_ae import DcAeRecipe, Phase
-from davae.recipes.read import differing_keys, dump_recipe, load_recipe
-from davae.runtime.atomic_files import atomic_json
-from davae.runtime.pictures import reduced_to
-from davae.runtime.processes import everyone, is_first, start_processes
-from davae.training.dc_ae import DcAeStage, Images, build_autoencoder, trained_layers
-from davae.training.images import open_part
-from davae.training.loop import TrainResult, train
-from davae.training.memory import ImagesInMemory, MixedScales
-from davae.training.provenance import data_facts
-from davae.training.run_directory import RunDirectory
 
 _CLASSES = {c.__name__: c for c in (AutoencoderDC, PlainAutoencoderDC, AutoencoderKL)}
 _MEASURED = {"scaling_factor", "shift_factor"}  # config entries that training sets
@@ -191,10 +200,10 @@ def _layer(name: str) -> str:
     return ".".join(parts[: 3 if parts[2].isdigit() else 2])
 
 
-def training_images(recipe: DcAeRecipe, phase: Phase) -> Images:
+def training_images(recipe: DcAeRecipe, phase: Phase) -> ItemDataset:
     """The training images of a phase: whole ones, mixed with windows of larger ones where it asks for them."""
     data = _data(recipe, phase.path, phase.windows_from or phase.resolution)
-    images: Any = open_part(data, "train")
+    images: ItemDataset = open_part(data, "train")
     if recipe.data.in_memory:
         images = ImagesInMemory(images)
     if phase.windows_from is None:
@@ -202,7 +211,7 @@ def training_images(recipe: DcAeRecipe, phase: Phase) -> Images:
     return MixedScales(images, partial(reduced_to, side=phase.resolution), phase.windows, phase.loop.seed)
 
 
-def measured_images(recipe: DcAeRecipe) -> dict[int, Images]:
+def measured_images(recipe: DcAeRecipe) -> dict[int, ItemDataset]:
     """Held-out images at each resolution that is measured; decoded once."""
     return {
         side: ImagesInMemory(open_part(_data(recipe, recipe.measure.path, side), "held_out"))

@@ -1,23 +1,25 @@
 """The images of a recipe's data section."""
 
 from __future__ import annotations
-
-import math
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-
-from davae.data import ImageDataset, RenderedDataset, open_dataset
-from davae.data.buckets import check_buckets, make_buckets
-from davae.data.transforms import Size
+from davae.data import ImageDataset
+from davae.data import ItemDataset
+from davae.data import RenderedDataset
+from davae.data import open_dataset
+from davae.data.images.buckets import check_buckets
+from davae.data.images.buckets import make_buckets
+from davae.data.images.transforms import Size
 from davae.errors import DavaeError
 from davae.evaluation import psnr
 from davae.models import AutoencoderDA
 from davae.pipelines.families import family_of
 from davae.recipes.data import DataSettings
-from davae.runtime.processes import gathered, share
+from davae.runtime.processes import gathered
+from davae.runtime.processes import share
+from torch import Tensor
+from typing import Any
+from typing import Literal
+import math
+import torch
 
 
 def open_part(
@@ -77,9 +79,9 @@ def token_side(vae: AutoencoderDA, pipe: Any) -> int:
     return vae.spatial_compression * round(patch)
 
 
-def own_images(dataset: Dataset[dict[str, Any]], count: int) -> tuple[Tensor, int]:
+def rank_share_of_images(dataset: ItemDataset, count: int) -> tuple[Tensor, int]:
     """This process's share of the first ``count`` images, ``[n, 3, H, W]``, and how many all have together."""
-    count = min(count, len(dataset))  # type: ignore[arg-type]
+    count = min(count, len(dataset))
     return torch.stack([dataset[i]["image"] for i in share(count)]), count
 
 
@@ -94,7 +96,7 @@ def mean_psnr(images: Tensor, made: Tensor, count: int | None = None) -> float:
     Args:
         images: ``[n, 3, H, W]``.
         made: the same.
-        count: where each process has its :func:`own_images`: how many all have together.
+        count: where each process has its :func:`rank_share_of_images`: how many all have together.
     """
     values = psnr(images, made.float().clamp(-1, 1))
     return float(values.mean()) if count is None else mean_of_all(values, count)

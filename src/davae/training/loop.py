@@ -24,8 +24,8 @@ import torch
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor
 
-from davae.data import BatchStream, SkipLedger
-from davae.data.stalls import is_of_a_dead_worker, told_dead_worker
+from davae.data import BatchStream, ItemDataset, SkipLedger, as_item_dataset
+from davae.data.loading.watchdog import is_of_a_dead_worker, told_dead_worker
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_name
 from davae.runtime.atomic_files import disk_full_as_error
@@ -171,8 +171,9 @@ class _Training:
             for player in stage.players
         ]
         self.ema = Ema(stage.players[0].trained(), loop.ema_decay) if loop.ema_decay is not None else None
+        self.dataset = as_item_dataset(stage.dataset)
         self.stream = BatchStream(
-            stage.dataset,
+            self.dataset,
             loop.batch_size,
             seed=loop.seed,
             workers=stage.workers,
@@ -181,8 +182,8 @@ class _Training:
             timeout_s=stage.timeout_s,
         )
         if accelerator.num_processes > 1:
-            all_the_same("the images", _described(stage.dataset), "the data")
-        self.ledger = SkipLedger.for_dataset(stage.dataset)
+            all_the_same("the images", _described(self.dataset), "the data")
+        self.ledger = SkipLedger.for_dataset(self.dataset)
         self.window = LossWindow(accelerator.device)
         self.guard = StepGuard(stage.name, loop, self.out)
         self.state = RunState(
@@ -387,16 +388,11 @@ def _seed_step(seed: int, step: int, micro: int) -> None:
     torch.manual_seed(base + 1_009 * micro)
 
 
-def _described(dataset: Any) -> str:
-    """How many images there are, and a checksum of their names where they have some."""
-    named = dataset
-    while not hasattr(named, "id") and hasattr(named, "source"):
-        named = named.source
-    if not hasattr(named, "id"):
-        return f"{len(dataset)}"
+def _described(dataset: ItemDataset) -> str:
+    """How many images there are, and a checksum of their names."""
     checksum = 0
-    for index in range(len(named)):
-        checksum = zlib.crc32(named.id(index).encode(), checksum)
+    for index in range(len(dataset)):
+        checksum = zlib.crc32(dataset.id(index).encode(), checksum)
     return f"{len(dataset)} of names {checksum:08x}"
 
 

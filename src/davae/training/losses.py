@@ -51,7 +51,7 @@ class ReconstructionLoss(nn.Module):
             terms["laplacian"] = laplacian_l1(error)
             total = total + self.settings.laplacian_weight * terms["laplacian"]
         if self.lpips is not None:
-            terms["lpips"] = self.lpips(images, reconstruction)
+            terms["lpips"] = self.lpips(images, reconstruction).mean()
             total = total + self.settings.lpips_weight * terms["lpips"]
         if self.dino is not None:
             terms["dino"] = self.dino(images, reconstruction).mean()

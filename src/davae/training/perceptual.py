@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
+from davae.runtime.atomic_files import file_hash
 from davae.runtime.weight_files import read_state_dict
 
 _BACKBONE_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -35,9 +37,10 @@ class LpipsLoss(nn.Module):
             ) from error
         if backbone is None or not Path(backbone).is_file():
             raise DavaeError(
-                f"LPIPS needs the VGG-16 backbone: reconstruction.lpips_backbone is {backbone!r}, which is no file. "
-                f"Fetch {_BACKBONE_URL} where there is a network and give its path"
+                f"LPIPS needs torchvision's VGG-16 weights: {backbone!r} (reconstruction.lpips_backbone, --lpips) is "
+                f"no file. Fetch {_BACKBONE_URL} where there is a network and give its path"
             )
+        self.file = Path(backbone)
         weights = read_state_dict(backbone)
         self.network = lpips.LPIPS(net="vgg", pretrained=True, pnet_rand=True, verbose=False)
         features = {k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")}
@@ -52,9 +55,18 @@ class LpipsLoss(nn.Module):
         """LPIPS stays in evaluation mode."""
         return super().train(False)
 
+    def describe(self) -> dict[str, Any]:
+        """Weights with their SHA-256, and the preprocessing."""
+        return {
+            "network": "LPIPS, VGG-16",
+            "weights": self.file.name,
+            "weights_sha256": file_hash(self.file),
+            "resize": "none",
+        }
+
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        """Mean distance of ``[B, 3, H, W]`` images in [-1, 1]."""
-        return self.network(images.float(), reconstruction.float()).mean()
+        """Distances ``[B]`` of pairs ``[B, 3, H, W]`` in [-1, 1]."""
+        return self.network(images.float(), reconstruction.float()).flatten()
 
 
 def _check_layer(file: str, key: str, found: Tensor | None, wanted: Tensor) -> None:

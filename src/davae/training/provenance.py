@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from davae.data import ItemDataset
 from davae.recipes.data import DataSettings
 from davae.recipes.settings import UpgradeRecipe
 
@@ -18,18 +19,14 @@ def base_facts(recipe: UpgradeRecipe, pipe: Any) -> dict[str, Any]:
     }
 
 
-def data_facts(data: DataSettings, images: Any) -> dict[str, Any]:
+def data_facts(data: DataSettings, images: ItemDataset) -> dict[str, Any]:
     """``{"data": {"name", "revision", "commit"}}``; ``commit`` is none where images are not from the hub.
 
     Args:
         data: the recipe's section.
         images: a data set that was opened by it, or one around such a data set.
     """
-    while hasattr(images, "source"):
-        images = images.source
-    return {
-        "data": {"name": data.path, "revision": data.revision, "commit": getattr(images, "commit", None)},
-    }
+    return {"data": {"name": data.path, "revision": data.revision, "commit": images.commit}}
 
 
 def commit_of(pipe: Any) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from davae.data import ItemDataset
 from davae.recipes.loop import LoopSettings, OptimizerSettings
 
 
@@ -39,7 +40,8 @@ class Stage(ABC):
     loop: LoopSettings
     players: list[Player]
     """The first is the model (averaged, validated); a discriminator may follow."""
-    dataset: torch.utils.data.Dataset[dict[str, Any]]
+    dataset: ItemDataset
+    """A stage of one's own may set any map-style torch data set of items."""
     workers: int = 0
     """Loader processes."""
     timeout_s: float = 0.0

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from davae.data.cache.fingerprint import Fingerprint, caption_key
 from davae.data.cache.index import read_index
 from davae.data.cache.shards import ShardReader
 from davae.data.cache.writer import LATENTS, read_about
-from davae.data.dataset import Item, Skip
-from davae.data.mirroring import is_mirrored
+from davae.data.images.mirroring import is_mirrored
+from davae.data.images.protocol import Item, ItemDataset
 from davae.errors import DavaeError
 
 
-class LatentCache(Dataset[Item]):
+class LatentCache(ItemDataset):
     """The latents of a data set from a folder that ``davae cache`` wrote, map-style and in its order.
 
     An item is a dict:
@@ -26,7 +26,7 @@ class LatentCache(Dataset[Item]):
     ============ ==========================================================================
     latent       float32 ``[C + D, h, w]`` as the transformer sees it
     conditioning named tensors of the caption as the transformer sees it; absent without text
-    label, caption, id, skipped   as in :mod:`davae.data.dataset`
+    label, caption, id, skipped   as in :mod:`davae.data.images.protocol`
     ============ ==========================================================================
 
     Where images were cached with mirroring, ``item(index, epoch)`` draws one of the two as the images' data
@@ -54,15 +54,15 @@ class LatentCache(Dataset[Item]):
                 f"the cache {self.folder} is not finished ({len(index.records)} entries so far): "
                 f"give the same `davae cache` command again, and it goes on"
             )
-        self.classes: list[str] = list(about.get("classes", []))
-        self.skipped: list[Skip] = [(name, reason) for name, reason in about.get("skipped", [])]
-        self.seed, self.epoch = seed, 0
+        self.classes = list(about.get("classes", []))
+        self.skipped = [(name, reason) for name, reason in about.get("skipped", [])]
+        self.seed = seed
         latents = [r for r in index.records if r["shard"].startswith(f"{LATENTS}-")]
         self._texts = {r["key"]: r for r in index.records if not r["shard"].startswith(f"{LATENTS}-")}
         self._plain = {r["position"]: r for r in latents if not r["flip"]}
         self._mirrored = {r["position"]: r for r in latents if r["flip"]}
         self._check_whole(index.complete)
-        self.bucket_of: list[int] | None = None
+        self.flip = bool(self._mirrored)
         if about.get("in_buckets"):
             self.bucket_of = [self._plain[i]["bucket"] for i in range(len(self))]
         self._reader = ShardReader(self.folder)
@@ -77,12 +77,19 @@ class LatentCache(Dataset[Item]):
     def __len__(self) -> int:
         return len(self._plain)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose mirroring ``cache[index]`` shows."""
-        self.epoch = epoch
+    def id(self, index: int) -> str:
+        """The name of image ``index``."""
+        return str(self._plain[index]["id"])
 
-    def __getitem__(self, index: int) -> Item:
-        return self.item(index, self.epoch)
+    def captions(self) -> list[str]:
+        """The captions of all images in order."""
+        return [self._plain[index]["caption"] for index in range(len(self))]
+
+    def unmirrored(self) -> LatentCache:
+        """The latents of the images as they are before mirroring."""
+        plain = copy.copy(self)
+        plain.flip = False
+        return plain
 
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``."""
@@ -90,7 +97,7 @@ class LatentCache(Dataset[Item]):
             raise IndexError(f"latent {index} of {len(self)}")
         index %= len(self)
         line = self._plain[index]
-        if self._mirrored and is_mirrored(self.seed, epoch, index):
+        if self.flip and is_mirrored(self.seed, epoch, index):
             line = self._mirrored[index]
         item: Item = {
             "latent": self._reader.read(line)["latent"].float(),

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from davae.data import open_dataset
+from davae.evaluation.dino_distance import DinoDistance
 from davae.evaluation.features.open import open_networks, or_unavailable
 from davae.evaluation.images import spread_batches, trained_resolution
 from davae.evaluation.metrics.names import DINO, LPIPS
-from davae.evaluation.metrics.perceptual import Dino, Lpips, Perceptual
+from davae.evaluation.metrics.perceptual import Perceptual
 from davae.evaluation.reconstruction.baselines import ReconstructionReport, compare_reconstructions
 from davae.evaluation.reconstruction.crops import folder_crops, read_boxes
 from davae.pipelines.opening import autoencoder_folder, load_autoencoder
 from davae.runtime.devices import chosen_device
+from davae.training.perceptual import LpipsLoss
 
 
 def evaluate_reconstruction(
@@ -71,9 +73,11 @@ def evaluate_reconstruction(
     unavailable: dict[str, str] = {}
     perceptual: dict[str, Perceptual | None] = {}
     if lpips is not None:
-        perceptual[LPIPS] = or_unavailable(LPIPS, lambda: Lpips(lpips, where), unavailable)
+        perceptual[LPIPS] = or_unavailable(
+            LPIPS, lambda: Perceptual(LpipsLoss(str(lpips)), where), unavailable
+        )
     if dino is not None:
-        perceptual[DINO] = or_unavailable(DINO, lambda: Dino(dino, where), unavailable)
+        perceptual[DINO] = or_unavailable(DINO, lambda: Perceptual(DinoDistance(dino), where), unavailable)
     report = compare_reconstructions(
         vae,
         (torch.stack([item["image"] for item in items]) for items in spread_batches(dataset, images, batch)),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+
+from davae.data.images.protocol import Item, ItemDataset
 
 
-class RandomImages(Dataset[dict[str, Any]]):
+class RandomImages(ItemDataset):
     """Smooth random images in [-1, 1], the same at every call; one class, no captions.
 
     Args:
@@ -19,8 +19,6 @@ class RandomImages(Dataset[dict[str, Any]]):
         conditioning: put beside each image, the embeddings of its caption.
     """
 
-    classes: tuple[str, ...] = ("anything",)
-
     def __init__(self, count: int, side: int, conditioning: Mapping[str, Tensor] | None = None) -> None:
         generator = torch.Generator().manual_seed(0)
         coarse = torch.rand(count, 3, max(2, side // 8), max(2, side // 8), generator=generator)
@@ -28,17 +26,22 @@ class RandomImages(Dataset[dict[str, Any]]):
             coarse, size=(side, side), mode="bicubic", align_corners=False
         )
         self.images = (images * 2 - 1).clamp(-1, 1)
-        self.conditioning = conditioning
+        self.conditioning, self.classes = conditioning, ["anything"]
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = {"image": self.images[index], "label": 0, "caption": "", "id": str(index)}
+    def id(self, index: int) -> str:
+        """The image's number."""
+        return str(index)
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index``, the same in each epoch."""
+        item = {"image": self.images[index], "label": 0, "caption": "", "id": self.id(index)}
         return item if self.conditioning is None else item | {"conditioning": dict(self.conditioning)}
 
 
-class RandomLatents(Dataset[dict[str, Any]]):
+class RandomLatents(ItemDataset):
     """The same with latents in place of images, as a cache gives them.
 
     Args:
@@ -47,7 +50,7 @@ class RandomLatents(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, images: RandomImages, encode: Callable[[Tensor], Tensor]) -> None:
-        self.classes = images.classes
+        self.classes, self.holds_latents = images.classes, True
         self.items = []
         for index in range(len(images)):
             item = images[index]
@@ -57,5 +60,10 @@ class RandomLatents(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def id(self, index: int) -> str:
+        """The image's number."""
+        return str(index)
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index``, the same in each epoch."""
         return dict(self.items[index])

@@ -15,13 +15,14 @@ from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.features import open_network
 from davae.evaluation.metrics.names import LPIPS
-from davae.evaluation.metrics.perceptual import Lpips
+from davae.evaluation.metrics.perceptual import Perceptual
 from davae.runtime.atomic_files import atomic_json
 from davae.runtime.devices import chosen_device
 from davae.runtime.pictures import PICTURES, save_rows
 from davae.training.compare.autoencoders import AutoencoderScore, open_candidates, score_autoencoders
 from davae.training.compare.diffusion import DiffusionScore, score_diffusion
 from davae.training.compare.trial import DiffusionOptions
+from davae.training.perceptual import LpipsLoss
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def compare_autoencoders(
     """
     where = torch.device(chosen_device(device))
     networks = [open_network(name, device=where) for name in features]
-    perceptual = {} if lpips is None else {LPIPS: Lpips(lpips, where)}
+    perceptual = {} if lpips is None else {LPIPS: Perceptual(LpipsLoss(str(lpips)), where)}
     candidates = open_candidates(autoencoders, resolution, tokens=tokens, device=where)
     if diffusion is None:
         held_out, _, _ = _images(data, resolution, images)

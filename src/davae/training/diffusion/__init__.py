@@ -3,7 +3,7 @@
 To be read in this order: `train`, `stage`, `objective`, and of `davae.diffusion` `noise`, `loss`, `detail_schedule`.
 """
 
-from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings, captions_of
+from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings
 from davae.training.diffusion.objective import DiffusionObjective, noise_process
 from davae.training.diffusion.stage import DiffusionStage
 from davae.training.diffusion.tuning import select_trained
@@ -14,7 +14,6 @@ __all__ = [
     "DiffusionObjective",
     "DiffusionStage",
     "PromptEmbeddings",
-    "captions_of",
     "generate_classes",
     "noise_process",
     "select_trained",

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from davae.data import ImageDataset, UnreadableImage
 from davae.errors import DavaeError
 from davae.pipelines.families import ClassFamily, PipelineFamily, family_of
 from davae.runtime.processes import gathered, share
@@ -31,7 +29,7 @@ class ClassMap:
         pipeline: a class-conditional pipeline; names its own classes in ``id2label``.
     """
 
-    def __init__(self, classes: list[str], pipeline: DiffusionPipeline) -> None:
+    def __init__(self, classes: Sequence[str], pipeline: DiffusionPipeline) -> None:
         family = family_of(pipeline)
         if not isinstance(family, ClassFamily):
             raise DavaeError(f"{type(pipeline).__name__} is conditioned on {family.conditioned_on}")
@@ -69,22 +67,6 @@ class ClassMap:
     def prepare(self, item: dict[str, Any]) -> dict[str, Any]:
         """An item with the pipeline's label."""
         return {**item, "label": self(item["label"])}
-
-
-def captions_of(dataset: Dataset[dict[str, Any]]) -> list[str]:
-    """The captions of a data set in its order, without decoding images where they come from files."""
-    inner = dataset
-    while not isinstance(inner, ImageDataset) and hasattr(inner, "source"):
-        inner = inner.source
-    if not isinstance(inner, ImageDataset):
-        return [dataset[i]["caption"] for i in range(len(dataset))]  # type: ignore[arg-type]
-    found = []
-    for index in inner.indices:
-        try:
-            found.append(inner.source.facts(index).caption)
-        except UnreadableImage:
-            continue  # another item of the data set stands in for it
-    return found
 
 
 class PromptEmbeddings:

@@ -12,6 +12,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from davae.data import Item, ItemDataset, as_item_dataset
+from davae.data.in_memory import ENCODED_TOGETHER, LatentsInMemory, Prepared
 from davae.evaluation import sliced_wasserstein
 from davae.evaluation.metrics.names import SWD_FINEST
 from davae.latents import LatentLayout
@@ -22,12 +24,10 @@ from davae.recipes.settings import DiffusionSettings
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_rows
 from davae.runtime.processes import gathered_in_first, is_first, share, start_processes
-from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings, captions_of, move_text_encoders
+from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings, move_text_encoders
 from davae.training.diffusion.objective import DiffusionObjective, noise_process
 from davae.training.diffusion.tuning import learning_masks, select_trained
 from davae.training.diffusion.validation import MEASURED, generate_classes, generate_prompts, held_out_loss
-from davae.training.latents_in_memory import ENCODED_TOGETHER, LatentsInMemory
-from davae.training.memory import Prepared
 from davae.training.stage import Player, Stage
 
 logger = logging.getLogger(__name__)
@@ -60,8 +60,8 @@ class DiffusionStage(Stage):
         pipeline: DiffusionPipeline,
         layout: LatentLayout,
         settings: DiffusionSettings,
-        dataset: Dataset[dict[str, Any]],
-        held_out: Dataset[dict[str, Any]],
+        dataset: Dataset[Item],
+        held_out: Dataset[Item],
         *,
         cache_latents: bool = True,
         workers: int = 0,
@@ -72,26 +72,24 @@ class DiffusionStage(Stage):
         self.family = family_of(pipeline)
         self.before = before
         self.workers, self.timeout_s = workers, timeout_s
-        self.images = held_out
+        images, self.images = as_item_dataset(dataset), as_item_dataset(held_out)
         self.vae = pipeline.vae.eval().requires_grad_(False)
         self.device = device = start_processes().device
         self.vae.to(device)
-        cached = getattr(dataset, "holds_latents", False)
+        cached = images.holds_latents
         self.encodes_while_training = not (cached or cache_latents)
-        self.conditions = self._conditions(dataset, held_out, device, cached)
+        self.conditions = self._conditions(images, device)
         prompts = self.conditions if isinstance(self.conditions, PromptEmbeddings) else None
         if cached and self.family.conditioned_on == "text":
-            self.dataset = dataset
-        elif cached:  # labels are kept as the data set has them
-            self.dataset = Prepared(dataset, self.conditions.prepare)
+            self.dataset = images
         elif cache_latents and not cached:
-            logger.info("encoding %d images", len(dataset))  # type: ignore[arg-type]
+            logger.info("encoding %d images", len(images))
             self.dataset = LatentsInMemory(
-                dataset, self._encode, self.conditions.prepare, workers=workers, timeout_s=timeout_s
+                images, self._encode, self.conditions.prepare, workers=workers, timeout_s=timeout_s
             )
-        else:
-            self.dataset = Prepared(dataset, self.conditions.prepare)
-        self.held_out = LatentsInMemory(held_out, self._encode, self.conditions.prepare, limit=MEASURED)
+        else:  # a cache keeps labels as the data set has them
+            self.dataset = Prepared(images, self.conditions.prepare)
+        self.held_out = LatentsInMemory(self.images, self._encode, self.conditions.prepare, limit=MEASURED)
 
         transformer = pipeline.transformer
         rates = select_trained(transformer, self.family, layout, settings)
@@ -131,19 +129,13 @@ class DiffusionStage(Stage):
         """Off the GPU between validations, unless images are encoded as they come."""
         self.vae.to(self.device if self.encodes_while_training else "cpu")
 
-    def _conditions(
-        self,
-        dataset: Dataset[dict[str, Any]],
-        held_out: Dataset[dict[str, Any]],
-        device: torch.device,
-        cached: bool,
-    ) -> ClassMap | PromptEmbeddings:
+    def _conditions(self, images: ItemDataset, device: torch.device) -> ClassMap | PromptEmbeddings:
         """What turns an item's label or caption into the transformer's conditioning."""
         if self.family.conditioned_on == "class":
-            return ClassMap(dataset.classes, self.pipeline)  # type: ignore[attr-defined]
-        asked = captions_of(held_out)
-        if not cached:
-            asked = captions_of(dataset) + asked
+            return ClassMap(images.classes, self.pipeline)
+        asked = self.images.captions()
+        if not images.holds_latents:
+            asked = images.captions() + asked
         length = self.settings.prompts.max_length
         return PromptEmbeddings(self.family, self.pipeline, asked, device, length)
 
@@ -187,8 +179,8 @@ class DiffusionStage(Stage):
             (samples / "prompts.txt").write_text(
                 "\n".join(self.validation_prompts()) + "\n", encoding="utf-8"
             )
-        if len(self.images):  # type: ignore[arg-type]
-            shown = [self.images[i]["image"] for i in range(min(count, len(self.images)))]  # type: ignore[arg-type]
+        if len(self.images):
+            shown = [self.images[i]["image"] for i in range(min(count, len(self.images)))]
             real = torch.stack([image for image in shown if image.shape == made.shape[1:]] or shown[:1])
             if real.shape[1:] == made.shape[1:]:
                 values[SWD_FINEST] = sliced_wasserstein(made, real)[0]
@@ -232,12 +224,12 @@ class DiffusionStage(Stage):
 
     def validation_prompts(self) -> list[str]:
         """The recipe's, or the distinct captions of the held-out images, or of any image, in their order."""
-        found = self.settings.prompts.validation or captions_of(self.images)
+        found = self.settings.prompts.validation or self.images.captions()
         return list(dict.fromkeys(caption for caption in found if caption)) or [""]
 
     def _size(self) -> tuple[int, int]:
         """Height and width of the validation images: those of the data."""
-        item = self.images[0] if len(self.images) else self.dataset[0]  # type: ignore[arg-type]
+        item = self.images[0] if len(self.images) else self.dataset[0]
         height, width = item["image" if "image" in item else "latent"].shape[-2:]
         unit = 1 if "image" in item else self.pipeline.vae_scale_factor
         return height * unit, width * unit

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch.utils.data import Dataset
 
+from davae.data import ItemDataset
 from davae.models.lightningdit import restarted
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.opening import load_autoencoder
@@ -41,7 +40,7 @@ def train_transformer(
     vae = load_autoencoder(autoencoder)
     pipeline = upgrade_pipeline(base, vae)
     if data.cache:
-        train_set: Dataset[Any] = open_cache(data, vae, base, text_length=settings.prompts.max_length)
+        train_set: ItemDataset = open_cache(data, vae, base, text_length=settings.prompts.max_length)
     else:
         train_set = open_training_part(data, vae, base)
     held_out = open_part(data, "held_out")

@@ -1,23 +1,22 @@
 """What the diffusion stage measures and shows: a loss at fixed noise, and samples beside the base's."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor
-from torch.utils.data import Dataset
-
+from collections.abc import Callable
+from collections.abc import Sequence
+from davae.data import Item
+from davae.data import ItemDataset
 from davae.data import collate
 from davae.errors import DavaeError
-from davae.pipelines.families import ClassFamily, family_of
+from davae.pipelines.families import ClassFamily
+from davae.pipelines.families import family_of
 from davae.recipes.settings import SampleSettings
-from davae.runtime.processes import gathered, share
+from davae.runtime.processes import gathered
+from davae.runtime.processes import share
 from davae.training.loop import to_device
+from diffusers import DiffusionPipeline
+from torch import Tensor
+import torch
 
-Item = dict[str, Any]
 MEASURED = 256
 """Held-out items measured at most."""
 
@@ -25,7 +24,7 @@ MEASURED = 256
 @torch.no_grad()
 def held_out_loss(
     objective: Callable[[Item, int], dict[str, Tensor]],
-    items: Dataset[Item],
+    items: ItemDataset,
     *,
     batch_size: int,
     step: int,
@@ -47,7 +46,7 @@ def held_out_loss(
         device: of the objective.
         draw: what the objective draws for latents ``[B, C, h, w]`` from torch's generators.
     """
-    chosen = [items[i] for i in range(min(len(items), MEASURED))]  # type: ignore[arg-type]
+    chosen = [items[i] for i in range(min(len(items), MEASURED))]
     parts = list(_parts(chosen, batch_size))
     mine = share(len(parts))
     found: list[dict[str, float]] = []

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from davae.data import BatchStream, ShardSource, SkipLedger, image_to_tensor, open_dataset
-from davae.data.shards import expand_braces
+from davae.data.sources.webdataset import expand_braces
 from davae.errors import DavaeError
 from tests.data.files import encoded, picture
 

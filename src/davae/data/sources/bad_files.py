@@ -10,8 +10,11 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from davae.data.dataset import Skip, Source
-from davae.data.decode import UnreadableImage, check_header
+from torch.utils.data import Dataset
+
+from davae.data.images.dataset import Source
+from davae.data.images.decode import UnreadableImage, check_header
+from davae.data.images.protocol import Item, Skip, as_item_dataset
 from davae.errors import DavaeError
 
 logger = logging.getLogger(__name__)
@@ -91,10 +94,10 @@ class SkipLedger:
         self._reasons: dict[str, str] = dict(known)
 
     @classmethod
-    def for_dataset(cls, dataset: Any) -> SkipLedger:
+    def for_dataset(cls, dataset: Dataset[Item]) -> SkipLedger:
         """A ledger that starts with what ``open_dataset`` left out (``dataset.skipped``), if anything."""
-        known: list[Skip] = list(getattr(dataset, "skipped", ()))
-        return cls(len(dataset) + len(known), known)
+        images = as_item_dataset(dataset)
+        return cls(len(images) + len(images.skipped), images.skipped)
 
     @property
     def count(self) -> int:

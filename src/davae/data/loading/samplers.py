@@ -1,28 +1,115 @@
-"""An endless order of batches in which every batch is of one bucket, and whose place can be saved.
+"""Endless orders of batches whose place can be saved: of images of one size, and bucket by bucket.
 
-Each bucket has a stream of its own: one permutation of its images after the other. Batch ``j`` of a bucket is
-its images ``j G .. (j + 1) G - 1``, with ``G`` the images that all processes take together, and belongs to the
-epoch in which its first image lies. An epoch takes batches from its buckets in random turns.
-
-So nothing is dropped and nothing repeated: each image comes exactly once in each pass over its bucket. The
-only irregularity is at the seam: a bucket's last batch of an epoch is filled up from its next permutation (up
-to ``G - 1`` images come that much early), as with one size, where batches straddle epochs too.
+Every epoch is a fresh permutation, made from ``(seed, epoch)``; epochs follow each other without a gap and a
+batch may straddle two, so each image comes exactly once an epoch and sets smaller than a batch work too. The
+place in the stream is the number of images that the training has taken, not what loader processes have
+fetched ahead.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from davae.data.loader_key import Key
 from davae.errors import DavaeError
+
+
+class Key(NamedTuple):
+    """Which item, in which epoch."""
+
+    epoch: int
+    position: int
+
+
+class ResumableSampler(Sampler[list[Key]]):
+    """Batches of keys without end, starting at :attr:`samples`.
+
+    The stream over all processes takes ``batch_size * world_size`` images at a time; process ``rank`` gets
+    its own stretch of them. Iterating does not move :attr:`samples`: whoever consumes batches calls
+    :meth:`advance`.
+
+    Args:
+        length: images in the data set.
+        batch_size: images a batch and process.
+        seed: of the permutations.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if length < 1:
+            raise DavaeError("the data set is empty")
+        if batch_size < 1:
+            raise DavaeError(f"batch_size must be positive, not {batch_size}")
+        if not 0 <= rank < world_size:
+            raise DavaeError(f"rank {rank} is not one of {world_size} processes")
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.samples = 0
+        """Images consumed by all processes since the first epoch began."""
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        start = self.samples + self.rank * self.batch_size
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        while True:
+            keys = []
+            for sample in range(start, start + self.batch_size):
+                if sample // self.length != epoch:
+                    epoch = sample // self.length
+                    order = self.permutation(epoch)
+                keys.append(Key(epoch, int(order[sample % self.length])))
+            yield keys
+            start += self.batch_size * self.world_size
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """Order of the images in an epoch: int64 ``[length]``, a function of ``(seed, epoch)``."""
+        return np.random.default_rng((self.seed % 2**63, epoch)).permutation(self.length)
+
+    def advance(self) -> None:
+        """Note that every process has consumed one batch."""
+        self.samples += self.batch_size * self.world_size
+
+    def state_dict(self) -> dict[str, int]:
+        """The place in the stream, as plain numbers."""
+        return {"samples": self.samples, "length": self.length, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where ``state`` was taken; batch size and number of processes may differ.
+
+        Raises:
+            DavaeError: the data set or the seed is another one, so the stream cannot be the same.
+        """
+        if "buckets" in state:
+            raise DavaeError(
+                "the checkpoint was written with aspect-ratio buckets and the data has none now; set "
+                "data.buckets as it was, or start in a new run directory"
+            )
+        for name, now in (("length", self.length), ("seed", self.seed)):
+            if state[name] != now:
+                what = "number of images" if name == "length" else "seed of the data order"
+                raise DavaeError(
+                    f"the {what} was {state[name]} when the checkpoint was written and is {now} now, so the "
+                    f"training cannot go on exactly; restore it, or start in a new run directory"
+                )
+        self.samples = int(state["samples"])
 
 
 class BucketSampler(Sampler[list[Key]]):
     """Batches of keys without end, each of one bucket, starting at :attr:`samples`.
+
+    Each bucket has a stream of its own: one permutation of its images after the other. Batch ``j`` of a bucket is
+    its images ``j G .. (j + 1) G - 1``, with ``G`` the images that all processes take together, and belongs to the
+    epoch in which its first image lies. An epoch takes batches from its buckets in random turns.
+
+    So nothing is dropped and nothing repeated: each image comes exactly once in each pass over its bucket. The
+    only irregularity is at the seam: a bucket's last batch of an epoch is filled up from its next permutation (up
+    to ``G - 1`` images come that much early), as with one size, where batches straddle epochs too.
 
     All processes get parts of the same round and so the same bucket. Iterating does not move
     :attr:`samples`: whoever consumes batches calls :meth:`advance`.

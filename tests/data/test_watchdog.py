@@ -17,7 +17,7 @@ import torch
 from davae.data import BatchStream, open_dataset
 from davae.errors import DavaeError
 from tests.data.files import encoded, image_folder, picture
-from tests.data.test_shards import shard
+from tests.data.test_webdataset import shard
 
 
 class _Numbers(torch.utils.data.Dataset):

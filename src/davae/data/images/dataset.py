@@ -1,15 +1,4 @@
-"""The data set that every trainer reads: a source of image files, a choice among them, and a crop.
-
-An item is a dict:
-
-======== ============================================================================
-image    float32 ``[3, R, R]`` in [-1, 1]; with buckets ``[3, H, W]`` of the image's bucket
-label    class number, -1 where there is none
-caption  text, empty where there is none
-id       the image's name within its source
-skipped  ``(id, reason)`` of unreadable files that were met while looking for this item
-======== ============================================================================
-"""
+"""The data set that every trainer reads: a source of image files, a choice among them, and a crop."""
 
 from __future__ import annotations
 
@@ -17,17 +6,12 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
-from torch.utils.data import Dataset
-
-from davae.data.decode import UnreadableImage, decode_image
-from davae.data.transforms import Size, SquareCrop, item_generator
+from davae.data.images.decode import UnreadableImage, decode_image
+from davae.data.images.protocol import Item, ItemDataset, Skip
+from davae.data.images.transforms import Size, SquareCrop, item_generator
 from davae.errors import DavaeError
-
-Item = dict[str, Any]
-Skip = tuple[str, str]
-"""An image's id and the reason why it was left out."""
 
 
 class Facts(NamedTuple):
@@ -44,6 +28,8 @@ class Source(Protocol):
     classes: list[str]
     problems: list[Skip]
     """What was wrong with the source itself: damaged archives, captions for files that are not there."""
+    commit: str | None
+    """Of images from the hub, where it is known."""
 
     def __len__(self) -> int:
         """How many image files there are, readable or not."""
@@ -61,7 +47,7 @@ class Source(Protocol):
         """What changes when the image file does, without reading it: its size and time of change."""
 
 
-class ImageDataset(Dataset[Item]):
+class ImageDataset(ItemDataset):
     """Square image tensors of a source, map-style.
 
     An image that turns out unreadable is replaced by the next readable one, always the same, and named in the
@@ -90,48 +76,38 @@ class ImageDataset(Dataset[Item]):
         sizes: Sequence[Size] | None = None,
         bucket_of: Sequence[int] | None = None,
     ) -> None:
-        self.source = source
+        self.source, self.classes, self.commit = source, source.classes, source.commit
         self.indices = list(indices)
-        self.transform = transform
+        self.transform, self.crop, self.flip = transform, transform.crop, transform.flip
         self.seed = seed
         self.min_size = min_size
         self.skipped = list(skipped)
         self.sizes = None if sizes is None else list(sizes)
         self.bucket_of = None if bucket_of is None else list(bucket_of)
-        self.epoch = 0
         self._bad: dict[int, str] = {}  # position -> reason; a shortcut only, never changes what comes out
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the classes; ``label`` counts in this list."""
-        return self.source.classes
-
-    @property
-    def crop(self) -> str:
-        """``center``, or ``random``: another part of an image in each epoch."""
-        return self.transform.crop
-
-    @property
-    def flip(self) -> bool:
-        """Whether half of the images come mirrored, in each epoch another half."""
-        return self.transform.flip
 
     def unmirrored(self) -> ImageDataset:
         """The same images as they are before mirroring."""
         plain = copy.copy(self)
-        plain.transform = replace(self.transform, flip=False)
+        plain.transform, plain.flip = replace(self.transform, flip=False), False
         return plain
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose crops and flips ``dataset[index]`` shows."""
-        self.epoch = epoch
-
     def id(self, index: int) -> str:
         """The name of image ``index`` without reading it."""
         return self.source.id(self.indices[index])
+
+    def captions(self) -> list[str]:
+        """Of the images that can be read, without decoding them."""
+        found = []
+        for index in self.indices:
+            try:
+                found.append(self.source.facts(index).caption)
+            except UnreadableImage:
+                continue  # another item of the data set stands in for it
+        return found
 
     def size(self, index: int) -> Size:
         """(width, height) of image ``index`` as it comes out, whatever stands in for it."""
@@ -158,9 +134,6 @@ class ImageDataset(Dataset[Item]):
                 return hashlib.sha256(file.read()).hexdigest()
         except (UnreadableImage, OSError):
             return ""
-
-    def __getitem__(self, index: int) -> Item:
-        return self.item(index, self.epoch)
 
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``.

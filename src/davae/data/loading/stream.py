@@ -1,103 +1,19 @@
-"""An endless stream of batches whose place can be saved and found again to the image.
-
-Every epoch is a fresh permutation, made from ``(seed, epoch)``; epochs follow each other without a gap and a
-batch may straddle two, so each image comes exactly once an epoch and sets smaller than a batch work too. The
-place in the stream is the number of images that the training has taken, not what loader processes have
-fetched ahead.
-"""
+"""An endless stream of batches whose place can be saved and found again to the image, and reading in a given order."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from davae.data.bucket_sampler import BucketSampler
-from davae.data.buckets import bucket_of
-from davae.data.dataset import Item
-from davae.data.frozen_objects import frozen_objects
-from davae.data.loader_key import Key
-from davae.data.stalls import WatchedItems, end_workers, outlive_signals
+from davae.data.images.protocol import Item, as_item_dataset
+from davae.data.loading.samplers import BucketSampler, Key, ResumableSampler
+from davae.data.loading.watchdog import WatchedItems, end_workers, outlive_signals
 from davae.errors import DavaeError
-
-
-class ResumableSampler(Sampler[list[Key]]):
-    """Batches of keys without end, starting at :attr:`samples`.
-
-    The stream over all processes takes ``batch_size * world_size`` images at a time; process ``rank`` gets
-    its own stretch of them. Iterating does not move :attr:`samples`: whoever consumes batches calls
-    :meth:`advance`.
-
-    Args:
-        length: images in the data set.
-        batch_size: images a batch and process.
-        seed: of the permutations.
-        rank: this process.
-        world_size: number of processes.
-    """
-
-    def __init__(
-        self, length: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
-    ) -> None:
-        if length < 1:
-            raise DavaeError("the data set is empty")
-        if batch_size < 1:
-            raise DavaeError(f"batch_size must be positive, not {batch_size}")
-        if not 0 <= rank < world_size:
-            raise DavaeError(f"rank {rank} is not one of {world_size} processes")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.samples = 0
-        """Images consumed by all processes since the first epoch began."""
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        start = self.samples + self.rank * self.batch_size
-        epoch, order = -1, np.empty(0, dtype=np.int64)
-        while True:
-            keys = []
-            for sample in range(start, start + self.batch_size):
-                if sample // self.length != epoch:
-                    epoch = sample // self.length
-                    order = self.permutation(epoch)
-                keys.append(Key(epoch, int(order[sample % self.length])))
-            yield keys
-            start += self.batch_size * self.world_size
-
-    def permutation(self, epoch: int) -> np.ndarray:
-        """Order of the images in an epoch: int64 ``[length]``, a function of ``(seed, epoch)``."""
-        return np.random.default_rng((self.seed % 2**63, epoch)).permutation(self.length)
-
-    def advance(self) -> None:
-        """Note that every process has consumed one batch."""
-        self.samples += self.batch_size * self.world_size
-
-    def state_dict(self) -> dict[str, int]:
-        """The place in the stream, as plain numbers."""
-        return {"samples": self.samples, "length": self.length, "seed": self.seed}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where ``state`` was taken; batch size and number of processes may differ.
-
-        Raises:
-            DavaeError: the data set or the seed is another one, so the stream cannot be the same.
-        """
-        if "buckets" in state:
-            raise DavaeError(
-                "the checkpoint was written with aspect-ratio buckets and the data has none now; set "
-                "data.buckets as it was, or start in a new run directory"
-            )
-        for name, now in (("length", self.length), ("seed", self.seed)):
-            if state[name] != now:
-                what = "number of images" if name == "length" else "seed of the data order"
-                raise DavaeError(
-                    f"the {what} was {state[name]} when the checkpoint was written and is {now} now, so the "
-                    f"training cannot go on exactly; restore it, or start in a new run directory"
-                )
-        self.samples = int(state["samples"])
 
 
 class BatchStream:
@@ -128,9 +44,8 @@ class BatchStream:
         world_size: int = 1,
         timeout_s: float = 0.0,
     ) -> None:
-        self.dataset, self.workers, self.timeout_s = dataset, workers, timeout_s
-        length = len(dataset)  # type: ignore[arg-type]
-        buckets = bucket_of(dataset)
+        self.dataset, self.workers, self.timeout_s = as_item_dataset(dataset), workers, timeout_s
+        length, buckets = len(self.dataset), self.dataset.bucket_of
         self.sampler: ResumableSampler | BucketSampler
         if buckets is None:
             self.sampler = ResumableSampler(length, batch_size, seed, rank=rank, world_size=world_size)
@@ -260,3 +175,25 @@ def collate(items: Sequence[Item]) -> dict[str, Any]:
         "id": [item["id"] for item in items],
         "skipped": [entry for item in items for entry in item.get("skipped", ())],
     }
+
+
+@contextmanager
+def frozen_objects(workers: int) -> Iterator[None]:
+    """Within the context the garbage collector leaves alone what exists at its beginning, here and in forks.
+
+    To be entered before ``workers`` processes are forked. Without any, and where objects are frozen already, nothing is
+    done.
+
+    A forked process shares its parent's pages until one of both writes to them. Python's garbage collector writes
+    into the head of every object it looks at: its first full collection, minutes after the start, would give each
+    loader process its own copy of all objects of the imported libraries, about 140 MB.
+    """
+    if not workers or gc.get_freeze_count():
+        yield
+        return
+    gc.collect()  # what is garbage now would stay
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from davae.data.dataset import Item
-from davae.data.loader_key import Key
+from davae.data.images.protocol import Item, as_item_dataset
+from davae.data.loading.samplers import Key
 from davae.errors import DavaeError
 
 _NAMED = 4
@@ -39,14 +39,13 @@ class WatchedItems(Dataset[Item]):
         timeout_s: seconds that reading a batch may take; 0 waits for ever.
     """
 
-    def __init__(self, dataset: Any, workers: int = 0, timeout_s: float = 0.0) -> None:
+    def __init__(self, dataset: Dataset[Item], workers: int = 0, timeout_s: float = 0.0) -> None:
         if workers < 0:
             raise DavaeError(f"workers must be 0 or more, not {workers}")
         if timeout_s < 0:
             raise DavaeError(f"timeout_s must be 0 (wait for ever) or more seconds, not {timeout_s:g}")
         self.workers, self.timeout_s = workers, timeout_s
-        self._dataset = dataset
-        self._item = getattr(dataset, "item", None)
+        self._dataset = as_item_dataset(dataset)
         # Position being read (-1: none) and when that began, of each loader process.
         self._reading = torch.full((max(1, workers), 2), -1.0, dtype=torch.float64).share_memory_()
         self._thread: _ReadingThread | None = None
@@ -55,9 +54,7 @@ class WatchedItems(Dataset[Item]):
         worker = get_worker_info()
         slot = self._reading[0 if worker is None else worker.id]
         slot[1], slot[0] = time.monotonic(), key.position
-        item: Item = (
-            self._dataset[key.position] if self._item is None else self._item(key.position, key.epoch)
-        )
+        item = self._dataset.item(key.position, key.epoch)
         slot[0] = -1
         return item
 
@@ -109,12 +106,10 @@ class WatchedItems(Dataset[Item]):
         slots = sorted((began, int(position)) for position, began in self._reading.tolist() if position >= 0)
         if not slots:
             return "no image was being read"
-        told = [f"{self._name(position)} (for {now - began:.0f} s)" for began, position in slots[:_NAMED]]
+        told = [
+            f"{self._dataset.id(position)} (for {now - began:.0f} s)" for began, position in slots[:_NAMED]
+        ]
         return f"being read: {', '.join(told)}"  # the longest first
-
-    def _name(self, position: int) -> str:
-        known: Callable[[int], str] | None = getattr(self._dataset, "id", None)
-        return f"image {position}" if known is None else known(position)
 
 
 def is_of_a_dead_worker(error: RuntimeError) -> bool:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
-from davae.data.dataset import Source
-from davae.data.decode import UnreadableImage, upright_size
-from davae.data.transforms import Size
+from davae.data.images.dataset import Source
+from davae.data.images.decode import UnreadableImage, upright_size
+from davae.data.images.protocol import Item, as_item_dataset
+from davae.data.images.transforms import Size
 from davae.errors import DavaeError
 
 logger = logging.getLogger(__name__)
@@ -125,15 +126,9 @@ def assign_buckets(source: Source, indices: Sequence[int], buckets: Sequence[Siz
     return chosen
 
 
-def bucket_of(dataset: Any) -> list[int] | None:
-    """The bucket number of each item of a data set; none where all items have one size."""
-    found: list[int] | None = getattr(dataset, "bucket_of", None)
-    return found
-
-
-def same_size_batches(dataset: Any, indices: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+def same_size_batches(dataset: Dataset[Item], indices: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Parts of ``indices`` that can be stacked: consecutive ones, or bucket by bucket where there are buckets."""
-    numbers = bucket_of(dataset)
+    numbers = as_item_dataset(dataset).bucket_of
     groups: dict[int, list[int]] = {}
     for index in indices:
         groups.setdefault(0 if numbers is None else numbers[index], []).append(index)

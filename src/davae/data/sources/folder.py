@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from davae.data.dataset import Facts, Skip
-from davae.data.decode import UnreadableImage
+from davae.data.images.dataset import Facts
+from davae.data.images.decode import UnreadableImage
+from davae.data.images.protocol import Skip
 from davae.errors import DavaeError
 
 IMAGE_SUFFIXES = frozenset(
@@ -41,6 +42,8 @@ class FolderSource:
     Raises:
         DavaeError: no such folder or split, no image in it, or a damaged ``metadata.jsonl``.
     """
+
+    commit: str | None = None
 
     def __init__(self, root: str | Path, split: str | None = "train") -> None:
         self.root = _split_folder(Path(root), split)

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from davae.data.dataset import Facts, Skip
-from davae.data.folder import IMAGE_SUFFIXES, file_stamp
+from davae.data.images.dataset import Facts
+from davae.data.images.protocol import Skip
+from davae.data.sources.folder import IMAGE_SUFFIXES, file_stamp
 from davae.errors import DavaeError
 
 _MAX_TEXT_BYTES = 1 << 20
@@ -61,6 +62,8 @@ class ShardSource:
     Raises:
         DavaeError: a shard is missing, compressed or not a tar file, or no shard holds an image.
     """
+
+    commit: str | None = None
 
     def __init__(self, files: Sequence[Path], name: str) -> None:
         self.name = name

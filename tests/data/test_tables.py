@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from davae.data import TableSource, hub, image_to_tensor, open_dataset
+from davae.data import TableSource, image_to_tensor, open_dataset
+from davae.data.sources.tables import commit_of
 from davae.errors import DavaeError
 from tests.data.files import encoded, picture
 
@@ -198,7 +199,7 @@ def test_the_commit_is_that_of_the_folder_in_the_cache(
     loaded = datasets.DatasetDict({"train": datasets.load_from_disk(str(folder))})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
     assert open_dataset("someone/things", resolution=32).source.commit == commit
-    assert hub.commit_of(table()) is None
+    assert commit_of(table()) is None
 
 
 @pytest.mark.parametrize("path", ["procedural", "./photos", "/data/photos", "shards/{00..03}.tar"])

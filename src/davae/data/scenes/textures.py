@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from davae.data.procedural.canvas import Array, Paint, Texture, Window, f32, inside
+from davae.data.scenes.canvas import Array, Paint, Texture, Window, f32, inside
 
 TABLE = np.random.default_rng(20_240).random((6, 32, 32), dtype=np.float32)
 """Fixed numbers in [0, 1): leaves and bricks vary in the same way in every scene, so it can be learnt."""

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from davae.data.dataset import Facts, Skip
-from davae.data.decode import UnreadableImage
+from davae.data.images.dataset import Facts
+from davae.data.images.decode import UnreadableImage
+from davae.data.images.protocol import Skip
 from davae.errors import DavaeError
 
 logger = logging.getLogger(__name__)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 
-from torch.utils.data import Dataset
-
-from davae.data.dataset import Item, Skip
-from davae.data.mirroring import is_mirrored
-from davae.data.procedural import ProceduralScenes
-from davae.data.procedural.dataset import SEED_STRIDE
+from davae.data.images.mirroring import is_mirrored
+from davae.data.images.protocol import Item, ItemDataset
+from davae.data.scenes import ProceduralScenes
+from davae.data.scenes.dataset import SEED_STRIDE
 
 
-class RenderedDataset(Dataset[Item]):
+class RenderedDataset(ItemDataset):
     """Procedural scenes; ``flip`` mirrors half of them, which half follows ``(seed, epoch, index)``.
 
     Scenes are rendered square at their resolution, so there is nothing to crop and nothing to skip.
@@ -21,12 +19,14 @@ class RenderedDataset(Dataset[Item]):
 
     def __init__(self, scenes: ProceduralScenes, *, flip: bool = False, seed: int = 0) -> None:
         self.scenes, self.flip, self.seed = scenes, flip, seed
-        self.epoch = 0
         self.classes = list(scenes.classes)
-        self.skipped: list[Skip] = []
 
     def __len__(self) -> int:
         return len(self.scenes)
+
+    def id(self, index: int) -> str:
+        """The name of scene ``index``."""
+        return self.scenes.id(index)
 
     def unmirrored(self) -> RenderedDataset:
         """The same scenes as they are before mirroring."""
@@ -41,13 +41,6 @@ class RenderedDataset(Dataset[Item]):
         drawn = hashlib.sha256(self.scenes[0]["image"].numpy().tobytes()).hexdigest()
         first = self.scenes.seed * SEED_STRIDE + self.scenes.start
         return {f"procedural/{first + i}": (drawn, -1, "") for i in range(len(self))}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose mirroring ``dataset[index]`` shows."""
-        self.epoch = epoch
-
-    def __getitem__(self, index: int) -> Item:
-        return self.item(index, self.epoch)
 
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``."""

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from davae.choices import Crop
-from davae.data.buckets import assign_buckets
-from davae.data.dataset import ImageDataset, Source
-from davae.data.folder import IMAGE_SUFFIXES, FolderSource
-from davae.data.hub import TABLE_SUFFIXES, open_hub, open_saved, open_tables
-from davae.data.procedural import ProceduralScenes
-from davae.data.rendered import RenderedDataset
-from davae.data.shards import ShardSource, find_shards
-from davae.data.skips import check_headers, refuse_if_mostly_bad
-from davae.data.splits import Part, choose_part
-from davae.data.transforms import Size, SquareCrop
+from davae.data.images.buckets import assign_buckets
+from davae.data.images.dataset import ImageDataset, Source
+from davae.data.images.transforms import Size, SquareCrop
+from davae.data.scenes import ProceduralScenes
+from davae.data.sources.bad_files import check_headers, refuse_if_mostly_bad
+from davae.data.sources.folder import IMAGE_SUFFIXES, FolderSource
+from davae.data.sources.scenes import RenderedDataset
+from davae.data.sources.splits import Part, choose_part
+from davae.data.sources.tables import TABLE_SUFFIXES, open_hub, open_saved, open_tables
+from davae.data.sources.webdataset import ShardSource, find_shards
 from davae.errors import DavaeError
 from davae.recipes.data_path import check_data_path, is_on_hub, is_procedural
 
@@ -63,7 +63,7 @@ def open_dataset(
         revision: of a name on the hub: branch, tag or commit; none takes the newest.
 
     Returns:
-        A map-style data set of items (see :mod:`davae.data.dataset`) with ``classes`` and ``skipped``, the
+        A map-style data set of items (see :mod:`davae.data.images.protocol`) with ``classes`` and ``skipped``, the
         files already found to be unusable.
 
     Raises:

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from davae.data.procedural import CLASSES, ProceduralScenes, render_scene
-from davae.data.procedural.canvas import Canvas, stroke
-from davae.data.procedural.dataset import _PAINTERS
-from davae.data.procedural.textures import pulse
+from davae.data.scenes import CLASSES, ProceduralScenes, render_scene
+from davae.data.scenes.canvas import Canvas, stroke
+from davae.data.scenes.dataset import _PAINTERS
+from davae.data.scenes.textures import pulse
 from davae.errors import DavaeError
 
 BLACK, WHITE = np.zeros(3, dtype=np.float32), np.ones(3, dtype=np.float32)

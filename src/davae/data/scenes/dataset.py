@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from davae.data.procedural import buildings, nature, objects
-from davae.data.procedural.canvas import Canvas
+from davae.data.scenes import buildings, nature, objects
+from davae.data.scenes.canvas import Canvas
 from davae.errors import DavaeError
 
 _PAINTERS: dict[str, Callable[[Canvas, np.random.Generator], str]] = {
@@ -115,14 +115,20 @@ class ProceduralScenes(Dataset[SceneItem]):
     def __len__(self) -> int:
         return self.length
 
+    def id(self, index: int) -> str:
+        """The name of scene ``index``: its class and its seed."""
+        return f"procedural/{self.classes[index % len(self.classes)]}/{self._scene(index)}"
+
+    def _scene(self, index: int) -> int:
+        return self.seed * SEED_STRIDE + self.start + index
+
     def __getitem__(self, index: int) -> SceneItem:
         if not -self.length <= index < self.length:
             raise IndexError(f"item {index} of a data set of {self.length}")
         index %= self.length
         label = index % len(self.classes)
         name = self.classes[label]
-        scene = self.seed * SEED_STRIDE + self.start + index
-        canvas, caption = _paint(CLASSES.index(name), scene, self.resolution)
+        canvas, caption = _paint(CLASSES.index(name), self._scene(index), self.resolution)
         # Through the same 8 bits as a picture read from a file.
         pixels = torch.from_numpy(canvas.to_uint8()).permute(2, 0, 1)
         image = pixels.contiguous().to(torch.float32) / 127.5 - 1.0
@@ -130,6 +136,6 @@ class ProceduralScenes(Dataset[SceneItem]):
             "image": image,
             "label": label,
             "caption": caption,
-            "id": f"procedural/{name}/{scene}",
+            "id": self.id(index),
             "skipped": [],
         }

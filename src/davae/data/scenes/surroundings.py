@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from davae.data.procedural.canvas import Array, Canvas, Paint, circles_distance, f32
-from davae.data.procedural.textures import colour, engraved, gradient, grass, mix, water
+from davae.data.scenes.canvas import Array, Canvas, Paint, circles_distance, f32
+from davae.data.scenes.textures import colour, engraved, gradient, grass, mix, water
 
 T = TypeVar("T")
 WHITE, INK = colour("ffffff"), colour("2a2530")

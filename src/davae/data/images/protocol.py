@@ -1,0 +1,139 @@
+"""What every data set offers, whether of images or of latents in their place, and what wrappers hand on.
+
+An item is a dict:
+
+======== ============================================================================
+image    float32 ``[3, R, R]`` in [-1, 1]; with buckets ``[3, H, W]`` of the image's bucket
+label    class number, -1 where there is none
+caption  text, empty where there is none
+id       the image's name within its source
+skipped  ``(id, reason)`` of unreadable files that were met while looking for this item
+======== ============================================================================
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+Item = dict[str, Any]
+Skip = tuple[str, str]
+"""An image's id and the reason why it was skipped."""
+
+
+class ItemDataset(Dataset[Item], ABC):
+    """A map-style data set of items: what is known of it besides them, with the value of a data set without it.
+
+    What an item looks like in an epoch follows from ``(seed, epoch, index)`` alone.
+    """
+
+    classes: Sequence[str] = ()
+    """Names of the classes; ``label`` counts in this list."""
+    skipped: Sequence[Skip] = ()
+    """Files that could not be used when the data set was opened."""
+    bucket_of: Sequence[int] | None = None
+    """The aspect-ratio bucket of each item; none where all items have one size."""
+    flip: bool = False
+    """Whether half of the images come mirrored, in each epoch another half."""
+    crop: str = "center"
+    """``center``, or ``random``: another part of an image in each epoch."""
+    seed: int = 0
+    """Of the random crops and flips."""
+    epoch: int = 0
+    """The epoch that ``dataset[index]`` shows."""
+    holds_latents: bool = False
+    """Whether items have a ``latent`` in place of an ``image``."""
+    commit: str | None = None
+    """Of images from the hub: the commit, 40 hexadecimal digits."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index`` as it looks in ``epoch``."""
+
+    @abstractmethod
+    def id(self, index: int) -> str:
+        """The name of image ``index`` without reading it."""
+
+    def __getitem__(self, index: int) -> Item:
+        return self.item(index, self.epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that ``dataset[index]`` shows."""
+        self.epoch = epoch
+
+    def captions(self) -> list[str]:
+        """The captions of all images in order, without decoding images where they come from files."""
+        return [self[index]["caption"] for index in range(len(self))]
+
+    def unmirrored(self) -> ItemDataset:
+        """The same items before mirroring. A data set with ``flip`` must override this."""
+        return self
+
+
+class DatasetWrapper(ItemDataset):
+    """A data set around another one, which answers for all that the wrapper does not change.
+
+    Args:
+        source: what is wrapped.
+    """
+
+    def __init__(self, source: Dataset[Item]) -> None:
+        self.source = as_item_dataset(source)
+        self.classes, self.skipped = self.source.classes, self.source.skipped
+        self.bucket_of, self.commit = self.source.bucket_of, self.source.commit
+        self.flip, self.crop, self.seed = self.source.flip, self.source.crop, self.source.seed
+        self.holds_latents = self.source.holds_latents
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def id(self, index: int) -> str:
+        """The name of image ``index`` without reading it."""
+        return self.source.id(index)
+
+    def captions(self) -> list[str]:
+        """As of the data set within."""
+        return self.source.captions()
+
+    def unmirrored(self) -> ItemDataset:
+        """The same wrapper around the items before mirroring."""
+        plain = copy.copy(self)
+        plain.source, plain.flip = self.source.unmirrored(), False
+        return plain
+
+
+def as_item_dataset(dataset: Dataset[Item]) -> ItemDataset:
+    """A data set of one's own, with no more than ``len`` and ``dataset[index]``, as one of ours; ours unchanged.
+
+    Where it has attributes of :class:`ItemDataset`, such as ``classes`` or ``bucket_of``, they count.
+    """
+    return dataset if isinstance(dataset, ItemDataset) else _PlainDataset(dataset)
+
+
+class _PlainDataset(ItemDataset):
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        for name in ItemDataset.__annotations__:
+            if hasattr(dataset, name):
+                setattr(self, name, getattr(dataset, name))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def item(self, index: int, epoch: int) -> Item:
+        known = hasattr(self._dataset, "item")
+        item: Item = self._dataset.item(index, epoch) if known else self._dataset[index]
+        return item
+
+    def id(self, index: int) -> str:
+        return str(self._dataset.id(index)) if hasattr(self._dataset, "id") else f"image {index}"
+
+    def unmirrored(self) -> ItemDataset:
+        return as_item_dataset(self._dataset.unmirrored()) if self.flip else self

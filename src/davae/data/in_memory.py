@@ -1,0 +1,268 @@
+"""Images and latents of a frozen encoder kept in memory, and items changed when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from davae.data.images.mirroring import is_mirrored
+from davae.data.images.protocol import DatasetWrapper, Item, ItemDataset
+from davae.data.images.transforms import item_generator
+from davae.data.loading.stream import read_items
+from davae.errors import DavaeError
+from davae.runtime.pictures import to_bytes
+from davae.runtime.processes import gathered, share
+
+ENCODED_TOGETHER = 32
+"""Images: a batch for the transformer may be too large for the autoencoder."""
+
+_READ_TOGETHER = 32
+
+
+class ImagesInMemory(DatasetWrapper):
+    """Each image is made once, changed by ``prepare`` and kept as 8-bit values.
+
+    Of a data set that mirrors or crops at random the first epoch is kept. :class:`davae.data.Mirrored` around this one
+    mirrors anew in each.
+
+    Args:
+        source: a map-style data set of items with an ``image`` in [-1, 1].
+        prepare: applied to ``[1, 3, H, W]`` once, for example a reduction of the resolution.
+    """
+
+    def __init__(self, source: Dataset[Item], prepare: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__(source)
+        self.flip, self.crop = False, "center"
+        self.prepare = prepare
+        self.kept: dict[int, Item] = {}
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index``, the same in each epoch."""
+        if index not in self.kept:
+            self._keep(index, self.source.item(index, 0))
+        item = dict(self.kept[index])
+        item["image"] = item["image"].float() / 127.5 - 1
+        return item
+
+    def unmirrored(self) -> ItemDataset:
+        """Itself: what is kept is not mirrored anew."""
+        return self
+
+    def read_all(self, workers: int, timeout_s: float = 0.0) -> None:
+        """Make all images now, in loader processes, which would otherwise each keep their own."""
+        order = range(len(self))
+        parts = read_items(
+            self.source, order, batch_size=_READ_TOGETHER, workers=workers, timeout_s=timeout_s
+        )
+        for index, item in zip(order, (item for part in parts for item in part), strict=True):
+            self._keep(index, item)
+
+    def _keep(self, index: int, item: Item) -> None:
+        image = item["image"]
+        if self.prepare is not None:
+            image = self.prepare(image[None])[0]
+        self.kept[index] = {**item, "image": to_bytes(image).to(torch.uint8)}
+
+
+class MixedScales(DatasetWrapper):
+    """Whole images at base resolution, and crops of the same size at full resolution.
+
+    A general autoencoder has seen edges and textures at every scale. One that saw whole small images only does
+    not: asked for twice the resolution, it fails. Which image becomes a crop, and which, follows from
+    ``(seed, epoch, index)``.
+
+    Args:
+        source: a map-style data set of items with an ``image`` at full resolution.
+        reduce: ``[1, 3, s h, s w]`` to ``[1, 3, h, w]``.
+        crops: share of the items that are crops, in [0, 1].
+        seed: of the choice.
+    """
+
+    def __init__(
+        self, source: Dataset[Item], reduce: Callable[[Tensor], Tensor], crops: float, seed: int = 0
+    ) -> None:
+        super().__init__(source)
+        self._source_draws = self.flip or self.crop == "random"
+        self.reduce, self.crops, self.seed = reduce, crops, seed
+        self.crop = "random"
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index`` as it looks in ``epoch``."""
+        item = dict(self.source.item(index, epoch))
+        image = item["image"]
+        small = self.reduce(image[None])[0]
+        random = item_generator(self.seed, epoch, index)
+        if self._source_draws:  # perhaps from the same seed: a draw must not decide on both
+            random = random.spawn(1)[0]
+        if random.random() < self.crops:
+            side = small.shape[-1]
+            top, left = (int(v) for v in random.integers(0, image.shape[-1] - side + 1, size=2))
+            small = image[:, top : top + side, left : left + side]
+        item["image"] = small
+        return item
+
+
+class Prepared(DatasetWrapper):
+    """The items of a data set with something added or changed when they are asked for.
+
+    Args:
+        source: a map-style data set of items.
+        prepare: from an item to the one that training sees.
+    """
+
+    def __init__(self, source: Dataset[Item], prepare: Callable[[Item], Item]) -> None:
+        super().__init__(source)
+        self.prepare = prepare
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index`` as it looks in ``epoch``."""
+        return self.prepare(self.source.item(index, epoch))
+
+
+class LatentsInMemory(DatasetWrapper):
+    """The latents of all images of a data set, encoded once; each process encodes its share and holds all.
+
+    Where the data set mirrors, both latents of an image are kept, and ``item(index, epoch)`` draws one of them as the
+    data set does: training sees what it would see from the images.
+
+    Args:
+        source: a map-style data set of items with an ``image`` in [-1, 1].
+        encode: ``[B, 3, H, W]`` to ``[B, C, h, w]``.
+        prepare: what is done to an item besides, for example the pipeline's label or its caption's embedding.
+        batch_size: images encoded together, as far as they have one size.
+        limit: at most so many of the first images.
+        workers: loader processes that read the images; 0 reads in this one.
+        timeout_s: seconds that they may take for a batch; 0 waits for ever.
+
+    Raises:
+        DavaeError: the images are cropped at random, or reading them takes too long.
+    """
+
+    def __init__(
+        self,
+        source: Dataset[Item],
+        encode: Callable[[Tensor], Tensor],
+        prepare: Callable[[Item], Item],
+        *,
+        batch_size: int = ENCODED_TOGETHER,
+        limit: int | None = None,
+        workers: int = 0,
+        timeout_s: float = 0.0,
+    ) -> None:
+        super().__init__(source)
+        self.holds_latents = True
+        count = len(self.source) if limit is None else min(limit, len(self.source))
+        self.bucket_of = None if self.bucket_of is None else self.bucket_of[:count]
+        parts = read_items(
+            _unaugmented(self.source),
+            share(count),
+            batch_size=batch_size,
+            workers=workers,
+            timeout_s=timeout_s,
+        )
+        found = _encoded(parts, encode, mirrored=self.flip)
+        every = gathered([{**item, "latent": latents} for item, latents in found], count)
+        self._latents = [item["latent"] for item in every]
+        # Prepared here, not before: what items share (embeddings of a caption) must not be sent with each of them.
+        self.items = [prepare({**item, "latent": item["latent"][0]}) for item in every]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def captions(self) -> list[str]:
+        """The captions of the items in order."""
+        return [item["caption"] for item in self.items]
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index`` as it looks in ``epoch``."""
+        item = dict(self.items[index])
+        if self.flip and is_mirrored(self.seed, epoch, index):
+            item["latent"] = self._latents[index][1]
+        return item
+
+
+class WithBaseLatents(DatasetWrapper):
+    """The images of a data set with the latents of a frozen encoder beside them, as ``base_latent``.
+
+    As in `LatentsInMemory` each process encodes its share and holds all, mirrored ones too.
+
+    Args:
+        source: a map-style data set of items with an ``image`` in [-1, 1], not cropped at random.
+        encode: ``[B, 3, H, W]`` to ``[B, C, h, w]``.
+        batch_size: images encoded together, as far as they have one size.
+        workers: loader processes that read the images; 0 reads in this one.
+        timeout_s: seconds that they may take for a batch; 0 waits for ever.
+
+    Raises:
+        DavaeError: the images are cropped at random, or reading them takes too long.
+    """
+
+    def __init__(
+        self,
+        source: Dataset[Item],
+        encode: Callable[[Tensor], Tensor],
+        *,
+        batch_size: int = ENCODED_TOGETHER,
+        workers: int = 0,
+        timeout_s: float = 0.0,
+    ) -> None:
+        super().__init__(source)
+        count = len(self.source)
+        parts = read_items(
+            _unaugmented(self.source),
+            share(count),
+            batch_size=batch_size,
+            workers=workers,
+            timeout_s=timeout_s,
+        )
+        self.latents = gathered(
+            [latents for _, latents in _encoded(parts, encode, mirrored=self.flip)], count
+        )
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index`` as it looks in ``epoch``."""
+        mirrored = self.flip and is_mirrored(self.seed, epoch, index)
+        return {**self.source.item(index, epoch), "base_latent": self.latents[index][mirrored]}
+
+
+def _unaugmented(source: ItemDataset) -> ItemDataset:
+    """A data set whose images can be encoded once: not mirrored.
+
+    Raises:
+        DavaeError: each epoch would crop them otherwise.
+    """
+    if source.crop == "random":
+        raise DavaeError(
+            "data.crop=random cuts another part out of an image each time, so latents cannot be kept; set "
+            "data.crop=center or data.cache_latents=false"
+        )
+    return source.unmirrored()
+
+
+def _encoded(
+    parts: Iterable[list[Item]], encode: Callable[[Tensor], Tensor], *, mirrored: bool
+) -> Iterator[tuple[Item, tuple[Tensor, ...]]]:
+    """Each item without its image, and the latents of the image and, where asked for, of its mirror image."""
+    for part in parts:
+        items = [dict(item) for item in part]
+        images = [item.pop("image") for item in items]
+        latents = [_encode_by_size(images, encode)]
+        if mirrored:
+            latents.append(_encode_by_size([image.flip(-1) for image in images], encode))
+        yield from zip(items, zip(*latents, strict=True), strict=True)
+
+
+@torch.no_grad()
+def _encode_by_size(images: list[Tensor], encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Latents of images in their order, on the CPU; images of one size are encoded together."""
+    places: dict[torch.Size, list[int]] = {}
+    for i, image in enumerate(images):
+        places.setdefault(image.shape, []).append(i)
+    latents: dict[int, Tensor] = {}
+    for where in places.values():
+        encoded = encode(torch.stack([images[i] for i in where])).cpu()
+        latents |= dict(zip(where, encoded))
+    return [latents[i] for i in range(len(images))]

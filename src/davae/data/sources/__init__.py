@@ -1,0 +1,1 @@
+"""Where images come from, one module a kind: folders, tables, archives, rendered scenes."""
