@@ -1,31 +1,29 @@
 """Training nested details: what learns when, what is logged, and what a person gets from it."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
 from davae.data import open_dataset
 from davae.errors import DavaeError
-from davae.latents import AlignmentLoss
-from davae.latents import ChannelStatistics
+from davae.latents import AlignmentLoss, ChannelStatistics
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.same_base import layout_over
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import UpgradeRecipe
 from davae.runtime.pictures import upscaled
-from davae.tiny import debug_base
-from davae.tiny import load_tiny
-from davae.training.autoencoder import AutoencoderStage
-from davae.training.autoencoder import upscaled_base
-from davae.training.images import mean_psnr
-from davae.training.images import rank_share_of_images
+from davae.tiny import debug_base, load_tiny
+from davae.training.autoencoder import AutoencoderStage, upscaled_base
+from davae.training.images import mean_psnr, rank_share_of_images
 from davae.training.levels import new_level
 from davae.training.loop import train
-from davae.training.run import train_autoencoder
-from davae.training.run import train_diffusion
+from davae.training.run import train_autoencoder, train_diffusion
 from davae.training.run_directory import read_metrics
 from davae.training.structured_objective import StructuredObjective
-from pathlib import Path
-import pytest
-import torch
 
 NESTED = [
     "data.resolution=64",

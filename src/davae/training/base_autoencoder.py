@@ -1,24 +1,22 @@
 """The autoencoder stage of a new base: a plain ``AutoencoderKL`` from nothing."""
 
 from __future__ import annotations
-from davae.data import Item
-from davae.data import as_item_dataset
-from davae.data import read_items
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch.utils.data import Dataset
+
+from davae.data import Item, as_item_dataset, read_items
 from davae.latents import ChannelStatistics
 from davae.recipes.dc_ae import KlArchitecture
-from davae.recipes.settings import BaseAutoencoderArchitecture
-from davae.recipes.settings import BaseAutoencoderSettings
+from davae.recipes.settings import BaseAutoencoderArchitecture, BaseAutoencoderSettings
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_shared_rows
-from davae.training.images import mean_psnr
-from davae.training.images import rank_share_of_images
-from davae.training.images import stack_images
+from davae.training.images import mean_psnr, rank_share_of_images, stack_images
 from davae.training.plain_objective import plain_players
 from davae.training.stage import Stage
-from diffusers import AutoencoderKL
-from pathlib import Path
-from torch.utils.data import Dataset
-import torch
 
 
 def build_kl(shape: BaseAutoencoderArchitecture | KlArchitecture) -> AutoencoderKL:

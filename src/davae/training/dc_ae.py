@@ -14,43 +14,32 @@ phase resolution       layers                   loss
 """
 
 from __future__ import annotations
+
 from collections.abc import Mapping
-from davae.data import Item
-from davae.data import as_item_dataset
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from davae.data import Item, as_item_dataset
 from davae.errors import DavaeError
 from davae.evaluation import radial_power_spectrum
 from davae.evaluation.metrics.names import SPECTRUM_DB
 from davae.evaluation.metrics.psnr_ssim import pair_metrics
 from davae.evaluation.metrics.spectrum import spectra_distance
 from davae.latents import ChannelStatistics
-from davae.models.dc_ae import DeepAutoencoder
-from davae.models.dc_ae import PlainAutoencoderDC
-from davae.models.dc_ae import head_layers
-from davae.models.dc_ae import latent_layers
+from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC, head_layers, latent_layers
 from davae.models.latent_space import encode
-from davae.recipes.dc_ae import DcArchitecture
-from davae.recipes.dc_ae import HeadPhase
-from davae.recipes.dc_ae import KlArchitecture
-from davae.recipes.dc_ae import LatentPhase
-from davae.recipes.dc_ae import Phase
+from davae.recipes.dc_ae import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_shared_rows
 from davae.runtime.processes import gathered
 from davae.training.base_autoencoder import build_kl
-from davae.training.images import mean_of_all
-from davae.training.images import rank_share_of_images
-from davae.training.images import stack_images
+from davae.training.images import mean_of_all, rank_share_of_images, stack_images
 from davae.training.plain_objective import plain_players
 from davae.training.stage import Stage
-from diffusers import AutoencoderDC
-from diffusers import AutoencoderKL
-from pathlib import Path
-from torch import Tensor
-from torch import nn
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset
-from torch.utils.data import Subset
-import torch
 
 _PICTURES = 6  # images in a validation picture
 

@@ -1,42 +1,34 @@
 """The three phases as runs: each starts from the last one's result and proves what it left alone."""
 
 from __future__ import annotations
+
+import hashlib
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from davae.data import ItemDataset
-from davae.data.in_memory import ImagesInMemory
-from davae.data.in_memory import MixedScales
-from davae.errors import DavaeError
-from davae.evaluation.metrics.names import current_names
-from davae.models.dc_ae import DeepAutoencoder
-from davae.models.dc_ae import PlainAutoencoderDC
-from davae.recipes.data import DataSettings
-from davae.recipes.dc_ae import DcAeRecipe
-from davae.recipes.dc_ae import Phase
-from davae.recipes.read import differing_keys
-from davae.recipes.read import dump_recipe
-from davae.recipes.read import load_recipe
-from davae.runtime.atomic_files import atomic_json
-from davae.runtime.pictures import reduced_to
-from davae.runtime.processes import everyone
-from davae.runtime.processes import is_first
-from davae.runtime.processes import start_processes
-from davae.training.dc_ae import DcAeStage
-from davae.training.dc_ae import build_autoencoder
-from davae.training.dc_ae import trained_layers
-from davae.training.images import open_part
-from davae.training.loop import TrainResult
-from davae.training.loop import train
-from davae.training.provenance import data_facts
-from davae.training.run_directory import RunDirectory
-from diffusers import AutoencoderDC
-from diffusers import AutoencoderKL
 from functools import partial
 from pathlib import Path
 from typing import Any
-import hashlib
-import json
+
 import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+
+from davae.data import ItemDataset
+from davae.data.in_memory import ImagesInMemory, MixedScales
+from davae.errors import DavaeError
+from davae.evaluation.metrics.names import current_names
+from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC
+from davae.recipes.data import DataSettings
+from davae.recipes.dc_ae import DcAeRecipe, Phase
+from davae.recipes.read import differing_keys, dump_recipe, load_recipe
+from davae.runtime.atomic_files import atomic_json
+from davae.runtime.pictures import reduced_to
+from davae.runtime.processes import everyone, is_first, start_processes
+from davae.training.dc_ae import DcAeStage, build_autoencoder, trained_layers
+from davae.training.images import open_part
+from davae.training.loop import TrainResult, train
+from davae.training.provenance import data_facts
+from davae.training.run_directory import RunDirectory
 
 _CLASSES = {c.__name__: c for c in (AutoencoderDC, PlainAutoencoderDC, AutoencoderKL)}
 _MEASURED = {"scaling_factor", "shift_factor"}  # config entries that training sets

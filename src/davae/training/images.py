@@ -1,25 +1,22 @@
 """The images of a recipe's data section."""
 
 from __future__ import annotations
-from davae.data import ImageDataset
-from davae.data import ItemDataset
-from davae.data import RenderedDataset
-from davae.data import open_dataset
-from davae.data.images.buckets import check_buckets
-from davae.data.images.buckets import make_buckets
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from davae.data import ImageDataset, ItemDataset, RenderedDataset, open_dataset
+from davae.data.images.buckets import check_buckets, make_buckets
 from davae.data.images.transforms import Size
 from davae.errors import DavaeError
 from davae.evaluation import psnr
 from davae.models import AutoencoderDA
 from davae.pipelines.families import family_of
 from davae.recipes.data import DataSettings
-from davae.runtime.processes import gathered
-from davae.runtime.processes import share
-from torch import Tensor
-from typing import Any
-from typing import Literal
-import math
-import torch
+from davae.runtime.processes import gathered, share
 
 
 def open_part(

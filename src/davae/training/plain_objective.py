@@ -1,21 +1,21 @@
 """The loss of a plain autoencoder: of a new base, and of every phase of a deep-compression one."""
 
 from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
 from davae.latents import gaussian_kl
-from davae.models.dc_ae import DeepAutoencoder
-from davae.models.dc_ae import last_decoder_weight
+from davae.models.dc_ae import DeepAutoencoder, last_decoder_weight
 from davae.recipes.loop import OptimizerSettings
 from davae.recipes.settings import ReconstructionSettings
-from davae.training.adversary import Adversary
-from davae.training.adversary import make_adversary
+from davae.training.adversary import Adversary, make_adversary
 from davae.training.losses import ReconstructionLoss
 from davae.training.stage import Player
-from diffusers import AutoencoderKL
-from torch import Tensor
-from torch import nn
-from typing import Any
-import torch
 
 
 def plain_players(

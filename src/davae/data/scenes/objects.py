@@ -1,32 +1,12 @@
 """Scenes of made things: balloon, basket, book, sailboat."""
 
 from __future__ import annotations
-from davae.data.scenes.canvas import Array
-from davae.data.scenes.canvas import Canvas
-from davae.data.scenes.canvas import Distance
-from davae.data.scenes.canvas import Window
-from davae.data.scenes.canvas import f32
-from davae.data.scenes.canvas import inside
-from davae.data.scenes.canvas import stroke
-from davae.data.scenes.surroundings import INK
-from davae.data.scenes.surroundings import WHITE
-from davae.data.scenes.surroundings import hills
-from davae.data.scenes.surroundings import lawn
-from davae.data.scenes.surroundings import light_up
-from davae.data.scenes.surroundings import pick
-from davae.data.scenes.surroundings import pick_hour
-from davae.data.scenes.surroundings import sea
-from davae.data.scenes.surroundings import sky
-from davae.data.scenes.textures import TABLE
-from davae.data.scenes.textures import colour
-from davae.data.scenes.textures import gradient
-from davae.data.scenes.textures import mix
-from davae.data.scenes.textures import modulated
-from davae.data.scenes.textures import planks
-from davae.data.scenes.textures import pulse
-from davae.data.scenes.textures import stripes
-from davae.data.scenes.textures import weave
+
 import numpy as np
+
+from davae.data.scenes.canvas import Array, Canvas, Distance, Window, f32, inside, stroke
+from davae.data.scenes.surroundings import INK, WHITE, hills, lawn, light_up, pick, pick_hour, sea, sky
+from davae.data.scenes.textures import TABLE, colour, gradient, mix, modulated, planks, pulse, stripes, weave
 
 
 def balloon(canvas: Canvas, rng: np.random.Generator) -> str:

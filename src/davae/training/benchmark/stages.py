@@ -1,55 +1,47 @@
 """Both stages with random weights, from a configuration alone."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
+
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+import davae.pipelines
 from davae.benchmark.planner import default_detail_channels
-from davae.benchmark.planner_architectures import Architecture
-from davae.benchmark.planner_architectures import build
-from davae.benchmark.planner_architectures import widened_config
+from davae.benchmark.planner_architectures import Architecture, build, widened_config
 from davae.benchmark.text_encoders import text_encoders_of
-from davae.choices import Precision
-from davae.choices import Scale
+from davae.choices import Precision, Scale
 from davae.diffusion.loss import FlowLoss
-from davae.diffusion.noise import DdpmProcess
-from davae.diffusion.noise import FlowProcess
-from davae.diffusion.noise import NoiseProcess
+from davae.diffusion.noise import DdpmProcess, FlowProcess, NoiseProcess
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
-from davae.pipelines.families import PipelineFamily
-from davae.pipelines.families import family_of
+from davae.pipelines.families import PipelineFamily, family_of
 from davae.pipelines.speed import order_channels_last
-from davae.recipes.loop import LoopSettings
-from davae.recipes.loop import OptimizerSettings
-from davae.recipes.settings import AlignmentSettings
-from davae.recipes.settings import AutoencoderModelSettings
-from davae.recipes.settings import AutoencoderSettings
-from davae.recipes.settings import DiffusionSettings
-from davae.recipes.settings import FlowLossSettings
-from davae.recipes.settings import GanSettings
-from davae.recipes.settings import ReconstructionSettings
-from davae.recipes.settings import TuneSettings
+from davae.recipes.loop import LoopSettings, OptimizerSettings
+from davae.recipes.settings import (
+    AlignmentSettings,
+    AutoencoderModelSettings,
+    AutoencoderSettings,
+    DiffusionSettings,
+    FlowLossSettings,
+    GanSettings,
+    ReconstructionSettings,
+    TuneSettings,
+)
 from davae.training.autoencoder import AutoencoderStage
-from davae.training.benchmark.data import RandomImages
-from davae.training.benchmark.data import RandomLatents
+from davae.training.benchmark.data import RandomImages, RandomLatents
 from davae.training.benchmark.separate_passes import SeparatePassesStage
 from davae.training.diffusion.objective import DiffusionObjective
 from davae.training.diffusion.tuning import select_trained
-from davae.training.stage import Player
-from davae.training.stage import Stage
+from davae.training.stage import Player, Stage
 from davae.warm_start import dummy_arguments
-from pathlib import Path
-from torch import Tensor
-from torch import nn
-from typing import Any
-from typing import Literal
-import davae.pipelines
-import diffusers
-import torch
 
 Form = Literal["plain", "fast", "fast, cached"]
 FORMS: tuple[Form, ...] = ("plain", "fast", "fast, cached")

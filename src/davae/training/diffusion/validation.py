@@ -1,21 +1,19 @@
 """What the diffusion stage measures and shows: a loss at fixed noise, and samples beside the base's."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from collections.abc import Sequence
-from davae.data import Item
-from davae.data import ItemDataset
-from davae.data import collate
-from davae.errors import DavaeError
-from davae.pipelines.families import ClassFamily
-from davae.pipelines.families import family_of
-from davae.recipes.settings import SampleSettings
-from davae.runtime.processes import gathered
-from davae.runtime.processes import share
-from davae.training.loop import to_device
+
+from collections.abc import Callable, Sequence
+
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
-import torch
+
+from davae.data import Item, ItemDataset, collate
+from davae.errors import DavaeError
+from davae.pipelines.families import ClassFamily, family_of
+from davae.recipes.settings import SampleSettings
+from davae.runtime.processes import gathered, share
+from davae.training.loop import to_device
 
 MEASURED = 256
 """Held-out items measured at most."""
