@@ -3,9 +3,8 @@ import sys
 import time
 
 import pytest
-import torch
 
-from davae.benchmark import SideBySide, peak_memory_bytes, side_by_side
+from davae.benchmark import SideBySide, side_by_side
 from davae.errors import DavaeError
 
 
@@ -44,10 +43,7 @@ def test_peak_memory_sees_a_large_tensor() -> None:
     assert 2**29 < after - before < 4 * elements + 2**28
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_mistakes_are_named() -> None:
-    with pytest.raises(DavaeError, match="no CUDA device"):
-        peak_memory_bytes("cuda")
     with pytest.raises(DavaeError, match="repeats must be at least 1"):
         side_by_side({"nothing": lambda: None}, 0)
     with pytest.raises(DavaeError, match="no function"):

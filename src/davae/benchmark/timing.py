@@ -87,22 +87,8 @@ def side_by_side(
     return SideBySide(times)
 
 
-def peak_memory_bytes(device: str = "process") -> int:
-    """Largest memory held so far, in bytes.
-
-    Args:
-        device: ``"process"`` for resident memory of this process, ``"cuda"`` for torch's allocations on all
-            GPUs together.
-
-    Raises:
-        DavaeError: CUDA was asked for and is absent, or the name is unknown.
-    """
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise DavaeError("peak memory of 'cuda' was asked for, but this machine has no CUDA device")
-        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-    if device != "process":
-        raise DavaeError(f"device must be 'process' or 'cuda', got {device!r}")
+def peak_memory_bytes() -> int:
+    """Largest resident memory of this process so far, in bytes."""
     if sys.platform == "win32":
         import psutil
 

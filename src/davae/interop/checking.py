@@ -24,19 +24,18 @@ def listed(faults: Mapping[str, Sequence[str]]) -> str:
     )
 
 
-def require(weights: Mapping[str, Tensor], names: Sequence[str], what: str, prefix: str = "") -> None:
+def require(weights: Mapping[str, Tensor], names: Sequence[str], what: str) -> None:
     """The tensors from which a configuration is read must be there.
 
     Args:
         weights: by name.
         names: what is needed.
         what: what the weights should be, for the message.
-        prefix: was taken off the names; the message puts it back.
 
     Raises:
         DavaeError: names what is absent.
     """
-    absent = [prefix + name for name in names if name not in weights]
+    absent = [name for name in names if name not in weights]
     if absent:
         raise DavaeError(f"this is not {what} as published. missing: {', '.join(absent)}")
 
@@ -69,9 +68,9 @@ def check_keys(
         raise DavaeError(f"this is not {what} as published. {listed(faults)}{ours}")
 
 
-def filled(model: ModelT, converted: Mapping[str, Tensor], what: str, unknown: Sequence[str] = ()) -> ModelT:
+def filled(model: ModelT, converted: Mapping[str, Tensor], what: str) -> ModelT:
     """The model with these weights, in eval mode; errors as :func:`check_keys`."""
-    check_keys(converted, model.state_dict(), what, unknown)
+    check_keys(converted, model.state_dict(), what)
     model.load_state_dict(dict(converted))
     return model.eval()
 

@@ -20,13 +20,8 @@ def bridge(canvas: Canvas, rng: np.random.Generator) -> str:
     middle, half = rng.uniform(0.46, 0.54), rng.uniform(0.255, 0.285)
     horizon = deck + rng.uniform(0.06, 0.1)
     sky(canvas, rng, hour, horizon=horizon, orb_x=0.5, clouds=False)
-    hills(
-        canvas,
-        rng,
-        mix(colour("6f8fa0"), colour("8aa06f"), float(rng.uniform())),
-        horizon=horizon + 0.01,
-        height=0.13,
-    )
+    ridge = mix(colour("6f8fa0"), colour("8aa06f"), float(rng.uniform()))
+    hills(canvas, rng, ridge, horizon=horizon + 0.01, height=0.13)
     sea(canvas, rng, hour, horizon=horizon)
     towers = (middle - half, middle + half)
 
@@ -89,25 +84,15 @@ def house(canvas: Canvas, rng: np.random.Generator) -> str:
     shingles = scallops(
         roof, mix(roof, INK, 0.7), size=(0.05, 0.032), width=0.008, origin=(middle, ridge), lift=0.55
     )
-    overhang = 0.05
-    canvas.polygon(
-        [
-            (middle - half - overhang, eaves + 0.012),
-            (middle - half * 0.62, ridge),
-            (middle + half * 0.62, ridge),
-            (middle + half + overhang, eaves + 0.012),
-        ],
-        shingles,
-    )
-    canvas.rectangle(
-        middle - half - overhang, eaves + 0.004, middle + half + overhang, eaves + 0.018, mix(roof, INK, 0.5)
-    )
+    left, right = middle - half - 0.05, middle + half + 0.05  # of the eaves, which hang over
+    gable = [(middle - half * 0.62, ridge), (middle + half * 0.62, ridge)]
+    canvas.polygon([(left, eaves + 0.012), *gable, (right, eaves + 0.012)], shingles)
+    canvas.rectangle(left, eaves + 0.004, right, eaves + 0.018, mix(roof, INK, 0.5))
 
-    door_x = middle
-    canvas.rectangle(door_x - 0.06, ground - 0.2, door_x + 0.06, ground, WHITE)
-    panels = stripes(door, mix(door, INK, 0.55), 0.024, 0.25, origin=door_x)
-    canvas.rectangle(door_x - 0.046, ground - 0.186, door_x + 0.046, ground, panels)
-    canvas.ellipse((door_x + 0.03, ground - 0.09), (0.008, 0.008), colour("f4d35e"))
+    canvas.rectangle(middle - 0.06, ground - 0.2, middle + 0.06, ground, WHITE)
+    panels = stripes(door, mix(door, INK, 0.55), 0.024, 0.25, origin=middle)
+    canvas.rectangle(middle - 0.046, ground - 0.186, middle + 0.046, ground, panels)
+    canvas.ellipse((middle + 0.03, ground - 0.09), (0.008, 0.008), colour("f4d35e"))
     pane = glow("ffd977", hour) if hour.words in ("at night", "at dusk") else colour("a9d6ea")
     for x in (middle - half * 0.62, middle + half * 0.62):
         y = eaves + 0.13
@@ -118,10 +103,8 @@ def house(canvas: Canvas, rng: np.random.Generator) -> str:
             canvas.rectangle(x + step - 0.004, y - 0.054, x + step + 0.004, y + 0.06, WHITE)
             canvas.rectangle(x - 0.054, y + 0.003 + step - 0.004, x + 0.054, y + 0.003 + step + 0.004, WHITE)
         canvas.rectangle(x - 0.076, y + 0.07, x + 0.076, y + 0.084, mix(WHITE, INK, 0.3))
-    canvas.polygon(
-        [(door_x - 0.055, 1.0), (door_x + 0.055, 1.0), (door_x + 0.04, ground), (door_x - 0.04, ground)],
-        colour("d9c7a4"),
-    )
+    path = [(middle - 0.055, 1.0), (middle + 0.055, 1.0), (middle + 0.04, ground), (middle - 0.04, ground)]
+    canvas.polygon(path, colour("d9c7a4"))
     fence(canvas, 0.0, middle - 0.12, 0.83)
     fence(canvas, middle + 0.12, 1.0, 0.83)
     light_up(canvas, hour)
@@ -156,11 +139,9 @@ def lighthouse(canvas: Canvas, rng: np.random.Generator) -> str:
     dark_hours = hour.words in ("at night", "at dusk")
     if dark_hours:
         for side in (-1, 1):
-            canvas.polygon(
-                [(middle, top - 0.055), (middle + side * 0.7, top - 0.14), (middle + side * 0.7, top + 0.04)],
-                glow("fff2b0", hour),
-                0.4,
-            )
+            far = middle + side * 0.7
+            beam = [(middle, top - 0.055), (far, top - 0.14), (far, top + 0.04)]
+            canvas.polygon(beam, glow("fff2b0", hour), 0.4)
 
     rock = mix(colour("6d5f57"), colour("8a7a62"), float(rng.uniform()))
 
@@ -200,13 +181,12 @@ def lighthouse(canvas: Canvas, rng: np.random.Generator) -> str:
     lamp = glow("ffe98a", hour) if dark_hours else colour("bfe3ea")
     room = width * 0.5
     canvas.rectangle(middle - width * 0.85, top - 0.012, middle + width * 0.85, top + 0.008, INK)
-    canvas.rectangle(
-        middle - room, top - 0.085, middle + room, top - 0.012, stripes(lamp, INK, 0.026, 0.22, origin=middle)
-    )
+    panes = stripes(lamp, INK, 0.026, 0.22, origin=middle)
+    canvas.rectangle(middle - room, top - 0.085, middle + room, top - 0.012, panes)
     canvas.rectangle(middle - width * 0.85, top - 0.042, middle + width * 0.85, top - 0.036, INK)
+    eaves = room * 1.25
     canvas.polygon(
-        [(middle - room * 1.25, top - 0.083), (middle, top - 0.145), (middle + room * 1.25, top - 0.083)],
-        band,
+        [(middle - eaves, top - 0.083), (middle, top - 0.145), (middle + eaves, top - 0.083)], band
     )
     canvas.line((middle, top - 0.145), (middle, top - 0.18), 0.008, INK)
     light_up(canvas, hour)
@@ -250,20 +230,13 @@ def windmill(canvas: Canvas, rng: np.random.Generator) -> str:
     tiles = scallops(
         cap, mix(cap, INK, 0.65), size=(0.044, 0.028), width=0.008, origin=(middle, hub), lift=0.5
     )
-    canvas.shape(
-        (middle - 0.11, hub - 0.12, middle + 0.11, hub + 0.01),
-        lambda x, y: np.maximum(
-            np.hypot(x - f32(middle), (y - f32(hub)) * 0.95) - 0.105, y - f32(hub + 0.008)
-        ),
-        tiles,
-    )
-    canvas.rectangle(
-        middle - 0.034,
-        base - 0.13,
-        middle + 0.034,
-        base,
-        planks(colour("6b4630"), INK, INK, board=0.02, period=0.01, angle=0),
-    )
+
+    def dome(x: Array, y: Array) -> Array:
+        return np.maximum(np.hypot(x - f32(middle), (y - f32(hub)) * 0.95) - 0.105, y - f32(hub + 0.008))
+
+    canvas.shape((middle - 0.11, hub - 0.12, middle + 0.11, hub + 0.01), dome, tiles)
+    door = planks(colour("6b4630"), INK, INK, board=0.02, period=0.01, angle=0)
+    canvas.rectangle(middle - 0.034, base - 0.13, middle + 0.034, base, door)
     canvas.rectangle(middle - 0.022, hub + 0.14, middle + 0.022, hub + 0.2, INK)
     canvas.rectangle(middle - 0.016, hub + 0.146, middle + 0.016, hub + 0.194, colour("a9d6ea"))
 

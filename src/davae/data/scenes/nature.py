@@ -47,15 +47,8 @@ def butterfly(canvas: Canvas, rng: np.random.Generator) -> str:
     size = rng.uniform(0.94, 1.06)
     opening = rng.uniform(-0.12, 0.12)
     backdrop = gradient(mix(meadow, WHITE, 0.35), mix(meadow, colour("2f5f3f"), 0.2), 0, 1)
-    canvas.fill(
-        leaves(
-            backdrop,
-            mix(meadow, WHITE, 0.42),
-            mix(meadow, colour("1f4f35"), 0.24),
-            size=0.08,
-            origin=(0.5, 0.5),
-        )
-    )
+    light, shade = mix(meadow, WHITE, 0.42), mix(meadow, colour("1f4f35"), 0.24)
+    canvas.fill(leaves(backdrop, light, shade, size=0.08, origin=(0.5, 0.5)))
 
     def wing(centre_x: float, centre_y: float, radii: tuple[float, float], angle: float) -> None:
         """Both wings at once: the plane is folded along the body."""
@@ -71,9 +64,8 @@ def butterfly(canvas: Canvas, rng: np.random.Generator) -> str:
             turns = f32(14 / np.pi)
             veins = pulse(theta * turns + f32(0.5 * 0.16), 0.16, np.minimum(w.pixel * turns / radius, 1))
             border = inside(-signed - f32(0.042 * size), w.pixel)
-            spots = pulse(theta * turns * 2, 0.5, np.minimum(w.pixel * turns * 2 / radius, 1)) * stroke(
-                np.abs(signed + f32(0.021 * size)), 0.02 * size, w.pixel
-            )
+            rim = stroke(np.abs(signed + f32(0.021 * size)), 0.02 * size, w.pixel)
+            spots = pulse(theta * turns * 2, 0.5, np.minimum(w.pixel * turns * 2 / radius, 1)) * rim
             cross = stroke(np.abs(signed + f32(0.085 * size)), 0.009, w.pixel)
             body = mix(centre, tone, np.clip(radius * f32(6 / size) - f32(0.4), 0, 1))
             body = mix(body, INK, np.maximum(veins, cross) * f32(0.85))
@@ -112,39 +104,25 @@ def fish(canvas: Canvas, rng: np.random.Generator) -> str:
     deep = colour(pick(rng, "0f5f8f", "136f86", "1f4f93"))
     bubbles = rng.uniform((0.0, 0.0, 0.008), (0.1, 0.32, 0.02), size=(5, 3))
     sea_light = gradient(mix(deep, colour("8fe0e8"), 0.65), mix(deep, colour("061f3f"), 0.3), 0, 0.9)
-    canvas.fill(
-        water(
-            sea_light,
-            mix(deep, colour("c9f5f5"), 0.42),
-            mix(deep, colour("06203f"), 0.1),
-            horizon=0.0,
-            drift=drift,
-        )
-    )
-    sand = colour("e3c98f")
+    crest, trough = mix(deep, colour("c9f5f5"), 0.42), mix(deep, colour("06203f"), 0.1)
+    canvas.fill(water(sea_light, crest, trough, horizon=0.0, drift=drift))
 
     def grains(w: Window) -> Array:
         v = (w.y - f32(0.84)) * f32(1 / 0.03) + f32(0.45) * np.sin(w.x * f32(14))
         return pulse(v, 0.35, w.pixel / 0.03)
 
-    canvas.below(
-        0.8,
-        lambda x: f32(0.84) + f32(0.02) * np.sin(x * 8 + f32(drift * 20)),
-        modulated(sand, colour("a07c48"), grains),
-    )
+    sand = modulated(colour("e3c98f"), colour("a07c48"), grains)
+    canvas.below(0.8, lambda x: f32(0.84) + f32(0.02) * np.sin(x * 8 + f32(drift * 20)), sand)
     for index, (x, top) in enumerate(((0.07, 0.5), (0.14, 0.6), (0.87, 0.56), (0.94, 0.46))):
         weed(canvas, x, top, colour(("2f9f5f", "1f7f5a")[index % 2]))
 
-    def rays(paint_dark: Array, origin_x: float, origin_y: float, count: float) -> Texture:
+    def rays(origin_x: float, origin_y: float, count: float) -> Texture:
         def texture(w: Window) -> Array:
             dx, dy = (w.x - f32(origin_x)) * f32(side), w.y - f32(origin_y)
             turns = f32(count / np.pi)
             radius = np.hypot(dx, dy) + f32(1e-3)
-            return mix(
-                tone,
-                paint_dark,
-                pulse(np.arctan2(dy, dx) * turns, 0.4, np.minimum(w.pixel * turns / radius, 1)),
-            )
+            lines = pulse(np.arctan2(dy, dx) * turns, 0.4, np.minimum(w.pixel * turns / radius, 1))
+            return mix(tone, dark, lines)
 
         return texture
 
@@ -152,12 +130,12 @@ def fish(canvas: Canvas, rng: np.random.Generator) -> str:
         return middle + side * along * length, level + down * height
 
     # The tail's rays, and the fins', fan out from where they join the body.
-    tail = rays(dark, *at(-0.62, 0.0), 34)
+    tail = rays(*at(-0.62, 0.0), 34)
     canvas.polygon([at(-0.8, 0.0), at(-1.55, -0.95), at(-1.42, -0.1), at(-0.85, 0.15)], tail)
     canvas.polygon([at(-0.8, 0.0), at(-1.55, 0.95), at(-1.42, 0.1), at(-0.85, -0.15)], tail)
-    fin = rays(dark, *at(0.1, 0.3), 44)
+    fin = rays(*at(0.1, 0.3), 44)
     canvas.polygon([at(-0.6, -0.6), at(-0.42, -1.5), at(0.05, -1.45), at(0.4, -0.8)], fin)
-    fin = rays(dark, *at(0.0, -0.2), 44)
+    fin = rays(*at(0.0, -0.2), 44)
     canvas.polygon([at(-0.45, 0.7), at(-0.42, 1.42), at(-0.02, 1.3), at(0.15, 0.85)], fin)
 
     skin = gradient(mix(dark, tone, 0.45), mix(tone, WHITE, 0.55), level - height, level + height)
@@ -165,30 +143,22 @@ def fish(canvas: Canvas, rng: np.random.Generator) -> str:
         skin, mix(dark, INK, 0.25), size=(0.05, 0.032), width=0.008, origin=(middle, level), lift=0.35
     )
     canvas.ellipse((middle, level), (length, height), scales)
-    face = mix(tone, WHITE, 0.25)
     head_x = middle + side * length * 0.5
 
     def head(x: Array, y: Array) -> Array:
         whole = ellipse_distance(x - f32(middle), y - f32(level), (length, height))
-        cheek = np.hypot((x - f32(middle + side * length * 1.15)), (y - f32(level)) * 0.9) - f32(
-            length * 0.62
-        )
-        return np.maximum(whole, cheek)
+        cheek = np.hypot((x - f32(middle + side * length * 1.15)), (y - f32(level)) * 0.9)
+        return np.maximum(whole, cheek - f32(length * 0.62))
 
-    bounds = (
-        min(head_x - 0.12, head_x + 0.14),
-        level - height,
-        max(head_x - 0.12, head_x + 0.16),
-        level + height,
-    )
-    canvas.shape(bounds, head, face)
+    bounds = (head_x - 0.12, level - height, head_x + 0.16, level + height)
+    canvas.shape(bounds, head, mix(tone, WHITE, 0.25))
     canvas.shape(bounds, head, dark, outline=0.012)
     canvas.ellipse((middle, level), (length, height), dark, outline=0.012)
     eye = at(0.7, -0.2)
     canvas.ellipse(eye, (0.036, 0.036), WHITE)
     canvas.ellipse((eye[0] + side * 0.006, eye[1]), (0.02, 0.02), INK)
     canvas.line(at(0.96, 0.24), at(0.72, 0.34), 0.01, dark)
-    canvas.polygon([at(0.2, 0.05), at(-0.28, -0.16), at(-0.34, 0.42)], rays(dark, *at(0.26, 0.05), 30))
+    canvas.polygon([at(0.2, 0.05), at(-0.28, -0.16), at(-0.34, 0.42)], rays(*at(0.26, 0.05), 30))
     for dx, y, radius in bubbles:
         centre = (middle + side * (length * 1.12 + float(dx)), level - 0.08 - float(y))
         canvas.ellipse(centre, (float(radius), float(radius)), colour("e9ffff"), outline=0.008)
@@ -228,11 +198,8 @@ def flower(canvas: Canvas, rng: np.random.Generator) -> str:
     backdrop = gradient(mix(back, WHITE, 0.3), mix(back, colour("6fae72"), 0.45), 0.1, 1)
     hatch = stripes(backdrop, mix(back, colour("3f7f6f"), 0.45), 0.03, 0.3, angle=np.pi / 4, origin=0.0)
     canvas.fill(hatch)
-    canvas.shape(
-        (0, 0.8, 1, 1),
-        lambda x, y: f32(0.9) - y + f32(0.02) * np.sin(x * f32(13)),
-        leaves(colour("3f8a45"), colour("9fd06a"), colour("1c5230"), size=0.06, origin=(0.0, 0.9)),
-    )
+    bush = leaves(colour("3f8a45"), colour("9fd06a"), colour("1c5230"), size=0.06, origin=(0.0, 0.9))
+    canvas.shape((0, 0.8, 1, 1), lambda x, y: f32(0.9) - y + f32(0.02) * np.sin(x * f32(13)), bush)
     green = colour("3f8f3f")
     foot = (middle + lean, 1.02)
     canvas.line((middle, level), foot, 0.032, green)
@@ -242,11 +209,11 @@ def flower(canvas: Canvas, rng: np.random.Generator) -> str:
 
     heart = reach * 0.36
 
-    def petals(offset: float, scale: float) -> tuple[Distance, Texture]:
-        def polar(w_x: Array, w_y: Array) -> tuple[Array, Array]:
-            dx, dy = w_x - f32(middle), w_y - f32(level)
-            return np.hypot(dx, dy) + f32(1e-4), np.arctan2(dy, dx)
+    def polar(x: Array, y: Array) -> tuple[Array, Array]:
+        dx, dy = x - f32(middle), y - f32(level)
+        return np.hypot(dx, dy) + f32(1e-4), np.arctan2(dy, dx)
 
+    def petals(offset: float, scale: float) -> tuple[Distance, Texture]:
         def distance(x: Array, y: Array) -> Array:
             radius, theta = polar(x, y)
             part = theta * f32(count / (2 * np.pi)) + f32(turn + offset)
@@ -274,8 +241,7 @@ def flower(canvas: Canvas, rng: np.random.Generator) -> str:
     canvas.shape(bounds, front_shape, front_paint)
 
     def seeds(w: Window) -> Array:
-        dx, dy = w.x - f32(middle), w.y - f32(level)
-        radius, theta = np.hypot(dx, dy) + f32(1e-4), np.arctan2(dy, dx)
+        radius, theta = polar(w.x, w.y)
         # Two families of spirals cross, as in a sunflower's heart.
         spiral = np.log(radius) * f32(2.6)
         foot = np.minimum(w.pixel * f32(3.2) / radius, 1)
@@ -330,26 +296,16 @@ def tree(canvas: Canvas, rng: np.random.Generator) -> str:
     canvas.shape((middle - 0.12, level, middle + 0.12, ground + 0.02), trunk, bark)
     canvas.line((middle, 0.64), (middle - 0.13, 0.5), 0.03, colour("5e3d26"))
     canvas.line((middle, 0.66), (middle + 0.13, 0.5), 0.03, colour("5e3d26"))
-    blobs = (
-        (0.0, -0.13, 0.17),
-        (-0.16, -0.03, 0.15),
-        (0.16, -0.03, 0.15),
-        (-0.1, 0.08, 0.14),
-        (0.1, 0.08, 0.14),
-        (0.0, 0.0, 0.18),
-    )
+    blobs = [(0.0, -0.13, 0.17), (-0.16, -0.03, 0.15), (0.16, -0.03, 0.15)]
+    blobs += [(-0.1, 0.08, 0.14), (0.1, 0.08, 0.14), (0.0, 0.0, 0.18)]
+    circles = [
+        (middle + dx * size, level + (dy + shift) * size, radius * size)
+        for (dx, dy, radius), shift in zip(blobs, wobble, strict=True)
+    ]
 
     def crown(x: Array, y: Array) -> Array:
-        nearest = circles_distance(
-            x,
-            y,
-            (
-                (middle + dx * size, level + (dy + shift) * size, radius * size)
-                for (dx, dy, radius), shift in zip(blobs, wobble, strict=True)
-            ),
-        )
         # Leaves fray the edge.
-        return nearest + f32(0.007) * np.sin(x * f32(150)) * np.sin(y * f32(150))
+        return circles_distance(x, y, circles) + f32(0.007) * np.sin(x * f32(150)) * np.sin(y * f32(150))
 
     def foliage(w: Window) -> Array:
         shade = (w.x - f32(middle)) * f32(1.3) + (w.y - f32(level)) * f32(1.9)

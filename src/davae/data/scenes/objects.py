@@ -51,14 +51,9 @@ def balloon(canvas: Canvas, rng: np.random.Generator) -> str:
         for height, tone in ((0.0, second), (0.075, first)):
             offset = w.y - f32(level + height) - zigzag
             cloth = mix(cloth, tone, stroke(np.abs(offset), 0.03, w.pixel))
-        cloth = mix(
-            cloth,
-            mix(first, INK, 0.6),
-            np.maximum(
-                pulse(phase * 2 + f32(0.08), 0.16, foot * 2),
-                pulse((w.y - f32(level)) * f32(1 / 0.055), 0.13, w.pixel / 0.055) * f32(0.8),
-            ),
-        )
+        upright = pulse(phase * 2 + f32(0.08), 0.16, foot * 2)
+        across_seams = pulse((w.y - f32(level)) * f32(1 / 0.055), 0.13, w.pixel / 0.055) * f32(0.8)
+        cloth = mix(cloth, mix(first, INK, 0.6), np.maximum(upright, across_seams))
         shade = np.clip(across * f32(0.3) + f32(0.1), 0, 0.4)
         return mix(cloth, INK, shade)
 
@@ -66,9 +61,8 @@ def balloon(canvas: Canvas, rng: np.random.Generator) -> str:
     top, half = mouth + 0.1, 0.052
     for share in (-1.0, -0.4, 0.4, 1.0):
         canvas.line((middle + share * radius * 0.24, mouth), (middle + share * half, top), 0.008, INK)
-    canvas.rectangle(
-        middle - radius * 0.25, mouth - 0.008, middle + radius * 0.25, mouth + 0.008, mix(first, INK, 0.5)
-    )
+    lip = radius * 0.25
+    canvas.rectangle(middle - lip, mouth - 0.008, middle + lip, mouth + 0.008, mix(first, INK, 0.5))
     wicker = weave(colour("d9a05a"), colour("7a4a22"), colour("3f2412"), size=0.022, origin=(middle, top))
     canvas.rectangle(middle - half, top, middle + half, top + 0.085, wicker)
     canvas.rectangle(middle - half - 0.008, top - 0.008, middle + half + 0.008, top + 0.01, colour("5a3418"))
@@ -78,18 +72,16 @@ def balloon(canvas: Canvas, rng: np.random.Generator) -> str:
 
 def basket(canvas: Canvas, rng: np.random.Generator) -> str:
     """A woven basket of fruit with a twisted handle, on a checked cloth."""
-    name, code = pick(
-        rng, ("apples", "d4352e"), ("oranges", "f58f1e"), ("limes", "8cc63c"), ("plums", "7a3f8f")
-    )
+    fruits = ("apples", "d4352e"), ("oranges", "f58f1e"), ("limes", "8cc63c"), ("plums", "7a3f8f")
+    name, code = pick(rng, *fruits)
     fruit = colour(code)
     cloth = colour(pick(rng, "c8473f", "3f6fb5", "4f9a63"))
     wall = colour(pick(rng, "f2dfc0", "d7e6e3", "e8d3d0"))
     middle, half = rng.uniform(0.46, 0.54), rng.uniform(0.27, 0.3)
     rim, base = rng.uniform(0.5, 0.54), rng.uniform(0.82, 0.86)
     heights = rng.uniform(-0.015, 0.015, size=5)
-    canvas.fill(
-        stripes(gradient(mix(wall, WHITE, 0.3), wall, 0, 0.7), mix(wall, INK, 0.28), 0.042, 0.18, origin=0.5)
-    )
+    backdrop = gradient(mix(wall, WHITE, 0.3), wall, 0, 0.7)
+    canvas.fill(stripes(backdrop, mix(wall, INK, 0.28), 0.042, 0.18, origin=0.5))
 
     def checks(w: Window) -> Array:
         one = pulse(w.x * f32(1 / 0.09), 0.5, w.pixel / 0.09)
@@ -119,14 +111,10 @@ def basket(canvas: Canvas, rng: np.random.Generator) -> str:
 
         def peel(w: Window, x: float = x, y: float = y, size: float = size) -> Array:
             shade = np.hypot(w.x - f32(x - 0.03), w.y - f32(y - 0.03)) * f32(1 / size)
-            ink = pulse((w.x + w.y) * f32(1 / 0.028), 0.32, w.pixel * 1.4 / 0.028) * np.clip(
-                shade - f32(0.35), 0, 0.55
-            )
-            return mix(
-                mix(mix(fruit, WHITE, 0.4), fruit, np.clip(shade * f32(1.8), 0, 1)),
-                mix(fruit, INK, 0.75),
-                np.clip(ink * f32(1.6), 0, 1),
-            )
+            hatch = pulse((w.x + w.y) * f32(1 / 0.028), 0.32, w.pixel * 1.4 / 0.028)
+            ink = hatch * np.clip(shade - f32(0.35), 0, 0.55)
+            skin = mix(mix(fruit, WHITE, 0.4), fruit, np.clip(shade * f32(1.8), 0, 1))
+            return mix(skin, mix(fruit, INK, 0.75), np.clip(ink * f32(1.6), 0, 1))
 
         canvas.ellipse((x, y), (size, size), peel)
         canvas.line((x, y - size * 0.85), (x + 0.012, y - size * 1.2), 0.01, colour("4a3220"))
@@ -140,9 +128,8 @@ def basket(canvas: Canvas, rng: np.random.Generator) -> str:
     wicker = weave(colour("edbd78"), colour("a8692f"), colour("4f2c12"), size=0.055, origin=(middle, rim))
 
     def shaded(w: Window) -> Array:
-        return mix(
-            wicker(w), colour("3f2412"), np.clip(np.abs(w.x - f32(middle)) * f32(2.0) - f32(0.2), 0, 0.4)
-        )
+        away = np.abs(w.x - f32(middle))
+        return mix(wicker(w), colour("3f2412"), np.clip(away * f32(2.0) - f32(0.2), 0, 0.4))
 
     canvas.shape((middle - half, rim, middle + half, base), body, shaded)
     braid = stripes(cane, brown, 0.034, 0.42, angle=0.6, origin=middle)
@@ -161,15 +148,8 @@ def book(canvas: Canvas, rng: np.random.Generator) -> str:
     tint = colour(pick(rng, "e88f4a", "5fa8c8", "8fbf5f", "d96f8f"))
     left_picture = bool(rng.integers(2))
     words = int(rng.integers(8))
-    canvas.fill(
-        planks(
-            gradient(mix(wood, WHITE, 0.12), mix(wood, INK, 0.12), 0, 1),
-            mix(wood, INK, 0.7),
-            mix(wood, INK, 0.33),
-            board=0.2,
-            period=0.036,
-        )
-    )
+    table = gradient(mix(wood, WHITE, 0.12), mix(wood, INK, 0.12), 0, 1)
+    canvas.fill(planks(table, mix(wood, INK, 0.7), mix(wood, INK, 0.33), board=0.2, period=0.036))
 
     def sag(x: Array) -> Array:
         """How far the pages' edges rise towards the spine, as paper does."""
