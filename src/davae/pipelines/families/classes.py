@@ -16,11 +16,17 @@ from davae.pipelines.scaling import to_model_space
 
 
 class ClassFamily(PipelineFamily):
-    """A "prompt" is the name of a class; the empty one is the label of no class."""
+    """A "prompt" is the name of a class; the empty one is the label of no class.
+
+    Attributes:
+        has_guidance_interval: the pipeline can guide a part of the steps.
+        takes_names: the pipeline's call takes names of classes, not numbers alone.
+    """
 
     conditioned_on = "class"
     text_length = 1
     has_guidance_interval: ClassVar[bool] = False
+    takes_names: ClassVar[bool] = False
 
     def null_label(self, pipe: DiffusionPipeline) -> int:
         """The label of no class."""
@@ -69,6 +75,7 @@ class ClassConditional(ClassFamily):
     pipelines = ("ClassConditionalPipeline",)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "modulation")
     has_guidance_interval = True
+    takes_names = True
 
     def null_label(self, pipe: DiffusionPipeline) -> int:
         """The number after the last class."""

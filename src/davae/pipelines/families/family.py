@@ -275,8 +275,8 @@ class PipelineFamily(ABC):
 class UpgradeOnlyFamily(PipelineFamily):
     """Pipelines that can be upgraded, saved and planned, but not trained: nobody said how they are called."""
 
-    pipelines = ()
-    lora_targets = ()
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    lora_targets: ClassVar[tuple[str, ...]] = ()
     trainable = False
 
     def _encode(
