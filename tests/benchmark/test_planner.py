@@ -1,19 +1,25 @@
-import json
-
-import pytest
-import torch
-from diffusers import SD3Transformer2DModel
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
-
-import davae.benchmark.planner_depth as depth
 from davae.benchmark import planner
 from davae.benchmark.planner_architectures import find_architecture
-from davae.benchmark.planner_hours import GPUS, find_gpu, hours
-from davae.benchmark.planner_memory import checkpointing, cost_of, drop_gradients
-from davae.benchmark.planner_stages import DiffusionRun, diffusion_stage, forward_cost, target_counts
+from davae.benchmark.planner_hours import GPUS
+from davae.benchmark.planner_hours import find_gpu
+from davae.benchmark.planner_hours import hours
+from davae.benchmark.planner_memory import checkpointing
+from davae.benchmark.planner_memory import cost_of
+from davae.benchmark.planner_memory import drop_gradients
+from davae.benchmark.planner_stages import DiffusionRun
+from davae.benchmark.planner_stages import diffusion_stage
+from davae.benchmark.planner_stages import forward_cost
+from davae.benchmark.planner_stages import target_counts
 from davae.benchmark.planner_text import stage_line
 from davae.errors import DavaeError
+from diffusers import SD3Transformer2DModel
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+import davae.benchmark.planner_depth as depth
+import json
+import pytest
+import torch
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -213,6 +219,6 @@ def test_each_text_encoder_sees_its_own_tokens():
     """SD3's transformer sees 333: 256 of T5 and 77 of both CLIPs, whose features share their places."""
     found = planner.plan(find_architecture("sd35-medium"), resolution=1024, scale=2)
     sizes = find_architecture("sd35-medium").text_encoder_sizes()
-    tokens = {"T5EncoderModel": 256, "CLIPTextModelWithProjection": 77}
-    assert found.text_flops == sum(2 * size.multiplied * tokens[size.class_name] for size in sizes)
+    tokens = {"t5": 256, "clip_text_model": 77}
+    assert found.text_flops == sum(2 * size.multiplied * tokens[size.kind] for size in sizes)
     assert found.speedup_with_decoding == pytest.approx(4.24, abs=0.005)

@@ -1,26 +1,32 @@
 """Class-conditional pipelines: the project's own flow model, and DiT with DDPM noise prediction."""
 
 from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any, ClassVar
-
-import torch
+from davae.errors import DavaeError
+from davae.pipelines.families.family import Conditioning
+from davae.pipelines.families.family import PipelineFamily
+from davae.pipelines.families.family import register_family
+from davae.pipelines.sampling.class_conditional import predict_velocity
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
-
-from davae.errors import DavaeError
-from davae.pipelines.families.family import Conditioning, PipelineFamily, register_family
-from davae.pipelines.sampling.class_conditional import predict_velocity
+from typing import Any
+from typing import ClassVar
+import torch
 
 
 class ClassFamily(PipelineFamily):
-    """A "prompt" is the name of a class; the empty one is the label of no class."""
+    """A "prompt" is the name of a class; the empty one is the label of no class.
+
+    Attributes:
+        has_guidance_interval: the pipeline can guide a part of the steps.
+        takes_names: the pipeline's call takes names of classes, not numbers alone.
+    """
 
     conditioned_on = "class"
     text_length = 1
     has_guidance_interval: ClassVar[bool] = False
+    takes_names: ClassVar[bool] = False
 
     def null_label(self, pipe: DiffusionPipeline) -> int:
         """The label of no class."""
@@ -69,6 +75,7 @@ class ClassConditional(ClassFamily):
     pipelines = ("ClassConditionalPipeline",)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "modulation")
     has_guidance_interval = True
+    takes_names = True
 
     def null_label(self, pipe: DiffusionPipeline) -> int:
         """The number after the last class."""

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from davae.errors import DavaeError
+from davae.pipelines.families import ClassFamily, find_family
 
 
 class Generated(NamedTuple):
@@ -169,8 +170,8 @@ def _subject(pipe: DiffusionPipeline, subject: str) -> dict[str, Any]:
         raise DavaeError(f"{type(pipe).__name__} makes images of neither prompts nor classes")
     if subject.isdecimal():
         return {"class_labels": [_number(pipe, int(subject))]}
-    labels = getattr(pipe, "labels", {})
-    if subject not in labels and type(pipe).__module__.startswith("diffusers"):
+    labels, family = getattr(pipe, "labels", {}), find_family(pipe)
+    if subject not in labels and not (isinstance(family, ClassFamily) and family.takes_names):
         raise DavaeError(f"the pipeline knows no class '{subject}': give its number, or a name it knows")
     return {"class_labels": [labels.get(subject, subject)]}
 
