@@ -20,8 +20,10 @@ PACKED = ("flux", "qwenimage")
 
 @functools.cache
 def autoencoder(name: str, scale: int = 2) -> AutoencoderDA:
-    """For the small pipeline of that name; shared, so not to be changed."""
-    return AutoencoderDA.from_base(small_pipeline(name).vae, scale=scale, detail_channels=DETAILS)
+    """For the small pipeline of that name; shared, so not to be changed, and the same whoever asks first."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoencoderDA.from_base(small_pipeline(name).vae, scale=scale, detail_channels=DETAILS)
 
 
 def base_and_upgraded(name: str, scale: int = 2, **options: Any) -> tuple[DiffusionPipeline, Any]:
