@@ -6,16 +6,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from davae.bases.debug_pipelines import small_pipeline
 from davae.benchmark import count_flops
 from davae.benchmark.autoencoder import _tiling, bench_autoencoder
-from davae.benchmark.contestants import make_contestants
 from davae.benchmark.inference import bench_inference
-from davae.benchmark.memory import peak_tensor_bytes
-from davae.benchmark.planner_architectures import find_architecture
+from davae.benchmark.timing import peak_tensor_bytes
+from davae.benchmark.variants import make_contestants
 from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.tiny.small_pipelines import small_pipeline
+from davae.planner.architectures import find_architecture
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,19 @@
-from davae.benchmark import planner
-from davae.benchmark.planner_architectures import find_architecture
-from davae.benchmark.planner_hours import GPUS
-from davae.benchmark.planner_hours import find_gpu
-from davae.benchmark.planner_hours import hours
-from davae.benchmark.planner_memory import checkpointing
-from davae.benchmark.planner_memory import cost_of
-from davae.benchmark.planner_memory import drop_gradients
-from davae.benchmark.planner_stages import DiffusionRun
-from davae.benchmark.planner_stages import diffusion_stage
-from davae.benchmark.planner_stages import forward_cost
-from davae.benchmark.planner_stages import target_counts
-from davae.benchmark.planner_text import stage_line
-from davae.errors import DavaeError
-from diffusers import SD3Transformer2DModel
-from torch.profiler import ProfilerActivity
-from torch.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
-import davae.benchmark.planner_depth as depth
 import json
+
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import davae.planner.architectures as depth
+from davae.errors import DavaeError
+from davae.planner import plan as planner
+from davae.planner.architectures import find_architecture
+from davae.planner.hours import GPUS, find_gpu, hours
+from davae.planner.memory import checkpointing, cost_of, drop_gradients
+from davae.planner.stages import DiffusionRun, diffusion_stage, forward_cost, target_counts
+from davae.planner.text import stage_line
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -122,7 +116,7 @@ def _allocated_peak(fn) -> int:
 def test_memory_of_a_training_step_is_what_torch_allocates(recompute, precision, monkeypatch):
     mixed = precision == "bf16"
     # What the CPU runs in float32 under autocast differs from CUDA, which the planner follows.
-    monkeypatch.setattr("davae.benchmark.planner_memory._WIDE", set())
+    monkeypatch.setattr("davae.planner.memory._WIDE", set())
     real, shapes = _small(4, "cpu"), _small(4, "meta")
     if recompute:
         real.enable_gradient_checkpointing()

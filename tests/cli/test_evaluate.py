@@ -9,10 +9,10 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 from typer.testing import CliRunner
 
+from davae.bases.tiny import debug_base
 from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.tiny import debug_base
 
 
 @pytest.fixture

@@ -12,15 +12,15 @@ from torch import nn
 from typer.testing import CliRunner
 
 from davae.bases import generate as generate_verb
+from davae.bases.debug_pipelines import small_pipeline
+from davae.bases.open import load_base
+from davae.bases.tiny import debug_base
 from davae.cli.main import app
 from davae.data import render_scene
 from davae.models import AutoencoderDA
 from davae.pipelines import speed_up
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.runtime import devices
-from davae.tiny import debug_base
-from davae.tiny.small_pipelines import small_pipeline
-from davae.training.run import load_base
 from davae.training.runs import reconstruct as reconstruct_verb
 
 

@@ -15,7 +15,7 @@ from davae.data import render_scene
 from davae.errors import DavaeError
 from davae.recipes.read import load_recipe, recipe_names
 from davae.recipes.settings import BaseRecipe, UpgradeRecipe
-from davae.training.run_cache import default_folder
+from davae.training.runs.cache import default_folder
 
 CACHED = [
     name

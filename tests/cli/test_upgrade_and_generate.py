@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from davae.bases.debug_pipelines import SMALL_PIPELINES, small_pipeline
 from davae.cli.main import main
 from davae.models import AutoencoderDA
 from davae.pipelines.sampling.generate import generate_images
-from davae.tiny.small_pipelines import SMALL_PIPELINES, small_pipeline
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object):

@@ -11,7 +11,7 @@ from PIL import Image
 from davae.data import render_scene
 from davae.errors import DavaeError
 from davae.recipes.read import load_recipe
-from davae.training.run import train_autoencoder
+from davae.training.runs.train import train_autoencoder
 
 
 def _photo(index):

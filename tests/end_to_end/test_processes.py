@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from davae.recipes.read import load_recipe
-from davae.training.run import train_autoencoder, train_diffusion
-from davae.training.run_directory import read_metrics
+from davae.training.checkpoints.run_directory import read_metrics
+from davae.training.runs.train import train_autoencoder, train_diffusion
 
 STEPS = 50
 

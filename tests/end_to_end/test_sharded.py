@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from tests.end_to_end.trainings import POISONED_STEP, run
 
+from davae.bases.tiny import debug_base
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.tiny import debug_base
-from davae.training.run_directory import read_metrics
+from davae.training.checkpoints.run_directory import read_metrics
 from davae.warm_start import new_channel_masks
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from davae.training.checkpoint import checkpoints, load_checkpoint
+from davae.training.checkpoints.checkpoint import checkpoints, load_checkpoint
 
 
 @pytest.fixture(scope="module")

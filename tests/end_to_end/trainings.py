@@ -17,8 +17,8 @@ from torch import nn
 
 from davae.recipes.loop import LoopSettings, OptimizerSettings
 from davae.recipes.read import load_recipe
-from davae.training.loop import train
-from davae.training.run import train_autoencoder, train_diffusion
+from davae.training.loop.loop import train
+from davae.training.runs.train import train_autoencoder, train_diffusion
 from davae.training.stage import Player, Stage
 
 POISONED_STEP = 1

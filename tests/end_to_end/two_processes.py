@@ -13,9 +13,9 @@ from torch import nn
 
 from davae.errors import DavaeError
 from davae.recipes.loop import LoopSettings, OptimizerSettings
-from davae.training.loop import train
+from davae.training.loop.loop import train
+from davae.training.loop.signals import TrainingStopped
 from davae.training.stage import Player, Stage
-from davae.training.stopping import TrainingStopped
 
 
 class _Numbers(torch.utils.data.Dataset):

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from transformers import Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel, ResNetConfig, ResNetModel
 
 from davae.errors import DavaeError
-from davae.evaluation.dino_distance import DinoDistance
+from davae.models.perceptual import DinoDistance
 from davae.recipes.settings import ReconstructionSettings
-from davae.training.losses import ReconstructionLoss
+from davae.training.autoencoder.losses import ReconstructionLoss
 
 _SMALL = {
     "hidden_size": 16,

@@ -8,14 +8,13 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
+from davae.bases.debug_text import clip
 from davae.errors import DavaeError
 from davae.evaluation.features import TextImageNetwork, open_network
-from davae.evaluation.features.inception import WEIGHTS
-from davae.evaluation.features.inception_network import InceptionNetwork
-from davae.evaluation.features.resize import resize_tensorflow1
+from davae.evaluation.features.inception import WEIGHTS, InceptionNetwork
+from davae.evaluation.features.network import resize_tensorflow1
 from davae.evaluation.features.transformers_model import preprocessing
 from davae.runtime.pictures import to_bytes
-from davae.tiny.small_text import clip
 
 _SMALL = {
     "hidden_size": 16,

@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from davae.bases.debug_pipelines import small_pipeline
+from davae.bases.tiny import debug_base
 from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.features import Features
@@ -18,9 +20,7 @@ from davae.evaluation.generation.prompts import class_set, open_prompt_set
 from davae.evaluation.metrics.fid import GaussianStatistics, save_statistics
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.report.pictures import save_png
-from davae.tiny import debug_base
-from davae.tiny.small_pipelines import small_pipeline
+from davae.report.recorder import save_png
 
 _SETTINGS = RunSettings("debug", {"kind": "classes"}, steps=1, guidance=1.0, batch=3)
 _COUNT = 40

@@ -7,11 +7,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import davae
+from davae.bases.debug_pipelines import call_arguments, small_pipeline
+from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
-from davae.models.known_bases import FrugalResnetBlock2D
+from davae.models.base_adapters.image import FrugalResnetBlock2D
 from davae.pipelines.sampling.speed import compile_regions, regions, speed_up
-from davae.tiny import debug_base
-from davae.tiny.small_pipelines import call_arguments, small_pipeline
 
 
 def _upgraded(name):

@@ -9,10 +9,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from davae.bases.debug_pipelines import base_resolution, small_pipeline
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.pipelines.families.packing import pack, unpack
-from davae.tiny.small_pipelines import base_resolution, small_pipeline
+from davae.pipelines.families.family import pack, unpack
 
 DETAILS = 8
 PACKED = ("flux", "qwenimage")

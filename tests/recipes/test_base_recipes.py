@@ -12,13 +12,13 @@ import pytest
 from davae.data import BatchStream, RenderedDataset
 from davae.errors import DavaeError
 from davae.recipes.read import load_recipe
-from davae.training import base
-from davae.training.base_autoencoder import BaseAutoencoderStage
+from davae.training.base import train as base
+from davae.training.base.autoencoder_stage import BaseAutoencoderStage
+from davae.training.base.dry_run import dry_run_base
+from davae.training.checkpoints.run_directory import read_metrics
 from davae.training.diffusion import DiffusionStage, stage
-from davae.training.dry_run_base import dry_run_base
-from davae.training.run import run_base
-from davae.training.run_cache import run_cache
-from davae.training.run_directory import read_metrics
+from davae.training.runs.cache import run_cache
+from davae.training.runs.train import run_base
 from davae.training.stage import Stage
 
 SMALL = ["data.path=procedural:40", "data.resolution=32", "data.hold_out=6", "data.flip=true"]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from davae.errors import DavaeError
 from davae.report import FigureRecorder, Figures, Summary
-from davae.report.pictures import enlarged, save_png
+from davae.report.recorder import enlarged, save_png
 from davae.report.schema import TENSOR_FILE
 from tests.report.conftest import CLASSES, make_summary
 

@@ -12,14 +12,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from davae.latents import LatentLayout
-from davae.tiny.small_transformers import (
+from davae.bases.debug_transformers import (
     EXCLUDED_TRANSFORMERS,
     SMALL_CHANNELS,
     SMALL_TRANSFORMERS,
     small_transformer,
+    transformer_row,
 )
-from davae.tiny.transformer_table import transformer_row
+from davae.latents import LatentLayout
 from davae.warm_start import (
     channel_parameters,
     check_warm_start,

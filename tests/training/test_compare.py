@@ -12,18 +12,23 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from PIL import Image
 from typer.testing import CliRunner
 
+from davae.bases.tiny import debug_base
 from davae.cli.compare import named_folders
 from davae.cli.main import app
 from davae.cli.tables import comparison_table
 from davae.errors import DavaeError
 from davae.evaluation.features import Features
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets
+from davae.experiments.compare import (
+    DiffusionOptions,
+    compare_autoencoders,
+    open_candidates,
+    score_autoencoders,
+)
+from davae.experiments.compare.diffusion import Trial, transformer_size
 from davae.models import AutoencoderDA
 from davae.models.latent_space import compression_of, decode, encode, open_autoencoder
 from davae.models.lightningdit import SIZES
-from davae.tiny import debug_base
-from davae.training.compare import DiffusionOptions, compare_autoencoders, open_candidates, score_autoencoders
-from davae.training.compare.trial import Trial, transformer_size
 
 SIZE = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
 
@@ -225,13 +230,13 @@ class Colours:
 
 def test_table_two_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One token budget by the patch, one transformer, and every column of the paper's table."""
-    monkeypatch.setattr("davae.training.compare.comparison.open_network", Colours)
+    monkeypatch.setattr("davae.experiments.compare.comparison.open_network", Colours)
 
     class Lpips(torch.nn.Module):
         def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             return (a - b).abs().mean((1, 2, 3))
 
-    monkeypatch.setattr("davae.training.compare.comparison.LpipsLoss", lambda file: Lpips())
+    monkeypatch.setattr("davae.experiments.compare.comparison.LpipsLoss", lambda file: Lpips())
     options = DiffusionOptions(steps=2, batch=4, size=SIZE, samples=6, sample_steps=1, repeats=1)
     result = compare_autoencoders(
         {"f2": kl(), "f4": AutoencoderDA.from_base(kl(), scale=2, detail_channels=4), "f8": dc()},

@@ -8,11 +8,11 @@ from tests.training.test_loop import _Objective, _Stage, _weights
 from torch.amp import GradScaler
 
 from davae.recipes.loop import OptimizerSettings
-from davae.training import loop
-from davae.training.checkpoint import checkpoints
-from davae.training.loop import train
-from davae.training.run_directory import read_metrics
-from davae.training.sharding import begin_accelerator
+from davae.training.checkpoints.checkpoint import checkpoints
+from davae.training.checkpoints.run_directory import read_metrics
+from davae.training.engine.fsdp import begin_accelerator
+from davae.training.loop import loop
+from davae.training.loop.loop import train
 from davae.training.stage import Player
 
 MOST = 20.0  # gradient norm that some steps of the toy exceed

@@ -11,12 +11,12 @@ from torch import nn
 
 from davae.errors import DavaeError
 from davae.recipes.loop import LoopSettings, OptimizerSettings
-from davae.training.checkpoint import checkpoints
-from davae.training.loop import train
-from davae.training.optimizers import learning_rate
-from davae.training.run_directory import read_metrics
+from davae.training.checkpoints.checkpoint import checkpoints
+from davae.training.checkpoints.run_directory import read_metrics
+from davae.training.engine.optimizer import learning_rate
+from davae.training.loop.loop import train
+from davae.training.loop.signals import TrainingStopped
 from davae.training.stage import Player, Stage
-from davae.training.stopping import TrainingStopped
 
 
 class _Numbers(torch.utils.data.Dataset):
@@ -107,7 +107,7 @@ def test_accumulated_micro_steps_equal_one_gradient(tmp_path):
     logged = read_metrics(tmp_path / "metrics.jsonl")[0]
     fresh = _Objective()
     from davae.data import BatchStream
-    from davae.training.loop import _seed_step
+    from davae.training.loop.rng import _seed_step
 
     stream = iter(BatchStream(_Numbers(), 2, seed=0))
     total = 0.0

@@ -11,18 +11,18 @@ import torch
 from diffusers import AutoencoderDC
 from tests.training.test_text_stage import _stage
 
+from davae.bases.debug_pipelines import SMALL_PIPELINES
+from davae.bases.tiny import debug_base
 from davae.data.loading.stream import collate
 from davae.models import AutoencoderDA
 from davae.recipes.loop import LoopSettings
 from davae.recipes.settings import AlignmentSettings, ReconstructionSettings
-from davae.tiny import debug_base
-from davae.tiny.small_pipelines import SMALL_PIPELINES
-from davae.training.guards import StepGuard
-from davae.training.loop import to_device
-from davae.training.plain_objective import PlainObjective
-from davae.training.sharded_tensors import gradient_norms
-from davae.training.structured_objective import StructuredObjective
-from davae.training.window import LossWindow
+from davae.training.autoencoder.objective import StructuredObjective
+from davae.training.autoencoder.plain_objective import PlainObjective
+from davae.training.engine.tensors import gradient_norms
+from davae.training.loop.averages import LossWindow
+from davae.training.loop.bad_steps import StepGuard
+from davae.training.loop.loop import to_device
 
 META = torch.device("meta")
 

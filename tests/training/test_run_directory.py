@@ -11,9 +11,9 @@ from tests.training.test_loop import _Stage
 
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import atomic_folder, atomic_write
-from davae.training.export import export_run
-from davae.training.loop import train
-from davae.training.run_directory import RunDirectory, read_metrics
+from davae.training.checkpoints.run_directory import RunDirectory, read_metrics
+from davae.training.loop.loop import train
+from davae.training.runs.export import export_run
 
 
 class _Killed(BaseException):

@@ -15,10 +15,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
-from davae.tiny import debug_base
-from davae.training import sharding
-from davae.training.sharded_tensors import (
+from davae.training.engine import fsdp as sharding
+from davae.training.engine.fsdp import begin_accelerator, block_classes, dissolve, whole
+from davae.training.engine.tensors import (
     clip_gradients,
     gradient_norms,
     like,
@@ -26,8 +27,6 @@ from davae.training.sharded_tensors import (
     spread_masks,
     whole_on_cpu,
 )
-from davae.training.sharding import begin_accelerator, block_classes
-from davae.training.whole_models import dissolve, whole
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "accelerate").glob("*.yaml"))
 SHARDED = [c for c in CONFIGS if load_config_from_file(str(c)).distributed_type == DistributedType.FSDP]

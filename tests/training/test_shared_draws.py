@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from davae.training.shared_draws import SharedDraws
+from davae.training.loop.rng import SharedDraws
 
 DRAWS = [
     lambda n: torch.randn(n, 3),

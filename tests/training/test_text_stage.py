@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from davae.bases.debug_pipelines import SMALL_PIPELINES, base_resolution, small_pipeline
 from davae.data import open_dataset
 from davae.diffusion import FlowLoss, FlowProcess, sd3_sigma_table
 from davae.errors import DavaeError
@@ -15,7 +16,7 @@ from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families import PipelineFamily, family_of
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import FlowLossSettings, SigmaTableSettings, TimestepSettings
-from davae.tiny.small_pipelines import SMALL_PIPELINES, base_resolution, small_pipeline
+from davae.training.checkpoints.run_directory import read_metrics
 from davae.training.diffusion import (
     DiffusionObjective,
     DiffusionStage,
@@ -23,8 +24,7 @@ from davae.training.diffusion import (
     noise_process,
     select_trained,
 )
-from davae.training.loop import train
-from davae.training.run_directory import read_metrics
+from davae.training.loop.loop import train
 from davae.warm_start import channel_parameters
 
 LAYOUT = LatentLayout(2, 4)

@@ -6,19 +6,24 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from davae.benchmark.planner_architectures import find_architecture
+from davae.bases.tiny import debug_base
+from davae.benchmark.training import bench_training, profile_step
+from davae.benchmark.training_stages import (
+    FORMS,
+    DiffusionBenchStage,
+    SeparatePassesObjective,
+    StepSettings,
+    autoencoder_stage,
+)
 from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
+from davae.planner.architectures import find_architecture
 from davae.recipes.settings import AlignmentSettings, GanSettings, ReconstructionSettings
-from davae.tiny import debug_base
-from davae.training.adaptive_weights import with_gradients
-from davae.training.adversary import make_adversary
-from davae.training.benchmark import bench_training, profile_step
-from davae.training.benchmark.separate_passes import SeparatePassesObjective
-from davae.training.benchmark.stages import FORMS, DiffusionBenchStage, StepSettings, autoencoder_stage
-from davae.training.loop import steps_of
-from davae.training.structured_objective import StructuredObjective
+from davae.training.autoencoder.adaptive_weights import with_gradients
+from davae.training.autoencoder.losses import make_adversary
+from davae.training.autoencoder.objective import StructuredObjective
+from davae.training.loop.loop import steps_of
 
 # A large eps keeps AdamW from turning rounding of a vanishing gradient into a whole step.
 SMALL = {"resolution": 32, "detail_channels": 8, "batch": 2, "learning_rate": 1e-3, "eps": 1e-3}

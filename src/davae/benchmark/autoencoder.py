@@ -12,13 +12,12 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from davae.benchmark.contestants import Contestant, make_contestants
 from davae.benchmark.inference import device_name
-from davae.benchmark.memory import peak_tensor_bytes
-from davae.benchmark.planner_architectures import find_architecture
-from davae.benchmark.timing import side_by_side
+from davae.benchmark.timing import peak_tensor_bytes, side_by_side
+from davae.benchmark.variants import Contestant, make_contestants
 from davae.errors import DavaeError
 from davae.models import find_adapter
+from davae.planner.architectures import find_architecture
 from davae.runtime.devices import chosen_device, named_dtype
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from davae.benchmark.contestants import Contestant, compile_parts, make_contestants
-from davae.benchmark.planner_architectures import find_architecture
 from davae.benchmark.timing import SideBySide, side_by_side
+from davae.benchmark.variants import Contestant, compile_parts, make_contestants
 from davae.errors import DavaeError
 from davae.pipelines.sampling.speed import set_attention
+from davae.planner.architectures import find_architecture
 from davae.runtime.devices import chosen_device, named_dtype
 
 

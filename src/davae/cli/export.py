@@ -34,7 +34,7 @@ def export(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
 ) -> None:
     """Copy a run's result to a folder with a model card, for others to open; publish it if asked."""
-    from davae.training.export import export_run
+    from davae.training.runs.export import export_run
 
     told = export_run(
         run,

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from davae.benchmark.planner_text import notes, tables
 from davae.cli.options import wide_console
+from davae.planner.text import notes, tables
 from davae.report.words import metric_label
 
 if TYPE_CHECKING:
     from davae.benchmark.autoencoder import AutoencoderBenchmark
     from davae.benchmark.inference import InferenceBenchmark
-    from davae.benchmark.planner import Plan
+    from davae.benchmark.training import StepProfile, TrainingBenchmark
     from davae.evaluation.latent_space.inspect import Inspection
-    from davae.training.benchmark import StepProfile, TrainingBenchmark
-    from davae.training.compare import AutoencoderScore, Comparison, DiffusionScore
+    from davae.experiments.compare import AutoencoderScore, Comparison, DiffusionScore
+    from davae.planner.plan import Plan
 
 
 def print_plan(plan: Plan) -> None:

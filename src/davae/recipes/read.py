@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from davae.errors import DavaeError
 from davae.recipes.dc_ae import DcAeRecipe
-from davae.recipes.section import MAY_CHANGE, Section
+from davae.recipes.loop import MAY_CHANGE, Section
 from davae.recipes.settings import AblationRecipe, BaseRecipe, UpgradeRecipe
 
 Recipe = UpgradeRecipe | BaseRecipe | DcAeRecipe | AblationRecipe

@@ -10,8 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from davae.pipelines.families.family import Conditioning, PipelineFamily, register_family
-from davae.pipelines.families.packing import pack, unpack
+from davae.pipelines.families.family import Conditioning, PipelineFamily, pack, register_family, unpack
 
 
 class QwenImage(PipelineFamily):

@@ -20,7 +20,7 @@ from davae.diffusion.flow_matching import guide, is_guided
 from davae.diffusion.schedulers import check_flow_scheduler, scheduler_step, set_sigmas, shifted_scheduler
 from davae.errors import DavaeError
 from davae.latents import latent_affine, to_raw
-from davae.models.custom_code import custom_code
+from davae.models.remote_code import custom_code
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
