@@ -1,25 +1,19 @@
-from davae.benchmark import planner
-from davae.benchmark.planner_architectures import find_architecture
-from davae.benchmark.planner_hours import GPUS
-from davae.benchmark.planner_hours import find_gpu
-from davae.benchmark.planner_hours import hours
-from davae.benchmark.planner_memory import checkpointing
-from davae.benchmark.planner_memory import cost_of
-from davae.benchmark.planner_memory import drop_gradients
-from davae.benchmark.planner_stages import DiffusionRun
-from davae.benchmark.planner_stages import diffusion_stage
-from davae.benchmark.planner_stages import forward_cost
-from davae.benchmark.planner_stages import target_counts
-from davae.benchmark.planner_text import stage_line
-from davae.errors import DavaeError
-from diffusers import SD3Transformer2DModel
-from torch.profiler import ProfilerActivity
-from torch.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
-import davae.benchmark.planner_depth as depth
 import json
+
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import davae.benchmark.planner_depth as depth
+from davae.benchmark import planner
+from davae.benchmark.planner_architectures import find_architecture
+from davae.benchmark.planner_hours import GPUS, find_gpu, hours
+from davae.benchmark.planner_memory import checkpointing, cost_of, drop_gradients
+from davae.benchmark.planner_stages import DiffusionRun, diffusion_stage, forward_cost, target_counts
+from davae.benchmark.planner_text import stage_line
+from davae.errors import DavaeError
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 
