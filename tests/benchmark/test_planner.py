@@ -1,25 +1,19 @@
+import json
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import davae.planner.architectures as depth
 from davae.errors import DavaeError
 from davae.planner import plan as planner
 from davae.planner.architectures import find_architecture
-from davae.planner.hours import GPUS
-from davae.planner.hours import find_gpu
-from davae.planner.hours import hours
-from davae.planner.memory import checkpointing
-from davae.planner.memory import cost_of
-from davae.planner.memory import drop_gradients
-from davae.planner.stages import DiffusionRun
-from davae.planner.stages import diffusion_stage
-from davae.planner.stages import forward_cost
-from davae.planner.stages import target_counts
+from davae.planner.hours import GPUS, find_gpu, hours
+from davae.planner.memory import checkpointing, cost_of, drop_gradients
+from davae.planner.stages import DiffusionRun, diffusion_stage, forward_cost, target_counts
 from davae.planner.text import stage_line
-from diffusers import SD3Transformer2DModel
-from torch.profiler import ProfilerActivity
-from torch.profiler import profile
-from torch.utils.flop_counter import FlopCounterMode
-import davae.planner.architectures as depth
-import json
-import pytest
-import torch
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 

@@ -17,8 +17,8 @@ from davae.diffusion import (
     velocity_of,
     x0_from_velocity,
 )
+from davae.pipelines.class_conditional import guided_velocity, predict_velocity
 from davae.pipelines.families import family_of
-from davae.pipelines.sampling.class_conditional import guided_velocity, predict_velocity
 
 LEVELS = torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0])  # both ends, and between
 

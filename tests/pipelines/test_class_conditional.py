@@ -27,8 +27,8 @@ from torch import Tensor
 from davae.diffusion import guide, is_guided, shift_sigmas
 from davae.errors import DavaeError
 from davae.models.lightningdit import LightningDiTTransformer2DModel
+from davae.pipelines.class_conditional import ClassConditionalPipeline
 from davae.pipelines.families import family_of
-from davae.pipelines.sampling.class_conditional import ClassConditionalPipeline
 
 
 class LinearField(ModelMixin, ConfigMixin):
@@ -232,7 +232,7 @@ def test_saved_pipeline_loads_in_a_new_process_and_makes_the_same_image(tmp_path
     )
 
     script = (
-        "import sys, torch, davae.pipelines.sampling.class_conditional\n"
+        "import sys, torch, davae.pipelines.class_conditional\n"
         "from diffusers import DiffusionPipeline\n"
         "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1] + '/pipeline')\n"
         "seeded = torch.Generator().manual_seed(0)\n"

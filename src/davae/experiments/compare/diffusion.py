@@ -26,8 +26,8 @@ from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
 from davae.models.latent_space import decode
 from davae.models.lightningdit import SIZES, Size
+from davae.pipelines.class_conditional import guided_velocity
 from davae.pipelines.families.classes import ClassConditional
-from davae.pipelines.sampling.class_conditional import guided_velocity
 from davae.recipes.loop import OptimizerSettings
 from davae.recipes.settings import FlowLossSettings
 from davae.runtime.pictures import PICTURES

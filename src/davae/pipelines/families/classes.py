@@ -11,8 +11,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.pipelines.class_conditional import predict_velocity
 from davae.pipelines.families.family import Conditioning, PipelineFamily, register_family
-from davae.pipelines.sampling.class_conditional import predict_velocity
 
 
 class ClassFamily(PipelineFamily):

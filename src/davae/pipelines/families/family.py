@@ -11,26 +11,23 @@ upgraded one. A family that needs another value says so in its own file.
 """
 
 from __future__ import annotations
-from abc import ABC
-from abc import abstractmethod
-from collections.abc import Mapping
-from collections.abc import Sequence
-from davae.errors import DavaeError
-from davae.models import AutoencoderDA
-from davae.models.latent_space import encode
-from davae.models.latent_space import to_model_space
-from davae.pipelines.families.class_fixes import fit_sizes
+
+import difflib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeVar
+
+import diffusers
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
-from typing import Any
-from typing import ClassVar
-from typing import Literal
-from typing import TypeVar
-import difflib
-import diffusers
-import math
-import torch
+
+from davae.errors import DavaeError
+from davae.models import AutoencoderDA
+from davae.models.latent_space import encode, to_model_space
+from davae.pipelines.families.class_fixes import fit_sizes
 
 P = TypeVar("P", bound=DiffusionPipeline)
 Conditioning = Mapping[str, Tensor]

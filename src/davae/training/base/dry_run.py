@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from davae.benchmark import count_flops
 from davae.models import LightningDiTTransformer2DModel
 from davae.models.lightningdit import restarted
 from davae.planner.architectures import find_architecture
+from davae.planner.flops import count_flops
 from davae.planner.hours import TRANSFORMER_UTILISATION, find_gpu, hours
 from davae.recipes.read import dump_recipe
 from davae.recipes.settings import BaseRecipe
