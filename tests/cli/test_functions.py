@@ -87,8 +87,8 @@ def test_upgrade_and_generate(here: Path, tmp_path: Path) -> None:
     written = write_upgraded("debug", here / "vae", tmp_path / "b")
     assert json.loads(text) | {"folder": None} == json.loads(json.dumps(written.to_json())) | {"folder": None}
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    told = verb("upgrade", "debug", "--autoencoder", here / "vae", "--out", tmp_path / "b").strip()
-    assert told == str(written)
+    message = verb("upgrade", "debug", "--autoencoder", here / "vae", "--out", tmp_path / "b").strip()
+    assert message == str(written)
 
     options = ["--seed", 3, "--count", 2, "--steps", 2]
     text = verb("generate", tmp_path / "a", "tree", "book", *options, "--out", tmp_path / "x")
@@ -116,14 +116,14 @@ def test_train_cache_and_export(tmp_path: Path) -> None:
     assert text.replace(str(a), str(b)) == run_autoencoder("debug", settings, b) + "\n"
     assert contents(a / "autoencoder") == contents(b / "autoencoder")
     text = verb("cache", *common, "--autoencoder", a / "autoencoder", "--out", a / "cache")
-    told = run_cache("debug", settings, b / "cache", a / "autoencoder")
-    assert text.replace(str(a / "cache"), str(b / "cache")) == told + "\n"
+    message = run_cache("debug", settings, b / "cache", a / "autoencoder")
+    assert text.replace(str(a / "cache"), str(b / "cache")) == message + "\n"
     shards = [name for name in contents(a / "cache") if name.endswith(".safetensors")]
     assert shards
     assert all(contents(a / "cache")[name] == contents(b / "cache")[name] for name in shards)
     text = verb("export", a, "--out", tmp_path / "x", "--license", "mit")
-    told = export_run(b, tmp_path / "y", license="mit")
-    assert text == told.replace(str(tmp_path / "y"), str(tmp_path / "x")) + "\n"
+    message = export_run(b, tmp_path / "y", license="mit")
+    assert text == message.replace(str(tmp_path / "y"), str(tmp_path / "x")) + "\n"
 
 
 @pytest.mark.parametrize(

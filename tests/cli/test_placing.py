@@ -124,9 +124,9 @@ def test_reconstruct_in_bfloat16_tells_nearly_the_same_gain(tmp_path: Path) -> N
         Image.fromarray(render_scene(i, 0, 48)).save(tmp_path / "photos" / f"{i}.png")
     arguments = ["reconstruct", tmp_path / "vae", tmp_path / "photos", "--resolution", 32]
     arguments += ["--out", tmp_path / "rows.png", "--device", "cpu"]
-    told = []
+    message = []
     for options in ([], ["--dtype", "bfloat16"]):
         done = CliRunner().invoke(app, [*map(str, arguments), *options], catch_exceptions=False)
         assert done.exit_code == 0
-        told.append(float(done.output.split("PSNR ")[1].split()[0]))
-    assert told[0] == pytest.approx(told[1], abs=0.2)
+        message.append(float(done.output.split("PSNR ")[1].split()[0]))
+    assert message[0] == pytest.approx(message[1], abs=0.2)

@@ -86,7 +86,7 @@ def _recipe(base: str):
 
 
 def _validated(stage, samples: Path) -> dict[str, float]:
-    stage.players[0].module.eval()
+    stage.modules[0].module.eval()
     with torch.no_grad():
         return stage.validate(samples, 1)
 

@@ -185,8 +185,8 @@ def test_results_are_ordinary_folders(runs, name):
 def test_what_one_shard_finds_not_finite_all_leave_out_and_name(runs):
     out = runs / "two" / "poisoned"
     for name in ("skipped_steps.jsonl", "skipped_steps.rank-1.jsonl"):
-        told = [json.loads(line) for line in (out / name).read_text().splitlines()]
-        assert [(t["step"], t["layers"]) for t in told] == [(POISONED_STEP + 1, ["bad"])]
+        message = [json.loads(line) for line in (out / name).read_text().splitlines()]
+        assert [(t["step"], t["layers"]) for t in message] == [(POISONED_STEP + 1, ["bad"])]
 
     def weights(step: int) -> dict[str, torch.Tensor]:
         return load_file(out / "checkpoints" / f"step-{step}" / "model.safetensors")

@@ -102,10 +102,10 @@ def test_efficientnet_lite0_tells_real_images_apart():
 def test_missing_weights_are_named_with_their_place_and_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(DavaeError, match=WEIGHTS) as told:
+    with pytest.raises(DavaeError, match=WEIGHTS) as message:
         open_network("inception")
-    assert str(tmp_path) in str(told.value)
-    assert "https://" in str(told.value)
+    assert str(tmp_path) in str(message.value)
+    assert "https://" in str(message.value)
     (tmp_path / "other.pth").write_bytes(b"")
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(DavaeError, match="does not hold the weights"):

@@ -279,7 +279,7 @@ def test_the_reference_as_statistics_gives_the_distance_of_the_images(undisturbe
     moments = GaussianStatistics()
     for i in range(30):
         moments.update(_Pixels()(dataset[i]["image"][None]).rows)
-    told = save_statistics(moments.gaussian(), tmp_path / "reference.npz")
+    message = save_statistics(moments.gaussian(), tmp_path / "reference.npz")
     report = compare_generation(
         {"it": lambda: undisturbed.batches(_COUNT)},
         open_reference(str(tmp_path / "reference.npz")),
@@ -287,5 +287,5 @@ def test_the_reference_as_statistics_gives_the_distance_of_the_images(undisturbe
     )
     expected = _figures(undisturbed)["figures"]["fid/pixels"]
     assert report.rows["it"].figures["fid/pixels"] == pytest.approx(expected, rel=1e-9)
-    assert report.reference["sha256"] == told
+    assert report.reference["sha256"] == message
     assert report.reference["images"] == 30

@@ -67,9 +67,9 @@ def test_upscaling_keeps_the_range_and_the_full_size_untouched() -> None:
 def test_probe_accuracies_are_returned(tmp_path: Path) -> None:
     labels = torch.arange(2).repeat_interleave(20)
     generator = torch.Generator().manual_seed(0)
-    told = labels.view(-1, 1, 1, 1) + 0.1 * torch.randn(40, 2, 2, 2, generator=generator)
+    message = labels.view(-1, 1, 1, 1) + 0.1 * torch.randn(40, 2, 2, 2, generator=generator)
     noise = torch.randn(40, 2, 2, 2, generator=generator)
-    probes = FigureRecorder(tmp_path, classes=["a", "b"]).add_latents(told, noise, labels)
+    probes = FigureRecorder(tmp_path, classes=["a", "b"]).add_latents(message, noise, labels)
     assert probes["linear_probe_base"] == 1.0
     assert probes["linear_probe_detail"] < 0.9
 

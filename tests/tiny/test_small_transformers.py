@@ -200,8 +200,8 @@ def test_the_page_lists_every_class() -> None:
 )
 def test_a_row_of_the_table_is_the_one_on_the_page(name: str) -> None:
     page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
-    told, difference, _ = transformer_row(name).rsplit("|", 2)
-    assert f"{told}|" in page
+    message, difference, _ = transformer_row(name).rsplit("|", 2)
+    assert f"{message}|" in page
     assert float(difference) <= 1e-5
 
 

@@ -25,7 +25,7 @@ from davae.experiments.compare import (
     open_candidates,
     score_autoencoders,
 )
-from davae.experiments.compare.diffusion import Trial, transformer_size
+from davae.experiments.compare.diffusion import TinyRun, transformer_size
 from davae.models import AutoencoderDA
 from davae.models.latent_space import compression_of, decode, encode, open_autoencoder
 from davae.models.lightningdit import SIZES
@@ -151,7 +151,7 @@ def test_trials_see_the_same_batches_and_their_latents_are_normalised() -> None:
     options = DiffusionOptions(steps=2, batch=3, size=SIZE)
     images, labels = torch.rand(6, 3, 16, 16) * 2 - 1, torch.arange(6) % 2
     candidate = open_candidates({"f2": kl()}, 16)[0]
-    first, second = (Trial(candidate, images, labels, 2, options) for _ in range(2))
+    first, second = (TinyRun(candidate, images, labels, 2, options) for _ in range(2))
     torch.testing.assert_close(first.latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(first.latents.std((0, 2, 3)), torch.ones(4))
     assert [first.step(i) for i in range(2)] == [second.step(i) for i in range(2)]
@@ -180,7 +180,7 @@ def test_training_on_one_image_finds_it_again() -> None:
         guidance=1.0,
         ema=0.9,
     )
-    trial = Trial(candidate, images, torch.zeros(1, dtype=torch.long), 1, options)
+    trial = TinyRun(candidate, images, torch.zeros(1, dtype=torch.long), 1, options)
     losses = [trial.step(number) for number in range(options.steps)]
     assert losses[-1] < 0.5 * losses[0]
     made = trial.sampled(torch.zeros(2, dtype=torch.long))

@@ -20,8 +20,8 @@ from davae.recipes.settings import AlignmentSettings, ReconstructionSettings
 from davae.training.autoencoder.objective import StructuredObjective
 from davae.training.autoencoder.plain_objective import PlainObjective
 from davae.training.engine.tensors import gradient_norms
-from davae.training.loop.averages import LossWindow
-from davae.training.loop.bad_steps import StepGuard
+from davae.training.loop.averages import RunningMeans
+from davae.training.loop.bad_steps import NonFiniteGuard
 from davae.training.loop.loop import to_device
 
 META = torch.device("meta")
@@ -36,10 +36,10 @@ def _step(objective, batch, folder, monkeypatch):
     losses["total"].backward()
     trained = [p for p in other.parameters() if p.grad is not None]
     norms = gradient_norms(trained)
-    window = LossWindow(META)
+    window = RunningMeans(META)
     window.add(losses)
-    guard = StepGuard("toy", LoopSettings(steps=1, batch_size=1, skip_grad_norm=1.0), folder)
-    good = guard.judge(1, "model", [losses], [], [], norms, None)
+    guard = NonFiniteGuard("toy", LoopSettings(steps=1, batch_size=1, skip_grad_norm=1.0), folder)
+    good = guard.check(1, "model", [losses], [], [], norms, None)
     assert trained
     return {v.device.type for v in [*losses.values(), norms, good, window.tensors()[1]]}
 

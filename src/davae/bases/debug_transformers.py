@@ -259,10 +259,8 @@ def transformer_row(name: str) -> str:
     resolved: str = description.source
     if resolved == "described" and _probing_agrees(model, description):
         resolved = "described, probed alike"
-    told = f"{difference:.0e}" if difference else "0"
-    return (
-        f"| `{name}` | {resolved} | {_places(description.inputs)} | {_places(description.outputs)} | {told} |"
-    )
+    shown = f"{difference:.0e}" if difference else "0"
+    return f"| `{name}` | {resolved} | {_places(description.inputs)} | {_places(description.outputs)} | {shown} |"
 
 
 def _places(places: Sequence[ChannelPlace]) -> str:

@@ -82,18 +82,18 @@ def load_base(
         options["revision"] = revision
     if remote_code:
         options["trust_remote_code"] = True
-    place = pipeline_place(name)
+    path_or_repo = pipeline_place(name)
     try:
-        with opening("pipeline", place):
+        with opening("pipeline", path_or_repo):
             if dtype == "saved":
-                if not Path(place).is_dir():
-                    place = str(DiffusionPipeline.download(place, **options))
-                dtype = saved_dtype(Path(place) / "transformer")
+                if not Path(path_or_repo).is_dir():
+                    path_or_repo = str(DiffusionPipeline.download(path_or_repo, **options))
+                dtype = saved_dtype(Path(path_or_repo) / "transformer")
             if dtype is not None:
                 options["dtype"] = dtype
-            return fit_to_autoencoder(DiffusionPipeline.from_pretrained(place, **options))
+            return fit_to_autoencoder(DiffusionPipeline.from_pretrained(path_or_repo, **options))
     except DavaeError as error:
-        if "safetensors" not in str(error) or not _pickles(place):
+        if "safetensors" not in str(error) or not _pickles(path_or_repo):
             raise
         raise DavaeError(
             f"the base {name} has weights that are not safetensors but pickles, which can run code when they are read "
@@ -103,20 +103,20 @@ def load_base(
     except ValueError as error:
         if "trust_remote_code" not in str(error) or remote_code:
             raise
-        told = (
+        message = (
             "open it in Python with trust_remote_code=True"
             if remote_code is None
             else "say base_remote_code: true in the recipe"
         )
         raise DavaeError(
             f"the base {name} brings Python code of its own, which is not executed. Read that code first; where you "
-            f"trust it, {told}"
+            f"trust it, {message}"
         ) from error
 
 
-def _pickles(place: str) -> bool:
+def _pickles(path_or_repo: str) -> bool:
     """Whether a folder has weights of that kind; of a name on the hub it is not known, and taken so."""
-    folder = Path(place)
+    folder = Path(path_or_repo)
     return not folder.is_dir() or any(
         file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.rglob("*")
     )

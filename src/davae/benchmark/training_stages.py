@@ -37,12 +37,12 @@ from davae.recipes.settings import (
     TuneSettings,
 )
 from davae.training.autoencoder.adaptive_weights import Decoded
-from davae.training.autoencoder.losses import MAX_ADAPTIVE_GAN, Adversary
+from davae.training.autoencoder.losses import MAX_ADAPTIVE_GAN, GanLoss
 from davae.training.autoencoder.objective import StructuredObjective
 from davae.training.autoencoder.stage import AutoencoderStage
 from davae.training.diffusion.objective import DiffusionObjective
 from davae.training.diffusion.tuning import select_trained
-from davae.training.stage import Player, Stage
+from davae.training.stage import Stage, TrainedModule
 from davae.warm_start import dummy_arguments
 
 Form = Literal["plain", "fast", "fast, cached"]
@@ -174,7 +174,7 @@ class DiffusionBenchStage(Stage):
         )
         objective.encode_text = None if self.text is None else self.text.encode
         named = {f"transformer.{name}": rate for name, rate in rates.items()}
-        self.players = [Player("model", objective, recipe.optimizer, named)]
+        self.modules = [TrainedModule("model", objective, recipe.optimizer, named)]
 
     def to(self, device: torch.device) -> None:
         """Move the encoders."""
@@ -315,7 +315,7 @@ class SeparatePassesObjective(StructuredObjective):
         latent: Tensor,
         z_d: Tensor,
         images: Tensor,
-        adversary: Adversary | None,
+        gan_loss: GanLoss | None,
         step: int,
         *,
         at_details: bool,
@@ -323,12 +323,12 @@ class SeparatePassesObjective(StructuredObjective):
         made = vae.decode_structured(latent, z_d)
         losses = self.reconstruction(images, made)
         total, among = losses["reconstruction"], list(vae.trained_parameters())
-        if adversary is not None:
-            hinge = adversary.hinge(images, made, step)
+        if gan_loss is not None:
+            hinge = gan_loss.hinge(images, made, step)
             losses["gan"] = total.new_zeros(())
             if hinge is not None:
-                weight: Tensor | float = adversary.settings.weight
-                if adversary.settings.adaptive:
+                weight: Tensor | float = gan_loss.settings.weight
+                if gan_loss.settings.adaptive:
                     last = vae.last_decoder_weight
                     weight = weight * _ratio(total, hinge, last, among, MAX_ADAPTIVE_GAN)
                 losses["gan"] = weight * hinge

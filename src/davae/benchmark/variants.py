@@ -24,7 +24,7 @@ from davae.warm_start import dummy_arguments
 
 
 @dataclass
-class Contestant:
+class Variant:
     """One way to make an image of some size: text encoders, a transformer, a decoder and a latent.
 
     Attributes:
@@ -92,7 +92,7 @@ class Contestant:
         return count_flops(self.decoder, fake=True) // len(self.latent)
 
 
-def make_contestants(
+def make_variants(
     architecture: Architecture,
     *,
     resolution: int,
@@ -103,7 +103,7 @@ def make_contestants(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     encode_text: bool = True,
-) -> list[Contestant]:
+) -> list[Variant]:
     """Base at its share of the resolution, native at the full one, and one upgraded model a scale.
 
     Args:
@@ -140,7 +140,7 @@ def make_contestants(
         passes = architecture.passes
         arguments = dummy_arguments(transformer, torch.cat([latent] * passes), generator, **text)
         made.append(
-            Contestant(
+            Variant(
                 name=name,
                 resolution=side,
                 scale=scale,
@@ -168,9 +168,9 @@ def make_contestants(
     return made
 
 
-def compile_parts(contestants: Sequence[Contestant]) -> None:
+def compile_parts(variants: Sequence[Variant]) -> None:
     """Compile the transformers' repeated blocks and the autoencoders' stages, alike for every contestant."""
-    parts = [part for c in contestants for part in (c.transformer, c.vae)]
+    parts = [part for c in variants for part in (c.transformer, c.vae)]
     for part in {id(part): part for part in parts}.values():
         compile_regions(part, one_size=True)
 

@@ -224,13 +224,13 @@ def inspection_table(found: dict[str, Inspection]) -> Table:
         table.add_row(name, *("-" if v is None else format(v, form) for v in values))
 
     some = list(found.values())
-    for kind, told in (
+    for kind, label in (
         ("whole", "PSNR, reconstruction"),
         ("zeroed", "PSNR, details zeroed"),
         ("shuffled", "PSNR, details shuffled"),
         ("base", "PSNR, base enlarged"),
     ):
-        row(told, [i.psnr.get(kind) for i in some], ".2f")
+        row(label, [i.psnr.get(kind) for i in some], ".2f")
     row("alignment error, relative", [i.alignment_error for i in some], ".3f")
     for part in ("base", "detail", "structured"):
         row(f"linear probe, {part}", [i.parts[part].linear_probe for i in some], ".1%")

@@ -131,11 +131,11 @@ def _claim(out: Path, recipe: AblationRecipe) -> None:
     atomic_json(file, asked)
 
 
-def _trained(recipe: UpgradeRecipe, folder: Path, out: Path, told: str) -> dict[str, float]:
+def _trained(recipe: UpgradeRecipe, folder: Path, out: Path, progress: str) -> dict[str, float]:
     """What the two trainings measured of themselves; the pipeline lies in ``folder/pipeline``."""
     done = folder / "result.json"
     if not done.is_file():
-        logger.info("ablation: %s", told)
+        logger.info("ablation: %s", progress)
         autoencoder, figures = _autoencoder(recipe, out)
         trained = train_diffusion(recipe, folder, autoencoder)
         figures |= {k: v for k, v in trained.metrics.items() if k.startswith("held_out_")}

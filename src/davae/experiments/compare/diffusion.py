@@ -95,7 +95,7 @@ def score_diffusion(
     if networks:
         real.extend(images.split(options.batch))
     unseen = ImageSet().extend(held_out.split(options.batch))
-    trials = {c.name: Trial(c, images, labels, classes, options) for c in candidates}
+    trials = {c.name: TinyRun(c, images, labels, classes, options) for c in candidates}
     wanted = labels[torch.arange(options.samples) % len(labels)]
     losses, found, shown = {}, {}, {}
     for name, trial in trials.items():
@@ -132,7 +132,7 @@ def _gather(batches: Iterable[Tensor], networks: Sequence[FeatureNetwork]) -> tu
 class _Cost:
     """Seconds, measured in turns, and operations of training and sampling."""
 
-    def __init__(self, trials: dict[str, Trial], options: DiffusionOptions) -> None:
+    def __init__(self, trials: dict[str, TinyRun], options: DiffusionOptions) -> None:
         self.options = options
         probes = {name: trial.probes() for name, trial in trials.items()}
         self.timed = {
@@ -207,7 +207,7 @@ def transformer_size(text: str) -> Size:
     )
 
 
-class Trial:
+class TinyRun:
     """One autoencoder's transformer, its normalised latents and its optimizer."""
 
     def __init__(

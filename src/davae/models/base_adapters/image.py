@@ -43,13 +43,13 @@ class KLAdapter(BaseAdapter):
         """The encoder without ``conv_out``: after its norm and activation."""
         encoder = copy.deepcopy(base.encoder)
         encoder.conv_out = nn.Identity()
-        return with_frugal_blocks(encoder)
+        return with_memory_efficient_blocks(encoder)
 
     def joint_decoder(self, base: Any) -> nn.Module:
         """The decoder without ``conv_in``."""
         decoder = copy.deepcopy(base.decoder)
         decoder.conv_in = nn.Identity()
-        return with_frugal_blocks(decoder)
+        return with_memory_efficient_blocks(decoder)
 
     def encoder_head(self, base: Any) -> Convolution | None:
         """``conv_out`` and the quant convolution, the mean's half."""
@@ -163,7 +163,7 @@ def _runs(few: int, many: int) -> Tensor:
     return torch.eye(few).repeat_interleave(many // few, dim=0)
 
 
-class FrugalSiLU(nn.SiLU):
+class InPlaceSiLU(nn.SiLU):
     """``x sigmoid(x)``, in place while gradients are off. For inputs that nobody reads afterwards."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class FrugalSiLU(nn.SiLU):
         return F.silu(input, inplace=not torch.is_grad_enabled())
 
 
-class FrugalResnetBlock2D(ResnetBlock2D):
+class MemoryEfficientResnetBlock2D(ResnetBlock2D):
     """A residual block of a KL autoencoder: no time, no change of resolution."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -185,13 +185,13 @@ class FrugalResnetBlock2D(ResnetBlock2D):
         return x if self.output_scale_factor == 1.0 else x.div_(self.output_scale_factor)
 
 
-def with_frugal_blocks(network: nn.Module) -> nn.Module:
+def with_memory_efficient_blocks(network: nn.Module) -> nn.Module:
     """Let diffusers' ``Encoder`` or ``Decoder`` use these blocks; changed in place and returned."""
     for module in network.modules():
         if _is_plain_block(module):
-            module.__class__ = FrugalResnetBlock2D
+            module.__class__ = MemoryEfficientResnetBlock2D
     if type(getattr(network, "conv_act", None)) is nn.SiLU:  # after a norm, whose output nobody else reads
-        network.conv_act = FrugalSiLU()
+        network.conv_act = InPlaceSiLU()
     return network
 
 

@@ -44,11 +44,11 @@ class QwenImage(PipelineFamily):
         guidance: float,
     ) -> Tensor:
         height, width = noisy.shape[-2:]
-        told = noisy.new_full((len(noisy),), guidance, dtype=torch.float32)
+        embedded = noisy.new_full((len(noisy),), guidance, dtype=torch.float32)
         tokens = transformer(
             hidden_states=pack(noisy),
             timestep=level,
-            guidance=told if transformer.config.guidance_embeds else None,
+            guidance=embedded if transformer.config.guidance_embeds else None,
             encoder_hidden_states=conditioning["prompt_embeds"],
             encoder_hidden_states_mask=conditioning["prompt_embeds_mask"],
             img_shapes=[[(1, height // 2, width // 2)]] * len(noisy),

@@ -18,7 +18,7 @@ from torch.autograd import grad
 
 from davae.latents import gradient_ratio, gradient_scale
 from davae.models import AutoencoderDA
-from davae.training.autoencoder.losses import MAX_ADAPTIVE_GAN, Adversary
+from davae.training.autoencoder.losses import MAX_ADAPTIVE_GAN, GanLoss
 
 Measure = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
@@ -52,7 +52,7 @@ def single_pass(
     z_d: Tensor,
     images: Tensor,
     measure: Measure,
-    adversary: Adversary | None,
+    gan_loss: GanLoss | None,
     step: int,
     *,
     at_details: bool,
@@ -77,15 +77,15 @@ def single_pass(
     value = losses["reconstruction"].detach()
     (at_image,) = grad(scale * losses["reconstruction"], image)
     at_z_d = None
-    if adversary is not None:
-        hinge = adversary.hinge(images, image, step)
+    if gan_loss is not None:
+        hinge = gan_loss.hinge(images, image, step)
         losses["gan"] = value.new_zeros(())
         if hinge is not None:
             if at_details:
                 (at_z_d,) = grad(made, details, at_image, retain_graph=True)
             (adverse,) = grad(scale * hinge, image)
-            weight: Tensor | float = adversary.settings.weight
-            if adversary.settings.adaptive:
+            weight: Tensor | float = gan_loss.settings.weight
+            if gan_loss.settings.adaptive:
                 last = vae.last_decoder_weight
                 norms = [grad(made, last, g, retain_graph=True)[0] for g in (at_image, adverse)]
                 weight = weight * gradient_ratio(*norms, maximum=MAX_ADAPTIVE_GAN, scale=scale)

@@ -14,7 +14,7 @@ from davae.models import PatchDiscriminator, hinge_discriminator_loss, hinge_gen
 from davae.models.perceptual import DinoDistance, LpipsLoss
 from davae.recipes.loop import OptimizerSettings
 from davae.recipes.settings import GanSettings, ReconstructionSettings
-from davae.training.stage import Player
+from davae.training.stage import TrainedModule
 
 
 def laplacian_l1(error: Tensor, levels: int = 3) -> Tensor:
@@ -75,7 +75,7 @@ def _dino(backbone: str | None) -> DinoDistance:
 MAX_ADAPTIVE_GAN = 1e4  # official code
 
 
-class Adversary(nn.Module):
+class GanLoss(nn.Module):
     """The GAN's part in a generator's loss, and the discriminator's own loss on what the generator made last."""
 
     def __init__(self, settings: GanSettings) -> None:
@@ -131,12 +131,12 @@ class Adversary(nn.Module):
         return {"total": loss * (step >= self.settings.start_step)}
 
 
-def make_adversary(
+def make_gan_loss(
     settings: GanSettings, name: str = "discriminator"
-) -> tuple[Adversary | None, list[Player]]:
+) -> tuple[GanLoss | None, list[TrainedModule]]:
     """The adversary and its player, called ``name``; none of either while the weight is 0."""
     if not settings.weight:
         return None, []
-    adversary = Adversary(settings)
+    gan_loss = GanLoss(settings)
     optimizer = OptimizerSettings(learning_rate=settings.learning_rate, betas=settings.betas)
-    return adversary, [Player(name, adversary, optimizer)]
+    return gan_loss, [TrainedModule(name, gan_loss, optimizer)]

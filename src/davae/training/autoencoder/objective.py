@@ -11,7 +11,7 @@ from davae.latents import AlignmentLoss, LatentLayout, gaussian_kl
 from davae.models import AutoencoderDA
 from davae.recipes.settings import AlignmentSettings, ReconstructionSettings
 from davae.training.autoencoder.adaptive_weights import Decoded, single_pass
-from davae.training.autoencoder.losses import Adversary, ReconstructionLoss
+from davae.training.autoencoder.losses import GanLoss, ReconstructionLoss
 
 MAX_ADAPTIVE_ALIGNMENT = 1e8  # official code
 
@@ -30,7 +30,7 @@ class StructuredObjective(nn.Module):
         autoencoder: AutoencoderDA,
         alignment: AlignmentSettings,
         reconstruction: ReconstructionSettings,
-        adversaries: list[Adversary | None] | None = None,
+        gan_losses: list[GanLoss | None] | None = None,
     ) -> None:
         super().__init__()
         self.autoencoder = autoencoder
@@ -40,9 +40,7 @@ class StructuredObjective(nn.Module):
             AlignmentLoss(alignment_layout(level, alignment), alignment.form) for level in self._levels()
         )
         self.reconstruction = ReconstructionLoss(reconstruction)
-        self._adversaries = adversaries or [None] * len(
-            self.learning
-        )  # their weights belong to other players
+        self._gan_losses = gan_losses or [None] * len(self.learning)  # their weights belong to other players
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Named losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is what is minimised.
@@ -93,12 +91,12 @@ class StructuredObjective(nn.Module):
         alignment = self.alignments[i](z_d, vae.alignment_target(target))
 
         weight: Tensor | float = self.alignment_settings.weight
-        adversary = self._adversaries[i]
+        gan_loss = self._gan_losses[i]
         aligns = bool(weight) and self.alignment_settings.adaptive and torch.is_grad_enabled()
-        adapts = adversary is not None and adversary.settings.adaptive and torch.is_grad_enabled()
+        adapts = gan_loss is not None and gan_loss.settings.adaptive and torch.is_grad_enabled()
         ratio: Tensor | None = None
         if aligns or adapts:
-            decoded = self._decode(vae, latent, z_d, images, adversary, step, at_details=aligns)
+            decoded = self._decode(vae, latent, z_d, images, gan_loss, step, at_details=aligns)
             losses, total = decoded.losses, decoded.total
             if aligns:
                 ratio = decoded.alignment_ratio(
@@ -108,8 +106,8 @@ class StructuredObjective(nn.Module):
             made = vae.decode_structured(latent, z_d)  # [B, 3, H, W]
             losses = self.reconstruction(images, made)
             total = losses["reconstruction"]
-            if adversary is not None:
-                losses["gan"] = adversary.generator_term(images, made, total, vae.last_decoder_weight, step)
+            if gan_loss is not None:
+                losses["gan"] = gan_loss.generator_term(images, made, total, vae.last_decoder_weight, step)
                 total = total + losses["gan"]
         losses |= {"kl": kl, "alignment": alignment}
         if ratio is not None:
@@ -123,14 +121,14 @@ class StructuredObjective(nn.Module):
         latent: Tensor,
         z_d: Tensor,
         images: Tensor,
-        adversary: Adversary | None,
+        gan_loss: GanLoss | None,
         step: int,
         *,
         at_details: bool,
     ) -> Decoded:
         """Decode and measure where a weight is adaptive."""
         return single_pass(
-            vae, latent, z_d, images, self.reconstruction, adversary, step, at_details=at_details
+            vae, latent, z_d, images, self.reconstruction, gan_loss, step, at_details=at_details
         )
 
     def _levels(self) -> list[AutoencoderDA]:

@@ -13,21 +13,21 @@ from davae.latents import gaussian_kl
 from davae.models.dc_ae import DeepAutoencoder, last_decoder_weight
 from davae.recipes.loop import OptimizerSettings
 from davae.recipes.settings import ReconstructionSettings
-from davae.training.autoencoder.losses import Adversary, ReconstructionLoss, make_adversary
-from davae.training.stage import Player
+from davae.training.autoencoder.losses import GanLoss, ReconstructionLoss, make_gan_loss
+from davae.training.stage import TrainedModule
 
 
-def plain_players(
+def plain_modules(
     autoencoder: DeepAutoencoder,
     layers: Sequence[nn.Module],
     settings: ReconstructionSettings,
     optimizer: OptimizerSettings,
-) -> tuple[PlainObjective, list[Player]]:
+) -> tuple[PlainObjective, list[TrainedModule]]:
     """The objective, and the players that train it: the autoencoder's ``layers``, and the GAN's where there is one."""
-    adversary, players = make_adversary(settings.gan)
-    objective = PlainObjective(autoencoder, layers, settings, adversary)
+    gan_loss, modules = make_gan_loss(settings.gan)
+    objective = PlainObjective(autoencoder, layers, settings, gan_loss)
     adaptive = settings.gan.weight > 0 and settings.gan.adaptive
-    return objective, [Player("model", objective, optimizer, can_be_sharded=not adaptive), *players]
+    return objective, [TrainedModule("model", objective, optimizer, can_be_sharded=not adaptive), *modules]
 
 
 class PlainObjective(nn.Module):
@@ -45,12 +45,12 @@ class PlainObjective(nn.Module):
         autoencoder: DeepAutoencoder,
         layers: Sequence[nn.Module],
         settings: ReconstructionSettings,
-        adversary: Adversary | None = None,
+        gan_loss: GanLoss | None = None,
     ) -> None:
         super().__init__()
         self.autoencoder, self.settings = autoencoder, settings
         self._layers = list(layers)  # in a list: the autoencoder holds them already
-        self._adversary = [adversary]  # its weights belong to the other player
+        self._gan_loss = [gan_loss]  # its weights belong to the other player
         self.reconstruction = ReconstructionLoss(settings)
         autoencoder.requires_grad_(False)
         for layer in self._layers:
@@ -85,9 +85,9 @@ class PlainObjective(nn.Module):
         if kl is not None:
             losses["kl"] = kl
             total = total + self.settings.kl_weight * kl
-        if self._adversary[0] is not None:
+        if self._gan_loss[0] is not None:
             last = last_decoder_weight(model)
-            losses["gan"] = self._adversary[0].generator_term(
+            losses["gan"] = self._gan_loss[0].generator_term(
                 images, made, losses["reconstruction"], last, step
             )
             total = total + losses["gan"]

@@ -18,10 +18,10 @@ from davae.recipes.settings import AutoencoderSettings
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_shared_rows, upscaled
 from davae.runtime.processes import start_processes
-from davae.training.autoencoder.losses import make_adversary
+from davae.training.autoencoder.losses import make_gan_loss
 from davae.training.autoencoder.objective import StructuredObjective, alignment_layout, levels_that_learn
 from davae.training.data import mean_of_all, mean_psnr, rank_share_of_images, stack_images
-from davae.training.stage import Player, Stage
+from davae.training.stage import Stage, TrainedModule
 
 logger = logging.getLogger(__name__)
 
@@ -64,17 +64,17 @@ class AutoencoderStage(Stage):
             self.name = f"autoencoder, level {numbers}"
         if settings.loop.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
-        adversaries, players = [], []
+        gan_losses, modules = [], []
         for number in self.learning:
             name = "discriminator" if len(self.learning) == 1 else f"discriminator_level{number}"
-            adversary, player = make_adversary(settings.reconstruction.gan, name)
-            adversaries.append(adversary)
-            players += player
+            gan_loss, trained = make_gan_loss(settings.reconstruction.gan, name)
+            gan_losses.append(gan_loss)
+            modules += trained
         self.objective = self.objective_class(
             autoencoder,
             settings.alignment,
             settings.reconstruction,
-            adversaries,
+            gan_losses,
         )
         if cache_latents:
             autoencoder.to(start_processes().device)
@@ -84,8 +84,8 @@ class AutoencoderStage(Stage):
             )
         gan = settings.reconstruction.gan
         adaptive = settings.alignment.adaptive or (gan.weight > 0 and gan.adaptive)
-        model = Player("model", self.objective, settings.optimizer, can_be_sharded=not adaptive)
-        self.players = [model, *players]
+        model = TrainedModule("model", self.objective, settings.optimizer, can_be_sharded=not adaptive)
+        self.modules = [model, *modules]
 
     def _frozen_latent(self, images: Tensor) -> Tensor:
         vae = self.autoencoder

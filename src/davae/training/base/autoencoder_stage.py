@@ -14,7 +14,7 @@ from davae.recipes.dc_ae import KlArchitecture
 from davae.recipes.settings import BaseAutoencoderArchitecture, BaseAutoencoderSettings
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_shared_rows
-from davae.training.autoencoder.plain_objective import plain_players
+from davae.training.autoencoder.plain_objective import plain_modules
 from davae.training.data import mean_psnr, rank_share_of_images, stack_images
 from davae.training.stage import Stage
 
@@ -66,7 +66,7 @@ class BaseAutoencoderStage(Stage):
         self.dataset, self.whole = as_item_dataset(dataset), as_item_dataset(whole)
         self.held_out = as_item_dataset(held_out)
         self.workers, self.timeout_s = workers, timeout_s
-        self.objective, self.players = plain_players(
+        self.objective, self.modules = plain_modules(
             self.autoencoder, [self.autoencoder], settings.reconstruction, settings.optimizer
         )
 

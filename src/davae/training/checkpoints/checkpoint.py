@@ -71,7 +71,7 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         if not is_disk_full(error):
             raise
-        raise DavaeError(_told_full(folder, step, tensors)) from error
+        raise DavaeError(_full_message(folder, step, tensors)) from error
     flush(folder.parent)  # which may be new, too
     remove_old(folder, step, keep=keep, protected=protected)
     return final
@@ -167,7 +167,7 @@ def _facts(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": file_hash(file)}
 
 
-def _told_full(folder: Path, step: int, tensors: Tensors) -> str:
+def _full_message(folder: Path, step: int, tensors: Tensors) -> str:
     needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
     kept = checkpoints(folder)
     return (

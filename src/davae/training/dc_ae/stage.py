@@ -36,7 +36,7 @@ from davae.recipes.dc_ae import DcArchitecture, HeadPhase, KlArchitecture, Laten
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_shared_rows
 from davae.runtime.processes import gathered
-from davae.training.autoencoder.plain_objective import plain_players
+from davae.training.autoencoder.plain_objective import plain_modules
 from davae.training.base.autoencoder_stage import build_kl
 from davae.training.data import mean_of_all, rank_share_of_images, stack_images
 from davae.training.stage import Stage
@@ -120,7 +120,7 @@ class DcAeStage(Stage):
         if phase.reconstruction.gan.weight:
             torch.manual_seed(phase.loop.seed)
         layers = trained_layers(autoencoder, phase)
-        self.objective, self.players = plain_players(
+        self.objective, self.modules = plain_modules(
             autoencoder, layers, phase.reconstruction, phase.optimizer
         )
         self.spectra: dict[int, dict[str, list[float]]] = {}

@@ -192,7 +192,7 @@ ORIGINAL = 2
 
 
 @contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
+def unsharded(module: nn.Module) -> Iterator[None]:
     """Within the context a sharded module is an ordinary one with all its weights, in every process.
 
     Methods besides ``forward`` then work, and nobody waits for anybody. The weights must not be moved or cast
@@ -213,7 +213,7 @@ def whole(module: nn.Module) -> Iterator[None]:
             unit.set_reshard_after_forward(reshards, recurse=False)
 
 
-def dissolve(module: nn.Module) -> None:
+def unshard_for_good(module: nn.Module) -> None:
     """Make a sharded module an ordinary one for good, with all its weights in every process.
 
     For what comes after training: export moves, casts and merges weights, which a sharded module does not allow.

@@ -22,7 +22,7 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_on_cpu(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+def full_state_on_cpu(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Copies of whole tensors on the CPU where ``keep``, nothing elsewhere; no device holds the whole model at once.
 
     Every process must come along, with the same names in the same order.

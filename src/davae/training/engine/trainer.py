@@ -20,6 +20,7 @@ from davae.training.engine.fsdp import is_sharding, replicate, shard, unsynced
 from davae.training.engine.optimizer import make_optimizer
 from davae.training.engine.tensors import (
     clip_gradients,
+    full_state_on_cpu,
     gradient_norms,
     mask_gradients,
     module_tensors,
@@ -27,12 +28,11 @@ from davae.training.engine.tensors import (
     restore_module,
     restore_optimizer,
     spread_masks,
-    whole_on_cpu,
 )
-from davae.training.stage import Player
+from davae.training.stage import TrainedModule
 
 
-class Learner:
+class ModuleTrainer:
     """A player with its module and optimizer as accelerate prepared them.
 
     Args:
@@ -47,15 +47,15 @@ class Learner:
         self,
         accelerator: Accelerator,
         loop: LoopSettings,
-        player: Player,
+        trained: TrainedModule,
         module: nn.Module,
         optimizer: Any,
     ) -> None:
-        self.accelerator, self.loop, self.player = accelerator, loop, player
+        self.accelerator, self.loop, self.trained = accelerator, loop, trained
         self.module: Any = module
         self.optimizer = optimizer
-        self.masks = spread_masks(player.module, player.gradient_masks)
-        self.names = [n for n, p in player.module.named_parameters() if p.requires_grad]
+        self.masks = spread_masks(trained.module, trained.gradient_masks)
+        self.names = [n for n, p in trained.module.named_parameters() if p.requires_grad]
         """The trained parameters, in the order of :meth:`norms`."""
 
     def zero_grad(self) -> None:
@@ -80,7 +80,7 @@ class Learner:
 
     def mask(self) -> None:
         """Set gradients to zero where the player's masks say that nothing learns."""
-        mask_gradients(self.player.module, self.masks)
+        mask_gradients(self.trained.module, self.masks)
 
     def clip(self) -> Tensor | None:
         """Scale the gradients down to ``max_grad_norm``; returns their norm before, none without a limit.
@@ -90,11 +90,11 @@ class Learner:
         self.accelerator.unscale_gradients(self.optimizer)
         if self.loop.max_grad_norm is None:
             return None
-        return clip_gradients(self.player.trained(), self.loop.max_grad_norm)
+        return clip_gradients(self.trained.parameters(), self.loop.max_grad_norm)
 
     def norms(self) -> Tensor:
         """The 2-norm of each trained parameter's whole gradient, float32 ``[parameters]``, as :attr:`names`."""
-        return gradient_norms(self.player.trained())
+        return gradient_norms(self.trained.parameters())
 
     def step(self, rate: float, good: Tensor) -> None:
         """An optimizer step, which changes nothing unless the step is good.
@@ -116,19 +116,21 @@ class Learner:
 
     def tensors(self) -> dict[str, Tensor]:
         """Trained weights and buffers, sharded ones as they are."""
-        return module_tensors(self.player.module)
+        return module_tensors(self.trained.module)
 
     def moments(self, *, keep: bool) -> dict[str, Tensor]:
         """The optimizer's whole moments on the CPU as ``<parameter index>.<name>``; nothing unless ``keep``."""
-        return whole_on_cpu(optimizer_tensors(self.optimizer), keep=keep)
+        return full_state_on_cpu(optimizer_tensors(self.optimizer), keep=keep)
 
     def restore(self, tensors: dict[str, Tensor], moments: dict[str, Tensor], where: Path) -> None:
         """Put back what :meth:`tensors` and :meth:`moments` gave, from the checkpoint ``where``."""
-        restore_module(self.player.module, tensors, where)
+        restore_module(self.trained.module, tensors, where)
         restore_optimizer(self.optimizer, moments)
 
 
-def prepare(accelerator: Accelerator, loop: LoopSettings, player: Player, *, is_model: bool) -> Learner:
+def prepare(
+    accelerator: Accelerator, loop: LoopSettings, trained: TrainedModule, *, is_model: bool
+) -> ModuleTrainer:
     """Put a player on its device, in the form the settings and the launcher ask for.
 
     Args:
@@ -137,8 +139,8 @@ def prepare(accelerator: Accelerator, loop: LoopSettings, player: Player, *, is_
         player: its module is changed where it lies.
         is_model: what is spread over processes, where the launcher asks for it; a discriminator is not.
     """
-    module, device = player.module, accelerator.device
-    sharded = is_sharding(accelerator) and is_model and player.can_be_sharded
+    module, device = trained.module, accelerator.device
+    sharded = is_sharding(accelerator) and is_model and trained.can_be_sharded
     if not sharded:  # a model that must be sharded may not fit the device whole
         module.to(device)
     module.train()  # loaded models come in eval mode
@@ -147,7 +149,7 @@ def prepare(accelerator: Accelerator, loop: LoopSettings, player: Player, *, is_
         order_channels_last(module)
     if loop.compile:
         compile_regions(module)
-    optimizer = make_optimizer(player.name, module, player.optimizer, player.learning_rates)
+    optimizer = make_optimizer(trained.name, module, trained.optimizer, trained.learning_rates)
     prepared: Any
     if sharded:
         prepared = shard(accelerator, module, optimizer)
@@ -155,4 +157,4 @@ def prepare(accelerator: Accelerator, loop: LoopSettings, player: Player, *, is_
         prepared = replicate(module, device), accelerator.prepare_optimizer(optimizer)
     else:
         prepared = accelerator.prepare(module, optimizer)
-    return Learner(accelerator, loop, player, *prepared)
+    return ModuleTrainer(accelerator, loop, trained, *prepared)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from davae.training.engine.tensors import like
 
 
-class LossWindow:
+class RunningMeans:
     """Sums of named values; what is not finite is left out (the guard reports it).
 
     Args:

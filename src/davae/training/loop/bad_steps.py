@@ -23,7 +23,7 @@ from davae.recipes.loop import LoopSettings
 from davae.runtime.processes import rank_and_world
 
 logger = logging.getLogger(__name__)
-_IDS_TOLD = 8
+_IDS_SHOWN = 8
 _HALVINGS = 24  # of the scale of fp16 losses, which begins at 2^16
 
 
@@ -32,7 +32,7 @@ class _Verdict:
     """One step of one player, as tensors that nobody has read yet."""
 
     step: int
-    player: str
+    trained: str
     terms: list[str]
     finite_terms: Tensor  # bool [terms]
     finite_layers: Tensor  # bool [parameters]
@@ -43,7 +43,7 @@ class _Verdict:
 
 
 @dataclass
-class StepGuard:
+class NonFiniteGuard:
     """Judges the steps of a run.
 
     Args:
@@ -63,10 +63,10 @@ class StepGuard:
     _unread: list[_Verdict] = field(default_factory=list)
     _names: dict[str, list[str]] = field(default_factory=dict)
 
-    def judge(
+    def check(
         self,
         step: int,
-        player: str,
+        trained: str,
         losses: list[dict[str, Tensor]],
         ids: list[str],
         names: list[str],
@@ -86,7 +86,7 @@ class StepGuard:
             norm: norm of the whole gradient before it was clipped, where it was.
             agree: from this process's verdict to the one of all, which is counted and returned.
         """
-        self._names[player] = names
+        self._names[trained] = names
         total = norms.norm() if norm is None else norm.detach()
         terms = [name for part in losses for name in part]
         finite_terms = torch.stack(
@@ -97,7 +97,7 @@ class StepGuard:
             own = own & (total <= self.loop.skip_grad_norm)
         good = agree(own)
         self._unread.append(
-            _Verdict(step, player, terms, finite_terms, norms.isfinite(), total, own, good, ids)
+            _Verdict(step, trained, terms, finite_terms, norms.isfinite(), total, own, good, ids)
         )
         return good
 
@@ -164,7 +164,7 @@ class StepGuard:
 
     def _tell(self, verdict: _Verdict) -> None:
         bad_terms = [n for n, fine in zip(verdict.terms, verdict.finite_terms.tolist()) if not fine]
-        names = self._names[verdict.player]
+        names = self._names[verdict.trained]
         layers = [n for n, fine in zip(names, verdict.finite_layers.tolist()) if not fine]
         norm = float(verdict.norm)
         if bad_terms:
@@ -175,14 +175,14 @@ class StepGuard:
             what = "another process found it bad"
         else:
             what = f"the gradient's norm {norm:.3g} exceeds skip_grad_norm"
-        told = ", ".join(verdict.ids[:_IDS_TOLD]) + (" ..." if len(verdict.ids) > _IDS_TOLD else "")
-        logger.warning("%s: step %d is skipped: %s (images %s)", self.stage, verdict.step, what, told)
+        message = ", ".join(verdict.ids[:_IDS_SHOWN]) + (" ..." if len(verdict.ids) > _IDS_SHOWN else "")
+        logger.warning("%s: step %d is skipped: %s (images %s)", self.stage, verdict.step, what, message)
         line = {
             "step": verdict.step,
-            "player": verdict.player,
+            "player": verdict.trained,
             "reason": what,
             "terms": sorted(set(bad_terms)),
-            "layers": layers[:_IDS_TOLD],
+            "layers": layers[:_IDS_SHOWN],
             "gradient_norm": norm if verdict.norm.isfinite() else None,
             "ids": verdict.ids,
         }
@@ -208,7 +208,7 @@ class StepGuard:
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
 
-class KeptBuffers:
+class BatchNormSnapshot:
     """Running statistics of batch norms as they were before a step, to be put back when the step was bad."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -222,7 +222,7 @@ class KeptBuffers:
             buffer.copy_(torch.where(good, buffer, before))
 
 
-def told_out_of_memory(stage: str, loop: LoopSettings) -> str:
+def out_of_memory_message(stage: str, loop: LoopSettings) -> str:
     """One line: which settings make a step fit, the cheapest first."""
     advice = []
     if not loop.gradient_checkpointing:

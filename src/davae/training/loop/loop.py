@@ -25,7 +25,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor
 
 from davae.data import BatchStream, ItemDataset, SkipLedger, as_item_dataset
-from davae.data.loading.watchdog import is_of_a_dead_worker, told_dead_worker
+from davae.data.loading.watchdog import dead_worker_message, is_of_a_dead_worker
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_name
 from davae.runtime.atomic_files import disk_full_as_error
@@ -33,12 +33,12 @@ from davae.runtime.processes import LONGEST_WAIT, all_the_same, use_cpu
 from davae.runtime.progress import Progress
 from davae.training.checkpoints.run_directory import RunDirectory
 from davae.training.checkpoints.writer import CheckpointWriter
-from davae.training.engine.fsdp import begin_accelerator, dissolve, whole
+from davae.training.engine.fsdp import begin_accelerator, unshard_for_good, unsharded
 from davae.training.engine.optimizer import learning_rate
 from davae.training.engine.trainer import prepare
-from davae.training.loop.averages import Ema, LossWindow
-from davae.training.loop.bad_steps import KeptBuffers, StepGuard, told_out_of_memory
-from davae.training.loop.rng import SharedDraws, _seed_step
+from davae.training.loop.averages import Ema, RunningMeans
+from davae.training.loop.bad_steps import BatchNormSnapshot, NonFiniteGuard, out_of_memory_message
+from davae.training.loop.rng import RankInvariantDraws, _seed_step
 from davae.training.loop.run_state import RunState
 from davae.training.loop.signals import StopRequest, TrainingStopped
 from davae.training.stage import Stage
@@ -84,11 +84,11 @@ def train(
         with disk_full_as_error(out, "Its checkpoints are whole"):
             return _Training(stage, out, recipe).run(stop_after)
     except torch.OutOfMemoryError as error:
-        raise DavaeError(told_out_of_memory(stage.name, stage.loop)) from error
+        raise DavaeError(out_of_memory_message(stage.name, stage.loop)) from error
     except RuntimeError as error:
         if not is_of_a_dead_worker(error):
             raise
-        raise DavaeError(f"{stage.name}: {told_dead_worker()}") from error
+        raise DavaeError(f"{stage.name}: {dead_worker_message()}") from error
 
 
 def steps_of(stage: Stage, out: Path) -> Callable[[], None]:
@@ -164,11 +164,11 @@ class _Training:
         if loop.report_to and self.main:
             accelerator.init_trackers("tracking")
         stage.to(accelerator.device)
-        self.learners = [
-            prepare(accelerator, loop, player, is_model=player is stage.players[0])
-            for player in stage.players
+        self.trainers = [
+            prepare(accelerator, loop, trained, is_model=trained is stage.modules[0])
+            for trained in stage.modules
         ]
-        self.ema = Ema(stage.players[0].trained(), loop.ema_decay) if loop.ema_decay is not None else None
+        self.ema = Ema(stage.modules[0].parameters(), loop.ema_decay) if loop.ema_decay is not None else None
         self.dataset = as_item_dataset(stage.dataset)
         self.stream = BatchStream(
             self.dataset,
@@ -182,10 +182,10 @@ class _Training:
         if accelerator.num_processes > 1:
             all_the_same("the images", _described(self.dataset), "the data")
         self.ledger = SkipLedger.for_dataset(self.dataset)
-        self.window = LossWindow(accelerator.device)
-        self.guard = StepGuard(stage.name, loop, self.out)
+        self.window = RunningMeans(accelerator.device)
+        self.guard = NonFiniteGuard(stage.name, loop, self.out)
         self.state = RunState(
-            learners=self.learners,
+            trainers=self.trainers,
             ema=self.ema,
             stream=self.stream,
             ledger=self.ledger,
@@ -226,10 +226,10 @@ class _Training:
     def _step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         """One optimizer step of every player; returns the last batch."""
         loop, accelerator = self.loop, self.accelerator
-        for learner in self.learners:
-            learner.zero_grad()
-        kept = [KeptBuffers(player.module) for player in self.stage.players]
-        losses: list[list[dict[str, Tensor]]] = [[] for _ in self.learners]
+        for trainer in self.trainers:
+            trainer.zero_grad()
+        kept = [BatchNormSnapshot(trained.module) for trained in self.stage.modules]
+        losses: list[list[dict[str, Tensor]]] = [[] for _ in self.trainers]
         ids: list[str] = []
         for micro in range(loop.gradient_accumulation):
             batch = next(batches)
@@ -237,32 +237,32 @@ class _Training:
             ids += batch.get("id", [])
             last = micro == loop.gradient_accumulation - 1
             batch = to_device(batch, accelerator.device)
-            for i, learner in enumerate(self.learners):
+            for i, trainer in enumerate(self.trainers):
                 _seed_step(loop.seed, step, micro)
                 with self._draws():
-                    losses[i].append(learner.losses(batch, step, last=last))
-                learner.backward(losses[i][-1]["total"] / loop.gradient_accumulation)
-        for learner in self.learners:
-            learner.mask()
-        norms = [learner.clip() for learner in self.learners]
+                    losses[i].append(trainer.losses(batch, step, last=last))
+                trainer.backward(losses[i][-1]["total"] / loop.gradient_accumulation)
+        for trainer in self.trainers:
+            trainer.mask()
+        norms = [trainer.clip() for trainer in self.trainers]
         if norms[0] is not None:
             self.window.add({"gradient_norm": norms[0]})
-        for i, learner in enumerate(self.learners):
-            player = learner.player
+        for i, trainer in enumerate(self.trainers):
+            trained = trainer.trained
             for part in losses[i]:
-                self.window.add(part, "" if i == 0 else player.name)
-            good = self.guard.judge(
+                self.window.add(part, "" if i == 0 else trained.name)
+            good = self.guard.check(
                 step + 1,
-                player.name,
+                trained.name,
                 losses[i],
                 ids,
-                learner.names,
-                learner.norms(),
+                trainer.names,
+                trainer.norms(),
                 norms[i],
                 self._agreed,
             )
             kept[i].restore_unless(good)
-            learner.step(learning_rate(player.optimizer, step, loop.steps), good)
+            trainer.step(learning_rate(trained.optimizer, step, loop.steps), good)
         if accelerator.scaler is not None:
             accelerator.scaler.update()
         if self.ema is not None:
@@ -273,7 +273,7 @@ class _Training:
         world = self.accelerator.num_processes
         if world == 1:
             return nullcontext()
-        return SharedDraws(self.accelerator.process_index, world, self.loop.batch_size)
+        return RankInvariantDraws(self.accelerator.process_index, world, self.loop.batch_size)
 
     def _agreed(self, good: Tensor) -> Tensor:
         """Whether a step is good in all processes: all leave it out, or none."""
@@ -309,7 +309,7 @@ class _Training:
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, "sum")
         values = self.window.means(names, sums)
-        values["learning_rate"] = self.learners[0].learning_rate
+        values["learning_rate"] = self.trainers[0].learning_rate
         if self.guard.skipped:
             values["skipped_steps"] = self.guard.skipped
         if self.main:
@@ -328,10 +328,10 @@ class _Training:
 
     def _evaluate(self, done: int) -> None:
         """Validate with the averaged weights, as the result will be used."""
-        model = self.stage.players[0].module
+        model = self.stage.modules[0].module
         model.eval()
         averaged = self.ema.applied() if self.ema is not None else nullcontext()
-        with averaged, whole(model), torch.no_grad():
+        with averaged, unsharded(model), torch.no_grad():
             self.metrics = self.stage.validate(self.directory.samples, done)
         model.train()
 
@@ -364,7 +364,7 @@ class _Training:
         if not self.metrics:  # the run had ended before: measure again rather than report nothing
             self._evaluate(self.loop.steps)
         with self.ema.applied() if self.ema is not None else nullcontext():
-            dissolve(self.stage.players[0].module)
+            unshard_for_good(self.stage.modules[0].module)
             if self.main:
                 result = self.stage.export(self.out)
         facts: list[Any] = [result, self.metrics]

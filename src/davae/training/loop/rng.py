@@ -19,7 +19,7 @@ _BY_SHAPE = (torch.randn, torch.rand)
 _LIKE = {torch.randn_like: torch.randn, torch.rand_like: torch.rand}
 
 
-class SharedDraws(TorchFunctionMode):
+class RankInvariantDraws(TorchFunctionMode):
     """Within this context draws whose first axis is the batch are a process's rows of the whole batch's draw.
 
     Draws of another length on the first axis, and those from an explicit generator, are left alone.
@@ -66,7 +66,7 @@ class SharedDraws(TorchFunctionMode):
 def _seed_step(seed: int, step: int, micro: int) -> None:
     """Seed torch's generators so that a step's draws depend on nothing that came before it.
 
-    All processes seed alike; see :class:`SharedDraws`.
+    All processes seed alike; see :class:`RankInvariantDraws`.
     """
     mixed = torch.Generator().manual_seed(seed * 1_000_003 + step)
     base = int(torch.randint(2**62, (), generator=mixed))

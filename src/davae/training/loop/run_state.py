@@ -19,10 +19,10 @@ from davae.data import BatchStream, SkipLedger
 from davae.runtime.processes import all_the_same, everyone, is_first, rank_and_world, wait_for_everyone
 from davae.training.checkpoints.checkpoint import newest_whole
 from davae.training.checkpoints.writer import CheckpointWriter
-from davae.training.engine.tensors import whole_on_cpu
-from davae.training.engine.trainer import Learner
-from davae.training.loop.averages import Ema, LossWindow
-from davae.training.loop.bad_steps import StepGuard
+from davae.training.engine.tensors import full_state_on_cpu
+from davae.training.engine.trainer import ModuleTrainer
+from davae.training.loop.averages import Ema, RunningMeans
+from davae.training.loop.bad_steps import NonFiniteGuard
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +41,12 @@ class RunState:
         scaler: of the losses in fp16, or none.
     """
 
-    learners: list[Learner]
+    trainers: list[ModuleTrainer]
     ema: Ema | None
     stream: BatchStream
     ledger: SkipLedger
-    guard: StepGuard
-    window: LossWindow
+    guard: NonFiniteGuard
+    window: RunningMeans
     scaler: torch.amp.GradScaler | None
 
     def save(self, writer: CheckpointWriter, done: int, watched: float | None) -> None:
@@ -86,8 +86,8 @@ class RunState:
         Raises:
             DavaeError: the processes did not find the same checkpoint.
         """
-        players = [learner.player.name for learner in self.learners]
-        needed = [file for name in players for file in (name, f"{name}_optimizer")]
+        modules = [trainer.trained.name for trainer in self.trainers]
+        needed = [file for name in modules for file in (name, f"{name}_optimizer")]
         found = newest_whole(checkpoints, needed + ["averages"] * (self.ema is not None))
         all_the_same(
             "the newest whole checkpoint", "none" if found is None else found[0].name, str(checkpoints)
@@ -95,9 +95,9 @@ class RunState:
         if found is None:
             return 0
         path, tensors, values = found
-        for learner in self.learners:
-            name = learner.player.name
-            learner.restore(tensors[name], tensors[f"{name}_optimizer"], path)
+        for trainer in self.trainers:
+            name = trainer.trained.name
+            trainer.restore(tensors[name], tensors[f"{name}_optimizer"], path)
         if self.ema is not None:
             self.ema.restore(tensors["averages"], values["ema_updates"])
         self.stream.load_state_dict(values["stream"])
@@ -117,12 +117,12 @@ class RunState:
     def _tensors(self, *, keep: bool) -> dict[str, dict[str, Tensor]]:
         """Whole tensors on the CPU by file name; nothing in them unless ``keep``."""
         tensors = {}
-        for learner in self.learners:
-            name = learner.player.name
-            tensors[name] = whole_on_cpu(learner.tensors(), keep=keep)
-            tensors[f"{name}_optimizer"] = learner.moments(keep=keep)
+        for trainer in self.trainers:
+            name = trainer.trained.name
+            tensors[name] = full_state_on_cpu(trainer.tensors(), keep=keep)
+            tensors[f"{name}_optimizer"] = trainer.moments(keep=keep)
         if self.ema is not None:
-            tensors["averages"] = whole_on_cpu(self.ema.tensors(), keep=keep)
+            tensors["averages"] = full_state_on_cpu(self.ema.tensors(), keep=keep)
         return tensors
 
     def _mean_window(self) -> dict[str, list[float]]:

@@ -76,10 +76,10 @@ def export_run(
             making=_making(stage, recipe),
             name=repo_id or out.resolve().name,
         )
-    told = f"{out}\nlicence {licence.title}, from {base}; the card is {out / card.name}"
+    message = f"{out}\nlicence {licence.title}, from {base}; the card is {out / card.name}"
     if repo_id is not None:
-        told += f"\n{push_to_hub(out, repo_id, private=private)}"
-    return told
+        message += f"\n{push_to_hub(out, repo_id, private=private)}"
+    return message
 
 
 def _find_result(run: Path, *, adapters: bool) -> Path:

@@ -33,7 +33,7 @@ def run_autoencoder(
     if dry_run:
         return describe_run(settings, "autoencoder")
     result = train_autoencoder(settings, out or Path("runs") / f"{_stem(recipe)}-autoencoder")
-    return _told(result)
+    return _summary(result)
 
 
 def run_diffusion(
@@ -51,7 +51,7 @@ def run_diffusion(
     folder = trained_autoencoder(recipe, autoencoder)
     check_cache_is_there(settings, recipe, overrides, autoencoder)
     result = train_diffusion(settings, out or Path("runs") / f"{_stem(recipe)}-diffusion", folder)
-    return _told(result)
+    return _summary(result)
 
 
 def run_base(
@@ -67,7 +67,7 @@ def run_base(
     check_data_path(settings.data.path, settings.data.revision)
     start = settings.start_from
     base = None if start is None else load_base(start.pipeline)
-    return _told(train_base(settings, out or Path("runs") / _stem(recipe), base))
+    return _summary(train_base(settings, out or Path("runs") / _stem(recipe), base))
 
 
 def train_autoencoder(recipe: UpgradeRecipe, out: Path) -> TrainResult:
@@ -111,7 +111,7 @@ def _stem(recipe: str | Path) -> str:
     return Path(recipe).stem
 
 
-def _told(result: TrainResult) -> str:
+def _summary(result: TrainResult) -> str:
     figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     return f"{result.result}\n{figures}"
 
