@@ -213,6 +213,6 @@ def test_each_text_encoder_sees_its_own_tokens():
     """SD3's transformer sees 333: 256 of T5 and 77 of both CLIPs, whose features share their places."""
     found = planner.plan(find_architecture("sd35-medium"), resolution=1024, scale=2)
     sizes = find_architecture("sd35-medium").text_encoder_sizes()
-    tokens = {"t5": 256, "clip_text_model": 77}
-    assert found.text_flops == sum(2 * size.multiplied * tokens[size.kind] for size in sizes)
+    tokens = {"T5EncoderModel": 256, "CLIPTextModelWithProjection": 77}
+    assert found.text_flops == sum(2 * size.multiplied * tokens[size.class_name] for size in sizes)
     assert found.speedup_with_decoding == pytest.approx(4.24, abs=0.005)

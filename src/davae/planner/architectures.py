@@ -150,11 +150,12 @@ class Architecture:
 
 @dataclass(frozen=True)
 class TextEncoderSize:
-    """Attributes: component name; kind of model (transformers' ``model_type``); parameters; those that a token of a
-    prompt is multiplied with.
+    """Attributes: component name; class; kind of model (transformers' ``model_type``); parameters; those that a token
+    of a prompt is multiplied with.
     """
 
     name: str
+    class_name: str
     kind: str
     parameters: int
     multiplied: int
@@ -332,7 +333,7 @@ def _text_encoder_size(name: str, config: Mapping[str, Any]) -> TextEncoderSize:
         unused = any(part.startswith(("vis", "lm_head")) for part in parameter_name.split("."))
         if parameter_name not in looked_up and not unused:
             multiplied += parameter.numel()
-    return TextEncoderSize(name, str(config["model_type"]), total, multiplied)
+    return TextEncoderSize(name, type(encoder).__name__, str(config["model_type"]), total, multiplied)
 
 
 _MEASURED = 2  # blocks of each run in the shortest model

@@ -147,7 +147,7 @@ def opening(what: str, path_or_repo: str, *, passed: Collection[str] = ()) -> It
 
     Args:
         what: such as ``pipeline``.
-        place: a folder, or a name on the hub.
+        path_or_repo: a folder, or a name on the hub.
         passed: components that the caller brings, whose folders need not be there.
 
     Raises:
