@@ -1,16 +1,18 @@
-"""Where the tests find reference tensors and real images, and what happens where there are none."""
+"""Every test draws from the same seed; where tests find reference tensors and real images, or skip without them."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +20,54 @@ from safetensors.torch import load_file
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 PARITY_DIR = Path(os.environ.get("DAVAE_PARITY_DIR", _SHARED / "parity"))
 TEST_DATA = Path(os.environ.get("DAVAE_TEST_DATA", _SHARED / "data"))
+
+
+def _seed_everything() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
+
+
+def _drawn() -> bool:
+    """Whether torch's or numpy's global generator has moved; libraries draw from ``random`` as they are imported."""
+    found = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
+    _seed_everything()
+    fresh = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
+    return not (torch.equal(found[0], fresh[0]) and all(map(np.array_equal, found[1], fresh[1])))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Each test draws the same numbers alone, in another order and on another worker."""
+    _seed_everything()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: Any) -> Generator[None, Any, Any]:
+    """A fixture that several tests share draws from its own seed, whichever of them sets it up."""
+    if fixturedef.scope == "function":
+        return (yield)
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    _seed_everything()
+    try:
+        return (yield)
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        random.setstate(states[2])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """A module that draws from a global generator while it is imported is an error: its order would decide."""
+    _seed_everything()
+    report = yield
+    if isinstance(collector, pytest.Module) and report.passed and _drawn():
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{collector.nodeid} draws when it is imported; hand a seeded generator to what draws"
+        )
+    return report
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ def main() -> None:
 
 def overrides_for(recipe: str, kills: int) -> list[str]:
     """Enough steps that so many lives fit in, and a checkpoint every second one."""
-    loop = {"steps": 8 * kills + 40, "checkpoint_every": 2, "validate_every": 0, "validation_images": 4}
+    loop = {"steps": 6 * kills + 24, "checkpoint_every": 2, "validate_every": 0, "validation_images": 4}
     loop["report_to"] = []
     data = {"data.path": "procedural:48", "data.hold_out": 8} if recipe == "tiny" else {}
     return [f"autoencoder.loop.{k}={v}" for k, v in loop.items()] + [f"{k}={v}" for k, v in data.items()]

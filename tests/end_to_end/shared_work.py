@@ -1,12 +1,8 @@
-"""Validation, encoding and caching as several processes do them, started by torchrun; the first one says what it saw.
-
-torchrun --nproc-per-node 2 -m tests.end_to_end.shared_work OUT
-"""
+"""Validation, encoding and caching as several processes do them; the first one says what it saw."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -91,10 +87,9 @@ def _validated(stage, samples: Path) -> dict[str, float]:
         return stage.validate(samples, 1)
 
 
-if __name__ == "__main__":
+def main(folder: Path) -> None:
+    """What one of the processes does."""
     start_processes()
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
     seen = work(folder)
     if is_first():
         (folder / "seen.json").write_text(json.dumps(seen))

@@ -32,33 +32,37 @@ def _fill(disk, leave):
     return filler
 
 
-@pytest.mark.parametrize("leave", [0, 100_000], ids=["nothing free", "no room for a checkpoint"])
-def test_a_training_tells_and_goes_on_where_it_was(leave, small_disk, tmp_path):
-    def recipe(steps):
-        loop = (f"steps={steps}", "checkpoint_every=2", "log_every=1", "validation_images=2", "report_to=[]")
-        options = [f"autoencoder.loop.{option}" for option in loop]
-        return load_recipe("debug", [*options, "data.path=procedural:8", "data.hold_out=2"])
+def _recipe():
+    loop = ("steps=4", "checkpoint_every=2", "log_every=1", "validation_images=2", "report_to=[]")
+    options = [f"autoencoder.loop.{option}" for option in loop]
+    return load_recipe("debug", [*options, "data.path=procedural:8", "data.hold_out=2"])
 
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of four steps, undisturbed."""
+    return train_autoencoder(_recipe(), tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("leave", [0, 100_000], ids=["nothing free", "no room for a checkpoint"])
+def test_a_training_tells_and_goes_on_where_it_was(leave, small_disk, whole):
     run = small_disk / "run"
-    whole = train_autoencoder(recipe(4), tmp_path / "whole")
-    train_autoencoder(recipe(4), run)
+    shutil.copytree(whole.out, run)
     for gone in ("checkpoints/step-4", "autoencoder"):  # as a kill after step 2 leaves it
         shutil.rmtree(run / gone)
     filler = _fill(small_disk, leave)
     kept = (run / "config.yaml").read_text()
     with pytest.raises(DavaeError, match=r"the disk is full.*run the same command again"):
-        train_autoencoder(recipe(4), run)
+        train_autoencoder(_recipe(), run)
     assert (run / "config.yaml").read_text() == kept
     assert [path.name for path in checkpoints(run / "checkpoints")] == ["step-2"]
     load_checkpoint(run / "checkpoints" / "step-2")
 
     filler.unlink()
-    again = train_autoencoder(recipe(4), run)
+    again = train_autoencoder(_recipe(), run)
     assert again.metrics == whole.metrics
-    assert read_metrics(run / "metrics.jsonl") == read_metrics(tmp_path / "whole" / "metrics.jsonl")
-    weights = [
-        load_file(out / "checkpoints" / "step-4" / "model.safetensors") for out in (run, tmp_path / "whole")
-    ]
+    assert read_metrics(run / "metrics.jsonl") == read_metrics(whole.out / "metrics.jsonl")
+    weights = [load_file(out / "checkpoints" / "step-4" / "model.safetensors") for out in (run, whole.out)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 

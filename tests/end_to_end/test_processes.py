@@ -1,19 +1,19 @@
 """Two processes learn what one learns from the same images, and a run may change their number."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.end_to_end import children
 
+from davae.bases.tiny import debug_base
+from davae.models import AutoencoderDA
 from davae.recipes.read import load_recipe
 from davae.training.checkpoints.run_directory import read_metrics
 from davae.training.runs.train import train_autoencoder, train_diffusion
 
-STEPS = 50
+STEPS, EVERY = 20, 5
 
 
 def _overrides(stage: str, batch: int) -> list[str]:
@@ -22,7 +22,7 @@ def _overrides(stage: str, batch: int) -> list[str]:
         "batch_size": batch,
         "gradient_accumulation": 2,
         "log_every": 1,
-        "checkpoint_every": 10,
+        "checkpoint_every": EVERY,
         "checkpoints_total_limit": 9,
         "validate_every": 0,
     }
@@ -38,21 +38,25 @@ def _overrides(stage: str, batch: int) -> list[str]:
 
 
 def _on_two(stage: str, out, extra: list[str], batch: int = 2) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
-    launch += ["--rdzv-endpoint=localhost:0", "-m", "davae", "train", stage, "--recipe", "debug"]
-    done = subprocess.run(
-        [*launch, "--out", str(out), *extra, *_overrides(stage, batch)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = [
+        "davae",
+        "train",
+        stage,
+        "--recipe",
+        "debug",
+        "--out",
+        str(out),
+        *extra,
+        *_overrides(stage, batch),
+    ]
+    children.together(children.davae, words, log=out.with_suffix(".log"))
 
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
-    return train_autoencoder(load_recipe("debug"), tmp_path_factory.mktemp("first")).result
+    out = tmp_path_factory.mktemp("first")
+    AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8).save_pretrained(out)
+    return out
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
@@ -75,7 +79,7 @@ def test_two_processes_follow_one_and_a_run_goes_from_one_to_two_and_back(stage,
     one_to_two, two_to_one = tmp_path / "one_to_two", tmp_path / "two_to_one"
     for source, copy in ((one, one_to_two), (two, two_to_one)):
         shutil.copytree(source, copy)
-        for step in (40, 50):
+        for step in (STEPS - EVERY, STEPS):
             shutil.rmtree(copy / "checkpoints" / f"step-{step}")
     _on_two(stage, one_to_two, extra)
     on_one(two_to_one)

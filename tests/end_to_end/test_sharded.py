@@ -6,14 +6,15 @@ FSDP2, and FSDP2 that keeps the weights gathered.
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
+from accelerate.commands.launch import launch_command, launch_command_parser
 from safetensors.torch import load_file
-from tests.end_to_end.trainings import POISONED_STEP, run
+from tests.end_to_end import children
+from tests.end_to_end.trainings import POISONED_STEP, run, run_all
 
 from davae.bases.tiny import debug_base
 from davae.models import AutoencoderDA
@@ -84,12 +85,16 @@ def _back_to_the_middle(run_directory: Path, copy: Path) -> None:
     shutil.rmtree(copy / "checkpoints" / f"step-{STEPS}")
 
 
-def _launch(jobs: list[dict], file: Path, *launcher: str) -> None:
-    file.write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", *launcher, "-m", "tests.end_to_end.trainings", str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-9000:]
+def _launch(jobs: list[dict], log: Path, config: Path) -> None:
+    """What ``accelerate launch`` does with a configuration, up to torchrun; its processes are ours."""
+    words = ["--config_file", str(config), "--num_processes", "2", "--main_process_port", "0"]
+
+    def instead_of_torchrun(_: object) -> None:
+        children.together(run_all, jobs, log=log, environment=dict(os.environ))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed.run, "run", instead_of_torchrun)
+        launch_command(launch_command_parser().parse_args([*words, "-m", "tests.end_to_end.trainings"]))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +107,7 @@ def one(tmp_path_factory):
     jobs = _jobs(out, 4, out / "vae")
     for name in ("autoencoder", "full", "lora", "new"):
         run(jobs[name])
-    _launch(_made_by_two(out, out / "vae"), out / "jobs.json", "torch.distributed.run", "--nproc-per-node=2")
+    children.together(run_all, _made_by_two(out, out / "vae"), log=out / "log")
     return out
 
 
@@ -114,15 +119,8 @@ def runs(request, one, tmp_path_factory):
     two = _jobs(out / "two", 2, one / "vae")
     one_to_two = two["full"] | {"out": str(out / "one_to_two" / "full")}
     _back_to_the_middle(one / "full", Path(one_to_two["out"]))
-    config = ["--config_file", str(CONFIGS / f"{request.param}.yaml"), "--num_processes", "2"]
-    _launch(
-        [*two.values(), one_to_two, *_made_by_two(out / "two", one / "vae")],
-        out / "jobs.json",
-        "accelerate.commands.launch",
-        *config,
-        "--main_process_port",
-        "0",
-    )
+    jobs = [*two.values(), one_to_two, *_made_by_two(out / "two", one / "vae")]
+    _launch(jobs, out / "log", CONFIGS / f"{request.param}.yaml")
     two_to_one = _jobs(out / "two_to_one", 4, one / "vae")["lora"]
     _back_to_the_middle(out / "two" / "lora", Path(two_to_one["out"]))
     run(two_to_one)

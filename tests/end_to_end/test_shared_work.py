@@ -1,15 +1,13 @@
 """Two processes share validation, encoding and caching out, and find what one finds."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.end_to_end.shared_work import IMAGES, work
+from tests.end_to_end import children
+from tests.end_to_end.shared_work import IMAGES, main, work
 
 from davae.data.cache import LatentCache, verify_cache
 
@@ -17,12 +15,7 @@ from davae.data.cache import LatentCache, verify_cache
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
-    launch += ["--rdzv-endpoint=localhost:0", "-m", "tests.end_to_end.shared_work", str(two)]
-    done = subprocess.run(
-        launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    children.together(main, two, log=two / "log")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     seen = work(one)

@@ -15,6 +15,7 @@ from davae.models import AutoencoderDA
 from davae.pipelines import load_adapters, load_pipeline
 from davae.pipelines.families import family_of
 from davae.recipes.read import load_recipe
+from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.checkpoints.run_directory import read_metrics
 from davae.training.runs.train import train_diffusion
 
@@ -132,6 +133,9 @@ def test_a_text_run_stopped_and_continued_equals_an_undisturbed_one(photos, tmp_
         patched.setattr(run_module, "train", lambda *args: train(*args, stop_after=2))
         with pytest.raises(AssertionError):  # an interrupted run has no result
             _train("sd3", photos, tmp_path / "halves", *loop)
+    halves = tmp_path / "halves" / "run"
+    assert [path.name for path in checkpoints(halves / "checkpoints")][-1] == "step-2"
+    assert not (halves / "pipeline").exists()
     _, continued = _train("sd3", photos, tmp_path / "halves", *loop)
     assert read_metrics(continued.out / "metrics.jsonl") == read_metrics(whole.out / "metrics.jsonl")
     ours, theirs = (

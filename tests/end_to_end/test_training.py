@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from tests.end_to_end import children
 
 from davae.bases.tiny import debug_base
 from davae.models import AutoencoderDA
@@ -102,23 +100,15 @@ def test_kill_minus_nine_leaves_no_trace(stage, debug_run, tmp_path):
     _, stage1, _ = debug_run
     overrides = [f"{stage}.loop.steps=12", f"{stage}.loop.log_every=4"]
     extra = ["--autoencoder", str(stage1.result)] if stage == "diffusion" else []
-    command = [sys.executable, "-m", "davae.cli.main", "train", stage, "--recipe", "debug", *extra]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = tmp_path / "killed"
-    process = subprocess.Popen(
-        [*command, "--out", str(killed), *overrides],
-        env=environment,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    deadline = time.monotonic() + 240
+    killed, log = tmp_path / "killed", tmp_path / "log"
+    words = ["davae", "train", stage, "--recipe", "debug", *extra, "--out", str(killed), *overrides]
+    process = children.start(children.davae, words, log=log, limit_s=240)
     while not (killed / "checkpoints" / "step-4").is_dir():
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
+        assert process.is_alive(), log.read_text()
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run ended before it could be killed"
     assert not list(killed.glob("*/*.safetensors")), "nothing is exported before the end"
 
     recipe = load_recipe("debug", overrides)

@@ -1,11 +1,9 @@
 """What two processes must agree on besides gradients: bad files and steps, when the best is saved, where to go on."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from tests.end_to_end import children, two_processes
 
 from davae.training.checkpoints.checkpoint import checkpoints, load_checkpoint
 
@@ -14,22 +12,8 @@ from davae.training.checkpoints.checkpoint import checkpoints, load_checkpoint
 def ran(tmp_path_factory):
     """The folder of the run, what each process saw, and what they printed."""
     tmp_path = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
-    launch += ["--rdzv-endpoint=localhost:0", "-m", "tests.end_to_end.two_processes", str(tmp_path)]
-    done = subprocess.run(
-        launch,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return (
-        tmp_path,
-        [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)],
-        done.stderr,
-    )
+    told = children.together(two_processes.main, tmp_path, log=tmp_path / "log")
+    return tmp_path, [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)], told
 
 
 def test_bad_files_of_all_processes_are_counted_and_the_best_is_saved_together(ran):

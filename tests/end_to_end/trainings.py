@@ -1,15 +1,11 @@
-"""Several trainings one after the other in the same processes, started by a launcher: importing costs most.
+"""Several trainings one after the other in the same processes.
 
-    LAUNCHER -m tests.end_to_end.trainings JOBS.json
-
-``JOBS.json`` is a list of ``{"stage": ..., "out": ..., "overrides": [...], "autoencoder": ...}``; the stages are those
-of ``davae train``, and ``poisoned``, a toy of which one gradient is not finite in one step.
+A job is ``{"stage": ..., "out": ..., "overrides": [...], "autoencoder": ...}``; the stages are those of
+``davae train``, and ``poisoned``, a toy of which one gradient is not finite in one step.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import torch
@@ -97,6 +93,7 @@ def run(job: dict) -> None:
         train_diffusion(load_recipe("debug", job["overrides"]), out, Path(job["autoencoder"]))
 
 
-if __name__ == "__main__":
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+def run_all(jobs: list[dict]) -> None:
+    """One after the other, in processes that know each other already or learn it from the first."""
+    for job in jobs:
         run(job)

@@ -1,11 +1,10 @@
-"""A toy training whose processes meet different bad files, started by torchrun; its first process says what it saw."""
+"""A toy training whose processes meet different bad files, each saying what it saw."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import torch
@@ -87,8 +86,8 @@ def _error_of(stage, out):
     return ""
 
 
-if __name__ == "__main__":
-    out = Path(sys.argv[1])
+def main(out: Path) -> None:
+    """What one of the processes does."""
     stage = _Stage()
     result = train(stage, out, {})
     facts = {"skipped": result.skipped.entries, "seen": stage.objective.seen}

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKL
 from torch import nn
 
+from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.models.dc_ae import (
     PlainAutoencoderDC,
@@ -71,7 +72,7 @@ def test_plain_survives_saving(tmp_path):
 
 def test_plain_is_no_base_by_accident():
     """Its weights in an AutoencoderDC would compute something else, so nothing may take it for one."""
-    with pytest.raises(Exception, match="PlainAutoencoderDC"):
+    with pytest.raises(DavaeError, match="PlainAutoencoderDC"):
         AutoencoderDA.from_base(_dc(PlainAutoencoderDC), detail_channels=4)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -21,6 +20,7 @@ from diffusers import (
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
+from tests.end_to_end import children
 from tests.pipelines.parts import pipeline_around, small_vae
 from torch import Tensor
 
@@ -231,15 +231,14 @@ def test_saved_pipeline_loads_in_a_new_process_and_makes_the_same_image(tmp_path
         loaded("lake", num_inference_steps=2, generator=seeded(), output_type="pt").images, image
     )
 
-    script = (
-        "import sys, torch, davae.pipelines.class_conditional\n"
-        "from diffusers import DiffusionPipeline\n"
-        "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1] + '/pipeline')\n"
-        "seeded = torch.Generator().manual_seed(0)\n"
-        "made = pipeline('lake', num_inference_steps=2, generator=seeded, output_type='pt').images\n"
-        "assert torch.equal(made, torch.load(sys.argv[1] + '/image.pt'))\n"
-    )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True)
+    log = tmp_path / "log"
+    children.finish(children.start(_open_and_compare, tmp_path, log=log), log)
+
+
+def _open_and_compare(folder: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(folder / "pipeline")
+    made = pipeline("lake", num_inference_steps=2, generator=seeded(), output_type="pt").images
+    assert torch.equal(made, torch.load(folder / "image.pt"))
 
 
 FLOW_SOLVER = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}

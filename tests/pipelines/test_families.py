@@ -88,6 +88,7 @@ def test_predict_is_what_the_pipeline_steps_with(name, scale, pipelines):
     steps = _recorded_steps(pipe, arguments)
     prompt = "class 17" if name == "dit" else arguments["prompt"]
     conditioning = family.encode_prompts(pipe, [prompt])
+    assert steps
     for prediction, timestep, latents in steps:
         if family.packed:
             side = 2 * math.isqrt(latents.shape[1])

@@ -25,7 +25,9 @@ def test_figures_read_back_and_every_file_and_tensor_is_there(run_dir: Path) -> 
     figures = Figures.read(run_dir)
     tensors = load_file(run_dir / TENSOR_FILE)
     assert figures.classes == CLASSES
+    assert all([figures.sections, figures.maps, figures.spectra])
     for section in figures.sections:
+        assert section.rows
         for row in section.rows:
             assert len(row.zooms) == len(row.pictures)
             for picture in (*row.pictures, *row.zooms):

@@ -82,7 +82,7 @@ def test_widened_saved_and_loaded(name: str, tmp_path) -> None:
     assert detail.count_nonzero() == 0
 
     masks = new_channel_masks(widened, LAYOUT)
-    assert list(masks) == channel_parameters(widened)
+    assert list(masks) == channel_parameters(widened) != []
     assert all(torch.equal(mask, widened.get_parameter(n) == 0) for n, mask in masks.items())
 
     widened.save_pretrained(tmp_path)
@@ -131,13 +131,14 @@ def test_adapters_and_checkpointing_after_widening(name: str) -> None:
         widened.get_parameter(parameter).requires_grad_(True)
     arguments = dummy_arguments(widened, z, torch.Generator().manual_seed(3))
     first_tensor(widened.train()(**arguments)).square().mean().backward()
-    for parameter, mask in new_channel_masks(widened, LAYOUT).items():
-        if (
-            parameter.endswith(".weight")
-            and mask.ndim > 1
-            and widened.get_parameter(parameter).grad is not None
-        ):
-            assert widened.get_parameter(parameter).grad.abs().max() > 0, parameter
+    learnt = {
+        parameter: widened.get_parameter(parameter).grad
+        for parameter, mask in new_channel_masks(widened, LAYOUT).items()
+        if parameter.endswith(".weight") and mask.ndim > 1
+    }
+    assert any(gradient is not None for gradient in learnt.values())
+    for parameter, gradient in learnt.items():
+        assert gradient is None or gradient.abs().max() > 0, parameter
 
 
 #: On the meta device their forwards need values: routing, masks or lengths decide shapes there.

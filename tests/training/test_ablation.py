@@ -25,25 +25,38 @@ def test_spread_by_hand():
     assert Spread.of([4.0]).std == 0.0
 
 
-def test_variants_share_autoencoders_and_a_second_call_does_nothing(tmp_path, monkeypatch):
-    recipe = load_recipe("ablation-debug")
-    result = ablate(recipe, tmp_path)
-    assert list(result.variants) == list(recipe.variants)
-    assert len(list((tmp_path / "autoencoders").iterdir())) == 4  # two seeds, with and without alignment
+VARIANTS = (
+    "variants={full: [], without schedule: [diffusion.loss.detail_schedule=constant], "
+    "without alignment: [autoencoder.alignment.weight=0]}"
+)
+
+
+@pytest.fixture(scope="module")
+def ablated(tmp_path_factory):
+    """A finished ablation and its folder."""
+    out = tmp_path_factory.mktemp("ablation")
+    return ablate(load_recipe("ablation-debug", [VARIANTS]), out), out
+
+
+def test_variants_share_autoencoders_and_a_second_call_does_nothing(ablated, monkeypatch):
+    result, out = ablated
+    recipe = load_recipe("ablation-debug", [VARIANTS])
+    assert list(result.variants) == list(recipe.variants) == ["full", "without schedule", "without alignment"]
+    assert len(list((out / "autoencoders").iterdir())) == 4  # two seeds, with and without alignment
     full, unscheduled = result.variants["full"], result.variants["without schedule"]
     assert full["autoencoder_psnr"] == unscheduled["autoencoder_psnr"]
     assert len(full["swd/finest"].values) == 2
     assert full["swd/finest"].values[0] != full["swd/finest"].values[1]
-    assert json.loads((tmp_path / "ablation.json").read_text())["seeds"] == [0, 1]
+    assert json.loads((out / "ablation.json").read_text())["seeds"] == [0, 1]
 
     def refuse(*_):
         raise AssertionError("trained again")
 
     monkeypatch.setattr("davae.experiments.ablation.train_diffusion", refuse)
     monkeypatch.setattr("davae.experiments.ablation.train_autoencoder", refuse)
-    assert ablate(recipe, tmp_path).variants == result.variants
+    assert ablate(recipe, out).variants == result.variants
     with pytest.raises(DavaeError, match=r"another ablation \(samples differ\)"):
-        ablate(load_recipe("ablation-debug", ["samples=13"]), tmp_path)
+        ablate(load_recipe("ablation-debug", [VARIANTS, "samples=13"]), out)
 
 
 def test_a_random_start_is_random_in_the_new_channels_only():
@@ -63,13 +76,13 @@ def test_a_random_start_is_random_in_the_new_channels_only():
             assert float(weight[mask].detach().std()) == pytest.approx(spread, rel=0.2)
 
 
-def test_the_verb_prints_a_table_and_draws(tmp_path):
-    arguments = ["ablate", "--recipe", "ablation-debug", "--out", str(tmp_path), "seeds=[0]"]
-    arguments += ["variants={full: [], constant: [diffusion.loss.detail_schedule=constant]}"]
-    done = CliRunner().invoke(app, arguments)
+def test_the_verb_prints_a_table_and_draws(ablated):
+    _, out = ablated
+    (out / "ablation.png").unlink(missing_ok=True)
+    done = CliRunner().invoke(app, ["ablate", "--recipe", "ablation-debug", "--out", str(out), VARIANTS])
     assert done.exit_code == 0, done.output
-    assert "1 seed, 12 samples" in done.output
+    assert "2 seeds, 12 samples" in done.output
     assert "real images" in done.output
-    assert (tmp_path / "ablation.png").is_file()
+    assert (out / "ablation.png").is_file()
     with pytest.raises(DavaeError, match="kind 'upgrade', not an ablation"):
         CliRunner().invoke(app, ["ablate", "--recipe", "debug"], catch_exceptions=False)

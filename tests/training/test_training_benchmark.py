@@ -165,6 +165,7 @@ def test_rows_and_profile_of_the_verb(tmp_path):
     assert [(r["stage"], r["form"]) for r in found["rows"]] == [
         (stage, form) for stage in ("autoencoder", "diffusion") for form in FORMS
     ]
+    assert len(found["profiles"]) >= 2
     for row in found["rows"]:
         assert row["images_per_second"] == pytest.approx(2 / row["step_seconds"])
         assert row["memory_bytes"] > 0
