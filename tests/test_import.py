@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import davae
+from davae.bases.tiny import debug_base
 from davae.import_hooks import after_import
-from davae.tiny import debug_base
 
 OPEN = """
 folder = sys.argv[1]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from davae.bases.open import load_recipe_base
 from davae.benchmark import count_flops, peak_memory_bytes, side_by_side
 from davae.data import ItemDataset
 from davae.errors import DavaeError
@@ -33,11 +34,11 @@ from davae.report import (
     build_report,
 )
 from davae.runtime.pictures import save_rows, upscaled
-from davae.training.autoencoder import upscaled_base
+from davae.training.autoencoder.stage import upscaled_base
+from davae.training.checkpoints.run_directory import environment, read_metrics
+from davae.training.data import open_part
 from davae.training.diffusion import ClassMap, generate_classes
-from davae.training.images import open_part
-from davae.training.run import load_recipe_base, train_autoencoder, train_diffusion
-from davae.training.run_directory import environment, read_metrics
+from davae.training.runs.train import train_autoencoder, train_diffusion
 from davae.warm_start import check_warm_start
 
 logger = logging.getLogger(__name__)

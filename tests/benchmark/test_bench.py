@@ -6,49 +6,49 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from davae.bases.debug_pipelines import small_pipeline
 from davae.benchmark import count_flops
 from davae.benchmark.autoencoder import _tiling, bench_autoencoder
-from davae.benchmark.contestants import make_contestants
 from davae.benchmark.inference import bench_inference
-from davae.benchmark.memory import peak_tensor_bytes
-from davae.benchmark.planner_architectures import find_architecture
+from davae.benchmark.timing import peak_tensor_bytes
+from davae.benchmark.variants import make_variants
 from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.tiny.small_pipelines import small_pipeline
+from davae.planner.architectures import find_architecture
 
 
 @pytest.fixture(scope="module")
-def contestants():
-    return make_contestants(find_architecture("debug-sd3"), resolution=128, scales=(2, 4), steps=2)
+def variants():
+    return make_variants(find_architecture("debug-sd3"), resolution=128, scales=(2, 4), steps=2)
 
 
-def test_tokens_and_sizes_of_the_contestants(contestants):
-    tokens = {c.name: c.tokens for c in contestants}
+def test_tokens_and_sizes_of_the_contestants(variants):
+    tokens = {c.name: c.tokens for c in variants}
     assert tokens["native"] == 4 * tokens["upgraded x2"] == 16 * tokens["upgraded x4"]
     assert tokens["base"] == tokens["upgraded x2"]
-    for contestant in contestants:
+    for variant in variants:
         with torch.no_grad():
-            image = contestant.vae.decode(contestant.latent).sample
-        assert image.shape[-2:] == (contestant.resolution, contestant.resolution)
-    assert [c.resolution for c in contestants] == [64, 128, 128, 128]
+            image = variant.vae.decode(variant.latent).sample
+        assert image.shape[-2:] == (variant.resolution, variant.resolution)
+    assert [c.resolution for c in variants] == [64, 128, 128, 128]
 
 
-def test_counts_are_those_of_the_calls_that_are_timed(contestants):
-    for contestant in contestants[:3]:
-        assert contestant.step_flops() == count_flops(contestant.step)
-        assert contestant.decode_flops() == count_flops(contestant.decode)
+def test_counts_are_those_of_the_calls_that_are_timed(variants):
+    for variant in variants[:3]:
+        assert variant.step_flops() == count_flops(variant.step)
+        assert variant.decode_flops() == count_flops(variant.decode)
 
 
-def test_the_whole_image_is_its_text_its_steps_and_its_decoder(contestants):
-    native = contestants[1]
+def test_the_whole_image_is_its_text_its_steps_and_its_decoder(variants):
+    native = variants[1]
     assert native.text_flops() > 0
     parts = native.text_flops() + 2 * native.step_flops() + native.decode_flops()
     assert count_flops(native.image) == parts
 
 
-def test_text_is_encoded_for_both_passes_of_guidance_at_once(contestants):
-    native, upgraded = contestants[1], contestants[2]
+def test_text_is_encoded_for_both_passes_of_guidance_at_once(variants):
+    native, upgraded = variants[1], variants[2]
     seen = []
     for name, encoder in native.text.encoders.items():
         encoder.register_forward_pre_hook(
@@ -132,7 +132,7 @@ def test_peak_memory_by_hand():
 
 def test_mistakes_are_told():
     with pytest.raises(DavaeError, match="36 pixels are not a multiple of 8"):
-        make_contestants(find_architecture("debug-sd3"), resolution=72)
+        make_variants(find_architecture("debug-sd3"), resolution=72)
     with pytest.raises(DavaeError, match="dtype must be"):
         bench_inference("debug-sd3", resolution=64, dtype="int8")
 

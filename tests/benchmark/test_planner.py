@@ -6,14 +6,14 @@ from diffusers import SD3Transformer2DModel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-import davae.benchmark.planner_depth as depth
-from davae.benchmark import planner
-from davae.benchmark.planner_architectures import find_architecture
-from davae.benchmark.planner_hours import GPUS, find_gpu, hours
-from davae.benchmark.planner_memory import checkpointing, cost_of, drop_gradients
-from davae.benchmark.planner_stages import DiffusionRun, diffusion_stage, forward_cost, target_counts
-from davae.benchmark.planner_text import stage_line
+import davae.planner.architectures as depth
 from davae.errors import DavaeError
+from davae.planner import plan as planner
+from davae.planner.architectures import find_architecture
+from davae.planner.hours import GPUS, find_gpu, hours
+from davae.planner.memory import checkpointing, cost_of, drop_gradients
+from davae.planner.stages import DiffusionRun, diffusion_stage, forward_cost, target_counts
+from davae.planner.text import stage_line
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -116,7 +116,7 @@ def _allocated_peak(fn) -> int:
 def test_memory_of_a_training_step_is_what_torch_allocates(recompute, precision, monkeypatch):
     mixed = precision == "bf16"
     # What the CPU runs in float32 under autocast differs from CUDA, which the planner follows.
-    monkeypatch.setattr("davae.benchmark.planner_memory._WIDE", set())
+    monkeypatch.setattr("davae.planner.memory._WIDE", set())
     real, shapes = _small(4, "cpu"), _small(4, "meta")
     if recompute:
         real.enable_gradient_checkpointing()
@@ -213,6 +213,6 @@ def test_each_text_encoder_sees_its_own_tokens():
     """SD3's transformer sees 333: 256 of T5 and 77 of both CLIPs, whose features share their places."""
     found = planner.plan(find_architecture("sd35-medium"), resolution=1024, scale=2)
     sizes = find_architecture("sd35-medium").text_encoder_sizes()
-    tokens = {"t5": 256, "clip_text_model": 77}
-    assert found.text_flops == sum(2 * size.multiplied * tokens[size.kind] for size in sizes)
+    tokens = {"T5EncoderModel": 256, "CLIPTextModelWithProjection": 77}
+    assert found.text_flops == sum(2 * size.multiplied * tokens[size.class_name] for size in sizes)
     assert found.speedup_with_decoding == pytest.approx(4.24, abs=0.005)

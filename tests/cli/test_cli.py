@@ -7,10 +7,10 @@ import pytest
 import yaml
 from PIL import Image
 
+from davae.bases.tiny import debug_base
 from davae.cli.main import main
 from davae.data import render_scene
 from davae.models import AutoencoderDA
-from davae.tiny import debug_base
 
 
 def _run(monkeypatch, capsys, *arguments):

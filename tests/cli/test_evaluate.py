@@ -9,10 +9,10 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 from typer.testing import CliRunner
 
+from davae.bases.tiny import debug_base
 from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.tiny import debug_base
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_statistics_are_saved_and_serve_as_the_reference(tmp_path):
     second = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert second["reference"]["sha256"] == first["reference"]["saved"]["sha256"]
     name = f"fid/{network_name}"
-    figures = [told["rows"]["upgraded"]["figures"][name] for told in (first, second)]
+    figures = [message["rows"]["upgraded"]["figures"][name] for message in (first, second)]
     assert figures[0] == pytest.approx(figures[1], rel=1e-9)
     (network,) = second["networks"]
     assert "16 x 16" in network["resize"]

@@ -9,12 +9,12 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from davae.bases.tiny import debug_base
 from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines import Licence, find_licence
 from davae.pipelines.saving.licence import read_front_matter
-from davae.tiny import debug_base
 
 NAME, LINK = "stabilityai-ai-community", "https://example.org/LICENSE.md"
 SD35 = f"license: other\nlicense_name: {NAME}\nlicense_link: {LINK}"

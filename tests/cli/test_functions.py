@@ -15,8 +15,10 @@ from tests.interop.test_official_lightningdit import official
 from typer.testing import CliRunner
 
 from davae.bases.generate import write_images
+from davae.bases.tiny import debug_base
 from davae.bases.upgrade import write_upgraded
 from davae.benchmark.autoencoder import bench_autoencoder
+from davae.benchmark.training import StageName, bench_training
 from davae.cli import bench, cache, convert, inspect
 from davae.cli.main import app
 from davae.data import render_scene
@@ -25,23 +27,20 @@ from davae.evaluation.generation.evaluate import evaluate_generation
 from davae.evaluation.latent_space.inspect import inspect_latents
 from davae.evaluation.latent_space.projection import Method
 from davae.evaluation.reconstruction.evaluate import evaluate_reconstruction
+from davae.experiments.compare import compare_autoencoders
 from davae.interop.conversion import Which, convert_lightningdit_file
 from davae.interop.official_sd3_transformer import ChannelOrder
 from davae.models import AutoencoderDA
+from davae.planner.recipes import plan_upgrade
 from davae.recipes.read import load_ablation
 from davae.report.ablation import run_ablation
 from davae.report.inspection import write_inspection
-from davae.tiny import debug_base
-from davae.training.benchmark import bench_training
-from davae.training.benchmark.side_by_side import StageName
-from davae.training.compare import compare_autoencoders
-from davae.training.dc_ae_phases import run_dc_ae
-from davae.training.dry_run import plan_upgrade
-from davae.training.export import export_run
-from davae.training.run import run_autoencoder, run_base, run_diffusion
-from davae.training.run_cache import run_cache
-from davae.training.runs.installation import installation, installation_text
+from davae.training.checkpoints.run_directory import installation, installation_text
+from davae.training.dc_ae.train import run_dc_ae
+from davae.training.runs.cache import run_cache
+from davae.training.runs.export import export_run
 from davae.training.runs.reconstruct import reconstruct_images
+from davae.training.runs.train import run_autoencoder, run_base, run_diffusion
 
 
 def verb(*arguments: object) -> str:
@@ -88,8 +87,8 @@ def test_upgrade_and_generate(here: Path, tmp_path: Path) -> None:
     written = write_upgraded("debug", here / "vae", tmp_path / "b")
     assert json.loads(text) | {"folder": None} == json.loads(json.dumps(written.to_json())) | {"folder": None}
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    told = verb("upgrade", "debug", "--autoencoder", here / "vae", "--out", tmp_path / "b").strip()
-    assert told == str(written)
+    message = verb("upgrade", "debug", "--autoencoder", here / "vae", "--out", tmp_path / "b").strip()
+    assert message == str(written)
 
     options = ["--seed", 3, "--count", 2, "--steps", 2]
     text = verb("generate", tmp_path / "a", "tree", "book", *options, "--out", tmp_path / "x")
@@ -117,14 +116,14 @@ def test_train_cache_and_export(tmp_path: Path) -> None:
     assert text.replace(str(a), str(b)) == run_autoencoder("debug", settings, b) + "\n"
     assert contents(a / "autoencoder") == contents(b / "autoencoder")
     text = verb("cache", *common, "--autoencoder", a / "autoencoder", "--out", a / "cache")
-    told = run_cache("debug", settings, b / "cache", a / "autoencoder")
-    assert text.replace(str(a / "cache"), str(b / "cache")) == told + "\n"
+    message = run_cache("debug", settings, b / "cache", a / "autoencoder")
+    assert text.replace(str(a / "cache"), str(b / "cache")) == message + "\n"
     shards = [name for name in contents(a / "cache") if name.endswith(".safetensors")]
     assert shards
     assert all(contents(a / "cache")[name] == contents(b / "cache")[name] for name in shards)
     text = verb("export", a, "--out", tmp_path / "x", "--license", "mit")
-    told = export_run(b, tmp_path / "y", license="mit")
-    assert text == told.replace(str(tmp_path / "y"), str(tmp_path / "x")) + "\n"
+    message = export_run(b, tmp_path / "y", license="mit")
+    assert text == message.replace(str(tmp_path / "y"), str(tmp_path / "x")) + "\n"
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,15 @@ from torch import nn
 from typer.testing import CliRunner
 
 from davae.bases import generate as generate_verb
+from davae.bases.debug_pipelines import small_pipeline
+from davae.bases.open import load_base
+from davae.bases.tiny import debug_base
 from davae.cli.main import app
 from davae.data import render_scene
 from davae.models import AutoencoderDA
 from davae.pipelines import speed_up
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.runtime import devices
-from davae.tiny import debug_base
-from davae.tiny.small_pipelines import small_pipeline
-from davae.training.run import load_base
 from davae.training.runs import reconstruct as reconstruct_verb
 
 
@@ -124,9 +124,9 @@ def test_reconstruct_in_bfloat16_tells_nearly_the_same_gain(tmp_path: Path) -> N
         Image.fromarray(render_scene(i, 0, 48)).save(tmp_path / "photos" / f"{i}.png")
     arguments = ["reconstruct", tmp_path / "vae", tmp_path / "photos", "--resolution", 32]
     arguments += ["--out", tmp_path / "rows.png", "--device", "cpu"]
-    told = []
+    message = []
     for options in ([], ["--dtype", "bfloat16"]):
         done = CliRunner().invoke(app, [*map(str, arguments), *options], catch_exceptions=False)
         assert done.exit_code == 0
-        told.append(float(done.output.split("PSNR ")[1].split()[0]))
-    assert told[0] == pytest.approx(told[1], abs=0.2)
+        message.append(float(done.output.split("PSNR ")[1].split()[0]))
+    assert message[0] == pytest.approx(message[1], abs=0.2)

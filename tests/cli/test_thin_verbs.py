@@ -21,7 +21,7 @@ LIGHT = {
     "davae.cli.options",
     "davae.errors",
     "davae.import_hooks",
-    "davae.training.stopping",
+    "davae.training.loop.signals",
     "davae.version",
 }
 MOST_STATEMENTS = 12

@@ -15,7 +15,7 @@ from davae.data import render_scene
 from davae.errors import DavaeError
 from davae.recipes.read import load_recipe, recipe_names
 from davae.recipes.settings import BaseRecipe, UpgradeRecipe
-from davae.training.run_cache import default_folder
+from davae.training.runs.cache import default_folder
 
 CACHED = [
     name
@@ -56,15 +56,15 @@ def test_the_commands_follow_each_other(tmp_path: Path, monkeypatch: pytest.Monk
     command = shlex.split(str(refused.value).split("`")[1])
     assert command == ["davae", "cache", *common]
 
-    told = _davae(*command[1:])
+    message = _davae(*command[1:])
     assert Path("caches/mine/fingerprint.json").is_file()
-    command = shlex.split(told.split("`")[1])
+    command = shlex.split(message.split("`")[1])
     assert command == ["davae", "train", "diffusion", *common]
     _davae(*command[1:])
     assert Path("runs/mine-diffusion/pipeline/model_index.json").is_file()
     assert "shards as they were written: caches/mine" in _davae("cache", "--verify", *common)
 
-    told = _davae("cache", *common, "--out", "other", "--autoencoder", "runs/mine-autoencoder/autoencoder")
-    command = shlex.split(told.split("`")[1])
+    message = _davae("cache", *common, "--out", "other", "--autoencoder", "runs/mine-autoencoder/autoencoder")
+    command = shlex.split(message.split("`")[1])
     named = ["--autoencoder", "runs/mine-autoencoder/autoencoder"]
     assert command[3:] == ["--recipe", "mine.yaml", *named, "data.path=my photos", "data.cache=other"]

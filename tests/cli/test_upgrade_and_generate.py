@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from davae.bases.debug_pipelines import SMALL_PIPELINES, small_pipeline
 from davae.cli.main import main
 from davae.models import AutoencoderDA
 from davae.pipelines.sampling.generate import generate_images
-from davae.tiny.small_pipelines import SMALL_PIPELINES, small_pipeline
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object):
@@ -39,10 +39,10 @@ def autoencoder(tmp_path: Path) -> Path:
 def test_upgrade_reports_and_generate_reads_prompts(autoencoder, monkeypatch, capsys, tmp_path) -> None:
     out = tmp_path / "upgraded"
     arguments = ("upgrade", "debug-sd3", "--autoencoder", autoencoder, "--out", out)
-    status, told, _ = run(monkeypatch, capsys, *arguments, "--timestep-shift", "2.5")
+    status, message, _ = run(monkeypatch, capsys, *arguments, "--timestep-shift", "2.5")
     assert status == 0
-    assert "warm start verified: base outputs differ by" in told
-    assert "StableDiffusion3Pipeline with 4 + 8 latent channels, images 2 times larger" in told
+    assert "warm start verified: base outputs differ by" in message
+    assert "StableDiffusion3Pipeline with 4 + 8 latent channels, images 2 times larger" in message
     assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["shift"] == 2.5
 
     prompts = tmp_path / "prompts.txt"
@@ -50,9 +50,9 @@ def test_upgrade_reports_and_generate_reads_prompts(autoencoder, monkeypatch, ca
     images = tmp_path / "images"
     further = ("--count", 2, "--seed", 5, "--steps", 1, "--height", 64, "--width", 128, "--negative", "a car")
     arguments = ("generate", out, "--prompts", prompts, "--prompt", "a cat", "--out", images, *further)
-    status, told, _ = run(monkeypatch, capsys, *arguments)
+    status, message, _ = run(monkeypatch, capsys, *arguments)
     assert status == 0
-    assert "6 images of 128 x 64 pixels" in told
+    assert "6 images of 128 x 64 pixels" in message
     names = {path.name for path in images.iterdir()}
     assert names == {
         *("a-cat-5.png", "a-cat-6.png", "a-red-fox-in-snow-7.png", "a-red-fox-in-snow-8.png"),
@@ -66,17 +66,17 @@ def test_every_small_pipeline_can_be_upgraded(name, monkeypatch, capsys, tmp_pat
     vae = AutoencoderDA.from_base(small_pipeline(name).vae, scale=2, detail_channels=8)
     vae.save_pretrained(tmp_path / "vae")
     arguments = ("upgrade", f"debug-{name}", "--autoencoder", tmp_path / "vae", "--out", tmp_path / "up")
-    status, told, problem = run(monkeypatch, capsys, *arguments)
+    status, message, problem = run(monkeypatch, capsys, *arguments)
     assert (status, problem.count("leaks")) == (0, 0)
-    assert "warm start verified" in told
+    assert "warm start verified" in message
     assert (tmp_path / "up" / "model_index.json").is_file()
 
 
 def test_upgrade_as_json(autoencoder, monkeypatch, capsys, tmp_path) -> None:
     arguments = ("upgrade", "debug-sd3", "--autoencoder", autoencoder, "--out", tmp_path / "up", "--json")
-    status, told, _ = run(monkeypatch, capsys, *arguments)
+    status, message, _ = run(monkeypatch, capsys, *arguments)
     assert status == 0
-    facts = json.loads(told)
+    facts = json.loads(message)
     assert facts["channels"] == {"base": 4, "detail": 8}
     assert facts["pixels_per_latent_position"] == 8
     assert facts["self_check"]["max_detail_output"] == 0

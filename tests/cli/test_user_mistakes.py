@@ -15,10 +15,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
 
+from davae.bases.debug_pipelines import small_pipeline
+from davae.bases.tiny import debug_base
 from davae.cli.main import main
 from davae.models import AutoencoderDA
-from davae.tiny import debug_base
-from davae.tiny.small_pipelines import small_pipeline
 
 
 @pytest.fixture(scope="module")

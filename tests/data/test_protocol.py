@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import davae
+from davae.benchmark.training_stages import RandomImages, RandomLatents
 from davae.data import (
     BatchStream,
     DatasetWrapper,
@@ -27,7 +28,6 @@ from davae.data import (
     open_dataset,
 )
 from davae.data.in_memory import ImagesInMemory, LatentsInMemory, MixedScales, Prepared, WithBaseLatents
-from davae.training.benchmark.data import RandomImages, RandomLatents
 from tests.data.files import image_folder
 from tests.data.test_cache import write
 

@@ -61,6 +61,6 @@ def test_no_warm_up() -> None:
         ({"step": 0, "warmup_steps": 1, "shape": "cosin"}, "'cosin': use cosine, linear or constant"),
     ],
 )
-def test_refusals(arguments: dict, told: str) -> None:
-    with pytest.raises(DavaeError, match=told):
+def test_refusals(arguments: dict, message: str) -> None:
+    with pytest.raises(DavaeError, match=message):
         detail_weight(**arguments)

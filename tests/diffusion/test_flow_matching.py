@@ -8,6 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from davae.bases.tiny import debug_base
 from davae.diffusion import (
     interpolate,
     noise_from_velocity,
@@ -16,9 +17,8 @@ from davae.diffusion import (
     velocity_of,
     x0_from_velocity,
 )
+from davae.pipelines.class_conditional import guided_velocity, predict_velocity
 from davae.pipelines.families import family_of
-from davae.pipelines.sampling.class_conditional import guided_velocity, predict_velocity
-from davae.tiny import debug_base
 
 LEVELS = torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0])  # both ends, and between
 

@@ -137,6 +137,6 @@ class TestFlowLoss:
         (lambda: min_snr_weight(torch.ones(1), 0.0), "gamma must be positive"),
     ],
 )
-def test_refusals(make, told: str) -> None:
-    with pytest.raises(DavaeError, match=told):
+def test_refusals(make, message: str) -> None:
+    with pytest.raises(DavaeError, match=message):
         make()

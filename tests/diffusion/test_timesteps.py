@@ -65,6 +65,6 @@ def test_official_table() -> None:
         (lambda: shift_sigmas(torch.ones(1), 0.0), "shift must be positive"),
     ],
 )
-def test_refusals(make, told: str) -> None:
-    with pytest.raises(DavaeError, match=told):
+def test_refusals(make, message: str) -> None:
+    with pytest.raises(DavaeError, match=message):
         make()

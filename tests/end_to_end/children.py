@@ -22,7 +22,7 @@ LIMIT_S = 600.0  # no life of the tests takes a tenth of it
 # would copy the locks that its other threads (progress bars, loaders) hold at that moment, and could wait for ever.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["davae.cli.main", "davae.training.run", "davae.evaluation.generation.evaluate"]
+    ["davae.cli.main", "davae.training.runs.train", "davae.evaluation.generation.evaluate"]
 )
 
 

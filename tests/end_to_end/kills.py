@@ -26,9 +26,9 @@ from pathlib import Path
 from tests.end_to_end import children
 
 from davae.recipes.read import load_recipe
-from davae.training.checkpoint import checkpoints, load_checkpoint
-from davae.training.run import train_autoencoder
-from davae.training.run_directory import read_metrics
+from davae.training.checkpoints.checkpoint import checkpoints, load_checkpoint
+from davae.training.checkpoints.run_directory import read_metrics
+from davae.training.runs.train import train_autoencoder
 
 _KINDS = ("after", "writing", "starting", "writing", "after")
 _HOURS = 4 * 3600.0  # what the undisturbed run may take on a slow machine

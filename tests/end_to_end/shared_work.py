@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
+from davae.bases.open import load_base
 from davae.data import open_dataset
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.pipelines.upgrade.base_match import layout_over
+from davae.pipelines.upgrade.upgrade import layout_over
 from davae.recipes.read import load_recipe
 from davae.runtime.processes import everyone, is_first, start_processes
-from davae.training.autoencoder import AutoencoderStage
-from davae.training.caching import write_cache
+from davae.training.autoencoder.stage import AutoencoderStage
+from davae.training.cache.write import write_cache
 from davae.training.diffusion import DiffusionStage
-from davae.training.run import load_base
 
 IMAGES = 11
 HELD_OUT = 5  # so that two processes have different numbers of them
@@ -82,7 +82,7 @@ def _recipe(base: str):
 
 
 def _validated(stage, samples: Path) -> dict[str, float]:
-    stage.players[0].module.eval()
+    stage.modules[0].module.eval()
     with torch.no_grad():
         return stage.validate(samples, 1)
 

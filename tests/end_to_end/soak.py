@@ -78,7 +78,7 @@ def soak(recipe: str, overrides: list[str], seconds: float, out: Path, *, every:
             status = process.wait()
     if status != 128 + signal.SIGTERM:
         raise SystemExit(f"status {status}: {out.with_suffix('.log').read_text()[-3000:]}")
-    return judge(samples)
+    return check(samples)
 
 
 def _watch(process: subprocess.Popen, out: Path, seconds: float, every: float) -> list[Sample]:
@@ -98,7 +98,7 @@ def _watch(process: subprocess.Popen, out: Path, seconds: float, every: float) -
     return samples
 
 
-def judge(samples: list[Sample]) -> dict:
+def check(samples: list[Sample]) -> dict:
     """Median memory, fewest open files, and steps a second, in windows of equal time after the warm-up.
 
     ``memory_spread`` and ``throughput_spread`` are the largest difference between two windows over the smallest. Files

@@ -11,7 +11,7 @@ from PIL import Image
 from davae.data import render_scene
 from davae.errors import DavaeError
 from davae.recipes.read import load_recipe
-from davae.training.run import train_autoencoder
+from davae.training.runs.train import train_autoencoder
 
 
 def _photo(index):
@@ -61,8 +61,8 @@ def test_training_runs_and_names_what_it_skipped(folder, tmp_path, caplog):
     reasons = dict(result.skipped.entries)
     assert "decompression bomb" in reasons["bomb.png"]
     assert "nan" in reasons["nan.tiff"]
-    told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
-    assert any(all(name in text for name in ("truncated.jpg", "text.png", "dot.png")) for text in told)
+    message = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert any(all(name in text for name in ("truncated.jpg", "text.png", "dot.png")) for text in message)
 
 
 def test_mostly_bad_files_are_an_error(folder, tmp_path):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import davae
 from davae.recipes.read import load_recipe
-from davae.training.run import train_autoencoder, train_diffusion
+from davae.training.runs.train import train_autoencoder, train_diffusion
 
 EARLIER = Path(__file__).resolve().parents[1] / "earlier"
 EXPECTED = load_file(EARLIER / "expected.safetensors")

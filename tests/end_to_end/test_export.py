@@ -12,9 +12,9 @@ from peft import LoraConfig
 from tests.pipelines.parts import upgraded
 
 import davae
+from davae.bases.tiny import debug_base
 from davae.cli.main import main
 from davae.pipelines import attach_lora, merge_lora
-from davae.tiny import debug_base
 
 
 @pytest.fixture

@@ -7,14 +7,15 @@ import torch
 from safetensors.torch import load_file
 from tests.conftest import small_tmpfs
 
+from davae.bases.open import load_base
 from davae.data.cache import LatentCache, verify_cache
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.recipes.read import load_recipe
-from davae.training.caching import write_cache
-from davae.training.checkpoint import checkpoints, load_checkpoint
-from davae.training.run import load_base, train_autoencoder
-from davae.training.run_directory import read_metrics
+from davae.training.cache.write import write_cache
+from davae.training.checkpoints.checkpoint import checkpoints, load_checkpoint
+from davae.training.checkpoints.run_directory import read_metrics
+from davae.training.runs.train import train_autoencoder
 
 
 @pytest.fixture

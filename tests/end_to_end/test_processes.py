@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 from tests.end_to_end import children
 
+from davae.bases.tiny import debug_base
 from davae.models import AutoencoderDA
 from davae.recipes.read import load_recipe
-from davae.tiny import debug_base
-from davae.training.run import train_autoencoder, train_diffusion
-from davae.training.run_directory import read_metrics
+from davae.training.checkpoints.run_directory import read_metrics
+from davae.training.runs.train import train_autoencoder, train_diffusion
 
 STEPS, EVERY = 20, 5
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from tests.end_to_end import children
 from tests.end_to_end.trainings import POISONED_STEP, run, run_all
 
+from davae.bases.tiny import debug_base
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.tiny import debug_base
-from davae.training.run_directory import read_metrics
+from davae.training.checkpoints.run_directory import read_metrics
 from davae.warm_start import new_channel_masks
 
 ROOT = Path(__file__).parents[2]
@@ -183,8 +183,8 @@ def test_results_are_ordinary_folders(runs, name):
 def test_what_one_shard_finds_not_finite_all_leave_out_and_name(runs):
     out = runs / "two" / "poisoned"
     for name in ("skipped_steps.jsonl", "skipped_steps.rank-1.jsonl"):
-        told = [json.loads(line) for line in (out / name).read_text().splitlines()]
-        assert [(t["step"], t["layers"]) for t in told] == [(POISONED_STEP + 1, ["bad"])]
+        message = [json.loads(line) for line in (out / name).read_text().splitlines()]
+        assert [(t["step"], t["layers"]) for t in message] == [(POISONED_STEP + 1, ["bad"])]
 
     def weights(step: int) -> dict[str, torch.Tensor]:
         return load_file(out / "checkpoints" / f"step-{step}" / "model.safetensors")

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from tests.end_to_end.soak import Sample, judge, overrides_for, soak, write_shards
+from tests.end_to_end.soak import Sample, check, overrides_for, soak, write_shards
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -21,14 +21,14 @@ def _samples(memory=lambda t: 10**9, files=lambda t: 20, step=lambda t: 5 * t):
 
 
 def test_the_judge_sees_what_grows():
-    fine = judge(_samples())
+    fine = check(_samples())
     assert (fine["memory_spread"], fine["throughput_spread"], fine["files"]) == (0, 0, [20] * 8)
     assert fine["memory_flat"]
     assert fine["throughput_flat"]
     assert fine["files_constant"]
-    assert not judge(_samples(memory=lambda t: 10**9 + t * 10**6))["memory_flat"]
-    assert not judge(_samples(files=lambda t: 20 + t // 50))["files_constant"]
-    assert not judge(_samples(step=lambda t: 5 * t if t < 60 else 300 + 4 * (t - 60)))["throughput_flat"]
+    assert not check(_samples(memory=lambda t: 10**9 + t * 10**6))["memory_flat"]
+    assert not check(_samples(files=lambda t: 20 + t // 50))["files_constant"]
+    assert not check(_samples(step=lambda t: 5 * t if t < 60 else 300 + 4 * (t - 60)))["throughput_flat"]
     # one tall sample, such as while a checkpoint is copied, is not growth; nor is the warm-up
-    assert judge(_samples(memory=lambda t: 10**9 * (2 if t == 50 else 1)))["memory_flat"]
-    assert judge(_samples(memory=lambda t: 10**9 // (2 if t < 15 else 1)))["memory_flat"]
+    assert check(_samples(memory=lambda t: 10**9 * (2 if t == 50 else 1)))["memory_flat"]
+    assert check(_samples(memory=lambda t: 10**9 // (2 if t < 15 else 1)))["memory_flat"]

@@ -8,15 +8,16 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from davae.bases.debug_pipelines import SMALL_PIPELINES, base_resolution, call_arguments
+from davae.bases.open import load_base
 from davae.data import CLASSES, render_scene
 from davae.models import AutoencoderDA
 from davae.pipelines import load_adapters, load_pipeline
 from davae.pipelines.families import family_of
 from davae.recipes.read import load_recipe
-from davae.tiny.small_pipelines import SMALL_PIPELINES, base_resolution, call_arguments
-from davae.training.checkpoint import checkpoints
-from davae.training.run import load_base, train_diffusion
-from davae.training.run_directory import read_metrics
+from davae.training.checkpoints.checkpoint import checkpoints
+from davae.training.checkpoints.run_directory import read_metrics
+from davae.training.runs.train import train_diffusion
 
 SCALE = 2
 
@@ -123,7 +124,7 @@ def test_a_base_folder_with_frozen_weights_in_bfloat16(photos, tmp_path):
 
 
 def test_a_text_run_stopped_and_continued_equals_an_undisturbed_one(photos, tmp_path, monkeypatch):
-    from davae.training import run as run_module
+    from davae.training.runs import train as run_module
 
     loop = ["diffusion.loop.steps=4", "diffusion.loop.checkpoint_every=1", "diffusion.prompts.dropout=0.5"]
     _, whole = _train("sd3", photos, tmp_path / "whole", *loop)

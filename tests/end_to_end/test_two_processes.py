@@ -5,7 +5,7 @@ import json
 import pytest
 from tests.end_to_end import children, two_processes
 
-from davae.training.checkpoint import checkpoints, load_checkpoint
+from davae.training.checkpoints.checkpoint import checkpoints, load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -17,13 +17,13 @@ def ran(tmp_path_factory):
 
 
 def test_bad_files_of_all_processes_are_counted_and_the_best_is_saved_together(ran):
-    folder, facts, told = ran
+    folder, facts, message = ran
     everything = [["0.png", "damaged"], ["4.png", "damaged"], ["8.png", "damaged"]]
     for found in facts:
         assert found["skipped"] == everything
     epoch = [int(i) for found in facts for i in found["seen"][:6]]  # of 12 images, in 8 steps
     assert sorted(epoch) == list(range(12))
-    assert told.count("3 files were skipped") == 2  # two runs came to their end; the first process tells
+    assert message.count("3 files were skipped") == 2  # two runs came to their end; the first process tells
     kept = checkpoints(folder / "checkpoints")
     assert [p.name for p in kept][-1] == "step-8"
     assert "step-3" in [p.name for p in kept]

@@ -13,9 +13,9 @@ from torch import nn
 
 from davae.recipes.loop import LoopSettings, OptimizerSettings
 from davae.recipes.read import load_recipe
-from davae.training.loop import train
-from davae.training.run import train_autoencoder, train_diffusion
-from davae.training.stage import Player, Stage
+from davae.training.loop.loop import train
+from davae.training.runs.train import train_autoencoder, train_diffusion
+from davae.training.stage import Stage, TrainedModule
 
 POISONED_STEP = 1
 
@@ -73,10 +73,10 @@ class PoisonedStage(Stage):
             report_to=[],
         )
         self.dataset = _Numbers()
-        self.players = [Player("model", _Poisoned(), OptimizerSettings(learning_rate=0.01))]
+        self.modules = [TrainedModule("model", _Poisoned(), OptimizerSettings(learning_rate=0.01))]
 
     def validate(self, samples, step):
-        return {"first": float(self.players[0].module.layer.weight[0, 0])}
+        return {"first": float(self.modules[0].module.layer.weight[0, 0])}
 
     def export(self, out):
         return out

@@ -12,9 +12,9 @@ from torch import nn
 
 from davae.errors import DavaeError
 from davae.recipes.loop import LoopSettings, OptimizerSettings
-from davae.training.loop import train
-from davae.training.stage import Player, Stage
-from davae.training.stopping import TrainingStopped
+from davae.training.loop.loop import train
+from davae.training.loop.signals import TrainingStopped
+from davae.training.stage import Stage, TrainedModule
 
 
 class _Numbers(torch.utils.data.Dataset):
@@ -63,7 +63,7 @@ class _Stage(Stage):
         )
         self.dataset = _Numbers()
         self.objective = _Objective(poisoned)
-        self.players = [Player("model", self.objective, OptimizerSettings(learning_rate=0.01))]
+        self.modules = [TrainedModule("model", self.objective, OptimizerSettings(learning_rate=0.01))]
 
     def validate(self, samples, step):
         if self.signalled and step == self.loop.steps and _rank():

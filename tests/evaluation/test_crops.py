@@ -5,7 +5,7 @@ import torch
 
 from davae.errors import DavaeError
 from davae.evaluation.reconstruction.crops import busiest_crop, fine_texture, folder_crops, read_boxes
-from davae.report.pictures import save_png
+from davae.report.recorder import save_png
 
 _HEADER = "file,name,left,top,right,bottom\n"
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from transformers import Dinov2Config, Dinov2Model, DINOv3ViTConfig, DINOv3ViTModel, ResNetConfig, ResNetModel
 
 from davae.errors import DavaeError
-from davae.evaluation.dino_distance import DinoDistance
+from davae.models.perceptual import DinoDistance
 from davae.recipes.settings import ReconstructionSettings
-from davae.training.losses import ReconstructionLoss
+from davae.training.autoencoder.losses import ReconstructionLoss
 
 _SMALL = {
     "hidden_size": 16,
@@ -106,9 +106,9 @@ def test_as_a_loss_it_pulls_a_picture_towards_the_image(backbone, images):
 
 def test_what_is_missing_is_named_with_its_place_and_remedy(tmp_path):
     for folder in (None, tmp_path / "absent"):
-        with pytest.raises(DavaeError, match="hf download") as told:
+        with pytest.raises(DavaeError, match="hf download") as message:
             DinoDistance(folder)
-        assert str(folder) in str(told.value)
+        assert str(folder) in str(message.value)
     ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path / "r")
     with pytest.raises(DavaeError, match="vision transformer"):
         DinoDistance(tmp_path / "r")

@@ -161,8 +161,8 @@ def test_precision_and_recall_of_sets_laid_out_by_hand():
 
 def test_statistics_travel_as_adm_writes_them(tmp_path):
     moments = _moments(_rows(30))
-    told = save_statistics(moments, tmp_path / "a.npz")
-    assert told == file_hash(tmp_path / "a.npz") == save_statistics(moments, tmp_path / "b.npz")
+    message = save_statistics(moments, tmp_path / "a.npz")
+    assert message == file_hash(tmp_path / "a.npz") == save_statistics(moments, tmp_path / "b.npz")
     again = load_statistics(tmp_path / "a.npz")
     assert frechet_distance(moments, again) == pytest.approx(0, abs=1e-9)
     assert again.count == 30

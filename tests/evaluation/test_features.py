@@ -8,14 +8,13 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
+from davae.bases.debug_text import clip
 from davae.errors import DavaeError
 from davae.evaluation.features import TextImageNetwork, open_network
-from davae.evaluation.features.inception import WEIGHTS
-from davae.evaluation.features.inception_network import InceptionNetwork
-from davae.evaluation.features.resize import resize_tensorflow1
+from davae.evaluation.features.inception import WEIGHTS, InceptionNetwork
+from davae.evaluation.features.network import resize_tensorflow1
 from davae.evaluation.features.transformers_model import preprocessing
 from davae.runtime.pictures import to_bytes
-from davae.tiny.small_text import clip
 
 _SMALL = {
     "hidden_size": 16,
@@ -103,10 +102,10 @@ def test_efficientnet_lite0_tells_real_images_apart():
 def test_missing_weights_are_named_with_their_place_and_remedy(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(DavaeError, match=WEIGHTS) as told:
+    with pytest.raises(DavaeError, match=WEIGHTS) as message:
         open_network("inception")
-    assert str(tmp_path) in str(told.value)
-    assert "https://" in str(told.value)
+    assert str(tmp_path) in str(message.value)
+    assert "https://" in str(message.value)
     (tmp_path / "other.pth").write_bytes(b"")
     torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(DavaeError, match="does not hold the weights"):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from davae.bases.debug_pipelines import small_pipeline
+from davae.bases.tiny import debug_base
 from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation.features import Features
@@ -18,9 +20,7 @@ from davae.evaluation.generation.prompts import class_set, open_prompt_set
 from davae.evaluation.metrics.fid import GaussianStatistics, save_statistics
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.report.pictures import save_png
-from davae.tiny import debug_base
-from davae.tiny.small_pipelines import small_pipeline
+from davae.report.recorder import save_png
 
 _SETTINGS = RunSettings("debug", {"kind": "classes"}, steps=1, guidance=1.0, batch=3)
 _COUNT = 40
@@ -279,7 +279,7 @@ def test_the_reference_as_statistics_gives_the_distance_of_the_images(undisturbe
     moments = GaussianStatistics()
     for i in range(30):
         moments.update(_Pixels()(dataset[i]["image"][None]).rows)
-    told = save_statistics(moments.gaussian(), tmp_path / "reference.npz")
+    message = save_statistics(moments.gaussian(), tmp_path / "reference.npz")
     report = compare_generation(
         {"it": lambda: undisturbed.batches(_COUNT)},
         open_reference(str(tmp_path / "reference.npz")),
@@ -287,5 +287,5 @@ def test_the_reference_as_statistics_gives_the_distance_of_the_images(undisturbe
     )
     expected = _figures(undisturbed)["figures"]["fid/pixels"]
     assert report.rows["it"].figures["fid/pixels"] == pytest.approx(expected, rel=1e-9)
-    assert report.reference["sha256"] == told
+    assert report.reference["sha256"] == message
     assert report.reference["images"] == 30

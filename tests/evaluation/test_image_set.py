@@ -101,9 +101,9 @@ def test_every_figure_is_the_same_in_batches(scenes):
 def test_against_moments_alone_the_rest_is_named_as_missing(scenes):
     reference = ImageSet([_Pooled()], spatial=False).update(scenes).features["pooled"].gaussian()
     found = ImageSet([_Pooled()]).update(-scenes)
-    told = compare_sets(found, reference)
+    message = compare_sets(found, reference)
     expected = frechet_distance(found.features["pooled"].gaussian(), reference)
-    assert told.figures["fid/pooled"] == pytest.approx(expected)
+    assert message.figures["fid/pooled"] == pytest.approx(expected)
     assert {
         "kid/pooled",
         "precision/pooled",
@@ -111,5 +111,5 @@ def test_against_moments_alone_the_rest_is_named_as_missing(scenes):
         "swd/finest",
         "swd/mean",
         "spectrum_db",
-    } == told.unavailable.keys()
-    assert "inception_score/pooled" in told.figures
+    } == message.unavailable.keys()
+    assert "inception_score/pooled" in message.figures

@@ -8,6 +8,7 @@ import yaml
 from diffusers import AutoencoderKL
 from typer.testing import CliRunner
 
+from davae.bases.tiny import debug_base
 from davae.cli.main import app
 from davae.data import open_dataset
 from davae.errors import DavaeError
@@ -19,7 +20,6 @@ from davae.evaluation.latent_space.spectra import (
     local_distant_similarity,
 )
 from davae.models import AutoencoderDA
-from davae.tiny import debug_base
 
 
 def _wave(cycles, side=32):

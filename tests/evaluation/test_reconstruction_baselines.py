@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
 from davae.evaluation.reconstruction.baselines import compare_reconstructions
 from davae.models import AutoencoderDA
-from davae.tiny import debug_base
 
 
 @pytest.fixture(scope="module")

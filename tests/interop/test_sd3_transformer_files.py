@@ -14,6 +14,7 @@ from tests.parity.test_warm_start import layout_of, official_weights, original, 
 from torch import Tensor
 from typer.testing import CliRunner
 
+from davae.bases.debug_pipelines import small_pipeline
 from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.interop.conversion import convert_sd3_file
@@ -21,7 +22,6 @@ from davae.interop.official_sd3_transformer import from_official_order, to_offic
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
 from davae.pipelines import load_pipeline, upgrade_pipeline
-from davae.tiny.small_pipelines import small_pipeline
 
 LAYOUT = LatentLayout(4, 4)
 LAYER = "transformer_blocks.0.attn.to_q"

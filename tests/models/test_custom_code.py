@@ -11,8 +11,8 @@ import pytest
 
 import davae
 from davae.errors import DavaeError
-from davae.models import custom_code as bundler
-from davae.models.custom_code import custom_code
+from davae.models import remote_code as bundler
+from davae.models.remote_code import custom_code
 
 NAMES = ["AutoencoderDA", "LightningDiTTransformer2DModel", "ClassConditionalPipeline"]
 
@@ -37,7 +37,7 @@ def test_complete_and_free_of_davae(name: str) -> None:
 def test_every_adapter_of_a_base_is_in_the_file() -> None:
     tree = ast.parse(custom_code("AutoencoderDA"))
     there = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
-    from davae.models.base_adapters import _ADAPTERS
+    from davae.models.base_adapters.adapter import _ADAPTERS
 
     ours = {
         type(adapter).__name__

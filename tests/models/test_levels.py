@@ -12,8 +12,8 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.latents import AlignmentLoss, ChannelStatistics, LatentLayout
 from davae.models import AutoencoderDA, ResidualUpsample
-from davae.models.base_adapters import Convolution
-from davae.models.warm_blocks import folded_up_block, warm_nested_up_block
+from davae.models.autoencoder.warm_blocks import folded_up_block, warm_nested_up_block
+from davae.models.base_adapters.adapter import Convolution
 from tests.models.bases import NAMES, make_base, raw_decode, raw_latent
 
 D1, D2 = 8, 16

@@ -10,10 +10,10 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from davae.bases.tiny import TINY
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.models.tiling import WholeImageNorms, tiled
-from davae.tiny import TINY
+from davae.models.autoencoder.tiling import WholeImageNorms, tiled
 from tests.models.bases import NAMES, make_base
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from davae.latents import AlignmentLoss, LatentLayout, grouped_mean
 from davae.models import AutoencoderDA, Convolution, ResidualDownsample, ResidualUpsample
-from davae.models.warm_blocks import START_LOGVAR, warm_down_block, warm_up_block
+from davae.models.autoencoder.warm_blocks import START_LOGVAR, warm_down_block, warm_up_block
 from tests.models.bases import NAMES, make_base, raw_decode
 
 C, F_ = 4, 16  # base channels, features

@@ -12,7 +12,7 @@ from torch import Tensor
 from davae.diffusion import shift_sigmas
 from davae.interop.official_lightningdit import convert
 from davae.models.lightningdit import LightningDiTTransformer2DModel
-from davae.pipelines.sampling.class_conditional import guided_velocity
+from davae.pipelines.class_conditional import guided_velocity
 from tests.conftest import ParityCase, load_case, parity_cases, relative_error
 from tests.pipelines.parts import pipeline_around
 

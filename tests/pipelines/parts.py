@@ -10,7 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.pipelines.sampling.class_conditional import ClassConditionalPipeline
+from davae.pipelines.class_conditional import ClassConditionalPipeline
 from davae.warm_start import channel_parameters
 
 NAMES = {0: "brick wall", 1: "meadow", 2: "Lake"}

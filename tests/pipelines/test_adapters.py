@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from tests.pipelines.parts import upgraded
 
 import davae
+from davae.bases.debug_pipelines import SMALL_PIPELINES, call_arguments, small_pipeline
+from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
 from davae.pipelines import attach_lora, attached_lora, merge_lora
 from davae.pipelines.saving.adapters import LORA_FILE, Samples
 from davae.pipelines.saving.opening import LAYERS_FILE
-from davae.tiny import debug_base
-from davae.tiny.small_pipelines import SMALL_PIPELINES, call_arguments, small_pipeline
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 

@@ -27,8 +27,8 @@ from torch import Tensor
 from davae.diffusion import guide, is_guided, shift_sigmas
 from davae.errors import DavaeError
 from davae.models.lightningdit import LightningDiTTransformer2DModel
+from davae.pipelines.class_conditional import ClassConditionalPipeline
 from davae.pipelines.families import family_of
-from davae.pipelines.sampling.class_conditional import ClassConditionalPipeline
 
 
 class LinearField(ModelMixin, ConfigMixin):

@@ -12,6 +12,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 import davae
+from davae.bases.debug_pipelines import SMALL_PIPELINES, call_arguments, small_pipeline
+from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
@@ -23,10 +25,7 @@ from davae.pipelines.families import (
     registered_pipelines,
     scheduler_shift,
 )
-from davae.pipelines.families.family import _FAMILIES
-from davae.pipelines.families.packing import pack, unpack
-from davae.tiny import debug_base
-from davae.tiny.small_pipelines import SMALL_PIPELINES, call_arguments, small_pipeline
+from davae.pipelines.families.family import _FAMILIES, pack, unpack
 
 TRAINING_DOC = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 TEXT_PIPELINES = [name for name in SMALL_PIPELINES if name != "dit"]

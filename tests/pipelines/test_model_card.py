@@ -14,11 +14,11 @@ from peft import LoraConfig
 from tests.pipelines.parts import upgraded
 
 import davae
+from davae.bases.debug_pipelines import small_pipeline
+from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
 from davae.pipelines import Licence, Making, attach_lora, find_licence, write_model_card
 from davae.pipelines.saving import model_card, saving
-from davae.tiny import debug_base
-from davae.tiny.small_pipelines import small_pipeline
 
 SD35 = "license: other\nlicense_name: stabilityai-ai-community\nlicense_link: LICENSE.md"
 

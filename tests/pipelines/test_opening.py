@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from davae.benchmark import planner_architectures
+from davae.bases.open import load_base
+from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
 from davae.pipelines.saving.opening import opening
-from davae.tiny import debug_base
-from davae.training.run import load_base
+from davae.planner import architectures as planner_architectures
 
 
 def test_components_that_the_caller_brings_need_no_folder(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from tests.pipelines.test_upgrade_image_to_image import IMAGE, INPAINT, call
 from tests.pipelines.upgrades import DETAILS, autoencoder, base_and_upgraded, noises
 
 import davae
+from davae.bases.debug_pipelines import SMALL_PIPELINES, call_arguments, small_pipeline
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines import Previews, attach_lora, speed_up, upgrade_pipeline
-from davae.tiny.small_pipelines import SMALL_PIPELINES, call_arguments, small_pipeline
 
 OTHER = torch.device("meta")  # plays the device that this machine lacks
 

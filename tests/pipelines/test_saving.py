@@ -19,11 +19,11 @@ from tests.end_to_end import children
 from tests.pipelines.parts import upgraded
 
 import davae
+from davae.bases.debug_pipelines import SMALL_PIPELINES, call_arguments, small_pipeline
+from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
-from davae.models.custom_code import custom_code
+from davae.models.remote_code import custom_code
 from davae.pipelines import attach_lora
-from davae.tiny import debug_base
-from davae.tiny.small_pipelines import SMALL_PIPELINES, call_arguments, small_pipeline
 
 
 def pixels(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> torch.Tensor:

@@ -7,11 +7,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import davae
+from davae.bases.debug_pipelines import call_arguments, small_pipeline
+from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
-from davae.models.known_bases import FrugalResnetBlock2D
+from davae.models.base_adapters.image import MemoryEfficientResnetBlock2D
 from davae.pipelines.sampling.speed import compile_regions, regions, speed_up
-from davae.tiny import debug_base
-from davae.tiny.small_pipelines import call_arguments, small_pipeline
 
 
 def _upgraded(name):
@@ -113,7 +113,7 @@ def test_a_frugal_block_is_bit_equal_and_trains(channels, out):
     x = torch.randn(2, channels, 5, 5)
     kept = x.clone()
     expected = block(x, None)
-    block.__class__ = FrugalResnetBlock2D
+    block.__class__ = MemoryEfficientResnetBlock2D
     with torch.no_grad():
         assert torch.equal(block(x, None), expected)
     assert torch.equal(x, kept)

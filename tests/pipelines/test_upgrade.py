@@ -12,10 +12,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline, PixArtSigmaPipeline, San
 from tests.pipelines.upgrades import DETAILS, autoencoder, base_and_upgraded
 from torch import Tensor, nn
 
+from davae.bases.debug_pipelines import SMALL_PIPELINES, call_arguments, small_pipeline
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines import fit_to_autoencoder, load_pipeline, upgrade_pipeline
-from davae.tiny.small_pipelines import SMALL_PIPELINES, call_arguments, small_pipeline
 from davae.warm_start import WarmStartError
 
 FACTORS = {"sd3": 4, "flux": 4, "pixart-sigma": 8, "sana": 32, "qwenimage": 4, "lumina2": 8, "auraflow": 4}

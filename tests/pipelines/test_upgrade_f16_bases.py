@@ -14,9 +14,9 @@ from diffusers import (
     QwenImage21Transformer2DModel,
 )
 
+from davae.bases.debug_pipelines import call_arguments, small_pipeline
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.tiny.small_pipelines import call_arguments, small_pipeline
 
 
 class NoProcessor:

@@ -21,8 +21,8 @@ from tests.pipelines.test_upgrade import tokens_seen
 from tests.pipelines.upgrades import DETAILS, autoencoder
 from torch import Tensor
 
+from davae.bases.debug_pipelines import small_pipeline
 from davae.pipelines import load_pipeline, upgrade_pipeline
-from davae.tiny.small_pipelines import small_pipeline
 
 IMAGE = [
     ("sd3", StableDiffusion3Img2ImgPipeline),

@@ -12,9 +12,9 @@ from PIL import Image
 from tests.pipelines.upgrades import autoencoder, base_and_upgraded, base_image, noises
 from torch import Tensor
 
+from davae.bases.debug_pipelines import SMALL_PIPELINES, base_resolution, call_arguments, small_pipeline
 from davae.errors import DavaeError
 from davae.pipelines import Previews, set_preview_decoder, upgrade_pipeline
-from davae.tiny.small_pipelines import SMALL_PIPELINES, base_resolution, call_arguments, small_pipeline
 
 WITH_CALLBACK = [name for name in SMALL_PIPELINES if name != "dit"]
 

@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchE
 from tests.pipelines.upgrades import autoencoder, base_and_upgraded
 from torch import Tensor
 
+from davae.bases.debug_pipelines import base_resolution, call_arguments, small_pipeline
 from davae.errors import DavaeError
 from davae.pipelines import upgrade_pipeline
-from davae.tiny.small_pipelines import base_resolution, call_arguments, small_pipeline
 
 FLOW = ("sd3", "flux", "sana", "qwenimage", "lumina2", "auraflow")
 DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.16}

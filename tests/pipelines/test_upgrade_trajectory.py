@@ -9,7 +9,7 @@ import torch
 from diffusers.pipelines.dit import pipeline_dit
 from tests.pipelines.upgrades import base_and_upgraded, base_image, noises
 
-from davae.tiny.small_pipelines import SMALL_PIPELINES, call_arguments
+from davae.bases.debug_pipelines import SMALL_PIPELINES, call_arguments
 
 # What each pipeline calls guidance, and a value with it off and on.
 GUIDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

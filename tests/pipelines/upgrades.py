@@ -1,18 +1,17 @@
 """Small pipelines upgraded, and what to compare: noise in both widths, images of the base channels."""
 
 from __future__ import annotations
-
-import functools
-from typing import Any
-
-import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor
-
+from davae.bases.debug_pipelines import base_resolution
+from davae.bases.debug_pipelines import small_pipeline
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.pipelines.families.packing import pack, unpack
-from davae.tiny.small_pipelines import base_resolution, small_pipeline
+from davae.pipelines.families.family import pack
+from davae.pipelines.families.family import unpack
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from typing import Any
+import functools
+import torch
 
 DETAILS = 8
 PACKED = ("flux", "qwenimage")

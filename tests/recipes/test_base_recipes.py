@@ -12,13 +12,13 @@ import pytest
 from davae.data import BatchStream, RenderedDataset
 from davae.errors import DavaeError
 from davae.recipes.read import load_recipe
-from davae.training import base
-from davae.training.base_autoencoder import BaseAutoencoderStage
+from davae.training.base import train as base
+from davae.training.base.autoencoder_stage import BaseAutoencoderStage
+from davae.training.base.dry_run import dry_run_base
+from davae.training.checkpoints.run_directory import read_metrics
 from davae.training.diffusion import DiffusionStage, stage
-from davae.training.dry_run_base import dry_run_base
-from davae.training.run import run_base
-from davae.training.run_cache import run_cache
-from davae.training.run_directory import read_metrics
+from davae.training.runs.cache import run_cache
+from davae.training.runs.train import run_base
 from davae.training.stage import Stage
 
 SMALL = ["data.path=procedural:40", "data.resolution=32", "data.hold_out=6", "data.flip=true"]
@@ -61,9 +61,9 @@ def test_a_native_fine_tune_reads_images_as_they_are_asked_for(
 def test_losses_are_the_same_from_images_from_memory_and_from_a_cache(tmp_path: Path) -> None:
     """Over two epochs of images that are mirrored anew in each."""
     recipe = [*SMALL, *NATIVE, *loop("transformer", "steps=20"), "data.cache_latents=false"]
-    told = run_cache("imagenet-small-native", recipe, tmp_path / "kept")
-    assert "40 images as 80 latents" in told
-    assert "`davae train base --recipe imagenet-small-native data.path=procedural:40" in told
+    message = run_cache("imagenet-small-native", recipe, tmp_path / "kept")
+    assert "40 images as 80 latents" in message
+    assert "`davae train base --recipe imagenet-small-native data.path=procedural:40" in message
     for name, more in (
         ("images", "data.cache_latents=false"),
         ("memory", "data.cache_latents=true"),
@@ -122,6 +122,6 @@ def test_loader_processes_and_their_time_are_those_of_the_recipe(
         ("full_resolution_crops=0.5", "full_resolution_crops are for training an autoencoder"),
     ],
 )
-def test_what_a_base_recipe_cannot_honour_is_refused(override: str, told: str) -> None:
-    with pytest.raises(DavaeError, match=rf"^recipe 'imagenet-small-native': {told}"):
+def test_what_a_base_recipe_cannot_honour_is_refused(override: str, message: str) -> None:
+    with pytest.raises(DavaeError, match=rf"^recipe 'imagenet-small-native': {message}"):
         load_recipe("imagenet-small-native", override.split())

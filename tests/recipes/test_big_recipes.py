@@ -3,12 +3,12 @@ from importlib import resources
 import pytest
 import yaml
 
-from davae.benchmark.planner_architectures import find_architecture
-from davae.benchmark.planner_stages import target_counts
-from davae.benchmark.planner_text import inference_line, stage_line
+from davae.planner.architectures import find_architecture
+from davae.planner.recipes import _diffusion_run, dry_run, recipe_plan
+from davae.planner.stages import target_counts
+from davae.planner.text import inference_line, stage_line
 from davae.recipes.presets import find_preset
 from davae.recipes.read import load_recipe
-from davae.training.dry_run import _diffusion_run, dry_run, recipe_plan
 
 BIG = (
     "sd35-medium-1024",

@@ -8,16 +8,17 @@ import pytest
 import torch
 import yaml
 
+from davae.bases.open import load_base
+from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
 from davae.models import LightningDiTTransformer2DModel
 from davae.pipelines import ClassConditionalPipeline
+from davae.planner.recipes import dry_run
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe
-from davae.tiny import debug_base
+from davae.training.base.dry_run import dry_run_base
 from davae.training.diffusion import ClassMap
-from davae.training.dry_run import dry_run
-from davae.training.dry_run_base import dry_run_base
-from davae.training.run import load_base, run_autoencoder, run_base, run_diffusion
+from davae.training.runs.train import run_autoencoder, run_base, run_diffusion
 
 QUICK = ["report_to=[]", "steps=2", "batch_size=2", "validation_images=2", "log_every=1", "precision=no"]
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from davae.planner.recipes import recipe_plan
 from davae.recipes.read import load_recipe
-from davae.training.dry_run import recipe_plan
 
 PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
 SPARE = 0.1  # of a card: the CUDA context, what the allocator rounds and cannot join

@@ -2,7 +2,7 @@ import pytest
 import torch
 import transformers
 
-from davae.benchmark.planner_architectures import build, find_architecture
+from davae.planner.architectures import build, find_architecture
 from davae.recipes.presets import find_preset, preset_names
 
 #: What the authors publish, in billions.

@@ -22,7 +22,7 @@ from davae.recipes.read import (
     sections_of,
 )
 from davae.recipes.settings import ReconstructionSettings
-from davae.training.run_directory import RunDirectory
+from davae.training.checkpoints.run_directory import RunDirectory
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -14,8 +14,8 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
+from davae.recipes.loop import MAY_CHANGE, Section
 from davae.recipes.read import KINDS, sections_of
-from davae.recipes.section import MAY_CHANGE, Section
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 BEGIN, END = "<!-- keys: written by python -m tests.recipes.test_reference -->", "<!-- end of keys -->"

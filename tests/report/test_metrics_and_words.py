@@ -5,8 +5,8 @@ import pytest
 
 from davae.errors import DavaeError
 from davae.report import words
-from davae.report.metrics import loss_terms, read_metrics, smoothed
 from davae.report.plots import loss_plot
+from davae.report.words import loss_terms, read_metrics, smoothed
 
 
 def test_terms_are_read_over_their_own_steps_and_bookkeeping_is_left_out(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from davae.errors import DavaeError
 from davae.report import FigureRecorder, Figures, Summary
-from davae.report.pictures import enlarged, save_png
+from davae.report.recorder import enlarged, save_png
 from davae.report.schema import TENSOR_FILE
 from tests.report.conftest import CLASSES, make_summary
 
@@ -69,9 +69,9 @@ def test_upscaling_keeps_the_range_and_the_full_size_untouched() -> None:
 def test_probe_accuracies_are_returned(tmp_path: Path) -> None:
     labels = torch.arange(2).repeat_interleave(20)
     generator = torch.Generator().manual_seed(0)
-    told = labels.view(-1, 1, 1, 1) + 0.1 * torch.randn(40, 2, 2, 2, generator=generator)
+    message = labels.view(-1, 1, 1, 1) + 0.1 * torch.randn(40, 2, 2, 2, generator=generator)
     noise = torch.randn(40, 2, 2, 2, generator=generator)
-    probes = FigureRecorder(tmp_path, classes=["a", "b"]).add_latents(told, noise, labels)
+    probes = FigureRecorder(tmp_path, classes=["a", "b"]).add_latents(message, noise, labels)
     assert probes["linear_probe_base"] == 1.0
     assert probes["linear_probe_detail"] < 0.9
 

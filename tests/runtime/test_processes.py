@@ -7,7 +7,7 @@ from accelerate.state import PartialState
 
 from davae.errors import DavaeError
 from davae.runtime.processes import start_processes
-from davae.training.sharding import begin_accelerator
+from davae.training.engine.fsdp import begin_accelerator
 
 
 @pytest.mark.parametrize("start", [start_processes, lambda: begin_accelerator(cpu=True)])

@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from davae.bases.debug_pipelines import SMALL_PIPELINES, base_resolution, call_arguments, small_pipeline
+from davae.bases.debug_text import VOCABULARY
+from davae.bases.open import load_base
 from davae.errors import DavaeError
-from davae.tiny.small_pipelines import SMALL_PIPELINES, base_resolution, call_arguments, small_pipeline
-from davae.tiny.small_text import VOCABULARY
-from davae.training.run import load_base
 
 CLASSES = {
     "sd3": "StableDiffusion3Pipeline",

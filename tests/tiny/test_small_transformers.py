@@ -12,14 +12,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig
 from torch import Tensor, nn
 
-from davae.latents import LatentLayout
-from davae.tiny.small_transformers import (
+from davae.bases.debug_transformers import (
     EXCLUDED_TRANSFORMERS,
     SMALL_CHANNELS,
     SMALL_TRANSFORMERS,
     small_transformer,
+    transformer_row,
 )
-from davae.tiny.transformer_table import transformer_row
+from davae.latents import LatentLayout
 from davae.warm_start import (
     channel_parameters,
     check_warm_start,
@@ -201,8 +201,8 @@ def test_the_page_lists_every_class() -> None:
 )
 def test_a_row_of_the_table_is_the_one_on_the_page(name: str) -> None:
     page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
-    told, difference, _ = transformer_row(name).rsplit("|", 2)
-    assert f"{told}|" in page
+    message, difference, _ = transformer_row(name).rsplit("|", 2)
+    assert f"{message}|" in page
     assert float(difference) <= 1e-5
 
 

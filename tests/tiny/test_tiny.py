@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from davae.bases.tiny import TINY, load_tiny
 from davae.data import CLASSES, open_dataset
 from davae.evaluation import psnr
 from davae.recipes.settings import SampleSettings
-from davae.tiny import TINY, load_tiny
 from davae.training.diffusion import generate_classes
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from davae.bases.tiny import debug_base
 from davae.cli.main import app
 from davae.errors import DavaeError
+from davae.experiments.ablation import Spread, ablate
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families import family_of
 from davae.recipes.read import load_recipe
-from davae.tiny import debug_base
-from davae.training.ablation import Spread, ablate
 from davae.training.diffusion.tuning import select_trained
 from davae.warm_start import new_channel_masks
 
@@ -52,8 +52,8 @@ def test_variants_share_autoencoders_and_a_second_call_does_nothing(ablated, mon
     def refuse(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("davae.training.ablation.train_diffusion", refuse)
-    monkeypatch.setattr("davae.training.ablation.train_autoencoder", refuse)
+    monkeypatch.setattr("davae.experiments.ablation.train_diffusion", refuse)
+    monkeypatch.setattr("davae.experiments.ablation.train_autoencoder", refuse)
     assert ablate(recipe, out).variants == result.variants
     with pytest.raises(DavaeError, match=r"another ablation \(samples differ\)"):
         ablate(load_recipe("ablation-debug", [VARIANTS, "samples=13"]), out)

@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL
 from davae.pipelines import ClassConditionalPipeline
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe
-from davae.training import base as base_module
-from davae.training.base import train_base
+from davae.training.base import train as base_module
+from davae.training.base.train import train_base
 
 _LOOP = {
     "steps": 1,

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from tests.data.files import picture
 from typer.testing import CliRunner
 
+from davae.bases.open import load_base
 from davae.cli.main import app
 from davae.data.cache import LATENTS, TEXTS, LatentCache, caption_key
 from davae.errors import DavaeError
@@ -21,12 +22,12 @@ from davae.pipelines.families import family_of
 from davae.recipes.data import DataSettings
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import UpgradeRecipe
-from davae.training import caching
-from davae.training.caching import open_cache, write_cache
-from davae.training.images import open_training_part, token_side
-from davae.training.run import load_base, train_autoencoder, train_diffusion
-from davae.training.run_cache import run_cache, run_verify
-from davae.training.run_directory import read_metrics
+from davae.training.cache import write as caching
+from davae.training.cache.write import open_cache, write_cache
+from davae.training.checkpoints.run_directory import read_metrics
+from davae.training.data import open_training_part, token_side
+from davae.training.runs.cache import run_cache, run_verify
+from davae.training.runs.train import train_autoencoder, train_diffusion
 
 STEPS = 20
 

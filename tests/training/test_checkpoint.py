@@ -12,9 +12,9 @@ from tests.conftest import small_tmpfs
 from torch import nn
 
 from davae.errors import DavaeError
-from davae.training.checkpoint import checkpoints, load_checkpoint, newest_whole, save_checkpoint
-from davae.training.checkpoint_writer import CheckpointWriter
-from davae.training.module_state import module_tensors, optimizer_tensors, restore_module, restore_optimizer
+from davae.training.checkpoints.checkpoint import checkpoints, load_checkpoint, newest_whole, save_checkpoint
+from davae.training.checkpoints.writer import CheckpointWriter
+from davae.training.engine.tensors import module_tensors, optimizer_tensors, restore_module, restore_optimizer
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_a_full_disk_leaves_the_old_ones_whole_and_says_so(tmp_path, monkeypatch
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("davae.training.checkpoint.save_file", full)
+    monkeypatch.setattr("davae.training.checkpoints.checkpoint.save_file", full)
     with pytest.raises(
         DavaeError, match=r"disk is full: the checkpoint of step 6 needs 4 MB.*step-5 is whole"
     ):
@@ -251,7 +251,7 @@ def test_the_best_before_stays_until_the_new_one_is_noted(tmp_path, monkeypatch)
     writer = CheckpointWriter(tmp_path, keep=1)
     writer.save(1, {"model": {"w": torch.ones(1)}}, {}, watched=2.0)
     writer.wait()
-    monkeypatch.setattr("davae.training.checkpoint_writer.atomic_write", killed)
+    monkeypatch.setattr("davae.training.checkpoints.writer.atomic_write", killed)
     writer.save(2, {"model": {"w": torch.ones(1)}}, {}, watched=1.0)
     with pytest.raises(KeyboardInterrupt):
         writer.wait()
@@ -263,7 +263,7 @@ def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(tmp_path, 
     def broken(*_args, **_kwargs):
         raise DavaeError("the disk is full")
 
-    monkeypatch.setattr("davae.training.checkpoint_writer.save_checkpoint", broken)
+    monkeypatch.setattr("davae.training.checkpoints.writer.save_checkpoint", broken)
     writer = CheckpointWriter(tmp_path, keep=1)
     writer.save(1, {}, {})
     with pytest.raises(DavaeError, match="disk is full"):

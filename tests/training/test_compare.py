@@ -12,18 +12,23 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from PIL import Image
 from typer.testing import CliRunner
 
+from davae.bases.tiny import debug_base
 from davae.cli.compare import named_folders
 from davae.cli.main import app
 from davae.cli.tables import comparison_table
 from davae.errors import DavaeError
 from davae.evaluation.features import Features
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets
+from davae.experiments.compare import (
+    DiffusionOptions,
+    compare_autoencoders,
+    open_candidates,
+    score_autoencoders,
+)
+from davae.experiments.compare.diffusion import TinyRun, transformer_size
 from davae.models import AutoencoderDA
 from davae.models.latent_space import compression_of, decode, encode, open_autoencoder
 from davae.models.lightningdit import SIZES
-from davae.tiny import debug_base
-from davae.training.compare import DiffusionOptions, compare_autoencoders, open_candidates, score_autoencoders
-from davae.training.compare.trial import Trial, transformer_size
 
 SIZE = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
 
@@ -146,7 +151,7 @@ def test_trials_see_the_same_batches_and_their_latents_are_normalised() -> None:
     options = DiffusionOptions(steps=2, batch=3, size=SIZE)
     images, labels = torch.rand(6, 3, 16, 16) * 2 - 1, torch.arange(6) % 2
     candidate = open_candidates({"f2": kl()}, 16)[0]
-    first, second = (Trial(candidate, images, labels, 2, options) for _ in range(2))
+    first, second = (TinyRun(candidate, images, labels, 2, options) for _ in range(2))
     torch.testing.assert_close(first.latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(first.latents.std((0, 2, 3)), torch.ones(4))
     assert [first.step(i) for i in range(2)] == [second.step(i) for i in range(2)]
@@ -175,7 +180,7 @@ def test_training_on_one_image_finds_it_again() -> None:
         guidance=1.0,
         ema=0.9,
     )
-    trial = Trial(candidate, images, torch.zeros(1, dtype=torch.long), 1, options)
+    trial = TinyRun(candidate, images, torch.zeros(1, dtype=torch.long), 1, options)
     losses = [trial.step(number) for number in range(options.steps)]
     assert losses[-1] < 0.5 * losses[0]
     made = trial.sampled(torch.zeros(2, dtype=torch.long))
@@ -225,13 +230,13 @@ class Colours:
 
 def test_table_two_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One token budget by the patch, one transformer, and every column of the paper's table."""
-    monkeypatch.setattr("davae.training.compare.comparison.open_network", Colours)
+    monkeypatch.setattr("davae.experiments.compare.comparison.open_network", Colours)
 
     class Lpips(torch.nn.Module):
         def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             return (a - b).abs().mean((1, 2, 3))
 
-    monkeypatch.setattr("davae.training.compare.comparison.LpipsLoss", lambda file: Lpips())
+    monkeypatch.setattr("davae.experiments.compare.comparison.LpipsLoss", lambda file: Lpips())
     options = DiffusionOptions(steps=2, batch=4, size=SIZE, samples=6, sample_steps=1, repeats=1)
     result = compare_autoencoders(
         {"f2": kl(), "f4": AutoencoderDA.from_base(kl(), scale=2, detail_channels=4), "f8": dc()},

@@ -16,8 +16,9 @@ from davae.models.dc_ae import PlainAutoencoderDC
 from davae.models.latent_space import encode
 from davae.recipes.dc_ae import DcAeRecipe
 from davae.recipes.read import load_recipe, recipe_names
-from davae.training.dc_ae import DcAeStage, build_autoencoder, trained_layers
-from davae.training.dc_ae_phases import (
+from davae.training.autoencoder.plain_objective import PlainObjective
+from davae.training.dc_ae.stage import DcAeStage, build_autoencoder, trained_layers
+from davae.training.dc_ae.train import (
     find_phase,
     layer_hashes,
     load_autoencoder,
@@ -25,8 +26,7 @@ from davae.training.dc_ae_phases import (
     train_dc_ae,
     training_images,
 )
-from davae.training.loop import train
-from davae.training.plain_objective import PlainObjective
+from davae.training.loop.loop import train
 
 LOOP = {
     "steps": 2,
@@ -151,7 +151,7 @@ def test_a_frozen_layer_that_moved_is_an_error(monkeypatch, phases, tmp_path):
             stage.autoencoder.encoder.conv_in.conv.bias.add_(1.0)
         return train(stage, out, recipe)
 
-    monkeypatch.setattr("davae.training.dc_ae_phases.train", careless)
+    monkeypatch.setattr("davae.training.dc_ae.train.train", careless)
     with pytest.raises(RuntimeError, match=r"encoder\.conv_in"):
         train_dc_ae(_recipe(), tmp_path, phase=2, start=phases[0].out)
 

@@ -9,11 +9,11 @@ import torch
 from diffusers import AutoencoderDC, SanaPipeline
 from torch import Tensor
 
+from davae.bases.debug_pipelines import base_resolution, small_pipeline
 from davae.data import open_dataset
 from davae.evaluation import psnr
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.tiny.small_pipelines import base_resolution, small_pipeline
 
 RESOLUTION, GRID = 64, 1
 DETAILS = 12

@@ -9,14 +9,14 @@ import torch
 from diffusers import DiTPipeline
 from torch import Tensor
 
+from davae.bases.debug_pipelines import base_resolution, small_pipeline
 from davae.data import open_dataset
 from davae.diffusion import DdpmProcess
 from davae.models import AutoencoderDA
 from davae.pipelines import load_pipeline, upgrade_pipeline
 from davae.recipes.read import load_recipe
-from davae.tiny.small_pipelines import base_resolution, small_pipeline
 from davae.training.diffusion import DiffusionStage
-from davae.training.loop import train
+from davae.training.loop.loop import train
 
 BASE, DETAILS, PATCH = 4, 8, 2
 

@@ -12,9 +12,9 @@ from torch import nn
 from davae.errors import DavaeError
 from davae.recipes.loop import OptimizerSettings
 from davae.recipes.read import load_recipe
-from davae.training.module_state import optimizer_tensors, restore_optimizer
-from davae.training.optimizers import make_optimizer
-from davae.training.run import train_autoencoder
+from davae.training.engine.optimizer import make_optimizer
+from davae.training.engine.tensors import optimizer_tensors, restore_optimizer
+from davae.training.runs.train import train_autoencoder
 
 SETTINGS = OptimizerSettings(kind="adamw8bit", learning_rate=1e-2, weight_decay=0.1)
 needs_bitsandbytes = pytest.mark.skipif(

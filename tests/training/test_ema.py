@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from davae.training.ema import Ema
+from davae.training.loop.averages import Ema
 
 
 def test_it_follows_the_recursion():

@@ -8,12 +8,12 @@ from tests.training.test_loop import _Objective, _Stage, _weights
 from torch.amp import GradScaler
 
 from davae.recipes.loop import OptimizerSettings
-from davae.training import loop
-from davae.training.checkpoint import checkpoints
-from davae.training.loop import train
-from davae.training.run_directory import read_metrics
-from davae.training.sharding import begin_accelerator
-from davae.training.stage import Player
+from davae.training.checkpoints.checkpoint import checkpoints
+from davae.training.checkpoints.run_directory import read_metrics
+from davae.training.engine.fsdp import begin_accelerator
+from davae.training.loop import loop
+from davae.training.loop.loop import train
+from davae.training.stage import TrainedModule
 
 MOST = 20.0  # gradient norm that some steps of the toy exceed
 
@@ -35,11 +35,11 @@ class _TwoPlayers(_Stage):
     def __init__(self, **settings):
         super().__init__(max_grad_norm=1.0, **settings)
         torch.manual_seed(1)
-        self.players += [Player("other", _Objective(), OptimizerSettings(learning_rate=0.02))]
+        self.modules += [TrainedModule("other", _Objective(), OptimizerSettings(learning_rate=0.02))]
 
     def weights(self):
         return torch.cat(
-            [_weights(self), *[p.detach().flatten() for p in self.players[1].module.parameters()]]
+            [_weights(self), *[p.detach().flatten() for p in self.modules[1].module.parameters()]]
         )
 
 
@@ -72,15 +72,17 @@ def test_what_is_told_as_skipped_is_skipped(tmp_path, scaled):
     stage = _Stage(steps=6, precision="fp16", skip_grad_norm=MOST, checkpoint_every=1)
     stage.loop = stage.loop.model_copy(update={"checkpoints_total_limit": 9})
     train(stage, tmp_path, {})
-    told = {json.loads(line)["step"] for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()}
-    assert 0 < len(told) < 6
+    message = {
+        json.loads(line)["step"] for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()
+    }
+    assert 0 < len(message) < 6
     from safetensors.torch import load_file
 
     after = [
         load_file(c / "model.safetensors")["layer.weight"] for c in checkpoints(tmp_path / "checkpoints")
     ]
     for step in range(2, 7):
-        assert torch.equal(after[step - 1], after[step - 2]) == (step in told)
+        assert torch.equal(after[step - 1], after[step - 2]) == (step in message)
 
 
 def test_overflows_are_the_search_for_a_scale(tmp_path, scaled):

@@ -9,14 +9,14 @@ from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0, San
 from diffusers.models.normalization import RMSNorm
 from torch import nn
 
+from davae.bases.debug_transformers import SMALL_TRANSFORMERS
+from davae.bases.tiny import debug_base
 from davae.latents import AlignmentLoss, ChannelStatistics, LatentLayout, adaptive_weight, gaussian_kl
 from davae.models import lightningdit
-from davae.models.float32_islands import keep_linear_attention_in_float32
+from davae.models.fp32_linear_attention import keep_linear_attention_in_float32
 from davae.recipes.settings import AlignmentSettings, ReconstructionSettings
-from davae.tiny import debug_base
-from davae.tiny.small_transformers import SMALL_TRANSFORMERS
-from davae.training.losses import ReconstructionLoss
-from davae.training.structured_objective import StructuredObjective
+from davae.training.autoencoder.losses import ReconstructionLoss
+from davae.training.autoencoder.objective import StructuredObjective
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -16,8 +16,8 @@ from davae.data.in_memory import ImagesInMemory, LatentsInMemory, MixedScales, P
 from davae.errors import DavaeError
 from davae.recipes.read import load_recipe
 from davae.runtime import processes
-from davae.training.run import run_autoencoder
-from davae.training.run_directory import read_metrics
+from davae.training.checkpoints.run_directory import read_metrics
+from davae.training.runs.train import run_autoencoder
 
 
 def encode(images: Tensor) -> Tensor:

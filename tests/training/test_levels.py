@@ -7,23 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from davae.bases.tiny import debug_base, load_tiny
 from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.latents import AlignmentLoss, ChannelStatistics
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.pipelines.upgrade.base_match import layout_over
+from davae.pipelines.upgrade.upgrade import layout_over
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import UpgradeRecipe
 from davae.runtime.pictures import upscaled
-from davae.tiny import debug_base, load_tiny
-from davae.training.autoencoder import AutoencoderStage, upscaled_base
-from davae.training.images import mean_psnr, rank_share_of_images
-from davae.training.levels import new_level
-from davae.training.loop import train
-from davae.training.run import train_autoencoder, train_diffusion
-from davae.training.run_directory import read_metrics
-from davae.training.structured_objective import StructuredObjective
+from davae.training.autoencoder.objective import StructuredObjective
+from davae.training.autoencoder.stage import AutoencoderStage, upscaled_base
+from davae.training.autoencoder.train import new_level
+from davae.training.checkpoints.run_directory import read_metrics
+from davae.training.data import mean_psnr, rank_share_of_images
+from davae.training.loop.loop import train
+from davae.training.runs.train import train_autoencoder, train_diffusion
 
 NESTED = [
     "data.resolution=64",

@@ -11,12 +11,12 @@ from torch import nn
 
 from davae.errors import DavaeError
 from davae.recipes.loop import LoopSettings, OptimizerSettings
-from davae.training.checkpoint import checkpoints
-from davae.training.loop import train
-from davae.training.optimizers import learning_rate
-from davae.training.run_directory import read_metrics
-from davae.training.stage import Player, Stage
-from davae.training.stopping import TrainingStopped
+from davae.training.checkpoints.checkpoint import checkpoints
+from davae.training.checkpoints.run_directory import read_metrics
+from davae.training.engine.optimizer import learning_rate
+from davae.training.loop.loop import train
+from davae.training.loop.signals import TrainingStopped
+from davae.training.stage import Stage, TrainedModule
 
 
 class _Numbers(torch.utils.data.Dataset):
@@ -53,7 +53,7 @@ class _Stage(Stage):
         self.loop = LoopSettings(**{**defaults, **loop})
         self.dataset = _Numbers()
         self.objective = _Objective()
-        self.players = [Player("model", self.objective, OptimizerSettings(learning_rate=0.01))]
+        self.modules = [TrainedModule("model", self.objective, OptimizerSettings(learning_rate=0.01))]
 
     def validate(self, samples, step):
         return {"weight": float(self.objective.layer.weight.sum())}
@@ -107,7 +107,7 @@ def test_accumulated_micro_steps_equal_one_gradient(tmp_path):
     logged = read_metrics(tmp_path / "metrics.jsonl")[0]
     fresh = _Objective()
     from davae.data import BatchStream
-    from davae.training.loop import _seed_step
+    from davae.training.loop.rng import _seed_step
 
     stream = iter(BatchStream(_Numbers(), 2, seed=0))
     total = 0.0
@@ -133,8 +133,8 @@ def test_a_step_that_is_not_finite_is_left_out_counted_and_told(tmp_path, caplog
     assert torch.equal(weights[1], weights[2])  # the second step was left out
     assert not torch.equal(weights[2], _weights(stage))
     assert _weights(stage).isfinite().all()
-    told = json.loads((tmp_path / "skipped_steps.jsonl").read_text())
-    assert (told["step"], told["terms"], told["ids"]) == (2, ["total"], stage.objective.seen[2:4])
+    message = json.loads((tmp_path / "skipped_steps.jsonl").read_text())
+    assert (message["step"], message["terms"], message["ids"]) == (2, ["total"], stage.objective.seen[2:4])
     assert "step 2 is skipped: loss 'total' is not finite" in caplog.text
     logged = read_metrics(tmp_path / "metrics.jsonl")
     assert "total" not in logged[1]
@@ -153,9 +153,9 @@ def test_too_steep_a_step_is_skipped(tmp_path):
     stage = _Stage(steps=2, skip_grad_norm=1e-6)
     train(stage, tmp_path, {})
     assert torch.equal(_weights(stage), _weights(_Stage()))
-    told = (tmp_path / "skipped_steps.jsonl").read_text().splitlines()
-    assert len(told) == 2
-    assert "exceeds skip_grad_norm" in told[0]
+    message = (tmp_path / "skipped_steps.jsonl").read_text().splitlines()
+    assert len(message) == 2
+    assert "exceeds skip_grad_norm" in message[0]
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_and_leave_the_batch(tmp_path):
@@ -313,7 +313,7 @@ def test_learning_rate_by_hand():
 
 def test_parameters_named_apart_have_their_own_rate(tmp_path):
     stage = _Stage(steps=1)
-    stage.players[0].learning_rates = {"layer.bias": 0.05}
+    stage.modules[0].learning_rates = {"layer.bias": 0.05}
     before = _weights(stage).clone()
     train(stage, tmp_path, {})
     moved = (_weights(stage) - before).abs()  # the first step of Adam moves by the learning rate

@@ -11,18 +11,18 @@ import torch
 from diffusers import AutoencoderDC
 from tests.training.test_text_stage import _stage
 
+from davae.bases.debug_pipelines import SMALL_PIPELINES
+from davae.bases.tiny import debug_base
 from davae.data.loading.stream import collate
 from davae.models import AutoencoderDA
 from davae.recipes.loop import LoopSettings
 from davae.recipes.settings import AlignmentSettings, ReconstructionSettings
-from davae.tiny import debug_base
-from davae.tiny.small_pipelines import SMALL_PIPELINES
-from davae.training.guards import StepGuard
-from davae.training.loop import to_device
-from davae.training.plain_objective import PlainObjective
-from davae.training.sharded_tensors import gradient_norms
-from davae.training.structured_objective import StructuredObjective
-from davae.training.window import LossWindow
+from davae.training.autoencoder.objective import StructuredObjective
+from davae.training.autoencoder.plain_objective import PlainObjective
+from davae.training.engine.tensors import gradient_norms
+from davae.training.loop.averages import RunningMeans
+from davae.training.loop.bad_steps import NonFiniteGuard
+from davae.training.loop.loop import to_device
 
 META = torch.device("meta")
 
@@ -36,10 +36,10 @@ def _step(objective, batch, folder, monkeypatch):
     losses["total"].backward()
     trained = [p for p in other.parameters() if p.grad is not None]
     norms = gradient_norms(trained)
-    window = LossWindow(META)
+    window = RunningMeans(META)
     window.add(losses)
-    guard = StepGuard("toy", LoopSettings(steps=1, batch_size=1, skip_grad_norm=1.0), folder)
-    good = guard.judge(1, "model", [losses], [], [], norms, None)
+    guard = NonFiniteGuard("toy", LoopSettings(steps=1, batch_size=1, skip_grad_norm=1.0), folder)
+    good = guard.check(1, "model", [losses], [], [], norms, None)
     assert trained
     return {v.device.type for v in [*losses.values(), norms, good, window.tensors()[1]]}
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from davae.errors import DavaeError
-from davae.training.perceptual import LpipsLoss
+from davae.models.perceptual import LpipsLoss
 
 
 class Layers(nn.Module):

@@ -6,15 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from davae.bases.open import load_base
+from davae.bases.tiny import debug_base
 from davae.data import Mirrored, open_dataset
 from davae.data.in_memory import ImagesInMemory
 from davae.errors import DavaeError
 from davae.recipes.read import load_recipe
-from davae.tiny import debug_base
-from davae.training import images as images_of_recipes
-from davae.training import run
-from davae.training.provenance import base_facts, commit_of, data_facts
-from davae.training.run import load_base, train_autoencoder, train_diffusion
+from davae.training import data as images_of_recipes
+from davae.training.checkpoints.run_directory import base_facts, commit_of, data_facts
+from davae.training.runs import train as run
+from davae.training.runs.train import train_autoencoder, train_diffusion
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -11,9 +11,9 @@ from tests.training.test_loop import _Stage
 
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import atomic_folder, atomic_write
-from davae.training.export import export_run
-from davae.training.loop import train
-from davae.training.run_directory import RunDirectory, read_metrics
+from davae.training.checkpoints.run_directory import RunDirectory, read_metrics
+from davae.training.loop.loop import train
+from davae.training.runs.export import export_run
 
 
 class _Killed(BaseException):
@@ -99,14 +99,16 @@ def test_another_run_that_begins_between_the_look_and_the_lock_is_seen(tmp_path:
 @pytest.fixture
 def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of what was flushed or renamed, in order."""
-    told: list[str] = []
+    message: list[str] = []
     flush, rename, replace = os.fsync, Path.rename, Path.replace
     monkeypatch.setattr(
-        os, "fsync", lambda f: (told.append(Path(f"/proc/self/fd/{f}").readlink().name), flush(f))
+        os, "fsync", lambda f: (message.append(Path(f"/proc/self/fd/{f}").readlink().name), flush(f))
     )
-    monkeypatch.setattr(Path, "rename", lambda a, b: (told.append(f"{a.name} -> {b.name}"), rename(a, b)))
-    monkeypatch.setattr(Path, "replace", lambda a, b: (told.append(f"{a.name} -> {b.name}"), replace(a, b)))
-    return told
+    monkeypatch.setattr(Path, "rename", lambda a, b: (message.append(f"{a.name} -> {b.name}"), rename(a, b)))
+    monkeypatch.setattr(
+        Path, "replace", lambda a, b: (message.append(f"{a.name} -> {b.name}"), replace(a, b))
+    )
+    return message
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="names of open files are read from /proc")

@@ -15,19 +15,18 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
-from davae.tiny import debug_base
-from davae.training import sharding
-from davae.training.sharded_tensors import (
+from davae.training.engine import fsdp as sharding
+from davae.training.engine.fsdp import begin_accelerator, block_classes, unshard_for_good, unsharded
+from davae.training.engine.tensors import (
     clip_gradients,
+    full_state_on_cpu,
     gradient_norms,
     like,
     mask_gradients,
     spread_masks,
-    whole_on_cpu,
 )
-from davae.training.sharding import begin_accelerator, block_classes
-from davae.training.whole_models import dissolve, whole
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "accelerate").glob("*.yaml"))
 SHARDED = [c for c in CONFIGS if load_config_from_file(str(c)).distributed_type == DistributedType.FSDP]
@@ -79,7 +78,7 @@ def test_a_whole_model_answers_to_any_method_and_trains_on_afterwards(group):
     plain, sharded = _pair()
     x = torch.randn(3, 4)
     for trained_before in (False, True):
-        with whole(sharded), torch.no_grad():
+        with unsharded(sharded), torch.no_grad():
             assert not any(isinstance(p, DTensor) for p in sharded.parameters())
             torch.testing.assert_close(sharded.outside_of_forward(x), plain.outside_of_forward(x))
             torch.testing.assert_close(sharded(x), plain(x))
@@ -93,7 +92,7 @@ def test_a_whole_model_answers_to_any_method_and_trains_on_afterwards(group):
 
 def test_what_frees_its_weights_after_forward_does_so_again(group):
     _, sharded = _pair()
-    with whole(sharded):
+    with unsharded(sharded):
         pass
     sharded(torch.randn(3, 4))
     assert isinstance(sharded.blocks[0].learns.weight, DTensor)
@@ -103,7 +102,7 @@ def test_what_frees_its_weights_after_forward_does_so_again(group):
 def test_a_dissolved_model_is_an_ordinary_one(group):
     plain, sharded = _pair()
     sharded(torch.randn(3, 4))
-    dissolve(sharded)
+    unshard_for_good(sharded)
     assert type(sharded) is _Model
     assert not any(isinstance(m, FSDPModule) for m in sharded.modules())
     assert {n: p.requires_grad for n, p in sharded.named_parameters()} == {
@@ -133,9 +132,9 @@ def test_norms_clipping_and_masks_of_sharded_gradients(group):
 
 def test_tensors_go_to_files_and_back(group):
     plain, sharded = _pair()
-    found = whole_on_cpu(dict(sharded.named_parameters()), keep=True)
+    found = full_state_on_cpu(dict(sharded.named_parameters()), keep=True)
     assert found.keys() == dict(plain.named_parameters()).keys()
-    assert whole_on_cpu(dict(sharded.named_parameters()), keep=False) == {}
+    assert full_state_on_cpu(dict(sharded.named_parameters()), keep=False) == {}
     for name, parameter in sharded.named_parameters():
         assert torch.equal(like(found[name], parameter).full_tensor(), parameter.full_tensor())
 
@@ -185,11 +184,11 @@ def test_sharding_configurations_are_understood(config, monkeypatch):
         ("FSDP_IGNORED_MODULES", "head", "fsdp_ignored_modules"),
     ],
 )
-def test_what_is_not_supported_is_refused_before_anything_starts(name, value, told, monkeypatch):
+def test_what_is_not_supported_is_refused_before_anything_starts(name, value, message, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv(name, value)
-    with pytest.raises(DavaeError, match=told):
+    with pytest.raises(DavaeError, match=message):
         begin_accelerator(cpu=True)
 
 

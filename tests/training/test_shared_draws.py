@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from davae.training.shared_draws import SharedDraws
+from davae.training.loop.rng import RankInvariantDraws
 
 DRAWS = [
     lambda n: torch.randn(n, 3),
@@ -24,14 +24,14 @@ def test_rows_of_two_processes_are_the_whole_batch(draw):
     parts = []
     for rank in range(2):
         torch.manual_seed(0)
-        with SharedDraws(rank, 2, 4):
+        with RankInvariantDraws(rank, 2, 4):
             parts.append([draw(4), draw(4)])
     for i in range(2):
         assert torch.equal(torch.cat([parts[0][i], parts[1][i]]), whole[i])
 
 
 def test_other_draws_are_left_alone():
-    with SharedDraws(1, 2, 4):
+    with RankInvariantDraws(1, 2, 4):
         torch.manual_seed(0)
         inside = torch.randn(5, 2), torch.randn(4, generator=torch.Generator().manual_seed(1)), torch.zeros(4)
     torch.manual_seed(0)

@@ -5,6 +5,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from davae.bases.tiny import debug_base
+from davae.benchmark.training_stages import SeparatePassesObjective
 from davae.data import open_dataset
 from davae.data.in_memory import ImagesInMemory, LatentsInMemory, MixedScales
 from davae.diffusion import FlowLoss, FlowProcess
@@ -15,12 +17,10 @@ from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families import family_of
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import FlowLossSettings
-from davae.tiny import debug_base
-from davae.training.autoencoder import AutoencoderStage, StructuredObjective
-from davae.training.benchmark.separate_passes import SeparatePassesObjective
+from davae.training.autoencoder.losses import laplacian_l1
+from davae.training.autoencoder.stage import AutoencoderStage, StructuredObjective
 from davae.training.diffusion import ClassMap, DiffusionObjective, DiffusionStage
-from davae.training.loop import train
-from davae.training.losses import laplacian_l1
+from davae.training.loop.loop import train
 
 
 def _vae(**options):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from davae.bases.debug_pipelines import SMALL_PIPELINES, base_resolution, small_pipeline
 from davae.data import open_dataset
 from davae.diffusion import FlowLoss, FlowProcess, sd3_sigma_table
 from davae.errors import DavaeError
@@ -15,7 +16,7 @@ from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families import PipelineFamily, family_of
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import FlowLossSettings, SigmaTableSettings, TimestepSettings
-from davae.tiny.small_pipelines import SMALL_PIPELINES, base_resolution, small_pipeline
+from davae.training.checkpoints.run_directory import read_metrics
 from davae.training.diffusion import (
     DiffusionObjective,
     DiffusionStage,
@@ -23,8 +24,7 @@ from davae.training.diffusion import (
     noise_process,
     select_trained,
 )
-from davae.training.loop import train
-from davae.training.run_directory import read_metrics
+from davae.training.loop.loop import train
 from davae.warm_start import channel_parameters
 
 LAYOUT = LatentLayout(2, 4)
@@ -85,7 +85,7 @@ class _Told(PipelineFamily):
         return torch.zeros_like(noisy)
 
 
-def _told(dropout):
+def _summary(dropout):
     family = _Told()
     process = FlowProcess(FlowLoss(LAYOUT))
     unconditional = {"embeds": torch.full((1, 3, 5), -1.0), "mask": torch.zeros(1, 3, dtype=torch.long)}
@@ -101,7 +101,7 @@ def _told(dropout):
 
 
 def test_a_share_of_prompts_is_dropped_whole_in_training_only():
-    family, objective, batch = _told(0.1)
+    family, objective, batch = _summary(0.1)
     torch.manual_seed(0)
     objective.train()(batch, 0)
     objective.eval()(batch, 0)
@@ -115,7 +115,7 @@ def test_a_share_of_prompts_is_dropped_whole_in_training_only():
 def test_dropping_prompts_changes_no_other_draw():
     noisy = []
     for dropout in (0.0, 0.5):
-        family, objective, batch = _told(dropout)
+        family, objective, batch = _summary(dropout)
         torch.manual_seed(0)
         objective.train()(batch, 0)
         noisy.append(family.seen[0]["noisy"])
@@ -123,7 +123,7 @@ def test_dropping_prompts_changes_no_other_draw():
 
 
 def test_the_unconditional_prompt_stays_out_of_checkpoints():
-    _, objective, _ = _told(0.1)
+    _, objective, _ = _summary(0.1)
     assert not objective.state_dict()
 
 

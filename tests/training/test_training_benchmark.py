@@ -6,19 +6,24 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from davae.benchmark.planner_architectures import find_architecture
+from davae.bases.tiny import debug_base
+from davae.benchmark.training import bench_training, profile_step
+from davae.benchmark.training_stages import (
+    FORMS,
+    DiffusionBenchStage,
+    SeparatePassesObjective,
+    StepSettings,
+    autoencoder_stage,
+)
 from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
+from davae.planner.architectures import find_architecture
 from davae.recipes.settings import AlignmentSettings, GanSettings, ReconstructionSettings
-from davae.tiny import debug_base
-from davae.training.adaptive_weights import with_gradients
-from davae.training.adversary import make_adversary
-from davae.training.benchmark import bench_training, profile_step
-from davae.training.benchmark.separate_passes import SeparatePassesObjective
-from davae.training.benchmark.stages import FORMS, DiffusionBenchStage, StepSettings, autoencoder_stage
-from davae.training.loop import steps_of
-from davae.training.structured_objective import StructuredObjective
+from davae.training.autoencoder.adaptive_weights import with_gradients
+from davae.training.autoencoder.losses import make_gan_loss
+from davae.training.autoencoder.objective import StructuredObjective
+from davae.training.loop.loop import steps_of
 
 # A large eps keeps AdamW from turning rounding of a vanishing gradient into a whole step.
 SMALL = {"resolution": 32, "detail_channels": 8, "batch": 2, "learning_rate": 1e-3, "eps": 1e-3}
@@ -39,7 +44,7 @@ def test_weights_agree_after_some_steps_of_every_form(architecture, tmp_path, st
     ends, start = {}, None
     for form in FORMS:
         made = make(architecture, settings, form)
-        trained = made.players[0].trained()
+        trained = made.modules[0].parameters()
         start = start or [p.detach().clone() for p in trained]
         step = steps_of(made, tmp_path / form)
         for _ in range(steps):
@@ -60,9 +65,9 @@ def _objective(plain, gan, levels, alignment=True):
     vae.train()
     vae.train_levels(together=True)
     settings = GanSettings(weight=0.3 if gan else 0.0, filters=4, layers=1)
-    adversaries = [make_adversary(settings)[0] for _ in range(levels)]
+    gan_losses = [make_gan_loss(settings)[0] for _ in range(levels)]
     kind = SeparatePassesObjective if plain else StructuredObjective
-    return kind(vae, AlignmentSettings(adaptive=alignment), ReconstructionSettings(gan=settings), adversaries)
+    return kind(vae, AlignmentSettings(adaptive=alignment), ReconstructionSettings(gan=settings), gan_losses)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +125,7 @@ def test_a_step_reads_nothing_back_from_the_device(architecture):
     for objective in (
         autoencoder_stage(architecture, StepSettings(**SMALL, gan=True), "fast").objective,
         DiffusionBenchStage(find_architecture("debug-sd3"), StepSettings(**SMALL), "fast, cached")
-        .players[0]
+        .modules[0]
         .module,
     ):
         batch = {"image": torch.rand(2, 3, 32, 32)}
@@ -135,9 +140,9 @@ def test_a_step_reads_nothing_back_from_the_device(architecture):
 def test_a_bad_step_is_left_out_in_the_plain_form_too(architecture, tmp_path):
     stage = autoencoder_stage(architecture, StepSettings(**SMALL), "plain")
     stage.dataset.images.fill_(float("nan"))
-    before = [p.detach().clone() for p in stage.players[0].trained()]
+    before = [p.detach().clone() for p in stage.modules[0].parameters()]
     steps_of(stage, tmp_path)()
-    assert all(map(torch.equal, before, stage.players[0].trained()))
+    assert all(map(torch.equal, before, stage.modules[0].parameters()))
 
 
 def test_rows_and_profile_of_the_verb(tmp_path):
@@ -189,9 +194,9 @@ def test_a_base_that_makes_films_takes_a_step_of_the_autoencoder_stage(tmp_path)
     """Its weights have five dimensions, which know no channels-last order."""
     settings = StepSettings(resolution=64, detail_channels=8, batch=1)
     made = autoencoder_stage(find_architecture("debug-qwenimage"), settings, FORMS[-1])
-    before = [p.detach().clone() for p in made.players[0].trained()]
+    before = [p.detach().clone() for p in made.modules[0].parameters()]
     steps_of(made, tmp_path)()
-    assert any(not torch.equal(a, b) for a, b in zip(before, made.players[0].trained(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before, made.modules[0].parameters(), strict=True))
 
 
 def test_mistakes_are_told():

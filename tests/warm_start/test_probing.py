@@ -12,8 +12,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from davae.bases.debug_transformers import SMALL_TRANSFORMERS, randomise
 from davae.latents import LatentLayout
-from davae.tiny.small_transformers import SMALL_TRANSFORMERS, randomise
 from davae.warm_start import (
     WarmStartError,
     channel_parameters,

@@ -12,7 +12,7 @@ if [ ! -d "$RUNS/sana" ]; then
     ${PYTHON:-python} - "$RUNS/f32-phase2/autoencoder" "$RUNS/sana" <<'PYTHON'
 import sys
 from diffusers import AutoencoderDC, SanaTransformer2DModel
-from davae.tiny.small_pipelines import small_pipeline
+from davae.bases.debug_pipelines import small_pipeline
 
 pipe = small_pipeline("sana")  # its random transformer is not used
 pipe.vae = AutoencoderDC.from_pretrained(sys.argv[1])

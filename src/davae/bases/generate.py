@@ -9,11 +9,11 @@ from typing import NamedTuple
 from diffusers import DiffusionPipeline
 from rich.progress import track
 
+from davae.bases.open import load_base
 from davae.errors import DavaeError
 from davae.pipelines import speed_up
 from davae.pipelines.sampling.generate import generate_images, read_prompts, takes_prompts
 from davae.runtime.devices import chosen_device, wanted_dtype
-from davae.training.run import load_base
 
 
 class WrittenImages(NamedTuple):

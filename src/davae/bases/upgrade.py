@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from davae.bases.open import load_base
 from davae.latents import LatentLayout
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families.class_fixes import unguarded
 from davae.pipelines.saving.opening import load_autoencoder
-from davae.pipelines.upgrade.base_match import layout_over
 from davae.pipelines.upgrade.timestep_shift import TimestepShift
-from davae.training.run import load_base
+from davae.pipelines.upgrade.upgrade import layout_over
 from davae.warm_start import WarmStartReport, check_warm_start
 
 

@@ -12,13 +12,12 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from davae.benchmark.contestants import Contestant, make_contestants
 from davae.benchmark.inference import device_name
-from davae.benchmark.memory import peak_tensor_bytes
-from davae.benchmark.planner_architectures import find_architecture
-from davae.benchmark.timing import side_by_side
+from davae.benchmark.timing import peak_tensor_bytes, side_by_side
+from davae.benchmark.variants import Variant, make_variants
 from davae.errors import DavaeError
 from davae.models import find_adapter
+from davae.planner.architectures import find_architecture
 from davae.runtime.devices import chosen_device, named_dtype
 
 
@@ -91,7 +90,7 @@ def bench_autoencoder(
         DavaeError: nothing of that name, sizes that do not divide, an unknown dtype or device.
     """
     where, precision = chosen_device(device), named_dtype(dtype)
-    _, native, upgraded = make_contestants(
+    _, native, upgraded = make_variants(
         find_architecture(base),
         resolution=resolution,
         scales=(scale,),
@@ -111,12 +110,12 @@ def bench_autoencoder(
     images = images.contiguous(memory_format=torch.channels_last)
     encoders: dict[str, Callable[[], None]] = {}
     decoders: dict[str, Callable[[], None]] = {}
-    for name, contestant in (("base", native), ("upgraded", upgraded)):
+    for name, variant in (("base", native), ("upgraded", upgraded)):
         for tiled in (False, True) if tile else (False,):
             key = f"{name}, tiled" if tiled else name
             side = tile if tiled else None
-            encoders[key] = _encode(contestant.vae, images, side, compile)
-            decoders[key] = _decode(contestant, side, compile)
+            encoders[key] = _encode(variant.vae, images, side, compile)
+            decoders[key] = _decode(variant, side, compile)
     encoded, decoded = side_by_side(encoders, repeats), side_by_side(decoders, repeats)
     rows = []
     for key in encoders:
@@ -174,9 +173,9 @@ def _encode(vae: ModelMixin, images: Tensor, tile: int | None, compiled: bool) -
     return run
 
 
-def _decode(contestant: Contestant, tile: int | None, compiled: bool) -> Callable[[], None]:
-    vae = contestant.vae
-    call = torch.compile(contestant.decoder) if compiled and tile is None else contestant.decoder
+def _decode(variant: Variant, tile: int | None, compiled: bool) -> Callable[[], None]:
+    vae = variant.vae
+    call = torch.compile(variant.decoder) if compiled and tile is None else variant.decoder
 
     @torch.inference_mode()
     def run() -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from davae.benchmark.contestants import Contestant, compile_parts, make_contestants
-from davae.benchmark.planner_architectures import find_architecture
 from davae.benchmark.timing import SideBySide, side_by_side
+from davae.benchmark.variants import Variant, compile_parts, make_variants
 from davae.errors import DavaeError
 from davae.pipelines.sampling.speed import set_attention
+from davae.planner.architectures import find_architecture
 from davae.runtime.devices import chosen_device, named_dtype
 
 
@@ -127,7 +127,7 @@ def bench_inference(
     if repeats < 1:
         raise DavaeError(f"repeats must be at least 1, not {repeats}")
     where, precision = chosen_device(device), named_dtype(dtype)
-    contestants = make_contestants(
+    variants = make_variants(
         find_architecture(base),
         resolution=resolution,
         scales=scales,
@@ -138,23 +138,23 @@ def bench_inference(
         dtype=precision,
         encode_text=text,
     )
-    text_flops = contestants[0].text_flops()
-    flops = {c.name: _Flops(text_flops, c.step_flops(), c.decode_flops()) for c in contestants}
-    for transformer in {id(c.transformer): c.transformer for c in contestants}.values():
+    text_flops = variants[0].text_flops()
+    flops = {c.name: _Flops(text_flops, c.step_flops(), c.decode_flops()) for c in variants}
+    for transformer in {id(c.transformer): c.transformer for c in variants}.values():
         if attention != "native":
             set_attention(transformer, attention)
     if compile:
-        compile_parts(contestants)
+        compile_parts(variants)
     encoded = None  # the same encoders and prompts for all: timed once a round
-    if contestants[0].text is not None:
-        encoded = side_by_side({"text": contestants[0].encode_text}, repeats).times["text"]
+    if variants[0].text is not None:
+        encoded = side_by_side({"text": variants[0].encode_text}, repeats).times["text"]
     timed = _Times(
         encoded or [0.0] * repeats,
-        side_by_side({c.name: c.step for c in contestants}, repeats),
-        side_by_side({c.name: c.decode for c in contestants}, repeats),
-        side_by_side({c.name: c.image for c in contestants}, repeats, warmup=0) if end_to_end else None,
+        side_by_side({c.name: c.step for c in variants}, repeats),
+        side_by_side({c.name: c.decode for c in variants}, repeats),
+        side_by_side({c.name: c.image for c in variants}, repeats, warmup=0) if end_to_end else None,
     )
-    peaks = {c.name: _peak(c, where) for c in contestants}
+    peaks = {c.name: _peak(c, where) for c in variants}
     return InferenceBenchmark(
         base=base,
         device=device_name(where),
@@ -164,7 +164,7 @@ def bench_inference(
         compiled=compile,
         attention=attention,
         torch=torch.__version__,
-        rows=[_row(c, contestants[1], flops, timed, peaks) for c in contestants],
+        rows=[_row(c, variants[1], flops, timed, peaks) for c in variants],
     )
 
 
@@ -187,29 +187,29 @@ class _Times:
     decoded: SideBySide
     images: SideBySide | None
 
-    def added_up(self, c: Contestant) -> list[float]:
+    def added_up(self, c: Variant) -> list[float]:
         parts = zip(self.text, self.steps.times[c.name], self.decoded.times[c.name], strict=True)
         return [text + c.steps * step + decode for text, step, decode in parts]
 
 
 def _row(
-    contestant: Contestant,
-    native: Contestant,
+    variant: Variant,
+    native: Variant,
     flops: dict[str, _Flops],
     timed: _Times,
     peaks: dict[str, int | None],
 ) -> InferenceRow:
-    batch, name, whole = len(contestant.latent), contestant.name, timed.images
+    batch, name, whole = len(variant.latent), variant.name, timed.images
     own, natives = flops[name], flops[native.name]
-    mine = timed.added_up(contestant)
+    mine = timed.added_up(variant)
     image = median(mine) / batch
     ratios = [n / c for n, c in zip(timed.added_up(native), mine, strict=True)]
     return InferenceRow(
         name=name,
-        resolution=contestant.resolution,
-        tokens=contestant.tokens,
-        steps=contestant.steps,
-        text_seconds=median(timed.text) / batch if contestant.text is not None else None,
+        resolution=variant.resolution,
+        tokens=variant.tokens,
+        steps=variant.steps,
+        text_seconds=median(timed.text) / batch if variant.text is not None else None,
         step_seconds=timed.steps.medians[name] / batch,
         decode_seconds=timed.decoded.medians[name] / batch,
         image_seconds=image,
@@ -217,25 +217,25 @@ def _row(
         text_flops=own.text,
         step_flops=own.step,
         decode_flops=own.decode,
-        achieved_flops=own.image(contestant.steps) / image,
+        achieved_flops=own.image(variant.steps) / image,
         peak_memory_bytes=peaks[name],
         speedup=median(ratios),
         whole_image_speedup=None if whole is None else whole.speedup(name, native.name),
-        flop_limited_speedup=natives.image(native.steps) / own.image(contestant.steps),
+        flop_limited_speedup=natives.image(native.steps) / own.image(variant.steps),
     )
 
 
-def _peak(contestant: Contestant, device: str) -> int | None:
+def _peak(variant: Variant, device: str) -> int | None:
     """Bytes that a step and a decode add at most, plus the contestant's own weights."""
     if not device.startswith("cuda"):
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    contestant.step()
-    contestant.decode()
+    variant.step()
+    variant.decode()
     added = torch.cuda.max_memory_allocated() - before
-    weights = [*contestant.transformer.parameters(), *contestant.vae.parameters()]
+    weights = [*variant.transformer.parameters(), *variant.vae.parameters()]
     return added + sum(p.numel() * p.element_size() for p in weights)
 
 

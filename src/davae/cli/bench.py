@@ -123,7 +123,7 @@ def training(
     json_file: Json = None,
 ) -> None:
     """A training step of both stages with random weights: plain, fast, and from cached latents and text."""
-    from davae.training.benchmark import bench_training
+    from davae.benchmark.training import bench_training
 
     result = bench_training(
         base,

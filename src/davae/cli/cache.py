@@ -35,7 +35,7 @@ def cache(
     """Latents and text embeddings of a recipe's images, for `davae train diffusion` to train from."""
     if not verify:
         check_recipe(recipe, overrides)
-    from davae.training.run_cache import default_folder, run_cache, run_verify
+    from davae.training.runs.cache import default_folder, run_cache, run_verify
 
     if verify:
         text = run_verify(out or default_folder(recipe, overrides or ()))

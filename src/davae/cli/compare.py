@@ -79,8 +79,8 @@ def autoencoder(
 ) -> None:
     """Compression, reconstruction and speed on the same images; with --diffusion-steps generation too."""
     folders = named_folders(autoencoders)
-    from davae.training.compare import DiffusionOptions, compare_autoencoders
-    from davae.training.compare.trial import transformer_size
+    from davae.experiments.compare import DiffusionOptions, compare_autoencoders
+    from davae.experiments.compare.diffusion import transformer_size
 
     options = None
     if diffusion_steps:

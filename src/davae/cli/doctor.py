@@ -17,12 +17,12 @@ def doctor(
 ) -> None:
     """Versions, devices, optional parts, and what to install for what is missing."""
     if transformers:
-        from davae.tiny.transformer_table import transformer_table
+        from davae.bases.debug_transformers import transformer_table
 
         logging.getLogger("davae.warm_start").setLevel(logging.WARNING)  # the table tells the same
         typer.echo(transformer_table())
         return
-    from davae.training.runs.installation import installation, installation_text
+    from davae.training.checkpoints.run_directory import installation, installation_text
 
     facts = installation()
     typer.echo(json.dumps(facts, indent=2) if as_json else installation_text(facts))

@@ -34,9 +34,9 @@ def export(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
 ) -> None:
     """Copy a run's result to a folder with a model card, for others to open; publish it if asked."""
-    from davae.training.export import export_run
+    from davae.training.runs.export import export_run
 
-    told = export_run(
+    message = export_run(
         run,
         out,
         license=license,
@@ -46,4 +46,4 @@ def export(
         repo_id=push_to_hub,
         private=private or None,
     )
-    typer.echo(told)
+    typer.echo(message)

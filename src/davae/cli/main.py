@@ -28,7 +28,7 @@ from davae.cli import (
 )
 from davae.errors import DavaeError
 from davae.import_hooks import after_import
-from davae.training.stopping import TrainingStopped
+from davae.training.loop.signals import TrainingStopped
 from davae.version import __version__
 
 app = typer.Typer(

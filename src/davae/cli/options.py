@@ -75,7 +75,7 @@ def some_images(path: str | None) -> str | None:
     Raises:
         DavaeError: there is no such folder or file.
     """
-    from davae.recipes.data_path import check_data_path
+    from davae.recipes.data import check_data_path
 
     if path is not None:
         check_data_path(path)
@@ -92,7 +92,7 @@ def check_recipe(recipe: str, overrides: Sequence[str] | None, *, images: bool =
     Raises:
         DavaeError: no such recipe, an unknown key, a bad value, or nothing at ``data.path``.
     """
-    from davae.recipes.data_path import check_data_path
+    from davae.recipes.data import check_data_path
     from davae.recipes.read import load_recipe
     from davae.recipes.settings import AblationRecipe
 

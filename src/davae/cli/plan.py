@@ -30,7 +30,7 @@ def plan(
     """Tokens, operations, memory, speed-up and training hours of an upgrade, before anything is trained."""
     if recipe is not None:
         check_recipe(recipe, (), images=False)
-    from davae.training.dry_run import plan_upgrade
+    from davae.planner.recipes import plan_upgrade
 
     made = plan_upgrade(
         base,

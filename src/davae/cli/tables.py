@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from davae.benchmark.planner_text import notes, tables
 from davae.cli.options import wide_console
+from davae.planner.text import notes, tables
 from davae.report.words import metric_label
 
 if TYPE_CHECKING:
     from davae.benchmark.autoencoder import AutoencoderBenchmark
     from davae.benchmark.inference import InferenceBenchmark
-    from davae.benchmark.planner import Plan
+    from davae.benchmark.training import StepProfile, TrainingBenchmark
     from davae.evaluation.latent_space.inspect import Inspection
-    from davae.training.benchmark import StepProfile, TrainingBenchmark
-    from davae.training.compare import AutoencoderScore, Comparison, DiffusionScore
+    from davae.experiments.compare import AutoencoderScore, Comparison, DiffusionScore
+    from davae.planner.plan import Plan
 
 
 def print_plan(plan: Plan) -> None:
@@ -224,13 +224,13 @@ def inspection_table(found: dict[str, Inspection]) -> Table:
         table.add_row(name, *("-" if v is None else format(v, form) for v in values))
 
     some = list(found.values())
-    for kind, told in (
+    for kind, label in (
         ("whole", "PSNR, reconstruction"),
         ("zeroed", "PSNR, details zeroed"),
         ("shuffled", "PSNR, details shuffled"),
         ("base", "PSNR, base enlarged"),
     ):
-        row(told, [i.psnr.get(kind) for i in some], ".2f")
+        row(label, [i.psnr.get(kind) for i in some], ".2f")
     row("alignment error, relative", [i.alignment_error for i in some], ".3f")
     for part in ("base", "detail", "structured"):
         row(f"linear probe, {part}", [i.parts[part].linear_probe for i in some], ".1%")

@@ -24,7 +24,7 @@ def autoencoder(
 ) -> None:
     """Stage 1: detail encoder and joint decoder on a frozen base autoencoder."""
     check_recipe(recipe, overrides, images=not dry_run)
-    from davae.training.run import run_autoencoder
+    from davae.training.runs.train import run_autoencoder
 
     typer.echo(run_autoencoder(recipe, overrides or (), out, dry_run=dry_run))
 
@@ -39,7 +39,7 @@ def diffusion(
 ) -> None:
     """Stage 2: the warm-started transformer on structured latents."""
     check_recipe(recipe, overrides, images=not dry_run)
-    from davae.training.run import run_diffusion
+    from davae.training.runs.train import run_diffusion
 
     typer.echo(run_diffusion(recipe, overrides or (), out, autoencoder=autoencoder, dry_run=dry_run))
 
@@ -50,7 +50,7 @@ def base(
 ) -> None:
     """A small base pipeline from nothing, as the embedded one was made."""
     check_recipe(recipe, overrides, images=not dry_run)
-    from davae.training.run import run_base
+    from davae.training.runs.train import run_base
 
     typer.echo(run_base(recipe, overrides or (), out, dry_run=dry_run))
 
@@ -71,6 +71,6 @@ def dc_ae(
 ) -> None:
     """A deep compression autoencoder in three phases: low resolution, high resolution, decoder's head."""
     check_recipe(recipe, overrides, images=not dry_run)
-    from davae.training.dc_ae_phases import run_dc_ae
+    from davae.training.dc_ae.train import run_dc_ae
 
     typer.echo(run_dc_ae(recipe, overrides or (), out, phase=phase, start=start, dry_run=dry_run))

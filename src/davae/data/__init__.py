@@ -4,17 +4,15 @@ from davae.data.cache import Fingerprint, LatentCache
 from davae.data.images.buckets import make_buckets
 from davae.data.images.dataset import Facts, ImageDataset, Source
 from davae.data.images.decode import UnreadableImage, check_header, decode_image
-from davae.data.images.mirroring import Mirrored
-from davae.data.images.protocol import DatasetWrapper, Item, ItemDataset, as_item_dataset
+from davae.data.images.protocol import DatasetWrapper, Item, ItemDataset, Mirrored, as_item_dataset
 from davae.data.images.transforms import SquareCrop, image_to_tensor, item_generator, resize_short_side
 from davae.data.loading.samplers import BucketSampler, ResumableSampler
 from davae.data.loading.stream import BatchStream, collate, make_loader, read_items
-from davae.data.open import find_source, open_dataset
+from davae.data.open import choose_part, find_source, open_dataset
 from davae.data.scenes import CLASSES, ProceduralScenes, render_scene
 from davae.data.sources.bad_files import SkipLedger
 from davae.data.sources.folder import IMAGE_SUFFIXES, FolderSource
 from davae.data.sources.scenes import RenderedDataset
-from davae.data.sources.splits import choose_part
 from davae.data.sources.tables import TableSource
 from davae.data.sources.webdataset import ShardSource
 

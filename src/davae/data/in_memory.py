@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from davae.data.images.mirroring import is_mirrored
-from davae.data.images.protocol import DatasetWrapper, Item, ItemDataset
+from davae.data.images.protocol import DatasetWrapper, Item, ItemDataset, is_mirrored
 from davae.data.images.transforms import item_generator
 from davae.data.loading.stream import read_items
 from davae.errors import DavaeError

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.interop.checking import channel_statistics, filled, require, set_aside
-from davae.interop.ldm_names import ldm_class, ldm_config, translate_ldm
-from davae.models.known_bases import LDMAutoencoderKL
+from davae.interop.official_autoencoders import ldm_class, ldm_config, translate_ldm
+from davae.models.base_adapters.image import LDMAutoencoderKL
 
 logger = logging.getLogger(__name__)
 _WHAT = "an LDM autoencoder"

@@ -11,8 +11,7 @@ from davae.latents.alignment import (
 )
 from davae.latents.layout import LatentLayout, token_count
 from davae.latents.posterior import gaussian_kl
-from davae.latents.scaling import latent_affine, to_raw, to_scaled
-from davae.latents.statistics import ChannelStatistics
+from davae.latents.statistics import ChannelStatistics, latent_affine, to_raw, to_scaled
 
 __all__ = [
     "AlignmentForm",

@@ -1,12 +1,18 @@
 """Networks as diffusers models: the detail-aligned autoencoder, its blocks and adapters, the transformer."""
 
-from davae.models.autoencoder_da import AutoencoderDA, Level, detail_dropout_factor
-from davae.models.base_adapters import BaseAdapter, Convolution, FeatureChain, find_adapter, register_adapter
+from davae.models.autoencoder.autoencoder_da import AutoencoderDA, Level, detail_dropout_factor
+from davae.models.autoencoder.posterior import StructuredPosterior
+from davae.models.autoencoder.residual_sampling import ResidualDownsample, ResidualUpsample
+from davae.models.base_adapters.adapter import (
+    BaseAdapter,
+    Convolution,
+    FeatureChain,
+    find_adapter,
+    register_adapter,
+)
+from davae.models.base_adapters.nested import NestedAdapter
 from davae.models.discriminator import PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
 from davae.models.lightningdit import LightningDiTTransformer2DModel
-from davae.models.nested_base import NestedAdapter
-from davae.models.residual_sampling import ResidualDownsample, ResidualUpsample
-from davae.models.structured_posterior import StructuredPosterior
 
 __all__ = [
     "AutoencoderDA",

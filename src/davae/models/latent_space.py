@@ -18,10 +18,10 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.latents import latent_affine, to_raw, to_scaled
-from davae.models.autoencoder_da import AutoencoderDA
-from davae.models.base_adapters import BaseAdapter, adapter_of
+from davae.models.autoencoder.autoencoder_da import AutoencoderDA
+from davae.models.base_adapters.adapter import BaseAdapter, adapter_of
+from davae.models.base_adapters.image import LDMAutoencoderKL
 from davae.models.dc_ae import PlainAutoencoderDC
-from davae.models.known_bases import LDMAutoencoderKL
 
 _OURS = {cls.__name__: cls for cls in (AutoencoderDA, LDMAutoencoderKL, PlainAutoencoderDC)}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusers import ModelMixin
 
-from davae.models.custom_code import custom_code
+from davae.models.remote_code import custom_code
 
 #: Beside the weights. ``model_index.json`` names the library ``davae``, and diffusers looks for a file of that name.
 CODE_FILE = "davae.py"

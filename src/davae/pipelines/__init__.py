@@ -1,8 +1,8 @@
 """Pipelines: the class-conditional one, the upgrade of any, saving and loading."""
 
+from davae.pipelines.class_conditional import ClassConditionalPipeline
 from davae.pipelines.families import fit_to_autoencoder
 from davae.pipelines.lora import attach_lora, attached_lora, merge_lora
-from davae.pipelines.sampling.class_conditional import ClassConditionalPipeline
 from davae.pipelines.sampling.previews import Previews, set_preview_decoder
 from davae.pipelines.sampling.speed import speed_up
 from davae.pipelines.saving.adapters import load_adapters, save_adapters

@@ -9,8 +9,7 @@ from pydantic import Field, model_validator
 
 from davae.choices import Crop
 from davae.recipes.data import ImageSettings
-from davae.recipes.loop import LoopSettings, OptimizerSettings
-from davae.recipes.section import NotNegative, Positive, Section, Share
+from davae.recipes.loop import LoopSettings, NotNegative, OptimizerSettings, Positive, Section, Share
 from davae.recipes.settings import ReconstructionSettings
 
 

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from davae.choices import BestMode, LearningRateSchedule, OptimizerKind, Precision
-from davae.recipes.section import (
-    MAY_CHANGE,
-    NotNegative,
-    Positive,
-    PositiveFloat,
-    Probability,
-    Section,
-    Weight,
-)
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _MayChange:
+    """Type of :data:`MAY_CHANGE`."""
+
+
+MAY_CHANGE: Final = _MayChange()
+"""Marks a setting that says how steps are computed and kept, not what is learnt. A run may continue with another
+value, so that it fits another machine, another number of processes, or less memory:
+``workers: Annotated[int, MAY_CHANGE]``."""
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors, values never change after reading.
+
+    The docstring below a field is its description: the tables of docs/training.md are made of them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 def _yaml_no(value: object) -> object:

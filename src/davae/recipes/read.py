@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from davae.errors import DavaeError
 from davae.recipes.dc_ae import DcAeRecipe
-from davae.recipes.section import MAY_CHANGE, Section
+from davae.recipes.loop import MAY_CHANGE, Section
 from davae.recipes.settings import AblationRecipe, BaseRecipe, UpgradeRecipe
 
 Recipe = UpgradeRecipe | BaseRecipe | DcAeRecipe | AblationRecipe
@@ -189,10 +189,10 @@ def _one_line(error: ValidationError, model: type[Section], source: str) -> str:
         return f"{source}: unknown key '{where}'{hint}"
     if first["type"] == "missing":
         return f"{source}: '{where}' is missing"
-    told = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and isinstance(first["input"], dict):  # of a section: names its keys
-        return f"{source}: {told}" if where in ("", "data") else f"{source}: '{where}': {told}"
-    return f"{source}: '{where}' is {first['input']!r}: {told}"
+        return f"{source}: {message}" if where in ("", "data") else f"{source}: '{where}': {message}"
+    return f"{source}: '{where}' is {first['input']!r}: {message}"
 
 
 def _dotted_fields(model: type[Section]) -> Iterator[tuple[str, FieldInfo]]:

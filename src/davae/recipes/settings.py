@@ -26,8 +26,17 @@ from davae.choices import (
     TuneMode,
 )
 from davae.recipes.data import DataSettings
-from davae.recipes.loop import LoopSettings, OptimizerSettings
-from davae.recipes.section import NotNegative, Positive, PositiveFloat, Probability, Section, Share, Weight
+from davae.recipes.loop import (
+    LoopSettings,
+    NotNegative,
+    OptimizerSettings,
+    Positive,
+    PositiveFloat,
+    Probability,
+    Section,
+    Share,
+    Weight,
+)
 
 
 class AlignmentSettings(Section):

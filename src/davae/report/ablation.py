@@ -7,9 +7,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from davae.experiments.ablation import Ablation, ablate
 from davae.recipes.settings import AblationRecipe
 from davae.report.words import better, metric_label, significant
-from davae.training.ablation import Ablation, ablate
 
 _SHOWN = ("swd/finest", "swd/mean", "spectrum_db", "fid", "kid", "autoencoder_psnr")
 
@@ -24,7 +24,7 @@ def shown_metrics(result: Ablation) -> dict[str, str]:
 
 
 def run_ablation(recipe: AblationRecipe, out: Path) -> Ablation:
-    """:func:`davae.training.ablation.ablate`, and the picture ``out/ablation.png`` of what it found."""
+    """:func:`davae.experiments.ablation.ablate`, and the picture ``out/ablation.png`` of what it found."""
     result = ablate(recipe, out)
     draw_ablation(result, out / "ablation.png")
     return result

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.report import words
-from davae.report.metrics import loss_terms, read_metrics, smoothed
-from davae.report.pictures import data_uri
 from davae.report.plots import COLOURS, SHAPES, loss_plot, scatter_plot, spectrum_plot
+from davae.report.recorder import data_uri
 from davae.report.schema import TENSOR_FILE, Curve, Figures, Picture, Summary
+from davae.report.words import loss_terms, read_metrics, smoothed
 from davae.runtime.atomic_files import atomic_write
 
 REPORT_FILE = "report.html"

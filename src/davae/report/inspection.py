@@ -69,8 +69,8 @@ def _map(inspections: Mapping[str, Inspection]) -> Figure:
         axes.scatter(points[:, 0], points[:, 1], c=labels, cmap="tab20", s=12, linewidths=0, alpha=0.8)
         axes.set_axis_off()
         probe = found.parts[part].linear_probe
-        told = "" if probe is None else f"\nlinear probe {probe:.1%}, chance {found.chance:.1%}"
-        axes.set_title(f"{title}: {_PARTS[part]}{told}", fontsize=9)
+        label = "" if probe is None else f"\nlinear probe {probe:.1%}, chance {found.chance:.1%}"
+        axes.set_title(f"{title}: {_PARTS[part]}{label}", fontsize=9)
     return figure
 
 
@@ -89,8 +89,8 @@ def _lines(axes: Axes, spectra: Mapping[str, Spectrum], title: str) -> None:
         inside = [(f, p) for f, p in zip(frequency, power) if 0 < f <= NYQUIST]
         if name in groups:
             place = groups.index(name) / max(len(groups) - 1, 1)
-            told = f"{name} to {len(groups)}" if name == groups[0] and len(groups) > 1 else None
-            axes.plot(*zip(*inside), color=colormaps["viridis"](place), linewidth=0.8, label=told)
+            label = f"{name} to {len(groups)}" if name == groups[0] and len(groups) > 1 else None
+            axes.plot(*zip(*inside), color=colormaps["viridis"](place), linewidth=0.8, label=label)
         else:
             axes.plot(*zip(*inside), label=name, linewidth=1.6, color=_COLOURS.get(name))
     axes.set_yscale("log")
@@ -123,12 +123,12 @@ def _examples(inspections: Mapping[str, Inspection]) -> Figure:
     ]
     columns = len(rows[0][1])
     figure = Figure(figsize=(1.5 + 1.5 * columns, 1.55 * len(rows)), layout="constrained")
-    for line, (told, images) in zip(figure.subplots(len(rows), columns, squeeze=False), rows):
+    for line, (label, images) in zip(figure.subplots(len(rows), columns, squeeze=False), rows):
         for axes, image in zip(line, images):
             axes.imshow(((image.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy(), interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-        line[0].set_ylabel(told, fontsize=7)
+        line[0].set_ylabel(label, fontsize=7)
     return figure
 
 

@@ -142,9 +142,9 @@ def all_the_same(what: str, own: str, where: str) -> None:
     """
     found = everyone(own)
     if len(set(found)) > 1:
-        told = "; ".join(f"process {rank}: {value}" for rank, value in enumerate(found))
+        message = "; ".join(f"process {rank}: {value}" for rank, value in enumerate(found))
         raise DavaeError(
-            f"the processes do not agree on {what}: {told}. All must see the same files; compare {where} on "
+            f"the processes do not agree on {what}: {message}. All must see the same files; compare {where} on "
             "each machine"
         )
 

@@ -15,7 +15,7 @@ from davae.recipes.loop import LoopSettings, OptimizerSettings
 
 
 @dataclass
-class Player:
+class TrainedModule:
     """A module with its own optimizer. ``module(batch, step)`` gives named losses, among them ``total``."""
 
     name: str
@@ -28,7 +28,7 @@ class Player:
     can_be_sharded: bool = True
     """False where ``module`` takes gradients of single weights by itself, which FSDP has out of reach by then."""
 
-    def trained(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[nn.Parameter]:
         """The parameters that learn."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
@@ -38,7 +38,7 @@ class Stage(ABC):
 
     name: str
     loop: LoopSettings
-    players: list[Player]
+    modules: list[TrainedModule]
     """The first is the model (averaged, validated); a discriminator may follow."""
     dataset: ItemDataset
     """A stage of one's own may set any map-style torch data set of items."""

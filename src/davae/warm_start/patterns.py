@@ -154,11 +154,11 @@ def _parts(
     outer, factors = parsed.factors(sizes, channels)
     widths = [math.prod(numbers) for numbers in factors]
     if axis >= tensor.ndim or tensor.shape[axis] != outer * sum(widths):
-        told = " + ".join(" x ".join(map(str, numbers)) for numbers in factors)
-        told = f"{outer} x ({told})" if parsed.outer else told
+        message = " + ".join(" x ".join(map(str, numbers)) for numbers in factors)
+        message = f"{outer} x ({message})" if parsed.outer else message
         raise WarmStartError(
             f"{name} has shape {tuple(tensor.shape)}, but '{pattern}' on axis {axis} "
-            f"with {channels} channels asks for {told} = {outer * sum(widths)} there"
+            f"with {channels} channels asks for {message} = {outer * sum(widths)} there"
         )
     split = tensor.unflatten(axis, (outer, sum(widths))).split(widths, dim=axis + 1)
     for part, segment, numbers in zip(split, parsed.segments, factors, strict=True):

@@ -279,7 +279,7 @@ class SideBySide:
                     if scale == 0
                     else "detail channels reach the tokens"
                 )
-                raise WarmStartError(self._told(name, f"{cause} (features differ by {difference:.1e})"))
+                raise WarmStartError(self._summary(name, f"{cause} (features differ by {difference:.1e})"))
         for name in self.outputs:
             difference = largest_difference(after.entered, before.entered, name)
             if not difference <= output_tolerance:
@@ -293,14 +293,14 @@ class SideBySide:
         name = ", ".join(self.outputs)
         if largest_detail != 0:
             raise WarmStartError(
-                self._told(name, f"detail outputs are not zero (largest {largest_detail:.1e})")
+                self._summary(name, f"detail outputs are not zero (largest {largest_detail:.1e})")
             )
         if not difference <= tolerance:
             raise WarmStartError(
-                self._told(name, f"base outputs differ by {difference:.1e}, tolerance {tolerance:.0e}")
+                self._summary(name, f"base outputs differ by {difference:.1e}, tolerance {tolerance:.0e}")
             )
 
-    def _told(self, name: str, what: str) -> str:
+    def _summary(self, name: str, what: str) -> str:
         patterns = {p.pattern for p in self.description.places if p.layer in name.split(", ")}
         return (
             f"layer {name} leaks: {what}. Its weights are where the description of "

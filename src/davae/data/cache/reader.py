@@ -13,8 +13,7 @@ from davae.data.cache.fingerprint import Fingerprint, caption_key
 from davae.data.cache.index import read_index
 from davae.data.cache.shards import ShardReader
 from davae.data.cache.writer import LATENTS, read_about
-from davae.data.images.mirroring import is_mirrored
-from davae.data.images.protocol import Item, ItemDataset
+from davae.data.images.protocol import Item, ItemDataset, is_mirrored
 from davae.errors import DavaeError
 
 

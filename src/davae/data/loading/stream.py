@@ -58,7 +58,7 @@ class BatchStream:
             batches = iter(_loader(items, self.sampler))
             while True:
                 try:
-                    with items.told():
+                    with items.stalls_as_errors():
                         batch = next(batches)
                 except DavaeError:
                     end_workers(batches)
@@ -109,7 +109,7 @@ def read_items(
         batches = iter(_loader(items, parts, _packed))
         for _ in parts:
             try:
-                with items.told():
+                with items.stalls_as_errors():
                     part = next(batches)
             except DavaeError:
                 end_workers(batches)

@@ -67,10 +67,10 @@ class WatchedItems(Dataset[Item]):
         try:
             return self._thread.call(lambda: [self[key] for key in keys], self.timeout_s)
         except queue.Empty:
-            raise DavaeError(self._told_stalled()) from None
+            raise DavaeError(self._stalled_message()) from None
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def stalls_as_errors(self) -> Iterator[None]:
         """Within the block, what goes wrong in loader processes is told as it would be in this one.
 
         Raises:
@@ -84,9 +84,9 @@ class WatchedItems(Dataset[Item]):
             raise DavaeError(str(error).strip().rpartition("DavaeError: ")[2]) from error
         except RuntimeError as error:
             if "DataLoader timed out" in str(error):
-                raise DavaeError(self._told_stalled()) from error
+                raise DavaeError(self._stalled_message()) from error
             if is_of_a_dead_worker(error):
-                raise DavaeError(f"{_DEAD_WORKER}; {self._told_reading()}. {_WHAT_TO_DO}") from error
+                raise DavaeError(f"{_DEAD_WORKER}; {self._reading_message()}. {_WHAT_TO_DO}") from error
             raise
 
     def close(self) -> None:
@@ -95,21 +95,21 @@ class WatchedItems(Dataset[Item]):
             self._thread.end()
             self._thread = None
 
-    def _told_stalled(self) -> str:
+    def _stalled_message(self) -> str:
         return (
-            f"no batch came for {self.timeout_s:g} s; {self._told_reading()}. Look at the disk or the network that "
+            f"no batch came for {self.timeout_s:g} s; {self._reading_message()}. Look at the disk or the network that "
             "holds it, then run the same command again; data.timeout_s sets another time, 0 waits for ever"
         )
 
-    def _told_reading(self) -> str:
+    def _reading_message(self) -> str:
         now = time.monotonic()
         slots = sorted((began, int(position)) for position, began in self._reading.tolist() if position >= 0)
         if not slots:
             return "no image was being read"
-        told = [
+        message = [
             f"{self._dataset.id(position)} (for {now - began:.0f} s)" for began, position in slots[:_NAMED]
         ]
-        return f"being read: {', '.join(told)}"  # the longest first
+        return f"being read: {', '.join(message)}"  # the longest first
 
 
 def is_of_a_dead_worker(error: RuntimeError) -> bool:
@@ -119,7 +119,7 @@ def is_of_a_dead_worker(error: RuntimeError) -> bool:
     )
 
 
-def told_dead_worker() -> str:
+def dead_worker_message() -> str:
     """One line, where it is not known what was being read."""
     return f"{_DEAD_WORKER}. {_WHAT_TO_DO}"
 

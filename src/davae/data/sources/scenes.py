@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 
-from davae.data.images.mirroring import is_mirrored
-from davae.data.images.protocol import Item, ItemDataset
+from davae.data.images.protocol import Item, ItemDataset, is_mirrored
 from davae.data.scenes import ProceduralScenes
 from davae.data.scenes.dataset import SEED_STRIDE
 

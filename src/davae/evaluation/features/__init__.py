@@ -2,6 +2,6 @@
 
 from davae.evaluation.features.network import FeatureNetwork, Features
 from davae.evaluation.features.open import open_network
-from davae.evaluation.features.text_image import TextImageNetwork
+from davae.evaluation.features.transformers_model import TextImageNetwork
 
 __all__ = ["FeatureNetwork", "Features", "TextImageNetwork", "open_network"]

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.evaluation.features.network import Features
-from davae.evaluation.features.resize import standardise
+from davae.evaluation.features.network import Features, standardise
 from davae.runtime.atomic_files import file_hash
 from davae.runtime.pictures import resize_bicubic, to_bytes
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
 from davae.errors import DavaeError
-from davae.evaluation.features.network import Features
-from davae.evaluation.features.resize import standardise
+from davae.evaluation.features.network import Features, standardise
 from davae.runtime.atomic_files import file_hash
 from davae.runtime.pictures import resize_bicubic, to_bytes
 
@@ -133,3 +132,33 @@ def _beside(name: str, file: str) -> Path | None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+class TextImageNetwork(TransformersFeatures):
+    """A transformers model with ``get_image_features`` and ``get_text_features`` (CLIP, SigLIP) and its tokenizer.
+
+    Raises:
+        DavaeError: it cannot be loaded, or knows no texts.
+    """
+
+    def __init__(self, name: str, *, device: str | torch.device = "cpu") -> None:
+        super().__init__(name, device=device)
+        if not hasattr(self._model, "get_text_features"):
+            raise DavaeError(
+                f"a CLIP score needs a model of images and texts; {type(self._model).__name__} has none"
+            )
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise DavaeError(
+                f"'{name}' has no tokenizer: fetch its tokenizer files into the same folder"
+            ) from error
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """``[B, F]`` of texts; longer ones than the model takes are cut."""
+        limit = self._model.config.text_config.max_position_embeddings
+        tokens = self._tokenizer(
+            list(texts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        ).to(self._device)
+        return embedding(self._model.get_text_features(**tokens)).float()

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from rich.progress import track
 
+from davae.bases.open import load_base
 from davae.errors import DavaeError
 from davae.evaluation.features import TextImageNetwork
 from davae.evaluation.features.open import open_networks, or_unavailable
@@ -23,7 +24,6 @@ from davae.evaluation.metrics.names import CLIP_SCORE
 from davae.pipelines import load_pipeline
 from davae.runtime.devices import chosen_device, named_dtype
 from davae.runtime.processes import start_processes
-from davae.training.run import load_base
 
 logger = logging.getLogger(__name__)
 

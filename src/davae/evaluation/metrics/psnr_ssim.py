@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics.functional.image import (
     peak_signal_noise_ratio,
@@ -12,6 +14,7 @@ from torchmetrics.functional.image import (
 
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import PSNR, SSIM
+from davae.models.perceptual import DinoDistance, LpipsLoss
 
 DATA_RANGE = 2.0
 _SSIM_WINDOW = 11
@@ -112,3 +115,26 @@ class PairMeans:
     def figures(self) -> dict[str, float]:
         """Mean by name; empty before the first pair."""
         return {name: total / self.count for name, total in self._sums.items()}
+
+
+class Perceptual:
+    """A distance of pairs through a network, without gradients.
+
+    Args:
+        network: gives distances ``[B]``.
+        device: where it computes.
+    """
+
+    def __init__(self, network: LpipsLoss | DinoDistance, device: str | torch.device = "cpu") -> None:
+        self._network, self._device = network.to(device), device
+
+    def describe(self) -> dict[str, Any]:
+        """Weights with their SHA-256, and the preprocessing."""
+        return self._network.describe()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        """Distances ``[B]``, on the CPU, of images and reconstructions ``[B, 3, H, W]`` in [-1, 1]."""
+        # One by one: of large images a batch would fill the memory.
+        pairs = zip(images.split(1), reconstruction.split(1), strict=True)
+        return torch.cat([self._network(a.to(self._device), b.to(self._device)).cpu() for a, b in pairs])

@@ -12,8 +12,7 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.evaluation.features import FeatureNetwork
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets
-from davae.evaluation.metrics.perceptual import Perceptual
-from davae.evaluation.metrics.psnr_ssim import PairMeans
+from davae.evaluation.metrics.psnr_ssim import PairMeans, Perceptual
 from davae.evaluation.reconstruction.crops import FINE_TEXTURE, fine_texture
 from davae.models import AutoencoderDA
 from davae.runtime.pictures import upscaled

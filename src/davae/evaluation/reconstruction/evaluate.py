@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 
 from davae.data import open_dataset
-from davae.evaluation.dino_distance import DinoDistance
 from davae.evaluation.features.open import open_networks, or_unavailable
 from davae.evaluation.images import spread_batches, trained_resolution
 from davae.evaluation.metrics.names import DINO, LPIPS
-from davae.evaluation.metrics.perceptual import Perceptual
+from davae.evaluation.metrics.psnr_ssim import Perceptual
 from davae.evaluation.reconstruction.baselines import ReconstructionReport, compare_reconstructions
 from davae.evaluation.reconstruction.crops import folder_crops, read_boxes
+from davae.models.perceptual import DinoDistance, LpipsLoss
 from davae.pipelines.saving.opening import autoencoder_folder, load_autoencoder
 from davae.runtime.devices import chosen_device
-from davae.training.perceptual import LpipsLoss
 
 
 def evaluate_reconstruction(

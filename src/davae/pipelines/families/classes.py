@@ -1,18 +1,18 @@
 """Class-conditional pipelines: the project's own flow model, and DiT with DDPM noise prediction."""
 
 from __future__ import annotations
+
 from collections.abc import Sequence
-from davae.errors import DavaeError
-from davae.pipelines.families.family import Conditioning
-from davae.pipelines.families.family import PipelineFamily
-from davae.pipelines.families.family import register_family
-from davae.pipelines.sampling.class_conditional import predict_velocity
+from typing import Any, ClassVar
+
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
-from typing import Any
-from typing import ClassVar
-import torch
+
+from davae.errors import DavaeError
+from davae.pipelines.class_conditional import predict_velocity
+from davae.pipelines.families.family import Conditioning, PipelineFamily, register_family
 
 
 class ClassFamily(PipelineFamily):

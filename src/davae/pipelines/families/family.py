@@ -11,26 +11,23 @@ upgraded one. A family that needs another value says so in its own file.
 """
 
 from __future__ import annotations
-from abc import ABC
-from abc import abstractmethod
-from collections.abc import Mapping
-from collections.abc import Sequence
-from davae.errors import DavaeError
-from davae.models import AutoencoderDA
-from davae.models.latent_space import encode
-from davae.models.latent_space import to_model_space
-from davae.pipelines.families.class_fixes import fit_sizes
+
+import difflib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeVar
+
+import diffusers
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
-from typing import Any
-from typing import ClassVar
-from typing import Literal
-from typing import TypeVar
-import difflib
-import diffusers
-import math
-import torch
+
+from davae.errors import DavaeError
+from davae.models import AutoencoderDA
+from davae.models.latent_space import encode, to_model_space
+from davae.pipelines.families.class_fixes import fit_sizes
 
 P = TypeVar("P", bound=DiffusionPipeline)
 Conditioning = Mapping[str, Tensor]
@@ -392,3 +389,21 @@ def fit_to_autoencoder(pipe: P) -> P:
         fit_sizes(pipe, vae)
         find_family(pipe).mend(pipe, vae)
     return pipe
+
+
+def pack(latent: Tensor) -> Tensor:
+    """``[B, C, h, w]`` to tokens ``[B, h/2 * w/2, C * 4]``, row by row, channel slowest within a token."""
+    batch, channels, height, width = latent.shape
+    if height % 2 or width % 2:
+        raise DavaeError(
+            f"a latent of {height} x {width} cannot be packed two by two: choose another resolution"
+        )
+    split = latent.view(batch, channels, height // 2, 2, width // 2, 2)
+    return split.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // 2 * (width // 2), channels * 4)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse: ``[B, h/2 * w/2, C * 4]`` to ``[B, C, h, w]``."""
+    batch, _, features = tokens.shape
+    split = tokens.view(batch, height // 2, width // 2, features // 4, 2, 2)
+    return split.permute(0, 3, 1, 4, 2, 5).reshape(batch, features // 4, height, width)

@@ -7,8 +7,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from davae.pipelines.families.family import Conditioning, PipelineFamily, register_family
-from davae.pipelines.families.packing import pack, unpack
+from davae.pipelines.families.family import Conditioning, PipelineFamily, pack, register_family, unpack
 
 
 class Flux(PipelineFamily):
@@ -50,11 +49,11 @@ class Flux(PipelineFamily):
     ) -> Tensor:
         text = conditioning["prompt_embeds"]
         height, width = noisy.shape[-2:]
-        told = noisy.new_full((len(noisy),), guidance, dtype=torch.float32)
+        embedded = noisy.new_full((len(noisy),), guidance, dtype=torch.float32)
         tokens = transformer(
             hidden_states=pack(noisy),
             timestep=level,
-            guidance=told if transformer.config.guidance_embeds else None,
+            guidance=embedded if transformer.config.guidance_embeds else None,
             pooled_projections=conditioning["pooled_prompt_embeds"],
             encoder_hidden_states=text,
             txt_ids=text.new_zeros(text.shape[1], 3),

@@ -10,8 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from davae.pipelines.families.family import Conditioning, PipelineFamily, register_family
-from davae.pipelines.families.packing import pack, unpack
+from davae.pipelines.families.family import Conditioning, PipelineFamily, pack, register_family, unpack
 
 
 class QwenImage(PipelineFamily):
@@ -45,11 +44,11 @@ class QwenImage(PipelineFamily):
         guidance: float,
     ) -> Tensor:
         height, width = noisy.shape[-2:]
-        told = noisy.new_full((len(noisy),), guidance, dtype=torch.float32)
+        embedded = noisy.new_full((len(noisy),), guidance, dtype=torch.float32)
         tokens = transformer(
             hidden_states=pack(noisy),
             timestep=level,
-            guidance=told if transformer.config.guidance_embeds else None,
+            guidance=embedded if transformer.config.guidance_embeds else None,
             encoder_hidden_states=conditioning["prompt_embeds"],
             encoder_hidden_states_mask=conditioning["prompt_embeds_mask"],
             img_shapes=[[(1, height // 2, width // 2)]] * len(noisy),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import diffusers
 from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
@@ -54,11 +58,46 @@ class StableDiffusion3(PipelineFamily):
     def mend(self, pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
         """The inpainting pipeline counts channels."""
         if type(pipe) is diffusers.StableDiffusion3InpaintPipeline:
-            from davae.pipelines.families.sd3_inpaint import (  # imports all of SD3: only here
-                StableDiffusion3InpaintPipeline,
-            )
-
             pipe.__class__ = StableDiffusion3InpaintPipeline
 
 
 register_family(StableDiffusion3())
+
+
+_PLAIN = 16  # what the class takes for a transformer that is not told the mask
+
+
+class _SeenAsPlain:
+    """A transformer whose configuration says 16 input channels; all else is the transformer's."""
+
+    def __init__(self, transformer: ModelMixin) -> None:
+        self.plain_transformer = transformer
+        self.config = FrozenDict({**transformer.config, "in_channels": _PLAIN})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.plain_transformer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.plain_transformer, name)
+
+
+class StableDiffusion3InpaintPipeline(diffusers.StableDiffusion3InpaintPipeline):
+    """As in diffusers, whose name it keeps so that a saved pipeline says so; latents may have any channels."""
+
+    @functools.wraps(diffusers.StableDiffusion3InpaintPipeline.__call__)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers."""
+        self.__dict__["transformer"] = _SeenAsPlain(self.transformer)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self._unveil()
+
+    def maybe_free_model_hooks(self) -> None:
+        """Called at the end, and then the transformer must be itself to be moved."""
+        self._unveil()
+        super().maybe_free_model_hooks()
+
+    def _unveil(self) -> None:
+        if isinstance(self.transformer, _SeenAsPlain):
+            self.__dict__["transformer"] = self.transformer.plain_transformer

@@ -156,8 +156,8 @@ def _given_options(
 def _guidance(pipe: DiffusionPipeline, scale: float | None, negative: str | None) -> dict[str, Any]:
     known = _parameters(pipe)
     # A transformer that is told the guidance has "guidance_scale" for that; without, the name may be a dead one.
-    told = getattr(pipe.transformer.config, "guidance_embeds", None)
-    if scale is not None and "true_cfg_scale" in known and told is False:
+    embeds_guidance = getattr(pipe.transformer.config, "guidance_embeds", None)
+    if scale is not None and "true_cfg_scale" in known and embeds_guidance is False:
         empty = " " if scale > 1 else None  # these pipelines guide only where a negative prompt is given
         return {"true_cfg_scale": scale, "negative_prompt": negative if negative is not None else empty}
     return {"guidance_scale": scale, "negative_prompt": negative}

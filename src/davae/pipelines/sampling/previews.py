@@ -19,7 +19,7 @@ from davae.errors import DavaeError
 from davae.models import find_adapter
 from davae.models.latent_space import decode, from_model_space
 from davae.pipelines.families import family_of
-from davae.pipelines.families.packing import unpack
+from davae.pipelines.families.family import unpack
 
 logger = logging.getLogger(__name__)
 OutputType = Literal["pil", "np", "pt"]

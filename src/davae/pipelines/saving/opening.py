@@ -45,9 +45,9 @@ def load_pipeline(folder_or_repo: str | Path, **options: Any) -> DiffusionPipeli
         DavaeError: a folder without a pipeline, files that are missing or damaged, or a name that the hub does not
             give.
     """
-    place = pipeline_place(folder_or_repo)
-    with opening("pipeline", place, passed=options):
-        return fit_to_autoencoder(DiffusionPipeline.from_pretrained(place, **options))
+    path_or_repo = pipeline_place(folder_or_repo)
+    with opening("pipeline", path_or_repo, passed=options):
+        return fit_to_autoencoder(DiffusionPipeline.from_pretrained(path_or_repo, **options))
 
 
 def pipeline_place(folder_or_repo: str | Path) -> str:
@@ -84,13 +84,15 @@ def load_autoencoder(
         DavaeError: no autoencoder there or one of another class, files that are missing or damaged, or a name that
             the hub does not give.
     """
-    place = str(folder_or_repo)
-    if Path(place).is_dir() or "/" not in place:
-        place = str(autoencoder_folder(Path(place)))
+    path_or_repo = str(folder_or_repo)
+    if Path(path_or_repo).is_dir() or "/" not in path_or_repo:
+        path_or_repo = str(autoencoder_folder(Path(path_or_repo)))
     else:
-        place = hub_name("autoencoder", place)
-    with opening("autoencoder", place):
-        return AutoencoderDA.from_pretrained(place, dtype=saved_dtype(place) if dtype == "saved" else dtype)
+        path_or_repo = hub_name("autoencoder", path_or_repo)
+    with opening("autoencoder", path_or_repo):
+        return AutoencoderDA.from_pretrained(
+            path_or_repo, dtype=saved_dtype(path_or_repo) if dtype == "saved" else dtype
+        )
 
 
 def autoencoder_folder(folder: Path) -> Path:
@@ -140,12 +142,12 @@ def hub_name(what: str, name: str) -> str:
 
 
 @contextmanager
-def opening(what: str, place: str, *, passed: Collection[str] = ()) -> Iterator[None]:
+def opening(what: str, path_or_repo: str, *, passed: Collection[str] = ()) -> Iterator[None]:
     """What diffusers raises while ``what`` is opened becomes an error for people; a full disk stays what it is.
 
     Args:
         what: such as ``pipeline``.
-        place: a folder, or a name on the hub.
+        path_or_repo: a folder, or a name on the hub.
         passed: components that the caller brings, whose folders need not be there.
 
     Raises:
@@ -153,7 +155,7 @@ def opening(what: str, place: str, *, passed: Collection[str] = ()) -> Iterator[
             the hub does not answer. Of the other ``ValueError`` none is touched.
     """
     try:
-        _check_components(what, Path(place), passed)
+        _check_components(what, Path(path_or_repo), passed)
         with _without_fetch_errors():
             yield
     except (OSError, SafetensorError, ValueError, AttributeError) as error:
@@ -172,19 +174,19 @@ def opening(what: str, place: str, *, passed: Collection[str] = ()) -> Iterator[
             raise
         reason = next(iter(text.splitlines()), "") or type(error).__name__
         if unknown_class:
-            told = f"the {what} in {place} is of a class that diffusers {diffusers.__version__} does not have"
+            message = f"the {what} in {path_or_repo} is of a class that diffusers {diffusers.__version__} does not have"
         elif misfit:
-            told = f"the {what} in {place} has weights that do not fit its config.json: copy or save it again"
+            message = f"the {what} in {path_or_repo} has weights that do not fit its config.json: copy or save it again"
             reason = reason.split(". ")[0]
-        elif Path(place).is_dir():
-            told = f"the {what} in {place} cannot be read: copy or save it again"
+        elif Path(path_or_repo).is_dir():
+            message = f"the {what} in {path_or_repo} cannot be read: copy or save it again"
         else:
-            told = f"no {what} '{place}': there is no such folder"
+            message = f"no {what} '{path_or_repo}': there is no such folder"
             absence = None if "safetensors" in reason else _absence(error)
             if absence is not None:
-                raise DavaeError(f"{told}, {absence}") from error
-            told += ", and the hub does not give it"
-        raise DavaeError(f"{told} ({reason})") from error
+                raise DavaeError(f"{message}, {absence}") from error
+            message += ", and the hub does not give it"
+        raise DavaeError(f"{message} ({reason})") from error
 
 
 def _check_components(what: str, folder: Path, passed: Collection[str]) -> None:
@@ -215,15 +217,15 @@ def _check_components(what: str, folder: Path, passed: Collection[str]) -> None:
 def _without_fetch_errors() -> Iterator[None]:
     """The line that diffusers logs of a name that it does not get is left out: the error says the same."""
 
-    def told_elsewhere(record: logging.LogRecord) -> bool:
+    def reported_elsewhere(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("An error occurred while trying to fetch")
 
     logger = logging.getLogger("diffusers.models.modeling_utils")
-    logger.addFilter(told_elsewhere)
+    logger.addFilter(reported_elsewhere)
     try:
         yield
     finally:
-        logger.removeFilter(told_elsewhere)
+        logger.removeFilter(reported_elsewhere)
 
 
 def _absence(error: BaseException) -> str | None:

@@ -50,7 +50,7 @@ def scheduler_for(
     elif config.get("use_dynamic_shifting"):
         changes = _line(pipe, shift, scale, channels)
     scheduler = type(pipe.scheduler).from_config(config, **changes)
-    logger.info("timestep shift '%s': %s", shift, _told(scheduler, shift))
+    logger.info("timestep shift '%s': %s", shift, _summary(scheduler, shift))
     return scheduler
 
 
@@ -100,7 +100,7 @@ def _shift_key(config: Mapping[str, Any]) -> str | None:
     return "flow_shift" if "flow_shift" in config and flow else None
 
 
-def _told(scheduler: SchedulerMixin, shift: TimestepShift) -> str:
+def _summary(scheduler: SchedulerMixin, shift: TimestepShift) -> str:
     config = scheduler.config
     if config.get("use_dynamic_shifting"):
         written = ", ".join(f"{key} {config[key]}" for key in SHIFT_LINE if key in config)

@@ -28,7 +28,7 @@ from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings, mo
 from davae.training.diffusion.objective import DiffusionObjective, noise_process
 from davae.training.diffusion.tuning import learning_masks, select_trained
 from davae.training.diffusion.validation import MEASURED, generate_classes, generate_prompts, held_out_loss
-from davae.training.stage import Player, Stage
+from davae.training.stage import Stage, TrainedModule
 
 logger = logging.getLogger(__name__)
 _PICTURES = 12  # in a row
@@ -106,8 +106,8 @@ class DiffusionStage(Stage):
             dropout=settings.prompts.dropout if prompts else 0.0,
             guidance=settings.prompts.guidance,
         )
-        self.players = [
-            Player(
+        self.modules = [
+            TrainedModule(
                 "model",
                 self.objective,
                 settings.optimizer,

@@ -11,13 +11,13 @@ from davae.data import ItemDataset
 from davae.models.lightningdit import restarted
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.saving.opening import load_autoencoder
-from davae.pipelines.upgrade.base_match import layout_over
+from davae.pipelines.upgrade.upgrade import layout_over
 from davae.recipes.settings import UpgradeRecipe
-from davae.training.caching import open_cache
+from davae.training.cache.write import open_cache
+from davae.training.checkpoints.run_directory import base_facts, data_facts
+from davae.training.data import open_part, open_training_part
 from davae.training.diffusion.stage import DiffusionStage
-from davae.training.images import open_part, open_training_part
-from davae.training.loop import TrainResult, train
-from davae.training.provenance import base_facts, data_facts
+from davae.training.loop.loop import TrainResult, train
 
 
 def train_transformer(

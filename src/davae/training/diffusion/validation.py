@@ -13,7 +13,7 @@ from davae.errors import DavaeError
 from davae.pipelines.families import ClassFamily, family_of
 from davae.recipes.settings import SampleSettings
 from davae.runtime.processes import gathered, share
-from davae.training.loop import to_device
+from davae.training.loop.loop import to_device
 
 MEASURED = 256
 """Held-out items measured at most."""

@@ -12,7 +12,7 @@ from davae.evaluation import psnr
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.runtime.devices import chosen_device, wanted_dtype
 from davae.runtime.pictures import save_rows
-from davae.training.autoencoder import upscaled_base
+from davae.training.autoencoder.stage import upscaled_base
 
 
 class Reconstructed(NamedTuple):

@@ -84,24 +84,24 @@ def _skeleton(transformer: ModelMixin, changes: Mapping[str, int]) -> ModelMixin
 def _candidate(model: nn.Module, name: str, changed: list[int], after: torch.Size) -> Candidate:
     layer, _, kind = name.rpartition(".")
     module = model.get_submodule(layer)
-    told = f"layer {layer or name} ({type(module).__name__}): {name} grows with the channels"
+    message = f"layer {layer or name} ({type(module).__name__}): {name} grows with the channels"
     plain = isinstance(module, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED))
     if not plain or kind != "weight":
         raise WarmStartError(
-            f"{told}, but only linear layers and convolutions can be widened without mixing base and detail "
+            f"{message}, but only linear layers and convolutions can be widened without mixing base and detail "
             "channels (a normalisation over latent channels, for one, would)"
         )
     if len(changed) != 1 or changed[0] > 1:
-        raise WarmStartError(f"{told} on axes {changed}: base and detail channels would mix in it")
+        raise WarmStartError(f"{message} on axes {changed}: base and detail channels would mix in it")
     if isinstance(module, _CONVOLUTIONS) and tuple(module.kernel_size) != tuple(module.stride):
         raise WarmStartError(
-            f"{told}, but it is a convolution of kernel {module.kernel_size} and stride {module.stride}, "
+            f"{message}, but it is a convolution of kernel {module.kernel_size} and stride {module.stride}, "
             "so it does not cut the latent into tokens"
         )
     before = model.get_parameter(name).shape[changed[0]]
     if after[changed[0]] != 2 * before:
         raise WarmStartError(
-            f"{told} from {before} to {after[changed[0]]} when the count doubles: something stands beside the "
+            f"{message} from {before} to {after[changed[0]]} when the count doubles: something stands beside the "
             "latent there"
         )
     takes = changed[0] == (0 if isinstance(module, _TRANSPOSED) else 1)

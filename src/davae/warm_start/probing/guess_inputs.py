@@ -130,7 +130,7 @@ def guess_inputs(transformer: ModelMixin, counted: str) -> Iterator[GuessedInput
     first, *others = _arguments(transformer)
     required = {p.name: _kind(p) for p in others if p.default is p.empty}
     given = {p.name: _kind(p) for p in others if p.default is p.empty or _wanted(transformer, p)}
-    told: list[str] = []
+    message: list[str] = []
     taken = False
     for form, tokens, kinds in itertools.product(FORMS, ((2, 4), (4, 4)), _choices(given, required)):
         guess = GuessedInputs(first.name, form, kinds, tokens, _patch(transformer), counted)
@@ -139,11 +139,11 @@ def guess_inputs(transformer: ModelMixin, counted: str) -> Iterator[GuessedInput
             taken = True
             yield guess
         else:
-            told.append(f"as {form}: {failure}")
+            message.append(f"as {form}: {failure}")
     if not taken:
         raise WarmStartError(
             f"its forward took none of the inputs guessed from its arguments ({first.name}, "
-            f"{', '.join(given)}): {told[0]}"
+            f"{', '.join(given)}): {message[0]}"
         )
 
 

@@ -1,0 +1,122 @@
+"""One way to open a base pipeline by name: embedded, random, a folder, a finished run, or on the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+
+from davae.bases.tiny import debug_base, load_tiny
+from davae.errors import DavaeError
+from davae.pipelines import fit_to_autoencoder
+from davae.pipelines.saving.opening import opening, pipeline_place
+from davae.recipes.presets import find_preset
+from davae.recipes.settings import UpgradeRecipe
+from davae.runtime.devices import saved_dtype
+
+
+def load_recipe_base(
+    recipe: UpgradeRecipe, *, transformer_dtype: torch.dtype | None = None
+) -> DiffusionPipeline:
+    """The base that a recipe names, at the revision that it pins."""
+    return load_base(
+        recipe.base,
+        revision=recipe.base_revision,
+        remote_code=recipe.base_remote_code,
+        transformer_dtype=transformer_dtype,
+    )
+
+
+def load_base(
+    name: str,
+    *,
+    revision: str | None = None,
+    remote_code: bool | None = None,
+    transformer_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["saved"] | None = None,
+) -> DiffusionPipeline:
+    """The base pipeline of a recipe, or another one that is made in code, in a folder, a finished run's, or on the hub.
+
+    Args:
+        name: ``tiny``, ``debug``, ``debug-sd3`` and kin, a folder, or a hub name.
+        revision: of a hub name: branch, tag or commit; none takes the newest.
+        remote_code: whether Python files beside the weights may be executed, as a recipe says; None is no, where no
+            recipe can say so.
+        transformer_dtype: of the transformer alone, where it is not to be float32. Read so from the start: a large
+            one would not fit twice.
+        dtype: of all parts; ``saved`` is that in which the transformer was saved. None is float32, with text encoders
+            as they were saved.
+
+    Raises:
+        DavaeError: there is none of that name, or files of it are missing or damaged; the base brings code and
+            ``remote_code`` is off, its weights are pickles, or a folder is to have a revision.
+    """
+    if name == "tiny" or name == "debug" or name.startswith("debug-"):
+        if name == "tiny":
+            pipe: DiffusionPipeline = load_tiny()
+        elif name == "debug":
+            pipe = debug_base()
+        else:
+            from davae.bases.debug_pipelines import small_pipeline
+
+            pipe = small_pipeline(name.removeprefix("debug-"))
+        if transformer_dtype is not None:
+            pipe.transformer.to(transformer_dtype)
+        return pipe if dtype is None or dtype == "saved" else pipe.to(dtype)
+    preset = None if Path(name).exists() else find_preset(name)
+    if preset is not None and preset.pipeline == "ClassConditionalPipeline":
+        raise DavaeError(
+            f"'{name}' is published as checkpoint files, not as a pipeline: convert them with `davae convert vavae` "
+            "and `davae convert lightningdit --vae`, and give the folder; see docs/imagenet.md"
+        )
+    options: dict[str, Any] = {"use_safetensors": True}
+    if transformer_dtype is not None:
+        options["dtype"] = {"transformer": transformer_dtype}
+    if revision is not None:
+        if Path(name).is_dir():
+            raise DavaeError(
+                f"base_revision is set, but {name} is a folder; revisions are of names on the hub"
+            )
+        options["revision"] = revision
+    if remote_code:
+        options["trust_remote_code"] = True
+    path_or_repo = pipeline_place(name)
+    try:
+        with opening("pipeline", path_or_repo):
+            if dtype == "saved":
+                if not Path(path_or_repo).is_dir():
+                    path_or_repo = str(DiffusionPipeline.download(path_or_repo, **options))
+                dtype = saved_dtype(Path(path_or_repo) / "transformer")
+            if dtype is not None:
+                options["dtype"] = dtype
+            return fit_to_autoencoder(DiffusionPipeline.from_pretrained(path_or_repo, **options))
+    except DavaeError as error:
+        if "safetensors" not in str(error) or not _pickles(path_or_repo):
+            raise
+        raise DavaeError(
+            f"the base {name} has weights that are not safetensors but pickles, which can run code when they are read "
+            f"({error}). Where you trust them, convert them once: "
+            f"DiffusionPipeline.from_pretrained({name!r}).save_pretrained('FOLDER'), then base: FOLDER"
+        ) from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error) or remote_code:
+            raise
+        message = (
+            "open it in Python with trust_remote_code=True"
+            if remote_code is None
+            else "say base_remote_code: true in the recipe"
+        )
+        raise DavaeError(
+            f"the base {name} brings Python code of its own, which is not executed. Read that code first; where you "
+            f"trust it, {message}"
+        ) from error
+
+
+def _pickles(path_or_repo: str) -> bool:
+    """Whether a folder has weights of that kind; of a name on the hub it is not known, and taken so."""
+    folder = Path(path_or_repo)
+    return not folder.is_dir() or any(
+        file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.rglob("*")
+    )

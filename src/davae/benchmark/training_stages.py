@@ -1,0 +1,353 @@
+"""Both stages with random weights, from a configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from torch import Tensor, nn
+from torch.autograd import grad
+
+from davae.benchmark.variants import text_encoders_of
+from davae.choices import Precision, Scale
+from davae.data.images.protocol import Item, ItemDataset
+from davae.diffusion.loss import FlowLoss
+from davae.diffusion.noise import DdpmProcess, FlowProcess, NoiseProcess
+from davae.errors import DavaeError
+from davae.latents import LatentLayout, gradient_ratio, gradient_scale
+from davae.models import AutoencoderDA
+from davae.pipelines.families import PipelineFamily, family_of
+from davae.pipelines.sampling.speed import order_channels_last
+from davae.planner.architectures import Architecture, build, widened_config
+from davae.planner.plan import default_detail_channels
+from davae.recipes.loop import LoopSettings, OptimizerSettings
+from davae.recipes.settings import (
+    AlignmentSettings,
+    AutoencoderModelSettings,
+    AutoencoderSettings,
+    DiffusionSettings,
+    FlowLossSettings,
+    GanSettings,
+    ReconstructionSettings,
+    TuneSettings,
+)
+from davae.training.autoencoder.adaptive_weights import Decoded
+from davae.training.autoencoder.losses import MAX_ADAPTIVE_GAN, GanLoss
+from davae.training.autoencoder.objective import StructuredObjective
+from davae.training.autoencoder.stage import AutoencoderStage
+from davae.training.diffusion.objective import DiffusionObjective
+from davae.training.diffusion.tuning import select_trained
+from davae.training.stage import Stage, TrainedModule
+from davae.warm_start import dummy_arguments
+
+Form = Literal["plain", "fast", "fast, cached"]
+FORMS: tuple[Form, ...] = ("plain", "fast", "fast, cached")
+_GAN_WEIGHT = 0.1
+_BATCHES = 2  # of images that are there
+_FROM_TRANSFORMER = {  # a transformer's argument -> its name in a family's conditioning
+    "encoder_hidden_states": "prompt_embeds",
+    "pooled_projections": "pooled_prompt_embeds",
+    "encoder_attention_mask": "prompt_attention_mask",
+    "encoder_hidden_states_mask": "prompt_embeds_mask",
+}
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step is made of.
+
+    Attributes:
+        resolution: side of the full image in pixels.
+        scale, detail_channels: of the upgrade.
+        batch: images a step.
+        gan: with the adversarial term, its weight adaptive.
+        tune: which weights of the transformer learn.
+        precision: as in ``loop.precision``.
+        compile: as in ``loop.compile``.
+        learning_rate, eps: of AdamW.
+    """
+
+    resolution: int
+    scale: Scale = 2
+    detail_channels: int | None = None
+    batch: int = 4
+    gan: bool = False
+    tune: Literal["full", "lora"] = "full"
+    precision: Precision = "no"
+    compile: bool = False
+    learning_rate: float = 1e-4
+    eps: float = 1e-8
+
+    def details(self, architecture: Architecture) -> int:
+        """``D``, the planner's default where none is given."""
+        return self.detail_channels or default_detail_channels(architecture.base_channels, self.scale)
+
+    def loop(self, form: Form) -> LoopSettings:
+        """The loop's settings in one form."""
+        return LoopSettings(
+            steps=1_000_000,
+            batch_size=self.batch,
+            precision=self.precision,
+            ema_decay=0.999,
+            max_grad_norm=1.0,
+            compile=self.compile and form != "plain",
+            channels_last=form != "plain",
+            report_to=[],
+        )
+
+    def optimizer(self) -> OptimizerSettings:
+        """AdamW's settings."""
+        return OptimizerSettings(learning_rate=self.learning_rate, eps=self.eps)
+
+
+def autoencoder_stage(architecture: Architecture, settings: StepSettings, form: Form) -> AutoencoderStage:
+    """The autoencoder stage with adaptive alignment; the same weights and images in every form.
+
+    Raises:
+        DavaeError: sizes that do not fit.
+    """
+    vae = _autoencoder(architecture, settings)
+    images = RandomImages(_BATCHES * settings.batch, settings.resolution)
+    recipe = AutoencoderSettings(
+        model=AutoencoderModelSettings(scale=settings.scale, detail_channels=settings.details(architecture)),
+        alignment=AlignmentSettings(adaptive=True),
+        reconstruction=ReconstructionSettings(gan=GanSettings(weight=_GAN_WEIGHT if settings.gan else 0.0)),
+        optimizer=settings.optimizer(),
+        loop=settings.loop(form),
+    )
+    with _seeded():
+        stage = SeparatePassesStage if form == "plain" else AutoencoderStage
+        return stage(vae, recipe, images, images, cache_latents=form == "fast, cached")
+
+
+class DiffusionBenchStage(Stage):
+    """One step of the diffusion stage; the same weights, latents and noise in every form.
+
+    Uncached, images and prompts are encoded in every step; the embeddings that the transformer sees are the same random
+    ones either way.
+
+    Args:
+        architecture: what to build.
+        settings: of the step.
+        form: cached or not, plain or not.
+
+    Raises:
+        DavaeError: a pipeline that cannot be trained, or sizes that do not fit.
+    """
+
+    name = "diffusion"
+
+    def __init__(self, architecture: Architecture, settings: StepSettings, form: Form) -> None:
+        family = family_of(architecture.pipeline)
+        self.loop = settings.loop(form)
+        self.vae = _autoencoder(architecture, settings).requires_grad_(False)
+        layout = self.vae.layout
+        with _seeded():
+            widening = widened_config(architecture.build_transformer(), layout)
+            wide = {**architecture.transformer, **widening}
+            transformer = build(wide, device="cpu")
+            recipe = DiffusionSettings(
+                tune=TuneSettings(mode=settings.tune), optimizer=settings.optimizer(), loop=self.loop
+            )
+            rates = select_trained(transformer, family, layout, recipe)
+        side = settings.resolution // self.vae.spatial_compression
+        latent = torch.zeros(1, layout.channels, side, side)
+        images = RandomImages(
+            _BATCHES * settings.batch, settings.resolution, _conditioning(architecture, transformer, latent)
+        )
+        cached = form == "fast, cached"
+        self.text = None if cached else text_encoders_of(architecture)
+
+        def encode(x: Tensor) -> Tensor:
+            return family.latents_of(self.vae, x)
+
+        self.dataset = RandomLatents(images, encode) if cached else images
+        if form != "plain":
+            order_channels_last(self.vae)
+        objective = _WithText(
+            family, transformer, layout, _process(family, layout), FlowLossSettings(), encode=encode
+        )
+        objective.encode_text = None if self.text is None else self.text.encode
+        named = {f"transformer.{name}": rate for name, rate in rates.items()}
+        self.modules = [TrainedModule("model", objective, recipe.optimizer, named)]
+
+    def to(self, device: torch.device) -> None:
+        """Move the encoders."""
+        self.vae.to(device)
+        if self.text is not None:
+            self.text.to(device)
+
+    def validate(self, samples: Path, step: int) -> dict[str, float]:
+        """Nothing: random weights are not measured."""
+        return {}
+
+    def export(self, out: Path) -> Path:
+        """Nothing: random weights are not kept."""
+        return out
+
+
+class _WithText(DiffusionObjective):
+    """The stage's loss, with the prompts' encoding in front where it is not cached."""
+
+    encode_text: Callable[[int], None] | None = None
+
+    def _conditioning(self, batch: dict[str, Any]) -> Mapping[str, Tensor]:
+        if self.encode_text is not None:
+            self.encode_text(len(batch["label"]))
+        return super()._conditioning(batch)
+
+
+def _autoencoder(architecture: Architecture, settings: StepSettings) -> AutoencoderDA:
+    with _seeded():
+        base = build(architecture.vae, device="cpu")
+        vae = AutoencoderDA.from_base(
+            base, scale=settings.scale, detail_channels=settings.details(architecture)
+        )
+    unit = vae.spatial_compression * architecture.patch
+    if settings.resolution % unit:
+        raise DavaeError(f"{settings.resolution} pixels are not a multiple of {unit} (compression x patch)")
+    return vae
+
+
+def _process(family: PipelineFamily, layout: LatentLayout) -> NoiseProcess:
+    if family.kind == "ddpm":
+        return DdpmProcess(layout, diffusers.DDPMScheduler().config)
+    return FlowProcess(FlowLoss(layout))
+
+
+def _conditioning(
+    architecture: Architecture, transformer: nn.Module, latent: Tensor
+) -> dict[str, Tensor] | None:
+    """Random embeddings of one prompt, as the family names them; none of a class-conditional transformer."""
+    text = {"text_tokens": architecture.text_tokens} if architecture.text_tokens else {}
+    arguments = dummy_arguments(transformer, latent, torch.Generator().manual_seed(0), **text)
+    found = {name: arguments[key][0] for key, name in _FROM_TRANSFORMER.items() if key in arguments}
+    return found or None
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Torch's random state of seed 0 inside, the caller's own afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+class RandomImages(ItemDataset):
+    """Smooth random images in [-1, 1], the same at every call; one class, no captions.
+
+    Args:
+        count: images.
+        side: in pixels.
+        conditioning: put beside each image, the embeddings of its caption.
+    """
+
+    def __init__(self, count: int, side: int, conditioning: Mapping[str, Tensor] | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.rand(count, 3, max(2, side // 8), max(2, side // 8), generator=generator)
+        images = torch.nn.functional.interpolate(
+            coarse, size=(side, side), mode="bicubic", align_corners=False
+        )
+        self.images = (images * 2 - 1).clamp(-1, 1)
+        self.conditioning, self.classes = conditioning, ["anything"]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def id(self, index: int) -> str:
+        """The image's number."""
+        return str(index)
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index``, the same in each epoch."""
+        item = {"image": self.images[index], "label": 0, "caption": "", "id": self.id(index)}
+        return item if self.conditioning is None else item | {"conditioning": dict(self.conditioning)}
+
+
+class RandomLatents(ItemDataset):
+    """The same with latents in place of images, as a cache gives them.
+
+    Args:
+        images: what was encoded.
+        encode: ``[B, 3, H, W]`` to ``[B, C + D, h, w]``.
+    """
+
+    def __init__(self, images: RandomImages, encode: Callable[[Tensor], Tensor]) -> None:
+        self.classes, self.holds_latents = images.classes, True
+        self.items = []
+        for index in range(len(images)):
+            item = images[index]
+            self.items.append({**item, "latent": encode(item.pop("image")[None])[0].contiguous().cpu()})
+            del self.items[-1]["image"]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def id(self, index: int) -> str:
+        """The image's number."""
+        return str(index)
+
+    def item(self, index: int, epoch: int) -> Item:
+        """Item ``index``, the same in each epoch."""
+        return dict(self.items[index])
+
+
+@dataclass(frozen=True)
+class _Decoded(Decoded):
+    among: Sequence[Tensor] = ()
+    """Gradients are taken at all of these, as a whole backward pass does."""
+
+    def alignment_ratio(self, z_d: Tensor, alignment: Tensor, weight: Tensor, *, maximum: float) -> Tensor:
+        return _ratio(self.losses["reconstruction"], alignment, weight, self.among, maximum)
+
+
+class SeparatePassesObjective(StructuredObjective):
+    """Equal losses and gradients, one whole backward pass more for each adaptive weight's two gradients."""
+
+    def _decode(
+        self,
+        vae: AutoencoderDA,
+        latent: Tensor,
+        z_d: Tensor,
+        images: Tensor,
+        gan_loss: GanLoss | None,
+        step: int,
+        *,
+        at_details: bool,
+    ) -> _Decoded:
+        made = vae.decode_structured(latent, z_d)
+        losses = self.reconstruction(images, made)
+        total, among = losses["reconstruction"], list(vae.trained_parameters())
+        if gan_loss is not None:
+            hinge = gan_loss.hinge(images, made, step)
+            losses["gan"] = total.new_zeros(())
+            if hinge is not None:
+                weight: Tensor | float = gan_loss.settings.weight
+                if gan_loss.settings.adaptive:
+                    last = vae.last_decoder_weight
+                    weight = weight * _ratio(total, hinge, last, among, MAX_ADAPTIVE_GAN)
+                losses["gan"] = weight * hinge
+            total = total + losses["gan"]
+        return _Decoded(losses, total, None, 1.0, among)
+
+
+class SeparatePassesStage(AutoencoderStage):
+    """The autoencoder stage with :class:`SeparatePassesObjective`."""
+
+    objective_class = SeparatePassesObjective
+
+
+def _ratio(
+    reference: Tensor, loss: Tensor, weight: Tensor, among: Sequence[Tensor], maximum: float
+) -> Tensor:
+    scale = gradient_scale(weight.device)
+    place = next(i for i, tensor in enumerate(among) if tensor is weight)
+    first, second = (
+        grad(scale * term, among, retain_graph=True, allow_unused=True)[place] for term in (reference, loss)
+    )
+    return gradient_ratio(first, second, maximum=maximum, scale=scale)

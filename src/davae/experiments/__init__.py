@@ -1,0 +1,1 @@
+"""The method against its own parts, and autoencoders against each other."""

@@ -1,0 +1,187 @@
+"""``davae ablate``: does each part of the method earn its place?
+
+Every variant is trained with every seed. Variants that differ in the diffusion stage alone share an autoencoder of
+the same seed. What is finished is never done again, so the same command continues.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from davae.errors import DavaeError
+from davae.evaluation.features import open_network
+from davae.evaluation.metrics.image_set import ImageSet, compare_sets
+from davae.pipelines.saving.opening import load_pipeline
+from davae.recipes.read import load_variant
+from davae.recipes.settings import AblationRecipe, UpgradeRecipe
+from davae.runtime.atomic_files import atomic_json, atomic_tensors
+from davae.runtime.pictures import to_bytes
+from davae.training.checkpoints.run_directory import environment
+from davae.training.data import open_part
+from davae.training.diffusion.validation import generate_classes
+from davae.training.runs.train import train_autoencoder, train_diffusion
+
+logger = logging.getLogger(__name__)
+_BATCH = 32  # images at a time through the metrics
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over the seeds: its mean, sample standard deviation (0 for one seed) and values."""
+
+    mean: float
+    std: float
+    values: list[float]
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """Of at least one value."""
+        return cls(mean(values), stdev(values) if len(values) > 1 else 0.0, values)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What the variants came to.
+
+    Attributes:
+        seeds: of every variant.
+        samples: images behind a generation figure.
+        variants: name to metric to figure; metrics of the autoencoder begin with ``autoencoder_``, the others are
+            the losses on held-out images, and the distances to them (:mod:`davae.evaluation.metrics.names`).
+        real: the same distances of as many training images to the held-out ones of the first variant's data: what
+            no model can be expected to beat.
+        environment: versions and hardware.
+    """
+
+    seeds: list[int]
+    samples: int
+    variants: dict[str, dict[str, Spread]]
+    real: dict[str, float]
+    environment: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
+    """Train and measure every variant with every seed; continues what an interrupted call left.
+
+    Writes ``out/ablation.json``; runs lie in ``out/autoencoders`` and ``out/runs``.
+
+    Raises:
+        DavaeError: a variant is not a class-conditional upgrade recipe, or ``out`` holds another ablation.
+    """
+    cases = {
+        (name, seed): load_variant(recipe, name, seed) for name in recipe.variants for seed in recipe.seeds
+    }  # all are read before anything is trained
+    networks = [] if recipe.features is None else [open_network(recipe.features)]
+    _claim(out, recipe)
+    figures: dict[str, list[dict[str, float]]] = {name: [] for name in recipe.variants}
+    first = next(iter(cases.values()))
+    held_out: dict[str, ImageSet] = {}  # variants may differ in their data
+
+    def distances(case: UpgradeRecipe, images: Tensor) -> dict[str, float]:
+        key = case.data.model_dump_json()
+        if key not in held_out:
+            held_out[key] = ImageSet(networks).extend(real_images(case, "held_out").split(_BATCH))
+        return compare_sets(ImageSet(networks).extend(images.split(_BATCH)), held_out[key]).figures
+
+    real = distances(first, real_images(first, "train", recipe.samples))
+    for seed in recipe.seeds:  # a whole comparison stands after every seed
+        for name in recipe.variants:
+            case = cases[name, seed]
+            folder = out / "runs" / name.replace(" ", "-") / f"seed-{seed}"
+            trained = _trained(case, folder, out, f"{name}, seed {seed}")
+            made = generated_images(case, folder / "pipeline", recipe.samples, folder / "samples.safetensors")
+            figures[name].append({**trained, **distances(case, made)})
+        result = Ablation(
+            seeds=list(recipe.seeds[: recipe.seeds.index(seed) + 1]),
+            samples=recipe.samples,
+            variants={n: _spreads(found) for n, found in figures.items()},
+            real=real,
+            environment=environment(),
+        )
+        atomic_json(out / "ablation.json", result.to_json())
+    return result
+
+
+def _claim(out: Path, recipe: AblationRecipe) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    file, asked = out / "ablation.recipe.json", recipe.model_dump(mode="json")
+    if file.is_file():
+        before = json.loads(file.read_text())
+        differing = [
+            k for k in asked if k not in ("seeds", "description", "features") and asked[k] != before.get(k)
+        ]
+        if differing:
+            raise DavaeError(
+                f"{out} holds another ablation ({', '.join(differing)} differ): choose another --out"
+            )
+    atomic_json(file, asked)
+
+
+def _trained(recipe: UpgradeRecipe, folder: Path, out: Path, progress: str) -> dict[str, float]:
+    """What the two trainings measured of themselves; the pipeline lies in ``folder/pipeline``."""
+    done = folder / "result.json"
+    if not done.is_file():
+        logger.info("ablation: %s", progress)
+        autoencoder, figures = _autoencoder(recipe, out)
+        trained = train_diffusion(recipe, folder, autoencoder)
+        figures |= {k: v for k, v in trained.metrics.items() if k.startswith("held_out_")}
+        atomic_json(done, figures)
+    return json.loads(done.read_text())
+
+
+def _autoencoder(recipe: UpgradeRecipe, out: Path) -> tuple[Path, dict[str, float]]:
+    """The autoencoder of these settings, trained where no other variant did."""
+    settings = recipe.model_dump(mode="json")
+    asked = {key: settings[key] for key in ("base", "data", "autoencoder")}
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    folder = out / "autoencoders" / key
+    done = folder / "result.json"
+    if not done.is_file():
+        trained = train_autoencoder(recipe, folder)
+        atomic_json(done, {f"autoencoder_{k}": v for k, v in trained.metrics.items()})
+    return folder / "autoencoder", json.loads(done.read_text())
+
+
+def _spreads(found: list[dict[str, float]]) -> dict[str, Spread]:
+    names = [name for name in found[0] if all(name in one for one in found)]
+    return {name: Spread.of([one[name] for one in found]) for name in names}
+
+
+def real_images(
+    recipe: UpgradeRecipe, part: Literal["train", "held_out"], count: int | None = None
+) -> Tensor:
+    """The first ``count`` images of a part of the data, or all, ``[N, 3, H, W]`` in [-1, 1]."""
+    images = open_part(recipe.data, part)
+    return torch.stack([images[i]["image"] for i in range(min(len(images), count or len(images)))])
+
+
+def generated_images(recipe: UpgradeRecipe, pipeline: Path, count: int, file: Path) -> Tensor:
+    """Samples of the held-out images' classes in turn, ``[count, 3, H, W]`` in [-1, 1], rounded to 8 bits.
+
+    They are kept in ``file`` and read from there the next time.
+    """
+    if not file.is_file():
+        pipe = load_pipeline(pipeline)
+        held_out = open_part(recipe.data, "held_out")
+        labels = sorted({held_out[i]["label"] for i in range(len(held_out))} - {-1})
+        known = dict(pipe.labels)
+        numbers = [known[held_out.classes[label]] for label in labels if held_out.classes[label] in known]
+        made = generate_classes(
+            pipe, numbers or [0], count, recipe.diffusion.sample, seed=recipe.diffusion.loop.seed
+        )
+        atomic_tensors(file, {"images": to_bytes(made).to(torch.uint8)})
+    return load_file(file)["images"].float() / 127.5 - 1

@@ -1,0 +1,212 @@
+"""What autoencoders keep of the same images, and how fast they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from davae.benchmark import side_by_side
+from davae.errors import DavaeError
+from davae.evaluation.features import FeatureNetwork
+from davae.evaluation.metrics.image_set import ImageSet, compare_sets
+from davae.evaluation.metrics.psnr_ssim import PairMeans, Perceptual
+from davae.models.latent_space import compression_of, decode, encode, open_autoencoder
+from davae.pipelines.saving.opening import opening
+
+_SMALLEST = 16  # pixels: of SSIM's window and the Wasserstein pyramid
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One autoencoder in the comparison.
+
+    Attributes:
+        name: what it is called in tables.
+        model: in eval mode on the device.
+        compression: pixels a latent position, a side.
+        channels: of the latent.
+        patch: latent positions a token, a side.
+        tokens: of an image.
+    """
+
+    name: str
+    model: ModelMixin
+    compression: int
+    channels: int
+    patch: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class AutoencoderScore:
+    """Measurements of one autoencoder.
+
+    Attributes:
+        name: of the candidate.
+        kind: class of the model.
+        compression, channels, patch, tokens: see :class:`Candidate`.
+        parameters: of the whole model.
+        figures: means over the images, and distances of the reconstructions to them (``fid/NETWORK`` is rFID), by
+            the names of :mod:`davae.evaluation.metrics.names`.
+        encode_images_per_second, decode_images_per_second: medians, all autoencoders measured in turns.
+    """
+
+    name: str
+    kind: str
+    compression: int
+    channels: int
+    patch: int
+    tokens: int
+    parameters: int
+    figures: dict[str, float]
+    encode_images_per_second: float
+    decode_images_per_second: float
+
+
+def open_candidates(
+    autoencoders: Mapping[str, str | Path | ModelMixin],
+    resolution: int,
+    *,
+    tokens: int | None = None,
+    device: torch.device | str = "cpu",
+) -> list[Candidate]:
+    """Open autoencoders for images of one size.
+
+    Args:
+        autoencoders: name -> folder or model.
+        resolution: side of the image in pixels.
+        tokens: one budget for all, reached by the patch size; None takes patch 1, so that the tokens follow the
+            compression.
+        device: where to measure.
+
+    Raises:
+        DavaeError: an autoencoder that cannot be read, a compression that does not divide the resolution, or a budget
+            out of reach.
+    """
+    if not autoencoders:
+        raise DavaeError("there is no autoencoder to compare: give NAME=FOLDER")
+    if resolution < _SMALLEST:
+        raise DavaeError(
+            f"a resolution of {resolution} is too small to compare at: at least {_SMALLEST} pixels"
+        )
+    found = []
+    for name, given in autoencoders.items():
+        model: Any = given
+        if isinstance(given, str | Path):
+            with opening("autoencoder", str(given)):
+                model = open_autoencoder(given)
+        compression = compression_of(model)
+        if resolution % compression:
+            nearest = max(1, round(resolution / compression)) * compression
+            raise DavaeError(
+                f"{name}: {resolution} pixels are not a multiple of its compression, {compression}; "
+                f"the nearest is {nearest}"
+            )
+        grid = resolution // compression
+        patch = _patch(name, grid, tokens)
+        found.append(
+            Candidate(
+                name=name,
+                model=model.eval().requires_grad_(False).to(device),
+                compression=compression,
+                channels=int(model.config.latent_channels),
+                patch=patch,
+                tokens=(grid // patch) ** 2,
+            )
+        )
+    return found
+
+
+def _patch(name: str, grid: int, tokens: int | None) -> int:
+    if tokens is None:
+        return 1
+    for patch in range(1, grid + 1):
+        if grid % patch == 0 and (grid // patch) ** 2 == tokens:
+            return patch
+    raise DavaeError(
+        f"{name}: its latent of {grid} x {grid} cannot be cut into {tokens} tokens: with whole patches it has "
+        f"{', '.join(str((grid // p) ** 2) for p in range(1, grid + 1) if grid % p == 0)}"
+    )
+
+
+def encode_all(candidate: Candidate, images: Tensor, batch: int) -> Tensor:
+    """Raw latents of all images, on the CPU: [N, C, h, w]."""
+    return torch.cat([encode(candidate.model, part).float().cpu() for part in images.split(batch)])
+
+
+def decode_all(candidate: Candidate, latents: Tensor, batch: int) -> Tensor:
+    """Images of raw latents, clamped, on the CPU: [N, 3, H, W]."""
+    made = [decode(candidate.model, part).float().cpu().clamp(-1, 1) for part in latents.split(batch)]
+    return torch.cat(made)
+
+
+def score_autoencoders(
+    candidates: Sequence[Candidate],
+    images: Tensor,
+    *,
+    batch: int = 8,
+    repeats: int = 5,
+    networks: Sequence[FeatureNetwork] = (),
+    perceptual: Mapping[str, Perceptual] | None = None,
+) -> tuple[list[AutoencoderScore], dict[str, Tensor]]:
+    """Reconstruct the same images with each and measure.
+
+    Args:
+        candidates: see :func:`open_candidates`.
+        images: [N, 3, R, R] in [-1, 1].
+        batch: images at a time, also where time is taken.
+        repeats: rounds of the timing.
+        networks: for distances of features.
+        perceptual: further distances of each pair by name, such as LPIPS.
+
+    Returns:
+        One row each, and the reconstructions by name.
+    """
+    real = ImageSet(networks).extend(images.split(batch))
+    part = images[:batch]
+    encoders = {c.name: partial(encode, c.model, part.to(c.model.device)) for c in candidates}
+    latents = {c.name: encode_all(c, images, batch) for c in candidates}
+    decoders = {
+        c.name: partial(decode, c.model, latents[c.name][:batch].to(c.model.device)) for c in candidates
+    }
+    encoded, decoded = side_by_side(encoders, repeats).medians, side_by_side(decoders, repeats).medians
+    rows, made = [], {}
+    for c in candidates:
+        again = made[c.name] = decode_all(c, latents[c.name], batch)
+        if again.shape != images.shape:
+            raise DavaeError(
+                f"{c.name} gives images of {again.shape[-2]} x {again.shape[-1]} for {images.shape[-2]} x "
+                f"{images.shape[-1]}: its compression is not the {c.compression} that its configuration tells"
+            )
+        rows.append(
+            AutoencoderScore(
+                name=c.name,
+                kind=type(c.model).__name__,
+                compression=c.compression,
+                channels=c.channels,
+                patch=c.patch,
+                tokens=c.tokens,
+                parameters=sum(p.numel() for p in c.model.parameters()),
+                figures=_figures(images, again, real, batch, perceptual or {}),
+                encode_images_per_second=len(part) / encoded[c.name],
+                decode_images_per_second=len(part) / decoded[c.name],
+            )
+        )
+    return rows, made
+
+
+def _figures(
+    images: Tensor, again: Tensor, real: ImageSet, batch: int, perceptual: Mapping[str, Perceptual]
+) -> dict[str, float]:
+    means, made = PairMeans(perceptual), ImageSet(real.networks)
+    for part, ours in zip(images.split(batch), again.split(batch), strict=True):
+        means.update(part, ours)
+        made.update(ours)
+    return means.figures() | compare_sets(made, real).figures

@@ -1,0 +1,151 @@
+"""The whole comparison: images in, rows and picture sheets out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+from davae.data import open_dataset
+from davae.errors import DavaeError
+from davae.evaluation.features import open_network
+from davae.evaluation.metrics.names import LPIPS
+from davae.evaluation.metrics.psnr_ssim import Perceptual
+from davae.experiments.compare.autoencoders import AutoencoderScore, open_candidates, score_autoencoders
+from davae.experiments.compare.diffusion import DiffusionOptions, DiffusionScore, score_diffusion
+from davae.models.perceptual import LpipsLoss
+from davae.runtime.atomic_files import atomic_json
+from davae.runtime.devices import chosen_device
+from davae.runtime.pictures import PICTURES, save_rows
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Measurements of several autoencoders, and under which conditions they were made.
+
+    Attributes:
+        data: where the images come from.
+        resolution: side of an image in pixels.
+        images: how many were reconstructed.
+        device: where.
+        torch: version.
+        autoencoders: one row each.
+        diffusion: one row each, empty where no transformer was trained.
+        options: of the diffusion part.
+        training_images: that the transformers learned from.
+        networks: weights and preprocessing of the feature networks.
+    """
+
+    data: str
+    resolution: int
+    images: int
+    device: str
+    torch: str
+    autoencoders: list[AutoencoderScore]
+    diffusion: list[DiffusionScore] = field(default_factory=list)
+    options: DiffusionOptions | None = None
+    training_images: int = 0
+    networks: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def compare_autoencoders(
+    autoencoders: Mapping[str, str | Path | ModelMixin],
+    *,
+    data: str,
+    resolution: int,
+    images: int = 64,
+    tokens: int | None = None,
+    diffusion: DiffusionOptions | None = None,
+    train_images: int = 2048,
+    batch: int = 8,
+    repeats: int = 5,
+    device: str | None = None,
+    out: Path | None = None,
+    features: Sequence[str] = (),
+    lpips: Path | None = None,
+) -> Comparison:
+    """Measure autoencoders on the same images, and with ``diffusion`` a transformer over each.
+
+    Args:
+        autoencoders: name -> folder of an autoencoder or of a pipeline, or a model. The first is the reference.
+        data: a folder or data set of images, see docs/data.md.
+        resolution: side of the square image in pixels; every compression must divide it.
+        images: held-out images to reconstruct and to compare samples with.
+        tokens: one token budget for all transformers; None takes patch 1 everywhere.
+        diffusion: how to train and sample; None leaves that part out.
+        train_images: images that the transformers learn from, at most; all are kept in memory.
+        batch: images at a time through the autoencoders.
+        repeats: rounds of the timing of the autoencoders.
+        device: ``cpu``, ``cuda``; None takes the GPU where there is one.
+        out: folder for ``comparison.json``, ``reconstructions.png`` and ``samples.png``.
+        features: networks for the distances of reconstructions (rFID) and of samples (FID), as in
+            :func:`davae.evaluation.features.open_network`.
+        lpips: file of torchvision's VGG-16 weights; None leaves LPIPS out.
+
+    Raises:
+        DavaeError: no images, an autoencoder that does not fit, or weights that are not there.
+    """
+    where = torch.device(chosen_device(device))
+    networks = [open_network(name, device=where) for name in features]
+    perceptual = {} if lpips is None else {LPIPS: Perceptual(LpipsLoss(str(lpips)), where)}
+    candidates = open_candidates(autoencoders, resolution, tokens=tokens, device=where)
+    if diffusion is None:
+        held_out, _, _ = _images(data, resolution, images)
+    else:
+        held_out, _, _ = _images(data, resolution, images, hold_out=images, part="held_out")
+    rows, made = score_autoencoders(
+        candidates, held_out, batch=batch, repeats=repeats, networks=networks, perceptual=perceptual
+    )
+    scores: list[DiffusionScore] = []
+    sheets = {"reconstructions": {"input": held_out, **made}}
+    if diffusion is not None:
+        learned, labels, classes = _images(data, resolution, train_images, hold_out=images, part="train")
+        scores, samples = score_diffusion(
+            candidates,
+            learned,
+            labels,
+            held_out,
+            diffusion,
+            classes=max(1, classes),
+            networks=networks,
+        )
+        sheets["samples"] = {"held-out images": held_out, **samples}
+    result = Comparison(
+        data=data,
+        resolution=resolution,
+        images=len(held_out),
+        device=torch.cuda.get_device_name() if where.type == "cuda" else "CPU",
+        torch=torch.__version__,
+        autoencoders=rows,
+        diffusion=scores,
+        options=diffusion,
+        training_images=0 if diffusion is None else len(learned),
+        networks=[network.describe() for network in networks],
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        atomic_json(out / "comparison.json", result.to_json())
+        for name, pictures in sheets.items():
+            save_rows(out / f"{name}.png", {row: shown[:PICTURES] for row, shown in pictures.items()})
+    return result
+
+
+def _images(data: str, resolution: int, count: int, **part: Any) -> tuple[Tensor, Tensor, int]:
+    """Images [N, 3, R, R], labels [N] in which the number of classes means none, and that number."""
+    dataset = open_dataset(data, resolution=resolution, **part)
+    items = [dataset[i] for i in range(min(count, len(dataset)))]
+    if not items:
+        raise DavaeError(f"{data} has no image for this part of the comparison: give more, or ask for fewer")
+    classes = len(dataset.classes)
+    none = max(1, classes)
+    labels = [none if item["label"] < 0 else item["label"] for item in items]
+    return torch.stack([item["image"] for item in items]), torch.tensor(labels), classes

@@ -1,0 +1,724 @@
+"""The detail-aligned autoencoder: a frozen base VAE plus detail channels on the same latent grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+
+from davae.choices import ChannelOrder, LatentSpace, Scale, check_choice
+from davae.errors import DavaeError
+from davae.latents import LatentLayout
+from davae.models.autoencoder.pipeline_config import DERIVED_KEYS, derived_config
+from davae.models.autoencoder.posterior import StructuredPosterior, takes_single_frame, without_alpha
+from davae.models.autoencoder.residual_sampling import ResidualDownsample, ResidualUpsample
+from davae.models.autoencoder.tiling import tiled
+from davae.models.autoencoder.warm_blocks import start_blocks_from_base
+from davae.models.base_adapters.adapter import (
+    constructor_arguments,
+    find_adapter,
+    offloaded_blocks,
+    register_adapter,
+)
+from davae.models.base_adapters.nested import NestedAdapter
+from davae.models.portable import Portable
+
+
+@dataclass(frozen=True)
+class Level:
+    """One prefix of the latent that can be decoded.
+
+    Args:
+        number: 0 is the base alone.
+        scale: resolution of its image per side, as a multiple of the base's.
+        layout: its channels: ``C`` base channels, and the detail channels of this and all lower levels.
+    """
+
+    number: int
+    scale: int
+    layout: LatentLayout
+
+
+class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
+    """A diffusers autoencoder whose latent is ``[z, z_d]``: the base VAE's latent and ``D`` detail channels.
+
+    ``z`` (``C`` channels) is the base latent of the image at base resolution, untouched. ``z_d`` is encoded
+    from the full-resolution image, ``s`` times larger per side, onto the same grid. One decoder makes the
+    full-resolution image from both. Make one with :meth:`from_base`; afterwards it stands alone
+    (``save_pretrained``, ``from_pretrained``).
+
+    ``encode`` and ``decode`` speak the convention of the base's pipelines: the base part is the base VAE's
+    own latent, and the details are normalised so that ``(latent - shift_factor) * scaling_factor`` has unit
+    variance on them.
+
+    The base never changes: its weights take no gradient and it stays in eval mode, also after ``train()``.
+
+    The base may be an ``AutoencoderDA`` itself. The latent then has levels, ``[z, z_d1, z_d2]``, and this one's
+    ``z_d`` is all of the details: ``layout``, ``scale``, ``encode``, ``decode``, ``encode_base``,
+    ``encode_details`` and ``decode_structured`` speak of the whole, ``own_layout``, ``factor``,
+    ``encode_prefix`` and ``encode_own_details`` of what this level adds. See :attr:`levels`.
+
+    Args:
+        base_class: class name of the base, see :func:`davae.models.find_adapter`.
+        base_config: its config.
+        scale: 2, 4 or 8: ``s``, or on a base with levels the factor that this level adds to its scale.
+        detail_channels: ``D``, a multiple of ``s^2 / 2``; the channels that this level adds.
+        antialias: antialias the bicubic reduction to base resolution.
+        clamp_base_image: clamp the reduced image to [-1, 1].
+        base_latent_space: what alignment and joint decoder see: ``"scaled"``, ``(z - shift) * scale`` as the
+            diffusion model does, or ``"raw"``.
+        decoder_channel_order: order of the parts in front of the up block only; ``"detail_first"`` serves
+            published weights. Latents are base first everywhere.
+        detail_dropout: probability of zeroing the whole detail latent of a sample in front of the decoder, in
+            training.
+        detail_mean, detail_std: per-channel statistics of ``z_d``; None is 0 and 1. See
+            :meth:`set_detail_statistics`.
+        branch_config: config of the base class for the detail encoder and the joint decoder, where they are
+            built differently from the base (same compression).
+        has_base_decoder: False where the base's decoder is not known, as in some published files, or dropped
+            (:meth:`drop_base_decoder`). Everything works without it except :meth:`decode_base` and the lower levels.
+
+    Raises:
+        DavaeError: an unknown base, or sizes that do not fit.
+    """
+
+    __module__ = "davae"  # the library by which saved pipelines know it
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D", "FrugalResnetBlock2D"]  # noqa: RUF012 (the form)
+    _group_offload_block_modules = ["base", "detail_encoder", "down", "up", "joint_decoder"]  # noqa: RUF012
+    _skip_keys = ["feat_cache", "feat_idx"]  # noqa: RUF012 (lists that autoencoders of videos change in place)
+
+    @register_to_config
+    def __init__(
+        self,
+        base_class: str,
+        base_config: dict[str, Any],
+        scale: int,
+        detail_channels: int,
+        antialias: bool = True,
+        clamp_base_image: bool = False,
+        base_latent_space: LatentSpace = "scaled",
+        decoder_channel_order: ChannelOrder = "base_first",
+        detail_dropout: float = 0.1,
+        detail_mean: list[float] | None = None,
+        detail_std: list[float] | None = None,
+        branch_config: dict[str, Any] | None = None,
+        has_base_decoder: bool = True,
+    ) -> None:
+        super().__init__()
+        _check_options(scale, base_latent_space, decoder_channel_order, detail_dropout)
+        model_class, self.adapter = find_adapter(base_class)
+        self.base = model_class.from_config(base_config)
+        self.factor, self.scale = scale, scale * self.adapter.scale(self.base)
+        _check_detail_channels(detail_channels, self.scale)
+        base_layout = self.adapter.latent_layout(self.base)
+        self.own_layout = LatentLayout(base_layout.channels, detail_channels)
+        self.layout = LatentLayout(base_layout.base_channels, base_layout.detail_channels + detail_channels)
+
+        branch = self.base if branch_config is None else model_class.from_config(branch_config)
+        self.detail_encoder = self.adapter.detail_encoder(branch)
+        self.joint_decoder = self.adapter.joint_decoder(branch)
+        networks = self.adapter.network_adapter(self.base)
+        encoder_features, self.base_compression = networks.probe_encoder(self.detail_encoder)
+        decoder_features = networks.decoder_channels(self.joint_decoder)
+        self.down = ResidualDownsample(
+            encoder_features, 2 * detail_channels, self.scale
+        )  # mean, log-variance
+        self.up = ResidualUpsample(self.layout.channels, decoder_features, self.scale)
+        self._add_pipeline_parts(self.base)
+        self._group_offload_block_modules = [*self._group_offload_block_modules, *offloaded_blocks(self.base)]
+        if not has_base_decoder:
+            self.adapter.drop_decoder(self.base)
+        self.trains_below = False
+        self.base.requires_grad_(False).eval()
+
+        self.use_slicing = False
+        self.use_tiling = False
+        sample_size = self.config.sample_size or 0
+        sample_size = max(sample_size) if isinstance(sample_size, (list, tuple)) else sample_size
+        self.tile_sample_min_size = max(int(sample_size), 32 * self.spatial_compression)  # pixels
+        self.tile_overlap_factor = 0.25
+
+    @classmethod
+    def from_base(
+        cls,
+        base: ModelMixin,
+        *,
+        scale: int = 2,
+        detail_channels: int,
+        antialias: bool = True,
+        clamp_base_image: bool = False,
+        base_latent_space: LatentSpace = "scaled",
+        decoder_channel_order: ChannelOrder = "base_first",
+        detail_dropout: float = 0.1,
+        warm_blocks: bool = True,
+    ) -> AutoencoderDA:
+        """A new autoencoder on a pretrained base, which is copied and not changed.
+
+        Detail encoder and joint decoder start from the base's weights. The model is in eval mode, like a
+        loaded one.
+
+        Args:
+            base: a diffusers autoencoder, or an :class:`AutoencoderDA`, which becomes the levels below.
+            warm_blocks: start the two new blocks from the base's layers that they replace (see
+                :mod:`davae.models.autoencoder.warm_blocks`); False leaves torch's random start.
+            scale, detail_channels, antialias, clamp_base_image, base_latent_space, decoder_channel_order,
+            detail_dropout:
+                see the class.
+
+        Raises:
+            DavaeError: an unknown base (the message names the adapter's methods to write), sizes that do not
+                fit, or a base whose weights are offloaded.
+        """
+        model_class, _ = find_adapter(type(base).__name__)
+        if any(parameter.is_meta for parameter in base.parameters()):
+            raise DavaeError(
+                "the base's weights are offloaded: take the VAE before offloading is switched on"
+            )
+        model = cls(
+            base_class=type(base).__name__,
+            base_config=constructor_arguments(model_class, base.config),
+            scale=scale,
+            detail_channels=detail_channels,
+            antialias=antialias,
+            clamp_base_image=clamp_base_image,
+            base_latent_space=base_latent_space,
+            decoder_channel_order=decoder_channel_order,
+            detail_dropout=detail_dropout,
+            detail_mean=None,
+            detail_std=None,
+        )
+        for part in model.children():
+            nn.Module.to(part, device=base.device, dtype=base.dtype)  # diffusers' own warns of islands
+        model.base.load_state_dict(base.state_dict())
+        model.detail_encoder.load_state_dict(model.adapter.detail_encoder(base).state_dict())
+        model.joint_decoder.load_state_dict(model.adapter.joint_decoder(base).state_dict())
+        model._add_pipeline_parts(base)
+        if warm_blocks:
+            start_blocks_from_base(model)
+        return model.eval()
+
+    def _add_pipeline_parts(self, base: Any) -> None:
+        """Config entries and modules that unmodified pipelines read."""
+        further = self.adapter.pipeline_config(base)
+        compression = self.spatial_compression
+        derived = derived_config(
+            base.config, further, self.own_layout, scale=self.factor, compression=compression
+        )
+        self.register_to_config(**derived)
+        if "temperal_downsample" in derived:  # pipelines read it from the model
+            self.temperal_downsample = derived["temperal_downsample"]
+        for name, module in self.adapter.pipeline_modules(base, self.own_layout.detail_channels).items():
+            setattr(self, name, module.to(device=base.device))
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """Config entries that follow from the base are made anew by the constructor."""
+        # Without the list of defaulted arguments: statistics that were set later would count as not given.
+        dropped = DERIVED_KEYS | {"_use_default_values"}
+        own = {key: value for key, value in config_dict.items() if key not in dropped}
+        return super().extract_init_dict(own, **kwargs)
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def below(self) -> AutoencoderDA | None:
+        """The autoencoder of the level below; None where that is the base VAE."""
+        return self.base if isinstance(self.base, AutoencoderDA) else None
+
+    @property
+    def spatial_compression(self) -> int:
+        """Pixels per latent position and side, ``s * f``."""
+        return self.scale * self.base_compression
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Every prefix that can be decoded, the base (level 0) first, the whole latent last."""
+        if self.below is None:
+            lower: tuple[Level, ...] = (Level(0, 1, LatentLayout(self.layout.base_channels, 0)),)
+        else:
+            lower = self.below.levels
+        return (*lower, Level(len(lower), self.scale, self.layout))
+
+    @property
+    def base_vae(self) -> Any:
+        """The pretrained VAE at the bottom."""
+        return self.base if self.below is None else self.below.base_vae
+
+    def at_level(self, number: int) -> AutoencoderDA:
+        """The autoencoder of a level, 1 or higher. It is a part of this one, not a copy.
+
+        Raises:
+            DavaeError: there is no such level.
+        """
+        for level in self.autoencoders():
+            if level.levels[-1].number == number:
+                return level
+        raise DavaeError(f"there is no level {number} of details: levels are 1 to {self.levels[-1].number}")
+
+    def autoencoders(self) -> Iterator[AutoencoderDA]:
+        """The autoencoders of all levels, lowest first, this one last."""
+        if self.below is not None:
+            yield from self.below.autoencoders()
+        yield self
+
+    # ------------------------------------------------------------------ what learns
+
+    @property
+    def last_decoder_weight(self) -> Tensor:
+        """Weight of the joint decoder's last convolution: the adaptive GAN weight compares gradients here."""
+        return [m for m in self.joint_decoder.modules() if isinstance(m, nn.Conv2d)][-1].weight
+
+    @property
+    def alignment_weight(self) -> Tensor:
+        """Weight of the down block's convolution, where the adaptive alignment weight compares gradients."""
+        return self.down.conv.weight
+
+    def trained_parameters(self) -> Iterator[nn.Parameter]:
+        """Everything but the base, and of a base with levels everything but its own, where it learns too."""
+        if self.below is not None and self.trains_below:
+            yield from self.below.trained_parameters()
+        for part in (self.detail_encoder, self.down, self.up, self.joint_decoder):
+            yield from part.parameters()
+
+    def train(self, mode: bool = True) -> AutoencoderDA:
+        """As in torch, but the base stays in eval mode."""
+        super().train(mode)
+        self.base.train(mode and self.trains_below)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> AutoencoderDA:
+        """As in torch, but the base stays frozen."""
+        super().requires_grad_(requires_grad)
+        self.base.requires_grad_(requires_grad and self.trains_below)
+        return self
+
+    def drop_base_decoder(self) -> None:
+        """Forget the decoders of all levels below: :meth:`decode` needs none of them.
+
+        Saves their memory and their place in saved files; previews and lower levels cannot be decoded any more.
+        """
+        self.register_to_config(has_base_decoder=False)
+        self.adapter.drop_decoder(self.base)
+
+    def train_levels(self, *, together: bool) -> None:
+        """Choose what learns: this level alone (the start), or all levels together. The base VAE never does.
+
+        Raises:
+            DavaeError: all are to learn, but the lower levels' decoders were dropped.
+        """
+        if self.below is not None:
+            if together and not self.config.has_base_decoder:
+                raise DavaeError("the lower levels have no decoders left: they cannot be trained")
+            self.trains_below = together
+            self.below.train_levels(together=together)
+        self.requires_grad_(True)
+        self.train(self.training)
+
+    # ------------------------------------------------------------------ the parts, of raw latents
+
+    def base_affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``shift`` and ``scale``, float32 ``[C]``, of the space in which details are aligned and decoded.
+
+        Args:
+            device: where they are to be: that of the latents or weights they meet.
+        """
+        shift, scale = (values.to(device) for values in self.adapter.normalisation(self.base))
+        if self.config.base_latent_space == "raw":
+            return torch.zeros_like(shift), torch.ones_like(scale)
+        return shift, scale
+
+    def reduce(self, images: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]`` at the resolution of the level below; bicubic.
+
+        Raises:
+            DavaeError: sides that are not multiples of ``s * f``.
+        """
+        self._check_sides(images)
+        size = (images.shape[-2] // self.factor, images.shape[-1] // self.factor)
+        small = (
+            F.interpolate(  # in float32: bfloat16 has no antialiased resize on every device, and would blur
+                images.float(),
+                size=size,
+                mode="bicubic",
+                align_corners=False,
+                antialias=self.config.antialias,
+            )
+        )
+        return (small.clamp(-1.0, 1.0) if self.config.clamp_base_image else small).to(images.dtype)
+
+    def downsample(self, images: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]`` at base resolution, ``[B, 3, H / s, W / s]``: reduced level by level.
+
+        Raises:
+            DavaeError: sides that are not multiples of ``s * f``.
+        """
+        small = self.reduce(images)
+        return small if self.below is None else self.below.downsample(small)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def encode_base(self, images: Tensor) -> Tensor:
+        """Raw base latent ``[B, C, h, w]`` of full-resolution images.
+
+        It is the base VAE's own on ``downsample(images)``, bit for bit.
+        """
+        small = self.reduce(images)
+        if self.below is not None:
+            return self.below.encode_base(small)
+        encode = self._tiled(lambda x: self.adapter.encode(self.base, x), self.base, self.base_compression, 1)
+        return self._sliced(encode, small)
+
+    @apply_forward_hook
+    def encode_prefix(self, images: Tensor) -> Tensor:
+        """Raw latent of everything below this level, means, ``[B, own_layout.base_channels, h, w]``."""
+        if self.below is None:
+            return self.encode_base(images)
+        small = self.reduce(images)
+        return self.below.layout.join(self.below.encode_base(small), self.below.encode_details(small).mean)
+
+    @apply_forward_hook
+    def encode_details(self, images: Tensor) -> DiagonalGaussianDistribution:
+        """Posterior over raw ``z_d``, ``[B, D, h, w]``, of images ``[B, 3, H, W]`` in [-1, 1].
+
+        Raises:
+            DavaeError: sides that are not multiples of ``s * f``.
+        """
+        own = self.encode_own_details(images)
+        if self.below is None:
+            return own
+        lower = self.below.encode_details(self.reduce(images))
+        parameters = [lower.mean, own.mean, lower.logvar, own.logvar]
+        return DiagonalGaussianDistribution(torch.cat(parameters, dim=1))
+
+    @apply_forward_hook
+    def encode_own_details(self, images: Tensor) -> DiagonalGaussianDistribution:
+        """As :meth:`encode_details`, but only the channels that this level adds."""
+        self._check_sides(images)
+        encode = self._tiled(
+            lambda x: self.down(self.detail_encoder(x)), self.detail_encoder, self.spatial_compression, 1
+        )
+        return DiagonalGaussianDistribution(self._sliced(encode, images))
+
+    def _check_sides(self, images: Tensor) -> None:
+        height, width = images.shape[-2:]
+        side = self.spatial_compression
+        if height % side or width % side:
+            raise DavaeError(
+                f"images of {height} x {width} pixels do not fit: sides must be multiples of {side} "
+                f"(scale {self.scale} times base compression {self.base_compression})"
+            )
+
+    def alignment_target(self, z: Tensor) -> Tensor:
+        """The base latent in the space in which details are aligned and decoded (``base_latent_space``).
+
+        Args:
+            z: raw, ``[B, C, h, w]``, or with the details of the levels below, which stay as they are.
+        """
+        if self.config.base_latent_space == "raw":
+            return z
+        shift, scale = (v[: z.shape[1], None, None] for v in self.base_affine(z.device))
+        return ((z.float() - shift) * scale).to(z.dtype)
+
+    @apply_forward_hook
+    def decode_structured(self, z: Tensor, z_d: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]`` from raw ``z`` and raw ``z_d``, with detail dropout in train mode.
+
+        Args:
+            z, z_d: ``[B, C, h, w]`` and ``[B, D, h, w]``; with levels below the border between the two may also
+                lie in front of this level's own channels. Dropout takes these alone.
+
+        Raises:
+            DavaeError: another number of channels.
+        """
+        if z.shape[1] != self.own_layout.base_channels:
+            z, z_d = self.own_layout.split(torch.cat([z, z_d], dim=1))
+        if self.training and self.config.detail_dropout > 0:
+            uniform = torch.rand(z_d.shape[0], device=z_d.device)
+            factor = detail_dropout_factor(uniform, self.config.detail_dropout)
+            z_d = z_d * factor.to(z_d.dtype)[:, None, None, None]
+        z = self.alignment_target(self._bounded(z))
+        latent = self.own_layout.join(z, z_d)
+        if self.config.decoder_channel_order == "detail_first":  # the one place where the order differs
+            latent = torch.cat([z_d, z], dim=1)
+        decode = self._tiled(
+            lambda x: self.joint_decoder(self.up(x)), self.joint_decoder, 1, self.spatial_compression
+        )
+        return self._sliced(decode, latent)
+
+    def _bounded(self, z: Tensor) -> Tensor:
+        """A raw latent as the base's decoder takes it; details below have no bounds."""
+        bound = self.adapter.network_adapter(self.base).bound
+        if self.below is None:
+            return bound(z)
+        base, details = self.below.layout.split(z)
+        return self.below.layout.join(bound(base), details)
+
+    # ------------------------------------------------------------------ the statistics of the details
+
+    # Every level keeps those of its own channels in its own config. Networks see raw details; the statistics apply
+    # where pipelines hand latents in and out, so that they may be measured again after a training.
+
+    def set_detail_statistics(self, mean: Tensor, std: Tensor, *, level: int | None = None) -> None:
+        """Keep mean and standard deviation of raw ``z_d`` per channel; encode and decode normalise with them.
+
+        They stand in the config.
+
+        Args:
+            mean, std: ``[D]``, of the channels that the level adds.
+            level: which level, 1 the lowest; None is the last one.
+
+        Raises:
+            DavaeError: another length, a value that is not finite, or a standard deviation of 0.
+        """
+        if level is not None and level != self._number():
+            if self.below is None:
+                raise DavaeError(f"there is no level {level} of details: the lowest is {self._number()}")
+            self.below.set_detail_statistics(mean, std, level=level)
+            # The config of this level holds the one below, and is what a saved model is made from.
+            arguments = constructor_arguments(type(self.below), self.below.config)
+            self.register_to_config(base_config=arguments)
+            return
+        count = self.own_layout.detail_channels
+        for name, values in (("mean", mean), ("std", std)):
+            if values.shape != (count,) or not values.isfinite().all():
+                raise DavaeError(
+                    f"detail {name} must be {count} finite values, not {tuple(values.shape)}: {values}"
+                )
+        if not (std > 0).all():
+            raise DavaeError(
+                f"detail channel {int((std <= 0).nonzero()[0])} is constant: its standard deviation is 0"
+            )
+        self.register_to_config(detail_mean=mean.tolist(), detail_std=std.tolist())
+
+    def detail_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of raw ``z_d``, float32 ``[D]`` each on the CPU, all levels."""
+        count, config = self.own_layout.detail_channels, self.config
+        mean = torch.tensor(config.detail_mean or [0.0] * count, dtype=torch.float32)
+        std = torch.tensor(config.detail_std or [1.0] * count, dtype=torch.float32)
+        if self.below is None:
+            return mean, std
+        mean_below, std_below = self.below.detail_statistics()
+        return torch.cat([mean_below, mean]), torch.cat([std_below, std])
+
+    def _detail_affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``mean`` and ``std``, ``[D, 1, 1]``, with ``z_d = x_d * std + mean`` for a pipeline's ``x_d``.
+
+        Args:
+            device: of ``x_d``; the model's own says nothing while its weights are offloaded.
+        """
+        mean, std = (values.to(device) for values in self.detail_statistics())
+        scaling, shift = self.config.scaling_factor or 1.0, self.config.shift_factor or 0.0
+        return (mean - shift * scaling * std)[:, None, None], (scaling * std)[:, None, None]
+
+    def _number(self) -> int:
+        return 1 if self.below is None else 1 + self.below._number()
+
+    # ------------------------------------------------------------------ the diffusers interface
+
+    @apply_forward_hook
+    @takes_single_frame
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[StructuredPosterior]:
+        """Images ``[B, 3, H, W]`` in [-1, 1] to a posterior over a pipeline's latents ``[B, C + D, h, w]``.
+
+        As pipelines of video-derived bases call it, ``[B, 3 or 4, 1, H, W]`` is one frame (and opacity, which
+        is dropped), and the latents are ``[B, C + D, 1, h, w]``; :meth:`decode` takes those.
+
+        Raises:
+            DavaeError: sides that are not multiples of ``s * f``.
+        """
+        x = without_alpha(x)
+        z = self.encode_base(x)
+        details = self.encode_details(x)
+        mean, std = self._detail_affine(details.mean.device)
+        posterior = StructuredPosterior(
+            self.layout,
+            z,
+            ((details.mean.float() - mean) / std).to(z.dtype),
+            (details.std.float() / std).to(z.dtype),
+        )
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    @takes_single_frame
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Latents ``[B, C + D, h, w]`` in the pipelines' convention to images ``[B, 3, H, W]``, not clamped.
+
+        ``generator`` is part of the family's signature; decoding is deterministic.
+        """
+        base, details = self.layout.split(z)
+        mean, std = self._detail_affine(details.device)
+        images = self.decode_structured(base, (details.float() * std + mean).to(z.dtype))
+        return DecoderOutput(sample=images) if return_dict else (images,)
+
+    @apply_forward_hook
+    def decode_level(self, latent: Tensor, level: int) -> Tensor:
+        """The image of one level, ``[B, 3, h * f * scale, w * f * scale]`` with that level's scale.
+
+        Channels above the level are not looked at.
+
+        Args:
+            latent: in the pipelines' convention, ``[B, n, h, w]`` with at least the level's channels.
+            level: 0 decodes the base channels with the untouched base VAE, the last level everything.
+
+        Raises:
+            DavaeError: no such level, too few channels, or the model was made without the decoder.
+        """
+        levels = self.levels
+        if not 0 <= level < len(levels):
+            raise DavaeError(f"there is no level {level}: levels are 0 to {levels[-1].number}")
+        channels = levels[level].layout.channels
+        if latent.shape[1] < channels:
+            raise DavaeError(f"level {level} needs {channels} channels, the latent has {latent.shape[1]}")
+        latent = latent[:, :channels]
+        if level == levels[-1].number:
+            return self.decode(latent).sample
+        if not self.config.has_base_decoder:
+            raise DavaeError(
+                "this autoencoder was made without its base's decoder: only its last level can be decoded"
+            )
+        if self.below is not None:
+            return self.below.decode_level(latent, level)
+        return self._decode_base(latent)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def decode_base(self, latent: Tensor) -> Tensor:
+        """A preview, ``[B, 3, H / s, W / s]``: the untouched base VAE on the first ``C`` channels.
+
+        Args:
+            latent: in the pipelines' convention, ``[B, C + D, h, w]``, or its base part ``[B, C, h, w]``.
+
+        Raises:
+            DavaeError: the model has no base decoder.
+        """
+        return self.decode_level(latent, 0)
+
+    def _decode_base(self, z: Tensor) -> Tensor:
+        decode = self._tiled(lambda x: self.adapter.decode(self.base, x), self.base, 1, self.base_compression)
+        return self._sliced(decode, z)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Encode and decode images ``[B, 3, H, W]``."""
+        posterior = self.encode(sample).latent_dist
+        latent = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(latent, return_dict=return_dict)
+
+    # ------------------------------------------------------------------ large inputs
+
+    def enable_tiling(
+        self, tile_sample_min_size: int | None = None, tile_overlap_factor: float | None = None
+    ) -> None:
+        """Encode and decode larger images in overlapping tiles; see :func:`davae.models.autoencoder.tiling.tiled`.
+
+        Args:
+            tile_sample_min_size: side of a tile in pixels of the full-resolution image, a multiple of ``s *
+                f``.
+            tile_overlap_factor: part of a tile that overlaps its neighbour, in [0, 0.5].
+
+        Raises:
+            DavaeError: a value out of range.
+        """
+        size = tile_sample_min_size or self.tile_sample_min_size
+        factor = self.tile_overlap_factor if tile_overlap_factor is None else tile_overlap_factor
+        if size % self.spatial_compression:
+            raise DavaeError(f"tile size {size} is not a multiple of {self.spatial_compression} pixels")
+        if not 0.0 <= factor <= 0.5:
+            raise DavaeError(f"tile_overlap_factor must lie in [0, 0.5], not {factor}")
+        self.use_tiling, self.tile_sample_min_size, self.tile_overlap_factor = True, size, factor
+        if self.below is not None:  # the same tiles, in latent positions
+            self.below.enable_tiling(size // self.factor, factor)
+
+    def disable_tiling(self) -> None:
+        """Encode and decode in one step."""
+        self._switch("use_tiling", on=False)
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one sample of a batch at a time."""
+        self._switch("use_slicing", on=True)
+
+    def disable_slicing(self) -> None:
+        """Encode and decode whole batches."""
+        self._switch("use_slicing", on=False)
+
+    def _switch(self, name: str, *, on: bool) -> None:
+        setattr(self, name, on)
+        if self.below is not None:
+            self.below._switch(name, on=on)
+
+    def _tiled(
+        self, function: Callable[[Tensor], Tensor], network: nn.Module, cell_in: int, cell_out: int
+    ) -> Callable[[Tensor], Tensor]:
+        """``function``, which calls ``network``, by tiles where tiling is on and the input larger than one."""
+        tile = self.tile_sample_min_size // self.spatial_compression
+
+        def apply(x: Tensor) -> Tensor:
+            if not self.use_tiling or max(x.shape[-2:]) <= tile * cell_in:
+                return function(x)
+            overlap = round(tile * self.tile_overlap_factor)
+            return tiled(
+                function,
+                x,
+                tile=tile,
+                overlap=overlap,
+                cell_in=cell_in,
+                cell_out=cell_out,
+                networks=[network],
+            )
+
+        return apply
+
+    def _sliced(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``function(x)``, one sample at a time where slicing is on."""
+        if self.use_slicing and x.shape[0] > 1:
+            return torch.cat([function(part) for part in x.split(1)])
+        return function(x)
+
+
+def _check_options(scale: int, space: str, order: str, dropout: float) -> None:
+    """Raise a :class:`DavaeError` for a value that does not exist, in the order of the constructor."""
+    check_choice(scale, Scale, "scale")
+    check_choice(space, LatentSpace, "base_latent_space")
+    check_choice(order, ChannelOrder, "decoder_channel_order")
+    if not 0.0 <= dropout < 1.0:
+        raise DavaeError(f"detail_dropout must lie in [0, 1), not {dropout}")
+
+
+def _check_detail_channels(detail_channels: int, scale: int) -> None:
+    """Raise a :class:`DavaeError` for a number that the down block of the whole ``scale`` cannot make."""
+    if detail_channels < 1 or 2 * detail_channels % scale**2:
+        raise DavaeError(
+            f"detail_channels must be a positive multiple of {scale**2 // 2} for scale {scale}, "
+            f"not {detail_channels}"
+        )
+
+
+def detail_dropout_factor(uniform: Tensor, probability: float) -> Tensor:
+    """Factor on each sample's detail latent: 0 with ``probability``, else ``1 / (1 - probability)``.
+
+    Args:
+        uniform: numbers in [0, 1), ``[B]``; a sample is kept where its number is below ``1 - probability``.
+        probability: in [0, 1).
+    """
+    keep = 1.0 - probability
+    return (uniform < keep).to(uniform.dtype) / keep
+
+
+register_adapter(AutoencoderDA, NestedAdapter())

@@ -1,0 +1,171 @@
+"""LPIPS (Zhang et al., 2018), an optional part: it needs two packages and a downloaded backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from davae.errors import DavaeError
+from davae.runtime.atomic_files import file_hash
+from davae.runtime.weight_files import read_state_dict
+
+_BACKBONE_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+
+
+class LpipsLoss(nn.Module):
+    """LPIPS with the VGG-16 backbone, frozen.
+
+    Args:
+        backbone: file of torchvision's VGG-16 weights (``.safetensors``, or ``.pth`` read with
+            ``weights_only=True``).
+
+    Raises:
+        DavaeError: the ``lpips`` extra is not installed, or the backbone file is missing or holds other weights.
+    """
+
+    def __init__(self, backbone: str | None) -> None:
+        super().__init__()
+        try:
+            import lpips
+        except ImportError as error:
+            raise DavaeError(
+                "LPIPS is asked for, but not installed: pip install 'davae[lpips]'; a training can do without: "
+                "reconstruction.lpips_weight=0 and laplacian_weight, which needs nothing"
+            ) from error
+        if backbone is None or not Path(backbone).is_file():
+            raise DavaeError(
+                f"LPIPS needs torchvision's VGG-16 weights: {backbone!r} (reconstruction.lpips_backbone, --lpips) is "
+                f"no file. Fetch {_BACKBONE_URL} where there is a network and give its path"
+            )
+        self.file = Path(backbone)
+        weights = read_state_dict(backbone)
+        self.network = lpips.LPIPS(net="vgg", pretrained=True, pnet_rand=True, verbose=False)
+        features = {k.removeprefix("features."): v for k, v in weights.items() if k.startswith("features.")}
+        with torch.no_grad():
+            for name, parameter in self.network.net.named_parameters():
+                key = name.split(".", 1)[1]  # slice3.10.weight is torchvision's features.10.weight
+                _check_layer(backbone, f"features.{key}", features.get(key), parameter)
+                parameter.copy_(features[key])
+        self.network.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> LpipsLoss:
+        """LPIPS stays in evaluation mode."""
+        return super().train(False)
+
+    def describe(self) -> dict[str, Any]:
+        """Weights with their SHA-256, and the preprocessing."""
+        return {
+            "network": "LPIPS, VGG-16",
+            "weights": self.file.name,
+            "weights_sha256": file_hash(self.file),
+            "resize": "none",
+        }
+
+    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        """Distances ``[B]`` of pairs ``[B, 3, H, W]`` in [-1, 1]."""
+        return self.network(images.float(), reconstruction.float()).flatten()
+
+
+def _check_layer(file: str, key: str, found: Tensor | None, wanted: Tensor) -> None:
+    """Whether the file has a tensor of that name and size.
+
+    Raises:
+        DavaeError: naming both.
+    """
+    if found is not None and found.shape == wanted.shape:
+        return
+    what = "has no tensor" if found is None else f"has another size ({tuple(found.shape)}) of"
+    raise DavaeError(
+        f"{file} {what} '{key}', of shape {tuple(wanted.shape)} in torchvision's VGG-16: it is another network's file. "
+        f"LPIPS needs {_BACKBONE_URL}"
+    )
+
+
+LARGEST_SIDE = 512
+"""Larger images are reduced to this longer side first."""
+_EXAMPLE = "facebook/dinov2-base"
+_WEIGHTS = "model.safetensors"
+
+
+class DinoDistance(nn.Module):
+    """Distance of image pairs as the package dino-perceptual defines it, for DINOv2, DINOv3 and other transformers.
+
+    Of every layer l all tokens (class, register and patch tokens) are brought to length 1, and
+
+        d(x, y) = mean over layers, tokens and features of (f_l(x) - f_l(y))^2,   f_l = h_l / |h_l|
+
+    Values are small (a squared distance of unit vectors, divided by their width): as a loss next to L1, weights
+    of 250 to 1000 are usual. Pixels right and below of the last whole patch are not seen.
+
+    Args:
+        backbone: folder of a transformers model (``config.json`` and ``model.safetensors``). Nothing is downloaded.
+
+    Raises:
+        DavaeError: no such folder, weights that are missing or incomplete, or a network without token layers.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: str | Path | None) -> None:
+        super().__init__()
+        self.folder = Path(backbone) if backbone else None
+        if self.folder is None or not (self.folder / _WEIGHTS).is_file():
+            raise DavaeError(
+                f"the DINO distance needs a backbone: looked for {_WEIGHTS} in {backbone!r}. Fetch one where there is "
+                f"a network, such as `hf download {_EXAMPLE} --local-dir FOLDER`, and give the folder"
+            )
+        try:
+            self.network, info = AutoModel.from_pretrained(
+                self.folder, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise DavaeError(f"{self.folder} holds no model that transformers can load: {error}") from error
+        lacking = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+        if lacking:
+            raise DavaeError(f"{self.folder}: the weights lack {lacking[0]} and {len(lacking) - 1} more")
+        if not getattr(self.network.config, "num_hidden_layers", 0):
+            raise DavaeError(
+                f"{self.folder} holds a {type(self.network).__name__}: the DINO distance needs a vision transformer"
+            )
+        self.network.requires_grad_(False).eval()
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
+
+    def describe(self) -> dict[str, Any]:
+        """Weights with their SHA-256, and the preprocessing."""
+        assert self.folder is not None
+        return {
+            "network": f"{type(self.network).__name__} {self.folder}",
+            "weights": _WEIGHTS,
+            "weights_sha256": file_hash(self.folder / _WEIGHTS),
+            "features": "all tokens of every layer, each of length 1",
+            "resize": f"bicubic where the longer side is over {LARGEST_SIDE}",
+            "range": f"mean {self.mean.flatten().tolist()}, std {self.std.flatten().tolist()}",
+        }
+
+    def train(self, mode: bool = True) -> DinoDistance:
+        """Stays in evaluation mode: a distance has no dropout."""
+        return super().train(False)
+
+    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        """Distances ``[B]`` of pairs ``[B, 3, H, W]`` in [-1, 1]; gradients reach ``reconstruction`` alone."""
+        with torch.no_grad():
+            wanted = self._layers(images)
+        found = self._layers(reconstruction)
+        each = [(a - b).square().mean(dim=(1, 2)) for a, b in zip(found, wanted, strict=True)]
+        return torch.stack(each).mean(dim=0)
+
+    def _layers(self, images: Tensor) -> list[Tensor]:
+        x = (images.float() + 1) / 2
+        longer = max(x.shape[-2:])
+        if longer > LARGEST_SIDE:
+            size = [max(1, round(side * LARGEST_SIDE / longer)) for side in x.shape[-2:]]
+            x = F.interpolate(x, size=size, mode="bicubic", align_corners=False)
+        layers = self.network((x - self.mean) / self.std, output_hidden_states=True).hidden_states
+        return [F.normalize(layer.float(), dim=-1, eps=1e-6) for layer in layers[1:]]  # [B, tokens, width]

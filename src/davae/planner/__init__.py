@@ -1,0 +1,1 @@
+"""What an upgrade costs, computed without weights: tokens, operations, memory, hours."""

@@ -1,0 +1,208 @@
+"""Dry runs: a recipe's real architecture on the meta device, its checks, and the plan of its cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from davae.errors import DavaeError
+from davae.pipelines.families import find_family
+from davae.planner.architectures import Architecture, find_architecture
+from davae.planner.plan import Plan, plan
+from davae.planner.stages import AutoencoderRun, DiffusionRun, target_counts
+from davae.planner.text import inference_line, notes, stage_line
+from davae.recipes.loop import LoopSettings, OptimizerSettings
+from davae.recipes.read import dump_recipe, load_recipe, recipe_names
+from davae.recipes.settings import UpgradeRecipe
+from davae.warm_start import description_of
+
+Stage = Literal["autoencoder", "diffusion"]
+
+
+def dry_run(recipe: UpgradeRecipe, stage: Stage, *, gpu: str = "H100") -> str:
+    """Check a recipe without weights and tell what it will do, as YAML: what is found stands in comments.
+
+    Raises:
+        DavaeError: the base is unknown, sizes do not fit, or LoRA targets match nothing.
+    """
+    architecture = find_architecture(recipe.base)
+    made = recipe_plan(recipe, architecture, gpu=gpu)
+    found = [
+        f"base: {made.base} ({made.pipeline})",
+        *_shapes(recipe, architecture, made),
+        *(_layers(recipe, architecture, made) if stage == "diffusion" else []),
+        *_data(recipe, stage),
+        "plan",
+        inference_line(made),
+        stage_line(made, stage),
+        *notes(made),
+    ]
+    return dump_recipe(recipe) + "\n" + "\n".join(f"# {line}" for line in found)
+
+
+def recipe_plan(
+    recipe: UpgradeRecipe, architecture: Architecture | None = None, *, gpu: str = "H100"
+) -> Plan:
+    """The plan of a recipe."""
+    architecture = architecture or find_architecture(recipe.base)
+    return plan(
+        architecture,
+        resolution=recipe.data.resolution,
+        scale=recipe.autoencoder.model.scale,
+        detail_channels=_detail_channels(recipe),
+        gpu=gpu,
+        autoencoder=_autoencoder_run(recipe),
+        diffusion=_diffusion_run(recipe, architecture),
+    )
+
+
+def plan_upgrade(
+    base: str,
+    *,
+    resolution: int,
+    scale: int,
+    detail_channels: tuple[int, ...] | None = None,
+    gpu: str = "H100",
+    batch: int = 1,
+    recipe: str | None = None,
+) -> Plan:
+    """:func:`davae.planner.plan.plan` with the training of a recipe.
+
+    Args:
+        recipe: name or file; none takes the bundled recipe for this base, resolution and scale, where there is
+            one, else the planner's defaults.
+
+    Raises:
+        DavaeError: an unknown base, GPU or recipe, or sizes that do not fit.
+    """
+    architecture = find_architecture(base)
+    settings = _upgrade_recipe(recipe) if recipe else _bundled_for(architecture.name, resolution, scale)
+    runs = {}
+    if settings is not None:
+        runs = {
+            "autoencoder": _autoencoder_run(settings),
+            "diffusion": _diffusion_run(settings, architecture),
+        }
+    elif targets := find_family(architecture.pipeline).lora_targets:
+        steps = DiffusionRun(steps=20_000, batch_size=6, gradient_accumulation=16, lora_targets=targets)
+        runs = {"diffusion": steps}
+    details: int | tuple[int, ...] | None = detail_channels
+    if details is None and settings is not None and settings.autoencoder.model.scale == scale:
+        details = _detail_channels(settings)
+    return plan(
+        architecture,
+        resolution=resolution,
+        scale=scale,
+        detail_channels=details,
+        gpu=gpu,
+        batch=batch,
+        **runs,  # type: ignore[arg-type]
+    )
+
+
+def _upgrade_recipe(name: str) -> UpgradeRecipe:
+    settings = load_recipe(name)
+    if not isinstance(settings, UpgradeRecipe):
+        raise DavaeError(f"recipe '{name}' does not upgrade a base: there is nothing to plan")
+    return settings
+
+
+def _bundled_for(base: str, resolution: int, scale: int) -> UpgradeRecipe | None:
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        if not isinstance(recipe, UpgradeRecipe):
+            continue
+        fits = (recipe.data.resolution, recipe.autoencoder.model.scale) == (resolution, scale)
+        if recipe.base == base and fits:
+            return recipe
+    return None
+
+
+def _detail_channels(recipe: UpgradeRecipe) -> int | tuple[int, ...]:
+    channels = recipe.autoencoder.model.detail_channels
+    return tuple(channels) if isinstance(channels, list) else channels
+
+
+def _autoencoder_run(recipe: UpgradeRecipe) -> AutoencoderRun:
+    settings = recipe.autoencoder
+    return AutoencoderRun(
+        **_loop(settings.loop, settings.optimizer),  # type: ignore[arg-type]
+        gan=settings.reconstruction.gan.weight > 0,
+        lpips=settings.reconstruction.lpips_weight > 0,
+    )
+
+
+def _diffusion_run(recipe: UpgradeRecipe, architecture: Architecture) -> DiffusionRun:
+    settings = recipe.diffusion
+    tune = settings.tune
+    targets = tune.lora.targets or find_family(architecture.pipeline).lora_targets
+    if tune.mode == "lora" and not targets:
+        raise DavaeError(
+            f"davae has no usual LoRA targets for {architecture.pipeline}: set tune.lora.targets"
+        )
+    return DiffusionRun(
+        **_loop(settings.loop, settings.optimizer),  # type: ignore[arg-type]
+        mode=tune.mode,
+        lora_rank=tune.lora.rank,
+        lora_targets=tuple(targets),
+        frozen_dtype=tune.frozen_dtype,
+        cached=bool(recipe.data.cache or recipe.data.cache_latents),
+        prompt_length=settings.prompts.max_length,
+    )
+
+
+def _loop(loop: LoopSettings, optimizer: OptimizerSettings) -> dict[str, object]:
+    return {
+        "steps": loop.steps,
+        "batch_size": loop.batch_size,
+        "gradient_accumulation": loop.gradient_accumulation,
+        "precision": loop.precision,
+        "gradient_checkpointing": loop.gradient_checkpointing,
+        "ema": loop.ema_decay is not None,
+        "optimizer_bytes": 2.0 if optimizer.kind == "adamw8bit" else 8.0,
+    }
+
+
+def _shapes(recipe: UpgradeRecipe, architecture: Architecture, made: Plan) -> list[str]:
+    side = made.resolution // made.compression["upgraded"]
+    channels = made.base_channels + made.detail_channels
+    return [
+        f"image [3, {made.resolution}, {made.resolution}] -> latent [{channels}, {side}, {side}]: "
+        f"{made.base_channels} base and {made.detail_channels} detail channels, compression "
+        f"{made.compression['upgraded']} -> {made.tokens['upgraded']} tokens",
+        f"autoencoder: {made.parameters['autoencoder'] / 1e6:.1f}M parameters over the base's "
+        f"{made.parameters['base autoencoder'] / 1e6:.1f}M; transformer: "
+        f"{made.parameters['transformer'] / 1e6:.1f}M, widened {made.parameters['widened transformer'] / 1e6:.1f}M",
+    ]
+
+
+def _layers(recipe: UpgradeRecipe, architecture: Architecture, made: Plan) -> list[str]:
+    widened = architecture.build_transformer(made.detail_channels)
+    named = dict(widened.named_parameters())
+    lines = ["widened layers"]
+    for place in description_of(widened).fitted(widened, made.base_channels + made.detail_channels).places:
+        if place.parameter in named:
+            lines.append(f"  {place.parameter} {list(named[place.parameter].shape)}")
+    if recipe.diffusion.tune.mode == "lora":
+        run = _diffusion_run(recipe, architecture)
+        lines.append(f"LoRA of rank {run.lora_rank}, layers by target")
+        lines += [f"  {t}: {n}" for t, n in target_counts(widened, run.lora_targets).items()]
+    return lines
+
+
+def _data(recipe: UpgradeRecipe, stage: Stage) -> list[str]:
+    data = recipe.data
+    lines = []
+    if data.path.split(":")[0] == "procedural":
+        lines.append(f"data: {data.path}, painted by the program")
+    elif Path(data.path).exists():
+        lines.append(f"data: {data.path} is there")
+    else:
+        lines.append(
+            f"data: {data.path} is not here; expected is a folder of images (captions in .txt files beside them or "
+            "in metadata.jsonl), WebDataset shards, or a data set's name: set data.path=..."
+        )
+    if stage == "diffusion" and data.cache:
+        there = Path(data.cache).is_dir()
+        lines.append(f"cache: {data.cache} {'is there' if there else 'is not here; `davae cache` writes it'}")
+    return lines

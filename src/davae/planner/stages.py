@@ -1,0 +1,285 @@
+"""What one step of each training stage costs, run on the real architecture while only shapes flow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from davae.choices import FrozenDtype, Precision, TuneMode
+from davae.errors import DavaeError
+from davae.latents import grouped_mean
+from davae.models import AutoencoderDA, PatchDiscriminator
+from davae.planner.architectures import Architecture, block_runs, cost_by_depth
+from davae.planner.memory import Cost, bytes_of, checkpointing, cost_of, drop_gradients
+from davae.warm_start import channel_parameters, dummy_arguments
+
+_VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # 0 halves
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a stage is trained, as far as its cost depends on it.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: images a process and a micro-step.
+        gradient_accumulation: micro-steps a step.
+        precision: autocast, as in ``loop.precision``.
+        gradient_checkpointing: activations of blocks are computed again in the backward.
+        ema: a float32 average of the trained weights is kept.
+        optimizer_bytes: of the optimizer's state, for each trained parameter; AdamW keeps two float32 numbers.
+    """
+
+    steps: int
+    batch_size: int
+    gradient_accumulation: int = 1
+    precision: Precision = "bf16"
+    gradient_checkpointing: bool = True
+    ema: bool = True
+    optimizer_bytes: float = 8.0
+
+    @property
+    def autocast(self) -> bool:
+        """Whether operators run in 16 bit."""
+        return self.precision != "no"
+
+    @property
+    def images(self) -> int:
+        """Images seen in the whole training."""
+        return self.steps * self.batch_size * self.gradient_accumulation
+
+
+@dataclass(frozen=True)
+class AutoencoderRun(Run):
+    """The autoencoder stage. Attributes: whether the adversarial and the LPIPS (VGG-16) terms are on."""
+
+    gan: bool = False
+    lpips: bool = False
+
+
+@dataclass(frozen=True)
+class DiffusionRun(Run):
+    """The diffusion stage.
+
+    Attributes:
+        mode: which weights learn.
+        lora_rank: of the adapters.
+        lora_targets: module name suffixes of the adapters.
+        frozen_dtype: of the weights that do not learn.
+        cached: latents and text embeddings come from a cache, so that nothing is encoded.
+        prompt_length: tokens a prompt is padded to, where it is not the pipeline's default.
+    """
+
+    mode: TuneMode = "lora"
+    lora_rank: int = 256
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    frozen_dtype: FrozenDtype = "bfloat16"
+    cached: bool = True
+    prompt_length: int | None = None
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Attributes: operations for one image; trained parameters; bytes by part."""
+
+    flops_per_image: float
+    trained_parameters: int
+    memory: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def memory_bytes(self) -> int:
+        """All parts together."""
+        return sum(self.memory.values())
+
+
+def autoencoder_stage(
+    architecture: Architecture, vae: AutoencoderDA, resolution: int, run: AutoencoderRun
+) -> StageCost:
+    """Detail encoder and joint decoder on the frozen base, weights in float32.
+
+    Args:
+        architecture: the base.
+        vae: from :meth:`Architecture.build_autoencoder`; of several levels the last one learns. Used up.
+        resolution: side of the training image.
+        run: how it is trained.
+    """
+    vae.train()
+    if run.gradient_checkpointing:
+        vae.enable_gradient_checkpointing(checkpointing(run.autocast))
+    parts: dict[str, nn.Module] = {"autoencoder": vae}
+    with torch.device("meta"):
+        if run.lpips:
+            parts["VGG-16"] = _Slices().requires_grad_(False)
+        if run.gan:
+            parts["discriminator"] = PatchDiscriminator()
+        images = torch.empty(run.batch_size, 3, resolution, resolution)
+
+    def step() -> None:
+        below = vae.encode_prefix(images)
+        posterior = vae.encode_own_details(images)
+        z_d = posterior.sample()
+        made = vae.decode_structured(below, z_d)
+        base = below[:, : vae.layout.base_channels]
+        aligned = (grouped_mean(z_d, base.shape[1]) - vae.alignment_target(base)).square().mean()
+        loss = (made - images).float().abs().mean() + posterior.kl().mean() + aligned
+        if run.lpips:
+            seen, true = parts["VGG-16"](made), parts["VGG-16"](images)
+            loss = loss + sum((a - b).square().mean() for a, b in zip(seen, true, strict=True))
+        if run.gan:
+            loss = loss - parts["discriminator"](made).mean()
+        loss.backward()
+        if run.gan:
+            both = parts["discriminator"](torch.cat([images, made.detach()]))
+            both.mean().backward()
+
+    learning = [p for part in parts.values() for p in part.parameters() if p.requires_grad]
+    cost = _run_step(step, parts.values(), run)
+    memory = {name: bytes_of([*part.parameters(), *part.buffers()]) for name, part in parts.items()}
+    return _stage_cost(cost, learning, memory, run)
+
+
+def diffusion_stage(
+    architecture: Architecture,
+    vae: AutoencoderDA,
+    resolution: int,
+    run: DiffusionRun,
+    *,
+    text_tokens: int,
+    encoding_flops: float,
+) -> StageCost:
+    """The widened transformer on structured latents.
+
+    Args:
+        architecture: the base.
+        vae: the upgraded autoencoder, for its channels and its size.
+        resolution: side of the training image.
+        run: how it is trained.
+        text_tokens: of a prompt.
+        encoding_flops: operations to encode an image and its prompt; spent where nothing is cached.
+    """
+    layout = vae.layout
+    side = resolution // vae.spatial_compression
+
+    def measure(shorten: Callable[[nn.Module], nn.Module]) -> Cost:
+        model = shorten(architecture.build_transformer(layout.detail_channels))
+        assert isinstance(model, ModelMixin)
+        select_trained(model, run)
+        model.eval()  # dropping labels reads values; gradients flow all the same
+        if run.gradient_checkpointing:
+            model.enable_gradient_checkpointing(checkpointing(run.autocast))
+        latent = torch.empty(run.batch_size, layout.channels, side, side, device="meta")
+        arguments = dummy_arguments(model, latent, torch.Generator(), **_text(text_tokens))
+        return _run_step(lambda: _square(model(**arguments).sample).backward(), [model], run)
+
+    transformer = architecture.build_transformer(layout.detail_channels)
+    cost = cost_by_depth(measure, block_runs(transformer))
+    learning = select_trained(transformer, run)
+    memory = {
+        "transformer": bytes_of([*transformer.parameters(), *transformer.buffers()]),
+        "autoencoder": bytes_of([*vae.parameters(), *vae.buffers()]),
+    }
+    if not run.cached:
+        memory["text encoders"] = 4 * sum(e.parameters for e in architecture.text_encoder_sizes())
+    stage = _stage_cost(cost, learning, memory, run)
+    extra = 0.0 if run.cached else encoding_flops
+    return StageCost(stage.flops_per_image + extra, stage.trained_parameters, stage.memory)
+
+
+def select_trained(transformer: ModelMixin, run: DiffusionRun) -> list[nn.Parameter]:
+    """Freeze, add adapters and set dtypes as the diffusion stage does, on the meta device; what learns.
+
+    Raises:
+        DavaeError: adapters have no place in this transformer.
+    """
+    widened = channel_parameters(transformer)
+    transformer.requires_grad_(run.mode == "full")
+    nn.Module.to(transformer, getattr(torch, run.frozen_dtype) if run.mode != "full" else torch.float32)
+    if run.mode == "lora":
+        for target, count in target_counts(transformer, run.lora_targets).items():
+            if not count:
+                raise DavaeError(
+                    f"LoRA target '{target}' matches no layer of {type(transformer).__name__}: "
+                    "name suffixes of its linear layers in tune.lora.targets"
+                )
+        lora = LoraConfig(r=run.lora_rank, lora_alpha=run.lora_rank, target_modules=list(run.lora_targets))
+        inject_adapter_in_model(lora, transformer)  # also where the class lacks add_adapter
+    named = dict(transformer.named_parameters())
+    for name in widened:
+        found = name if name in named else name.replace(".weight", ".base_layer.weight")
+        named[found].requires_grad_(True)
+    learning = [p for p in transformer.parameters() if p.requires_grad]
+    for parameter in learning:
+        parameter.data = parameter.data.float()
+    return learning
+
+
+def target_counts(transformer: nn.Module, targets: Iterable[str]) -> dict[str, int]:
+    """How many layers each LoRA target matches, by peft's rule: the name, or its end after a dot."""
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    return {t: sum(name == t or name.endswith(f".{t}") for name in names) for t in targets}
+
+
+def forward_cost(transformer: ModelMixin, latent: Tensor, *, text_tokens: int, watch: bool = False) -> Cost:
+    """One forward pass on the meta device; ``latent`` is ``[B, C, h, w]`` in the autoencoder's channels."""
+    arguments = dummy_arguments(transformer, latent, torch.Generator(), **_text(text_tokens))
+
+    def forward() -> None:
+        with torch.no_grad():
+            transformer(**arguments)
+
+    return cost_of(forward, given=[*transformer.parameters(), *transformer.buffers()], watch=watch)
+
+
+def _text(text_tokens: int) -> dict[str, int]:
+    return {"text_tokens": text_tokens} if text_tokens else {}
+
+
+def _square(prediction: Tensor | list[Tensor]) -> Tensor:
+    tensor = prediction if isinstance(prediction, Tensor) else torch.stack(prediction)
+    return tensor.float().square().mean()
+
+
+def _run_step(step: Callable[[], None], modules: Iterable[nn.Module], run: Run) -> Cost:
+    given: list[Tensor] = []
+    for module in modules:
+        drop_gradients(module.parameters())
+        given += [*module.parameters(), *module.buffers()]
+    return cost_of(step, given=given, autocast=run.autocast)
+
+
+def _stage_cost(cost: Cost, learning: list[nn.Parameter], weights: dict[str, int], run: Run) -> StageCost:
+    count = sum(p.numel() for p in learning)
+    memory = {
+        **weights,
+        "gradients": bytes_of(learning),
+        "optimizer": round(run.optimizer_bytes * count),
+        "activations": cost.peak_bytes,
+    }
+    if run.ema:
+        memory["average"] = 4 * count
+    return StageCost(cost.flops / run.batch_size, count, memory)
+
+
+class _Slices(nn.Module):
+    """VGG-16 up to its last convolution, giving the features that LPIPS compares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        channels = 3
+        for width in _VGG16:
+            self.layers.append(nn.Conv2d(channels, width, 3, padding=1) if width else nn.MaxPool2d(2))
+            channels = width or channels
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for layer in self.layers:
+            if isinstance(layer, nn.MaxPool2d):
+                features.append(x)
+            x = torch.relu(layer(x)) if isinstance(layer, nn.Conv2d) else layer(x)
+        return [*features, x]

@@ -1,0 +1,97 @@
+"""A plan in words and tables."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from davae.planner.plan import VARIANTS, Plan
+
+STAGES = ("autoencoder", "diffusion")
+
+
+def stage_line(plan: Plan, stage: str) -> str:
+    """One line on a training stage: what learns, memory and hours. Recipes carry it as a comment."""
+    run = plan.runs[stage]
+    return (
+        f"{stage}: {plan.trained_parameters[stage] / 1e6:.0f}M of the weights learn, "
+        f"{_gigabytes(plan.memory_bytes[stage])} at batch {run['batch_size']}, "
+        f"{plan.training_hours[stage]:.3g} hours of one {plan.gpu} for {run['steps']:,} steps"
+    )
+
+
+def inference_line(plan: Plan) -> str:
+    """One line on sampling: tokens, memory, speed-up."""
+    return (
+        f"sampling: {plan.tokens['upgraded']} tokens for {plan.resolution} pixels instead of "
+        f"{plan.tokens['native']}, {_gigabytes(plan.memory_bytes['inference'])}, at most "
+        f"{plan.speedup:.1f} times as fast as native"
+    )
+
+
+def notes(plan: Plan) -> list[str]:
+    """What the figures rest on, and what does not fit."""
+    lines = [f"architecture: {plan.source}"]
+    if plan.license:
+        lines.append(f"license of the base: {plan.license}; what you train from it inherits these terms")
+    shares = " and ".join(f"{plan.utilisation[s]:.0%} ({s})" for s in STAGES)
+    lines.append(f"hours assume {shares} of the {plan.gpu}'s peak; nothing was timed")
+    for stage in ("inference", *STAGES):
+        if plan.memory_bytes[stage] > plan.gpu_memory_bytes:
+            lines.append(
+                f"{stage} does not fit one {plan.gpu} of {_gigabytes(plan.gpu_memory_bytes)}: "
+                f"{_gigabytes(plan.memory_bytes[stage])}"
+                + (
+                    ""
+                    if stage == "inference"
+                    else "; a smaller batch_size with more gradient_accumulation helps"
+                )
+            )
+    return lines
+
+
+def tables(plan: Plan) -> list[Table]:
+    """The plan as tables: what an image costs, memory, training."""
+    image = Table("", *VARIANTS, title=f"{plan.base}: {plan.resolution} pixels, scale {plan.scale}")
+    shown = {"base": plan.resolution // plan.scale, "native": plan.resolution, "upgraded": plan.resolution}
+    image.add_row("pixels a side", *[str(shown[v]) for v in VARIANTS])
+    channels = {v: plan.base_channels + plan.detail_channels * (v == "upgraded") for v in VARIANTS}
+    image.add_row("latent", *[f"f{plan.compression[v]} c{channels[v]}" for v in VARIANTS])
+    image.add_row("image tokens", *[str(plan.tokens[v]) for v in VARIANTS])
+    image.add_row(
+        f"TFLOP a step ({plan.passes} pass{'es' if plan.passes > 1 else ''}, {plan.text_tokens} text tokens)",
+        *[_tera(plan.flops_per_step[v]) for v in VARIANTS],
+    )
+    image.add_row(f"TFLOP an image ({plan.steps} steps)", *[_tera(plan.flops_per_image[v]) for v in VARIANTS])
+    image.add_row("+ decoding, TFLOP", *[_tera(plan.decode_flops[v]) for v in VARIANTS])
+    image.add_row("+ text encoding, TFLOP", *[_tera(plan.passes * plan.text_flops)] * 3)
+    image.add_section()
+    image.add_row("speed-up over native, transformer", "", "1", f"{plan.speedup:.2f}")
+    image.add_row("with decoding and text", "", "1", f"{plan.speedup_with_decoding:.2f}")
+
+    columns = ("inference_native", "inference", *STAGES)
+    titles = (f"native, batch {plan.batch}", f"upgraded, batch {plan.batch}")
+    heads = [*titles, *(f"train {s}, batch {plan.runs[s]['batch_size']}" for s in STAGES)]
+    memory = Table("GB", *heads, title="memory")
+    parts = dict.fromkeys(part for column in columns for part in plan.memory_parts[column])
+    for part in parts:
+        cells = [plan.memory_parts[c].get(part) for c in columns]
+        memory.add_row(part, *["" if b is None else f"{b / 1e9:.2f}" for b in cells])
+    memory.add_section()
+    memory.add_row("together", *[f"{plan.memory_bytes[c] / 1e9:.1f}" for c in columns])
+
+    training = Table("", *STAGES, title=f"training on one {plan.gpu}")
+    runs = [plan.runs[s] for s in STAGES]
+    training.add_row("weights that learn", *[f"{plan.trained_parameters[s] / 1e6:.1f}M" for s in STAGES])
+    training.add_row("steps", *[f"{r['steps']:,}" for r in runs])
+    training.add_row("images a step", *[str(r["batch_size"] * r["gradient_accumulation"]) for r in runs])
+    training.add_row("EFLOP in all", *[f"{plan.training_flops[s] / 1e18:.3g}" for s in STAGES])
+    training.add_row("hours", *[f"{plan.training_hours[s]:.3g}" for s in STAGES])
+    return [image, memory, training]
+
+
+def _tera(flops: float) -> str:
+    return f"{flops / 1e12:.4g}"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

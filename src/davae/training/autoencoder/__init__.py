@@ -1,0 +1,1 @@
+"""Stage 1: detail encoders and joint decoders."""

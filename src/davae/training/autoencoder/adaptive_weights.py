@@ -1,0 +1,125 @@
+"""Adaptive weights without a second way back through the decoder.
+
+An adaptive weight compares gradients of two losses at one layer, so it must be known before the sum of the losses
+can go backward. Done plainly, each gradient is a backward pass of its own and the sum is one more. Here the graph is
+cut where the gradients meet: the losses go back to the decoded image, their weighted sum goes back through the decoder
+once, and what arrives at the latent and at the decoder's weights is kept and handed on when the total goes backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+from davae.latents import gradient_ratio, gradient_scale
+from davae.models import AutoencoderDA
+from davae.training.autoencoder.losses import MAX_ADAPTIVE_GAN, GanLoss
+
+Measure = Callable[[Tensor, Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A decoded and measured latent.
+
+    Attributes:
+        losses: the terms, the weighted adversarial one as ``gan``.
+        total: reconstruction and adversarial term; its backward hands on gradients that are known already.
+        at_details: gradient of the reconstruction at ``z_d``, ``[B, D, h, w]``; none where nobody asked.
+        scale: factor on ``at_details``.
+    """
+
+    losses: dict[str, Tensor]
+    total: Tensor
+    at_details: Tensor | None
+    scale: float
+
+    def alignment_ratio(self, z_d: Tensor, alignment: Tensor, weight: Tensor, *, maximum: float) -> Tensor:
+        """The adaptive weight of the alignment: both gradients at the layer that makes ``z_d``."""
+        (reference,) = grad(z_d, weight, self.at_details, retain_graph=True)
+        (gradient,) = grad(self.scale * alignment, weight, retain_graph=True)
+        return gradient_ratio(reference, gradient, maximum=maximum, scale=self.scale)
+
+
+def single_pass(
+    vae: AutoencoderDA,
+    latent: Tensor,
+    z_d: Tensor,
+    images: Tensor,
+    measure: Measure,
+    gan_loss: GanLoss | None,
+    step: int,
+    *,
+    at_details: bool,
+) -> Decoded:
+    """Decode, measure, and go back through the decoder.
+
+    Args:
+        vae: whose ``decode_structured``.
+        latent, z_d: ``[B, C, h, w]`` and ``[B, D, h, w]``, with their graphs.
+        images: ``[B, 3, H, W]``, what is to come out.
+        measure: from images and reconstruction to losses, among them ``reconstruction``.
+        adversary: of this level, or none.
+        step: the loop's.
+        at_details: keep the reconstruction's own gradient at ``z_d``. With an active adversary that is one more pass
+            through the decoder, for its inputs only.
+    """
+    below, details = _leaf(latent), _leaf(z_d)
+    made = vae.decode_structured(below, details)
+    image = _leaf(made)
+    losses = measure(images, image)
+    scale = gradient_scale(image.device)
+    value = losses["reconstruction"].detach()
+    (at_image,) = grad(scale * losses["reconstruction"], image)
+    at_z_d = None
+    if gan_loss is not None:
+        hinge = gan_loss.hinge(images, image, step)
+        losses["gan"] = value.new_zeros(())
+        if hinge is not None:
+            if at_details:
+                (at_z_d,) = grad(made, details, at_image, retain_graph=True)
+            (adverse,) = grad(scale * hinge, image)
+            weight: Tensor | float = gan_loss.settings.weight
+            if gan_loss.settings.adaptive:
+                last = vae.last_decoder_weight
+                norms = [grad(made, last, g, retain_graph=True)[0] for g in (at_image, adverse)]
+                weight = weight * gradient_ratio(*norms, maximum=MAX_ADAPTIVE_GAN, scale=scale)
+            losses["gan"] = (weight * hinge).detach()
+            at_image = at_image + weight * adverse
+        value = value + losses["gan"]
+    leaves = [(details, z_d), (below, latent)] if below.requires_grad else [(details, z_d)]
+    learning = [p for part in (vae.up, vae.joint_decoder) for p in part.parameters() if p.requires_grad]
+    gradients = grad(made, [*(leaf for leaf, _ in leaves), *learning], at_image)
+    total = with_gradients(value, [*(tensor for _, tensor in leaves), *learning], gradients, scale=scale)
+    if at_details and at_z_d is None:
+        at_z_d = gradients[0]
+    return Decoded({k: v.detach() for k, v in losses.items()}, total, at_z_d, scale)
+
+
+def with_gradients(
+    value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor], *, scale: float = 1.0
+) -> Tensor:
+    """A scalar ``value`` whose backward gives ``tensors`` their ``gradients / scale``, computed beforehand."""
+    total: Tensor = _WithGradients.apply(value, scale, list(gradients), *tensors)
+    return total
+
+
+class _WithGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, scale: float, gradients: list[Tensor], *tensors: Tensor) -> Tensor:
+        ctx.scale, ctx.gradients = scale, gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        return None, None, None, *torch._foreach_mul(ctx.gradients, outer[0] / ctx.scale)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """The same numbers at the start of a graph of their own."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)

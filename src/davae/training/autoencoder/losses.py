@@ -1,0 +1,142 @@
+"""The reconstruction terms of the autoencoder stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from davae.errors import DavaeError
+from davae.latents import adaptive_weight
+from davae.models import PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
+from davae.models.perceptual import DinoDistance, LpipsLoss
+from davae.recipes.loop import OptimizerSettings
+from davae.recipes.settings import GanSettings, ReconstructionSettings
+from davae.training.stage import TrainedModule
+
+
+def laplacian_l1(error: Tensor, levels: int = 3) -> Tensor:
+    """L1 of an error image on a Laplacian pyramid, mean over pixels and levels.
+
+    Each level holds what is lost by halving the resolution once more, so that errors in thin lines count as
+    much as errors in large areas (the Lap-1 distance of Ling and Okada, 2006, with equal level weights).
+
+    Args:
+        error: ``[B, 3, H, W]``, difference of two images.
+        levels: band-pass levels before the remainder.
+    """
+    total = error.new_zeros(())
+    for _ in range(levels):
+        reduced = F.avg_pool2d(error, 2)  # [B, 3, H/2, W/2]
+        restored = F.interpolate(reduced, scale_factor=2, mode="bilinear", align_corners=False)
+        total = total + (error - restored).abs().mean()
+        error = reduced
+    return (total + error.abs().mean()) / (levels + 1)
+
+
+class ReconstructionLoss(nn.Module):
+    """Weighted sum of L1, squared error, Laplacian-pyramid L1, LPIPS and DINO distance of images in [-1, 1]."""
+
+    def __init__(self, settings: ReconstructionSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.lpips = LpipsLoss(settings.lpips_backbone) if settings.lpips_weight else None
+        self.dino = _dino(settings.dino_backbone) if settings.dino_weight else None
+
+    def forward(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        """Named terms of ``[B, 3, H, W]`` images and ``reconstruction``, their weighted sum."""
+        error = (reconstruction - images).float()
+        terms = {"l1": error.abs().mean()}
+        total = self.settings.l1_weight * terms["l1"]
+        if self.settings.mse_weight:
+            terms["mse"] = error.square().mean()
+            total = total + self.settings.mse_weight * terms["mse"]
+        if self.settings.laplacian_weight:
+            terms["laplacian"] = laplacian_l1(error)
+            total = total + self.settings.laplacian_weight * terms["laplacian"]
+        if self.lpips is not None:
+            terms["lpips"] = self.lpips(images, reconstruction).mean()
+            total = total + self.settings.lpips_weight * terms["lpips"]
+        if self.dino is not None:
+            terms["dino"] = self.dino(images, reconstruction).mean()
+            total = total + self.settings.dino_weight * terms["dino"]
+        return {**terms, "reconstruction": total}
+
+
+def _dino(backbone: str | None) -> DinoDistance:
+    try:
+        return DinoDistance(backbone)
+    except DavaeError as error:
+        raise DavaeError(f"reconstruction.dino_backbone: {error}") from error
+
+
+MAX_ADAPTIVE_GAN = 1e4  # official code
+
+
+class GanLoss(nn.Module):
+    """The GAN's part in a generator's loss, and the discriminator's own loss on what the generator made last."""
+
+    def __init__(self, settings: GanSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.discriminator = PatchDiscriminator(filters=settings.filters, layers=settings.layers)
+        self._pair: tuple[Tensor, Tensor] | None = None
+
+    def generator_term(
+        self,
+        images: Tensor,
+        made: Tensor,
+        reconstruction: Tensor,
+        last: Tensor,
+        step: int,
+    ) -> Tensor:
+        """``weight * ratio * hinge`` for the generator; zero before ``start_step``.
+
+        Args:
+            images, made: ``[B, 3, H, W]``.
+            reconstruction: scalar reconstruction loss, the reference of the adaptive ratio.
+            last: weight of the decoder's last layer.
+            step: the loop's step.
+        """
+        loss = self.hinge(images, made, step)
+        if loss is None:
+            return reconstruction.new_zeros(())
+        weight: Tensor | float = self.settings.weight
+        if self.settings.adaptive and torch.is_grad_enabled():
+            ratio = adaptive_weight(reconstruction, loss, last, maximum=MAX_ADAPTIVE_GAN)
+            weight = weight * ratio
+        return weight * loss
+
+    def hinge(self, images: Tensor, made: Tensor, step: int) -> Tensor | None:
+        """The generator's hinge loss without its weight; none before ``start_step``.
+
+        What was made is kept for the discriminator's turn.
+        """
+        self._pair = (images.detach(), made.detach())
+        if step < self.settings.start_step:
+            return None
+        self.discriminator.requires_grad_(False)
+        loss = hinge_generator_loss(self.discriminator(made))
+        self.discriminator.requires_grad_(True)
+        return loss
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """The discriminator's hinge loss; zero before ``start_step``."""
+        if self._pair is None:
+            raise RuntimeError("the generator has not run yet")
+        images, made = self._pair
+        loss = hinge_discriminator_loss(self.discriminator(images), self.discriminator(made))
+        return {"total": loss * (step >= self.settings.start_step)}
+
+
+def make_gan_loss(
+    settings: GanSettings, name: str = "discriminator"
+) -> tuple[GanLoss | None, list[TrainedModule]]:
+    """The adversary and its player, called ``name``; none of either while the weight is 0."""
+    if not settings.weight:
+        return None, []
+    gan_loss = GanLoss(settings)
+    optimizer = OptimizerSettings(learning_rate=settings.learning_rate, betas=settings.betas)
+    return gan_loss, [TrainedModule(name, gan_loss, optimizer)]

@@ -1,0 +1,148 @@
+"""The loss of the autoencoder stage, level by level."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from davae.latents import AlignmentLoss, LatentLayout, gaussian_kl
+from davae.models import AutoencoderDA
+from davae.recipes.settings import AlignmentSettings, ReconstructionSettings
+from davae.training.autoencoder.adaptive_weights import Decoded, single_pass
+from davae.training.autoencoder.losses import GanLoss, ReconstructionLoss
+
+MAX_ADAPTIVE_ALIGNMENT = 1e8  # official code
+
+
+class StructuredObjective(nn.Module):
+    """The loss of one step: reconstruction, KL, GAN and detail alignment, summed over the levels that learn.
+
+    Args:
+        autoencoder: what is trained. Levels learn together where it says so (``train_levels``), else the last alone.
+        alignment, reconstruction: the recipe's sections, the same for every level.
+        adversaries: one for each level that learns, lowest first; none without a GAN.
+    """
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderDA,
+        alignment: AlignmentSettings,
+        reconstruction: ReconstructionSettings,
+        gan_losses: list[GanLoss | None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.alignment_settings, self.settings = alignment, reconstruction
+        self.learning = levels_that_learn(autoencoder)
+        self.alignments = nn.ModuleList(
+            AlignmentLoss(alignment_layout(level, alignment), alignment.form) for level in self._levels()
+        )
+        self.reconstruction = ReconstructionLoss(reconstruction)
+        self._gan_losses = gan_losses or [None] * len(self.learning)  # their weights belong to other players
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """Named losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is what is minimised.
+
+        With levels the names begin with the level, as in ``level2_l1``. A batch may hold :meth:`frozen_latent` of its
+        images as ``base_latent``.
+        """
+        levels = self._levels()
+        images = self._images(batch["image"])
+        cached = batch.get("base_latent")
+        latent = self._encode(images[0]) if cached is None else cached
+        # [B, C, h, w]; grows by every level's details
+        total = images[0].new_zeros(())
+        named: dict[str, Tensor] = {}
+        for i, (number, level) in enumerate(zip(self.learning, levels)):
+            losses, z_d = self._level(i, level, images[i], latent, step)
+            latent = torch.cat([latent, z_d], dim=1) if i + 1 < len(levels) else latent
+            total = total + losses.pop("total")
+            prefix = f"level{number}_" if len(self.autoencoder.levels) > 2 else ""
+            named |= {prefix + name: value for name, value in losses.items()}
+        return {"total": total, **named}
+
+    @torch.no_grad()
+    def frozen_latent(self, images: Tensor) -> Tensor:
+        """What the levels that learn stand on, ``[B, C, h, w]``, of full-resolution images: it never changes."""
+        return self._encode(self._images(images)[0])
+
+    def _images(self, images: Tensor) -> list[Tensor]:
+        """Those of each level that learns, lowest first."""
+        found = [images]
+        for level in reversed(self._levels()[1:]):
+            found.insert(0, level.reduce(found[0]))
+        return found
+
+    def _encode(self, images: Tensor) -> Tensor:
+        # What is aimed at is exact, as in stage 2; some bases (SDXL's) overflow in float16.
+        with torch.autocast(images.device.type, enabled=False):
+            return self._levels()[0].encode_prefix(images)
+
+    def _level(
+        self, i: int, vae: AutoencoderDA, images: Tensor, latent: Tensor, step: int
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses of one level, and the details that it adds to the ``latent`` below it."""
+        posterior = vae.encode_own_details(images)
+        z_d = posterior.sample()  # [B, D, h, w]
+        target = latent[:, : alignment_layout(vae, self.alignment_settings).base_channels].detach()
+        kl = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
+        alignment = self.alignments[i](z_d, vae.alignment_target(target))
+
+        weight: Tensor | float = self.alignment_settings.weight
+        gan_loss = self._gan_losses[i]
+        aligns = bool(weight) and self.alignment_settings.adaptive and torch.is_grad_enabled()
+        adapts = gan_loss is not None and gan_loss.settings.adaptive and torch.is_grad_enabled()
+        ratio: Tensor | None = None
+        if aligns or adapts:
+            decoded = self._decode(vae, latent, z_d, images, gan_loss, step, at_details=aligns)
+            losses, total = decoded.losses, decoded.total
+            if aligns:
+                ratio = decoded.alignment_ratio(
+                    z_d, alignment, vae.alignment_weight, maximum=MAX_ADAPTIVE_ALIGNMENT
+                )
+        else:
+            made = vae.decode_structured(latent, z_d)  # [B, 3, H, W]
+            losses = self.reconstruction(images, made)
+            total = losses["reconstruction"]
+            if gan_loss is not None:
+                losses["gan"] = gan_loss.generator_term(images, made, total, vae.last_decoder_weight, step)
+                total = total + losses["gan"]
+        losses |= {"kl": kl, "alignment": alignment}
+        if ratio is not None:
+            losses["alignment_weight"] = weight = weight * ratio
+        total = total + self.settings.kl_weight * kl + weight * alignment
+        return {"total": total, **losses}, z_d
+
+    def _decode(
+        self,
+        vae: AutoencoderDA,
+        latent: Tensor,
+        z_d: Tensor,
+        images: Tensor,
+        gan_loss: GanLoss | None,
+        step: int,
+        *,
+        at_details: bool,
+    ) -> Decoded:
+        """Decode and measure where a weight is adaptive."""
+        return single_pass(
+            vae, latent, z_d, images, self.reconstruction, gan_loss, step, at_details=at_details
+        )
+
+    def _levels(self) -> list[AutoencoderDA]:
+        return [self.autoencoder.at_level(number) for number in self.learning]
+
+
+def levels_that_learn(vae: AutoencoderDA) -> list[int]:
+    """Their numbers, lowest first."""
+    last = vae.levels[-1].number
+    return list(range(1, last + 1)) if vae.trains_below else [last]
+
+
+def alignment_layout(vae: AutoencoderDA, settings: AlignmentSettings) -> LatentLayout:
+    """What a level's own details are aligned with: the base latent, or all channels below the level."""
+    if settings.target == "prefix":
+        return vae.own_layout
+    return LatentLayout(vae.layout.base_channels, vae.own_layout.detail_channels)

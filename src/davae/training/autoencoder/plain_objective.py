@@ -1,0 +1,104 @@
+"""The loss of a plain autoencoder: of a new base, and of every phase of a deep-compression one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from davae.latents import gaussian_kl
+from davae.models.dc_ae import DeepAutoencoder, last_decoder_weight
+from davae.recipes.loop import OptimizerSettings
+from davae.recipes.settings import ReconstructionSettings
+from davae.training.autoencoder.losses import GanLoss, ReconstructionLoss, make_gan_loss
+from davae.training.stage import TrainedModule
+
+
+def plain_modules(
+    autoencoder: DeepAutoencoder,
+    layers: Sequence[nn.Module],
+    settings: ReconstructionSettings,
+    optimizer: OptimizerSettings,
+) -> tuple[PlainObjective, list[TrainedModule]]:
+    """The objective, and the players that train it: the autoencoder's ``layers``, and the GAN's where there is one."""
+    gan_loss, modules = make_gan_loss(settings.gan)
+    objective = PlainObjective(autoencoder, layers, settings, gan_loss)
+    adaptive = settings.gan.weight > 0 and settings.gan.adaptive
+    return objective, [TrainedModule("model", objective, optimizer, can_be_sharded=not adaptive), *modules]
+
+
+class PlainObjective(nn.Module):
+    """Reconstruction, KL and GAN; its parameters are the whole autoencoder, of which ``layers`` learn.
+
+    Args:
+        autoencoder: an ``AutoencoderDC``, or an ``AutoencoderKL`` (sampled, with the KL term).
+        layers: the parts that learn. The rest takes no gradient and stays in eval mode also after ``train()``.
+        settings: weights of the terms.
+        adversary: the GAN's part; none without.
+    """
+
+    def __init__(
+        self,
+        autoencoder: DeepAutoencoder,
+        layers: Sequence[nn.Module],
+        settings: ReconstructionSettings,
+        gan_loss: GanLoss | None = None,
+    ) -> None:
+        super().__init__()
+        self.autoencoder, self.settings = autoencoder, settings
+        self._layers = list(layers)  # in a list: the autoencoder holds them already
+        self._gan_loss = [gan_loss]  # its weights belong to the other player
+        self.reconstruction = ReconstructionLoss(settings)
+        autoencoder.requires_grad_(False)
+        for layer in self._layers:
+            layer.requires_grad_(True)
+            for norm in layer.modules():
+                if isinstance(norm, nn.GroupNorm):
+                    norm.register_forward_pre_hook(_with_gradient)
+        self.train()
+
+    def train(self, mode: bool = True) -> PlainObjective:
+        """As in torch, for the layers that learn; the others keep their running averages."""
+        super().train(mode)
+        self.autoencoder.eval()
+        for layer in self._layers:
+            layer.train(mode)
+        return self
+
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
+        """Named losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is what is minimised."""
+        model, images = self.autoencoder, batch["image"]
+        kl = None
+        if isinstance(model, AutoencoderKL):
+            posterior = model.encode(images).latent_dist
+            z = posterior.sample()  # [B, C, H / f, W / f]
+            kl = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
+        else:
+            z = model.encode(images).latent
+        made = model.decode(z).sample  # [B, 3, H, W]
+
+        losses = self.reconstruction(images, made)
+        total = losses["reconstruction"]
+        if kl is not None:
+            losses["kl"] = kl
+            total = total + self.settings.kl_weight * kl
+        if self._gan_loss[0] is not None:
+            last = last_decoder_weight(model)
+            losses["gan"] = self._gan_loss[0].generator_term(
+                images, made, losses["reconstruction"], last, step
+            )
+            total = total + losses["gan"]
+        return {"total": total, **losses}
+
+
+def _with_gradient(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Let a group norm behind frozen layers compute its input's gradient, which nobody needs.
+
+    torch (2.13, CPU, channels-last) crashes in a group norm's backward pass when only its weights take a gradient.
+    """
+    if not torch.is_grad_enabled() or inputs[0].requires_grad:
+        return None
+    return (inputs[0].detach().requires_grad_(), *inputs[1:])

@@ -1,0 +1,182 @@
+"""The autoencoder stage of an upgrade: detail encoders and joint decoders of a structured autoencoder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from davae.data import Item, ItemDataset, as_item_dataset
+from davae.data.images.buckets import same_size_batches
+from davae.data.in_memory import WithBaseLatents
+from davae.latents import ChannelStatistics, grouped_mean
+from davae.models import AutoencoderDA
+from davae.recipes.settings import AutoencoderSettings
+from davae.runtime.atomic_files import atomic_folder
+from davae.runtime.pictures import save_shared_rows, upscaled
+from davae.runtime.processes import start_processes
+from davae.training.autoencoder.losses import make_gan_loss
+from davae.training.autoencoder.objective import StructuredObjective, alignment_layout, levels_that_learn
+from davae.training.data import mean_of_all, mean_psnr, rank_share_of_images, stack_images
+from davae.training.stage import Stage, TrainedModule
+
+logger = logging.getLogger(__name__)
+
+
+class AutoencoderStage(Stage):
+    """Trains an :class:`AutoencoderDA`: all its levels together, or the last alone; its base stays as it is.
+
+    Args:
+        autoencoder: what is trained, in place.
+        settings: the recipe's section; ``settings.levels`` says what learns where there is more than one level.
+        dataset: training images at the last level's resolution.
+        held_out: validation images.
+        workers: loader processes.
+        timeout_s: seconds to wait for a batch of images; 0 waits for ever.
+        cache_latents: encode what never changes, the latents below the levels that learn, once and keep them in memory,
+            those of mirrored images too. Images must not be cropped at random.
+    """
+
+    name = "autoencoder"
+    objective_class: type[StructuredObjective] = StructuredObjective
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderDA,
+        settings: AutoencoderSettings,
+        dataset: Dataset[Item],
+        held_out: Dataset[Item],
+        *,
+        workers: int = 0,
+        timeout_s: float = 0.0,
+        cache_latents: bool = False,
+    ) -> None:
+        self.autoencoder, self.settings, self.loop = autoencoder, settings, settings.loop
+        self.dataset, self.held_out = as_item_dataset(dataset), as_item_dataset(held_out)
+        self.workers, self.timeout_s = workers, timeout_s
+        autoencoder.train_levels(together=settings.levels == "together")
+        self.learning = levels_that_learn(autoencoder)
+        if len(autoencoder.levels) > 2:
+            numbers = " and ".join(map(str, self.learning))
+            self.name = f"autoencoder, level {numbers}"
+        if settings.loop.gradient_checkpointing:
+            autoencoder.enable_gradient_checkpointing()
+        gan_losses, modules = [], []
+        for number in self.learning:
+            name = "discriminator" if len(self.learning) == 1 else f"discriminator_level{number}"
+            gan_loss, trained = make_gan_loss(settings.reconstruction.gan, name)
+            gan_losses.append(gan_loss)
+            modules += trained
+        self.objective = self.objective_class(
+            autoencoder,
+            settings.alignment,
+            settings.reconstruction,
+            gan_losses,
+        )
+        if cache_latents:
+            autoencoder.to(start_processes().device)
+            logger.info("encoding %d images", len(self.dataset))
+            self.dataset = WithBaseLatents(
+                self.dataset, self._frozen_latent, workers=workers, timeout_s=timeout_s
+            )
+        gan = settings.reconstruction.gan
+        adaptive = settings.alignment.adaptive or (gan.weight > 0 and gan.adaptive)
+        model = TrainedModule("model", self.objective, settings.optimizer, can_be_sharded=not adaptive)
+        self.modules = [model, *modules]
+
+    def _frozen_latent(self, images: Tensor) -> Tensor:
+        vae = self.autoencoder
+        return self.objective.frozen_latent(images.to(vae.device, vae.dtype))
+
+    def validate(self, samples: Path, step: int) -> dict[str, float]:
+        """PSNR of every level enlarged to full resolution, of the base, without details; and the alignment.
+
+        Without details means without those that the last level adds.
+        """
+        vae = self.autoencoder
+        images, count = rank_share_of_images(self.held_out, self.loop.validation_images)
+        lower = [level.number for level in vae.levels[1:-1]]
+        names = ["input", "base, upscaled", *(f"level {n}, upscaled" for n in lower)]
+        rows: dict[str, list[Tensor]] = {name: [] for name in [*names, "reconstruction", "no details"]}
+        aligned, energy = [], []  # mean squares of each image
+        layout = alignment_layout(vae, self.settings.alignment)
+        for part in images.split(self.loop.batch_size):
+            part = part.to(vae.device, vae.dtype)
+            below, z_d = vae.encode_prefix(part), vae.encode_own_details(part).mean
+            latent = vae.encode(part).latent_dist.mode() if lower else None
+            rows["input"].append(part.cpu())
+            rows["base, upscaled"].append(upscaled_base(vae, part).cpu())
+            for number in lower:
+                assert latent is not None
+                made = vae.decode_level(latent, number)
+                rows[f"level {number}, upscaled"].append(upscaled(made, part.shape[-2:]).cpu())
+            rows["reconstruction"].append(vae.decode_structured(below, z_d).cpu())
+            rows["no details"].append(vae.decode_structured(below, torch.zeros_like(z_d)).cpu())
+            target = vae.alignment_target(below[:, : layout.base_channels]).float()
+            projected = grouped_mean(z_d.float(), layout.base_channels)
+            aligned.append((projected - target).square().flatten(1).mean(1).cpu())
+            energy.append(target.square().flatten(1).mean(1).cpu())
+        whole = {name: torch.cat(parts) for name, parts in rows.items()}
+        save_shared_rows(samples / f"step-{step}.png", whole, count)
+        compared = {"": "reconstruction", "_base_upscaled": "base, upscaled", "_no_details": "no details"}
+        compared |= {f"_level{n}_upscaled": f"level {n}, upscaled" for n in lower}
+        alignment = mean_of_all(torch.cat(aligned), count)
+        return {
+            **{f"psnr{name}": mean_psnr(images, whole[row], count) for name, row in compared.items()},
+            "alignment": alignment,
+            "alignment_relative": alignment / mean_of_all(torch.cat(energy), count),
+        }
+
+    def export(self, out: Path) -> Path:
+        """Measure the detail channels of the levels that learned, then write ``out/autoencoder``."""
+        self.autoencoder.eval()
+        set_detail_statistics(
+            self.autoencoder,
+            self.dataset,
+            self.settings.statistics_images,
+            self.loop.batch_size,
+            levels=self.learning,
+        )
+        self.autoencoder.to(memory_format=torch.contiguous_format)
+        with atomic_folder(out / "autoencoder") as folder:
+            self.autoencoder.save_pretrained(folder)
+        return out / "autoencoder"
+
+
+@torch.no_grad()
+def set_detail_statistics(
+    vae: AutoencoderDA,
+    dataset: ItemDataset,
+    most: int,
+    batch_size: int,
+    *,
+    levels: list[int] | None = None,
+) -> None:
+    """Measure mean and standard deviation of each detail channel and keep them in the autoencoder's config.
+
+    Args:
+        vae: whose details.
+        dataset: images at full resolution.
+        most: at most so many of them.
+        batch_size: images at a time.
+        levels: the levels to measure; none measures all. A level that a transformer was tuned on must keep its own.
+    """
+    statistics = ChannelStatistics(vae.layout.detail_channels)
+    count = min(most, len(dataset))
+    parts = list(same_size_batches(dataset, range(count), batch_size))
+    for batch in DataLoader(dataset, batch_sampler=parts, collate_fn=stack_images):
+        statistics.update(vae.encode_details(batch.to(vae.device, vae.dtype)).mean)
+    counts = [level.own_layout.detail_channels for level in vae.autoencoders()]
+    pairs = zip(statistics.mean.split(counts), statistics.std.split(counts))
+    for number, (mean, std) in enumerate(pairs, start=1):
+        if levels is None or number in levels:
+            vae.set_detail_statistics(mean, std, level=number)
+
+
+@torch.no_grad()
+def upscaled_base(vae: AutoencoderDA, images: Tensor) -> Tensor:
+    """What the base alone gives at full resolution: its own reconstruction, enlarged bicubically."""
+    return upscaled(vae.decode_base(vae.encode_base(images)), images.shape[-2:])

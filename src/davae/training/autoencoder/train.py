@@ -1,0 +1,115 @@
+"""Stage 1 of an upgrade: one training, or one after another where the details have levels."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from davae.errors import DavaeError
+from davae.models import AutoencoderDA
+from davae.pipelines.saving.opening import load_autoencoder
+from davae.pipelines.upgrade.upgrade import layout_over
+from davae.recipes.settings import AutoencoderModelSettings, UpgradeRecipe
+from davae.training.autoencoder.stage import AutoencoderStage
+from davae.training.checkpoints.run_directory import base_facts, data_facts
+from davae.training.data import open_part, open_training_part
+from davae.training.loop.loop import TrainResult, train
+
+logger = logging.getLogger(__name__)
+
+
+def train_levels(recipe: UpgradeRecipe, base: Any, out: Path) -> TrainResult:
+    """Train the autoencoder of a recipe into ``out/autoencoder``; continues by itself.
+
+    Sequential levels are trained in ``out/level-1``, ``out/level-2`` ... and the last one in ``out``. Each starts
+    from the result of the one before, averaged weights and statistics included, and keeps it frozen.
+
+    Args:
+        recipe: the whole recipe.
+        base: the base pipeline.
+        out: the run directory.
+
+    Raises:
+        DavaeError: ``start_from`` does not fit the recipe, or ``out`` holds another run.
+    """
+    model, together = recipe.autoencoder.model, recipe.autoencoder.levels == "together"
+    channels = _channels(model)
+    below = len(base.vae.levels) - 1 if isinstance(base.vae, AutoencoderDA) else 0
+    if below and together:
+        raise DavaeError(
+            "autoencoder.levels=together would change the levels that the base pipeline was tuned on: "
+            "use sequential"
+        )
+    torch.manual_seed(recipe.autoencoder.loop.seed)
+    vae = _start(model, base.vae)
+    done = 0 if vae is None else len(vae.levels) - 1 - below
+    for number in range(done + 1, len(channels) + 1):
+        vae = new_level(base.vae if vae is None else vae, model, channels[number - 1])
+        if number < len(channels) and not together:
+            logger.info("level %d of %d", below + number, below + len(channels))
+            lower = _train(recipe, base, vae, out / f"level-{below + number}")
+            vae = AutoencoderDA.from_pretrained(lower.result)
+            torch.manual_seed(recipe.autoencoder.loop.seed)
+    assert vae is not None
+    return _train(recipe, base, vae, out)
+
+
+def new_level(base: Any, model: AutoencoderModelSettings, detail_channels: int) -> AutoencoderDA:
+    """One more level on ``base``, a VAE or an :class:`AutoencoderDA`, with the recipe's options."""
+    options = model.model_dump(exclude={"scale", "detail_channels", "start_from"})
+    factor = 2 if isinstance(model.detail_channels, list) else model.scale
+    return AutoencoderDA.from_base(base, scale=factor, detail_channels=detail_channels, **options)
+
+
+def _channels(model: AutoencoderModelSettings) -> list[int]:
+    """Detail channels that each level adds, lowest first."""
+    return model.detail_channels if isinstance(model.detail_channels, list) else [model.detail_channels]
+
+
+def _start(model: AutoencoderModelSettings, base_vae: Any) -> AutoencoderDA | None:
+    """The autoencoder that ``start_from`` names; its levels must be the recipe's first ones."""
+    if model.start_from is None:
+        return None
+    vae = load_autoencoder(model.start_from)
+    layout_over(base_vae, vae)  # the same base, or an error that names the difference
+    levels = len(base_vae.levels) - 1 if isinstance(base_vae, AutoencoderDA) else 0
+    found = [level.own_layout.detail_channels for level in vae.autoencoders()][levels:]
+    wanted = _channels(model)
+    factor = 2 if isinstance(model.detail_channels, list) else model.scale
+    if found != wanted[: len(found)] or vae.factor != factor:
+        raise DavaeError(
+            f"autoencoder.model.start_from: the levels of {model.start_from} add {found} detail channels, the last "
+            f"one at a factor of {vae.factor}; the recipe asks for {wanted} at a factor of {factor}"
+        )
+    return vae
+
+
+def _train(recipe: UpgradeRecipe, base: Any, vae: AutoencoderDA, out: Path) -> TrainResult:
+    """One training: images at the resolution that ``vae`` makes of the recipe's whole scale."""
+    data = recipe.data
+    ratio = recipe.autoencoder.model.scale * getattr(base.vae, "scale", 1) // vae.scale
+    if ratio > 1:
+        if data.resolution % ratio or isinstance(data.buckets, list):
+            raise DavaeError(
+                f"data: level {len(vae.levels) - 1} trains at 1/{ratio} of the resolution, which needs a "
+                f"data.resolution that divides by {ratio} and no list of data.buckets"
+            )
+        data = data.model_copy(update={"resolution": data.resolution // ratio})
+    train_set, held_out = open_training_part(data, vae, base), open_part(data, "held_out")
+    stage = AutoencoderStage(
+        vae,
+        recipe.autoencoder,
+        train_set,
+        held_out,
+        workers=data.workers,
+        timeout_s=data.timeout_s,
+        cache_latents=data.cache_latents,
+    )
+    stage.facts = base_facts(recipe, base) | data_facts(data, train_set)
+    plain = recipe.model_dump(mode="json") | ({"level": len(vae.levels) - 1} if ratio > 1 else {})
+    result = train(stage, out, plain)
+    assert result is not None
+    return result

@@ -1,0 +1,105 @@
+"""The autoencoder stage of a new base: a plain ``AutoencoderKL`` from nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch.utils.data import Dataset
+
+from davae.data import Item, as_item_dataset, read_items
+from davae.latents import ChannelStatistics
+from davae.recipes.dc_ae import KlArchitecture
+from davae.recipes.settings import BaseAutoencoderArchitecture, BaseAutoencoderSettings
+from davae.runtime.atomic_files import atomic_folder
+from davae.runtime.pictures import save_shared_rows
+from davae.training.autoencoder.plain_objective import plain_modules
+from davae.training.data import mean_psnr, rank_share_of_images, stack_images
+from davae.training.stage import Stage
+
+
+def build_kl(shape: BaseAutoencoderArchitecture | KlArchitecture) -> AutoencoderKL:
+    """An ``AutoencoderKL`` of a recipe's architecture with random weights, without quant convolutions."""
+    levels = len(shape.block_out_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(shape.block_out_channels),
+        latent_channels=shape.latent_channels,
+        layers_per_block=shape.layers_per_block,
+        norm_num_groups=shape.norm_num_groups,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        force_upcast=False,
+        shift_factor=0.0,
+    )
+
+
+class BaseAutoencoderStage(Stage):
+    """Trains a plain ``AutoencoderKL`` and measures its scaling and shift factors.
+
+    Args:
+        settings: the recipe's section.
+        dataset: training images, at any scales.
+        whole: the images as the transformer will see them; the factors are measured on these.
+        held_out: validation images.
+        workers: loader processes.
+        timeout_s: seconds to wait for a batch of images; 0 waits for ever.
+    """
+
+    name = "base autoencoder"
+
+    def __init__(
+        self,
+        settings: BaseAutoencoderSettings,
+        dataset: Dataset[Item],
+        whole: Dataset[Item],
+        held_out: Dataset[Item],
+        *,
+        workers: int = 0,
+        timeout_s: float = 0.0,
+    ) -> None:
+        torch.manual_seed(settings.loop.seed)
+        self.autoencoder = build_kl(settings.architecture)
+        self.settings, self.loop = settings, settings.loop
+        self.dataset, self.whole = as_item_dataset(dataset), as_item_dataset(whole)
+        self.held_out = as_item_dataset(held_out)
+        self.workers, self.timeout_s = workers, timeout_s
+        self.objective, self.modules = plain_modules(
+            self.autoencoder, [self.autoencoder], settings.reconstruction, settings.optimizer
+        )
+
+    def validate(self, samples: Path, step: int) -> dict[str, float]:
+        """PSNR of held-out images."""
+        images, count = rank_share_of_images(self.held_out, self.loop.validation_images)
+        device, made = self.autoencoder.device, []
+        for part in images.split(self.loop.batch_size):
+            made.append(self.autoencoder(part.to(device), sample_posterior=False).sample.cpu())
+        reconstruction = torch.cat(made)
+        rows = {"input": images, "reconstruction": reconstruction}
+        save_shared_rows(samples / f"step-{step}.png", rows, count)
+        return {"psnr": mean_psnr(images, reconstruction, count)}
+
+    @torch.no_grad()
+    def export(self, out: Path) -> Path:
+        """Set the scaling and shift factors so that latents have zero mean and unit variance; write ``out/vae``."""
+        self.autoencoder.eval()
+        channels = self.autoencoder.config.latent_channels
+        statistics = ChannelStatistics(channels)
+        for items in read_items(
+            self.whole,
+            range(len(self.whole)),
+            batch_size=self.loop.batch_size,
+            workers=self.workers,
+            timeout_s=self.timeout_s,
+        ):
+            images = stack_images(items).to(self.autoencoder.device)
+            statistics.update(self.autoencoder.encode(images).latent_dist.mean)
+        mean = statistics.mean.mean()
+        variance = (statistics.std.square() + (statistics.mean - mean).square()).mean()
+        self.autoencoder.register_to_config(scaling_factor=float(variance.rsqrt()), shift_factor=float(mean))
+        self.autoencoder.to(memory_format=torch.contiguous_format)
+        with atomic_folder(out / "vae") as folder:
+            self.autoencoder.save_pretrained(folder)
+        return out / "vae"

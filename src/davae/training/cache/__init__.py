@@ -1,0 +1,1 @@
+"""Writing latents and text embeddings to disk, once."""

@@ -1,0 +1,138 @@
+"""The fingerprint of a recipe's cache: what latents and embeddings follow from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import nn
+
+from davae.data import ImageDataset, RenderedDataset
+from davae.data.cache import (
+    Fingerprint,
+    SourceFact,
+    caption_key,
+    plain_config,
+    value_hash,
+    weights_hash,
+)
+from davae.data.cache.index import read_index
+from davae.errors import DavaeError
+from davae.models import AutoencoderDA
+from davae.pipelines.families import family_of
+from davae.recipes.data import DataSettings
+from davae.training.data import bucket_sizes, token_side
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+"""Raised when caches of an older davae can no longer be read."""
+
+
+def cache_fingerprint(
+    data: DataSettings,
+    vae: AutoencoderDA | AutoencoderKL,
+    pipe: DiffusionPipeline,
+    images: ImageDataset | RenderedDataset,
+    *,
+    text_length: int | None = None,
+) -> Fingerprint:
+    """What a cache of these images by these models is made of.
+
+    Args:
+        data: the recipe's section.
+        vae: the autoencoder, with its detail statistics in its configuration.
+        pipe: the base or the upgraded pipeline, for its text encoders.
+        images: the training part.
+        text_length: tokens of a prompt, where the recipe says so.
+
+    Raises:
+        DavaeError: random crops, which are other images every time.
+    """
+    if data.crop == "random":
+        raise DavaeError(
+            "data.crop=random cuts another part out of an image each time, so random crops cannot be cached; "
+            "set data.crop=center, or train from images without data.cache"
+        )
+    family = family_of(pipe)
+    sizes = bucket_sizes(data, token_side(vae, pipe) if data.buckets else None)
+    facts: dict[str, Any] = {
+        "version": VERSION,
+        "pipeline family": family.name,
+        "vae class": type(vae).__name__,
+        "vae weights": weights_hash(vae),
+        "vae config": plain_config(vae.config),
+        "data": {
+            "resolution": data.resolution,
+            "crop": data.crop,
+            "flip": data.flip,
+            "buckets": None if sizes is None else [list(size) for size in sizes],
+        },
+        "dtype": data.cache_dtype,
+    }
+    if family.conditioned_on == "text":
+        facts |= {"text length": text_length or family.text_length, **_text_facts(pipe)}
+    sources = {
+        name: SourceFact(stamp, label, caption_key(caption))
+        for name, (stamp, label, caption) in images.stamps().items()
+    }
+    return Fingerprint(facts, sources)
+
+
+def without_touched(wanted: Fingerprint, folder: Path, images: ImageDataset | RenderedDataset) -> Fingerprint:
+    """What is wanted, as the cache in ``folder`` says it of files that were only touched.
+
+    Files that were copied have other times and the same bytes: where only the stamp differs, contents decide.
+    """
+    if isinstance(images, RenderedDataset):
+        return wanted
+    cached = Fingerprint.load(folder).sources
+    differing = {n for n, fact in wanted.sources.items() if n in cached and cached[n].stamp != fact.stamp}
+    if not differing:
+        return wanted
+    logger.info(
+        "%d files have another time of change than the cache says: comparing contents", len(differing)
+    )
+    contents = {line["id"]: line.get("content") for line in read_index(folder).records if "id" in line}
+    sources = dict(wanted.sources)
+    for index in range(len(images)):
+        name = images.id(index)
+        if name in differing and contents.get(name) == images.content_hash(index):
+            sources[name] = sources[name]._replace(stamp=cached[name].stamp)
+    return replace(wanted, sources=sources)
+
+
+def pipeline_parts(pipe: DiffusionPipeline, prefix: str) -> Iterator[tuple[str, Any]]:
+    """The parts of a pipeline whose names begin so; of text encoders those that have weights."""
+    for name, part in sorted(pipe.components.items()):
+        if name.startswith(prefix) and part is not None:
+            if prefix == "text_encoder" and not isinstance(part, nn.Module):
+                continue
+            yield name, part
+
+
+def _text_facts(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Hashes of everything that turns a prompt into embeddings."""
+    facts: dict[str, Any] = {}
+    for name, module in pipeline_parts(pipe, "text_encoder"):
+        config = plain_config(module.config.to_dict())
+        for key in ("transformers_version", "torch_dtype", "dtype"):
+            config.pop(key, None)
+        facts[name] = {"weights": weights_hash(module), "config": value_hash(config)}
+    for name, tokenizer in pipeline_parts(pipe, "tokenizer"):
+        facts[name] = value_hash([type(tokenizer).__name__, _tokenizer_state(tokenizer)])
+    return facts
+
+
+def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+    """Vocabulary, merges and normalisation, without what the last call left behind in a fast tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return {"vocabulary": tokenizer.get_vocab()}
+    state: dict[str, Any] = json.loads(backend.to_str())
+    return {k: v for k, v in state.items() if k not in {"truncation", "padding"}}

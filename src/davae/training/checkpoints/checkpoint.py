@@ -1,0 +1,178 @@
+"""Checkpoints: everything a run needs to go on exactly, in safetensors and JSON.
+
+A checkpoint is a folder ``checkpoints/step-N`` with one ``<name>.safetensors`` for each part (weights, averages,
+optimizer moments), ``state.json`` for the plain values and ``manifest.json`` with the size and SHA-256 of each
+file. It is written under a temporary name, flushed to disk and then renamed, so a folder named ``step-N`` was
+whole when it got its name; the manifest shows whether it still is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from davae.errors import DavaeError
+from davae.runtime.atomic_files import atomic_folder, file_hash, flush, is_disk_full, remove_folder
+
+logger = logging.getLogger(__name__)
+Tensors = dict[str, dict[str, Tensor]]
+"""Named tensors by file name without suffix."""
+
+MANIFEST = "manifest.json"
+_STATE = "state.json"
+_NAME = re.compile(r"step-(\d+)")
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: Tensors,
+    values: dict[str, Any],
+    *,
+    keep: int,
+    protected: Collection[int] = (),
+) -> Path:
+    """Write ``folder/step-<step>`` and remove all but the newest ``keep`` checkpoints and the ``protected`` ones.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        step: optimizer steps done.
+        tensors: file name (without suffix) to named tensors.
+        values: everything else, as JSON.
+        keep: how many checkpoints stay.
+        protected: steps whose checkpoints stay besides.
+
+    Raises:
+        DavaeError: the disk is full; the checkpoints before are untouched.
+    """
+    final = folder / f"step-{step}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".step-*"):  # of a run that was killed
+            shutil.rmtree(leftover)
+        with atomic_folder(final) as partial:
+            for name, named in tensors.items():
+                save_file(
+                    {k: v.detach().cpu().contiguous() for k, v in named.items()},
+                    partial / f"{name}.safetensors",
+                )
+            (partial / _STATE).write_text(json.dumps({"step": step, **values}))
+            files = {file.name: _facts(file) for file in sorted(partial.iterdir())}
+            (partial / MANIFEST).write_text(json.dumps(files, indent=1))
+    except (OSError, SafetensorError) as error:
+        if not is_disk_full(error):
+            raise
+        raise DavaeError(_full_message(folder, step, tensors)) from error
+    flush(folder.parent)  # which may be new, too
+    remove_old(folder, step, keep=keep, protected=protected)
+    return final
+
+
+def remove_old(folder: Path, step: int, *, keep: int, protected: Collection[int] = ()) -> None:
+    """Remove all but the newest ``keep`` checkpoints up to ``step`` and the ``protected`` ones.
+
+    Later ones are of a life that came further and were found broken, or the run would have gone on from them. They must
+    not take the place of whole ones.
+    """
+    reached = [path for path in checkpoints(folder) if step_of(path) <= step]
+    for old in reached[:-keep]:
+        if step_of(old) not in protected:
+            remove_folder(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first; see :func:`load_checkpoint` for whether they are whole."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def newest_whole(folder: Path, needed: Collection[str] = ()) -> tuple[Path, Tensors, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, with its content; broken ones are reported and passed over.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        needed: names of :data:`Tensors` without which a checkpoint is of no use.
+
+    Raises:
+        DavaeError: there are checkpoints and none is whole. Beginning anew would overwrite what is left of them.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        try:
+            return path, *load_checkpoint(path, needed)
+        except DavaeError as error:
+            logger.warning("%s", error)
+    if found:
+        raise DavaeError(
+            f"none of the {len(found)} checkpoints in {folder} is whole; move the folder away to start anew"
+        )
+    return None
+
+
+def load_checkpoint(path: Path, needed: Collection[str] = ()) -> tuple[Tensors, dict[str, Any]]:
+    """Read what :func:`save_checkpoint` wrote: tensors by file name, and the plain values.
+
+    Args:
+        path: the checkpoint.
+        needed: names of :data:`Tensors` that it must hold.
+
+    Raises:
+        DavaeError: a file is missing, or is not what the manifest says, or the manifest itself cannot be read.
+    """
+    try:
+        manifest = _manifest(path, needed)
+        for name, facts in manifest.items():
+            if Path(name).name != name:
+                raise DavaeError(
+                    f"checkpoint {path} is broken: its manifest names {name}, which lies elsewhere"
+                )
+            if _facts(path / name) != facts:
+                raise DavaeError(f"checkpoint {path} is broken: {name} is not what was written; not used")
+        values = json.loads((path / _STATE).read_text())
+        tensors = {Path(n).stem: load_file(path / n) for n in manifest if n.endswith(".safetensors")}
+    except DavaeError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: no JSON, no text, no file name
+        raise DavaeError(f"checkpoint {path} is broken: it cannot be read ({error}); not used") from error
+    return tensors, values
+
+
+def _manifest(path: Path, needed: Collection[str]) -> dict[str, Any]:
+    """Facts by file name; nothing but the manifest says which files there were."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    if not isinstance(manifest, dict):
+        raise DavaeError(f"checkpoint {path} is broken: its {MANIFEST} is no list of files; not used")
+    for file in (_STATE, *(f"{name}.safetensors" for name in needed)):
+        if file not in manifest:
+            raise DavaeError(f"checkpoint {path} is broken: its {MANIFEST} lacks {file}; not used")
+    return manifest
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": file_hash(file)}
+
+
+def _full_message(folder: Path, step: int, tensors: Tensors) -> str:
+    needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
+    kept = checkpoints(folder)
+    return (
+        f"the disk is full: the checkpoint of step {step} needs {needed / 1e6:.0f} MB, "
+        f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free in {folder}. "
+        + (f"{kept[-1].name} is whole" if kept else "There is no older checkpoint")
+        + "; make room (or lower checkpoints_total_limit) and run the same command again"
+    )

@@ -1,0 +1,257 @@
+"""The files of a run: resolved recipe, environment, metrics; and the lock that keeps a second run out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from davae.bases.tiny import TINY
+from davae.data import ItemDataset
+from davae.errors import DavaeError
+from davae.evaluation.metrics.names import current_names
+from davae.recipes.data import DataSettings
+from davae.recipes.read import differing_keys, resumable_keys, with_later_settings
+from davae.recipes.settings import UpgradeRecipe
+from davae.runtime.atomic_files import atomic_write, locked
+from davae.training.checkpoints.checkpoint import checkpoints
+
+logger = logging.getLogger(__name__)
+_PACKAGES = ("davae", "torch", "diffusers", "accelerate", "peft", "transformers", "safetensors", "datasets")
+
+
+class RunDirectory:
+    """A training's folder: opened for a first start or to go on, refused for another recipe.
+
+    Nothing is written before :meth:`locked`.
+
+    Args:
+        path: the folder.
+        recipe: the resolved recipe as plain values; kept in ``config.yaml``.
+        facts: what ``environment.json`` says besides, such as where the base's weights came from.
+
+    Raises:
+        DavaeError: the folder holds a run that learns something else (each difference is named), or checkpoints of a
+            run whose ``config.yaml`` cannot be read.
+    """
+
+    def __init__(self, path: Path, recipe: dict[str, Any], *, facts: dict[str, Any] | None = None) -> None:
+        self.path, self.recipe, self.facts = path, recipe, facts or {}
+        self.config = path / "config.yaml"
+        self._owner = path / "run.owner"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.metrics_file = path / "metrics.jsonl"
+        self._changed()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within the block no other process may train here; a killed one leaves no lock behind.
+
+        Makes the folder and writes ``config.yaml`` and ``environment.json``, as soon as they are nobody else's.
+
+        Raises:
+            DavaeError: another process trains here, or one has begun a run with other settings meanwhile.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path / "run.lock", self._in_use):
+            try:
+                self._owner.write_text(f"process {os.getpid()} on {platform.node()}\n")
+                changed = self._changed()
+                if changed:
+                    logger.info("%s goes on with %s", self.path, "; ".join(changed))
+                atomic_write(self.config, yaml.safe_dump(self.recipe, sort_keys=False))
+                atomic_write(self.path / "environment.json", json.dumps(environment() | self.facts, indent=2))
+                yield
+            finally:
+                self._owner.unlink(missing_ok=True)
+
+    def _in_use(self) -> str:
+        who = self._owner.read_text().strip() if self._owner.is_file() else "another process"
+        return f"{self.path} is in use: {who} trains there; wait for it, stop it, or choose another --out"
+
+    def write_metrics(self, step: int, values: dict[str, float]) -> None:
+        """Append one line to ``metrics.jsonl``."""
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines that a run going on from ``step`` writes again: metrics and skipped steps of all processes.
+
+        What a kill cut short goes too: the next line would be joined to it. To be called before the first line. A run
+        that begins anew keeps them as ``<file>.before``.
+        """
+        for file in (self.metrics_file, *self.path.glob("skipped_steps*.jsonl")):
+            before = file.read_text(errors="replace") if file.is_file() else ""
+            kept = [line for line in read_metrics(file) if line["step"] <= step]
+            text = "".join(json.dumps(line) + "\n" for line in kept)
+            if text != before:
+                if not step:  # nothing may be left of the run that they tell of but these lines
+                    atomic_write(file.with_name(f"{file.name}.before"), before)
+                atomic_write(file, text)
+
+    def _changed(self) -> list[str]:
+        """The settings that a run here may change and that differ from those it had.
+
+        Raises:
+            DavaeError: others differ, or nobody knows.
+        """
+        if not self.config.is_file():
+            return []
+        known = read_config(self.config)
+        if known is None:
+            why = f"{self.config} is damaged, as a power cut may leave it"
+            if checkpoints(self.checkpoints):
+                raise DavaeError(
+                    f"{why}, and there are checkpoints: nothing says that they are of a run with these settings. If "
+                    "they are, remove the file and run the same command again; otherwise choose another --out"
+                )
+            logger.warning("%s; nothing was saved yet, so it is written anew", why)
+            return []
+        changed = differing_keys(self.recipe, with_later_settings(known))
+        allowed = resumable_keys(self.recipe.get("kind", "upgrade"))
+        differing = [c for c in changed if c.partition(":")[0] not in allowed]
+        if differing:
+            raise DavaeError(
+                f"{self.path} holds a run with other settings ({'; '.join(differing[:5])}"
+                f"{' ...' if len(differing) > 5 else ''}); choose another --out, or remove the folder"
+            )
+        return changed
+
+
+def read_config(file: Path) -> dict[str, Any] | None:
+    """A run's resolved recipe; none where the file is damaged."""
+    try:
+        recipe = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+    return recipe if isinstance(recipe, dict) else None
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; one that a kill or a power cut damaged is left out."""
+    lines = []
+    for text in file.read_text(errors="replace").splitlines() if file.is_file() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(current_names(line))
+    return lines
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware: what someone needs to repeat a figure."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {
+        "command": " ".join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)),
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "device": device,
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the source tree davae runs from; none where it was installed as a package."""
+    tree = Path(__file__).resolve().parents[3]
+    if not (tree / ".git").exists():
+        return None
+    result = subprocess.run(
+        ["git", "-C", str(tree), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or None
+
+
+_SNAPSHOT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\]|$)")
+
+
+def base_facts(recipe: UpgradeRecipe, pipe: Any) -> dict[str, Any]:
+    """``{"base": {"name", "revision", "commit"}}``; ``commit`` is none where it is not known (folders, embedded)."""
+    return {
+        "base": {"name": recipe.base, "revision": recipe.base_revision, "commit": commit_of(pipe)},
+    }
+
+
+def data_facts(data: DataSettings, images: ItemDataset) -> dict[str, Any]:
+    """``{"data": {"name", "revision", "commit"}}``; ``commit`` is none where images are not from the hub.
+
+    Args:
+        data: the recipe's section.
+        images: a data set that was opened by it, or one around such a data set.
+    """
+    return {"data": {"name": data.path, "revision": data.revision, "commit": images.commit}}
+
+
+def commit_of(pipe: Any) -> str | None:
+    """The commit on the hub that a pipeline was loaded from, 40 hexadecimal digits.
+
+    Parts remember the folder they were read from, and the hub's cache keeps each commit in a folder of its name. None
+    where no part lies in that cache.
+    """
+    for part in pipe.components.values():
+        # diffusers' parts say it in their configuration, tokenizers in an attribute
+        places = (getattr(getattr(part, "config", None), "_name_or_path", None), _path_of(part))
+        for place in places:
+            found = _SNAPSHOT.search(str(place or ""))
+            if found:
+                return found.group(1)
+    return None
+
+
+def _path_of(part: Any) -> str | None:
+    return getattr(part, "name_or_path", None)
+
+
+_OPTIONAL = {
+    "lpips": ("the LPIPS loss and metric", "pip install 'davae[lpips]'"),
+    "torchvision": ("LPIPS", "install the build that matches your torch"),
+    "efficientnet_lite_pytorch": ("feature distances without a download", "pip install 'davae[features]'"),
+    "bitsandbytes": ("AdamW with moments of 8 bits", "pip install 'davae[eight-bit]'"),
+}
+
+
+def installation() -> dict[str, Any]:
+    """Versions, hardware, whether the embedded base is there, and which optional packages are."""
+    return environment() | {
+        "embedded_base": (TINY / "model_index.json").is_file(),
+        "optional": {name: importlib.util.find_spec(name) is not None for name in _OPTIONAL},
+    }
+
+
+def installation_text(facts: Mapping[str, Any]) -> str:
+    """What :func:`installation` found, with remedies."""
+    lines = [
+        f"python {facts['python']} on {facts['platform']}; {facts['device']}, {facts['cpu_count']} cores",
+        "  ".join(f"{name} {version}" for name, version in facts["packages"].items()),
+        f"embedded base: {'present' if facts['embedded_base'] else 'MISSING; reinstall davae'}",
+    ]
+    for name, (use, remedy) in _OPTIONAL.items():
+        lines.append(f"{name}: {'present' if facts['optional'][name] else f'absent ({use}); {remedy}'}")
+    return "\n".join(lines)

@@ -1,0 +1,196 @@
+"""The DC-AE stage: one phase of decoupled high-resolution adaptation (Chen et al., 2024, section 3.3).
+
+A phase trains some layers of a whole autoencoder and leaves the others bit for bit as they were, their
+batch norm's running averages too. Which layers, at which resolution and with which loss is all that
+tells the phases apart:
+
+===== ================ ======================== ======================
+phase resolution       layers                   loss
+===== ================ ======================== ======================
+1     low              all                      reconstruction
+2     high             around the latent        reconstruction
+3     low              the decoder's head       reconstruction and GAN
+===== ================ ======================== ======================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from davae.data import Item, as_item_dataset
+from davae.errors import DavaeError
+from davae.evaluation import radial_power_spectrum
+from davae.evaluation.metrics.names import SPECTRUM_DB
+from davae.evaluation.metrics.psnr_ssim import pair_metrics
+from davae.evaluation.metrics.spectrum import spectra_distance
+from davae.latents import ChannelStatistics
+from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC, head_layers, latent_layers
+from davae.models.latent_space import encode
+from davae.recipes.dc_ae import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
+from davae.runtime.atomic_files import atomic_folder
+from davae.runtime.pictures import save_shared_rows
+from davae.runtime.processes import gathered
+from davae.training.autoencoder.plain_objective import plain_modules
+from davae.training.base.autoencoder_stage import build_kl
+from davae.training.data import mean_of_all, rank_share_of_images, stack_images
+from davae.training.stage import Stage
+
+_PICTURES = 6  # images in a validation picture
+
+
+def build_autoencoder(shape: DcArchitecture | KlArchitecture) -> DeepAutoencoder:
+    """The network of a recipe with random weights, on torch's default device."""
+    count = len(shape.block_out_channels)
+    if isinstance(shape, KlArchitecture):
+        return build_kl(shape)
+    attention = count - shape.residual_stages
+    blocks = ("ResBlock",) * shape.residual_stages + ("EfficientViTBlock",) * attention
+    norms = ("batch_norm",) * shape.residual_stages + ("rms_norm",) * attention
+    activations = ("relu",) * shape.residual_stages + ("silu",) * attention
+    network = AutoencoderDC if shape.residual_autoencoding else PlainAutoencoderDC
+    return network(
+        latent_channels=shape.latent_channels,
+        attention_head_dim=shape.attention_head_dim,
+        encoder_block_types=blocks[:count],
+        decoder_block_types=blocks[:count],
+        encoder_block_out_channels=tuple(shape.block_out_channels),
+        decoder_block_out_channels=tuple(shape.block_out_channels),
+        encoder_layers_per_block=tuple(shape.encoder_layers),
+        decoder_layers_per_block=tuple(shape.decoder_layers),
+        encoder_qkv_multiscales=((),) * count,
+        decoder_qkv_multiscales=((),) * count,
+        decoder_norm_types=norms[:count],
+        decoder_act_fns=activations[:count],
+    )
+
+
+def trained_layers(autoencoder: DeepAutoencoder, phase: Phase) -> list[nn.Module]:
+    """The layers that a phase trains: all, those around the latent, or the decoder's head."""
+    if isinstance(phase, LatentPhase):
+        return latent_layers(autoencoder, phase.stages)
+    if isinstance(phase, HeadPhase):
+        return head_layers(autoencoder, phase.stages)
+    return [autoencoder]
+
+
+class DcAeStage(Stage):
+    """One phase on a whole autoencoder.
+
+    Args:
+        autoencoder: what the phase starts from; trained in place.
+        phase: the recipe's section; its class says which layers learn.
+        dataset: training images at the phase's resolution.
+        held_out: images by resolution; each validation measures all of them.
+        scaling_images: most training images used to measure the latent's scale.
+        workers: loader processes.
+
+    Raises:
+        DavaeError: gradient checkpointing is asked of a network that has none.
+    """
+
+    name = "dc-ae"
+
+    def __init__(
+        self,
+        autoencoder: DeepAutoencoder,
+        phase: Phase,
+        dataset: Dataset[Item],
+        held_out: Mapping[int, Dataset[Item]],
+        *,
+        scaling_images: int = 1024,
+        workers: int = 0,
+    ) -> None:
+        self.autoencoder, self.phase, self.loop = autoencoder, phase, phase.loop
+        self.dataset = as_item_dataset(dataset)
+        self.held_out = {side: as_item_dataset(images) for side, images in held_out.items()}
+        self.scaling_images, self.workers = scaling_images, workers
+        if phase.loop.gradient_checkpointing:
+            if not autoencoder._supports_gradient_checkpointing:
+                raise DavaeError(
+                    f"loop.gradient_checkpointing: diffusers' {type(autoencoder).__name__} has none; lower "
+                    "loop.batch_size and raise loop.gradient_accumulation instead"
+                )
+            autoencoder.enable_gradient_checkpointing()
+        if phase.reconstruction.gan.weight:
+            torch.manual_seed(phase.loop.seed)
+        layers = trained_layers(autoencoder, phase)
+        self.objective, self.modules = plain_modules(
+            autoencoder, layers, phase.reconstruction, phase.optimizer
+        )
+        self.spectra: dict[int, dict[str, list[float]]] = {}
+        """Of the last validation, by resolution: the rings' frequencies, and the power of images and of
+        reconstructions on them."""
+
+    @torch.no_grad()
+    def validate(self, samples: Path, step: int) -> dict[str, float]:
+        """PSNR, SSIM and spectral distance at every resolution; a picture of each. Leaves eval mode on."""
+        self.objective.eval()  # batch norms must not learn from held-out images, whoever asks
+        values: dict[str, float] = {}
+        for side in self.held_out:
+            images, made, count = self._reconstructed(side)
+            rows = {"input": images, "reconstruction": made}
+            save_shared_rows(samples / f"step-{step}-{side}px.png", rows, count, at_most=_PICTURES)
+            for name, each in pair_metrics(images, made).items():
+                values[f"{name}_{side}"] = mean_of_all(each, count)
+            frequency, power = _mean_spectrum(images, count)
+            power_made = _mean_spectrum(made, count)[1]
+            values[f"{SPECTRUM_DB}_{side}"] = spectra_distance(frequency, power, power_made)
+            self.spectra[side] = {
+                "frequency": frequency.tolist(),
+                "images": power.tolist(),
+                "reconstructions": power_made.tolist(),
+            }
+        return values
+
+    @torch.no_grad()
+    def export(self, out: Path) -> Path:
+        """Set ``scaling_factor`` so that latents have unit variance; write ``out/autoencoder``."""
+        model = self.autoencoder.eval()
+        if any(p.requires_grad for p in model.encoder.parameters()):
+            mean, std = self._latent_scale()
+            factors = {"scaling_factor": 1.0 / std}
+            if isinstance(model, AutoencoderKL):
+                factors["shift_factor"] = mean
+            model.register_to_config(**factors)
+        model.to(memory_format=torch.contiguous_format)
+        with atomic_folder(out / "autoencoder") as folder:
+            model.save_pretrained(folder)
+        return out / "autoencoder"
+
+    def _latent_scale(self) -> tuple[float, float]:
+        """Mean and standard deviation of all latent elements of training images."""
+        model = self.autoencoder
+        statistics = ChannelStatistics(model.config.latent_channels)
+        count = min(self.scaling_images, len(self.dataset))
+        subset = Subset(self.dataset, range(count))
+        for batch in DataLoader(subset, self.loop.batch_size, collate_fn=stack_images):
+            statistics.update(encode(model, batch.to(model.device)))
+        mean = statistics.mean.mean()
+        variance = (statistics.std.square() + (statistics.mean - mean).square()).mean()
+        return float(mean), float(variance.sqrt())
+
+    def _reconstructed(self, side: int) -> tuple[Tensor, Tensor, int]:
+        """This process's held-out images, their reconstructions ``[n, 3, side, side]``, clamped, on the CPU, and how
+        many images all processes have together.
+        """
+        held_out, model = self.held_out[side], self.autoencoder
+        images, count = rank_share_of_images(held_out, self.loop.validation_images)
+        at_once = max(1, self.loop.batch_size * self.phase.resolution**2 // side**2)
+        made = [
+            model.decode(encode(model, part.to(model.device))).sample.float().cpu()
+            for part in images.split(at_once)
+        ]
+        return images, torch.cat(made).clamp(-1, 1), count
+
+
+def _mean_spectrum(images: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Frequencies ``[K]`` and mean power ``[K]`` of the images of all processes, ``count`` in all."""
+    spectra = [radial_power_spectrum(image[None]) for image in images]
+    powers = gathered([power for _, power in spectra], count)
+    return spectra[0][0], torch.stack(powers).mean(0)

@@ -1,0 +1,291 @@
+"""The three phases as runs: each starts from the last one's result and proves what it left alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL
+
+from davae.data import ItemDataset
+from davae.data.in_memory import ImagesInMemory, MixedScales
+from davae.errors import DavaeError
+from davae.evaluation.metrics.names import current_names
+from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC
+from davae.recipes.data import DataSettings
+from davae.recipes.dc_ae import DcAeRecipe, Phase
+from davae.recipes.read import differing_keys, dump_recipe, load_recipe
+from davae.runtime.atomic_files import atomic_json
+from davae.runtime.pictures import reduced_to
+from davae.runtime.processes import everyone, is_first, start_processes
+from davae.training.checkpoints.run_directory import RunDirectory, data_facts
+from davae.training.data import open_part
+from davae.training.dc_ae.stage import DcAeStage, build_autoencoder, trained_layers
+from davae.training.loop.loop import TrainResult, train
+
+_CLASSES = {c.__name__: c for c in (AutoencoderDC, PlainAutoencoderDC, AutoencoderKL)}
+_MEASURED = {"scaling_factor", "shift_factor"}  # config entries that training sets
+
+
+def run_dc_ae(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+    *,
+    phase: int,
+    start: Path | None = None,
+    dry_run: bool = False,
+) -> str:
+    """Train one phase of a recipe; returns what to tell the person who asked.
+
+    Args:
+        recipe: name or YAML file of a recipe with ``kind: dc-ae``.
+        overrides: ``section.key=value``.
+        out: run directory; ``runs/RECIPE-phaseN`` by default.
+        phase: 1, 2 or 3.
+        start: run directory or autoencoder folder that phase 2 or 3 starts from; the default run of the phase
+            before, where it is not given.
+        dry_run: build the network without memory for its weights, count, and leave.
+
+    Raises:
+        DavaeError: a mistake in the recipe, a phase without predecessor or after the wrong one.
+    """
+    settings = load_recipe(recipe, overrides)
+    if not isinstance(settings, DcAeRecipe):
+        raise DavaeError(
+            f"recipe '{recipe}' is of kind '{settings.kind}'; `davae train dc-ae` needs kind: dc-ae"
+        )
+    find_phase(settings, phase)
+    if dry_run:
+        return f"{dump_recipe(settings)}{_counted(settings, phase)}"
+    stem = Path(recipe).stem
+    if start is None and phase > 1:
+        start = Path("runs") / f"{stem}-phase{phase - 1}"
+    if phase > 1 and not (start_folder(start) / "config.json").is_file():
+        raise DavaeError(
+            f"phase {phase} starts from phase {phase - 1}'s result, and there is none in {start}: run "
+            f"`davae train dc-ae --recipe {recipe} --phase {phase - 1}` to its end first, or name one with --from"
+        )
+    result = train_dc_ae(settings, out or Path("runs") / f"{stem}-phase{phase}", phase=phase, start=start)
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    return f"{result.result}\n{figures}"
+
+
+def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None = None) -> TrainResult:
+    """Train one phase into ``out/autoencoder``; continues from the newest checkpoint in ``out``.
+
+    ``out/summary.json`` holds the figures before and after, the spectra, and a hash of every layer before and
+    after: those of the layers that the phase does not train are equal.
+
+    Args:
+        recipe: the whole recipe.
+        out: run directory.
+        phase: 1, 2 or 3.
+        start: run directory or autoencoder folder of the phase before; none for phase 1.
+
+    Raises:
+        DavaeError: ``start`` is missing, of another phase or of another network.
+    """
+    settings = find_phase(recipe, phase)
+    torch.manual_seed(settings.loop.seed)
+    autoencoder = _initial(recipe, phase, start)
+    before = layer_hashes(autoencoder)
+    learns = {id(p) for layer in trained_layers(autoencoder, settings) for p in layer.parameters()}
+    trained = {_layer(n) for n, p in autoencoder.named_parameters() if id(p) in learns}
+
+    stage = DcAeStage(
+        autoencoder,
+        settings,
+        training_images(recipe, settings),
+        measured_images(recipe),
+        scaling_images=recipe.measure.scaling_images,
+        workers=recipe.data.workers,
+    )
+    stage.timeout_s = recipe.data.timeout_s
+    stage.facts = data_facts(_data(recipe, settings.path, settings.resolution), stage.dataset)
+    others = {f"phase{n}" for n in (1, 2, 3) if n != phase}  # may change without making this another run
+    plain = recipe.model_dump(mode="json", exclude=others)
+    plain |= {"phase": phase, "start": None if start is None else str(start)}
+    figures_before = _measured_before(stage, out, plain)
+    result = train(stage, out, plain)
+    assert result is not None
+
+    after = layer_hashes(load_autoencoder(result.result))
+    touched = sorted(name for name in before if before[name] != after[name] and name not in trained)
+    if touched:
+        raise RuntimeError(f"phase {phase} changed layers that it does not train: {', '.join(touched)}")
+    summary = {
+        "phase": phase,
+        "start": plain["start"],
+        "scaling_factor": autoencoder.config.scaling_factor,
+        "parameters": sum(p.numel() for p in autoencoder.parameters()),
+        "trained_parameters": sum(p.numel() for p in autoencoder.parameters() if p.requires_grad),
+        "before": figures_before,
+        "after": result.metrics,
+        "layers": {
+            name: {"trained": name in trained, "before": before[name], "after": after[name]}
+            for name in before
+        },
+        "spectra": stage.spectra,
+    }
+    if is_first():
+        atomic_json(out / "summary.json", summary)
+    return result
+
+
+def find_phase(recipe: DcAeRecipe, phase: int) -> Phase:
+    """The settings of phase 1, 2 or 3.
+
+    Raises:
+        DavaeError: there is no such phase, or the recipe has no section for it.
+    """
+    if phase not in (1, 2, 3):
+        raise DavaeError(f"there is no phase {phase}: phases are 1 (everything), 2 (latent) and 3 (head)")
+    found: Phase | None = (recipe.phase1, recipe.phase2, recipe.phase3)[phase - 1]
+    if found is None:
+        raise DavaeError(f"the recipe has no section phase{phase}; add one, or leave the phase out")
+    return found
+
+
+def start_folder(start: Path | None) -> Path:
+    """The autoencoder's folder, from that folder or from its run directory."""
+    if start is None:
+        raise DavaeError("phases 2 and 3 start from the result of the phase before; name its folder")
+    return start / "autoencoder" if (start / "autoencoder").is_dir() else start
+
+
+def load_autoencoder(folder: Path) -> DeepAutoencoder:
+    """Load a result as the class that its config names.
+
+    Raises:
+        DavaeError: the folder holds no model, or one of another class.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise DavaeError(f"no trained autoencoder in {folder}: there is no config.json")
+    name = json.loads(config.read_text()).get("_class_name")
+    if name not in _CLASSES:
+        raise DavaeError(f"{folder} holds a {name}; a DC-AE training goes on from {', '.join(_CLASSES)}")
+    return _CLASSES[name].from_pretrained(folder)
+
+
+def layer_hashes(autoencoder: DeepAutoencoder) -> dict[str, str]:
+    """SHA-256 of every layer's weights and buffers; a stage of the network is one layer."""
+    digests: dict[str, Any] = {}
+    for name, tensor in autoencoder.state_dict().items():
+        digest = digests.setdefault(_layer(name), hashlib.sha256())
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def _layer(name: str) -> str:
+    """``encoder.down_blocks.2`` of ``encoder.down_blocks.2.0.conv1.weight``; ``encoder.conv_in`` of its bias."""
+    parts = name.split(".")
+    return ".".join(parts[: 3 if parts[2].isdigit() else 2])
+
+
+def training_images(recipe: DcAeRecipe, phase: Phase) -> ItemDataset:
+    """The training images of a phase: whole ones, mixed with windows of larger ones where it asks for them."""
+    data = _data(recipe, phase.path, phase.windows_from or phase.resolution)
+    images: ItemDataset = open_part(data, "train")
+    if recipe.data.in_memory:
+        images = ImagesInMemory(images)
+    if phase.windows_from is None:
+        return images
+    return MixedScales(images, partial(reduced_to, side=phase.resolution), phase.windows, phase.loop.seed)
+
+
+def measured_images(recipe: DcAeRecipe) -> dict[int, ItemDataset]:
+    """Held-out images at each resolution that is measured; decoded once."""
+    return {
+        side: ImagesInMemory(open_part(_data(recipe, recipe.measure.path, side), "held_out"))
+        for side in recipe.measure.resolutions
+    }
+
+
+def _data(recipe: DcAeRecipe, path: str | None, resolution: int) -> DataSettings:
+    """The recipe's section at one resolution; a revision belongs to the recipe's own path."""
+    own = recipe.data.model_dump(include={"path", "revision", "crop", "flip", "split", "hold_out"})
+    other = {} if path in (None, recipe.data.path) else {"path": path, "revision": None}
+    return DataSettings(**own | other, resolution=resolution)
+
+
+def _initial(recipe: DcAeRecipe, phase: int, start: Path | None) -> DeepAutoencoder:
+    """Random weights for phase 1, the checked predecessor's for the others."""
+    if phase == 1:
+        if start is not None:
+            raise DavaeError(f"phase 1 starts from random weights, not from {start}; leave --from out")
+        return build_autoencoder(recipe.architecture)
+    folder = start_folder(start)
+    autoencoder = load_autoencoder(folder)
+    summary = folder.parent / "summary.json"  # a published autoencoder has none, and may be adapted as it is
+    if summary.is_file():
+        made_by = json.loads(summary.read_text()).get("phase")
+        if made_by != phase - 1:
+            raise DavaeError(
+                f"phase {phase} starts from phase {phase - 1}'s result, but {folder} comes from phase {made_by}"
+            )
+    with torch.device("meta"):
+        expected = build_autoencoder(recipe.architecture)
+    differing = differing_keys(_shape(expected), _shape(autoencoder))
+    if differing:
+        raise DavaeError(
+            f"the autoencoder in {folder} is another network than the recipe's ({'; '.join(differing[:3])})"
+        )
+    return autoencoder
+
+
+def _shape(autoencoder: DeepAutoencoder) -> dict[str, Any]:
+    """The config entries that make the network, as plain values."""
+    config = {k: v for k, v in autoencoder.config.items() if not k.startswith("_") and k not in _MEASURED}
+    return json.loads(json.dumps({"class": type(autoencoder).__name__, **config}))
+
+
+def _measured_before(stage: DcAeStage, out: Path, plain: dict[str, Any]) -> dict[str, float]:
+    """The figures of what the phase starts from, measured once a run."""
+    start_processes()
+    directory = RunDirectory(out, plain)  # refuses a folder of other settings before all else
+    with directory.locked() if is_first() else nullcontext():
+        return _measured_or_known(stage, directory)
+
+
+def _measured_or_known(stage: DcAeStage, directory: RunDirectory) -> dict[str, float]:
+    kept = directory.path / "before.json"
+    known = everyone(_read_figures(kept))[0]  # what the first process sees
+    if known is not None:
+        return known
+    if torch.accelerator.is_available():
+        stage.objective.to(torch.accelerator.current_accelerator())
+    figures = stage.validate(directory.samples, 0)
+    if is_first():
+        atomic_json(kept, figures)
+    return figures
+
+
+def _read_figures(file: Path) -> dict[str, float] | None:
+    """Figures written before; none where there are none, or the file was damaged by a power cut."""
+    try:
+        return current_names(json.loads(file.read_text())) if file.is_file() else None
+    except ValueError:
+        return None
+
+
+def _counted(recipe: DcAeRecipe, phase: int) -> str:
+    """Parameters and latent size as YAML comments, found on the meta device."""
+    settings = find_phase(recipe, phase)
+    with torch.device("meta"):
+        autoencoder = build_autoencoder(recipe.architecture)
+    whole = sum(p.numel() for p in autoencoder.parameters())
+    learns = sum(p.numel() for layer in trained_layers(autoencoder, settings) for p in layer.parameters())
+    side = settings.resolution // recipe.compression
+    return (
+        f"# {type(autoencoder).__name__}: {whole / 1e6:.1f} M parameters, phase {phase} trains {learns / 1e6:.1f} M\n"
+        f"# {settings.resolution} px images, latent [{recipe.architecture.latent_channels}, {side}, {side}]"
+    )

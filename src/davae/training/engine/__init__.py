@@ -1,0 +1,1 @@
+"""Modules with their optimizers, on one device or sharded."""

@@ -1,0 +1,119 @@
+"""AdamW with a learning rate for each parameter, and its schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from davae.errors import DavaeError
+from davae.recipes.loop import OptimizerSettings
+
+
+def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
+    """Learning rate of a step: linear warm-up, then constant or a cosine down to ``lr_end``."""
+    peak, warmup = settings.learning_rate, settings.lr_warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if settings.lr_scheduler == "constant":
+        return peak
+    progress = (step - warmup) / max(1, steps - warmup)
+    return settings.lr_end + (peak - settings.lr_end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def make_optimizer(
+    name: str, module: nn.Module, settings: OptimizerSettings, rates: dict[str, float]
+) -> torch.optim.Optimizer:
+    """AdamW over a module's trained parameters: torch's fused one, or the one of 8 bits.
+
+    Args:
+        name: whose optimizer it is, for the error.
+        module: its parameters that require gradients are trained.
+        settings: of AdamW.
+        rates: learning rates of parameters by exact name, where they differ from the settings'; kept as
+            ``rate_factor`` of the parameter group, which multiplies the scheduled rate.
+
+    Raises:
+        DavaeError: no parameter requires gradients, or bitsandbytes is needed and not installed.
+    """
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    if not named:
+        raise DavaeError(f"{name}: no parameter is trained; check what the recipe tunes")
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for parameter_name, parameter in named:
+        by_rate.setdefault(rates.get(parameter_name, settings.learning_rate), []).append(parameter)
+    groups = [{"params": p, "rate_factor": rate / settings.learning_rate} for rate, p in by_rate.items()]
+    if settings.kind == "adamw8bit":
+        return eight_bit_adamw(groups, settings)
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+_WRAPPED = "__bnb_optimizer_quant_state__"
+
+
+def eight_bit_adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """The optimizer over parameter groups; it keeps its promises to the loop and to checkpoints.
+
+    Like torch's fused one it leaves out a step whose ``found_inf`` is set; its state is flat and plain tensors, so that
+    a checkpoint holds all of it and a resumed run goes on bit by bit.
+
+    Raises:
+        DavaeError: bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise DavaeError(
+            f"optimizer.kind=adamw8bit needs bitsandbytes, which cannot be imported ({error}): "
+            "`pip install bitsandbytes`, or set optimizer.kind=adamw"
+        ) from error
+
+    class GuardedAdamW8bit(AdamW8bit):
+        found_inf: torch.Tensor | None = None
+
+        def step(self, closure: Any = None) -> Any:
+            if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+                raise DavaeError(
+                    "optimizer.kind=adamw8bit cannot update weights that are spread over processes (FSDP): "
+                    "set optimizer.kind=adamw, whose moments are spread with them"
+                )
+            if self.found_inf is not None and bool(self.found_inf):  # waits for the device
+                return None
+            return super().step(closure)
+
+        def state_dict(self) -> dict[str, Any]:
+            found: dict[str, Any] = super().state_dict()
+            found["state"] = {key: _flat(entry) for key, entry in found["state"].items()}
+            return found
+
+        def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+            entries = {
+                key: {**entry, "step": int(entry["step"])} for key, entry in state_dict["state"].items()
+            }
+            super().load_state_dict({**state_dict, "state": entries}, move_to_device)
+
+    for group in groups:  # blocks of moments follow memory, not channels: one order for new and resumed runs
+        for parameter in group["params"]:
+            parameter.data = parameter.data.contiguous()
+    return GuardedAdamW8bit(
+        groups,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+    )
+
+
+def _flat(entry: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state with what bitsandbytes wraps for FSDP taken out again."""
+    return {name: value for name, value in entry.items() if name != _WRAPPED} | entry.get(_WRAPPED, {})

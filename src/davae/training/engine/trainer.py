@@ -1,0 +1,160 @@
+"""A player as the loop trains it: losses, gradients, a step, and what a checkpoint holds of it.
+
+Weights and moments are whole in every process or sharded by FSDP2 (:mod:`davae.training.engine.fsdp`); tensor functions
+take both. With several processes all ranks must call every method.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from davae.models.fp32_linear_attention import keep_linear_attention_in_float32
+from davae.pipelines.sampling.speed import compile_regions, order_channels_last
+from davae.recipes.loop import LoopSettings
+from davae.training.engine.fsdp import is_sharding, replicate, shard, unsynced
+from davae.training.engine.optimizer import make_optimizer
+from davae.training.engine.tensors import (
+    clip_gradients,
+    full_state_on_cpu,
+    gradient_norms,
+    mask_gradients,
+    module_tensors,
+    optimizer_tensors,
+    restore_module,
+    restore_optimizer,
+    spread_masks,
+)
+from davae.training.stage import TrainedModule
+
+
+class ModuleTrainer:
+    """A player with its module and optimizer as accelerate prepared them.
+
+    Args:
+        accelerator: of the training.
+        loop: its settings.
+        player: whose.
+        module: takes the player's steps, synchronised between processes.
+        optimizer: over the player's trained parameters.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        loop: LoopSettings,
+        trained: TrainedModule,
+        module: nn.Module,
+        optimizer: Any,
+    ) -> None:
+        self.accelerator, self.loop, self.trained = accelerator, loop, trained
+        self.module: Any = module
+        self.optimizer = optimizer
+        self.masks = spread_masks(trained.module, trained.gradient_masks)
+        self.names = [n for n, p in trained.module.named_parameters() if p.requires_grad]
+        """The trained parameters, in the order of :meth:`norms`."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the step before."""
+        self.optimizer.zero_grad()
+
+    def losses(self, batch: dict[str, Any], step: int, *, last: bool) -> dict[str, Tensor]:
+        """Named losses of a micro-step, among them ``total``.
+
+        Args:
+            batch: on the device.
+            step: optimizer steps done.
+            last: whether the gradients of this micro-step complete a step, and go to the other processes.
+        """
+        with nullcontext() if last else unsynced(self.accelerator, self.module), self.accelerator.autocast():
+            losses: dict[str, Tensor] = self.module(batch, step)
+        return losses
+
+    def backward(self, loss: Tensor) -> None:
+        """Add a micro-step's gradients."""
+        self.accelerator.backward(loss)
+
+    def mask(self) -> None:
+        """Set gradients to zero where the player's masks say that nothing learns."""
+        mask_gradients(self.trained.module, self.masks)
+
+    def clip(self) -> Tensor | None:
+        """Scale the gradients down to ``max_grad_norm``; returns their norm before, none without a limit.
+
+        The scale of fp16 losses is taken out of them first; it must not change before all learners are here.
+        """
+        self.accelerator.unscale_gradients(self.optimizer)
+        if self.loop.max_grad_norm is None:
+            return None
+        return clip_gradients(self.trained.parameters(), self.loop.max_grad_norm)
+
+    def norms(self) -> Tensor:
+        """The 2-norm of each trained parameter's whole gradient, float32 ``[parameters]``, as :attr:`names`."""
+        return gradient_norms(self.trained.parameters())
+
+    def step(self, rate: float, good: Tensor) -> None:
+        """An optimizer step, which changes nothing unless the step is good.
+
+        Args:
+            rate: learning rate, multiplied by each group's ``rate_factor``.
+            good: a boolean on the device, the same in every process.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["rate_factor"]
+        optimizer = self.optimizer.optimizer  # accelerate's lets the scaler judge, which sees gradients only
+        optimizer.found_inf = (~good).float()  # read by the fused optimizer, on the device
+        optimizer.step()
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first parameter group, as the last step took it."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Trained weights and buffers, sharded ones as they are."""
+        return module_tensors(self.trained.module)
+
+    def moments(self, *, keep: bool) -> dict[str, Tensor]:
+        """The optimizer's whole moments on the CPU as ``<parameter index>.<name>``; nothing unless ``keep``."""
+        return full_state_on_cpu(optimizer_tensors(self.optimizer), keep=keep)
+
+    def restore(self, tensors: dict[str, Tensor], moments: dict[str, Tensor], where: Path) -> None:
+        """Put back what :meth:`tensors` and :meth:`moments` gave, from the checkpoint ``where``."""
+        restore_module(self.trained.module, tensors, where)
+        restore_optimizer(self.optimizer, moments)
+
+
+def prepare(
+    accelerator: Accelerator, loop: LoopSettings, trained: TrainedModule, *, is_model: bool
+) -> ModuleTrainer:
+    """Put a player on its device, in the form the settings and the launcher ask for.
+
+    Args:
+        accelerator: of :func:`davae.training.engine.fsdp.begin_accelerator`.
+        loop: settings of the training.
+        player: its module is changed where it lies.
+        is_model: what is spread over processes, where the launcher asks for it; a discriminator is not.
+    """
+    module, device = trained.module, accelerator.device
+    sharded = is_sharding(accelerator) and is_model and trained.can_be_sharded
+    if not sharded:  # a model that must be sharded may not fit the device whole
+        module.to(device)
+    module.train()  # loaded models come in eval mode
+    keep_linear_attention_in_float32(module)
+    if loop.channels_last:
+        order_channels_last(module)
+    if loop.compile:
+        compile_regions(module)
+    optimizer = make_optimizer(trained.name, module, trained.optimizer, trained.learning_rates)
+    prepared: Any
+    if sharded:
+        prepared = shard(accelerator, module, optimizer)
+    elif is_sharding(accelerator):
+        prepared = replicate(module, device), accelerator.prepare_optimizer(optimizer)
+    else:
+        prepared = accelerator.prepare(module, optimizer)
+    return ModuleTrainer(accelerator, loop, trained, *prepared)

@@ -1,0 +1,240 @@
+"""What keeps one bad step from ruining a run: it is found, left out, counted and told.
+
+A step is bad when a loss or a gradient is not finite, or the gradient's norm exceeds ``skip_grad_norm``. The
+verdict stays on the device, where the fused optimizer reads it, so that good steps never wait for it; it is
+read, and told, when losses are logged anyway.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from davae.errors import DavaeError
+from davae.recipes.loop import LoopSettings
+from davae.runtime.processes import rank_and_world
+
+logger = logging.getLogger(__name__)
+_IDS_SHOWN = 8
+_HALVINGS = 24  # of the scale of fp16 losses, which begins at 2^16
+
+
+@dataclass
+class _Verdict:
+    """One step of one player, as tensors that nobody has read yet."""
+
+    step: int
+    trained: str
+    terms: list[str]
+    finite_terms: Tensor  # bool [terms]
+    finite_layers: Tensor  # bool [parameters]
+    norm: Tensor  # of the whole gradient
+    own: Tensor  # bool: good as far as this process sees
+    good: Tensor  # bool: in all processes
+    ids: list[str]
+
+
+@dataclass
+class NonFiniteGuard:
+    """Judges the steps of a run.
+
+    Args:
+        stage: the stage's name, for messages.
+        loop: limits.
+        folder: where ``skipped_steps.jsonl`` and, at the end of patience, ``failure/`` are written.
+    """
+
+    stage: str
+    loop: LoopSettings
+    folder: Path
+    skipped: int = 0
+    """Steps left out in the whole run."""
+    in_a_row: int = 0
+    overflows: int = 0
+    """Steps in a row whose fp16 gradients overflowed; the first of them are the search for a scale."""
+    _unread: list[_Verdict] = field(default_factory=list)
+    _names: dict[str, list[str]] = field(default_factory=dict)
+
+    def check(
+        self,
+        step: int,
+        trained: str,
+        losses: list[dict[str, Tensor]],
+        ids: list[str],
+        names: list[str],
+        norms: Tensor,
+        norm: Tensor | None,
+        agree: Callable[[Tensor], Tensor] = lambda good: good,
+    ) -> Tensor:
+        """Whether a step is good, as a boolean on the device.
+
+        Args:
+            step: steps done when this one is.
+            player: whose step.
+            losses: named losses of every micro-step.
+            ids: the images of the step.
+            names: the trained parameters.
+            norms: of their gradients, ``[parameters]``.
+            norm: norm of the whole gradient before it was clipped, where it was.
+            agree: from this process's verdict to the one of all, which is counted and returned.
+        """
+        self._names[trained] = names
+        total = norms.norm() if norm is None else norm.detach()
+        terms = [name for part in losses for name in part]
+        finite_terms = torch.stack(
+            [v.detach().isfinite().all().to(norms.device) for part in losses for v in part.values()]
+        )
+        own = finite_terms.all() & norms.isfinite().all()
+        if self.loop.skip_grad_norm is not None:
+            own = own & (total <= self.loop.skip_grad_norm)
+        good = agree(own)
+        self._unread.append(
+            _Verdict(step, trained, terms, finite_terms, norms.isfinite(), total, own, good, ids)
+        )
+        return good
+
+    def read(self) -> None:
+        """Wait for the verdicts so far; count and tell the bad ones.
+
+        Raises:
+            DavaeError: too many bad steps in a row.
+        """
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        good = torch.stack([v.good for v in unread]).tolist()
+        by_step: dict[int, bool] = {}
+        overflown: set[int] = set()
+        for verdict, fine in zip(unread, good):
+            by_step[verdict.step] = by_step.get(verdict.step, True) and fine
+            if not fine:
+                if self._is_overflow(verdict):
+                    overflown.add(verdict.step)
+                self._tell(verdict)
+        for step, fine in by_step.items():
+            self.skipped += not fine
+            if fine:
+                self.in_a_row = self.overflows = 0
+            elif step in overflown and self.overflows < _HALVINGS:
+                self.overflows += 1
+            else:
+                self.in_a_row += 1
+
+    def _is_overflow(self, verdict: _Verdict) -> bool:
+        """Whether fp16 gradients were too large for the scale of the losses, which is halved then.
+
+        Gradients are the same in all processes, so that all count alike.
+        """
+        return self.loop.precision == "fp16" and not verdict.finite_layers.all()
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether as many steps in a row were bad as ``max_skipped_steps`` allows."""
+        return self.in_a_row >= self.loop.max_skipped_steps
+
+    def give_up(self, batch: dict[str, Any]) -> None:
+        """Write the last batch beside the report of the bad steps.
+
+        Raises:
+            DavaeError: always; says where everything is.
+        """
+        failure = self.folder / "failure" / self._of_rank("")
+        failure.mkdir(parents=True, exist_ok=True)
+        flat = {k: v for k, v in batch.items() if not isinstance(v, dict)}
+        for group, values in batch.items():
+            if isinstance(values, dict):
+                flat |= {f"{group}.{name}": value for name, value in values.items()}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in flat.items() if isinstance(v, Tensor)}
+        save_file(tensors, failure / "batch.safetensors")
+        plain = {k: v for k, v in flat.items() if isinstance(v, (list, str, int))}
+        (failure / "batch.json").write_text(json.dumps(plain, indent=1))
+        raise DavaeError(
+            f"{self.stage}: {self.in_a_row} steps in a row were not finite or too steep and were skipped. Each is "
+            f"told in {self._report()}, the last batch is in {failure}, the weights in the last "
+            "checkpoint. Lower the learning rate, set loop.max_grad_norm, or use loop.precision=no to find the cause"
+        )
+
+    def _tell(self, verdict: _Verdict) -> None:
+        bad_terms = [n for n, fine in zip(verdict.terms, verdict.finite_terms.tolist()) if not fine]
+        names = self._names[verdict.trained]
+        layers = [n for n, fine in zip(names, verdict.finite_layers.tolist()) if not fine]
+        norm = float(verdict.norm)
+        if bad_terms:
+            what = f"loss '{bad_terms[0]}' is not finite"
+        elif layers:
+            what = f"the gradient of {layers[0]} is not finite"
+        elif bool(verdict.own):
+            what = "another process found it bad"
+        else:
+            what = f"the gradient's norm {norm:.3g} exceeds skip_grad_norm"
+        message = ", ".join(verdict.ids[:_IDS_SHOWN]) + (" ..." if len(verdict.ids) > _IDS_SHOWN else "")
+        logger.warning("%s: step %d is skipped: %s (images %s)", self.stage, verdict.step, what, message)
+        line = {
+            "step": verdict.step,
+            "player": verdict.trained,
+            "reason": what,
+            "terms": sorted(set(bad_terms)),
+            "layers": layers[:_IDS_SHOWN],
+            "gradient_norm": norm if verdict.norm.isfinite() else None,
+            "ids": verdict.ids,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._report().open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _report(self) -> Path:
+        """``skipped_steps.jsonl``, and ``skipped_steps.rank-N.jsonl`` of the other processes."""
+        return self.folder / f"skipped_steps{self._of_rank('.')}.jsonl"
+
+    @staticmethod
+    def _of_rank(before: str) -> str:
+        rank = rank_and_world()[0]
+        return f"{before}rank-{rank}" if rank else ""
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on counting."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+
+class BatchNormSnapshot:
+    """Running statistics of batch norms as they were before a step, to be put back when the step was bad."""
+
+    def __init__(self, module: nn.Module) -> None:
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        self._buffers = [b for m in norms for b in m.buffers(recurse=False)]
+        self._before = [b.clone() for b in self._buffers]
+
+    def restore_unless(self, good: Tensor) -> None:
+        """Put the statistics back where ``good`` (a boolean on the device) is false."""
+        for buffer, before in zip(self._buffers, self._before):
+            buffer.copy_(torch.where(good, buffer, before))
+
+
+def out_of_memory_message(stage: str, loop: LoopSettings) -> str:
+    """One line: which settings make a step fit, the cheapest first."""
+    advice = []
+    if not loop.gradient_checkpointing:
+        advice.append(f"{stage}.loop.gradient_checkpointing=true")
+    if loop.precision == "no":
+        advice.append(f"{stage}.loop.precision=bf16")
+    if loop.batch_size > 1:
+        half = loop.batch_size // 2
+        advice.append(
+            f"{stage}.loop.batch_size={half} with {stage}.loop.gradient_accumulation={2 * loop.gradient_accumulation}"
+        )
+    advice += ["data.resolution lower", "data.cache (latents and text made beforehand)"]
+    return f"{stage}: the device's memory is not enough for a step. In this order: " + "; ".join(
+        f"({i}) {a}" for i, a in enumerate(advice[:3], 1)
+    )

@@ -1,0 +1,391 @@
+"""The training loop, one for every stage.
+
+A :class:`Stage` says what is trained and what a step costs; :func:`train` does the rest: precision,
+accumulation, clipping, averages, learning rates, metrics, validation, checkpoints and going on after a stop.
+
+All randomness inside a step (noise, dropout, time) is drawn from generators seeded by
+``(seed, step, micro-step)``. A run that stops and continues therefore sees what an uninterrupted one
+would have seen, and ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import signal
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from torch import Tensor
+
+from davae.data import BatchStream, ItemDataset, SkipLedger, as_item_dataset
+from davae.data.loading.watchdog import dead_worker_message, is_of_a_dead_worker
+from davae.errors import DavaeError
+from davae.evaluation.metrics.names import current_name
+from davae.runtime.atomic_files import disk_full_as_error
+from davae.runtime.processes import LONGEST_WAIT, all_the_same, use_cpu
+from davae.runtime.progress import Progress
+from davae.training.checkpoints.run_directory import RunDirectory
+from davae.training.checkpoints.writer import CheckpointWriter
+from davae.training.engine.fsdp import begin_accelerator, unshard_for_good, unsharded
+from davae.training.engine.optimizer import learning_rate
+from davae.training.engine.trainer import prepare
+from davae.training.loop.averages import Ema, RunningMeans
+from davae.training.loop.bad_steps import BatchNormSnapshot, NonFiniteGuard, out_of_memory_message
+from davae.training.loop.rng import RankInvariantDraws, _seed_step
+from davae.training.loop.run_state import RunState
+from davae.training.loop.signals import StopRequest, TrainingStopped
+from davae.training.stage import Stage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished training leaves."""
+
+    out: Path
+    result: Path
+    steps: int
+    metrics: dict[str, float]
+    skipped: SkipLedger
+
+
+def train(
+    stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | None = None
+) -> TrainResult | None:
+    """Train a stage in the run directory ``out``, from its newest whole checkpoint where there is one.
+
+    SIGINT and SIGTERM finish the step, save and raise :class:`TrainingStopped`; the same call continues. After the last
+    step they finish the result and raise all the same, so that what would come next does not begin.
+
+    Args:
+        stage: what to train.
+        out: the run directory.
+        recipe: the resolved recipe as plain values, kept beside the result.
+        stop_after: leave after this many steps with a checkpoint and without a result, as an interrupted run
+            does.
+
+    Returns:
+        The result, or none when ``stop_after`` ended the run early.
+
+    Raises:
+        DavaeError: the directory holds another run or one that is running, too many steps in a row were bad,
+            the disk or the memory is full, or most images are unreadable.
+        TrainingStopped: a signal asked for it.
+    """
+    try:
+        with disk_full_as_error(out, "Its checkpoints are whole"):
+            return _Training(stage, out, recipe).run(stop_after)
+    except torch.OutOfMemoryError as error:
+        raise DavaeError(out_of_memory_message(stage.name, stage.loop)) from error
+    except RuntimeError as error:
+        if not is_of_a_dead_worker(error):
+            raise
+        raise DavaeError(f"{stage.name}: {dead_worker_message()}") from error
+
+
+def steps_of(stage: Stage, out: Path) -> Callable[[], None]:
+    """A call that makes the next step of a stage as :func:`train` does, data and all; nothing is logged or saved.
+
+    For benchmarks and profiles.
+
+    Args:
+        stage: what to train.
+        out: an empty folder.
+    """
+    training = _Training(stage, out, {})
+    training._prepare()
+    batches, steps = iter(training.stream), itertools.count()
+
+    def step() -> None:
+        number = next(steps)
+        batch = training._step(number, batches)
+        if training.accelerator.device.type == "cpu":
+            training._guard(number + 1, batch)
+
+    return step
+
+
+class _Training:
+    """A stage, prepared: what its steps need beside the model."""
+
+    def __init__(self, stage: Stage, out: Path, recipe: dict[str, Any]) -> None:
+        self.stage, self.loop, self.out = stage, stage.loop, out
+        loop = self.loop
+        self.accelerator = begin_accelerator(
+            mixed_precision=loop.precision,
+            log_with=loop.report_to or None,
+            project_dir=str(out),
+            cpu=use_cpu(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+        )
+        self.main = self.accelerator.is_main_process
+        self.directory = RunDirectory(out, recipe, facts=stage.facts)
+        self.metrics: dict[str, float] = {}
+
+    def run(self, stop_after: int | None) -> TrainResult | None:
+        """All steps that are left, then the result."""
+        with ExitStack() as opened:
+            if self.main:
+                opened.enter_context(self.directory.locked())
+            self._prepare()
+            self.writer = opened.enter_context(
+                CheckpointWriter(
+                    self.directory.checkpoints,
+                    keep=self.loop.checkpoints_total_limit,
+                    best_mode=self.loop.best_mode,
+                )
+            )
+            self.stop = opened.enter_context(StopRequest())
+            finished = self._steps(self._resume(), stop_after)
+            self.writer.wait()
+            result = self._result() if finished else None
+        for tracker in self.accelerator.trackers:
+            tracker.finish()  # end_training would leave the other stages without processes
+        if result is not None and self._signal() is not None:
+            raise self._stopped(self.loop.steps, result.result)
+        return result
+
+    def _stopped(self, done: int, result: Path | None = None) -> TrainingStopped:
+        assert self.stop.received is not None
+        return TrainingStopped(
+            self.stage.name, done, self.loop.steps, self.out, self.stop.received, result=result
+        )
+
+    def _prepare(self) -> None:
+        stage, loop, accelerator = self.stage, self.loop, self.accelerator
+        if loop.report_to and self.main:
+            accelerator.init_trackers("tracking")
+        stage.to(accelerator.device)
+        self.trainers = [
+            prepare(accelerator, loop, trained, is_model=trained is stage.modules[0])
+            for trained in stage.modules
+        ]
+        self.ema = Ema(stage.modules[0].parameters(), loop.ema_decay) if loop.ema_decay is not None else None
+        self.dataset = as_item_dataset(stage.dataset)
+        self.stream = BatchStream(
+            self.dataset,
+            loop.batch_size,
+            seed=loop.seed,
+            workers=stage.workers,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            timeout_s=stage.timeout_s,
+        )
+        if accelerator.num_processes > 1:
+            all_the_same("the images", _described(self.dataset), "the data")
+        self.ledger = SkipLedger.for_dataset(self.dataset)
+        self.window = RunningMeans(accelerator.device)
+        self.guard = NonFiniteGuard(stage.name, loop, self.out)
+        self.state = RunState(
+            trainers=self.trainers,
+            ema=self.ema,
+            stream=self.stream,
+            ledger=self.ledger,
+            guard=self.guard,
+            window=self.window,
+            scaler=accelerator.scaler,
+        )
+
+    def _steps(self, start: int, stop_after: int | None) -> bool:
+        """The loop. Returns whether it went to its end."""
+        loop = self.loop
+        batches = iter(self.stream)
+        with Progress(self.stage.name, loop.steps, start, enabled=self.main) as progress:
+            for step in range(start, loop.steps):
+                batch = self._step(step, batches)
+                done = step + 1
+                stopping = done == stop_after or self._asked_to_stop(done)
+                due = done % loop.log_every == 0 or done == loop.steps
+                if due or stopping or self.accelerator.device.type == "cpu":
+                    self._guard(done, batch)
+                if due:
+                    progress.losses(self._log(done))
+                watched, best = None, False
+                if done == loop.steps or (loop.validate_every and done % loop.validate_every == 0):
+                    watched, best = self._validate(done)
+                if done % loop.checkpoint_every == 0 or done == loop.steps or stopping or best:
+                    self._guard(done, batch)
+                    self.state.save(self.writer, done, watched)
+                self.writer.check()
+                progress.advance()
+                if stopping and done < loop.steps:
+                    if self.stop.received is not None:
+                        self.writer.wait()
+                        raise self._stopped(done)
+                    return False
+        return True
+
+    def _step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """One optimizer step of every player; returns the last batch."""
+        loop, accelerator = self.loop, self.accelerator
+        for trainer in self.trainers:
+            trainer.zero_grad()
+        kept = [BatchNormSnapshot(trained.module) for trained in self.stage.modules]
+        losses: list[list[dict[str, Tensor]]] = [[] for _ in self.trainers]
+        ids: list[str] = []
+        for micro in range(loop.gradient_accumulation):
+            batch = next(batches)
+            self.ledger.add(batch.pop("skipped", []))
+            ids += batch.get("id", [])
+            last = micro == loop.gradient_accumulation - 1
+            batch = to_device(batch, accelerator.device)
+            for i, trainer in enumerate(self.trainers):
+                _seed_step(loop.seed, step, micro)
+                with self._draws():
+                    losses[i].append(trainer.losses(batch, step, last=last))
+                trainer.backward(losses[i][-1]["total"] / loop.gradient_accumulation)
+        for trainer in self.trainers:
+            trainer.mask()
+        norms = [trainer.clip() for trainer in self.trainers]
+        if norms[0] is not None:
+            self.window.add({"gradient_norm": norms[0]})
+        for i, trainer in enumerate(self.trainers):
+            trained = trainer.trained
+            for part in losses[i]:
+                self.window.add(part, "" if i == 0 else trained.name)
+            good = self.guard.check(
+                step + 1,
+                trained.name,
+                losses[i],
+                ids,
+                trainer.names,
+                trainer.norms(),
+                norms[i],
+                self._agreed,
+            )
+            kept[i].restore_unless(good)
+            trainer.step(learning_rate(trained.optimizer, step, loop.steps), good)
+        if accelerator.scaler is not None:
+            accelerator.scaler.update()
+        if self.ema is not None:
+            self.ema.update()
+        return batch
+
+    def _draws(self) -> AbstractContextManager[Any]:
+        world = self.accelerator.num_processes
+        if world == 1:
+            return nullcontext()
+        return RankInvariantDraws(self.accelerator.process_index, world, self.loop.batch_size)
+
+    def _agreed(self, good: Tensor) -> Tensor:
+        """Whether a step is good in all processes: all leave it out, or none."""
+        if self.accelerator.num_processes == 1:
+            return good
+        votes: Tensor = self.accelerator.reduce(good.float(), "sum")
+        return votes >= self.accelerator.num_processes
+
+    def _guard(self, done: int, batch: dict[str, Any]) -> None:
+        self.guard.read()
+        if self.guard.exhausted:
+            self.state.save(self.writer, done, None)
+            self.writer.wait()
+            self.guard.give_up(batch)
+
+    def _asked_to_stop(self, done: int) -> bool:
+        if self.accelerator.num_processes > 1 and done % self.loop.log_every:
+            return False  # agreed where the processes meet anyway
+        return self._signal() is not None
+
+    def _signal(self) -> signal.Signals | None:
+        """What asked any of the processes to stop; all must come along."""
+        if self.accelerator.num_processes == 1:
+            return self.stop.received
+        asked = torch.tensor(float(self.stop.received is not None), device=self.accelerator.device)
+        if not float(self.accelerator.reduce(asked, "sum")):
+            return None
+        self.stop.received = self.stop.received or signal.SIGTERM
+        return self.stop.received
+
+    def _log(self, done: int) -> dict[str, float]:
+        names, sums = self.window.tensors()
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        values = self.window.means(names, sums)
+        values["learning_rate"] = self.trainers[0].learning_rate
+        if self.guard.skipped:
+            values["skipped_steps"] = self.guard.skipped
+        if self.main:
+            self.directory.write_metrics(done, values)
+            self.accelerator.log(values, step=done)
+        return values
+
+    def _validate(self, done: int) -> tuple[float | None, bool]:
+        """Measure in all processes; returns the watched metric and whether it was never better."""
+        self._evaluate(done)
+        watched = self._measured(done) if self.main else None
+        found = [watched, watched is not None and self.writer.is_best(watched)]
+        if self.accelerator.num_processes > 1 and self.loop.best_metric is not None:
+            broadcast_object_list(found)  # all save the best, or none
+        return found[0], bool(found[1])
+
+    def _evaluate(self, done: int) -> None:
+        """Validate with the averaged weights, as the result will be used."""
+        model = self.stage.modules[0].module
+        model.eval()
+        averaged = self.ema.applied() if self.ema is not None else nullcontext()
+        with averaged, unsharded(model), torch.no_grad():
+            self.metrics = self.stage.validate(self.directory.samples, done)
+        model.train()
+
+    def _measured(self, done: int) -> float | None:
+        self.directory.write_metrics(done, self.metrics)
+        self.accelerator.log(self.metrics, step=done)
+        if self.loop.best_metric is None:
+            return None
+        best = current_name(self.loop.best_metric)
+        if best not in self.metrics:
+            raise DavaeError(
+                f"loop.best_metric is '{best}', which {self.stage.name} does not measure; it measures "
+                f"{', '.join(self.metrics)}"
+            )
+        return self.metrics[best]
+
+    def _resume(self) -> int:
+        """Put the newest whole checkpoint back; returns its step, 0 where there is none."""
+        step = self.state.restore(self.directory.checkpoints)
+        if step:
+            logger.info("%s continues from step %d", self.stage.name, step)
+        if self.main:  # also at step 0: a run may have been killed before its first checkpoint
+            self.directory.forget_after(step)
+        return step
+
+    def _result(self) -> TrainResult:
+        self.state.merge_ledgers()
+        self.ledger.check()
+        result = self.out
+        if not self.metrics:  # the run had ended before: measure again rather than report nothing
+            self._evaluate(self.loop.steps)
+        with self.ema.applied() if self.ema is not None else nullcontext():
+            unshard_for_good(self.stage.modules[0].module)
+            if self.main:
+                result = self.stage.export(self.out)
+        facts: list[Any] = [result, self.metrics]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(facts)  # also keeps the others from reading what is not yet written
+        result, self.metrics = facts
+        if self.ledger.count and self.main:
+            logger.warning(self.ledger.summary())
+        return TrainResult(self.out, result, self.loop.steps, self.metrics, self.ledger)
+
+
+def _described(dataset: ItemDataset) -> str:
+    """How many images there are, and a checksum of their names."""
+    checksum = 0
+    for index in range(len(dataset)):
+        checksum = zlib.crc32(dataset.id(index).encode(), checksum)
+    return f"{len(dataset)} of names {checksum:08x}"
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A batch with its tensors, also those in dictionaries, on the device."""
+    if isinstance(value, dict):
+        return {k: to_device(v, device) for k, v in value.items()}
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

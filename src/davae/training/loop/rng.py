@@ -1,0 +1,73 @@
+"""Random numbers that do not depend on how a batch is shared out among processes.
+
+Noise, times and dropout of a sample come from torch's generators, which every process seeds alike for a step.
+With several processes each draw is made for the whole batch and a process keeps its own rows, so that a sample
+meets the same noise on one process with batch ``2 B`` as on two with batch ``B``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_BY_SHAPE = (torch.randn, torch.rand)
+_LIKE = {torch.randn_like: torch.randn, torch.rand_like: torch.rand}
+
+
+class RankInvariantDraws(TorchFunctionMode):
+    """Within this context draws whose first axis is the batch are a process's rows of the whole batch's draw.
+
+    Draws of another length on the first axis, and those from an explicit generator, are left alone.
+
+    Args:
+        rank: this process.
+        world_size: number of processes.
+        batch_size: images of a process and micro-step.
+    """
+
+    def __init__(self, rank: int, world_size: int, batch_size: int) -> None:
+        super().__init__()
+        self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Replace the draws; everything else goes its way."""
+        kwargs = kwargs or {}
+        if kwargs.get("generator") is None:
+            if func in _BY_SHAPE:
+                shape = kwargs.pop("size", None) or (args[0] if isinstance(args[0], (tuple, list)) else args)
+                return self._rows(func, tuple(shape), kwargs)
+            if func in _LIKE:
+                like: Tensor = args[0]
+                facts = {"dtype": like.dtype, "device": like.device, **kwargs}
+                facts.pop("memory_format", None)
+                return self._rows(_LIKE[func], tuple(like.shape), facts)
+            if func is torch.randint and len(args) >= 2 and isinstance(args[-1], (tuple, list)):
+                return self._rows(functools.partial(func, *args[:-1]), tuple(args[-1]), kwargs)
+        return func(*args, **kwargs)
+
+    def _rows(self, draw: Callable[..., Tensor], shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor:
+        if not shape or shape[0] != self.batch_size:
+            return draw(shape, **kwargs)
+        whole = draw((self.world_size * shape[0], *shape[1:]), **kwargs)
+        return whole[self.rank * shape[0] : (self.rank + 1) * shape[0]].clone()
+
+
+def _seed_step(seed: int, step: int, micro: int) -> None:
+    """Seed torch's generators so that a step's draws depend on nothing that came before it.
+
+    All processes seed alike; see :class:`RankInvariantDraws`.
+    """
+    mixed = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    base = int(torch.randint(2**62, (), generator=mixed))
+    torch.manual_seed(base + 1_009 * micro)

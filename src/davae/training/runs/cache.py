@@ -1,0 +1,98 @@
+"""What the verb ``davae cache`` calls, callable from a script."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+from davae.bases.open import load_base, load_recipe_base
+from davae.data.cache import Format, verify_cache
+from davae.errors import DavaeError
+from davae.models import AutoencoderDA
+from davae.pipelines.saving.opening import load_autoencoder
+from davae.recipes.data import check_data_path
+from davae.recipes.read import load_recipe
+from davae.recipes.settings import BaseRecipe, UpgradeRecipe
+from davae.runtime.processes import is_first
+from davae.training.cache.write import write_cache
+from davae.training.runs.train import cache_folder, trained_autoencoder, training_command
+
+
+def run_cache(
+    recipe: str | Path,
+    overrides: Sequence[str],
+    out: Path | None = None,
+    autoencoder: Path | None = None,
+    form: Format = "safetensors",
+    batch_size: int = 8,
+) -> str:
+    """Cache the training images of a recipe in ``out``, by default where the recipe's ``data.cache`` looks for it;
+    returns what to tell the person who asked (of several processes the first one does).
+
+    The recipe is an upgrade, whose trained ``autoencoder`` encodes, or a base recipe with ``start_from``, whose
+    pipeline brings its own.
+
+    Raises:
+        DavaeError: the recipe, the data or the autoencoder is wrong, or ``out`` holds something else.
+    """
+    settings = _cached_recipe(recipe, overrides)
+    out = out or cache_folder(settings, recipe)
+    check_data_path(settings.data.path, settings.data.revision)
+    vae, base = _models(settings, recipe, autoencoder)
+    made = write_cache(
+        settings.data,
+        vae,
+        base,
+        out,
+        form=form,
+        batch_size=batch_size,
+        text_length=settings.diffusion.prompts.max_length if isinstance(settings, UpgradeRecipe) else None,
+    )
+    if not is_first():
+        return ""
+    texts = f" and {made.texts} texts" if made.texts else ""
+    command = training_command(settings, recipe, overrides, autoencoder, out)
+    return (
+        f"{made.images} images as {made.entries} latents{texts}, {made.nbytes / 1e6:.1f} MB: {made.folder}\n"
+        f"train from it with `{command}`"
+    )
+
+
+def run_verify(folder: Path) -> str:
+    """Compare the shards of a cache with their hashes; returns what to tell the person who asked."""
+    return f"{verify_cache(folder)} shards as they were written: {folder}"
+
+
+def default_folder(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Where ``davae cache`` writes, and the recipe's training looks, if nobody says otherwise.
+
+    Raises:
+        DavaeError: the recipe is wrong, or has no cache.
+    """
+    return cache_folder(_cached_recipe(recipe, overrides), recipe)
+
+
+def _models(
+    settings: UpgradeRecipe | BaseRecipe, recipe: str | Path, autoencoder: Path | None
+) -> tuple[AutoencoderDA | AutoencoderKL, DiffusionPipeline]:
+    """The autoencoder that encodes, and the base."""
+    if isinstance(settings, BaseRecipe):
+        if autoencoder is not None:
+            raise DavaeError(f"recipe '{recipe}' keeps its pipeline's autoencoder: leave out --autoencoder")
+        assert settings.start_from is not None
+        base = load_base(settings.start_from.pipeline)
+        return base.vae, base
+    return load_autoencoder(trained_autoencoder(recipe, autoencoder)), load_recipe_base(settings)
+
+
+def _cached_recipe(recipe: str | Path, overrides: Sequence[str]) -> UpgradeRecipe | BaseRecipe:
+    settings = load_recipe(recipe, overrides)
+    if isinstance(settings, BaseRecipe) and settings.start_from is not None:
+        return settings
+    if not isinstance(settings, UpgradeRecipe):
+        raise DavaeError(
+            f"recipe '{recipe}' trains an autoencoder first, from images: there is no cache for it"
+        )
+    return settings

@@ -1,0 +1,167 @@
+"""From a run directory to a folder that can be handed on or published."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from davae.bases.tiny import TINY
+from davae.errors import DavaeError
+from davae.models.portable import CODE_FILE
+from davae.pipelines import Licence, Making, find_licence, push_to_hub, write_model_card
+from davae.pipelines.saving.opening import LAYERS_FILE
+from davae.runtime.atomic_files import atomic_folder
+from davae.training.checkpoints.run_directory import read_config, read_metrics
+
+_PORTABLE_CLASSES = ("AutoencoderDA", "LightningDiTTransformer2DModel")
+# Where a result lies in a run directory, or in one that holds the runs of both stages.
+_PIPELINE = ("pipeline", "diffusion/pipeline")
+_ADAPTERS = ("adapters", "diffusion/adapters")
+_AUTOENCODER = ("autoencoder", "autoencoder/autoencoder")
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    license: str | Licence | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    adapters: bool = False,
+    repo_id: str | None = None,
+    private: bool | None = None,
+) -> str:
+    """Copy the result of a run, write its model card, and publish it where asked.
+
+    The result is the merged pipeline, or the autoencoder of a run that made only that.
+
+    Args:
+        run: a run directory of either stage, or one that holds both (as the demo's does).
+        out: a folder that does not exist, or is empty.
+        license: of the result; the base's own where None.
+        license_name, license_link: of a licence that the hub has no id for, see
+            :func:`davae.pipelines.saving.licence.find_licence`.
+        adapters: LoRA, widened layers and autoencoder in place of the merged pipeline.
+        repo_id: publish the folder under this name of the hub.
+        private: for a new repository.
+
+    Returns:
+        What to tell the person who asked.
+
+    Raises:
+        DavaeError: the run has no such result, the licence is not known, or ``out`` holds files. Nothing is written
+            then, nor where anything else goes wrong.
+    """
+    result = _find_result(run, adapters=adapters)
+    _check_portable(result)
+    stage = result.parent
+    recipe = _recipe(stage)
+    base = str(recipe.get("base", ""))
+    card_of = TINY if base == "tiny" else base
+    licence = find_licence(card_of, license, name=license_name, link=license_link)
+    if out.exists() and any(out.iterdir()):
+        raise DavaeError(f"{out} holds files already: choose another --out, or remove the folder")
+    with atomic_folder(out) as folder:
+        shutil.copytree(result, folder, dirs_exist_ok=True)
+        if adapters:
+            shutil.copytree(_autoencoder_of(stage, recipe), folder / "autoencoder")
+        card = write_model_card(
+            folder,
+            base_model=base,
+            license=licence,
+            making=_making(stage, recipe),
+            name=repo_id or out.resolve().name,
+        )
+    message = f"{out}\nlicence {licence.title}, from {base}; the card is {out / card.name}"
+    if repo_id is not None:
+        message += f"\n{push_to_hub(out, repo_id, private=private)}"
+    return message
+
+
+def _find_result(run: Path, *, adapters: bool) -> Path:
+    places = _ADAPTERS if adapters else (*_PIPELINE, *_AUTOENCODER)
+    marks = (LAYERS_FILE,) if adapters else ("model_index.json", "config.json")
+    for place in places:
+        if any((run / place / mark).is_file() for mark in marks):
+            return run / place
+    what = "adapters" if adapters else "pipeline or autoencoder"
+    raise DavaeError(f"{run} holds no {what}: looked for {', '.join(places)} in it. Is the run finished?")
+
+
+def _check_portable(result: Path) -> None:
+    """Whether people without davae can open it: the code lies beside each component that needs it."""
+    for config in filter(Path.is_file, (result / "config.json", *result.glob("*/config.json"))):
+        ours = _json(config).get("_class_name") in _PORTABLE_CLASSES
+        if ours and not (config.parent / CODE_FILE).is_file():
+            raise DavaeError(
+                f"{config.parent} was saved by an older davae, without {CODE_FILE}: open it with from_pretrained "
+                "and save it again with save_pretrained"
+            )
+
+
+def _recipe(stage: Path) -> dict[str, Any]:
+    file = stage / "config.yaml"
+    if not file.is_file():
+        raise DavaeError(f"{stage} is not a run directory: it has no config.yaml, which names the base")
+    recipe = read_config(file)
+    if recipe is None:
+        raise DavaeError(
+            f"{file} is damaged: remove it and run the training's command again, which writes it anew"
+        )
+    return recipe
+
+
+def _autoencoder_of(stage: Path, recipe: dict[str, Any]) -> Path:
+    for folder in (stage / "pipeline" / "vae", Path(recipe.get("autoencoder_folder", ""))):
+        if (folder / "config.json").is_file():
+            return folder
+    raise DavaeError(f"the autoencoder that goes with the adapters in {stage} is not there any more")
+
+
+def _making(stage: Path, recipe: dict[str, Any]) -> Making:
+    environment = _json(stage / "environment.json")
+    packages = environment.get("packages", {})
+    hardware = {name: packages[name] for name in ("torch", "diffusers", "peft") if name in packages}
+    if environment.get("device"):
+        hardware["on"] = environment["device"]
+    summary = _json(stage / "summary.json") or _json(stage.parent / "summary.json")
+    sections = {key: value for key, value in summary.items() if key not in ("hardware", "title", "created")}
+    commands = [str(summary["command"])] if "command" in summary else _commands(stage, recipe)
+    own = {key: value for key, value in recipe.items() if key != "autoencoder_folder"}
+    return Making(
+        figures=sections or _last_figures(stage),
+        commands=commands,
+        hardware=hardware,
+        recipe=yaml.safe_dump(own, sort_keys=False),
+    )
+
+
+def _commands(stage: Path, recipe: dict[str, Any]) -> list[str]:
+    """The commands of the run, that of its autoencoder first where its run is still there."""
+    first = Path(recipe["autoencoder_folder"]).parent if recipe.get("autoencoder_folder") else None
+    runs = [first, stage] if first is not None else [stage]
+    found = [_json(run / "environment.json").get("command") for run in runs]
+    return [command for command in found if command]
+
+
+def _last_figures(stage: Path) -> dict[str, float]:
+    """The newest held-out figures, and the step they are of."""
+    for line in reversed(read_metrics(stage / "metrics.jsonl")):
+        found = {key: value for key, value in line.items() if key not in ("step", "time", "detail_weight")}
+        if any(key.startswith("held_out") or key == "psnr" for key in found):
+            return {"step": line["step"], **found}
+    return {}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A file of a run or of its result; nothing where there is none."""
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise DavaeError(
+            f"{file} is damaged ({error}): run the training's command again, which writes it anew"
+        ) from error

@@ -1,0 +1,173 @@
+"""What the ``davae train`` verbs do, callable from a script: recipe in, run directory out."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from davae.bases.open import load_base, load_recipe_base
+from davae.errors import DavaeError
+from davae.planner.recipes import dry_run as describe_run
+from davae.recipes.data import check_data_path
+from davae.recipes.read import load_recipe
+from davae.recipes.settings import BaseRecipe, UpgradeRecipe
+from davae.training.autoencoder.train import train_levels
+from davae.training.base.dry_run import dry_run_base as describe_base_run
+from davae.training.base.train import train_base
+from davae.training.diffusion.train import train_transformer
+from davae.training.loop.loop import TrainResult
+
+
+def run_autoencoder(
+    recipe: str | Path, overrides: Sequence[str] = (), out: Path | None = None, *, dry_run: bool = False
+) -> str:
+    """Train stage 1 of a recipe; returns what to tell the person who asked.
+
+    Raises:
+        DavaeError: the recipe, the data or the base is wrong, or ``out`` holds another run.
+    """
+    settings = _upgrade_recipe(recipe, overrides)
+    if dry_run:
+        return describe_run(settings, "autoencoder")
+    result = train_autoencoder(settings, out or Path("runs") / f"{_stem(recipe)}-autoencoder")
+    return _summary(result)
+
+
+def run_diffusion(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    out: Path | None = None,
+    *,
+    autoencoder: Path | None = None,
+    dry_run: bool = False,
+) -> str:
+    """Train stage 2 of a recipe on a trained autoencoder; returns what to tell the person who asked."""
+    settings = _upgrade_recipe(recipe, overrides)
+    if dry_run:
+        return describe_run(settings, "diffusion")
+    folder = trained_autoencoder(recipe, autoencoder)
+    check_cache_is_there(settings, recipe, overrides, autoencoder)
+    result = train_diffusion(settings, out or Path("runs") / f"{_stem(recipe)}-diffusion", folder)
+    return _summary(result)
+
+
+def run_base(
+    recipe: str | Path, overrides: Sequence[str] = (), out: Path | None = None, *, dry_run: bool = False
+) -> str:
+    """Train a base pipeline; returns what to tell the person who asked."""
+    settings = load_recipe(recipe, overrides)
+    if not isinstance(settings, BaseRecipe):
+        raise DavaeError(f"recipe '{recipe}' upgrades a base; `davae train base` needs one of kind: base")
+    if dry_run:
+        return describe_base_run(settings)
+    check_cache_is_there(settings, recipe, overrides)
+    check_data_path(settings.data.path, settings.data.revision)
+    start = settings.start_from
+    base = None if start is None else load_base(start.pipeline)
+    return _summary(train_base(settings, out or Path("runs") / _stem(recipe), base))
+
+
+def train_autoencoder(recipe: UpgradeRecipe, out: Path) -> TrainResult:
+    """Stage 1 into ``out/autoencoder``. Continues from the newest checkpoint in ``out``."""
+    check_data_path(recipe.data.path, recipe.data.revision)  # before a base is loaded
+    return train_levels(recipe, load_recipe_base(recipe), out)
+
+
+def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> TrainResult:
+    """Stage 2 into ``out/pipeline``. Continues from the newest checkpoint in ``out``."""
+    check_data_path(recipe.data.path, recipe.data.revision)
+    base = load_recipe_base(recipe, transformer_dtype=getattr(torch, recipe.diffusion.tune.frozen_dtype))
+    return train_transformer(recipe, base, out, autoencoder)
+
+
+def _upgrade_recipe(recipe: str | Path, overrides: Sequence[str]) -> UpgradeRecipe:
+    settings = load_recipe(recipe, overrides)
+    if not isinstance(settings, UpgradeRecipe):
+        raise DavaeError(
+            f"recipe '{recipe}' is of kind '{settings.kind}': use `davae train {settings.kind} --recipe {recipe}`"
+        )
+    return settings
+
+
+def trained_autoencoder(recipe: str | Path, given: Path | None) -> Path:
+    """The folder of a recipe's trained autoencoder: the given one, else where its first stage writes it.
+
+    Raises:
+        DavaeError: there is no such folder.
+    """
+    folder = given or Path("runs") / f"{_stem(recipe)}-autoencoder" / "autoencoder"
+    if not folder.is_dir():
+        raise DavaeError(
+            f"no trained autoencoder in {folder}: run `davae train autoencoder --recipe {recipe}` first, "
+            "or name one with --autoencoder"
+        )
+    return folder
+
+
+def _stem(recipe: str | Path) -> str:
+    return Path(recipe).stem
+
+
+def _summary(result: TrainResult) -> str:
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    return f"{result.result}\n{figures}"
+
+
+def cache_folder(settings: UpgradeRecipe | BaseRecipe, recipe: str | Path) -> Path:
+    """Where the cache of a recipe lies: where its ``data.cache`` says, else ``caches/RECIPE``."""
+    return Path(settings.data.cache or Path("caches") / Path(recipe).stem)
+
+
+def training_command(
+    settings: UpgradeRecipe | BaseRecipe,
+    recipe: str | Path,
+    overrides: Sequence[str],
+    autoencoder: Path | None,
+    folder: Path,
+) -> str:
+    """The command that trains from the cache in ``folder``.
+
+    Args:
+        settings: the resolved recipe.
+        recipe, overrides, autoencoder: as they were given to ``davae cache``.
+        folder: of the cache.
+    """
+    named = settings.data.cache is not None and Path(settings.data.cache) == folder
+    more = [] if named else [f"data.cache={folder}"]
+    verb = ["train", "diffusion" if isinstance(settings, UpgradeRecipe) else "base"]
+    return _command(verb, recipe, [*overrides, *more], autoencoder)
+
+
+def check_cache_is_there(
+    settings: UpgradeRecipe | BaseRecipe,
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    autoencoder: Path | None = None,
+) -> None:
+    """Refuse to train from a cache that nobody has written, before a base is loaded for it.
+
+    Args:
+        settings: the resolved recipe.
+        recipe, overrides, autoencoder: as they were given to ``davae train``.
+
+    Raises:
+        DavaeError: ``data.cache`` names a folder without a cache; the message has the command that writes it.
+    """
+    folder = settings.data.cache
+    if folder is None or (Path(folder) / "fingerprint.json").is_file():
+        return
+    raise DavaeError(
+        f"there is no cache of latents in {folder}, from which the recipe '{recipe}' trains (data.cache): run "
+        f"`{_command(['cache'], recipe, overrides, autoencoder)}` first, or train from the images themselves with "
+        "data.cache=null"
+    )
+
+
+def _command(
+    verb: Sequence[str], recipe: str | Path, overrides: Sequence[str], autoencoder: Path | None
+) -> str:
+    options = [] if autoencoder is None else ["--autoencoder", str(autoencoder)]
+    return shlex.join(["davae", *verb, "--recipe", str(recipe), *options, *overrides])
