@@ -124,7 +124,7 @@ def test_a_base_folder_with_frozen_weights_in_bfloat16(photos, tmp_path):
 
 
 def test_a_text_run_stopped_and_continued_equals_an_undisturbed_one(photos, tmp_path, monkeypatch):
-    from davae.training.runs import train as run_module
+    from davae.training.diffusion import train as run_module
 
     loop = ["diffusion.loop.steps=4", "diffusion.loop.checkpoint_every=1", "diffusion.prompts.dropout=0.5"]
     _, whole = _train("sd3", photos, tmp_path / "whole", *loop)
