@@ -1,17 +1,18 @@
 """Small pipelines upgraded, and what to compare: noise in both widths, images of the base channels."""
 
 from __future__ import annotations
-from davae.bases.debug_pipelines import base_resolution
-from davae.bases.debug_pipelines import small_pipeline
-from davae.models import AutoencoderDA
-from davae.pipelines import upgrade_pipeline
-from davae.pipelines.families.family import pack
-from davae.pipelines.families.family import unpack
+
+import functools
+from typing import Any
+
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from typing import Any
-import functools
-import torch
+
+from davae.bases.debug_pipelines import base_resolution, small_pipeline
+from davae.models import AutoencoderDA
+from davae.pipelines import upgrade_pipeline
+from davae.pipelines.families.family import pack, unpack
 
 DETAILS = 8
 PACKED = ("flux", "qwenimage")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from davae.bases import open as opening
 from davae.bases.open import load_base
 from davae.bases.tiny import debug_base
 from davae.data import Mirrored, open_dataset
@@ -14,7 +15,6 @@ from davae.errors import DavaeError
 from davae.recipes.read import load_recipe
 from davae.training import data as images_of_recipes
 from davae.training.checkpoints.run_directory import base_facts, commit_of, data_facts
-from davae.training.runs import train as run
 from davae.training.runs.train import train_autoencoder, train_diffusion
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -32,7 +32,7 @@ def hub(monkeypatch):
         pipe.transformer.register_to_config(_name_or_path=place)
         return pipe
 
-    monkeypatch.setattr(run, "DiffusionPipeline", SimpleNamespace(from_pretrained=from_pretrained))
+    monkeypatch.setattr(opening, "DiffusionPipeline", SimpleNamespace(from_pretrained=from_pretrained))
     return asked
 
 
