@@ -17,6 +17,7 @@ from davae.cli.main import app
 
 FILES = sorted(Path(davae.cli.__file__).parent.glob("*.py"))
 LIGHT = {
+    "davae.choices",
     "davae.cli",
     "davae.cli.options",
     "davae.errors",

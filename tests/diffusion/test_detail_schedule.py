@@ -53,7 +53,7 @@ def test_no_warm_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"step": -1, "warmup_steps": 1}, "step must not be negative, got -1"),
         ({"step": 0, "warmup_steps": -5}, "warmup_steps must not be negative, got -5"),

@@ -124,7 +124,7 @@ class TestFlowLoss:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (
             lambda: structured_loss(draw(1, 4, 2, 2), draw(1, 4, 2, 3), LAYOUT, 1.0),

@@ -58,7 +58,7 @@ def test_official_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda: sample_unit(1, "normal"), "'normal': use logit_normal or uniform"),
         (lambda: sample_unit(1, std=0.0), "must be positive"),

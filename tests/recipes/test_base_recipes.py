@@ -113,7 +113,7 @@ def test_loader_processes_and_their_time_are_those_of_the_recipe(
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("downsample=2 data.cache=caches/x", r"data\.cache and data\.cache_dtype need start_from"),
         ("downsample=2 data.cache_dtype=float16", r"data\.cache and data\.cache_dtype need start_from"),

@@ -177,7 +177,7 @@ def test_sharding_configurations_are_understood(config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         ("FSDP_VERSION", "1", "set fsdp_version: 2"),
         ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading"),

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from davae.cli.options import new_folder, wide_console
-from davae.recipes.read import dump_recipe
 
 
 def ablate(
@@ -24,7 +23,7 @@ def ablate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved file, then leave.")] = False,
 ) -> None:
     """Train every variant with every seed and compare them; the same command continues."""
-    from davae.recipes.read import load_ablation
+    from davae.recipes.read import dump_recipe, load_ablation
 
     settings = load_ablation(recipe, overrides or ())
     if dry_run:

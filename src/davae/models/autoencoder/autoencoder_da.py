@@ -23,6 +23,7 @@ from davae.models.autoencoder.posterior import StructuredPosterior, takes_single
 from davae.models.autoencoder.residual_sampling import ResidualDownsample, ResidualUpsample
 from davae.models.autoencoder.tiling import tiled
 from davae.models.autoencoder.warm_blocks import start_blocks_from_base
+from davae.models.base_adapters import image, video  # noqa: F401  (each registers its adapters)
 from davae.models.base_adapters.adapter import (
     constructor_arguments,
     find_adapter,

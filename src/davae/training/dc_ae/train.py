@@ -212,9 +212,16 @@ def measured_images(recipe: DcAeRecipe) -> dict[int, ItemDataset]:
 
 def _data(recipe: DcAeRecipe, path: str | None, resolution: int) -> DataSettings:
     """The recipe's section at one resolution; a revision belongs to the recipe's own path."""
-    own = recipe.data.model_dump(include={"path", "revision", "crop", "flip", "split", "hold_out"})
-    other = {} if path in (None, recipe.data.path) else {"path": path, "revision": None}
-    return DataSettings(**own | other, resolution=resolution)
+    data = recipe.data
+    return DataSettings(
+        path=path or data.path,
+        revision=data.revision if path in (None, data.path) else None,
+        crop=data.crop,
+        flip=data.flip,
+        split=data.split,
+        hold_out=data.hold_out,
+        resolution=resolution,
+    )
 
 
 def _initial(recipe: DcAeRecipe, phase: int, start: Path | None) -> DeepAutoencoder:

@@ -38,6 +38,8 @@ def run_cache(
         DavaeError: the recipe, the data or the autoencoder is wrong, or ``out`` holds something else.
     """
     settings = _cached_recipe(recipe, overrides)
+    if isinstance(settings, BaseRecipe) and autoencoder is not None:
+        raise DavaeError(f"recipe '{recipe}' keeps its pipeline's autoencoder: leave out --autoencoder")
     out = out or cache_folder(settings, recipe)
     check_data_path(settings.data.path, settings.data.revision)
     vae, base = _models(settings, recipe, autoencoder)
@@ -79,8 +81,6 @@ def _models(
 ) -> tuple[AutoencoderDA | AutoencoderKL, DiffusionPipeline]:
     """The autoencoder that encodes, and the base."""
     if isinstance(settings, BaseRecipe):
-        if autoencoder is not None:
-            raise DavaeError(f"recipe '{recipe}' keeps its pipeline's autoencoder: leave out --autoencoder")
         assert settings.start_from is not None
         base = load_base(settings.start_from.pipeline)
         return base.vae, base
