@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_name
 from davae.runtime.atomic_files import atomic_json
-from davae.training.run_directory import read_metrics
+from davae.training.checkpoints.run_directory import read_metrics
 
 Line = tuple[list[float], list[float]]
 
