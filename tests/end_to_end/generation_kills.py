@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tests.end_to_end import children
 
-from davae.cli.evaluate_generation import generation
+from davae.cli.evaluate import generation
 
 _BATCH = 4
 _LIMIT_S = 3600.0  # five hundred images and a network of features take minutes

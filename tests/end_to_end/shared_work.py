@@ -11,7 +11,7 @@ from davae.bases.open import load_base
 from davae.data import open_dataset
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.pipelines.upgrade.upgrade import layout_over
+from davae.pipelines.upgrade import layout_over
 from davae.recipes.read import load_recipe
 from davae.runtime.processes import everyone, is_first, start_processes
 from davae.training.autoencoder.stage import AutoencoderStage

@@ -61,7 +61,7 @@ def test_an_autoencoder_that_fits_is_itself_part_of_the_pipeline() -> None:
 
 
 def test_the_autoencoder_follows_the_base_to_its_device() -> None:
-    from davae.pipelines.upgrade import upgrade
+    from davae.pipelines import upgrade
 
     base, vae = small_pipeline("sd3").vae.to(OTHER, torch.float16), autoencoder("sd3")
     placed = upgrade._placed_as(base, vae)

@@ -48,7 +48,7 @@ def test_by_default_the_schedule_is_the_base_s_at_its_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", ["sd3", "flux", "qwenimage", "lumina2"])
 def test_default_with_dynamic_shifting_is_written_down(name: str, caplog: pytest.LogCaptureFixture) -> None:
     base = dynamic(name)
-    with caplog.at_level(logging.INFO, "davae.pipelines.upgrade.timestep_shift"):
+    with caplog.at_level(logging.INFO, "davae.pipelines.upgrade"):
         upgraded = upgrade_pipeline(base, autoencoder(name))
     torch.testing.assert_close(sigmas(upgraded, name, 2), sigmas(base, name, 1), atol=1e-6, rtol=0)
     assert "timestep shift 'base': follows the number of tokens: base_image_seq_len" in caplog.text

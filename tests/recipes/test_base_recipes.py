@@ -14,7 +14,7 @@ from davae.errors import DavaeError
 from davae.recipes.read import load_recipe
 from davae.training.base import train as base
 from davae.training.base.autoencoder_stage import BaseAutoencoderStage
-from davae.training.base.dry_run import dry_run_base
+from davae.training.base.train import dry_run_base
 from davae.training.checkpoints.run_directory import read_metrics
 from davae.training.diffusion import DiffusionStage, stage
 from davae.training.runs.cache import run_cache

@@ -16,7 +16,7 @@ from davae.pipelines import ClassConditionalPipeline
 from davae.planner.recipes import dry_run
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe
-from davae.training.base.dry_run import dry_run_base
+from davae.training.base.train import dry_run_base
 from davae.training.diffusion import ClassMap
 from davae.training.runs.train import run_autoencoder, run_base, run_diffusion
 

@@ -12,8 +12,13 @@ from tests.conftest import small_tmpfs
 from torch import nn
 
 from davae.errors import DavaeError
-from davae.training.checkpoints.checkpoint import checkpoints, load_checkpoint, newest_whole, save_checkpoint
-from davae.training.checkpoints.writer import CheckpointWriter
+from davae.training.checkpoints.checkpoint import (
+    CheckpointWriter,
+    checkpoints,
+    load_checkpoint,
+    newest_whole,
+    save_checkpoint,
+)
 from davae.training.engine.tensors import module_tensors, optimizer_tensors, restore_module, restore_optimizer
 
 
@@ -251,7 +256,7 @@ def test_the_best_before_stays_until_the_new_one_is_noted(tmp_path, monkeypatch)
     writer = CheckpointWriter(tmp_path, keep=1)
     writer.save(1, {"model": {"w": torch.ones(1)}}, {}, watched=2.0)
     writer.wait()
-    monkeypatch.setattr("davae.training.checkpoints.writer.atomic_write", killed)
+    monkeypatch.setattr("davae.training.checkpoints.checkpoint.atomic_write", killed)
     writer.save(2, {"model": {"w": torch.ones(1)}}, {}, watched=1.0)
     with pytest.raises(KeyboardInterrupt):
         writer.wait()
@@ -263,7 +268,7 @@ def test_what_goes_wrong_in_the_background_is_raised_by_the_next_call(tmp_path, 
     def broken(*_args, **_kwargs):
         raise DavaeError("the disk is full")
 
-    monkeypatch.setattr("davae.training.checkpoints.writer.save_checkpoint", broken)
+    monkeypatch.setattr("davae.training.checkpoints.checkpoint.save_checkpoint", broken)
     writer = CheckpointWriter(tmp_path, keep=1)
     writer.save(1, {}, {})
     with pytest.raises(DavaeError, match="disk is full"):

@@ -13,7 +13,7 @@ from davae.errors import DavaeError
 from davae.latents import AlignmentLoss, ChannelStatistics
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
-from davae.pipelines.upgrade.upgrade import layout_over
+from davae.pipelines.upgrade import layout_over
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import UpgradeRecipe
 from davae.runtime.pictures import upscaled

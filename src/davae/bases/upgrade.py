@@ -11,8 +11,7 @@ from davae.latents import LatentLayout
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families.class_fixes import unguarded
 from davae.pipelines.saving.opening import load_autoencoder
-from davae.pipelines.upgrade.timestep_shift import TimestepShift
-from davae.pipelines.upgrade.upgrade import layout_over
+from davae.pipelines.upgrade import TimestepShift, layout_over
 from davae.warm_start import WarmStartReport, check_warm_start
 
 

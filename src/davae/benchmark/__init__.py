@@ -1,6 +1,6 @@
 """What an image costs: operations, seconds, memory."""
 
 from davae.benchmark.timing import SideBySide, peak_memory_bytes, side_by_side
-from davae.planner.flops import count_flops
+from davae.planner.memory import count_flops
 
 __all__ = ["SideBySide", "count_flops", "peak_memory_bytes", "side_by_side"]

@@ -18,7 +18,7 @@ from davae.models import AutoencoderDA
 from davae.models.latent_space import decode
 from davae.pipelines.sampling.speed import compile_regions, order_channels_last
 from davae.planner.architectures import Architecture, build, build_text_encoder
-from davae.planner.flops import count_flops
+from davae.planner.memory import count_flops
 from davae.planner.plan import default_detail_channels
 from davae.warm_start import dummy_arguments
 

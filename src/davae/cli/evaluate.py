@@ -2,10 +2,158 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
-from davae.cli.evaluate_generation import generation
-from davae.cli.evaluate_reconstruction import reconstruction
+from davae.cli.options import (
+    LAST_SEED,
+    Device,
+    DType,
+    FeatureNames,
+    Json,
+    named_values,
+    new_file,
+    new_folder,
+    some_images,
+    write_figures,
+)
+
+
+def reconstruction(
+    autoencoder: Annotated[Path, typer.Argument(help="Folder of a trained autoencoder.")],
+    data: Annotated[
+        str, typer.Option("--data", help="Images, as in a recipe (see docs/data.md).", callback=some_images)
+    ],
+    resolution: Annotated[
+        int | None, typer.Option("--resolution", min=1, help="Side in pixels (default: the run's).")
+    ] = None,
+    images: Annotated[
+        int, typer.Option("--images", min=1, help="How many, evenly from the whole set.")
+    ] = 256,
+    crops: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--crops", help="NAME=FOLDER of crops told apart, such as lettering; can be given again."
+        ),
+    ] = None,
+    boxes: Annotated[
+        Path | None,
+        typer.Option("--boxes", help="Table (.csv) of parts of image files told apart by name."),
+    ] = None,
+    features: FeatureNames = None,
+    lpips: Annotated[
+        Path | None, typer.Option("--lpips", help="torchvision's VGG-16 weights, for LPIPS.")
+    ] = None,
+    dino: Annotated[
+        Path | None, typer.Option("--dino", help="Folder of a DINO network, for its perceptual distance.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")] = 8,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """An autoencoder beside its baselines: base upscaled, base at full resolution, and the reduced image."""
+    folders = named_values(crops, "--crops", "lettering=crops/lettering")
+    from davae.cli.tables import print_figures
+    from davae.evaluation.reconstruction.evaluate import evaluate_reconstruction
+
+    found = evaluate_reconstruction(
+        autoencoder,
+        data,
+        resolution=resolution,
+        images=images,
+        crops=folders,
+        boxes=boxes,
+        features=features,
+        lpips=lpips,
+        dino=dino,
+        batch=batch,
+        device=device,
+    )
+    print_figures(found.figures(), found.unavailable)
+    write_figures(json_file, found.to_json())
+    if json_file is not None:
+        typer.echo(json_file)
+
+
+def generation(
+    pipeline: Annotated[str, typer.Argument(help="A pipeline folder, a run, a hub name, or 'tiny'.")],
+    reference: Annotated[
+        str, typer.Option("--reference", help="Images, as in a recipe, or an .npz of statistics.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="Folder of the images; the same command continues.", callback=new_folder),
+    ] = Path("generation"),
+    base: Annotated[
+        str | None, typer.Option("--base", help="The base pipeline, measured beside: upscaled, and native.")
+    ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option("--beside", help="NAME=PIPELINE, such as another of equal tokens; can be given again."),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option("--count", min=1, help="Images (default: every prompt, or 50000 of classes)."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Text, MJHQ-30K .json or GenEval .jsonl.")
+    ] = None,
+    features: FeatureNames = None,
+    clip: Annotated[str | None, typer.Option("--clip", help="A CLIP model, for the CLIP score.")] = None,
+    reference_images: Annotated[
+        int | None, typer.Option("--reference-images", min=1, help="At most so many (default: all).")
+    ] = None,
+    save_statistics: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-statistics", help="Write the reference's mu and sigma to this .npz.", callback=new_file
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=LAST_SEED, help="Of image 0; the next count up.")
+    ] = 0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images in one call.")] = 1,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="The pipeline's own default.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="The pipeline's own default.")] = None,
+    height: Annotated[int | None, typer.Option("--height", min=1, help="Pixels, full resolution.")] = None,
+    width: Annotated[int | None, typer.Option("--width", min=1, help="Pixels, full resolution.")] = None,
+    dtype: DType = "float32",
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Generate, then measure. Stopped at any time, the same command continues; under torchrun work is shared."""
+    others = named_values(beside, "--beside", "equal-tokens=PIPELINE")
+    from davae.cli.tables import print_figures
+    from davae.evaluation.generation.evaluate import evaluate_generation
+
+    found = evaluate_generation(
+        pipeline,
+        reference,
+        out=out,
+        base=base,
+        beside=others,
+        count=count,
+        prompts=prompts,
+        features=features,
+        clip=clip,
+        reference_images=reference_images,
+        save_statistics=save_statistics,
+        seed=seed,
+        batch=batch,
+        steps=steps,
+        guidance=guidance,
+        height=height,
+        width=width,
+        dtype=dtype,
+        device=device,
+    )
+    if found is not None:
+        print_figures(found.figures(), found.missing())
+        write_figures(json_file or out / "evaluation.json", found.to_json())
+        typer.echo(json_file or out / "evaluation.json")
+
 
 app = typer.Typer(no_args_is_help=True)
 app.command()(reconstruction)

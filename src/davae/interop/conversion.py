@@ -25,8 +25,7 @@ from davae.models.latent_space import open_autoencoder
 from davae.pipelines import ClassConditionalPipeline, load_pipeline
 from davae.pipelines.families import fit_to_autoencoder
 from davae.pipelines.saving.opening import opening
-from davae.pipelines.upgrade.timestep_shift import scheduler_for
-from davae.pipelines.upgrade.upgrade import layout_over
+from davae.pipelines.upgrade import layout_over, scheduler_for
 from davae.runtime.weight_files import about_file, read_state_dict, read_tensors
 
 logger = logging.getLogger(__name__)

@@ -4,13 +4,13 @@ from davae.choices import AlignmentForm
 from davae.latents.alignment import (
     AlignmentLoss,
     adaptive_weight,
+    gaussian_kl,
     gradient_ratio,
     gradient_scale,
     grouped_mean,
     self_similarity,
 )
 from davae.latents.layout import LatentLayout, token_count
-from davae.latents.posterior import gaussian_kl
 from davae.latents.statistics import ChannelStatistics, latent_affine, to_raw, to_scaled
 
 __all__ = [

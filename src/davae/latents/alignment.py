@@ -1,4 +1,4 @@
-"""Detail alignment: the loss that ties the detail latent to the base latent, and its adaptive weight."""
+"""Detail alignment: the loss that ties the detail latent to the base latent, its adaptive weight, and the KL term."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from davae.choices import AlignmentForm, check_choice
+from davae.choices import AlignmentForm, Reduction, check_choice
+from davae.errors import DavaeError
 from davae.latents.layout import LatentLayout
 
 _FLOAT16_SCALE = 4096.0
@@ -138,3 +139,27 @@ def gradient_scale(device: torch.device) -> float:
     """Factor on a loss before it goes back by hand: above 1 under float16 autocast, see `adaptive_weight`."""
     half = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
     return _FLOAT16_SCALE if half else 1.0
+
+
+def gaussian_kl(mean: Tensor, logvar: Tensor, *, reduction: Reduction = "sum") -> Tensor:
+    """KL divergence of ``N(mean, exp(logvar))`` from ``N(0, 1)``, computed in float32.
+
+    Args:
+        mean, logvar: ``[B, D, h, w]``.
+        reduction: ``"sum"`` is the divergence itself, ``1/2 sum(mean^2 + var - 1 - logvar)`` over a sample,
+            then the mean over the batch. ``"mean"`` is the mean over all elements *without* the factor 1/2,
+            as the published ImageNet training has it.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        DavaeError: an unknown reduction.
+    """
+    mean, logvar = mean.float(), logvar.float()
+    terms = mean.square() + logvar.exp() - 1.0 - logvar  # [B, D, h, w]
+    if reduction == "mean":
+        return terms.mean()
+    if reduction == "sum":
+        return 0.5 * terms.flatten(1).sum(dim=1).mean()
+    raise DavaeError(f"unknown KL reduction '{reduction}': use 'mean' or 'sum'")

@@ -10,7 +10,7 @@ from davae.pipelines.saving.licence import Licence, find_licence
 from davae.pipelines.saving.model_card import Making, write_model_card
 from davae.pipelines.saving.opening import load_pipeline
 from davae.pipelines.saving.saving import push_to_hub, save_pipeline
-from davae.pipelines.upgrade.upgrade import upgrade_pipeline
+from davae.pipelines.upgrade import upgrade_pipeline
 
 __all__ = [
     "ClassConditionalPipeline",

@@ -26,7 +26,7 @@ from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.lora import attach_lora, attached_lora
 from davae.pipelines.saving.opening import LAYERS_FILE, load_autoencoder
-from davae.pipelines.upgrade.upgrade import upgrade_pipeline
+from davae.pipelines.upgrade import upgrade_pipeline
 from davae.warm_start import description_of
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

@@ -11,7 +11,7 @@ import torch
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.saving.opening import load_autoencoder
-from davae.pipelines.upgrade.upgrade import layout_over
+from davae.pipelines.upgrade import layout_over
 from davae.recipes.settings import AutoencoderModelSettings, UpgradeRecipe
 from davae.training.autoencoder.stage import AutoencoderStage
 from davae.training.checkpoints.run_directory import base_facts, data_facts

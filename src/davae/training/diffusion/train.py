@@ -11,7 +11,7 @@ from davae.data import ItemDataset
 from davae.models.lightningdit import restarted
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.saving.opening import load_autoencoder
-from davae.pipelines.upgrade.upgrade import layout_over
+from davae.pipelines.upgrade import layout_over
 from davae.recipes.settings import UpgradeRecipe
 from davae.training.cache.write import open_cache
 from davae.training.checkpoints.run_directory import base_facts, data_facts

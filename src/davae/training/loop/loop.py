@@ -31,8 +31,8 @@ from davae.evaluation.metrics.names import current_name
 from davae.runtime.atomic_files import disk_full_as_error
 from davae.runtime.processes import LONGEST_WAIT, all_the_same, use_cpu
 from davae.runtime.progress import Progress
+from davae.training.checkpoints.checkpoint import CheckpointWriter
 from davae.training.checkpoints.run_directory import RunDirectory
-from davae.training.checkpoints.writer import CheckpointWriter
 from davae.training.engine.fsdp import begin_accelerator, unshard_for_good, unsharded
 from davae.training.engine.optimizer import learning_rate
 from davae.training.engine.trainer import prepare

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from davae.data import BatchStream, SkipLedger
 from davae.runtime.processes import all_the_same, everyone, is_first, rank_and_world, wait_for_everyone
-from davae.training.checkpoints.checkpoint import newest_whole
-from davae.training.checkpoints.writer import CheckpointWriter
+from davae.training.checkpoints.checkpoint import CheckpointWriter, newest_whole
 from davae.training.engine.tensors import full_state_on_cpu
 from davae.training.engine.trainer import ModuleTrainer
 from davae.training.loop.averages import Ema, RunningMeans

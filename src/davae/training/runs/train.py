@@ -15,7 +15,7 @@ from davae.recipes.data import check_data_path
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe, UpgradeRecipe
 from davae.training.autoencoder.train import train_levels
-from davae.training.base.dry_run import dry_run_base as describe_base_run
+from davae.training.base.train import dry_run_base as describe_base_run
 from davae.training.base.train import train_base
 from davae.training.diffusion.train import train_transformer
 from davae.training.loop.loop import TrainResult

@@ -10,8 +10,8 @@ import davae.planner.architectures as depth
 from davae.errors import DavaeError
 from davae.planner import plan as planner
 from davae.planner.architectures import find_architecture
-from davae.planner.hours import GPUS, find_gpu, hours
 from davae.planner.memory import checkpointing, cost_of, drop_gradients
+from davae.planner.plan import GPUS, find_gpu, hours
 from davae.planner.stages import DiffusionRun, diffusion_stage, forward_cost, target_counts
 from davae.planner.text import stage_line
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any, TypeVar
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
-from davae.pipelines.families import fit_to_autoencoder
+from davae.pipelines.families import find_family, fit_to_autoencoder
+from davae.pipelines.families.family import SHIFT_LINE
 from davae.pipelines.sampling.previews import set_preview_decoder
-from davae.pipelines.upgrade.timestep_shift import TimestepShift, scheduler_for
 from davae.warm_start import widen_channels
 
 P = TypeVar("P", bound=DiffusionPipeline)
@@ -47,7 +51,7 @@ def upgrade_pipeline(
             a VAE that is to be more precise than its pipeline, say ``result.vae.to(torch.float32)`` afterwards.
         timestep_shift: ``"base"``, ``"native"`` (the schedule that the base model would have used if it had been
             asked for the full resolution) or a number (a fixed shift); see
-            :mod:`davae.pipelines.upgrade.timestep_shift`.
+            :mod:`davae.pipelines.upgrade`.
         preview_decoder: a small decoder of the base's latents (TAESD and kin) for
             :class:`davae.pipelines.sampling.previews.Previews`; it is not part of the saved pipeline.
 
@@ -201,3 +205,95 @@ def _equal(ours: Tensor, theirs: Tensor) -> bool:
     """Equal in the narrower of the two dtypes."""
     narrow = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
     return torch.equal(ours.to(narrow), theirs.to(device=ours.device, dtype=narrow))
+
+
+logger = logging.getLogger(__name__)
+
+TimestepShift = Literal["base", "native"] | float
+
+
+def scheduler_for(
+    pipe: DiffusionPipeline, shift: TimestepShift, *, scale: int, channels: tuple[int, int]
+) -> SchedulerMixin:
+    """A copy of the pipeline's scheduler with the shift that its upgraded pipeline is to have.
+
+    Args:
+        pipe: the base pipeline; its scheduler is not changed.
+        shift: ``"base"``: at a number of tokens the schedule that the base was trained with at this number.
+            ``"native"``: the one that the base would have used for the full resolution, ``s^2`` times the tokens
+            (the token counts in the configuration are divided by ``s^2``). A number: that shift ``a``, for every size.
+        scale: ``s``.
+        channels: of the base latent and of the upgraded one.
+
+    Raises:
+        DavaeError: the choice is unknown, or this pipeline does not read it from its scheduler.
+    """
+    config = pipe.scheduler.config
+    changes: dict[str, Any] = {}
+    if isinstance(shift, bool) or not (shift in ("base", "native") or isinstance(shift, int | float)):
+        raise DavaeError(f"timestep_shift must be 'base', 'native' or a number, not {shift!r}")
+    if isinstance(shift, int | float):
+        changes = _fixed(pipe, float(shift))
+    elif config.get("use_dynamic_shifting"):
+        changes = _line(pipe, shift, scale, channels)
+    scheduler = type(pipe.scheduler).from_config(config, **changes)
+    logger.info("timestep shift '%s': %s", shift, _summary(scheduler, shift))
+    return scheduler
+
+
+def _line(
+    pipe: DiffusionPipeline, shift: str | float, scale: int, channels: tuple[int, int]
+) -> dict[str, Any]:
+    family = find_family(pipe)
+    if family.shift_rule is not None:
+        if shift == "base" and not family.shift_reads_pixels:
+            return {}
+        raise DavaeError(
+            f"timestep_shift '{shift}' cannot be written into the scheduler: {type(pipe).__name__} "
+            f"{family.shift_rule}. Give a number"
+        )
+    line = {key: pipe.scheduler.config.get(key, value) for key, value in SHIFT_LINE.items()}
+    factor = family.shift_line_factor(native=shift == "native", scale=scale, channels=channels)
+    for key in ("base_image_seq_len", "max_image_seq_len"):
+        stretched = line[key] * factor
+        line[key] = int(stretched) if stretched == int(stretched) else stretched
+    return line
+
+
+def _fixed(pipe: DiffusionPipeline, shift: float) -> dict[str, Any]:
+    if not (math.isfinite(shift) and shift > 0):
+        raise DavaeError(f"a timestep shift must be a positive number, not {shift}")
+    config = pipe.scheduler.config
+    key = next((key for key in ("flow_shift", "shift") if key in config), None)
+    flow = (
+        key == "shift" or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
+    )
+    if key is None or not flow:
+        raise DavaeError(
+            f"{type(pipe.scheduler).__name__} has no timestep shift (it is not a flow-matching scheduler here): "
+            "leave timestep_shift at 'base'"
+        )
+    changes: dict[str, Any] = {key: shift}
+    if config.get("use_dynamic_shifting"):  # what the pipeline computes is not asked for then
+        changes["use_dynamic_shifting"] = False
+    return changes
+
+
+def _shift_key(config: Mapping[str, Any]) -> str | None:
+    """Where a scheduler's configuration holds a fixed shift; none where it is no flow-matching scheduler."""
+    if "shift" in config:
+        return "shift"
+    flow = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
+    return "flow_shift" if "flow_shift" in config and flow else None
+
+
+def _summary(scheduler: SchedulerMixin, shift: TimestepShift) -> str:
+    config = scheduler.config
+    if config.get("use_dynamic_shifting"):
+        written = ", ".join(f"{key} {config[key]}" for key in SHIFT_LINE if key in config)
+        return f"follows the number of tokens: {written}"
+    key = _shift_key(config)
+    if key is None:
+        return "this scheduler has none"
+    why = " (the same for every size, so nothing changes)" if isinstance(shift, str) else ""
+    return f"{key} {config[key]}{why}"

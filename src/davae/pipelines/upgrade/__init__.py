@@ -1,1 +1,0 @@
-"""From a pipeline and a structured autoencoder to the pipeline that makes larger images."""
