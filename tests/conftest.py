@@ -64,9 +64,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
     report = yield
     if isinstance(collector, pytest.Module) and report.passed and _drawn():
         report.outcome = "failed"
-        report.longrepr = (
-            f"{collector.nodeid} draws when it is imported; hand a seeded generator to what draws"
-        )
+        report.longrepr = f"{collector.nodeid} draws when it is imported; hand a seeded generator to what draws"
     return report
 
 

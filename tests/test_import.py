@@ -43,9 +43,7 @@ def upgraded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_plain_diffusers_opens_what_davae_saved(imports: str, upgraded: Path) -> None:
     code = f"import sys\n{imports}\n{OPEN}"
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(upgraded)], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code, str(upgraded)], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 

@@ -3,8 +3,6 @@
 Nothing heavy is imported, so that a recipe is checked without torch.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, get_args
 
 from davae.errors import DavaeError

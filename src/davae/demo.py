@@ -1,7 +1,5 @@
 """The whole method on the embedded base: both stages, samples, figures, one report."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable
@@ -181,9 +179,7 @@ def _compare_reconstructions(
     recorder.add_reconstructions(images[:_SHOWN], preview[:_SHOWN], reconstruction[:_SHOWN], names[:_SHOWN])
     rows = {"input": images, "base, upscaled": enlarged, "reconstruction": reconstruction}
     save_rows(recorder.run_dir / "reconstructions.png", {k: v[: 2 * _SHOWN] for k, v in rows.items()})
-    recorder.add_spectra(
-        "images", {"Images": images, "Base, upscaled": enlarged, "Reconstruction": reconstruction}
-    )
+    recorder.add_spectra("images", {"Images": images, "Base, upscaled": enlarged, "Reconstruction": reconstruction})
     several = labels.bincount()[labels] > 1  # a probe needs one latent of a class to fit and one to score
     probes: dict[str, Any] = {}
     if len(labels[several].unique()) > 1:
@@ -220,8 +216,7 @@ def _compare_samples(
     save_rows(recorder.run_dir / "samples.png", rows)
     real = PatchSet(seed=seed).update(images)
     distances = [
-        list(real.distance(PatchSet(seed=seed).update(x)).values())
-        for x in (made, upscaled(small, made.shape[-2:]))
+        list(real.distance(PatchSet(seed=seed).update(x)).values()) for x in (made, upscaled(small, made.shape[-2:]))
     ]
     return Generation(
         swd_finest_upgraded=distances[0][0],
@@ -258,8 +253,6 @@ def _compare_cost(
     for pipe, _ in pipes.values():
         pipe.set_progress_bar_config(disable=True)
     flops = {name: float(count_flops(generating(pipe, side, 1))) for name, (pipe, side) in pipes.items()}
-    timed = side_by_side(
-        {name: generating(pipe, side, batch) for name, (pipe, side) in pipes.items()}, repeats=5
-    )
+    timed = side_by_side({name: generating(pipe, side, batch) for name, (pipe, side) in pipes.items()}, repeats=5)
     seconds = {name: value / batch for name, value in timed.medians.items()}
     return ThreeWay[float](**flops), ThreeWay[float](**seconds)

@@ -1,7 +1,5 @@
 """Something to do once a module has been imported, without importing it now."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -49,9 +47,7 @@ class _Finder(MetaPathFinder):
                 for action in self.actions.pop(fullname, ()):
                     action(sys.modules[fullname])  # diffusers and transformers put another object there
 
-            vars(spec.loader)["exec_module"] = (
-                exec_module  # of this one loader, which is made for this module
-            )
+            vars(spec.loader)["exec_module"] = exec_module  # of this one loader, which is made for this module
         return spec
 
 

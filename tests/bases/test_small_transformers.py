@@ -186,9 +186,7 @@ def test_weights_come_from_the_seed_alone() -> None:
 def test_the_page_lists_every_class() -> None:
     page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
     assert "davae doctor --transformers" in page
-    rows = {
-        line.split("|")[1].strip().strip("`"): line for line in page.splitlines() if line.startswith("| `")
-    }
+    rows = {line.split("|")[1].strip().strip("`"): line for line in page.splitlines() if line.startswith("| `")}
     assert rows.keys() == SMALL_TRANSFORMERS.keys() | EXCLUDED_TRANSFORMERS.keys()
     for name, make in SMALL_TRANSFORMERS.items():
         model = make()
@@ -196,9 +194,7 @@ def test_the_page_lists_every_class() -> None:
         assert all(f"`{layer}`" in rows[name] for layer in layers), name
 
 
-@pytest.mark.parametrize(
-    "name", ["SanaTransformer2DModel", "ZImageTransformer2DModel", "Kandinsky5Transformer3DModel"]
-)
+@pytest.mark.parametrize("name", ["SanaTransformer2DModel", "ZImageTransformer2DModel", "Kandinsky5Transformer3DModel"])
 def test_a_row_of_the_table_is_the_one_on_the_page(name: str) -> None:
     page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
     message, difference, _ = transformer_row(name).rsplit("|", 2)

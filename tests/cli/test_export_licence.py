@@ -69,9 +69,7 @@ def test_what_contradicts_itself_is_refused(tmp_path: Path) -> None:
     assert find_licence(plain, name="MIT") == Licence("mit")
 
 
-def test_cards_of_bases_that_say_too_little_or_too_much(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_cards_of_bases_that_say_too_little_or_too_much(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     listed = _base(tmp_path / "listed", "- license\n- mit")
     with pytest.raises(DavaeError, match="names none"):
         find_licence(listed)

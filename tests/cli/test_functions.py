@@ -101,9 +101,7 @@ def test_upgrade_and_generate(here: Path, tmp_path: Path) -> None:
 def test_reconstruct(here: Path, tmp_path: Path) -> None:
     options = ["--resolution", 32, "--count", 2, "--out", tmp_path / "a.png"]
     text = verb("reconstruct", here / "vae", here / "photos", *options)
-    result = reconstruct_images(
-        here / "vae", str(here / "photos"), resolution=32, count=2, out=tmp_path / "b.png"
-    )
+    result = reconstruct_images(here / "vae", str(here / "photos"), resolution=32, count=2, out=tmp_path / "b.png")
     assert text == f"{result}\n".replace("b.png", "a.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
@@ -158,9 +156,7 @@ def test_bench(tmp_path: Path) -> None:
 def test_compare(here: Path, tmp_path: Path) -> None:
     options = ["--resolution", 32, "--images", 2, "--repeats", 1, "--json", tmp_path / "c.json"]
     verb("compare", "autoencoder", f"a={here / 'vae'}", "--data", "procedural:4", *options)
-    result = compare_autoencoders(
-        {"a": here / "vae"}, data="procedural:4", resolution=32, images=2, repeats=1
-    )
+    result = compare_autoencoders({"a": here / "vae"}, data="procedural:4", resolution=32, images=2, repeats=1)
     assert untimed(json.loads((tmp_path / "c.json").read_text())) == untimed(result.to_json())
 
 

@@ -138,8 +138,6 @@ def test_verbs_are_all_here() -> None:
 
 
 def test_starting_python_with_davae_in_it_is_as_quick() -> None:
-    code = (
-        f"import sys, davae; print([name for name in {HEAVY} if name in sys.modules], 'rich' in sys.modules)"
-    )
+    code = f"import sys, davae; print([name for name in {HEAVY} if name in sys.modules], 'rich' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split("\n")[0] == "[] False"

@@ -26,9 +26,7 @@ LIGHT = {
     "davae.version",
 }
 MOST_STATEMENTS = 12
-MOST_FUNCTIONS = (
-    3  # of davae, in one verb: such as one to work, one that shows its result, one for another option
-)
+MOST_FUNCTIONS = 3  # of davae, in one verb: such as one to work, one that shows its result, one for another option
 LOGIC = (
     ast.For, ast.While, ast.With, ast.Try, ast.FunctionDef, ast.Lambda,
     ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp,
@@ -67,9 +65,7 @@ def test_a_verb_is_thin(name: str) -> None:
         for node in nodes
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("davae.")
         for alias in node.names
-        if not alias.name[0].isupper()
-        and node.module != "davae.cli.tables"
-        and alias.name != "ablation_table"
+        if not alias.name[0].isupper() and node.module != "davae.cli.tables" and alias.name != "ablation_table"
     }
     assert 1 <= len(imported) <= MOST_FUNCTIONS
 

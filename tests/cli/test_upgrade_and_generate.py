@@ -115,9 +115,7 @@ def test_generate_by_library(name: str) -> None:
     """Seeds give the same images as the pipeline itself, and guidance reaches the one that the pipeline has."""
     pipe = small_pipeline(name)
     sizes = {} if name == "dit" else {"height": 32, "width": 32}
-    made = [
-        next(generate_images(pipe, ["7"], seed=3, steps=2, guidance=scale, **sizes)) for scale in (1.0, 6.0)
-    ]
+    made = [next(generate_images(pipe, ["7"], seed=3, steps=2, guidance=scale, **sizes)) for scale in (1.0, 6.0)]
     assert made[0].image.tobytes() != made[1].image.tobytes()
     subject = {"class_labels": [7]} if name == "dit" else {"prompt": "7"}
     own = {"true_cfg_scale": 6.0, "negative_prompt": " "} if name == "qwenimage" else {"guidance_scale": 6.0}

@@ -162,18 +162,14 @@ def test_a_name_that_the_hub_does_not_give(arguments, model, monkeypatch, capsys
     """Without a network: what was looked for is told, without the advice of libraries that nobody here can follow."""
 
     def unreachable(*_: object, **__: object) -> None:
-        raise OSError(
-            "Cannot load model: the model is not fully cached locally (pass 'local_files_only=False')."
-        )
+        raise OSError("Cannot load model: the model is not fully cached locally (pass 'local_files_only=False').")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(model, "from_pretrained", unreachable)
     status, err = _ends(monkeypatch, capsys, arguments)
     assert status == 2
     (line,) = [text for text in err.splitlines() if text.startswith("davae: ")]
-    assert line.endswith(
-        "absent': there is no such folder, it is not in the local cache, and the hub was not reached"
-    )
+    assert line.endswith("absent': there is no such folder, it is not in the local cache, and the hub was not reached")
 
 
 def test_below_a_folder_that_may_not_be_entered(

@@ -116,9 +116,7 @@ def take(stream: Any, count: int) -> list[Any]:
     return list(itertools.islice(stream, count))
 
 
-def test_every_image_has_the_size_of_its_bucket(
-    images: ImageDataset, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_every_image_has_the_size_of_its_bucket(images: ImageDataset, caplog: pytest.LogCaptureFixture) -> None:
     for i in range(len(images)):
         width, height = SIZES[("tall", "square", "wide").index(images.id(i).rstrip(".png")[:-1])]
         assert images[i]["image"].shape == (3, height, width)  # also what stands in for the damaged one

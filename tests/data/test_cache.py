@@ -36,9 +36,7 @@ CAPTIONS = ["", "a fox", "a cat"]
 
 def fingerprint(dtype: str = "float32", **facts: Any) -> Fingerprint:
     sources = {f"{i}.jpg": SourceFact(f"{i} bytes", i, caption_key("x")) for i in range(6)}
-    return Fingerprint(
-        {"vae weights": "sha256:1", "data": {"resolution": 64}, **facts, "dtype": dtype}, sources
-    )
+    return Fingerprint({"vae weights": "sha256:1", "data": {"resolution": 64}, **facts, "dtype": dtype}, sources)
 
 
 def latent(position: int, flip: bool) -> torch.Tensor:
@@ -76,9 +74,7 @@ def texts() -> list[Record]:
 
 
 def write(folder: Path, form: Any = "safetensors", dtype: str = "float32", **options: Any) -> Path:
-    writer = CacheWriter(
-        folder, fingerprint(dtype), form=form, about={"classes": ["a"]}, shard_records=5, **options
-    )
+    writer = CacheWriter(folder, fingerprint(dtype), form=form, about={"classes": ["a"]}, shard_records=5, **options)
     for record in records():
         writer.add(LATENTS, record)
     for record in texts():
@@ -242,9 +238,7 @@ def test_damage_is_found(form: str, tmp_path: Path) -> None:
     with pytest.raises(DavaeError, match=f"1 of 4 shards .* damaged: {shard.name}"):
         verify_cache(folder)
     shard.write_bytes(body[:-20])
-    with pytest.raises(
-        DavaeError, match=rf"{shard.name} has {len(body) - 20} bytes, the index says {len(body)}"
-    ):
+    with pytest.raises(DavaeError, match=rf"{shard.name} has {len(body) - 20} bytes, the index says {len(body)}"):
         LatentCache(folder)
     shard.unlink()
     with pytest.raises(DavaeError, match=f"lacks its shard {shard.name}"):

@@ -133,9 +133,7 @@ def test_nothing_readable_and_nothing_there(tmp_path: Path) -> None:
         open_dataset(root, resolution=32)
     root.mkdir()
     (root / "readme.txt").write_text("hello")
-    with pytest.raises(
-        DavaeError, match=r"no images in .*s: looked in it and below for files ending in .*\.jpg"
-    ):
+    with pytest.raises(DavaeError, match=r"no images in .*s: looked in it and below for files ending in .*\.jpg"):
         open_dataset(root, resolution=32)
     (root / "a.png").write_text("x")
     with pytest.raises(DavaeError, match=r"1 of 1 images of .* cannot be used, more than half"):

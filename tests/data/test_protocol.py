@@ -113,8 +113,7 @@ def test_no_data_set_is_left_out() -> None:
         node.name
         for file in Path(davae.__file__).parent.rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.ClassDef)
-        and BASES & {ast.unparse(base).partition("[")[0] for base in node.bases}
+        if isinstance(node, ast.ClassDef) and BASES & {ast.unparse(base).partition("[")[0] for base in node.bases}
     }
     assert found == {kind.__name__ for kind in ALL} | OTHERS.keys()
 

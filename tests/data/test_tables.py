@@ -187,9 +187,7 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
         open_dataset("someone/things", resolution=32)
 
 
-def test_the_commit_is_that_of_the_folder_in_the_cache(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_commit_is_that_of_the_folder_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As `datasets` lays its cache out: owner___name/configuration/version/commit/split.arrow."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     folder = tmp_path / "someone___things" / "default" / "0.0.0" / commit

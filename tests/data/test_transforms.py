@@ -37,9 +37,7 @@ def test_halving_is_a_mean_of_blocks() -> None:
     assert np.abs(found - expected).max() <= 1.0  # rounded once a direction
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [((100, 60), (53, 32)), ((33, 90), (32, 87)), ((20, 10), (64, 32))]
-)
+@pytest.mark.parametrize(("size", "expected"), [((100, 60), (53, 32)), ((33, 90), (32, 87)), ((20, 10), (64, 32))])
 def test_short_side(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert resize_short_side(picture(0, size), 32).size == expected
 

@@ -59,9 +59,7 @@ def test_webdataset_writer_is_understood(tmp_path: Path) -> None:
         for n in range(3):
             writer.write({"__key__": f"x/{n:04d}", "png": png(n), "cls": n, "json": {"text": f"number {n}"}})
     data = open_dataset(tmp_path / "a.tar", resolution=32)
-    assert [(data[i]["label"], data[i]["caption"]) for i in range(3)] == [
-        (n, f"number {n}") for n in range(3)
-    ]
+    assert [(data[i]["label"], data[i]["caption"]) for i in range(3)] == [(n, f"number {n}") for n in range(3)]
 
 
 def test_patterns_and_class_names(tmp_path: Path) -> None:
@@ -203,9 +201,7 @@ def test_a_shard_that_is_cut_or_goes_away_while_it_is_read(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_an_epoch_over_all_processes_and_workers_is_a_permutation(
-    tmp_path: Path, world: int, workers: int
-) -> None:
+def test_an_epoch_over_all_processes_and_workers_is_a_permutation(tmp_path: Path, world: int, workers: int) -> None:
     """Three shards of 4, 3 and 5 images; 2 images a process and step, so 12 divides by each of 2, 4 and 6."""
     sizes, start = (4, 3, 5), 0
     for number, size in enumerate(sizes):
@@ -215,11 +211,7 @@ def test_an_epoch_over_all_processes_and_workers_is_a_permutation(
     everything = sorted(data.id(i) for i in range(12))
     steps = 12 // (2 * world)
     streams = [
-        list(
-            itertools.islice(
-                BatchStream(data, 2, seed=3, workers=workers, rank=r, world_size=world), 2 * steps
-            )
-        )
+        list(itertools.islice(BatchStream(data, 2, seed=3, workers=workers, rank=r, world_size=world), 2 * steps))
         for r in range(world)
     ]
     orders = []

@@ -40,9 +40,7 @@ def test_ddpm_is_the_schedulers(betas: dict[str, Any]) -> None:
     scheduler = DDPMScheduler(**betas)
     sample = DdpmProcess(LAYOUT, scheduler.config).draw(data())
     assert sample.sigma_or_t.dtype == torch.long
-    torch.testing.assert_close(
-        sample.noisy, scheduler.add_noise(sample.data, sample.noise, sample.sigma_or_t)
-    )
+    torch.testing.assert_close(sample.noisy, scheduler.add_noise(sample.data, sample.noise, sample.sigma_or_t))
     assert torch.equal(sample.target, sample.noise)
 
 

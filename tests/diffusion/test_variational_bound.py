@@ -42,18 +42,14 @@ def test_the_divergence_is_that_of_the_two_reverse_steps(timestep: int) -> None:
     share = (d["variance"].double() + 1) / 2
     std = (share * beta.log() + (1 - share) * low.log()).exp().sqrt()
     expected = kl_divergence(Normal(mean(d["true"]), low.sqrt()), Normal(mean(d["guess"]), std)) / math.log(2)
-    found = VariationalBound(KEPT)(
-        d["guess"], d["variance"], data=d["data"], noisy=d["noisy"], timestep=d["timestep"]
-    )
+    found = VariationalBound(KEPT)(d["guess"], d["variance"], data=d["data"], noisy=d["noisy"], timestep=d["timestep"])
     torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=1e-4)
 
 
 def test_the_right_noise_and_the_lowest_variance_cost_nothing() -> None:
     d = draw(500)
     lowest = torch.full_like(d["variance"], -1.0)
-    found = VariationalBound(KEPT)(
-        d["true"], lowest, data=d["data"], noisy=d["noisy"], timestep=d["timestep"]
-    )
+    found = VariationalBound(KEPT)(d["true"], lowest, data=d["data"], noisy=d["noisy"], timestep=d["timestep"])
     assert found.abs().max() < 1e-4
 
 

@@ -21,14 +21,10 @@ LIMIT_S = 600.0  # no life of the tests takes a tenth of it
 # Each child is a fork of a server that has imported torch and has one thread. A fork of the tests' own process
 # would copy the locks that its other threads (progress bars, loaders) hold at that moment, and could wait for ever.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["davae.cli.main", "davae.training.runs.train", "davae.evaluation.generation.evaluate"]
-)
+_CONTEXT.set_forkserver_preload(["davae.cli.main", "davae.training.runs.train", "davae.evaluation.generation.evaluate"])
 
 
-def start(
-    work: Callable[..., object], *arguments: object, log: Path, limit_s: float = LIMIT_S
-) -> BaseProcess:
+def start(work: Callable[..., object], *arguments: object, log: Path, limit_s: float = LIMIT_S) -> BaseProcess:
     """Run ``work(*arguments)`` in a child process on one thread, so that sums are made in the same order in all.
 
     What it prints is appended to ``log``. One that lives longer than ``limit_s`` seconds ends with status 1, and its
@@ -78,9 +74,7 @@ def davae(words: list[str]) -> None:
     main()
 
 
-def _with_environment(
-    environment: Mapping[str, str], work: Callable[..., object], *arguments: object
-) -> None:
+def _with_environment(environment: Mapping[str, str], work: Callable[..., object], *arguments: object) -> None:
     os.environ.update(environment)
     work(*arguments)
 

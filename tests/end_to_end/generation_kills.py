@@ -72,9 +72,7 @@ def generate_and_kill(
         "images": len(ours),
         "distinct": len(set(ours.values())),
         "images_at_each_kill": found_at,
-        "differing": sorted(
-            name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
-        ),
+        "differing": sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)),
         "figures": _figures(killed),
         "figures_undisturbed": _figures(whole),
     }
@@ -102,9 +100,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        seen = generate_and_kill(
-            asked.count, asked.kills, Path(folder), features=asked.features, seed=asked.seed
-        )
+        seen = generate_and_kill(asked.count, asked.kills, Path(folder), features=asked.features, seed=asked.seed)
     print(json.dumps(seen, indent=1))
 
 

@@ -159,9 +159,7 @@ def main() -> None:
         seen = run_and_kill(asked.recipe, overrides, asked.kills, Path(folder), asked.seed, _HOURS)
     print(json.dumps(seen, indent=1))
     if asked.out is not None:
-        asked.out.write_text(
-            json.dumps({"recipe": asked.recipe, "seed": asked.seed, **seen}, indent=1) + "\n"
-        )
+        asked.out.write_text(json.dumps({"recipe": asked.recipe, "seed": asked.seed, **seen}, indent=1) + "\n")
     sys.exit(bool(seen["differing"] or seen["broken_checkpoints"] or not seen["same_losses"]))
 
 

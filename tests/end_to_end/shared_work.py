@@ -49,9 +49,7 @@ def work(out: Path) -> dict:
             held_out,
             before=load_base(base),
         )
-        found[f"latents-{base}"] = [
-            float(stage2.dataset[i]["latent"].double().sum()) for i in range(len(images))
-        ]
+        found[f"latents-{base}"] = [float(stage2.dataset[i]["latent"].double().sum()) for i in range(len(images))]
         if base == "debug-sd3":
             kept = stage2.conditions.kept
             found["texts"] = {

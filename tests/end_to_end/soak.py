@@ -117,9 +117,7 @@ def check(samples: list[Sample]) -> dict:
                 "seconds": round(first.seconds, 1),
                 "memory_mb": round(statistics.median(s.memory for s in inside) / 1e6, 1),
                 "files": min(s.files for s in inside),  # images and checkpoints are open for moments
-                "steps_per_second": round(
-                    (last.step - first.step) / max(last.seconds - first.seconds, 1e-9), 3
-                ),
+                "steps_per_second": round((last.step - first.step) / max(last.seconds - first.seconds, 1e-9), 3),
             }
         )
     memory, rates, files = ([w[k] for w in windows] for k in ("memory_mb", "steps_per_second", "files"))

@@ -45,9 +45,7 @@ def test_a_stopped_autoencoder_run_continues_to_the_same_weights(runs):
     result = train_autoencoder(load_recipe(out / "config.yaml"), out)
     steps = [line for line in (out / "metrics.jsonl").read_text().splitlines() if '"total"' in line]
     assert len(steps) == 6
-    _assert_equal(
-        result.result / "diffusion_pytorch_model.safetensors", runs / "debug-autoencoder-at-6.safetensors"
-    )
+    _assert_equal(result.result / "diffusion_pytorch_model.safetensors", runs / "debug-autoencoder-at-6.safetensors")
 
 
 def test_a_stopped_diffusion_run_continues_from_its_cache_to_the_same_weights(runs):

@@ -29,9 +29,7 @@ def run(tmp_path: Path) -> Path:
     recipe = {"kind": "upgrade", "base": "tiny", "autoencoder_folder": "/home/someone/vae"}
     (run / "config.yaml").write_text(yaml.safe_dump(recipe))
     (run / "environment.json").write_text(
-        json.dumps(
-            {"command": "davae train diffusion --recipe x", "device": "a GPU", "packages": {"torch": "2"}}
-        )
+        json.dumps({"command": "davae train diffusion --recipe x", "device": "a GPU", "packages": {"torch": "2"}})
     )
     lines = [{"step": 1, "total": 2.0}, {"step": 2, "held_out_total": 0.25}, {"step": 2, "total": 1.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

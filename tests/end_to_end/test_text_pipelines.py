@@ -138,7 +138,5 @@ def test_a_text_run_stopped_and_continued_equals_an_undisturbed_one(photos, tmp_
     assert not (halves / "pipeline").exists()
     _, continued = _train("sd3", photos, tmp_path / "halves", *loop)
     assert read_metrics(continued.out / "metrics.jsonl") == read_metrics(whole.out / "metrics.jsonl")
-    ours, theirs = (
-        DiffusionPipeline.from_pretrained(r.result).transformer.state_dict() for r in (continued, whole)
-    )
+    ours, theirs = (DiffusionPipeline.from_pretrained(r.result).transformer.state_dict() for r in (continued, whole))
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())

@@ -81,9 +81,7 @@ def test_fid_kid_and_inception_score_are_torch_fidelitys(fidelity):
         fidelity.fid.fid_features_to_statistics(a), fidelity.fid.fid_features_to_statistics(b), False
     )["frechet_inception_distance"]
     assert frechet_distance(_moments(a), _moments(b)) == pytest.approx(theirs, rel=1e-9)
-    theirs = fidelity.kid.kid_features_to_metric(
-        a, b, kid_subsets=5, kid_subset_size=50, rng_seed=7, verbose=False
-    )
+    theirs = fidelity.kid.kid_features_to_metric(a, b, kid_subsets=5, kid_subset_size=50, rng_seed=7, verbose=False)
     ours = kid(a, b, subsets=5, subset_size=50, seed=7)
     assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
     assert ours.std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-9)

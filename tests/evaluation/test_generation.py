@@ -222,9 +222,7 @@ def test_prompt_sets_of_every_form(tmp_path):
 def sd3():
     base = small_pipeline("sd3")
     torch.manual_seed(0)
-    upgraded = upgrade_pipeline(
-        small_pipeline("sd3"), AutoencoderDA.from_base(base.vae, scale=2, detail_channels=8)
-    )
+    upgraded = upgrade_pipeline(small_pipeline("sd3"), AutoencoderDA.from_base(base.vae, scale=2, detail_channels=8))
     for made in (base, upgraded):
         made.set_progress_bar_config(disable=True)
     return {"base": base, "upgraded": upgraded}
@@ -234,9 +232,7 @@ def test_a_text_pipeline_beside_its_baselines_and_the_geneval_folder(sd3, tmp_pa
     rows = [{"tag": "single_object", "prompt": f"a photo of a {name}"} for name in ("fox", "boat")]
     (tmp_path / "g.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = RunSettings("upgraded", steps=1, guidance=1.0, height=64, width=64, batch=2)
-    variants = generate_variants(
-        sd3.__getitem__, settings, tmp_path, base="base", prompts=tmp_path / "g.jsonl"
-    )
+    variants = generate_variants(sd3.__getitem__, settings, tmp_path, base="base", prompts=tmp_path / "g.jsonl")
     assert variants.count == 8
     sizes = {name: Image.open(run.path(0)).size for name, run in variants.runs.items()}
     assert sizes == {"upgraded": (64, 64), "base": (32, 32), "native": (64, 64)}
@@ -244,9 +240,7 @@ def test_a_text_pipeline_beside_its_baselines_and_the_geneval_folder(sd3, tmp_pa
     report = compare_generation(variants.models, open_reference("procedural:12"), prompts=variants.prompts)
     assert list(report.rows) == ["upgraded", "base, upscaled", "base, native"]
     assert report.rows["upgraded"].figures["spectrum_db"] > 0
-    out = write_geneval_folder(
-        variants.runs["upgraded"], variants.prompts, variants.count, tmp_path / "geneval"
-    )
+    out = write_geneval_folder(variants.runs["upgraded"], variants.prompts, variants.count, tmp_path / "geneval")
     assert sorted(p.name for p in out.iterdir()) == ["00000", "00001"]
     assert json.loads((out / "00001" / "metadata.jsonl").read_text()) == rows[1]
     samples = sorted((out / "00001" / "samples").iterdir())

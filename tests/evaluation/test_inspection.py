@@ -93,17 +93,13 @@ def test_the_band_of_a_group_is_what_its_absence_takes_away(autoencoder):
         latent = autoencoder.encode(images).latent_dist.mode()
         lacking = latent.clone()
         lacking[:, 4 + 2 : 4 + 4] = 0  # 4 base channels; the second group of two
-        band = autoencoder.decode(latent).sample.clamp(-1, 1) - autoencoder.decode(lacking).sample.clamp(
-            -1, 1
-        )
+        band = autoencoder.decode(latent).sample.clamp(-1, 1) - autoencoder.decode(lacking).sample.clamp(-1, 1)
     _, power = radial_power_spectrum(band)
     torch.testing.assert_close(
         torch.tensor(found.image_spectra["added by details 2"][1]).double(), power, rtol=1e-3, atol=1e-9
     )
     _, power = radial_power_spectrum(latent[:, 6:8])
-    torch.testing.assert_close(
-        torch.tensor(found.latent_spectra["details 2"][1]).double(), power, rtol=1e-3, atol=1e-9
-    )
+    torch.testing.assert_close(torch.tensor(found.latent_spectra["details 2"][1]).double(), power, rtol=1e-3, atol=1e-9)
 
 
 def test_nested_levels_are_the_groups_of_a_nested_autoencoder(autoencoder):

@@ -55,16 +55,13 @@ def test_rows_are_the_autoencoder_and_every_baseline(autoencoder, images):
 
 def test_batches_do_not_show(autoencoder, images):
     one, two = (
-        compare_reconstructions(autoencoder, parts, perceptual={"gap": _Gap()})
-        for parts in ([images], images.split(1))
+        compare_reconstructions(autoencoder, parts, perceptual={"gap": _Gap()}) for parts in ([images], images.split(1))
     )
     assert one.rows.keys() == two.rows.keys()
     assert len(one.rows) >= 2
     for name, row in one.rows.items():
         assert row.figures == pytest.approx(two.rows[name].figures, rel=1e-4, abs=1e-5)
-        assert row.crops["fine texture"] == pytest.approx(
-            two.rows[name].crops["fine texture"], rel=1e-4, abs=1e-5
-        )
+        assert row.crops["fine texture"] == pytest.approx(two.rows[name].crops["fine texture"], rel=1e-4, abs=1e-5)
     assert one.reference == two.reference
 
 

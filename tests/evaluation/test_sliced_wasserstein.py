@@ -11,9 +11,7 @@ from davae.evaluation.metrics.sliced_wasserstein import _blur, default_levels, l
 def _images(count: int, seed: int, size: int = 64) -> Tensor:
     """Broad patches of colour with fine noise on top, in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
-    broad = torch.nn.functional.interpolate(
-        torch.rand(count, 3, 8, 8, generator=generator) - 0.5, size, mode="bicubic"
-    )
+    broad = torch.nn.functional.interpolate(torch.rand(count, 3, 8, 8, generator=generator) - 0.5, size, mode="bicubic")
     return (broad + 0.2 * torch.randn(count, 3, size, size, generator=generator)).clamp(-1, 1)
 
 

@@ -80,9 +80,7 @@ class Exact(AutoencoderTiny):
         return type("Decoded", (), {"sample": z})()
 
 
-@pytest.mark.parametrize(
-    "make", [kl, dc, tiny, lambda: AutoencoderDA.from_base(kl(), scale=2, detail_channels=4)]
-)
+@pytest.mark.parametrize("make", [kl, dc, tiny, lambda: AutoencoderDA.from_base(kl(), scale=2, detail_channels=4)])
 def test_every_kind_is_opened_and_used_alike(make, tmp_path: Path) -> None:
     model = make()
     model.save_pretrained(tmp_path / "pipeline" / "vae")
@@ -121,16 +119,12 @@ def test_a_lossless_autoencoder_scores_perfectly_and_a_random_one_does_not() -> 
 def test_one_token_budget_is_reached_by_the_patch() -> None:
     found = open_candidates({"f2": kl(), "f8": dc()}, 32, tokens=16)
     assert [(c.patch, c.tokens) for c in found] == [(4, 16), (1, 16)]
-    with pytest.raises(
-        DavaeError, match=r"f8: its latent of 4 x 4 cannot be cut into 64 tokens: .* 16, 4, 1"
-    ):
+    with pytest.raises(DavaeError, match=r"f8: its latent of 4 x 4 cannot be cut into 64 tokens: .* 16, 4, 1"):
         open_candidates({"f2": kl(), "f8": dc()}, 32, tokens=64)
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
-    with pytest.raises(
-        DavaeError, match="f8: 36 pixels are not a multiple of its compression, 8; the nearest is 32"
-    ):
+    with pytest.raises(DavaeError, match="f8: 36 pixels are not a multiple of its compression, 8; the nearest is 32"):
         open_candidates({"f8": dc()}, 36)
     with pytest.raises(DavaeError, match="is no autoencoder's folder"):
         open_candidates({"none": tmp_path}, 32)
@@ -160,9 +154,9 @@ def test_trials_see_the_same_batches_and_their_latents_are_normalised() -> None:
 
 def test_training_on_one_image_finds_it_again() -> None:
     """The whole chain: with a single image the samples come to look like it."""
-    images = (
-        torch.linspace(-1, 1, 16).view(1, 1, 1, 16) * torch.tensor([1.0, -1.0, 0.5]).view(1, 3, 1, 1)
-    ).expand(1, 3, 16, 16)
+    images = (torch.linspace(-1, 1, 16).view(1, 1, 1, 16) * torch.tensor([1.0, -1.0, 0.5]).view(1, 3, 1, 1)).expand(
+        1, 3, 16, 16
+    )
     exact = Exact(
         encoder_block_out_channels=(8,),
         decoder_block_out_channels=(8,),

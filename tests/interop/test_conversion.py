@@ -77,9 +77,7 @@ def vae() -> AutoencoderKL:
 
 @torch.no_grad()
 @pytest.mark.parametrize("container", ["safetensors", "ckpt"])
-def test_vavae_becomes_a_folder_that_diffusers_opens(
-    container: str, vae: AutoencoderKL, tmp_path: Path
-) -> None:
+def test_vavae_becomes_a_folder_that_diffusers_opens(container: str, vae: AutoencoderKL, tmp_path: Path) -> None:
     training = {
         "loss.discriminator.main.0.weight": torch.zeros(2),
         "foundation_model.model.cls_token": torch.zeros(1),
@@ -103,9 +101,7 @@ def test_vavae_becomes_a_folder_that_diffusers_opens(
     torch.testing.assert_close(opened.decode(latent).sample, vae.decode(latent).sample)
 
 
-def test_vavae_s_running_means_are_preferred_and_said(
-    vae: AutoencoderKL, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_vavae_s_running_means_are_preferred_and_said(vae: AutoencoderKL, caplog: pytest.LogCaptureFixture) -> None:
     state = ldm_names(vae)
     frozen = "quant_conv.bias"  # what does not learn has no running mean
     means = {f"model_ema.{n.replace('.', '')}": t + 1 for n, t in state.items() if n != frozen}
@@ -150,9 +146,7 @@ def test_lightningdit_becomes_a_folder_of_its_size(tmp_path: Path, caplog: pytes
 def test_lightningdit_and_its_autoencoder_become_a_pipeline(vae: AutoencoderKL, tmp_path: Path) -> None:
     save_file(official(), tmp_path / "dit.safetensors")
     save_file(ldm_names(vae), tmp_path / "vae.safetensors")
-    torch.save(
-        {"mean": torch.ones(1, LATENT, 1, 1), "std": torch.full((1, LATENT, 1, 1), 2.0)}, tmp_path / "s.pt"
-    )
+    torch.save({"mean": torch.ones(1, LATENT, 1, 1), "std": torch.full((1, LATENT, 1, 1), 2.0)}, tmp_path / "s.pt")
     run = CliRunner()
     for arguments in (
         ["vavae", "vae.safetensors", "--out", "vae", "--statistics", "s.pt"],

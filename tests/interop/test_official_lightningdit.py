@@ -43,9 +43,7 @@ def official(*, hidden: int = 16, heads: int = 2, side: int = 3) -> dict[str, Te
     shapes["x_embedder.proj.bias"] = (hidden,)
     cos, sin = (part.repeat_interleave(2, 1) for part in rope_table(side, side, hidden // heads))
     tables = {"pos_embed": sincos_table(side, side, hidden)[None], "feat_rope.freqs_cos": cos}
-    return (
-        {name: torch.randn(shape) for name, shape in shapes.items()} | tables | {"feat_rope.freqs_sin": sin}
-    )
+    return {name: torch.randn(shape) for name, shape in shapes.items()} | tables | {"feat_rope.freqs_sin": sin}
 
 
 def test_every_tensor_is_used() -> None:
@@ -127,9 +125,7 @@ class Harmful:
         return (Path.touch, (Path("harm"),))
 
 
-def test_a_pickle_that_needs_more_than_tensors_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pickle_that_needs_more_than_tensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "weights.pt"
     torch.save({"model": official(), "options": Harmful()}, path)

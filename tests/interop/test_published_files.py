@@ -99,9 +99,7 @@ def davae_sd3(folder: Path) -> Published:
     base.save_pretrained(folder / "base")
     weights = base.state_dict()
     state = {f"vae.{name}": tensor for name, tensor in weights.items()}
-    state |= {
-        f"original_vae_model.vae.{n}": t.clone() for n, t in weights.items() if n.startswith("encoder.")
-    }
+    state |= {f"original_vae_model.vae.{n}": t.clone() for n, t in weights.items() if n.startswith("encoder.")}
     state |= new_blocks("dc_down", "dc_up", 2 * LATENT)
     key = "vae.decoder.mid_block.resnets.0.conv1.weight"
     return Published(
@@ -117,9 +115,7 @@ KINDS = pytest.mark.parametrize("kind", [lightningdit, vavae, davae_imagenet, da
 
 @KINDS
 @pytest.mark.parametrize("form", ["bare.safetensors", "bare.pt", "ema.pt", "state_dict.ckpt", "module.pt"])
-def test_every_form_of_file_gives_the_same_folder(
-    kind: Callable[[Path], Published], form: str, tmp_path: Path
-) -> None:
+def test_every_form_of_file_gives_the_same_folder(kind: Callable[[Path], Published], form: str, tmp_path: Path) -> None:
     case = kind(tmp_path)
     file = tmp_path / form
     if form == "bare.safetensors":

@@ -71,9 +71,7 @@ def upgraded(tmp_path_factory: pytest.TempPathFactory) -> Upgraded:
     return Upgraded(tmp_path_factory.mktemp("sd3"))
 
 
-def convert(
-    file: Path, content: dict[str, object], upgraded: Upgraded, **options: object
-) -> SD3Transformer2DModel:
+def convert(file: Path, content: dict[str, object], upgraded: Upgraded, **options: object) -> SD3Transformer2DModel:
     """Write a file, convert it beside itself, and open the folder with diffusers."""
     save_file(content, file) if file.suffix == ".safetensors" else torch.save(content, file)  # type: ignore[arg-type]
     made = convert_sd3_file(file, file.with_suffix(""), base=upgraded.base, **options)  # type: ignore[arg-type]
@@ -107,9 +105,7 @@ def test_a_whole_transformer(form: str, upgraded: Upgraded, tmp_path: Path) -> N
     content = {
         "bare.safetensors": official,
         "model.pt": {"model": {f"transformer.{n}": t for n, t in official.items()}, "step": 3},
-        "state_dict.ckpt": {
-            "state_dict": {f"module.transformer.transformer.{n}": t for n, t in official.items()}
-        },
+        "state_dict.ckpt": {"state_dict": {f"module.transformer.transformer.{n}": t for n, t in official.items()}},
         "wrapped.pt": {f"_orig_mod.{n}": t for n, t in official.items()},
     }[form]
     assert_equal(convert(tmp_path / form, content, upgraded), upgraded.state)
@@ -221,9 +217,7 @@ def faulty(upgraded: Upgraded, fault: str) -> dict[str, Tensor]:
         ("LoRA of nothing", r"file\.pt: the LoRA adapts 'other', which"),
     ],
 )
-def test_a_fault_is_told_with_file_and_key(
-    fault: str, message: str, upgraded: Upgraded, tmp_path: Path
-) -> None:
+def test_a_fault_is_told_with_file_and_key(fault: str, message: str, upgraded: Upgraded, tmp_path: Path) -> None:
     torch.save(faulty(upgraded, fault), tmp_path / "file.pt")
     with pytest.raises(DavaeError, match=message):
         convert_sd3_file(tmp_path / "file.pt", tmp_path / "out", base=upgraded.base)
@@ -245,18 +239,14 @@ def test_parts_that_do_not_fit(upgraded: Upgraded, tmp_path: Path) -> None:
     base = small_pipeline("sd3")
     other = AutoencoderDA.from_base(base.vae, scale=2, detail_channels=8)
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(
-        DavaeError, match=r"the transformer has 4 \+ 4 channels, the autoencoder of .* 4 \+ 8"
-    ):
+    with pytest.raises(DavaeError, match=r"the transformer has 4 \+ 4 channels, the autoencoder of .* 4 \+ 8"):
         convert_sd3_file(file, out, base=upgraded.base, vae=tmp_path / "other")
     base.transformer.save_pretrained(tmp_path / "narrow")
     with pytest.raises(DavaeError, match="takes 4 channels, the base 4: this transformer was not widened"):
         convert_sd3_file(tmp_path / "narrow" / "diffusion_pytorch_model.safetensors", out, base=upgraded.base)
     torch.save({"model_state_dict": upgraded.trained()}, file)
     (tmp_path / "narrow" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(
-        DavaeError, match=r"holds the trained weights alone, and .* has no diffusion_pytorch_model"
-    ):
+    with pytest.raises(DavaeError, match=r"holds the trained weights alone, and .* has no diffusion_pytorch_model"):
         convert_sd3_file(file, out, base=tmp_path / "narrow")
     torch.save({"dc_down.conv.weight": torch.zeros(1)}, file)
     with pytest.raises(DavaeError, match="is no transformer of SD3: --lora and --vae go with"):

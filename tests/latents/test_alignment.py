@@ -66,9 +66,7 @@ def test_relational_form_ignores_rotation_and_length_of_the_vectors() -> None:
 
 
 def test_unknown_form() -> None:
-    with pytest.raises(
-        DavaeError, match=r"unknown alignment form 'cosine': use mean, relational or projection"
-    ):
+    with pytest.raises(DavaeError, match=r"unknown alignment form 'cosine': use mean, relational or projection"):
         AlignmentLoss(LatentLayout(2, 2), "cosine")  # type: ignore[arg-type]
 
 

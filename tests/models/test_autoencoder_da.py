@@ -132,9 +132,7 @@ def test_outputs_are_bit_equal_in_a_process_that_never_saw_the_base(images: Tens
     model = make()
     model.save_pretrained(tmp_path)
     latent = model.encode(images).latent_dist.mode()
-    torch.save(
-        {"images": images, "latent": latent, "decoded": model.decode(latent).sample}, tmp_path / "data.pt"
-    )
+    torch.save({"images": images, "latent": latent, "decoded": model.decode(latent).sample}, tmp_path / "data.pt")
     log = tmp_path / "log"
     children.finish(children.start(_load_and_compare, tmp_path, log=log), log)
 
@@ -276,9 +274,7 @@ def test_mistakes_are_told_with_numbers() -> None:
         make(detail_dropout=1.0)
     model = make()
     for encode in (model.encode, model.encode_details, model.encode_base):
-        with pytest.raises(
-            DavaeError, match=r"36 x 48 pixels .* multiples of 8 \(scale 2 times base compression 4\)"
-        ):
+        with pytest.raises(DavaeError, match=r"36 x 48 pixels .* multiples of 8 \(scale 2 times base compression 4\)"):
             encode(torch.zeros(1, 3, 36, 48))
     with pytest.raises(DavaeError, match="5 channels, expected 12"):
         model.decode(torch.zeros(1, 5, 4, 4))
@@ -291,9 +287,7 @@ def test_unknown_base_names_the_methods_to_write() -> None:
     base = AsymmetricAutoencoderKL(
         down_block_out_channels=(8,), up_block_out_channels=(8,), norm_num_groups=4, latent_channels=4
     )
-    with pytest.raises(
-        DavaeError, match=r"AsymmetricAutoencoderKL .*detail_encoder.*joint_decoder.*register_adapter"
-    ):
+    with pytest.raises(DavaeError, match=r"AsymmetricAutoencoderKL .*detail_encoder.*joint_decoder.*register_adapter"):
         AutoencoderDA.from_base(base, detail_channels=8)
 
 

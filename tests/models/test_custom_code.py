@@ -40,9 +40,7 @@ def test_every_adapter_of_a_base_is_in_the_file() -> None:
     from davae.models.base_adapters.adapter import _ADAPTERS
 
     ours = {
-        type(adapter).__name__
-        for _, adapter in _ADAPTERS.values()
-        if type(adapter).__module__.startswith("davae.")
+        type(adapter).__name__ for _, adapter in _ADAPTERS.values() if type(adapter).__module__.startswith("davae.")
     }
     assert ours
     assert ours <= there

@@ -51,9 +51,7 @@ def test_shortcuts_are_the_whole_difference(network):
     else:
         assert not any(part.any() for part in seen)
     model.encoder.down_blocks = model.decoder.up_blocks = nn.ModuleList()
-    model.encoder.conv_in = model.decoder.norm_out = model.decoder.conv_act = model.decoder.conv_out = (
-        nn.Identity()
-    )
+    model.encoder.conv_in = model.decoder.norm_out = model.decoder.conv_act = model.decoder.conv_out = nn.Identity()
     ends = [model.encode(features).latent, model.decode(latent).sample]
     if network is AutoencoderDC:
         torch.testing.assert_close(ends[0], features.unflatten(1, (4, -1)).mean(2))
@@ -106,9 +104,7 @@ def test_layers_of_kl():
     model = AutoencoderKL(**KL)
     middle = _names(model, latent_layers(model, 1))
     assert {"encoder.down_blocks.2", "decoder.up_blocks.0", "encoder.mid_block.resnets"} <= middle
-    assert not any(
-        n.startswith(("encoder.down_blocks.1", "decoder.up_blocks.1", "decoder.conv_out")) for n in middle
-    )
+    assert not any(n.startswith(("encoder.down_blocks.1", "decoder.up_blocks.1", "decoder.conv_out")) for n in middle)
     head = _names(model, head_layers(model, 1))
     assert {n.split(".")[2] for n in head if "up_blocks" in n} == {"2"}
     assert not middle & head

@@ -152,9 +152,7 @@ def test_half_precision_computes(name: str, levels: int) -> None:
         images = some_images()
         expected, made = call(model, images), call(half, images.bfloat16())
         assert made.dtype == torch.bfloat16, what
-        assert (made.float() - expected).abs().mean() < (0.3 if what == "tiles" else 0.1) * expected.std(), (
-            what
-        )
+        assert (made.float() - expected).abs().mean() < (0.3 if what == "tiles" else 0.1) * expected.std(), what
 
 
 # ---------------------------------------------------------------------- offloading

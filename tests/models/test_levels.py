@@ -200,9 +200,7 @@ def test_earlier_levels_stay_frozen_unless_all_learn_together(images: Tensor) ->
     assert moved
     assert not any(name.startswith("base.") for name in moved)
     assert not any(module.training for module in alone.base.modules())
-    assert {id(p) for p in alone.trained_parameters()} == {
-        id(p) for p in alone.parameters() if p.requires_grad
-    }
+    assert {id(p) for p in alone.trained_parameters()} == {id(p) for p in alone.parameters() if p.requires_grad}
 
     together = make(warm_blocks=False)
     together.train_levels(together=True)
@@ -212,9 +210,7 @@ def test_earlier_levels_stay_frozen_unless_all_learn_together(images: Tensor) ->
     assert not any(name.startswith("base.base.") for name in moved)
     assert together.base.training
     assert not together.base_vae.training
-    assert {id(p) for p in together.trained_parameters()} == {
-        id(p) for p in together.parameters() if p.requires_grad
-    }
+    assert {id(p) for p in together.trained_parameters()} == {id(p) for p in together.parameters() if p.requires_grad}
     together.train_levels(together=False)
     assert not any(p.requires_grad for p in together.base.parameters())
 

@@ -40,9 +40,7 @@ def tiny(*, seed: int = 0, random: bool = True, **changes: Any) -> LightningDiTT
     return model
 
 
-def inputs(
-    model: LightningDiTTransformer2DModel, *, batch: int = 3, side: int = 4
-) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(model: LightningDiTTransformer2DModel, *, batch: int = 3, side: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     latent = torch.randn(batch, model.config.in_channels, side, side, generator=generator)
     return latent, torch.rand(batch, generator=generator), torch.arange(batch) % model.config.num_classes
@@ -120,9 +118,7 @@ def test_sincos_table_by_hand() -> None:
 
 def test_swiglu_width_is_two_thirds_of_four_times_hidden() -> None:
     model = tiny(hidden_size=64)
-    assert (
-        model.transformer_blocks[0].ff.net[0].proj.out_features == 2 * 170
-    )  # int(2/3 * 256), gate and value
+    assert model.transformer_blocks[0].ff.net[0].proj.out_features == 2 * 170  # int(2/3 * 256), gate and value
     assert tiny(swiglu=False).transformer_blocks[0].ff.net[0].proj.out_features == 4 * 32
     xl = SIZES["XL"]["hidden_size"]
     assert int(2 / 3 * 4 * xl) == 3072

@@ -65,9 +65,7 @@ def test_opacity_is_dropped() -> None:
     model = AutoencoderDA.from_base(make_base("qwen21"), detail_channels=4)
     images = torch.rand(1, 3, 32, 32)
     half = torch.cat([images, torch.zeros(1, 1, 32, 32)], dim=1)[:, :, None]
-    assert torch.equal(
-        model.encode(half).latent_dist.mode()[:, :, 0], model.encode(images).latent_dist.mode()
-    )
+    assert torch.equal(model.encode(half).latent_dist.mode()[:, :, 0], model.encode(images).latent_dist.mode())
     assert model.decode(torch.randn(1, 8, 4, 4)).sample.shape == (1, 3, 32, 32)
 
 

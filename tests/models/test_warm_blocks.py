@@ -79,9 +79,7 @@ def test_other_counts_start_nearer_to_alignment_than_zero_details(details: int) 
     layout = LatentLayout(C, details)
     block = ResidualDownsample(F_, 2 * details, 2, shortcut=False)
     warm_down_block(block, head, layout)
-    features = torch.randn(8, F_, 1, 1).expand(
-        -1, -1, 16, 16
-    )  # smooth: rows serve neighbouring positions too
+    features = torch.randn(8, F_, 1, 1).expand(-1, -1, 16, 16)  # smooth: rows serve neighbouring positions too
     with torch.no_grad():
         z_d, _ = block(features).chunk(2, dim=1)
         z = F.avg_pool2d(F.conv2d(features, head.weight, head.bias, padding=1), 2)

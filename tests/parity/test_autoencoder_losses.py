@@ -51,10 +51,8 @@ def generator_step(case: ParityCase) -> Step:
         "kl_loss": gaussian_kl(posterior.mean, posterior.logvar, reduction="mean"),
         "g_loss": adversarial,
         "vf_loss": alignment,
-        "d_weight": settings["disc_weight"]
-        * adaptive_weight(nll, adversarial, model.last_decoder_weight, maximum=1e4),
-        "vf_weight": settings["vf_weight"]
-        * adaptive_weight(nll, alignment, model.alignment_weight, maximum=1e8),
+        "d_weight": settings["disc_weight"] * adaptive_weight(nll, adversarial, model.last_decoder_weight, maximum=1e4),
+        "vf_weight": settings["vf_weight"] * adaptive_weight(nll, alignment, model.alignment_weight, maximum=1e8),
     }
     return Step(model, reconstruction, terms)
 

@@ -67,9 +67,7 @@ def test_imagenet_autoencoder(path: Path) -> None:
     factor = detail_dropout_factor(case.tensors["dropout_uniform"], scalars["dropout_p"])
     assert 0 < (factor == 0).sum() < len(factor)
     assert relative_error(factor, case.tensors["dropout_output_scale"]) < TOLERANCE
-    parts = {
-        name.removeprefix("da.").split(".")[0] + "." + name.split(".")[2] for name in unused if "da." in name
-    }
+    parts = {name.removeprefix("da.").split(".")[0] + "." + name.split(".")[2] for name in unused if "da." in name}
     assert parts == {"encoder.conv_out", "decoder.conv_in"}
 
 
@@ -80,10 +78,7 @@ def test_imagenet_statistics_normalise_every_channel(path: Path) -> None:
     mean, std = torch.linspace(-1, 1, channels), torch.linspace(0.5, 2, channels)
     model, _ = convert_imagenet(case.state_dict(), statistics=(mean.tolist(), std.tolist()))
     latent = model.encode(case.tensors["image"]).latent_dist.mode()
-    listed = (
-        torch.tensor(values)[:, None, None]
-        for values in (model.config.latents_mean, model.config.latents_std)
-    )
+    listed = (torch.tensor(values)[:, None, None] for values in (model.config.latents_mean, model.config.latents_std))
     pipeline_mean, pipeline_std = listed
     ours = (latent - pipeline_mean) / pipeline_std  # what a diffusion model sees
     official = (case.tensors["decoder_input"] - mean[:, None, None]) / std[:, None, None]
@@ -174,9 +169,7 @@ def test_posterior(path: Path) -> None:
     check(case, mean=posterior.mean, logvar=posterior.logvar, std=posterior.std)
     mean, logvar = case.tensors["parameters_mild"].chunk(2, dim=1)
     elementwise, half_sum = case.tensors["kl_elementwise_no_half"], case.tensors["kl_half_sum"]
-    assert gaussian_kl(mean, logvar, reduction="mean") == pytest.approx(
-        float(elementwise.mean()), rel=TOLERANCE
-    )
+    assert gaussian_kl(mean, logvar, reduction="mean") == pytest.approx(float(elementwise.mean()), rel=TOLERANCE)
     assert gaussian_kl(mean, logvar) == pytest.approx(float(half_sum.mean()), rel=TOLERANCE)
 
 

@@ -99,9 +99,7 @@ class TestSD3:
     def test_noise_levels(self, path: Path) -> None:
         case = load_case(path)
         settings = case.info["config"]["scheduler"]
-        table = sd3_sigma_table(
-            settings["config_shift"], settings["train_shift"], settings["num_train_timesteps"]
-        )
+        table = sd3_sigma_table(settings["config_shift"], settings["train_shift"], settings["num_train_timesteps"])
         sigmas, timesteps = table.look_up(case.tensors["u"])
         assert relative_error(sigmas, case.tensors["sigmas"]) < TOLERANCE
         assert torch.equal(timesteps, case.tensors["timesteps"].long())
@@ -138,9 +136,7 @@ class TestSD3:
         if gamma is not None:
             assert relative_error(min_snr_weight(noise_share, gamma), data["sample_weight"]) < TOLERANCE
         for row in case.info["rows"]:
-            weight = detail_weight(
-                row["step"], config["residual_warmup_steps"], config["residual_schedule_end_weight"]
-            )
+            weight = detail_weight(row["step"], config["residual_warmup_steps"], config["residual_schedule_end_weight"])
             assert weight == pytest.approx(row["residual_weight"], rel=1e-5, abs=1e-12)
             each = loss(
                 self.base_first(case, "transformer_output"),

@@ -69,9 +69,7 @@ def predict(model: SD3Transformer2DModel, case: ParityCase, latent: Tensor) -> T
 def test_widened_sd3_equals_the_official_zero_start(path: Path, direction: str) -> None:
     case = load_case(path)
     layout, model = layout_of(case), original(case)
-    widened = widen_channels(
-        model, base_channels=layout.base_channels, detail_channels=layout.detail_channels
-    )
+    widened = widen_channels(model, base_channels=layout.base_channels, detail_channels=layout.detail_channels)
     latent = from_official_order(case.tensors[f"{direction}.input"], layout, ORDERS[direction])
     assert torch.equal(latent[:, layout.base], case.tensors["base_channels_input"])
     output = predict(widened, case, latent)
@@ -133,9 +131,7 @@ def test_official_lora_targets_match_the_same_modules(path: Path) -> None:
     case = load_case(path)
     settings = case.info["conventions"]["lora_settings"]
     layout = layout_of(case)
-    model = widen_channels(
-        original(case), base_channels=layout.base_channels, detail_channels=layout.detail_channels
-    )
+    model = widen_channels(original(case), base_channels=layout.base_channels, detail_channels=layout.detail_channels)
     model.add_adapter(LoraConfig(r=2, target_modules=settings["target_modules"]))
     matched = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if "lora_A" in name}
     assert matched == set(case.info["conventions"]["lora_matched_modules"])
@@ -173,9 +169,7 @@ class TestLightningDiT:
         case = load_case(path)
         model, widened = self.widened(case)
         z, z_d = case.tensors["base_channels_input"], case.tensors["extra_channels_input"]
-        base, detail = self.predict(widened, case, torch.cat([z, z_d], dim=1)).split(
-            [z.shape[1], z_d.shape[1]], dim=1
-        )
+        base, detail = self.predict(widened, case, torch.cat([z, z_d], dim=1)).split([z.shape[1], z_d.shape[1]], dim=1)
         assert relative_error(base, self.predict(model, case, z)) < 1e-6
         assert relative_error(base, case.tensors["original_output"]) < TOLERANCE
         assert detail.count_nonzero() == 0
@@ -198,9 +192,7 @@ class TestLightningDiT:
         _, widened = self.widened(case)
         config = {**dict(widened.config), "qk_norm": True}
         normed = LightningDiTTransformer2DModel.from_config(config).eval()
-        fresh = {
-            name: p for name, p in normed.state_dict().items() if ".norm_q." in name or ".norm_k." in name
-        }
+        fresh = {name: p for name, p in normed.state_dict().items() if ".norm_q." in name or ".norm_k." in name}
         assert all(torch.equal(p, torch.ones_like(p)) for p in fresh.values())
         normed.load_state_dict({**widened.state_dict(), **fresh}, strict=True)
         z, z_d = case.tensors["base_channels_input"], case.tensors["extra_channels_input"]

@@ -30,9 +30,7 @@ def pixels(pipe: DiffusionPipeline, name: str) -> torch.Tensor:
     arguments: dict[str, Any] = {"class_labels": [3], "num_inference_steps": 2, "output_type": "pt"}
     if name != "classes":
         arguments = call_arguments(name, scale=2)
-    return torch.as_tensor(
-        pipe(**arguments, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
-    )
+    return torch.as_tensor(pipe(**arguments, generator=torch.Generator().manual_seed(0), return_dict=False)[0])
 
 
 def base(name: str, seed: int = 0) -> DiffusionPipeline:
@@ -42,9 +40,7 @@ def base(name: str, seed: int = 0) -> DiffusionPipeline:
 def tuned(name: str) -> DiffusionPipeline:
     pipe = upgraded(base(name))
     torch.manual_seed(1)
-    attach_lora(
-        pipe.transformer, LoraConfig(r=2, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False)
-    )
+    attach_lora(pipe.transformer, LoraConfig(r=2, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False))
     return pipe
 
 
@@ -94,9 +90,7 @@ def test_diffusers_reads_the_lora_file_itself(tmp_path: Path) -> None:
 
 def test_lora_on_the_widened_layers_themselves(tmp_path: Path) -> None:
     pipe = upgraded(base("sd3"))
-    attach_lora(
-        pipe.transformer, LoraConfig(r=2, target_modules=["to_q", "proj_out"], init_lora_weights=False)
-    )
+    attach_lora(pipe.transformer, LoraConfig(r=2, target_modules=["to_q", "proj_out"], init_lora_weights=False))
     before = pixels(pipe, "sd3")
     davae.save_adapters(pipe, tmp_path)
     again = davae.load_adapters(base("sd3"), pipe.vae, tmp_path)

@@ -35,9 +35,7 @@ class LinearField(ModelMixin, ConfigMixin):
     """A velocity with a known flow, ``u(x, t) = rate * x + label``, that remembers how it was called."""
 
     @register_to_config
-    def __init__(
-        self, in_channels: int = 4, sample_size: int = 4, patch_size: int = 1, rate: float = 0.5
-    ) -> None:
+    def __init__(self, in_channels: int = 4, sample_size: int = 4, patch_size: int = 1, rate: float = 0.5) -> None:
         super().__init__()
         self.register_to_config(num_classes=3)
         self.unused = torch.nn.Parameter(torch.zeros(1))
@@ -58,9 +56,7 @@ def test_euler_result_equals_the_closed_form() -> None:
     rate, steps, label = 0.5, 5, 2
     pipeline = pipeline_around(LinearField(rate=rate))
     noise = torch.randn(1, 4, 4, 4, generator=seeded())
-    result = pipeline(
-        label, num_inference_steps=steps, guidance_scale=1.0, latents=noise, output_type="latent"
-    )
+    result = pipeline(label, num_inference_steps=steps, guidance_scale=1.0, latents=noise, output_type="latent")
     # n Euler steps of x' = rate x + c give (x + c / rate) (1 + rate / n)^n - c / rate.
     expected = (noise + label / rate) * (1 + rate / steps) ** steps - label / rate
     torch.testing.assert_close(result.images, expected, rtol=1e-5, atol=1e-5)
@@ -69,13 +65,9 @@ def test_euler_result_equals_the_closed_form() -> None:
 def test_time_runs_from_noise_to_data_with_the_scheduler_s_shift() -> None:
     field = LinearField()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1 / 0.3)
-    pipeline_around(field, scheduler=scheduler)(
-        0, num_inference_steps=4, output_type="latent", guidance_scale=1.0
-    )
+    pipeline_around(field, scheduler=scheduler)(0, num_inference_steps=4, output_type="latent", guidance_scale=1.0)
     times = torch.tensor([time for time, _ in field.calls])
-    torch.testing.assert_close(
-        times, shift_sigmas(torch.tensor([0.0, 0.25, 0.5, 0.75]), 0.3), rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(times, shift_sigmas(torch.tensor([0.0, 0.25, 0.5, 0.75]), 0.3), rtol=0, atol=1e-6)
 
 
 def test_guidance_acts_inside_its_interval_both_bounds_included_in_one_pass() -> None:
@@ -101,9 +93,7 @@ def test_guide_keeps_the_conditional_prediction_outside_its_channels() -> None:
     assert guide(conditional, unconditional, 3.0, channels=1).flatten().tolist() == [6.0, 2.0]
 
 
-@pytest.mark.parametrize(
-    ("t", "inside"), [(0.19, False), (0.2, True), (1 - 0.8, True), (0.5, True), (0.51, False)]
-)
+@pytest.mark.parametrize(("t", "inside"), [(0.19, False), (0.2, True), (1 - 0.8, True), (0.5, True), (0.51, False)])
 def test_interval(t: float, inside: bool) -> None:
     assert is_guided(float(torch.tensor(t)), (0.2, 0.5)) is inside
 
@@ -129,9 +119,7 @@ def upgraded_vae() -> UpgradedVae:
     ).eval()
 
 
-@pytest.mark.parametrize(
-    "generators", [lambda: seeded(7), lambda: [seeded(1), seeded(2)]], ids=["one", "each"]
-)
+@pytest.mark.parametrize("generators", [lambda: seeded(7), lambda: [seeded(1), seeded(2)]], ids=["one", "each"])
 def test_upgraded_pipeline_starts_from_the_base_s_noise(generators: Any) -> None:
     still = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
     field = {"rate": 0.0}
@@ -227,9 +215,7 @@ def test_saved_pipeline_loads_in_a_new_process_and_makes_the_same_image(tmp_path
     loaded = ClassConditionalPipeline.from_pretrained(tmp_path / "pipeline")
     assert loaded.labels == pipeline.labels
     assert loaded.scheduler.config.shift == 2.0
-    assert torch.equal(
-        loaded("lake", num_inference_steps=2, generator=seeded(), output_type="pt").images, image
-    )
+    assert torch.equal(loaded("lake", num_inference_steps=2, generator=seeded(), output_type="pt").images, image)
 
     log = tmp_path / "log"
     children.finish(children.start(_open_and_compare, tmp_path, log=log), log)

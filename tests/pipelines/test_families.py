@@ -81,9 +81,7 @@ def test_predict_is_what_the_pipeline_steps_with(name, scale, pipelines):
     pipe = pipelines(name, scale)
     family = family_of(pipe)
     arguments = (
-        call_arguments(name, scale=scale)
-        | _no_guidance(name)
-        | {"output_type": "latent" if name != "dit" else "pt"}
+        call_arguments(name, scale=scale) | _no_guidance(name) | {"output_type": "latent" if name != "dit" else "pt"}
     )
     steps = _recorded_steps(pipe, arguments)
     prompt = "class 17" if name == "dit" else arguments["prompt"]

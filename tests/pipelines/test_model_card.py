@@ -32,9 +32,7 @@ def base_folder(folder: Path, entries: str) -> Path:
 def test_the_licence_is_the_given_one_or_the_base_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_folder(tmp_path / "base", SD35)
     assert find_licence(base) == Licence("other", "stabilityai-ai-community")
-    assert find_licence(base, link="https://x/L") == Licence(
-        "other", "stabilityai-ai-community", "https://x/L"
-    )
+    assert find_licence(base, link="https://x/L") == Licence("other", "stabilityai-ai-community", "https://x/L")
     assert find_licence(base, "mit") == Licence("mit")
     assert find_licence(base).title == "stabilityai-ai-community"
     with pytest.raises(DavaeError, match=r"README\.md names none"):
@@ -167,9 +165,7 @@ class StubHub:
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
 
 
-def test_publishing_uploads_the_folder_with_card_and_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_publishing_uploads_the_folder_with_card_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "HfApi", StubHub)
     pipe = upgraded(debug_base())
     pipe.save_pretrained(tmp_path / "bare")

@@ -28,9 +28,7 @@ from davae.pipelines import attach_lora
 
 def pixels(pipe: DiffusionPipeline, arguments: dict[str, Any]) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
-    return torch.as_tensor(
-        pipe(**arguments, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
-    )
+    return torch.as_tensor(pipe(**arguments, generator=torch.Generator().manual_seed(0), return_dict=False)[0])
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +46,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
             made["vae"] = pipe.vae(torch.linspace(-1, 1, 12288).view(1, 3, 64, 64)).sample.detach()
             made["again"] = made[name]
     made["lumina2 by davae"] = made["lumina2"]
-    calls["lumina2"] |= {
-        side: calls["lumina2"][side] // 2 for side in ("height", "width")
-    }  # counts in 8 pixels
+    calls["lumina2"] |= {side: calls["lumina2"][side] // 2 for side in ("height", "width")}  # counts in 8 pixels
     (folder / "calls.json").write_text(json.dumps(calls))
     return folder, made
 
@@ -97,9 +93,7 @@ def test_one_index_for_both_worlds(saved: tuple[Path, dict[str, torch.Tensor]]) 
     assert (folder / "classes" / "vae" / "davae.py").read_text() == custom_code("AutoencoderDA")
 
 
-def test_load_pipeline_runs_davae_s_own_classes(
-    saved: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
-) -> None:
+def test_load_pipeline_runs_davae_s_own_classes(saved: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     folder, expected = saved
     poisoned = folder / "classes" / "vae" / "davae.py"
     code = poisoned.read_text()

@@ -187,9 +187,7 @@ def test_details_take_part_once_they_have_weights() -> None:
     for weight in (0.0, 0.5):
         torch.nn.init.constant_(upgraded.transformer.proj_out.bias, weight)
         generator = torch.Generator().manual_seed(0)
-        images.append(
-            torch.as_tensor(upgraded(**call_arguments("flux", scale=2), generator=generator).images)
-        )
+        images.append(torch.as_tensor(upgraded(**call_arguments("flux", scale=2), generator=generator).images))
     assert (images[0] - images[1]).abs().max() > 1e-3
 
 

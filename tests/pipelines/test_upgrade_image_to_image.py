@@ -61,9 +61,7 @@ def test_sizes_tokens_and_processors(name: str, cls: type[DiffusionPipeline]) ->
     assert isinstance(upgraded, cls)
     assert type(upgraded).__name__ == cls.__name__
     assert upgraded.vae_scale_factor == 2 * base.vae_scale_factor
-    assert (
-        upgraded.image_processor.config.vae_scale_factor == 2 * base.image_processor.config.vae_scale_factor
-    )
+    assert upgraded.image_processor.config.vae_scale_factor == 2 * base.image_processor.config.vae_scale_factor
     assert upgraded.image_processor.config.vae_latent_channels == 4 + DETAILS
     seen = []
     # diffusers' SD3 inpainting knows 16 channels only, which the small base has not.

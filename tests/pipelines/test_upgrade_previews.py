@@ -115,9 +115,7 @@ def test_kinds_of_output() -> None:
 def test_packed_latents_that_are_not_square() -> None:
     _, upgraded = base_and_upgraded("flux")
     arguments = {"height": 64, "width": 96, "num_inference_steps": 2}
-    with pytest.raises(
-        DavaeError, match="24 tokens do not make that image: give Previews the height and width"
-    ):
+    with pytest.raises(DavaeError, match="24 tokens do not make that image: give Previews the height and width"):
         sample("flux", upgraded, Previews(upgraded), **arguments)
     previews = Previews(upgraded, height=64, width=96)
     sample("flux", upgraded, previews, **arguments)

@@ -56,9 +56,7 @@ def test_default_with_dynamic_shifting_is_written_down(name: str, caplog: pytest
     if name == "lumina2":  # its pipeline counts channels where it means tokens: 12 now, 4 before
         assert (ours.base_image_seq_len, ours.max_image_seq_len) == (3 * 256, 3 * 4096)
     else:
-        assert all(
-            ours[key] == theirs[key] for key in ("base_image_seq_len", "max_image_seq_len", "max_shift")
-        )
+        assert all(ours[key] == theirs[key] for key in ("base_image_seq_len", "max_image_seq_len", "max_shift"))
 
 
 @pytest.mark.parametrize("scale", [2, 4])

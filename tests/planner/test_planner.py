@@ -202,9 +202,7 @@ def test_hours():
         hours(1.0, find_gpu("A100"), 0.0)
 
 
-@pytest.mark.parametrize(
-    ("channels", "scale", "expected"), [(16, 2, 16), (16, 4, 48), (4, 4, 16), (32, 2, 32)]
-)
+@pytest.mark.parametrize(("channels", "scale", "expected"), [(16, 2, 16), (16, 4, 48), (4, 4, 16), (32, 2, 32)])
 def test_default_detail_channels(channels, scale, expected):
     assert planner.default_detail_channels(channels, scale) == expected
 

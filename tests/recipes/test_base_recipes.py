@@ -34,9 +34,7 @@ class Stopped(Exception):
     """Where a test ends a training."""
 
 
-def test_a_native_fine_tune_reads_images_as_they_are_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_native_fine_tune_reads_images_as_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     plain = RenderedDataset.item
     monkeypatch.setattr(RenderedDataset, "item", lambda self, i, e: (read.append(i), plain(self, i, e))[1])
@@ -71,8 +69,7 @@ def test_losses_are_the_same_from_images_from_memory_and_from_a_cache(tmp_path: 
     ):
         run_base("imagenet-small-native", [*recipe, more], tmp_path / name)
     a, b, c = (
-        read_metrics(tmp_path / name / "transformer" / "metrics.jsonl")
-        for name in ("images", "memory", "cache")
+        read_metrics(tmp_path / name / "transformer" / "metrics.jsonl") for name in ("images", "memory", "cache")
     )
     assert len(a) == 21
     for one, second, third in zip(a, b, c, strict=True):

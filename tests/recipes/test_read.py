@@ -93,9 +93,7 @@ RESUMABLE = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["debug-text", "imagenet-512-native", "tiny-base", "dc-ae-f64c128", "sd-vae-f64"]
-)
+@pytest.mark.parametrize("name", ["debug-text", "imagenet-512-native", "tiny-base", "dc-ae-f64c128", "sd-vae-f64"])
 def test_a_run_continues_with_other_values_of_the_resumable_settings_alone(name, tmp_path):
     ours = load_recipe(name).model_dump(mode="json")
     keys = list(_leaves(ours))
@@ -182,8 +180,6 @@ def test_a_run_of_an_earlier_version_with_random_crops_goes_on(tmp_path):
 
 
 def test_a_setting_that_was_taken_away_is_dropped_where_it_said_nothing():
-    assert (
-        "plain" not in load_recipe("debug", ["diffusion.loop.plain=false"]).model_dump()["diffusion"]["loop"]
-    )
+    assert "plain" not in load_recipe("debug", ["diffusion.loop.plain=false"]).model_dump()["diffusion"]["loop"]
     with pytest.raises(DavaeError, match=r"diffusion.loop.*'plain' is gone.*Remove it"):
         load_recipe("debug", ["diffusion.loop.plain=true"])

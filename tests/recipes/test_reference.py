@@ -39,8 +39,7 @@ def reference() -> str:
 
 def _table(section: type[Section], places: dict[str, list[str]]) -> str:
     where = "; ".join(
-        f"{kind}: {', '.join(f'`{path}`' if path else 'top level' for path in paths)}"
-        for kind, paths in places.items()
+        f"{kind}: {', '.join(f'`{path}`' if path else 'top level' for path in paths)}" for kind, paths in places.items()
     )
     fields = section.model_fields.items()
     rows = [row for name, field in fields if (row := _row(name, field, _description(section, name)))]

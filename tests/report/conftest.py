@@ -30,9 +30,7 @@ def make_summary(**changes: object) -> Summary:
         flops_per_image=ThreeWay(base=1.0e9, native=4.4e9, upgraded=1.1e9),
         seconds_per_image=ThreeWay(base=0.1, native=0.36, upgraded=0.12),
         reconstruction=Reconstruction(psnr_upgraded=26.25, psnr_base_upscaled=24.0),
-        generation=Generation(
-            swd_finest_upgraded=0.3, swd_finest_base_upscaled=0.4, swd_levels_upgraded=[0.3, 0.1]
-        ),
+        generation=Generation(swd_finest_upgraded=0.3, swd_finest_base_upscaled=0.4, swd_levels_upgraded=[0.3, 0.1]),
         alignment=Alignment(base_latents_equal=True, loss=0.5),
         warm_start=WarmStart(max_base_difference=2.4e-7, max_detail_output=0.0),
         wall_seconds=61.0,

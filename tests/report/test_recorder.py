@@ -51,9 +51,7 @@ def test_crops_lie_at_the_same_place_in_all_columns(tmp_path: Path) -> None:
     a = torch.rand(1, 3, 32, 32, generator=generator) * 2 - 1
     recorder = FigureRecorder(tmp_path)
     recorder.add_comparison("x", title="", text="", columns={"a": a, "b": -a}, zoom=8)
-    first, second = (
-        np.asarray(Image.open(tmp_path / f"figures/x-00-{i}-zoom.png")).astype(int) for i in range(2)
-    )
+    first, second = (np.asarray(Image.open(tmp_path / f"figures/x-00-{i}-zoom.png")).astype(int) for i in range(2))
     assert np.abs(first + second - 255).max() <= 1
     assert first.shape == (8, 8, 3)
 

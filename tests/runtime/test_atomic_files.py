@@ -89,9 +89,7 @@ def test_the_hash_is_sha256(tmp_path: Path) -> None:
 
 def test_a_full_disk_says_what_is_kept_and_other_errors_stay(tmp_path: Path) -> None:
     with (
-        pytest.raises(
-            DavaeError, match=r"the disk is full: .* MB are free in .*new\. All is well; make room"
-        ),
+        pytest.raises(DavaeError, match=r"the disk is full: .* MB are free in .*new\. All is well; make room"),
         disk_full_as_error(tmp_path / "new", "All is well"),
     ):
         raise OSError(errno.ENOSPC, "full")

@@ -26,9 +26,7 @@ _LOOP = {
 
 def _recipe() -> BaseRecipe:
     overrides = [
-        f"{half}.loop.{key}={value}"
-        for half in ("autoencoder", "transformer")
-        for key, value in _LOOP.items()
+        f"{half}.loop.{key}={value}" for half in ("autoencoder", "transformer") for key, value in _LOOP.items()
     ]
     overrides += ["data.path=procedural:4", "data.hold_out=2", "data.resolution=32"]
     overrides += ["autoencoder.architecture.block_out_channels=[8,8]"]
@@ -94,6 +92,4 @@ def test_a_kill_in_the_middle_of_an_export_leaves_no_half_of_it(
     assert not (out / "autoencoder" / "vae").exists()
     train_base(_recipe(), out)
     whole = _weights(finished / "autoencoder" / "vae")
-    assert all(
-        torch.equal(value, whole[name]) for name, value in _weights(out / "autoencoder" / "vae").items()
-    )
+    assert all(torch.equal(value, whole[name]) for name, value in _weights(out / "autoencoder" / "vae").items())

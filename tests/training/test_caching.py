@@ -95,9 +95,7 @@ def settings(base: str, path: Path, *more: str) -> UpgradeRecipe:
     ],
     ids=["class", "text", "text, buckets"],
 )
-def test_losses_are_those_of_training_from_images(
-    base: str, more: list[str], pictures: Path, tmp_path: Path
-) -> None:
+def test_losses_are_those_of_training_from_images(base: str, more: list[str], pictures: Path, tmp_path: Path) -> None:
     """Order, mirroring, noise and dropped prompts are the same; with buckets two shapes at least are trained."""
     _, vae = base_and_vae(base)
     vae.save_pretrained(tmp_path / "vae")
@@ -250,9 +248,7 @@ def test_both_stages_train_in_buckets(pictures: Path, tmp_path: Path) -> None:
     stage2 = train_diffusion(recipe, tmp_path / "diffusion", stage1.result)
     assert stage2.steps == 3
     with pytest.raises(DavaeError, match=r"\[30, 32\] is not \[width, height\] in multiples"):
-        train_diffusion(
-            settings("debug-sd3", pictures, "data.buckets=[[30, 32]]"), tmp_path / "x", stage1.result
-        )
+        train_diffusion(settings("debug-sd3", pictures, "data.buckets=[[30, 32]]"), tmp_path / "x", stage1.result)
 
 
 def test_the_verb(pictures: Path, tmp_path: Path) -> None:
@@ -265,9 +261,7 @@ def test_the_verb(pictures: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "10 images as 10 latents" in result.output
     assert "data.cache=" in result.output
-    assert (
-        CliRunner().invoke(app, [*arguments, "--verify"]).output.startswith("1 shards as they were written")
-    )
+    assert CliRunner().invoke(app, [*arguments, "--verify"]).output.startswith("1 shards as they were written")
     with pytest.raises(DavaeError, match="davae train autoencoder"):
         run_cache("debug", [], out, tmp_path / "nothing")
     with pytest.raises(DavaeError, match="there is no cache"):

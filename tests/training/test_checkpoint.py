@@ -47,9 +47,7 @@ def _fresh():
 def test_a_restored_optimizer_goes_on_as_if_nothing_happened(tmp_path):
     model, optimizer = _fresh()
     _trained(5, model, optimizer)
-    save_checkpoint(
-        tmp_path, 5, {"model": module_tensors(model), "opt": optimizer_tensors(optimizer)}, {}, keep=1
-    )
+    save_checkpoint(tmp_path, 5, {"model": module_tensors(model), "opt": optimizer_tensors(optimizer)}, {}, keep=1)
     other, other_optimizer = _fresh()
     tensors, values = load_checkpoint(checkpoints(tmp_path)[-1])
     restore_module(other, tensors["model"], tmp_path)
@@ -194,9 +192,7 @@ def test_a_full_disk_leaves_the_old_ones_whole_and_says_so(tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("davae.training.checkpoints.checkpoint.save_file", full)
-    with pytest.raises(
-        DavaeError, match=r"disk is full: the checkpoint of step 6 needs 4 MB.*step-5 is whole"
-    ):
+    with pytest.raises(DavaeError, match=r"disk is full: the checkpoint of step 6 needs 4 MB.*step-5 is whole"):
         save_checkpoint(tmp_path, 6, {"model": {"w": torch.ones(10**6)}}, {}, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-5"]
     load_checkpoint(tmp_path / "step-5")
@@ -218,9 +214,7 @@ def test_the_writer_takes_its_copy_at_once_and_keeps_the_best(tmp_path):
             weight.fill_(-1)  # training goes on
     assert [p.name for p in checkpoints(tmp_path)] == ["step-2", "step-4"]
     for step in (2, 4):
-        assert torch.equal(
-            load_checkpoint(tmp_path / f"step-{step}")[0]["model"]["w"], torch.full((3,), step)
-        )
+        assert torch.equal(load_checkpoint(tmp_path / f"step-{step}")[0]["model"]["w"], torch.full((3,), step))
     again = CheckpointWriter(tmp_path, keep=1, best_mode="max")
     assert not again.is_best(0.8)
     assert again.is_best(1.0)

@@ -112,10 +112,7 @@ def test_phase_two_changes_only_the_layers_around_the_latent(phases):
 def test_phase_three_changes_only_the_head(phases):
     changed = _changed(phases[1].result, phases[2].result)
     assert changed
-    assert all(
-        name.startswith(("decoder.up_blocks.1.", "decoder.norm_out.", "decoder.conv_out."))
-        for name in changed
-    )
+    assert all(name.startswith(("decoder.up_blocks.1.", "decoder.norm_out.", "decoder.conv_out.")) for name in changed)
 
 
 def test_batch_norm_of_a_frozen_layer_keeps_its_averages(phases):
@@ -133,12 +130,8 @@ def test_batch_norm_of_a_frozen_layer_keeps_its_averages(phases):
 def test_the_summary_proves_it_with_hashes(phases, phase):
     result, previous = phases[phase - 1], phases[phase - 2]
     summary = _summary(result)
-    assert {n: v["before"] for n, v in summary["layers"].items()} == layer_hashes(
-        load_autoencoder(previous.result)
-    )
-    assert {n: v["after"] for n, v in summary["layers"].items()} == layer_hashes(
-        load_autoencoder(result.result)
-    )
+    assert {n: v["before"] for n, v in summary["layers"].items()} == layer_hashes(load_autoencoder(previous.result))
+    assert {n: v["after"] for n, v in summary["layers"].items()} == layer_hashes(load_autoencoder(result.result))
     for name, layer in summary["layers"].items():
         assert (layer["before"] == layer["after"]) == (not layer["trained"]), name
 

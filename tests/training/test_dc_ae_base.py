@@ -56,9 +56,7 @@ def test_base_latents_stay_bit_equal(trained: dict[str, Any], images: Tensor) ->
 
 
 @torch.no_grad()
-def test_a_few_steps_of_training_make_the_details_worth_more_than_none(
-    trained: dict[str, Any], images: Tensor
-) -> None:
+def test_a_few_steps_of_training_make_the_details_worth_more_than_none(trained: dict[str, Any], images: Tensor) -> None:
     vae = trained["vae"]
     z, z_d = vae.layout.split(vae.encode(images).latent_dist.mode())
     whole = psnr(images, vae.decode(vae.layout.join(z, z_d)).sample.clamp(-1, 1)).mean()

@@ -103,8 +103,6 @@ def test_a_run_that_goes_on_ends_with_the_same_weights(tmp_path):
     train_autoencoder(recipe, tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-4")
     train_autoencoder(recipe, tmp_path / "parts")
-    found = [
-        load_file(tmp_path / n / "checkpoints" / "step-4" / "model.safetensors") for n in ("whole", "parts")
-    ]
+    found = [load_file(tmp_path / n / "checkpoints" / "step-4" / "model.safetensors") for n in ("whole", "parts")]
     assert whole.steps == 4
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

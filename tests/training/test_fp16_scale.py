@@ -38,16 +38,11 @@ class _TwoPlayers(_Stage):
         self.modules += [TrainedModule("other", _Objective(), OptimizerSettings(learning_rate=0.02))]
 
     def weights(self):
-        return torch.cat(
-            [_weights(self), *[p.detach().flatten() for p in self.modules[1].module.parameters()]]
-        )
+        return torch.cat([_weights(self), *[p.detach().flatten() for p in self.modules[1].module.parameters()]])
 
 
 def _scales(run):
-    return [
-        json.loads((c / "state.json").read_text())["scaler"]["scale"]
-        for c in checkpoints(run / "checkpoints")
-    ]
+    return [json.loads((c / "state.json").read_text())["scaler"]["scale"] for c in checkpoints(run / "checkpoints")]
 
 
 def test_a_scaled_training_is_the_unscaled_one_also_for_a_second_player(tmp_path, scaled, monkeypatch):
@@ -72,15 +67,11 @@ def test_what_is_told_as_skipped_is_skipped(tmp_path, scaled):
     stage = _Stage(steps=6, precision="fp16", skip_grad_norm=MOST, checkpoint_every=1)
     stage.loop = stage.loop.model_copy(update={"checkpoints_total_limit": 9})
     train(stage, tmp_path, {})
-    message = {
-        json.loads(line)["step"] for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()
-    }
+    message = {json.loads(line)["step"] for line in (tmp_path / "skipped_steps.jsonl").read_text().splitlines()}
     assert 0 < len(message) < 6
     from safetensors.torch import load_file
 
-    after = [
-        load_file(c / "model.safetensors")["layer.weight"] for c in checkpoints(tmp_path / "checkpoints")
-    ]
+    after = [load_file(c / "model.safetensors")["layer.weight"] for c in checkpoints(tmp_path / "checkpoints")]
     for step in range(2, 7):
         assert torch.equal(after[step - 1], after[step - 2]) == (step in message)
 
@@ -92,7 +83,5 @@ def test_overflows_are_the_search_for_a_scale(tmp_path, scaled):
         lambda module, inputs, losses: {"total": losses["total"] * (1e38 if inputs[1] < 12 else 1.0)}
     )
     train(stage, tmp_path, {})
-    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["weight"] == pytest.approx(
-        float(_weights(stage)[:3].sum())
-    )
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["weight"] == pytest.approx(float(_weights(stage)[:3].sum()))
     assert len((tmp_path / "skipped_steps.jsonl").read_text().splitlines()) == 12

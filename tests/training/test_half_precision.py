@@ -84,9 +84,7 @@ def test_adaptive_weights_do_not_vanish_in_float16():
 
     def ratio():
         y = layer(x)
-        return adaptive_weight(
-            y.float().square().sum() * 1e-9, y.float().sum() * 1e-3, layer.weight, maximum=1e8
-        )
+        return adaptive_weight(y.float().square().sum() * 1e-9, y.float().sum() * 1e-3, layer.weight, maximum=1e8)
 
     expected = ratio()
     with torch.autocast("cpu", torch.float16):
@@ -181,9 +179,7 @@ def test_gradients_pass_through_the_island(half):
 def test_sana_attention_is_an_island_too():
     model = SMALL_TRANSFORMERS["SanaTransformer2DModel"]()
     assert isinstance(model, SanaTransformer2DModel)
-    linear = [
-        m for m in model.modules() if isinstance(getattr(m, "processor", None), SanaLinearAttnProcessor2_0)
-    ]
+    linear = [m for m in model.modules() if isinstance(getattr(m, "processor", None), SanaLinearAttnProcessor2_0)]
     assert keep_linear_attention_in_float32(model) == len(linear) > 0
     x = torch.randn(1, 9, linear[0].to_q.in_features)
     with torch.no_grad(), _Products() as products, torch.autocast("cpu", torch.bfloat16):

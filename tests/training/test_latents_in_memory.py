@@ -37,9 +37,7 @@ def test_latents_are_those_of_the_images_in_every_epoch(kind: str, tmp_path: Pat
     source = mirroring(kind, tmp_path)
     kept = LatentsInMemory(source, encode, lambda item: {**item, "prepared": True}, batch_size=4)
     beside = WithBaseLatents(source, encode, batch_size=4)
-    halved = LatentsInMemory(
-        Prepared(source, lambda item: {**item, "image": item["image"] / 2}), encode, dict
-    )
+    halved = LatentsInMemory(Prepared(source, lambda item: {**item, "image": item["image"] / 2}), encode, dict)
     looks: list[list[bool]] = []
     for epoch in range(4):
         wanted = [source.item(i, epoch) for i in range(6)]
@@ -101,9 +99,7 @@ def test_mixed_scales_look_other_in_each_epoch_and_crops_are_as_often_mirrored_a
 def test_loader_processes_read_what_is_kept_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would otherwise keep images of its own."""
     plain = RenderedDataset.item
-    monkeypatch.setattr(
-        RenderedDataset, "item", lambda self, i, e: {**plain(self, i, e), "caption": str(os.getpid())}
-    )
+    monkeypatch.setattr(RenderedDataset, "item", lambda self, i, e: {**plain(self, i, e), "caption": str(os.getpid())})
     source = open_dataset("procedural:5", resolution=16)
     kept = ImagesInMemory(source)
     kept.read_all(workers=2)

@@ -93,13 +93,9 @@ def test_a_level_can_be_added_to_a_trained_autoencoder(sequential: Path, tmp_pat
     folder = sequential / "level-1" / "autoencoder"
     added = train_autoencoder(_recipe(f"autoencoder.model.start_from={folder}"), tmp_path / "added")
     assert not (tmp_path / "added" / "level-1").exists()
-    made, expected = (
-        AutoencoderDA.from_pretrained(f).state_dict() for f in (added.result, sequential / "autoencoder")
-    )
+    made, expected = (AutoencoderDA.from_pretrained(f).state_dict() for f in (added.result, sequential / "autoencoder"))
     assert all(torch.equal(value, expected[name]) for name, value in made.items())
-    with pytest.raises(
-        DavaeError, match=r"start_from: the levels of .* add \[8\] .* the recipe asks for \[16, 16\]"
-    ):
+    with pytest.raises(DavaeError, match=r"start_from: the levels of .* add \[8\] .* the recipe asks for \[16, 16\]"):
         train_autoencoder(
             _recipe(f"autoencoder.model.start_from={folder}", "autoencoder.model.detail_channels=[16,16]"),
             tmp_path / "other",
@@ -134,9 +130,7 @@ def test_a_tuned_pipeline_is_upgraded_by_a_further_level(sequential: Path, tmp_p
     with pytest.raises(DavaeError, match="mean of its lower levels' details"):
         upgrade_pipeline(upgrade_pipeline(debug, level1), both)
 
-    once.save_pretrained(
-        tmp_path / "once"
-    )  # and the same through recipes: a further level on a pipeline's folder
+    once.save_pretrained(tmp_path / "once")  # and the same through recipes: a further level on a pipeline's folder
     level1 = AutoencoderDA.from_pretrained(sequential / "level-1" / "autoencoder")
     upgrade_pipeline(debug, level1).save_pretrained(tmp_path / "base")
     recipe = _recipe(
@@ -150,9 +144,7 @@ def test_a_tuned_pipeline_is_upgraded_by_a_further_level(sequential: Path, tmp_p
     assert AutoencoderDA.from_pretrained(result.result).scale == 4
     tuned = train_diffusion(recipe, tmp_path / "diffusion", result.result)
     assert (tuned.result / "transformer").is_dir()
-    together = recipe.model_copy(
-        update={"autoencoder": recipe.autoencoder.model_copy(update={"levels": "together"})}
-    )
+    together = recipe.model_copy(update={"autoencoder": recipe.autoencoder.model_copy(update={"levels": "together"})})
     with pytest.raises(DavaeError, match="would change the levels that the base pipeline was tuned on"):
         train_autoencoder(together, tmp_path / "refused")
 
@@ -242,9 +234,7 @@ def test_psnr_of_photographs_rises_with_each_level(real_images: Path, tmp_path: 
         latent = vae.encode(images).latent_dist.mode()
         made = [upscaled(vae.decode_level(latent, level), images.shape[-2:]) for level in range(3)]
         small = vae.downsample(images)
-        assert torch.equal(
-            vae.decode_level(latent, 0), base.decode(base.encode(small).latent_dist.mode()).sample
-        )
+        assert torch.equal(vae.decode_level(latent, 0), base.decode(base.encode(small).latent_dist.mode()).sample)
         assert torch.equal(upscaled_base(vae, images), made[0])
     psnr = [mean_psnr(images, each) for each in made]
     assert psnr[1] > psnr[0] + 0.3, psnr

@@ -78,9 +78,7 @@ def test_a_run_that_stops_ends_like_one_that_does_not(tmp_path, stops, log_every
     last = _Stage(**settings)
     train(last, tmp_path / "parts", {})
     assert torch.equal(_weights(whole), _weights(last))
-    assert read_metrics(tmp_path / "whole" / "metrics.jsonl") == read_metrics(
-        tmp_path / "parts" / "metrics.jsonl"
-    )
+    assert read_metrics(tmp_path / "whole" / "metrics.jsonl") == read_metrics(tmp_path / "parts" / "metrics.jsonl")
 
 
 def test_modules_that_come_in_eval_mode_are_trained_in_train_mode(tmp_path):
@@ -95,9 +93,7 @@ def test_modules_that_come_in_eval_mode_are_trained_in_train_mode(tmp_path):
 def test_every_image_once_an_epoch(tmp_path):
     stage = _Stage(steps=7)
     train(stage, tmp_path, {})
-    assert (
-        sorted(stage.objective.seen[:7]) == sorted(stage.objective.seen[7:14]) == [str(i) for i in range(7)]
-    )
+    assert sorted(stage.objective.seen[:7]) == sorted(stage.objective.seen[7:14]) == [str(i) for i in range(7)]
 
 
 def test_accumulated_micro_steps_equal_one_gradient(tmp_path):
@@ -212,9 +208,7 @@ def test_a_signal_after_the_last_step_keeps_the_next_stage_from_beginning(tmp_pa
         return work(*arguments)
 
     setattr(stage, during, interrupted)
-    with pytest.raises(
-        TrainingStopped, match=r"after step 2 of 2; its result is written, .*what is left"
-    ) as stopped:
+    with pytest.raises(TrainingStopped, match=r"after step 2 of 2; its result is written, .*what is left") as stopped:
         train(stage, tmp_path, {})
     assert stopped.value.signal == number
     assert (tmp_path / "unused").is_file()
@@ -244,16 +238,12 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
 
 
 def test_the_best_checkpoint_is_kept(tmp_path):
-    stage = _Stage(
-        steps=6, validate_every=1, checkpoints_total_limit=1, best_metric="value", checkpoint_every=3
-    )
+    stage = _Stage(steps=6, validate_every=1, checkpoints_total_limit=1, best_metric="value", checkpoint_every=3)
     values = {1: 5.0, 2: 1.0, 3: 2.0, 4: 3.0, 5: 4.0, 6: 5.0}
     stage.validate = lambda samples, step: {"value": values[step]}
     train(stage, tmp_path, {})
     assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step-2", "step-6"]
-    stage = _Stage(
-        steps=2, validate_every=1, checkpoints_total_limit=1, best_metric="swd", checkpoint_every=2
-    )
+    stage = _Stage(steps=2, validate_every=1, checkpoints_total_limit=1, best_metric="swd", checkpoint_every=2)
     stage.validate = lambda samples, step: {"swd/finest": values[step]}  # the recipe is of an earlier run
     train(stage, tmp_path / "earlier", {})
     assert [p.name for p in checkpoints(tmp_path / "earlier" / "checkpoints")] == ["step-2"]
@@ -286,9 +276,7 @@ def test_a_finished_run_called_again_only_reports(tmp_path):
     train(first, tmp_path, {})
     again, modes = _Stage(), []
     measure = again.validate
-    again.validate = lambda *a: (
-        modes.append((again.objective.training, torch.is_grad_enabled())) or measure(*a)
-    )
+    again.validate = lambda *a: modes.append((again.objective.training, torch.is_grad_enabled())) or measure(*a)
     result = train(again, tmp_path, {})
     assert modes == [(False, False)]
     assert again.objective.seen == []
@@ -324,9 +312,7 @@ def test_a_loader_process_that_dies_in_the_middle_of_a_step_is_told(tmp_path):
     stage = _Stage()
 
     def news(*_):
-        raise RuntimeError(
-            "DataLoader worker (pid 7) is killed by signal: Killed. "
-        )  # torch's handler of SIGCHLD
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")  # torch's handler of SIGCHLD
 
     stage.objective.register_forward_pre_hook(news)
     with pytest.raises(DavaeError, match=r"toy: a loader process was ended from outside.*data\.workers"):

@@ -46,15 +46,11 @@ def _step(objective, batch, folder, monkeypatch):
 
 @pytest.mark.parametrize(
     "family",
-    [
-        f for f in SMALL_PIPELINES if f != "lumina2"
-    ],  # its transformer in diffusers reads the lengths of prompts
+    [f for f in SMALL_PIPELINES if f != "lumina2"],  # its transformer in diffusers reads the lengths of prompts
 )
 def test_the_diffusion_stage(family, tmp_path, monkeypatch):
     stage = _stage(family)
-    batch = collate(
-        [{"id": "", "skipped": (), "caption": "", "label": 0, **stage.dataset[i]} for i in range(2)]
-    )
+    batch = collate([{"id": "", "skipped": (), "caption": "", "label": 0, **stage.dataset[i]} for i in range(2)])
     assert _step(stage.objective, batch, tmp_path, monkeypatch) == {"meta"}
 
 

@@ -48,9 +48,7 @@ def test_the_backbone_s_weights_are_taken(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Layers))
     file = tmp_path / "backbone.safetensors"
     weight, bias = torch.rand(4, 3, 3, 3), torch.rand(4)
-    save_file(
-        {"features.0.weight": weight, "features.0.bias": bias, "classifier.0.bias": torch.zeros(1)}, file
-    )
+    save_file({"features.0.weight": weight, "features.0.bias": bias, "classifier.0.bias": torch.zeros(1)}, file)
     loss = LpipsLoss(str(file))
     assert torch.equal(loss.network.net.slice1[0].weight, weight)
     assert not any(parameter.requires_grad for parameter in loss.parameters())

@@ -66,9 +66,7 @@ def test_the_images_are_pinned_and_written_down_too(tmp_path, monkeypatch):
 
     def from_hub(name, **options):
         asked.append((name, options["revision"]))
-        images = open_dataset(
-            "procedural:8", resolution=options["resolution"], hold_out=2, part=options["part"]
-        )
+        images = open_dataset("procedural:8", resolution=options["resolution"], hold_out=2, part=options["part"])
         images.commit = COMMIT
         return images
 

@@ -74,9 +74,7 @@ def test_damaged_settings_are_written_anew_unless_there_is_something_to_lose(
     assert "config.yaml is damaged" in caplog.text
     assert "steps: 8" in config.read_text()
     config.write_text(damage)
-    with pytest.raises(
-        DavaeError, match=r"config\.yaml is damaged.*remove the file and run the same command"
-    ):
+    with pytest.raises(DavaeError, match=r"config\.yaml is damaged.*remove the file and run the same command"):
         train(_Stage(), tmp_path, {"loop": {"steps": 8}})
     (tmp_path / "autoencoder").mkdir()
     (tmp_path / "autoencoder" / "config.json").write_text("{}")
@@ -101,13 +99,9 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of what was flushed or renamed, in order."""
     message: list[str] = []
     flush, rename, replace = os.fsync, Path.rename, Path.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda f: (message.append(Path(f"/proc/self/fd/{f}").readlink().name), flush(f))
-    )
+    monkeypatch.setattr(os, "fsync", lambda f: (message.append(Path(f"/proc/self/fd/{f}").readlink().name), flush(f)))
     monkeypatch.setattr(Path, "rename", lambda a, b: (message.append(f"{a.name} -> {b.name}"), rename(a, b)))
-    monkeypatch.setattr(
-        Path, "replace", lambda a, b: (message.append(f"{a.name} -> {b.name}"), replace(a, b))
-    )
+    monkeypatch.setattr(Path, "replace", lambda a, b: (message.append(f"{a.name} -> {b.name}"), replace(a, b)))
     return message
 
 

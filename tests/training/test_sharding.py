@@ -142,9 +142,7 @@ def test_tensors_go_to_files_and_back(group):
 def test_the_repeated_blocks_of_models():
     base = debug_base()
     assert block_classes(base.transformer) == ["LightningDiTBlock"]
-    assert block_classes(nn.ModuleList([base.transformer])) == [
-        "LightningDiTBlock"
-    ]  # a model inside an objective
+    assert block_classes(nn.ModuleList([base.transformer])) == ["LightningDiTBlock"]  # a model inside an objective
     kl = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, layers_per_block=1)
     assert block_classes(kl) == ["ResnetBlock2D"]  # it names others too, which it does not have
     assert block_classes(_Model()) == ["_Block"]  # names none: what a ModuleList repeats

@@ -47,9 +47,7 @@ def test_the_autoencoder_stage_leaves_the_base_as_it_was(tmp_path):
 
 def test_one_image_can_be_overfitted():
     """Reconstruction and alignment both become good: they do not exclude each other."""
-    recipe = load_recipe(
-        "debug", ["autoencoder.reconstruction.gan.weight=0", "autoencoder.alignment.adaptive=false"]
-    )
+    recipe = load_recipe("debug", ["autoencoder.reconstruction.gan.weight=0", "autoencoder.alignment.adaptive=false"])
     vae = _vae(detail_dropout=0.0).train()
     objective = StructuredObjective(vae, recipe.autoencoder.alignment, recipe.autoencoder.reconstruction)
     batch = {"image": _parts()[0][0]["image"][None]}
@@ -67,9 +65,7 @@ def test_one_image_can_be_overfitted():
 
 
 def test_the_total_is_the_sum_of_its_weighted_terms():
-    recipe = load_recipe(
-        "debug", ["autoencoder.reconstruction.gan.weight=0", "autoencoder.alignment.adaptive=false"]
-    )
+    recipe = load_recipe("debug", ["autoencoder.reconstruction.gan.weight=0", "autoencoder.alignment.adaptive=false"])
     settings = recipe.autoencoder
     objective = StructuredObjective(_vae(), settings.alignment, settings.reconstruction)
     terms = objective({"image": torch.stack([_parts()[0][i]["image"] for i in range(2)])}, 0)

@@ -287,9 +287,7 @@ def test_the_held_out_loss_is_the_same_twice_and_leaves_the_random_state(tmp_pat
 
 
 @pytest.mark.parametrize(("cache_latents", "place"), [(True, "cpu"), (False, "cuda")])
-def test_the_autoencoder_is_off_the_gpu_unless_images_are_encoded_as_they_come(
-    cache_latents, place, monkeypatch
-):
+def test_the_autoencoder_is_off_the_gpu_unless_images_are_encoded_as_they_come(cache_latents, place, monkeypatch):
     stage = _stage("auraflow", cache_latents=cache_latents)
     moves = []
     monkeypatch.setattr(stage.vae, "to", lambda device: moves.append(str(device)))

@@ -35,9 +35,7 @@ def architecture():
 
 
 # The discriminator's AdamW makes whole steps of rounding, so that with it later steps drift apart.
-@pytest.mark.parametrize(
-    ("stage", "steps"), [("autoencoder", 4), ("autoencoder with GAN", 1), ("diffusion", 4)]
-)
+@pytest.mark.parametrize(("stage", "steps"), [("autoencoder", 4), ("autoencoder with GAN", 1), ("diffusion", 4)])
 def test_weights_agree_after_some_steps_of_every_form(architecture, tmp_path, stage, steps):
     make = DiffusionBenchStage if stage == "diffusion" else autoencoder_stage
     settings = StepSettings(**SMALL, gan="GAN" in stage)
@@ -124,9 +122,7 @@ def test_a_step_reads_nothing_back_from_the_device(architecture):
 
     for objective in (
         autoencoder_stage(architecture, StepSettings(**SMALL, gan=True), "fast").objective,
-        DiffusionBenchStage(find_architecture("debug-sd3"), StepSettings(**SMALL), "fast, cached")
-        .modules[0]
-        .module,
+        DiffusionBenchStage(find_architecture("debug-sd3"), StepSettings(**SMALL), "fast, cached").modules[0].module,
     ):
         batch = {"image": torch.rand(2, 3, 32, 32)}
         if not hasattr(objective, "autoencoder"):

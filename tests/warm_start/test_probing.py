@@ -72,9 +72,7 @@ def test_probing_a_known_class_gives_the_described_weights(name: str, forget: Ca
 def test_what_stands_in_the_way_is_named(name: str, forget: Callable[[str], None]) -> None:
     model = SMALL_TRANSFORMERS[name]()
     forget(name)
-    with pytest.raises(
-        WarmStartError, match=rf"{name} is not described.*{NOT_PROBED[name]}.*describe\('{name}'"
-    ):
+    with pytest.raises(WarmStartError, match=rf"{name} is not described.*{NOT_PROBED[name]}.*describe\('{name}'"):
         widen(model)
 
 
@@ -82,9 +80,7 @@ class Unlisted(ModelMixin, ConfigMixin):
     """Patches ordered (row, channel, column) on the way in, (channel, column, row) and variances on the way out."""
 
     @register_to_config
-    def __init__(
-        self, in_channels: int = 4, patch_size: int = 2, text_width: int = 20, defect: str = ""
-    ) -> None:
+    def __init__(self, in_channels: int = 4, patch_size: int = 2, text_width: int = 20, defect: str = "") -> None:
         super().__init__()
         features = in_channels * patch_size**2
         self.read = nn.Linear(features, 24)
@@ -190,9 +186,7 @@ class TestRefusals:
 
     def test_mixing_without_weights(self) -> None:
         class Summing(Unlisted):
-            def forward(
-                self, sample: Tensor, timestep: Tensor, prompt_states: Tensor, **options: Any
-            ) -> Tensor:
+            def forward(self, sample: Tensor, timestep: Tensor, prompt_states: Tensor, **options: Any) -> Tensor:
                 return super().forward(sample.cumsum(1), timestep, prompt_states)
 
         with pytest.raises(WarmStartError, match=r"layer read: .*several latent channels"):
@@ -200,9 +194,7 @@ class TestRefusals:
 
     def test_an_output_that_is_no_rearrangement(self) -> None:
         class Bent(Unlisted):
-            def forward(
-                self, sample: Tensor, timestep: Tensor, prompt_states: Tensor, **options: Any
-            ) -> Tensor:
+            def forward(self, sample: Tensor, timestep: Tensor, prompt_states: Tensor, **options: Any) -> Tensor:
                 return super().forward(sample, timestep, prompt_states).tanh()
 
         with pytest.raises(WarmStartError, match=r"layer write: .*unchanged"):
@@ -219,9 +211,7 @@ class TestRefusals:
     def test_a_residual_around_the_transformer(self) -> None:
         # It adds its input to its output: details would go straight through.
         class Residual(Unlisted):
-            def forward(
-                self, sample: Tensor, timestep: Tensor, prompt_states: Tensor, **options: Any
-            ) -> Tensor:
+            def forward(self, sample: Tensor, timestep: Tensor, prompt_states: Tensor, **options: Any) -> Tensor:
                 return sample.repeat(1, 2, 1, 1) + super().forward(sample, timestep, prompt_states)
 
         with pytest.raises(WarmStartError, match=r"layer write: .*unchanged"):

@@ -102,9 +102,7 @@ CORRUPTIONS: list[tuple[Callable[[nn.Module, nn.Module], None], str]] = [
 
 
 @pytest.mark.parametrize("variant", LAYERS)
-@pytest.mark.parametrize(
-    ("corrupt", "layer"), CORRUPTIONS, ids=lambda value: getattr(value, "__name__", None)
-)
+@pytest.mark.parametrize(("corrupt", "layer"), CORRUPTIONS, ids=lambda value: getattr(value, "__name__", None))
 def test_names_the_layer_that_leaks(variant: str, corrupt: Callable, layer: str) -> None:
     model, widened = pair(variant)
     name = LAYERS[variant][0] if layer == "input" else layer

@@ -105,9 +105,7 @@ def test_attention_processors_survive() -> None:
     model.enable_forward_chunking(2, 1)
     widened = widen(model)
     assert {type(p) for p in widened.attn_processors.values()} == {Marked}
-    assert not {id(p) for p in widened.attn_processors.values()} & {
-        id(p) for p in model.attn_processors.values()
-    }
+    assert not {id(p) for p in widened.attn_processors.values()} & {id(p) for p in model.attn_processors.values()}
     assert widened.transformer_blocks[0]._chunk_size == 2
 
 

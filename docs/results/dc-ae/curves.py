@@ -17,9 +17,7 @@ from davae.training.checkpoints.run_directory import read_metrics
 Line = tuple[list[float], list[float]]
 
 
-def save_curves(
-    runs: Mapping[str, Path], metric: str, out: Path, *, label: str | None = None
-) -> dict[str, Line]:
+def save_curves(runs: Mapping[str, Path], metric: str, out: Path, *, label: str | None = None) -> dict[str, Line]:
     """Draw one metric of several runs over their steps.
 
     Args:
@@ -39,9 +37,7 @@ def save_curves(
     return lines
 
 
-def save_spectra(
-    summaries: Mapping[str, Path], side: int, out: Path, *, images: str = "images"
-) -> dict[str, Line]:
+def save_spectra(summaries: Mapping[str, Path], side: int, out: Path, *, images: str = "images") -> dict[str, Line]:
     """Draw the radial power spectra that DC-AE phases leave in ``summary.json``, and that of the images.
 
     Args:

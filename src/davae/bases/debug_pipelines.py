@@ -4,8 +4,6 @@ They behave as the published ones do (the same calls, schedulers, packing, guida
 tests, a first try of a recipe, and bug reports. What they paint is noise.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -206,9 +204,7 @@ def _sana() -> DiffusionPipeline:
         sample_size=32,
         patch_size=1,
     )
-    scheduler = DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return SanaPipeline(**text.gemma(), vae=vae, transformer=transformer, scheduler=scheduler)
 
 

@@ -5,8 +5,6 @@ tokens. The encoders are the classes of the published pipelines, with large enou
 prompt gives clearly other features.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import itertools
@@ -157,9 +155,7 @@ _WORDS_WITH_SPACE = pre_tokenizers.Split(Regex(r" ?[^\s\p{P}]+|\p{P}|\s"), "isol
 
 
 @functools.cache
-def _byte_pairs(
-    special: tuple[str, ...], end_of_word: str = ""
-) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _byte_pairs(special: tuple[str, ...], end_of_word: str = "") -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges of `VOCABULARY` tokens over bytes, learned from the sentences above."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*special, *alphabet, *(byte + end_of_word for byte in alphabet if end_of_word)]

@@ -4,8 +4,6 @@ Sizes differ from each other where the class lets them, so that no axis can be t
 is zero: a head of zeros would agree with everything.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -250,9 +248,7 @@ def transformer_row(name: str) -> str:
         WarmStartError: it does not start as the original.
     """
     model = SMALL_TRANSFORMERS[name]()
-    widened = widen_channels(
-        model, base_channels=_LAYOUT.base_channels, detail_channels=_LAYOUT.detail_channels
-    )
+    widened = widen_channels(model, base_channels=_LAYOUT.base_channels, detail_channels=_LAYOUT.detail_channels)
     report = check_warm_start(model, widened, _LAYOUT)
     difference = max(report.max_base_difference, report.max_base_difference_random)
     description = description_of(model).fitted(model, _LAYOUT.base_channels)

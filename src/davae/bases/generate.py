@@ -1,7 +1,5 @@
 """Images in a folder, from the name of a pipeline: what ``davae generate`` does."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """One way to open a base pipeline by name: embedded, random, a folder, a finished run, or on the hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,9 +15,7 @@ from davae.recipes.settings import UpgradeRecipe
 from davae.runtime.devices import saved_dtype
 
 
-def load_recipe_base(
-    recipe: UpgradeRecipe, *, transformer_dtype: torch.dtype | None = None
-) -> DiffusionPipeline:
+def load_recipe_base(recipe: UpgradeRecipe, *, transformer_dtype: torch.dtype | None = None) -> DiffusionPipeline:
     """The base that a recipe names, at the revision that it pins."""
     return load_base(
         recipe.base,
@@ -76,9 +72,7 @@ def load_base(
         options["dtype"] = {"transformer": transformer_dtype}
     if revision is not None:
         if Path(name).is_dir():
-            raise DavaeError(
-                f"base_revision is set, but {name} is a folder; revisions are of names on the hub"
-            )
+            raise DavaeError(f"base_revision is set, but {name} is a folder; revisions are of names on the hub")
         options["revision"] = revision
     if remote_code:
         options["trust_remote_code"] = True
@@ -117,6 +111,4 @@ def load_base(
 def _pickles(path_or_repo: str) -> bool:
     """Whether a folder has weights of that kind; of a name on the hub it is not known, and taken so."""
     folder = Path(path_or_repo)
-    return not folder.is_dir() or any(
-        file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.rglob("*")
-    )
+    return not folder.is_dir() or any(file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.rglob("*"))

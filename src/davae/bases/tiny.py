@@ -4,8 +4,6 @@ How it was made is told in the model card beside the weights (``pipeline/README.
 that is made in no time, for the ``debug`` recipe and for tests.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -26,9 +24,7 @@ def load_tiny() -> ClassConditionalPipeline:
         DavaeError: the weights are missing from this installation.
     """
     if not (TINY / "model_index.json").is_file():
-        raise DavaeError(
-            f"the embedded base is missing from {TINY}; reinstall davae, or run `davae train base`"
-        )
+        raise DavaeError(f"the embedded base is missing from {TINY}; reinstall davae, or run `davae train base`")
     return ClassConditionalPipeline.from_pretrained(TINY, dtype=torch.float32)
 
 

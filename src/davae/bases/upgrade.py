@@ -1,7 +1,5 @@
 """An upgraded pipeline in a folder, from the names of a pipeline and of an autoencoder: what ``davae upgrade`` does."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

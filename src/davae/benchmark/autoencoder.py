@@ -1,7 +1,5 @@
 """What the upgraded autoencoder costs beside the base VAE at the same resolution."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """How much faster the upgraded model makes an image, and how much of that the operations explain."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Wall-clock time and peak memory, measured so that two things can be compared fairly."""
 
-from __future__ import annotations
-
 import sys
 import time
 import weakref
@@ -60,9 +58,7 @@ class SideBySide:
         return median(b / a for a, b in zip(self.times[name], self.times[over], strict=True))
 
 
-def side_by_side(
-    functions: Mapping[str, Callable[[], object]], repeats: int = 5, *, warmup: int = 1
-) -> SideBySide:
+def side_by_side(functions: Mapping[str, Callable[[], object]], repeats: int = 5, *, warmup: int = 1) -> SideBySide:
     """Time several functions in alternation, so that drift (heat, other jobs) meets them all alike.
 
     Args:

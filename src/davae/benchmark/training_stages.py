@@ -1,7 +1,5 @@
 """Both stages with random weights, from a configuration alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,9 +167,7 @@ class DiffusionBenchStage(Stage):
         self.dataset = RandomLatents(images, encode) if cached else images
         if form != "plain":
             order_channels_last(self.vae)
-        objective = _WithText(
-            family, transformer, layout, _process(family, layout), FlowLossSettings(), encode=encode
-        )
+        objective = _WithText(family, transformer, layout, _process(family, layout), FlowLossSettings(), encode=encode)
         objective.encode_text = None if self.text is None else self.text.encode
         named = {f"transformer.{name}": rate for name, rate in rates.items()}
         self.modules = [TrainedModule("model", objective, recipe.optimizer, named)]
@@ -205,9 +201,7 @@ class _WithText(DiffusionObjective):
 def _autoencoder(architecture: Architecture, settings: StepSettings) -> AutoencoderDA:
     with _seeded():
         base = build(architecture.vae, device="cpu")
-        vae = AutoencoderDA.from_base(
-            base, scale=settings.scale, detail_channels=settings.details(architecture)
-        )
+        vae = AutoencoderDA.from_base(base, scale=settings.scale, detail_channels=settings.details(architecture))
     unit = vae.spatial_compression * architecture.patch
     if settings.resolution % unit:
         raise DavaeError(f"{settings.resolution} pixels are not a multiple of {unit} (compression x patch)")
@@ -220,9 +214,7 @@ def _process(family: PipelineFamily, layout: LatentLayout) -> NoiseProcess:
     return FlowProcess(FlowLoss(layout))
 
 
-def _conditioning(
-    architecture: Architecture, transformer: nn.Module, latent: Tensor
-) -> dict[str, Tensor] | None:
+def _conditioning(architecture: Architecture, transformer: nn.Module, latent: Tensor) -> dict[str, Tensor] | None:
     """Random embeddings of one prompt, as the family names them; none of a class-conditional transformer."""
     text = {"text_tokens": architecture.text_tokens} if architecture.text_tokens else {}
     arguments = dummy_arguments(transformer, latent, torch.Generator().manual_seed(0), **text)
@@ -250,9 +242,7 @@ class RandomImages(ItemDataset):
     def __init__(self, count: int, side: int, conditioning: Mapping[str, Tensor] | None = None) -> None:
         generator = torch.Generator().manual_seed(0)
         coarse = torch.rand(count, 3, max(2, side // 8), max(2, side // 8), generator=generator)
-        images = torch.nn.functional.interpolate(
-            coarse, size=(side, side), mode="bicubic", align_corners=False
-        )
+        images = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=False)
         self.images = (images * 2 - 1).clamp(-1, 1)
         self.conditioning, self.classes = conditioning, ["anything"]
 
@@ -342,9 +332,7 @@ class SeparatePassesStage(AutoencoderStage):
     objective_class = SeparatePassesObjective
 
 
-def _ratio(
-    reference: Tensor, loss: Tensor, weight: Tensor, among: Sequence[Tensor], maximum: float
-) -> Tensor:
+def _ratio(reference: Tensor, loss: Tensor, weight: Tensor, among: Sequence[Tensor], maximum: float) -> Tensor:
     scale = gradient_scale(weight.device)
     place = next(i for i, tensor in enumerate(among) if tensor is weight)
     first, second = (

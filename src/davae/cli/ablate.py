@@ -1,7 +1,5 @@
 """``davae ablate``: the method with and without each of its parts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +9,8 @@ from davae.cli.options import new_folder, wide_console
 
 
 def ablate(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Overrides as key=value, e.g. seeds=[0]")
-    ] = None,
-    recipe: Annotated[
-        str, typer.Option("--recipe", help="An ablation's name, or a YAML file.")
-    ] = "ablation-tiny",
+    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides as key=value, e.g. seeds=[0]")] = None,
+    recipe: Annotated[str, typer.Option("--recipe", help="An ablation's name, or a YAML file.")] = "ablation-tiny",
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder (default runs/RECIPE).", callback=new_folder)
     ] = None,

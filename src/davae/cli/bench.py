@@ -1,7 +1,5 @@
 """``davae bench inference | autoencoder | training``: measured side by side in one process."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal, get_args
 
 import typer
@@ -11,9 +9,7 @@ from davae.cli.options import Device, DType, Json, Repeats, wide_console, write_
 
 app = typer.Typer(no_args_is_help=True)
 
-Base = Annotated[
-    str, typer.Argument(help="A bundled configuration, a name on the hub, or a pipeline folder.")
-]
+Base = Annotated[str, typer.Argument(help="A bundled configuration, a name on the hub, or a pipeline folder.")]
 Resolution = Annotated[int, typer.Option("--resolution", min=1, help="Side of the full image in pixels.")]
 Details = Annotated[int | None, typer.Option("--detail-channels", min=1, help="D.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")]
@@ -26,9 +22,7 @@ Tune = Literal["full", "lora"]
 def inference(
     base: Base,
     resolution: Resolution = 1024,
-    scale: Annotated[
-        list[int] | None, typer.Option("--scale", min=1, help="May be given twice (default 2).")
-    ] = None,
+    scale: Annotated[list[int] | None, typer.Option("--scale", min=1, help="May be given twice (default 2).")] = None,
     detail_channels: Details = None,
     batch: Batch = 1,
     steps: Annotated[
@@ -75,9 +69,7 @@ def autoencoder(
     detail_channels: Details = None,
     batch: Batch = 1,
     repeats: Repeats = 5,
-    tile: Annotated[
-        int | None, typer.Option("--tile", min=1, help="Also by tiles of this side in pixels.")
-    ] = None,
+    tile: Annotated[int | None, typer.Option("--tile", min=1, help="Also by tiles of this side in pixels.")] = None,
     device: Device = None,
     dtype: DType = "float32",
     compile: Compile = False,

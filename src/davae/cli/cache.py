@@ -1,7 +1,5 @@
 """``davae cache``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """``davae compare autoencoder``: autoencoders side by side, alone and under one transformer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -34,43 +32,29 @@ def autoencoder(
         list[str],
         typer.Argument(help="NAME=FOLDER, an autoencoder's or a pipeline's; the first is the reference."),
     ],
-    data: Annotated[
-        str, typer.Option("--data", help="A folder or data set of images.", callback=some_images)
-    ],
+    data: Annotated[str, typer.Option("--data", help="A folder or data set of images.", callback=some_images)],
     resolution: Annotated[int, typer.Option("--resolution", min=1, help="Side of the square image.")],
-    images: Annotated[
-        int, typer.Option("--images", min=1, help="Images to reconstruct, held out of training.")
-    ] = 64,
+    images: Annotated[int, typer.Option("--images", min=1, help="Images to reconstruct, held out of training.")] = 64,
     tokens: Annotated[
         int | None,
-        typer.Option(
-            "--tokens", min=1, help="One token budget for all, by the patch size (default patch 1)."
-        ),
+        typer.Option("--tokens", min=1, help="One token budget for all, by the patch size (default patch 1)."),
     ] = None,
-    batch: Annotated[
-        int, typer.Option("--batch", min=1, help="Images at a time through the autoencoders.")
-    ] = 8,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time through the autoencoders.")] = 8,
     diffusion_steps: Annotated[
         int, typer.Option("--diffusion-steps", min=0, help="Train a transformer over each for so many steps.")
     ] = 0,
     transformer: Annotated[
         str, typer.Option("--transformer", help="Its size: S, B, L, XL or WIDTHxDEPTHxHEADS.")
     ] = "S",
-    diffusion_batch: Annotated[
-        int, typer.Option("--diffusion-batch", min=1, help="Images a training step.")
-    ] = 32,
-    train_images: Annotated[
-        int, typer.Option("--train-images", min=1, help="Images to learn from, at most.")
-    ] = 2048,
+    diffusion_batch: Annotated[int, typer.Option("--diffusion-batch", min=1, help="Images a training step.")] = 32,
+    train_images: Annotated[int, typer.Option("--train-images", min=1, help="Images to learn from, at most.")] = 2048,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Samples to make with each.")] = 32,
     sample_steps: Annotated[int, typer.Option("--sample-steps", min=1, help="Euler steps of a sample.")] = 25,
     guidance: Annotated[float, typer.Option("--guidance", help="Classifier-free guidance.")] = 2.0,
     repeats: Repeats = 5,
     device: Device = None,
     features: FeatureNames = None,
-    lpips: Annotated[
-        Path | None, typer.Option("--lpips", help="torchvision's VGG-16 weights, for LPIPS.")
-    ] = None,
+    lpips: Annotated[Path | None, typer.Option("--lpips", help="torchvision's VGG-16 weights, for LPIPS.")] = None,
     json_file: Json = None,
     out: Annotated[
         Path | None,

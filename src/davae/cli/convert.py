@@ -1,7 +1,5 @@
 """``davae convert``: published files to diffusers folders."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,18 +12,10 @@ app = typer.Typer(no_args_is_help=True)
 
 Which = Literal["ema", "model"]
 
-File = Annotated[
-    Path, typer.Argument(help="The file as published: .safetensors, or .pt and .ckpt of tensors only.")
-]
-Out = Annotated[
-    Path, typer.Option("--out", help="Folder to write; must be new or empty.", callback=new_folder)
-]
-Resolution = Annotated[
-    int, typer.Option("--resolution", min=1, help="Image side that the base was trained at.")
-]
-Weights = Annotated[
-    Literal["ema", "model"], typer.Option("--weights", help="ema or model, where the file has both.")
-]
+File = Annotated[Path, typer.Argument(help="The file as published: .safetensors, or .pt and .ckpt of tensors only.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write; must be new or empty.", callback=new_folder)]
+Resolution = Annotated[int, typer.Option("--resolution", min=1, help="Image side that the base was trained at.")]
+Weights = Annotated[Literal["ema", "model"], typer.Option("--weights", help="ema or model, where the file has both.")]
 Statistics = Annotated[
     Path | None,
     typer.Option("--statistics", help="File of the latent's 'mean' and 'std', one value a channel."),

@@ -1,7 +1,5 @@
 """``davae demo``."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated
@@ -13,15 +11,11 @@ from davae.cli.options import LAST_SEED, check_recipe, new_folder, some_images
 
 def demo(
     out: Annotated[Path, typer.Option(help="Run directory.", callback=new_folder)] = Path("runs/demo"),
-    seed: Annotated[
-        int, typer.Option(min=0, max=LAST_SEED, help="Seed of the trainings and the samples.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of the trainings and the samples.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps only: does it work here?")] = False,
     data: Annotated[
         str | None,
-        typer.Option(
-            help="Your images instead of the procedural scenes: a folder or data set.", callback=some_images
-        ),
+        typer.Option(help="Your images instead of the procedural scenes: a folder or data set.", callback=some_images),
     ] = None,
     recipe: Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")] = "tiny",
 ) -> None:

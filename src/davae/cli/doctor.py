@@ -1,7 +1,5 @@
 """``davae doctor``."""
 
-from __future__ import annotations
-
 import json
 import logging
 from typing import Annotated

@@ -1,7 +1,5 @@
 """``davae evaluate reconstruction | generation``: how good the images are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -29,23 +27,17 @@ def reconstruction(
     resolution: Annotated[
         int | None, typer.Option("--resolution", min=1, help="Side in pixels (default: the run's).")
     ] = None,
-    images: Annotated[
-        int, typer.Option("--images", min=1, help="How many, evenly from the whole set.")
-    ] = 256,
+    images: Annotated[int, typer.Option("--images", min=1, help="How many, evenly from the whole set.")] = 256,
     crops: Annotated[
         list[str] | None,
-        typer.Option(
-            "--crops", help="NAME=FOLDER of crops told apart, such as lettering; can be given again."
-        ),
+        typer.Option("--crops", help="NAME=FOLDER of crops told apart, such as lettering; can be given again."),
     ] = None,
     boxes: Annotated[
         Path | None,
         typer.Option("--boxes", help="Table (.csv) of parts of image files told apart by name."),
     ] = None,
     features: FeatureNames = None,
-    lpips: Annotated[
-        Path | None, typer.Option("--lpips", help="torchvision's VGG-16 weights, for LPIPS.")
-    ] = None,
+    lpips: Annotated[Path | None, typer.Option("--lpips", help="torchvision's VGG-16 weights, for LPIPS.")] = None,
     dino: Annotated[
         Path | None, typer.Option("--dino", help="Folder of a DINO network, for its perceptual distance.")
     ] = None,
@@ -79,9 +71,7 @@ def reconstruction(
 
 def generation(
     pipeline: Annotated[str, typer.Argument(help="A pipeline folder, a run, a hub name, or 'tiny'.")],
-    reference: Annotated[
-        str, typer.Option("--reference", help="Images, as in a recipe, or an .npz of statistics.")
-    ],
+    reference: Annotated[str, typer.Option("--reference", help="Images, as in a recipe, or an .npz of statistics.")],
     out: Annotated[
         Path,
         typer.Option("--out", help="Folder of the images; the same command continues.", callback=new_folder),
@@ -97,9 +87,7 @@ def generation(
         int | None,
         typer.Option("--count", min=1, help="Images (default: every prompt, or 50000 of classes)."),
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="Text, MJHQ-30K .json or GenEval .jsonl.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", help="Text, MJHQ-30K .json or GenEval .jsonl.")] = None,
     features: FeatureNames = None,
     clip: Annotated[str | None, typer.Option("--clip", help="A CLIP model, for the CLIP score.")] = None,
     reference_images: Annotated[
@@ -107,13 +95,9 @@ def generation(
     ] = None,
     save_statistics: Annotated[
         Path | None,
-        typer.Option(
-            "--save-statistics", help="Write the reference's mu and sigma to this .npz.", callback=new_file
-        ),
+        typer.Option("--save-statistics", help="Write the reference's mu and sigma to this .npz.", callback=new_file),
     ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, max=LAST_SEED, help="Of image 0; the next count up.")
-    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=LAST_SEED, help="Of image 0; the next count up.")] = 0,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images in one call.")] = 1,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="The pipeline's own default.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="The pipeline's own default.")] = None,

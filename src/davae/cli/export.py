@@ -1,7 +1,5 @@
 """``davae export``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -12,14 +10,10 @@ from davae.cli.options import new_folder
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
-    out: Annotated[
-        Path, typer.Option(help="Folder for the result; must not hold files.", callback=new_folder)
-    ],
+    out: Annotated[Path, typer.Option(help="Folder for the result; must not hold files.", callback=new_folder)],
     license: Annotated[
         str | None,
-        typer.Option(
-            help="The result's licence, by the hub's id or by its name; default: the base's, from its card."
-        ),
+        typer.Option(help="The result's licence, by the hub's id or by its name; default: the base's, from its card."),
     ] = None,
     license_name: Annotated[
         str | None, typer.Option(help="What a licence is called that the hub has no id for.")
@@ -28,9 +22,7 @@ def export(
     adapters: Annotated[
         bool, typer.Option("--adapters", help="LoRA and widened layers in place of the merged pipeline.")
     ] = False,
-    push_to_hub: Annotated[
-        str | None, typer.Option(help="Publish the folder as user/name on the hub.")
-    ] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="Publish the folder as user/name on the hub.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
 ) -> None:
     """Copy a run's result to a folder with a model card, for others to open; publish it if asked."""

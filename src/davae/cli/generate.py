@@ -1,7 +1,5 @@
 """``davae generate``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -23,13 +21,9 @@ def generate(
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.", callback=new_folder)] = Path("samples"),
-    seed: Annotated[
-        int, typer.Option(min=0, max=LAST_SEED, help="Seed of the first image; the next count up.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of the first image; the next count up.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Images of each.")] = 1,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps; the pipeline's own default.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the pipeline's own default.")] = None,
     guidance: Annotated[
         float | None, typer.Option(help="Guidance scale; 1 is none. The pipeline's own default.")
     ] = None,

@@ -1,7 +1,5 @@
 """``davae inspect``: what a trained autoencoder's latent holds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,23 +22,17 @@ def inspect(
     ] = None,
     beside: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--beside", help="Another autoencoder, such as one without alignment; can be given again."
-        ),
+        typer.Option("--beside", help="Another autoencoder, such as one without alignment; can be given again."),
     ] = None,
     out: Annotated[
         Path,
         typer.Option("--out", help="Folder of the pictures and inspection.json.", callback=new_folder),
     ] = Path("inspection"),
-    images: Annotated[
-        int, typer.Option("--images", min=1, help="How many images, evenly from the whole set.")
-    ] = 256,
+    images: Annotated[int, typer.Option("--images", min=1, help="How many images, evenly from the whole set.")] = 256,
     resolution: Annotated[
         int | None, typer.Option("--resolution", min=1, help="Side in pixels (default: the run's).")
     ] = None,
-    method: Annotated[
-        Method, typer.Option("--method", help="How images are laid out in the plane.")
-    ] = "tsne",
+    method: Annotated[Method, typer.Option("--method", help="How images are laid out in the plane.")] = "tsne",
     device: Device = None,
 ) -> None:
     """Class maps, spectra, channel statistics, and reconstruction with the details zeroed and shuffled."""

@@ -1,7 +1,5 @@
 """``davae``: the verbs, and how their errors end."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from types import ModuleType
@@ -38,9 +36,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(demo.demo)
-app.add_typer(
-    train.app, name="train", help="Train a stage by recipe; the same command continues a stopped run."
-)
+app.add_typer(train.app, name="train", help="Train a stage by recipe; the same command continues a stopped run.")
 app.command()(plan.plan)
 app.command()(upgrade.upgrade)
 app.command()(cache.cache)

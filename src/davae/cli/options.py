@@ -116,14 +116,10 @@ def write_figures(file: Path | None, values: dict[str, Any]) -> None:
         file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-Device = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda or cuda:1 (default: the GPU, if any).")
-]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:1 (default: the GPU, if any).")]
 ModelDType = Annotated[
     str | None,
-    typer.Option(
-        "--dtype", help="float32, bfloat16 or float16 (default: as saved on a GPU, float32 on a CPU)."
-    ),
+    typer.Option("--dtype", help="float32, bfloat16 or float16 (default: as saved on a GPU, float32 on a CPU)."),
 ]
 DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 FeatureNames = Annotated[
@@ -134,9 +130,7 @@ FeatureNames = Annotated[
     ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Write every figure here.", callback=new_file)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Overrides as section.key=value, e.g. data.path=photos/")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides as section.key=value, e.g. data.path=photos/")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name, or a YAML file.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Rounds; medians are told.")]
 TrainedAutoencoder = Annotated[

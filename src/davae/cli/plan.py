@@ -1,7 +1,5 @@
 """``davae plan``."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer
@@ -11,9 +9,7 @@ from davae.cli.options import Json, check_recipe, write_figures
 
 def plan(
     base: Annotated[str, typer.Argument(help="A name on the hub, a pipeline folder, a preset, or 'tiny'.")],
-    resolution: Annotated[
-        int, typer.Option(min=1, help="Side of the full-resolution image in pixels.")
-    ] = 1024,
+    resolution: Annotated[int, typer.Option(min=1, help="Side of the full-resolution image in pixels.")] = 1024,
     scale: Annotated[int, typer.Option(min=1, help="Full over base resolution: 2, 4 or 8.")] = 2,
     detail_channels: Annotated[
         list[int] | None,

@@ -1,7 +1,5 @@
 """``davae reconstruct``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
@@ -18,11 +16,7 @@ def _new_picture(file: Path) -> Path:
     new_file(file)
     kind = Image.registered_extensions().get(file.suffix.lower())
     if kind not in Image.SAVE:
-        why = (
-            f"no kind of picture ends in '{file.suffix}'"
-            if kind is None
-            else f"{kind} can be read, not written"
-        )
+        why = f"no kind of picture ends in '{file.suffix}'" if kind is None else f"{kind} can be read, not written"
         raise DavaeError(f"--out {file}: {why}; name it {file.stem}.png")
     return file
 
@@ -42,7 +36,5 @@ def reconstruct(
     from davae.training.runs.reconstruct import reconstruct_images
 
     typer.echo(
-        reconstruct_images(
-            autoencoder, images, resolution=resolution, count=count, out=out, device=device, dtype=dtype
-        )
+        reconstruct_images(autoencoder, images, resolution=resolution, count=count, out=out, device=device, dtype=dtype)
     )

@@ -1,7 +1,5 @@
 """``davae train autoencoder | diffusion | base | dc-ae``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

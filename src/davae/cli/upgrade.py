@@ -1,7 +1,5 @@
 """``davae upgrade``."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,12 +14,8 @@ def upgrade(
     pipeline: Annotated[str, typer.Argument(help="'tiny', a pipeline folder, or a name on the hub.")],
     autoencoder: Annotated[Path, typer.Option(help="Folder of an AutoencoderDA made from its VAE.")],
     out: Annotated[Path, typer.Option(help="Where the warm-started pipeline goes.", callback=new_folder)],
-    timestep_shift: Annotated[
-        str, typer.Option(help="'base', 'native', or a number: see docs/pipelines.md.")
-    ] = "base",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print sizes and the self-check's report as JSON.")
-    ] = False,
+    timestep_shift: Annotated[str, typer.Option(help="'base', 'native', or a number: see docs/pipelines.md.")] = "base",
+    as_json: Annotated[bool, typer.Option("--json", help="Print sizes and the self-check's report as JSON.")] = False,
 ) -> None:
     """Write the warm-started pipeline: same class, wider latent, base behaviour unchanged."""
     shift = _shift(timestep_shift)

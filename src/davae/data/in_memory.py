@@ -1,7 +1,5 @@
 """Images and latents of a frozen encoder kept in memory, and items changed when they are asked for."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -53,9 +51,7 @@ class ImagesInMemory(DatasetWrapper):
     def read_all(self, workers: int, timeout_s: float = 0.0) -> None:
         """Make all images now, in loader processes, which would otherwise each keep their own."""
         order = range(len(self))
-        parts = read_items(
-            self.source, order, batch_size=_READ_TOGETHER, workers=workers, timeout_s=timeout_s
-        )
+        parts = read_items(self.source, order, batch_size=_READ_TOGETHER, workers=workers, timeout_s=timeout_s)
         for index, item in zip(order, (item for part in parts for item in part), strict=True):
             self._keep(index, item)
 
@@ -80,9 +76,7 @@ class MixedScales(DatasetWrapper):
         seed: of the choice.
     """
 
-    def __init__(
-        self, source: Dataset[Item], reduce: Callable[[Tensor], Tensor], crops: float, seed: int = 0
-    ) -> None:
+    def __init__(self, source: Dataset[Item], reduce: Callable[[Tensor], Tensor], crops: float, seed: int = 0) -> None:
         super().__init__(source)
         self._source_draws = self.flip or self.crop == "random"
         self.reduce, self.crops, self.seed = reduce, crops, seed
@@ -217,9 +211,7 @@ class WithBaseLatents(DatasetWrapper):
             workers=workers,
             timeout_s=timeout_s,
         )
-        self.latents = gathered(
-            [latents for _, latents in _encoded(parts, encode, mirrored=self.flip)], count
-        )
+        self.latents = gathered([latents for _, latents in _encoded(parts, encode, mirrored=self.flip)], count)
 
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``."""

@@ -4,8 +4,6 @@
 [0.0, 0.49999999999999994, 1.0, 1.0]
 """
 
-from __future__ import annotations
-
 import math
 
 from davae.choices import ScheduleShape, check_choice

@@ -13,8 +13,6 @@ where it is called (its family in `davae.pipelines.families`), and nowhere else.
     (tensor([[2.]]), tensor([[-1.]]))
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -10,8 +10,6 @@ off by 1, the details at half weight: (4 + 0.5 * 3) / (1 + 0.5 * 3) = 2.2.
     tensor(2.2000)
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -162,9 +160,7 @@ class FlowLoss:
 
 def _check_shapes(prediction: Tensor, target: Tensor) -> None:
     if prediction.shape != target.shape:
-        raise DavaeError(
-            f"the prediction has shape {tuple(prediction.shape)}, the target {tuple(target.shape)}"
-        )
+        raise DavaeError(f"the prediction has shape {tuple(prediction.shape)}, the target {tuple(target.shape)}")
 
 
 def _reduce(per_sample: Tensor, reduction: Reduction) -> Tensor:

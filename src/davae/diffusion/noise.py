@@ -8,8 +8,6 @@
 tensor(0.)
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -62,9 +60,7 @@ class NoiseProcess(ABC):
     def loss(self, prediction: Tensor, sample: NoisySample, weight: float) -> Tensor:
         """The training loss, a float32 scalar; ``weight`` is ``w(n)`` of Eq. 12."""
 
-    def variance_loss(
-        self, prediction: Tensor, variance: Tensor, sample: NoisySample, weight: float
-    ) -> Tensor:
+    def variance_loss(self, prediction: Tensor, variance: Tensor, sample: NoisySample, weight: float) -> Tensor:
         """The loss of a learned variance, a float32 scalar.
 
         Raises:
@@ -179,9 +175,7 @@ class DdpmProcess(NoiseProcess):
             loss = loss * (self.min_snr_gamma / snr).clamp(max=1)
         return loss.mean()
 
-    def variance_loss(
-        self, prediction: Tensor, variance: Tensor, sample: NoisySample, weight: float
-    ) -> Tensor:
+    def variance_loss(self, prediction: Tensor, variance: Tensor, sample: NoisySample, weight: float) -> Tensor:
         """The variational bound in bits an element, detail channels weighted as in Eq. 13."""
         t = sample.sigma_or_t
         terms = self.bound(prediction, variance, data=sample.data, noisy=sample.noisy, timestep=t)

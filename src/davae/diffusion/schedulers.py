@@ -13,8 +13,6 @@ A walk from noise to data by Euler steps, ``x <- x + (sigma' - sigma) velocity``
     tensor([[1.]])
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

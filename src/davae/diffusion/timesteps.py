@@ -9,8 +9,6 @@
     tensor([0.0000, 0.5000, 1.0000])
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

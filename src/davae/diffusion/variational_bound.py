@@ -12,8 +12,6 @@ The right noise and the lowest variance are the true reverse step, and cost noth
     tensor([[[[0.]]]])
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -40,14 +38,10 @@ class VariationalBound:
         posterior = torch.cat([posterior[1:2], posterior[1:]])  # at t = 0 it is 0, whose logarithm is not
         of_data = before.sqrt() * beta / (1 - alphas_cumprod)
         of_noisy = (1 - beta).sqrt() * (1 - before) / (1 - alphas_cumprod)
-        tables = torch.stack(
-            [alphas_cumprod, of_data, of_noisy, posterior.log(), beta.log()], dim=1
-        ).float()  # [T, 5]
+        tables = torch.stack([alphas_cumprod, of_data, of_noisy, posterior.log(), beta.log()], dim=1).float()  # [T, 5]
         self._tables = {tables.device: tables}
 
-    def __call__(
-        self, noise: Tensor, variance: Tensor, *, data: Tensor, noisy: Tensor, timestep: Tensor
-    ) -> Tensor:
+    def __call__(self, noise: Tensor, variance: Tensor, *, data: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
         """The bound's term, float32 of the data's shape.
 
         Args:

@@ -1,7 +1,5 @@
 """Which images an evaluation looks at."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

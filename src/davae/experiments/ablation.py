@@ -121,13 +121,9 @@ def _claim(out: Path, recipe: AblationRecipe) -> None:
     file, asked = out / "ablation.recipe.json", recipe.model_dump(mode="json")
     if file.is_file():
         before = json.loads(file.read_text())
-        differing = [
-            k for k in asked if k not in ("seeds", "description", "features") and asked[k] != before.get(k)
-        ]
+        differing = [k for k in asked if k not in ("seeds", "description", "features") and asked[k] != before.get(k)]
         if differing:
-            raise DavaeError(
-                f"{out} holds another ablation ({', '.join(differing)} differ): choose another --out"
-            )
+            raise DavaeError(f"{out} holds another ablation ({', '.join(differing)} differ): choose another --out")
     atomic_json(file, asked)
 
 
@@ -161,9 +157,7 @@ def _spreads(found: list[dict[str, float]]) -> dict[str, Spread]:
     return {name: Spread.of([one[name] for one in found]) for name in names}
 
 
-def real_images(
-    recipe: UpgradeRecipe, part: Literal["train", "held_out"], count: int | None = None
-) -> Tensor:
+def real_images(recipe: UpgradeRecipe, part: Literal["train", "held_out"], count: int | None = None) -> Tensor:
     """The first ``count`` images of a part of the data, or all, ``[N, 3, H, W]`` in [-1, 1]."""
     images = open_part(recipe.data, part)
     return torch.stack([images[i]["image"] for i in range(min(len(images), count or len(images)))])
@@ -180,8 +174,6 @@ def generated_images(recipe: UpgradeRecipe, pipeline: Path, count: int, file: Pa
         labels = sorted({held_out[i]["label"] for i in range(len(held_out))} - {-1})
         known = dict(pipe.labels)
         numbers = [known[held_out.classes[label]] for label in labels if held_out.classes[label] in known]
-        made = generate_classes(
-            pipe, numbers or [0], count, recipe.diffusion.sample, seed=recipe.diffusion.loop.seed
-        )
+        made = generate_classes(pipe, numbers or [0], count, recipe.diffusion.sample, seed=recipe.diffusion.loop.seed)
         atomic_tensors(file, {"images": to_bytes(made).to(torch.uint8)})
     return load_file(file)["images"].float() / 127.5 - 1

@@ -1,7 +1,5 @@
 """Every tensor accounted for: what is missing, unknown or of another shape is named before anything is loaded."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -89,9 +87,7 @@ def channel_statistics(
     return mean, std
 
 
-def set_aside(
-    state_dict: Mapping[str, Tensor], reasons: Mapping[str, str]
-) -> tuple[dict[str, Tensor], list[str]]:
+def set_aside(state_dict: Mapping[str, Tensor], reasons: Mapping[str, str]) -> tuple[dict[str, Tensor], list[str]]:
     """Weights that are used, and names of those known to be of no use, logged with the reason.
 
     Args:

@@ -1,7 +1,5 @@
 """From a published file to a diffusers folder: what ``davae convert`` does."""
 
-from __future__ import annotations
-
 import json
 import logging
 from dataclasses import dataclass, field
@@ -91,9 +89,7 @@ def convert_lightningdit_file(
     return Converted(out, f"LightningDiT-{found}", _count(model))
 
 
-def convert_vavae_file(
-    file: Path, out: Path, *, resolution: int = 256, statistics: Path | None = None
-) -> Converted:
+def convert_vavae_file(file: Path, out: Path, *, resolution: int = 256, statistics: Path | None = None) -> Converted:
     """A VA-VAE, or another LDM autoencoder, to the folder of an ``AutoencoderKL``.
 
     Args:
@@ -158,9 +154,7 @@ def convert_sd3_file(
     state = read_state_dict(file, entries=_sd3_entries(weights))
     if is_transformer(state):
         if statistics is not None:
-            raise DavaeError(
-                f"{file} is a transformer: the statistics belong to the autoencoder's conversion"
-            )
+            raise DavaeError(f"{file} is a transformer: the statistics belong to the autoencoder's conversion")
         with about_file(file):
             transformer, layout = convert_transformer(state, base, lora=lora, order=order)
         if vae is None:
@@ -196,9 +190,7 @@ def _sd3_pipeline(
             f"the transformer has {layout.base_channels} + {layout.detail_channels} channels, the autoencoder of "
             f"{folder} {expected.base_channels} + {expected.detail_channels}"
         )
-    scheduler = scheduler_for(
-        pipe, SD3_SHIFT, scale=vae.scale, channels=(layout.base_channels, layout.channels)
-    )
+    scheduler = scheduler_for(pipe, SD3_SHIFT, scale=vae.scale, channels=(layout.base_channels, layout.channels))
     parts = pipe.components | {"vae": vae.to(transformer.dtype), "scheduler": scheduler}
     return fit_to_autoencoder(type(pipe)(**parts))
 

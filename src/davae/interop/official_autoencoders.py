@@ -6,8 +6,6 @@ rest is one path. The configuration is read off the weights, every tensor is acc
 official forward pass never uses are named.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ The configuration is read off the weights, every official tensor is accounted fo
 tables are compared with the ones this package computes. Nothing is skipped, padded or guessed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -143,9 +141,7 @@ def _read_config(official: Mapping[str, Tensor], num_attention_heads: int | None
     elif qk_norm:
         num_attention_heads = hidden // len(official["blocks.0.attn.q_norm.weight"])
     elif num_attention_heads is None:
-        raise DavaeError(
-            "without RoPE and QK-norm the weights do not tell num_attention_heads: please give it"
-        )
+        raise DavaeError("without RoPE and QK-norm the weights do not tell num_attention_heads: please give it")
     return {
         "sample_size": math.isqrt(official["pos_embed"].shape[1]) * patch,
         "patch_size": patch,
@@ -154,8 +150,7 @@ def _read_config(official: Mapping[str, Tensor], num_attention_heads: int | None
         "hidden_size": hidden,
         "num_layers": len({name.split(".")[1] for name in official if name.startswith("blocks.")}),
         "num_attention_heads": num_attention_heads,
-        "num_classes": len(official["y_embedder.embedding_table.weight"])
-        - 1,  # the last row is the null label
+        "num_classes": len(official["y_embedder.embedding_table.weight"]) - 1,  # the last row is the null label
         "qk_norm": qk_norm,
         "swiglu": "blocks.0.mlp.w12.weight" in official,
         "rope": rope,

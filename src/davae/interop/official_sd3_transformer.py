@@ -11,8 +11,6 @@ The weights are the same whatever order the authors' model takes its channels in
 reordered, see `from_official_order`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,9 +80,7 @@ def from_official(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
     convolutions = [state_dict[f"{_INPUT}.{branch}.weight"] for branch in _BRANCHES[_INPUT]]  # [H, C, p, p]
     layout = LatentLayout(convolutions[0].shape[1], convolutions[1].shape[1])
     patch = convolutions[0].shape[-1]
-    for branch, channels in zip(
-        _BRANCHES[_OUTPUT], (layout.base_channels, layout.detail_channels), strict=True
-    ):
+    for branch, channels in zip(_BRANCHES[_OUTPUT], (layout.base_channels, layout.detail_channels), strict=True):
         for kind in ("weight", "bias"):
             name = f"{_OUTPUT}.{branch}.{kind}"
             if len(state_dict[name]) != patch**2 * channels:
@@ -134,9 +130,7 @@ def to_official(state_dict: Mapping[str, Tensor], layout: LatentLayout) -> dict[
     return converted
 
 
-def split_plain_layers(
-    state_dict: Mapping[str, Tensor], base_channels: int, order: ChannelOrder
-) -> dict[str, Tensor]:
+def split_plain_layers(state_dict: Mapping[str, Tensor], base_channels: int, order: ChannelOrder) -> dict[str, Tensor]:
     """Plain wider layers as branches, whose names tell the order of the channels; branches are left as they are.
 
     Args:

@@ -4,8 +4,6 @@ VA-VAE is an LDM autoencoder whose latent was aligned with a vision model in tra
 arXiv 2501.01423). That model, its projection and the losses lie in some of the files and are of no use afterwards.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -69,9 +67,7 @@ def convert_vavae(
     if statistics is not None:
         mean, std = channel_statistics(statistics, channels)
         config |= {"latents_mean": mean, "latents_std": std}
-    model_class = (
-        AutoencoderKL if ldm_class(weights, {"encoder.": config}) == "AutoencoderKL" else LDMAutoencoderKL
-    )
+    model_class = AutoencoderKL if ldm_class(weights, {"encoder.": config}) == "AutoencoderKL" else LDMAutoencoderKL
     converted: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         part, _, inner = name.partition(".")

@@ -8,8 +8,6 @@
 A LoRA is added to the weights, as ``W + B A``: the authors train with alpha equal to the rank.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,15 +69,11 @@ def convert_transformer(
             separate = _renamed(read_state_dict(lora))
             pairs = _take_lora(separate)
             if separate or not pairs:
-                raise DavaeError(
-                    f"this is not a LoRA. unexpected: {', '.join(sorted(separate)) or 'no tensor'}"
-                )
+                raise DavaeError(f"this is not a LoRA. unexpected: {', '.join(sorted(separate)) or 'no tensor'}")
     weights = split_plain_layers(weights, int(config["in_channels"]), order)
     if not any(name.startswith("transformer_blocks.") for name in weights):
         if not pairs:
-            logger.warning(
-                "no LoRA: the blocks of the transformer will be the base's, as they are in %s", place
-            )
+            logger.warning("no LoRA: the blocks of the transformer will be the base's, as they are in %s", place)
         weights = _completed(weights, place)
     _add_lora(weights, pairs)
     return load_transformer(weights, config)
@@ -150,9 +144,7 @@ def _completed(trained: Mapping[str, Tensor], place: Path) -> dict[str, Tensor]:
         )
     for file in files:
         base |= load_file(file)
-    own = {
-        name: tensor for name, tensor in base.items() if not name.startswith(("pos_embed.proj.", "proj_out."))
-    }
+    own = {name: tensor for name, tensor in base.items() if not name.startswith(("pos_embed.proj.", "proj_out."))}
     logger.info("%d tensors of %s beside the %d trained ones", len(own), place, len(trained))
     dtype = next(tensor.dtype for tensor in own.values() if tensor.is_floating_point())
     return own | {name: tensor.to(dtype) for name, tensor in trained.items()}

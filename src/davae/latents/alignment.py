@@ -1,7 +1,5 @@
 """Detail alignment: the loss that ties the detail latent to the base latent, its adaptive weight, and the KL term."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch
@@ -43,8 +41,7 @@ def grouped_mean(z_d: Tensor, base_channels: int) -> Tensor:
         return z_d.unflatten(1, (base_channels, channels // base_channels)).mean(dim=2)
     edges = _group_edges(channels, base_channels)
     groups = [
-        z_d[:, start:end].mean(dim=1) if end > start else torch.zeros_like(z_d[:, 0])
-        for start, end in pairwise(edges)
+        z_d[:, start:end].mean(dim=1) if end > start else torch.zeros_like(z_d[:, 0]) for start, end in pairwise(edges)
     ]
     return torch.stack(groups, dim=1)
 

@@ -1,7 +1,5 @@
 """Where base and detail channels sit in a structured latent, and how many tokens it makes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

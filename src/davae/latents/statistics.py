@@ -54,9 +54,7 @@ class ChannelStatistics:
         values = latent.detach().cpu().double().transpose(0, 1).flatten(1)  # [C, N]
         finite = values.isfinite().all(dim=1)
         if not finite.all():
-            raise DavaeError(
-                f"channel {int((~finite).nonzero()[0])} of the latent holds a value that is not finite"
-            )
+            raise DavaeError(f"channel {int((~finite).nonzero()[0])} of the latent holds a value that is not finite")
         mean = values.mean(dim=1)
         self._combine(values.shape[1], mean, (values - mean[:, None]).square().sum(dim=1))
 

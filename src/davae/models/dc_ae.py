@@ -3,8 +3,6 @@
 The network of DC-AE (Chen et al., 2024) is diffusers' ``AutoencoderDC``; nothing of it is written again here.
 """
 
-from __future__ import annotations
-
 from functools import wraps
 from typing import Any, TypeAlias
 

@@ -1,7 +1,5 @@
 """PatchGAN discriminator and the hinge losses of both players."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -5,8 +5,6 @@ overflow on large images, in bfloat16 they keep three digits. diffusers converts
 autocast ``torch.matmul`` converts them back; this module keeps it from doing so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -51,9 +49,7 @@ def _with_exact_products(forward: Callable[..., Tensor], *args: Any, **kwargs: A
 class _ExactProducts(TorchFunctionMode):
     """Within it ``torch.matmul`` takes and gives float32; layers (``F.linear``, convolutions) are left alone."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not torch.matmul or not torch.is_autocast_enabled(args[0].device.type):
             return func(*args, **kwargs)

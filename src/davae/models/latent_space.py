@@ -5,8 +5,6 @@ encodes to and decodes from; and *model space*, ``(raw - shift) * scale``, which
 videos take and give single frames without their axis.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -35,9 +33,7 @@ def open_autoencoder(folder: str | Path) -> ModelMixin:
     folder = Path(folder)
     path = folder if (folder / "config.json").is_file() else folder / "vae"
     if not (path / "config.json").is_file():
-        raise DavaeError(
-            f"{folder} is no autoencoder's folder: there is no config.json in it, nor in its vae/"
-        )
+        raise DavaeError(f"{folder} is no autoencoder's folder: there is no config.json in it, nor in its vae/")
     name = str(json.loads((path / "config.json").read_text(encoding="utf-8")).get("_class_name"))
     model_class = _OURS.get(name) or getattr(diffusers, name, None)
     if model_class is None or not name.startswith(("Autoencoder", *_OURS)):

@@ -4,8 +4,6 @@ A DiT (Peebles and Xie 2023, arXiv 2212.09748) with the changes of Yao et al. 20
 RMSNorm, SwiGLU, two-dimensional RoPE and optional QK-norm. The whole comes first, its parts follow.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar, TypedDict
 
 import torch
@@ -221,8 +219,7 @@ class LightningDiTTransformer2DModel(Portable, ModelMixin, ConfigMixin, PeftAdap
     def _check_inputs(self, hidden_states: Tensor, class_labels: Tensor) -> None:
         if hidden_states.shape[1] != self.config.in_channels:
             raise DavaeError(
-                f"the latent has {hidden_states.shape[1]} channels, "
-                f"the transformer takes {self.config.in_channels}"
+                f"the latent has {hidden_states.shape[1]} channels, the transformer takes {self.config.in_channels}"
             )
         height, width = hidden_states.shape[-2:]
         if height % self.config.patch_size or width % self.config.patch_size:
@@ -419,13 +416,9 @@ def restarted(
     arguments |= {name: value for name, value in changes.items() if value is not None}
     factor, rest = divmod(arguments["patch_size"], model.config.patch_size)
     if rest or factor < 1:
-        raise DavaeError(
-            f"patch_size {arguments['patch_size']} is no multiple of the base's {model.config.patch_size}"
-        )
+        raise DavaeError(f"patch_size {arguments['patch_size']} is no multiple of the base's {model.config.patch_size}")
     if model.config.qk_norm and not arguments["qk_norm"]:
-        raise DavaeError(
-            "the base was trained with QK-norm, which cannot be taken out: leave qk_norm as it is"
-        )
+        raise DavaeError("the base was trained with QK-norm, which cannot be taken out: leave qk_norm as it is")
     weights = model.state_dict()
     if factor > 1:
         weights = _larger_patches(weights, factor, model.config.patch_size)

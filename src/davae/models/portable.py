@@ -1,7 +1,5 @@
 """Models that can be opened where davae is not installed."""
 
-from __future__ import annotations
-
 import functools
 import os
 from pathlib import Path

@@ -4,8 +4,6 @@ The file is made from davae's own modules, so there is one truth: the module of 
 imports stand one after another, without their imports from each other. Only this module is another there.
 """
 
-from __future__ import annotations
-
 import ast
 from dataclasses import dataclass, field
 from functools import cache
@@ -103,9 +101,7 @@ def _find_home(module: str, name: str) -> tuple[str, str]:
     if file.name == "__init__.py":
         if _file(f"{module}.{name}").is_file():
             return f"{module}.{name}", ""
-        for node in ast.walk(
-            ast.parse(file.read_text(encoding="utf-8"))
-        ):  # davae's own are for checkers alone
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):  # davae's own are for checkers alone
             if isinstance(node, ast.ImportFrom) and _is_ours(node.module):
                 for alias in node.names:
                     if (alias.asname or alias.name) == name:
@@ -171,9 +167,7 @@ def _in_one_file(module: _Module, modules: dict[str, _Module]) -> str:
     for position, old, new in sorted(_name_positions(module), reverse=True):
         line, column = position
         assert lines[line - 1][column : column + len(old.encode())] == old.encode(), (module.name, line)
-        lines[line - 1] = (
-            lines[line - 1][:column] + new.encode() + lines[line - 1][column + len(old.encode()) :]
-        )
+        lines[line - 1] = lines[line - 1][:column] + new.encode() + lines[line - 1][column + len(old.encode()) :]
     title = (ast.get_docstring(module.tree) or "").partition("\n")[0]
     for node in ast.walk(module.tree):
         if not _is_dropped(node, module):
@@ -205,10 +199,7 @@ def _name_positions(module: _Module) -> list[tuple[tuple[int, int], str, str]]:
         return []
     found = []
     in_strings = {
-        id(part)
-        for node in ast.walk(module.tree)
-        if isinstance(node, ast.JoinedStr)
-        for part in ast.walk(node)
+        id(part) for node in ast.walk(module.tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)
     }
     top = {id(node) for node in module.tree.body}
     for node in ast.walk(module.tree):

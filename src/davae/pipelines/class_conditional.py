@@ -1,7 +1,5 @@
 """Images of a class from a flow-matching transformer and a VAE."""
 
-from __future__ import annotations
-
 import difflib
 import operator
 import os
@@ -125,9 +123,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             DavaeError: an unknown label, a size that does not fit, or parts that do not belong together.
         """
         if output_type not in OUTPUT_TYPES:
-            raise DavaeError(
-                f"output_type '{output_type}' is unknown: choose one of {', '.join(OUTPUT_TYPES)}"
-            )
+            raise DavaeError(f"output_type '{output_type}' is unknown: choose one of {', '.join(OUTPUT_TYPES)}")
         if num_inference_steps < 1:
             raise DavaeError(f"num_inference_steps is {num_inference_steps}: at least 1 is needed")
         if timestep_shift is not None and timestep_shift <= 0:
@@ -184,9 +180,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         layout = getattr(self.vae, "layout", None)
         parts = [channels] if layout is None else [layout.base_channels, layout.detail_channels]
         if isinstance(generator, list) and len(generator) != count:
-            raise DavaeError(
-                f"{len(generator)} generators for {count} labels: give one, or one for each label"
-            )
+            raise DavaeError(f"{len(generator)} generators for {count} labels: give one, or one for each label")
         options = {"generator": generator, "device": device, "dtype": torch.float32}
         return torch.cat([randn_tensor((count, part, rows, columns), **options) for part in parts], dim=1)
 
@@ -197,9 +191,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         for name, size in (("height", height), ("width", width)):
             if size is not None and (size < unit or size % unit):
                 nearest = max(unit, round(size / unit) * unit)
-                raise DavaeError(
-                    f"{name} {size} is not a multiple of {unit} pixels; the nearest is {nearest}"
-                )
+                raise DavaeError(f"{name} {size} is not a multiple of {unit} pixels; the nearest is {nearest}")
         return (height or trained) // self.vae_scale_factor, (width or trained) // self.vae_scale_factor
 
     def _given_latents(self, latents: Tensor, count: int, height: int | None, width: int | None) -> Tensor:
@@ -229,8 +221,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         number, classes = operator.index(label), self.transformer.config.num_classes
         if not 0 <= number <= classes:
             raise DavaeError(
-                f"class label {number} is out of range: the model knows 0 to {classes - 1}, "
-                f"and {classes} for no class"
+                f"class label {number} is out of range: the model knows 0 to {classes - 1}, and {classes} for no class"
             )
         return number
 

@@ -1,7 +1,5 @@
 """LoRA on any transformer: also on classes that diffusers gives no adapter methods (PixArt, DiT)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from diffusers.utils.peft_utils import recurse_remove_peft_layers

@@ -241,9 +241,7 @@ def scheduler_for(
     return scheduler
 
 
-def _line(
-    pipe: DiffusionPipeline, shift: str | float, scale: int, channels: tuple[int, int]
-) -> dict[str, Any]:
+def _line(pipe: DiffusionPipeline, shift: str | float, scale: int, channels: tuple[int, int]) -> dict[str, Any]:
     family = find_family(pipe)
     if family.shift_rule is not None:
         if shift == "base" and not family.shift_reads_pixels:
@@ -265,9 +263,7 @@ def _fixed(pipe: DiffusionPipeline, shift: float) -> dict[str, Any]:
         raise DavaeError(f"a timestep shift must be a positive number, not {shift}")
     config = pipe.scheduler.config
     key = next((key for key in ("flow_shift", "shift") if key in config), None)
-    flow = (
-        key == "shift" or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
-    )
+    flow = key == "shift" or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
     if key is None or not flow:
         raise DavaeError(
             f"{type(pipe.scheduler).__name__} has no timestep shift (it is not a flow-matching scheduler here): "

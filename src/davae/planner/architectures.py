@@ -87,9 +87,7 @@ class Architecture:
         config = constructor_arguments(model_class, self.vae)
         for channels in added:
             with torch.device("meta"):
-                model = AutoencoderDA(
-                    base_class=name, base_config=config, scale=factor, detail_channels=channels
-                )
+                model = AutoencoderDA(base_class=name, base_config=config, scale=factor, detail_channels=channels)
             name, config = "AutoencoderDA", constructor_arguments(AutoencoderDA, model.config)
         return model
 
@@ -394,8 +392,6 @@ def cost_by_depth(measure: Callable[[Callable[[nn.Module], nn.Module]], Cost], r
 def _shorten(model: nn.Module, runs: list[BlockRun], counts: dict[int, int]) -> nn.Module:
     for name in {run.name for run in runs}:
         blocks = getattr(model, name)
-        kept = [
-            blocks[run.first + k] for i, run in enumerate(runs) if run.name == name for k in range(counts[i])
-        ]
+        kept = [blocks[run.first + k] for i, run in enumerate(runs) if run.name == name for k in range(counts[i])]
         setattr(model, name, nn.ModuleList(kept))
     return model

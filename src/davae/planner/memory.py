@@ -4,8 +4,6 @@ Every operator that torch dispatches is seen. The bytes of a storage count from 
 the last reference dies, as a caching allocator's would, without its rounding and its fragments.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext

@@ -1,7 +1,5 @@
 """The plan of an upgrade, before anything is trained: tokens, operations, memory, speed-up and hours."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math
@@ -156,9 +154,7 @@ def plan(
     per_image = {v: per_step[v] * steps for v in VARIANTS}
     decode_flops = {v: decode[v].flops / batch for v in VARIANTS}
     encoders = architecture.text_encoder_sizes()
-    clip = (
-        architecture.text_tokens - architecture.prompt_length if encoders else 0
-    )  # of the tokens counted above
+    clip = architecture.text_tokens - architecture.prompt_length if encoders else 0  # of the tokens counted above
     padded = max(text - clip, 0)
     lengths = [_CLIP_TOKENS if e.kind == "clip_text_model" else padded for e in encoders]
     text_flops = float(sum(2 * e.multiplied * n for e, n in zip(encoders, lengths)))
@@ -266,9 +262,7 @@ def _inference(
             watch=variant != "base",
         )
         latent = torch.empty(batch, channels, side, side, **options)
-        decodes[variant] = _decoding(
-            vae if upgraded else base_vae, adapter, latent, upgraded, watch=variant != "base"
-        )
+        decodes[variant] = _decoding(vae if upgraded else base_vae, adapter, latent, upgraded, watch=variant != "base")
     nn.Module.to(vae, torch.float32)
     return steps, decodes
 

@@ -1,7 +1,5 @@
 """Dry runs: a recipe's real architecture on the meta device, its checks, and the plan of its cost."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
@@ -40,9 +38,7 @@ def dry_run(recipe: UpgradeRecipe, stage: Stage, *, gpu: str = "H100") -> str:
     return dump_recipe(recipe) + "\n" + "\n".join(f"# {line}" for line in found)
 
 
-def recipe_plan(
-    recipe: UpgradeRecipe, architecture: Architecture | None = None, *, gpu: str = "H100"
-) -> Plan:
+def recipe_plan(recipe: UpgradeRecipe, architecture: Architecture | None = None, *, gpu: str = "H100") -> Plan:
     """The plan of a recipe."""
     architecture = architecture or find_architecture(recipe.base)
     return plan(
@@ -137,9 +133,7 @@ def _diffusion_run(recipe: UpgradeRecipe, architecture: Architecture) -> Diffusi
     tune = settings.tune
     targets = tune.lora.targets or find_family(architecture.pipeline).lora_targets
     if tune.mode == "lora" and not targets:
-        raise DavaeError(
-            f"davae has no usual LoRA targets for {architecture.pipeline}: set tune.lora.targets"
-        )
+        raise DavaeError(f"davae has no usual LoRA targets for {architecture.pipeline}: set tune.lora.targets")
     return DiffusionRun(
         **_loop(settings.loop, settings.optimizer),  # type: ignore[arg-type]
         mode=tune.mode,

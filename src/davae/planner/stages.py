@@ -1,7 +1,5 @@
 """What one step of each training stage costs, run on the real architecture while only shapes flow."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 

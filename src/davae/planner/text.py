@@ -1,7 +1,5 @@
 """A plan in words and tables."""
 
-from __future__ import annotations
-
 from rich.table import Table
 
 from davae.planner.plan import VARIANTS, Plan
@@ -40,11 +38,7 @@ def notes(plan: Plan) -> list[str]:
             lines.append(
                 f"{stage} does not fit one {plan.gpu} of {_gigabytes(plan.gpu_memory_bytes)}: "
                 f"{_gigabytes(plan.memory_bytes[stage])}"
-                + (
-                    ""
-                    if stage == "inference"
-                    else "; a smaller batch_size with more gradient_accumulation helps"
-                )
+                + ("" if stage == "inference" else "; a smaller batch_size with more gradient_accumulation helps")
             )
     return lines
 

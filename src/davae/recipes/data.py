@@ -77,9 +77,7 @@ def is_on_hub(name: str) -> bool:
     """Whether a name can only be one on the hub: what exists on disk, or lies beside what does, comes first."""
     path = Path(name).expanduser()
     local = path.exists() or name.endswith(".tar") or glob.has_magic(name)
-    local = (
-        local or path.is_absolute() or name.startswith((".", "~")) or ("/" in name and path.parent.is_dir())
-    )
+    local = local or path.is_absolute() or name.startswith((".", "~")) or ("/" in name and path.parent.is_dir())
     return not local and _HUB_NAME.fullmatch(name) is not None
 
 
@@ -96,9 +94,7 @@ def check_data_path(name: str, revision: str | None = None) -> None:
     if is_on_hub(name):
         return
     if revision is not None:
-        raise DavaeError(
-            f"data.revision is set, but '{name}' is not a name on the hub; only those have revisions"
-        )
+        raise DavaeError(f"data.revision is set, but '{name}' is not a name on the hub; only those have revisions")
     known = is_procedural(name) or name.endswith(".tar") or glob.has_magic(name)
     if not known and not Path(name).expanduser().exists():
         raise DavaeError(

@@ -39,9 +39,7 @@ class DcArchitecture(Section):
         count = len(self.block_out_channels)
         for name in ("encoder_layers", "decoder_layers"):
             if len(getattr(self, name)) != count:
-                raise ValueError(
-                    f"{name} has {len(getattr(self, name))} entries for {count} block_out_channels"
-                )
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {count} block_out_channels")
         if self.block_out_channels[-1] % self.latent_channels:
             raise ValueError(
                 f"latent_channels {self.latent_channels} must divide the last of block_out_channels "
@@ -157,9 +155,7 @@ class DcAeRecipe(Section):
             if side % f:
                 below, above = side // f * f, (side // f + 1) * f
                 near = f"{below} or {above}" if below else f"{above}"
-                raise ValueError(
-                    f"{where} is {side} pixels, which the compression {f} does not divide; take {near}"
-                )
+                raise ValueError(f"{where} is {side} pixels, which the compression {f} does not divide; take {near}")
         return self
 
     @model_validator(mode="after")

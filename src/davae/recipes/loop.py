@@ -1,7 +1,5 @@
 """The ``loop`` and ``optimizer`` sections of a recipe, the same for every stage."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator

@@ -1,7 +1,5 @@
 """Reading recipes: YAML by name or file, overrides as ``key=value``, mistakes as one clear line."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -86,9 +84,7 @@ def load_variant(recipe: AblationRecipe, name: str, seed: int) -> UpgradeRecipe:
     seeds = [f"autoencoder.loop.seed={seed}", f"diffusion.loop.seed={seed}"]
     found = load_recipe(recipe.recipe, [*recipe.overrides, *recipe.variants[name], *seeds])
     if not isinstance(found, UpgradeRecipe):
-        raise DavaeError(
-            f"variant '{name}': {recipe.recipe} is a recipe of kind '{found.kind}', not an upgrade"
-        )
+        raise DavaeError(f"variant '{name}': {recipe.recipe} is a recipe of kind '{found.kind}', not an upgrade")
     return found
 
 

@@ -401,9 +401,7 @@ class BaseRecipe(Section):
         if self.data.buckets is not False:
             raise ValueError("data.buckets: the training of a base has one size; set data.buckets=false")
         if self.start_from is not None and self.full_resolution_crops:
-            raise ValueError(
-                "full_resolution_crops are for training an autoencoder; with start_from, leave out"
-            )
+            raise ValueError("full_resolution_crops are for training an autoencoder; with start_from, leave out")
         return self
 
 

@@ -1,7 +1,5 @@
 """An ablation with its picture and table: every variant's figures, with the values of the single seeds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -38,12 +36,8 @@ def draw_ablation(result: Ablation, file: Path) -> Path:
     for axes, metric in zip(figure.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown):
         for row, name in enumerate(names):
             spread = result.variants[name][metric]
-            axes.plot(
-                [spread.mean] * 2, [row - 0.3, row + 0.3], color="C0" if row == 0 else "C1", linewidth=2.5
-            )
-            axes.scatter(
-                spread.values, [row] * len(spread.values), s=16, color="0.3", alpha=0.7, linewidths=0
-            )
+            axes.plot([spread.mean] * 2, [row - 0.3, row + 0.3], color="C0" if row == 0 else "C1", linewidth=2.5)
+            axes.scatter(spread.values, [row] * len(spread.values), s=16, color="0.3", alpha=0.7, linewidths=0)
         real = f"\nreal images: {result.real[metric]:.3g}" if metric in result.real else ""
         axes.set_title(shown[metric] + real, fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)

@@ -1,7 +1,5 @@
 """From a run directory to ``report.html``: one file that needs nothing beside it."""
 
-from __future__ import annotations
-
 import html
 import math
 from collections.abc import Mapping
@@ -138,9 +136,7 @@ def _curve(run_dir: Path, index: int, curve: Curve) -> dict[str, Any]:
     if missing:
         raise DavaeError(f"{path} logs no {', '.join(missing)}; it has {', '.join(series) or 'nothing'}")
     chosen = {term: series[term] for term in terms[:COLOURS]}
-    last = {
-        term: next((v for v in reversed(y) if math.isfinite(v)), math.nan) for term, (_, y) in chosen.items()
-    }
+    last = {term: next((v for v in reversed(y) if math.isfinite(v)), math.nan) for term, (_, y) in chosen.items()}
     ends = ", ".join(f"{term} ends at {words.significant(value)}" for term, value in last.items())
     svg = loss_plot(
         f"curve-{index}",

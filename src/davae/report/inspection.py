@@ -1,7 +1,5 @@
 """Pictures of an inspection: where images lie, spectra, channels, and what the details are worth."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -103,9 +101,7 @@ def _lines(axes: Axes, spectra: Mapping[str, Spectrum], title: str) -> None:
 
 def _channels(inspections: Mapping[str, Inspection]) -> Figure:
     figure = Figure(figsize=(8, 2.4 * len(inspections)), layout="constrained")
-    for axes, (title, found) in zip(
-        figure.subplots(len(inspections), 1, squeeze=False)[:, 0], inspections.items()
-    ):
+    for axes, (title, found) in zip(figure.subplots(len(inspections), 1, squeeze=False)[:, 0], inspections.items()):
         numbers = np.arange(len(found.channel_mean))
         axes.errorbar(numbers, found.channel_mean, found.channel_std, fmt=".", markersize=4, linewidth=1)
         axes.axvline(found.base_channels - 0.5, color="grey", linewidth=0.8, linestyle=":")

@@ -4,8 +4,6 @@ matplotlib draws with placeholder colours; afterwards each becomes a CSS variabl
 page, where they wrap, can be read aloud and are escaped with everything else.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,9 +98,7 @@ def _log_y(axes: Axes, values: np.ndarray) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def loss_plot(
-    name: str, curves: Mapping[str, _Point], smooth: Mapping[str, _Point], *, description: str
-) -> str:
+def loss_plot(name: str, curves: Mapping[str, _Point], smooth: Mapping[str, _Point], *, description: str) -> str:
     """Losses over steps: what was logged, pale, and smoothed on top.
 
     The y axis is logarithmic unless a value is zero or negative.
@@ -139,9 +135,7 @@ def scatter_plot(name: str, points: np.ndarray, labels: np.ndarray, *, descripti
         return _svg(figure, name, description)
 
 
-def spectrum_plot(
-    name: str, lines: Sequence[_Point], *, unit: str, mark: float | None, description: str
-) -> str:
+def spectrum_plot(name: str, lines: Sequence[_Point], *, unit: str, mark: float | None, description: str) -> str:
     """Power against frequency up to Nyquist, without the mean; ``mark`` draws a dotted upright line."""
     shown = np.concatenate([np.asarray(power, dtype=float) for _, power in lines] or [np.ones(1)])
     shown = shown[np.isfinite(shown) & (shown > 0)]

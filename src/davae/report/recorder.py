@@ -1,7 +1,5 @@
 """Recording what a report shows, while the tensors are at hand."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,9 +40,7 @@ class FigureRecorder:
         curves: losses to draw.
     """
 
-    def __init__(
-        self, run_dir: Path | str, *, classes: Sequence[str] = (), curves: Sequence[Curve] = STAGES
-    ) -> None:
+    def __init__(self, run_dir: Path | str, *, classes: Sequence[str] = (), curves: Sequence[Curve] = STAGES) -> None:
         self.run_dir = Path(run_dir)
         self.classes = list(classes)
         self.curves = list(curves)
@@ -199,9 +195,7 @@ class FigureRecorder:
     def write(self) -> Figures:
         """Write ``figures.json`` and ``figures.safetensors``; the pictures are there already."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        atomic_tensors(
-            self.run_dir / TENSOR_FILE, self._tensors or {"labels": torch.zeros(0, dtype=torch.long)}
-        )
+        atomic_tensors(self.run_dir / TENSOR_FILE, self._tensors or {"labels": torch.zeros(0, dtype=torch.long)})
         figures = Figures(
             sections=self._sections,
             curves=self.curves,

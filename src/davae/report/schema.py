@@ -6,8 +6,6 @@
 * the ``metrics.jsonl`` files that ``figures.json`` names, one JSON object a logged step.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypeVar

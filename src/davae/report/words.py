@@ -1,7 +1,5 @@
 """Numbers as a person reads them, and the sentence that says what happened."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

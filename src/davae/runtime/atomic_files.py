@@ -5,8 +5,6 @@ bytes do, so a file that was only renamed can be empty after a power cut. Here s
 and the error for a full disk.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

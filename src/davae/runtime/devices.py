@@ -1,7 +1,5 @@
 """On which device and in which precision models run: what was asked for, checked before anything is loaded."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Images made larger or smaller, and pictures that show many of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -6,8 +6,6 @@ thing is done twice and counted once. Results are put together in the order of t
 number of processes.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from datetime import timedelta

@@ -70,6 +70,4 @@ class Progress:
         elif self.enabled and (now - self._last_line > _SECONDS_BETWEEN_LINES or self.done == self.total):
             self._last_line = now
             left = seconds * (self.total - self.done)
-            logger.info(
-                "%s %d/%d  %s  %.0f s left  %s", self.name, self.done, self.total, rate, left, self._losses
-            )
+            logger.info("%s %d/%d  %s  %.0f s left  %s", self.name, self.done, self.total, rate, left, self._losses)

@@ -1,7 +1,5 @@
 """Reading other people's checkpoint files without running their code."""
 
-from __future__ import annotations
-
 import logging
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +18,7 @@ logger = logging.getLogger(__name__)
 _WRAPPERS = ("module.", "_orig_mod.")  # put before every name by data parallelism and by torch.compile
 
 
-def read_state_dict(
-    path: str | Path, *, entries: Sequence[str] = ("ema", "model", "state_dict")
-) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, *, entries: Sequence[str] = ("ema", "model", "state_dict")) -> dict[str, Tensor]:
     """Named tensors of a ``.safetensors`` file, or of a torch file (``.pt``) that holds tensors only.
 
     Args:
@@ -102,6 +98,4 @@ def _find_tensors(content: Any, path: Path, entries: Sequence[str]) -> Mapping[s
         found = ", ".join(map(str, list(content)[:8])) or "nothing"
     else:
         found = f"a {type(content).__name__}"
-    raise DavaeError(
-        f"{path} holds {found}; expected named tensors, bare or under {', '.join(entries) or 'one name'}"
-    )
+    raise DavaeError(f"{path} holds {found}; expected named tensors, bare or under {', '.join(entries) or 'one name'}")

@@ -1,7 +1,5 @@
 """The images of a recipe's data section."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, Literal
 

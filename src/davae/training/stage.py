@@ -1,7 +1,5 @@
 """What a training brings to the loop: what learns, from which data, how it is measured and exported."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path

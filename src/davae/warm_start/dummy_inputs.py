@@ -1,7 +1,5 @@
 """Small random inputs for a transformer: what the self-check, the probe and the FLOP counter run it with."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable
@@ -124,9 +122,7 @@ def dummy(build: DummyBuilder) -> DummyInputs:
     """A `DummyInputs` from a function of a `Dummy`."""
 
     @functools.wraps(build)
-    def inputs(
-        transformer: ModelMixin, latent: Tensor, generator: torch.Generator, **options: Any
-    ) -> dict[str, Any]:
+    def inputs(transformer: ModelMixin, latent: Tensor, generator: torch.Generator, **options: Any) -> dict[str, Any]:
         return build(Dummy(transformer, latent, generator, **options))
 
     return inputs

@@ -1,7 +1,5 @@
 """Which weights of a widened transformer belong to the detail channels."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -117,9 +117,7 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
     return difference / largest if largest > 0 else float("inf")
 
 
-def largest_difference(
-    after: Mapping[str, list[Tensor]], before: Mapping[str, list[Tensor]], name: str
-) -> float:
+def largest_difference(after: Mapping[str, list[Tensor]], before: Mapping[str, list[Tensor]], name: str) -> float:
     """The largest relative difference of a layer over its calls.
 
     Raises:

@@ -1,7 +1,5 @@
 """The described classes, and what happens where nobody described one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

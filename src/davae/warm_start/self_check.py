@@ -19,8 +19,6 @@ become at the output depends on the model's depth, so it is measured: the origin
 tokens moved by one rounding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -138,9 +136,7 @@ def _compare_weights(
     places = {place.parameter: place for place in description.places}
     before, after = _named_tensors(original), _named_tensors(widened)
     if before.keys() != after.keys():
-        raise WarmStartError(
-            f"only one of the two models has {', '.join(sorted(before.keys() ^ after.keys()))}"
-        )
+        raise WarmStartError(f"only one of the two models has {', '.join(sorted(before.keys() ^ after.keys()))}")
     for name, tensor in before.items():
         kept = after[name]
         if name in places:
@@ -217,9 +213,7 @@ class SideBySide:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn((BATCH, channels, *self.grid), generator=generator).to(self.like)
 
-    def run(
-        self, model: ModelMixin, weights: Mapping[str, Tensor], latent: Tensor, *, jitter: bool = False
-    ) -> Trace:
+    def run(self, model: ModelMixin, weights: Mapping[str, Tensor], latent: Tensor, *, jitter: bool = False) -> Trace:
         """One forward for each of the description's passes, with some weights replaced for this call."""
         layers = (*self.inputs, *self.outputs)
         jittered = self.inputs if jitter else ()
@@ -251,9 +245,7 @@ class SideBySide:
             after = self.run(self.widened, widened_weights, torch.cat([self.base, detail], dim=1))
             self._compare_layers(before, after, scale, result.tolerance)
             axis, pattern = self.description.sample_axis, self.description.sample_pattern
-            base, new = split_axis(
-                after.sample, axis, pattern, self.sizes, self.layout, name="the model's output"
-            )
+            base, new = split_axis(after.sample, axis, pattern, self.sizes, self.layout, name="the model's output")
             difference, largest = relative_difference(base, before.sample), float(new.abs().max())
             self._judge_sample(difference, largest, result.tolerance)
             result.max_base_difference = max(result.max_base_difference, difference)
@@ -292,9 +284,7 @@ class SideBySide:
     def _judge_sample(self, difference: float, largest_detail: float, tolerance: float) -> None:
         name = ", ".join(self.outputs)
         if largest_detail != 0:
-            raise WarmStartError(
-                self._summary(name, f"detail outputs are not zero (largest {largest_detail:.1e})")
-            )
+            raise WarmStartError(self._summary(name, f"detail outputs are not zero (largest {largest_detail:.1e})"))
         if not difference <= tolerance:
             raise WarmStartError(
                 self._summary(name, f"base outputs differ by {difference:.1e}, tolerance {tolerance:.0e}")

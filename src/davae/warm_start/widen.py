@@ -4,8 +4,6 @@ The token embedding is linear in the latent and the head linear in the features,
 channels, in and out, leave the base prediction as it was and predict zero detail, whatever the detail input.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 from typing import Any, TypeVar
@@ -73,9 +71,7 @@ def _check_widenable(transformer: ModelMixin) -> None:
             raise WarmStartError(f"{name} is quantised ({parameter.dtype}): widen first, then quantise")
 
 
-def _widened_config(
-    transformer: ModelMixin, description: ChannelDescription, layout: LatentLayout
-) -> dict[str, int]:
+def _widened_config(transformer: ModelMixin, description: ChannelDescription, layout: LatentLayout) -> dict[str, int]:
     sizes = description.resolve_sizes(transformer)
     return {
         key: pattern_count(str(pattern), sizes, layout.channels)
@@ -124,9 +120,7 @@ def _copy_weights(
     parameters = dict(original.named_parameters(remove_duplicate=False))
     missing = [p.parameter for p in description.places if not p.optional and p.parameter not in parameters]
     if missing:
-        raise WarmStartError(
-            f"{type(original).__name__} has no {', '.join(missing)}, where latent channels should sit"
-        )
+        raise WarmStartError(f"{type(original).__name__} has no {', '.join(missing)}, where latent channels should sit")
 
     tied: dict[int, nn.Parameter] = {}  # one parameter under two names stays one
     for name, parameter in parameters.items():

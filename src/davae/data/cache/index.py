@@ -8,8 +8,6 @@ Several processes that write one cache have a journal each, ``.index-N.jsonl``, 
 takes what they committed into the index, at the end or when a stopped run goes on.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import dataclass, field
@@ -67,9 +65,7 @@ def read_index(folder: Path, name: str = INDEX) -> Index:
                 shard_name = line["commit"]
                 wrong = [r for r in waiting if r.get("shard") != shard_name or "key" not in r]
                 if wrong or len(waiting) != line["entries"]:
-                    raise DavaeError(
-                        f"{path}, line {number}: the lines before do not belong to shard {shard_name}"
-                    )
+                    raise DavaeError(f"{path}, line {number}: the lines before do not belong to shard {shard_name}")
                 shard_path(folder, shard_name)
                 index.records += waiting
                 index.shards[shard_name] = {k: line[k] for k in ("entries", "bytes", "sha256")}
@@ -81,9 +77,7 @@ def read_index(folder: Path, name: str = INDEX) -> Index:
     for shard_name, shard in index.shards.items():
         file_path = shard_path(folder, shard_name)
         if not file_path.is_file():
-            raise DavaeError(
-                f"the cache {folder} lacks its shard {shard_name}: copy it again, or make the cache anew"
-            )
+            raise DavaeError(f"the cache {folder} lacks its shard {shard_name}: copy it again, or make the cache anew")
         if file_path.stat().st_size != shard["bytes"]:
             raise DavaeError(
                 f"the shard {file_path} has {file_path.stat().st_size} bytes, the index says {shard['bytes']}: "

@@ -5,8 +5,6 @@ shard a record is the members ``KEY.safetensors`` (its tensors) and ``KEY.json``
 WebDataset readers expect. Nothing is unpacked and nothing is unpickled.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -80,9 +78,7 @@ def shard_path(folder: Path, name: str) -> Path:
         DavaeError: the name is not one that davae writes, or the file lies outside the folder.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise DavaeError(
-            f"the index of the cache {folder} names the shard {name!r}, which is no shard's name"
-        )
+        raise DavaeError(f"the index of the cache {folder} names the shard {name!r}, which is no shard's name")
     path = folder / name
     if path.resolve().parent != folder.resolve():
         raise DavaeError(f"the shard {path} is a link that leads out of the cache; put the file itself there")

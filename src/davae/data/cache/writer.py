@@ -3,8 +3,6 @@
 Several processes may write one cache together: each has shards and a journal of its own.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterable

@@ -5,8 +5,6 @@ and costs what a square batch costs. Sizes are (width, height) in pixels and mul
 one token in pixels: ``f * s * patch``.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterator, Sequence

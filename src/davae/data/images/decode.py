@@ -5,8 +5,6 @@ scaled (not clipped), palettes and CMYK resolved. Everything that cannot be read
 raises :class:`UnreadableImage` with a reason in plain words.
 """
 
-from __future__ import annotations
-
 import io
 import struct
 import warnings
@@ -191,9 +189,7 @@ def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if source.profile.xcolor_space == "CMYK":
-                converted = ImageCms.profileToProfile(
-                    image, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-                )
+                converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
                 assert converted is not None  # None only with inPlace
                 return converted
         except (OSError, ImageCms.PyCMSError) as error:

@@ -4,8 +4,6 @@ An item's generator depends on ``(seed, epoch, index)`` and on nothing else, so 
 workers or another order of reading give the same crops.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -6,8 +6,6 @@ place in the stream is the number of images that the training has taken, not wha
 fetched ahead.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -40,9 +38,7 @@ class ResumableSampler(Sampler[list[Key]]):
         world_size: number of processes.
     """
 
-    def __init__(
-        self, length: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, length: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1) -> None:
         if length < 1:
             raise DavaeError("the data set is empty")
         if batch_size < 1:

@@ -1,7 +1,5 @@
 """An endless stream of batches whose place can be saved and found again to the image, and reading in a given order."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager

@@ -5,8 +5,6 @@ an image therefore writes down which one, in memory that all loader processes sh
 gives up after ``timeout_s`` and says what was being read.
 """
 
-from __future__ import annotations
-
 import os
 import queue
 import signal
@@ -106,9 +104,7 @@ class WatchedItems(Dataset[Item]):
         slots = sorted((began, int(position)) for position, began in self._reading.tolist() if position >= 0)
         if not slots:
             return "no image was being read"
-        message = [
-            f"{self._dataset.id(position)} (for {now - began:.0f} s)" for began, position in slots[:_NAMED]
-        ]
+        message = [f"{self._dataset.id(position)} (for {now - began:.0f} s)" for began, position in slots[:_NAMED]]
         return f"being read: {', '.join(message)}"  # the longest first
 
 

@@ -1,7 +1,5 @@
 """Scenes with something built: bridge, house, lighthouse, windmill."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from davae.data.scenes.canvas import Array, Canvas, Window, f32, inside, stroke, turned
@@ -81,9 +79,7 @@ def house(canvas: Canvas, rng: np.random.Generator) -> str:
     canvas.rectangle(chimney - 0.045, ridge - 0.045, chimney + 0.045, ridge - 0.02, mix(wall, INK, 0.5))
     canvas.rectangle(middle - half, eaves, middle + half, ground, stone)
     canvas.rectangle(middle - half, eaves, middle + half, eaves + 0.03, INK, 0.3)
-    shingles = scallops(
-        roof, mix(roof, INK, 0.7), size=(0.05, 0.032), width=0.008, origin=(middle, ridge), lift=0.55
-    )
+    shingles = scallops(roof, mix(roof, INK, 0.7), size=(0.05, 0.032), width=0.008, origin=(middle, ridge), lift=0.55)
     left, right = middle - half - 0.05, middle + half + 0.05  # of the eaves, which hang over
     gable = [(middle - half * 0.62, ridge), (middle + half * 0.62, ridge)]
     canvas.polygon([(left, eaves + 0.012), *gable, (right, eaves + 0.012)], shingles)
@@ -185,9 +181,7 @@ def lighthouse(canvas: Canvas, rng: np.random.Generator) -> str:
     canvas.rectangle(middle - room, top - 0.085, middle + room, top - 0.012, panes)
     canvas.rectangle(middle - width * 0.85, top - 0.042, middle + width * 0.85, top - 0.036, INK)
     eaves = room * 1.25
-    canvas.polygon(
-        [(middle - eaves, top - 0.083), (middle, top - 0.145), (middle + eaves, top - 0.083)], band
-    )
+    canvas.polygon([(middle - eaves, top - 0.083), (middle, top - 0.145), (middle + eaves, top - 0.083)], band)
     canvas.line((middle, top - 0.145), (middle, top - 0.18), 0.008, INK)
     light_up(canvas, hour)
     return f"a {name} and white lighthouse on a cliff {hour.words}"
@@ -217,9 +211,7 @@ def windmill(canvas: Canvas, rng: np.random.Generator) -> str:
 
     def tower(x: Array, y: Array) -> Array:
         half = f32(0.085) + f32(0.075) * (y - f32(hub)) / f32(base - hub)
-        return np.maximum(
-            np.abs(x - f32(middle)) - half, np.abs(y - f32((hub + base) / 2)) - (base - hub) / 2
-        )
+        return np.maximum(np.abs(x - f32(middle)) - half, np.abs(y - f32((hub + base) / 2)) - (base - hub) / 2)
 
     stone = bricks(body, mix(body, INK, 0.5), size=(0.064, 0.036), width=0.0075, origin=(middle, hub))
 
@@ -227,9 +219,7 @@ def windmill(canvas: Canvas, rng: np.random.Generator) -> str:
         return mix(stone(w), INK, np.clip((w.x - f32(middle)) * f32(3), 0, 0.4))
 
     canvas.shape((middle - 0.17, hub, middle + 0.17, base), tower, shaded)
-    tiles = scallops(
-        cap, mix(cap, INK, 0.65), size=(0.044, 0.028), width=0.008, origin=(middle, hub), lift=0.5
-    )
+    tiles = scallops(cap, mix(cap, INK, 0.65), size=(0.044, 0.028), width=0.008, origin=(middle, hub), lift=0.5)
 
     def dome(x: Array, y: Array) -> Array:
         return np.maximum(np.hypot(x - f32(middle), (y - f32(hub)) * 0.95) - 0.105, y - f32(hub + 0.008))

@@ -5,8 +5,6 @@ Coordinates run from (0, 0) at the top left to (1, 1) at the bottom right. A sha
 and work is restricted to each shape's bounding box: a scene costs a few milliseconds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
@@ -93,9 +91,7 @@ class Canvas:
         """Cover the whole picture."""
         self.cover((0, 0, 1, 1), lambda _: np.ones((1, 1), dtype=np.float32), paint)
 
-    def cover(
-        self, bounds: Bounds, coverage: Callable[[Window], Array], paint: Paint, opacity: float = 1.0
-    ) -> None:
+    def cover(self, bounds: Bounds, coverage: Callable[[Window], Array], paint: Paint, opacity: float = 1.0) -> None:
         """Lay paint where ``coverage``, in [0, 1], says, within ``bounds``."""
         window = self.window(*bounds)
         if window is not None:
@@ -197,9 +193,7 @@ def turned(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
 
 def circles_distance(x: Array, y: Array, circles: Iterable[tuple[float, float, float]]) -> Array:
     """Signed distance to the union of circles (centre x, centre y, radius)."""
-    return reduce(
-        np.minimum, (np.hypot(x - f32(cx), y - f32(cy)) - f32(radius) for cx, cy, radius in circles)
-    )
+    return reduce(np.minimum, (np.hypot(x - f32(cx), y - f32(cy)) - f32(radius) for cx, cy, radius in circles))
 
 
 def ellipse_distance(x: Array, y: Array, radii: Point, angle: float = 0.0) -> Array:

@@ -1,7 +1,5 @@
 """The twelve classes, one scene from (class, seed), and the data set made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import TypedDict
 
@@ -48,9 +46,7 @@ class SceneItem(TypedDict):
 
 def _paint(class_index: int, seed: int, resolution: int) -> tuple[Canvas, str]:
     if not 0 <= class_index < len(CLASSES):
-        raise DavaeError(
-            f"class_index is {class_index}: the procedural classes are numbered 0 to {len(CLASSES) - 1}"
-        )
+        raise DavaeError(f"class_index is {class_index}: the procedural classes are numbered 0 to {len(CLASSES) - 1}")
     if seed < 0:
         raise DavaeError(f"seed is {seed}: a scene's seed must be 0 or larger")
     if resolution < 8:
@@ -96,17 +92,13 @@ class ProceduralScenes(Dataset[SceneItem]):
     ) -> None:
         for name in classes:
             if name not in CLASSES:
-                raise DavaeError(
-                    f"classes: there is no procedural class {name!r}; there are {', '.join(CLASSES)}"
-                )
+                raise DavaeError(f"classes: there is no procedural class {name!r}; there are {', '.join(CLASSES)}")
         if not classes:
             raise DavaeError("classes is empty: name at least one procedural class")
         if length < 0 or seed < 0 or start < 0:
             raise DavaeError(f"length={length}, seed={seed}, start={start}: none of these may be negative")
         if start + length > SEED_STRIDE:
-            raise DavaeError(
-                f"start + length is {start + length}: one seed holds 2**32 scenes; use another seed"
-            )
+            raise DavaeError(f"start + length is {start + length}: one seed holds 2**32 scenes; use another seed")
         if resolution < 8:
             raise DavaeError(f"resolution is {resolution}: a scene needs at least 8 pixels a side")
         self.length, self.resolution, self.seed, self.start = length, resolution, seed, start

@@ -1,7 +1,5 @@
 """Scenes of living things: butterfly, fish, flower, tree."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from davae.data.scenes.canvas import (
@@ -139,9 +137,7 @@ def fish(canvas: Canvas, rng: np.random.Generator) -> str:
     canvas.polygon([at(-0.45, 0.7), at(-0.42, 1.42), at(-0.02, 1.3), at(0.15, 0.85)], fin)
 
     skin = gradient(mix(dark, tone, 0.45), mix(tone, WHITE, 0.55), level - height, level + height)
-    scales = scallops(
-        skin, mix(dark, INK, 0.25), size=(0.05, 0.032), width=0.008, origin=(middle, level), lift=0.35
-    )
+    scales = scallops(skin, mix(dark, INK, 0.25), size=(0.05, 0.032), width=0.008, origin=(middle, level), lift=0.35)
     canvas.ellipse((middle, level), (length, height), scales)
     head_x = middle + side * length * 0.5
 

@@ -1,7 +1,5 @@
 """Scenes of made things: balloon, basket, book, sailboat."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from davae.data.scenes.canvas import Array, Canvas, Distance, Window, f32, inside, stroke
@@ -102,9 +100,7 @@ def basket(canvas: Canvas, rng: np.random.Generator) -> str:
         return pulse(np.arctan2(dy, dx) * f32(30 / np.pi) + ring * f32(16), 0.42, w.pixel * 30 / np.pi / half)
 
     cane, brown = colour("d9a15a"), colour("6b3f1c")
-    canvas.shape(
-        (middle - half, rim - half * 1.36, middle + half, rim + 0.03), handle, modulated(cane, brown, twist)
-    )
+    canvas.shape((middle - half, rim - half * 1.36, middle + half, rim + 0.03), handle, modulated(cane, brown, twist))
     row = ((-0.62, 0.0), (0.62, 0.0), (-0.22, -0.03), (0.24, -0.03), (0.0, 0.015))
     for (share, lift), jitter in zip(row, heights, strict=True):
         x, y, size = middle + share * half, rim + lift - 0.035 + float(jitter), 0.088
@@ -121,9 +117,7 @@ def basket(canvas: Canvas, rng: np.random.Generator) -> str:
 
     def body(x: Array, y: Array) -> Array:
         width = f32(half) * (1 - f32(0.26) * (y - f32(rim)) / f32(base - rim))
-        return np.maximum(
-            np.abs(x - f32(middle)) - width, np.abs(y - f32(0.5 * (rim + base))) - (base - rim) / 2
-        )
+        return np.maximum(np.abs(x - f32(middle)) - width, np.abs(y - f32(0.5 * (rim + base))) - (base - rim) / 2)
 
     wicker = weave(colour("edbd78"), colour("a8692f"), colour("4f2c12"), size=0.055, origin=(middle, rim))
 
@@ -189,9 +183,7 @@ def book(canvas: Canvas, rng: np.random.Generator) -> str:
         low = pulse(body - f32(0.63), 0.17, w.pixel / pitch) * (kind > 0.4)
         ink = np.maximum(stem * band, np.maximum(top, low)) * (kind < 0.86)
         inner, outer = 0.12, 0.9
-        column = inside(
-            (np.abs(away - f32((inner + outer) / 2)) - f32((outer - inner) / 2)) * f32(half), w.pixel
-        )
+        column = inside((np.abs(away - f32((inner + outer) / 2)) - f32((outer - inner) / 2)) * f32(half), w.pixel)
         rows = inside(np.abs(v + f32(0.01)) - f32(tall - 0.045), w.pixel)
         picture_side = ~right if left_picture else right
         frame_x = np.abs(away - f32(0.51)) * f32(half) - f32(0.34 * half)

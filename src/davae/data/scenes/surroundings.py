@@ -1,7 +1,5 @@
 """What the outdoor scenes share: the time of day, the sky with its clouds, hills, lawn and sea."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -55,18 +53,14 @@ def light_up(canvas: Canvas, hour: Hour) -> None:
     canvas.rgb *= np.array(hour.light, dtype=np.float32)[:, None, None]
 
 
-def sky(
-    canvas: Canvas, rng: np.random.Generator, hour: Hour, *, horizon: float, orb_x: float, clouds: bool
-) -> None:
+def sky(canvas: Canvas, rng: np.random.Generator, hour: Hour, *, horizon: float, orb_x: float, clouds: bool) -> None:
     """An engraved sky down to the horizon, with sun or moon near ``orb_x`` and, if asked for, two clouds."""
     orb_x += rng.uniform(-0.05, 0.05)
     orb_y, radius = rng.uniform(0.12, 0.2), rng.uniform(0.055, 0.075)
     first_x, first_y, second_x, second_y = rng.uniform((0.04, 0.4, 0.78, 0.2), (0.16, 0.5, 0.92, 0.34))
     zenith, low = glow(hour.zenith, hour), glow(hour.horizon, hour)
     backdrop = gradient(zenith, low, 0.0, horizon)
-    canvas.fill(
-        engraved(backdrop, mix(low, WHITE, 0.55), period=1 / 36, strength=0.42, bend=0.006, duty=0.34)
-    )
+    canvas.fill(engraved(backdrop, mix(low, WHITE, 0.55), period=1 / 36, strength=0.42, bend=0.006, duty=0.34))
     orb = glow(hour.orb, hour)
     canvas.ellipse((orb_x, orb_y), (radius * 1.55, radius * 1.55), orb, opacity=0.3)
     canvas.ellipse((orb_x, orb_y), (radius, radius), orb)

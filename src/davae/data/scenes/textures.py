@@ -5,8 +5,6 @@ integrated over the pixel in closed form, so at a low resolution it fades into i
 photograph, and a scene at two resolutions stays the same scene. Lengths are in scene units: the side is 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np
@@ -69,9 +67,7 @@ def resolve(paint: Paint, window: Window) -> Array:
     return paint(window) if callable(paint) else paint[:, None, None]
 
 
-def engraved(
-    base: Paint, ink: Array, *, period: float, strength: float, bend: float, duty: float = 0.5
-) -> Texture:
+def engraved(base: Paint, ink: Array, *, period: float, strength: float, bend: float, duty: float = 0.5) -> Texture:
     """Level, gently waving lines, as an engraver draws a sky."""
 
     def texture(w: Window) -> Array:
@@ -209,9 +205,7 @@ def water(base: Paint, crest: Array, trough: Array, *, horizon: float, drift: fl
     return texture
 
 
-def planks(
-    base: Paint, seam: Array, grain: Array, *, board: float, period: float, angle: float = np.pi / 2
-) -> Texture:
+def planks(base: Paint, seam: Array, grain: Array, *, board: float, period: float, angle: float = np.pi / 2) -> Texture:
     """Boards with seams, and wood grain that waves along them."""
 
     cosine, sine = float(np.cos(angle)), float(np.sin(angle))

@@ -1,7 +1,5 @@
 """A folder of images, at any depth: class from the parent folder, caption from a text file beside."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ name), the label the one of type ``ClassLabel`` (else integers or text named ``l
 named ``text`` or ``caption``. Local files never touch the network.
 """
 
-from __future__ import annotations
-
 import io
 import logging
 import re

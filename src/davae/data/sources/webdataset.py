@@ -6,8 +6,6 @@ shards open; images are then read in any order straight from the archive. Nothin
 so a member's name, whatever it says, leads nowhere.
 """
 
-from __future__ import annotations
-
 import glob
 import io
 import itertools
@@ -141,9 +139,7 @@ class ShardSource:
                 samples.append(sample)
         return samples
 
-    def _note(
-        self, archive: tarfile.TarFile, member: tarfile.TarInfo, groups: dict[str, _Beside], shard: int
-    ) -> None:
+    def _note(self, archive: tarfile.TarFile, member: tarfile.TarInfo, groups: dict[str, _Beside], shard: int) -> None:
         folder, _, base = member.name.rpartition("/")
         stem, _, ending = base.partition(".")
         if not stem or not ending:  # a hidden file, or one without an ending

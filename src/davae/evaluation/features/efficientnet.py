@@ -1,7 +1,5 @@
 """EfficientNet-Lite0: ImageNet features from two small packages, without a download from elsewhere."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

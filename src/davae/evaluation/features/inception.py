@@ -1,7 +1,5 @@
 """The Inception network of published FID, KID and Inception Score, from a file of weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,9 +149,7 @@ def _block_b(channels: int) -> _Block:
         ("branch3x3dbl_2", 96, (3, 3)),
         ("branch3x3dbl_3", 96, (3, 3)),
     )
-    return _Block(
-        channels, ((None, (("branch3x3", 384, (3, 3)),)), (None, triple), (_halve, ())), halves=True
-    )
+    return _Block(channels, ((None, (("branch3x3", 384, (3, 3)),)), (None, triple), (_halve, ())), halves=True)
 
 
 def _block_c(channels: int, inner: int) -> _Block:

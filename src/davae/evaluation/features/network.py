@@ -1,7 +1,5 @@
 """What a feature network is."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple, Protocol
 
 import torch

@@ -1,7 +1,5 @@
 """Feature networks by name, and what to do where one is missing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -37,10 +35,7 @@ def open_network(name: str, *, device: str | torch.device = "cpu") -> FeatureNet
 
 def open_networks(names: Sequence[str], device: str, unavailable: dict[str, str]) -> list[FeatureNetwork]:
     """The feature networks that can be had; of the others the reason is noted under ``fid/NAME``."""
-    opened = [
-        or_unavailable(f"fid/{name}", partial(open_network, name, device=device), unavailable)
-        for name in names
-    ]
+    opened = [or_unavailable(f"fid/{name}", partial(open_network, name, device=device), unavailable) for name in names]
     return [network for network in opened if network is not None]
 
 

@@ -1,7 +1,5 @@
 """Features of any image model of transformers (DINOv2, CLIP, ViT, ResNet) or, through it, of timm."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,9 +40,7 @@ class TransformersFeatures:
         try:
             self._model, info = AutoModel.from_pretrained(name, output_loading_info=True)
         except ImportError as error:  # the wrapper of timm's networks needs timm
-            raise DavaeError(
-                f"feature network '{name}': {_first_line(error)}. Install it with pip"
-            ) from error
+            raise DavaeError(f"feature network '{name}': {_first_line(error)}. Install it with pip") from error
         except (OSError, ValueError, KeyError) as error:
             raise DavaeError(
                 f"feature network '{name}': not 'inception', not 'efficientnet-lite0', and no transformers model can "
@@ -55,9 +51,7 @@ class TransformersFeatures:
         self._has_pooler = not any("pooler" in key for key in missing)
         others = [key for key in missing if "pooler" not in key]
         if others:
-            raise DavaeError(
-                f"feature network '{name}': the weights lack {others[0]} and {len(others) - 1} more"
-            )
+            raise DavaeError(f"feature network '{name}': the weights lack {others[0]} and {len(others) - 1} more")
         self._model.to(device).eval().requires_grad_(False)
         found = _beside(name, "preprocessor_config.json")
         stored = json.loads(found.read_text()) if found else {}
@@ -144,15 +138,11 @@ class TextImageNetwork(TransformersFeatures):
     def __init__(self, name: str, *, device: str | torch.device = "cpu") -> None:
         super().__init__(name, device=device)
         if not hasattr(self._model, "get_text_features"):
-            raise DavaeError(
-                f"a CLIP score needs a model of images and texts; {type(self._model).__name__} has none"
-            )
+            raise DavaeError(f"a CLIP score needs a model of images and texts; {type(self._model).__name__} has none")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError) as error:
-            raise DavaeError(
-                f"'{name}' has no tokenizer: fetch its tokenizer files into the same folder"
-            ) from error
+            raise DavaeError(f"'{name}' has no tokenizer: fetch its tokenizer files into the same folder") from error
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:

@@ -1,7 +1,5 @@
 """The images of an upgraded pipeline and of its baselines, from the same prompts and seeds."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -130,9 +128,7 @@ def _check_names(others: Mapping[str, str]) -> None:
     taken = {"upgraded", "base", "native", "geneval", BASE_UPSCALED, BASE_NATIVE}
     for name in others:
         if name in taken or not name or Path(name).name != name:
-            raise DavaeError(
-                f"a model beside cannot be called '{name}': it names a row and a folder of its own"
-            )
+            raise DavaeError(f"a model beside cannot be called '{name}': it names a row and a folder of its own")
 
 
 def find_subjects(pipe: DiffusionPipeline, prompts: str | Path | None) -> PromptSet:
@@ -143,9 +139,7 @@ def find_subjects(pipe: DiffusionPipeline, prompts: str | Path | None) -> Prompt
     """
     if takes_prompts(pipe):
         if prompts is None:
-            raise DavaeError(
-                f"{type(pipe).__name__} makes images of prompts: name a file of them with --prompts"
-            )
+            raise DavaeError(f"{type(pipe).__name__} makes images of prompts: name a file of them with --prompts")
         return open_prompt_set(prompts)
     if prompts is not None:
         raise DavaeError(f"{type(pipe).__name__} makes images of classes: leave --prompts out")

@@ -1,7 +1,5 @@
 """Generated images of several models against one reference, with everything that another needs to repeat it."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -226,16 +224,12 @@ def _score_by_category(
 
 def _save_moments(gathered: ImageSet | Gaussian, file: Path) -> dict[str, str]:
     if isinstance(gathered, Gaussian) or len(gathered.features) != 1:
-        raise DavaeError(
-            "statistics are saved of images, with one feature network: give one --features that is there"
-        )
+        raise DavaeError("statistics are saved of images, with one feature network: give one --features that is there")
     ((network, features),) = gathered.features.items()
     return {"file": str(file), "network": network, "sha256": save_statistics(features.gaussian(), file)}
 
 
-def compare_categories(
-    found: ImageSet, reference: ImageSet | Gaussian, *, seed: int = 2020
-) -> dict[str, Distances]:
+def compare_categories(found: ImageSet, reference: ImageSet | Gaussian, *, seed: int = 2020) -> dict[str, Distances]:
     """Distances of features of each category to the reference images of the same name.
 
     Args:
@@ -252,9 +246,7 @@ def compare_categories(
         result[category] = distances = Distances()
         for name, features in found.features.items():
             if isinstance(reference, Gaussian):
-                distances.unavailable[f"fid/{name}"] = (
-                    "the reference is a file of statistics: images are needed"
-                )
+                distances.unavailable[f"fid/{name}"] = "the reference is a file of statistics: images are needed"
                 continue
             there = reference.numbers_of(category)
             if not there:

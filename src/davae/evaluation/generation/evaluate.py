@@ -1,7 +1,5 @@
 """A pipeline's images beside its baselines, from names and folders: what ``davae evaluate generation`` does."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -87,9 +85,7 @@ def evaluate_generation(
     if state.is_main_process:  # before the images: what is missing should be known early
         networks = open_networks(["inception"] if features is None else features, where, unavailable)
         if clip is not None:
-            clip_network = or_unavailable(
-                CLIP_SCORE, lambda: TextImageNetwork(clip, device=where), unavailable
-            )
+            clip_network = or_unavailable(CLIP_SCORE, lambda: TextImageNetwork(clip, device=where), unavailable)
         if save_statistics is not None and (len(networks) != 1 or compared.moments is not None):
             raise DavaeError(
                 "--save-statistics writes the moments of reference images by one feature network: give images as the "

@@ -5,8 +5,6 @@ and the set of files is all the state there is. An image depends on its number a
 ``seed + i``, and on the batch it belongs to, which is cut by number too, never by what is still missing.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What a generation run makes images of: prompts from files that benchmarks publish, or classes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

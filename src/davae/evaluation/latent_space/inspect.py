@@ -1,7 +1,5 @@
 """What a structured latent holds: statistics, spectra, classes, and what the details are worth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path

@@ -21,9 +21,7 @@ def latent_rows(latents: Tensor, minimum: int) -> Tensor:
         DavaeError: fewer than ``minimum``, or values that are not finite.
     """
     if latents.ndim < 2 or len(latents) < minimum:
-        raise DavaeError(
-            f"at least {minimum} latents [N, C, h, w] or [N, F] are needed, got {list(latents.shape)}"
-        )
+        raise DavaeError(f"at least {minimum} latents [N, C, h, w] or [N, F] are needed, got {list(latents.shape)}")
     rows = latents.detach().flatten(1).double().cpu()
     if not rows.isfinite().all():
         raise DavaeError("the latents hold NaN or infinite values")
@@ -64,9 +62,7 @@ class PrincipalAxes:
         return (latent_rows(latents, 1) - self.mean) @ self.axes.T
 
 
-def project_latents(
-    latents: Tensor, method: Method = "pca", *, seed: int = 0, perplexity: float = 30.0
-) -> Tensor:
+def project_latents(latents: Tensor, method: Method = "pca", *, seed: int = 0, perplexity: float = 30.0) -> Tensor:
     """Lay latents out in the plane.
 
     Args:
@@ -134,9 +130,7 @@ def tsne(rows: Tensor, *, perplexity: float = 30.0, steps: int = 750, seed: int 
     """
     count = len(rows)
     if count > MAXIMUM_POINTS:
-        raise DavaeError(
-            f"exact t-SNE takes at most {MAXIMUM_POINTS} points, got {count}: use a subset, or pca"
-        )
+        raise DavaeError(f"exact t-SNE takes at most {MAXIMUM_POINTS} points, got {count}: use a subset, or pca")
     rows = rows.double()
     p = _affinities(torch.cdist(rows, rows).square(), max(min(perplexity, (count - 1) / 3), 1.1))
     start = torch.zeros(count, 2, dtype=rows.dtype)

@@ -1,7 +1,5 @@
 """How well classes can be told apart in a latent space: linear probes and nearest neighbours."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

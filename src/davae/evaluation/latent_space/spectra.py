@@ -1,7 +1,5 @@
 """Radial power spectra of the parts of a structured latent, and of what each of them adds to the image."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -123,9 +121,7 @@ def local_distant_similarity(latents: Tensor, *, near: int = 1) -> float:
     cosine = (vectors @ vectors.transpose(1, 2)).mean(0).cpu()  # [h w, h w]
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     rows, columns = rows.flatten(), columns.flatten()
-    distance = torch.maximum(
-        (rows[:, None] - rows[None, :]).abs(), (columns[:, None] - columns[None, :]).abs()
-    )
+    distance = torch.maximum((rows[:, None] - rows[None, :]).abs(), (columns[:, None] - columns[None, :]).abs())
     close = (distance > 0) & (distance <= near)
     far = distance >= min(height, width) // 2
     return float(cosine[close].mean() - cosine[far].mean())

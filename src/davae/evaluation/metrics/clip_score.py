@@ -22,9 +22,7 @@ class ClipScore:
             DavaeError: the shapes differ.
         """
         if images.ndim != 2 or images.shape != texts.shape:
-            raise DavaeError(
-                f"embeddings must be pairs of rows, got {list(images.shape)} and {list(texts.shape)}"
-            )
+            raise DavaeError(f"embeddings must be pairs of rows, got {list(images.shape)} and {list(texts.shape)}")
         cosine = F.cosine_similarity(images.double(), texts.double(), dim=1)
         self._sum += float(100 * cosine.clamp_min(0).sum())
         self.count += len(images)

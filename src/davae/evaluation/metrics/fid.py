@@ -72,9 +72,7 @@ class GaussianStatistics:
             expected = "[B, F]" if self._mean is None else f"[B, {len(self._mean)}]"
             raise DavaeError(f"features must be rows {expected}, got {list(rows.shape)}")
         if not rows.isfinite().all():
-            raise DavaeError(
-                "the features hold NaN or infinite values: look at the images and the feature network"
-            )
+            raise DavaeError("the features hold NaN or infinite values: look at the images and the feature network")
         if len(rows) == 0:
             return self
         rows = rows.detach().double().cpu()
@@ -117,9 +115,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
             f"features of different networks cannot be compared: {len(a.mean)} against {len(b.mean)} numbers an image"
         )
     roots = torch.linalg.svdvals(a.factor.T @ b.factor)
-    distance = (
-        (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * roots.sum()
-    )
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * roots.sum()
     return float(distance)
 
 

@@ -83,9 +83,7 @@ class ImageSet:
         seed: of the patches.
     """
 
-    def __init__(
-        self, networks: Sequence[FeatureNetwork] = (), *, spatial: bool = True, seed: int = 0
-    ) -> None:
+    def __init__(self, networks: Sequence[FeatureNetwork] = (), *, spatial: bool = True, seed: int = 0) -> None:
         self.networks = list(networks)
         self.features = {network.name: FeatureSet() for network in networks}
         self.patches = PatchSet(seed=seed) if spatial else None

@@ -1,7 +1,5 @@
 """Inception Score (Salimans et al. 2016): are images surely of some class, and of all classes?"""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -4,8 +4,6 @@ A Fréchet distance of few images is too large by an amount that depends on thei
 better measure below a few thousand images.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -9,8 +9,6 @@
 A training that measures at several resolutions appends the side: ``psnr_128``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import TypeVar

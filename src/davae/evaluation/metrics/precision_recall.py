@@ -5,8 +5,6 @@ Precision is the share of generated images inside the real set's balls, recall t
 generated set's.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -22,9 +20,7 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def precision_recall(
-    real: Tensor, generated: Tensor, *, neighbours: int = 3, chunk: int = 1024
-) -> PrecisionRecall:
+def precision_recall(real: Tensor, generated: Tensor, *, neighbours: int = 3, chunk: int = 1024) -> PrecisionRecall:
     """Precision and recall of features.
 
     Args:
@@ -37,9 +33,7 @@ def precision_recall(
         DavaeError: a set has no k-th neighbour, or features of different networks.
     """
     if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
-        raise DavaeError(
-            f"features must be rows of one length, got {list(real.shape)} and {list(generated.shape)}"
-        )
+        raise DavaeError(f"features must be rows of one length, got {list(real.shape)} and {list(generated.shape)}")
     if min(len(real), len(generated)) <= neighbours:
         raise DavaeError(f"{neighbours} neighbours need more images than {len(real)} and {len(generated)}")
     real, generated = real.double(), generated.double()
@@ -52,9 +46,7 @@ def precision_recall(
 def _radii(rows: Tensor, neighbours: int, chunk: int) -> Tensor:
     """Distance of every row to its k-th nearest other row, ``[N]``."""
     # The nearest of all is the row itself, hence k + 1. Exact differences: a matrix product loses small distances.
-    return torch.cat(
-        [_distances(part, rows).kthvalue(neighbours + 1, dim=1).values for part in rows.split(chunk)]
-    )
+    return torch.cat([_distances(part, rows).kthvalue(neighbours + 1, dim=1).values for part in rows.split(chunk)])
 
 
 def _share_inside(points: Tensor, centres: Tensor, radii: Tensor, chunk: int) -> float:

@@ -62,9 +62,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """
     a, b = _checked(a, b, "ssim")
     if min(a.shape[-2:]) < _SSIM_WINDOW:
-        raise DavaeError(
-            f"ssim needs images of at least {_SSIM_WINDOW} x {_SSIM_WINDOW} pixels, got {list(a.shape)}"
-        )
+        raise DavaeError(f"ssim needs images of at least {_SSIM_WINDOW} x {_SSIM_WINDOW} pixels, got {list(a.shape)}")
     _, local = structural_similarity_index_measure(
         a, b, data_range=DATA_RANGE, sigma=1.5, reduction="none", return_full_image=True
     )

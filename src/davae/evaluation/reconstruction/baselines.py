@@ -1,7 +1,5 @@
 """An autoencoder's reconstructions beside the baselines that a reader asks for."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any

@@ -3,8 +3,6 @@
 Lettering and faces are named by whoever measures: as a folder of crops, or as boxes in a file. Fine texture is found.
 """
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -125,9 +123,7 @@ def read_boxes(file: str | Path) -> dict[str, list[Box]]:
             table = csv.DictReader(stream)
             missing = [name for name in _COLUMNS if name not in (table.fieldnames or ())]
             if missing:
-                raise DavaeError(
-                    f"{path} has no column '{missing[0]}': its first line is {','.join(_COLUMNS)}"
-                )
+                raise DavaeError(f"{path} has no column '{missing[0]}': its first line is {','.join(_COLUMNS)}")
             for row in table:
                 box = _box(row, path, table.line_num)
                 found.setdefault(row["name"].strip(), []).append(box)

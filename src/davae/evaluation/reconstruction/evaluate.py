@@ -1,7 +1,5 @@
 """An autoencoder beside its baselines, from folders: what ``davae evaluate reconstruction`` does."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -72,9 +70,7 @@ def evaluate_reconstruction(
     unavailable: dict[str, str] = {}
     perceptual: dict[str, Perceptual | None] = {}
     if lpips is not None:
-        perceptual[LPIPS] = or_unavailable(
-            LPIPS, lambda: Perceptual(LpipsLoss(str(lpips)), where), unavailable
-        )
+        perceptual[LPIPS] = or_unavailable(LPIPS, lambda: Perceptual(LpipsLoss(str(lpips)), where), unavailable)
     if dino is not None:
         perceptual[DINO] = or_unavailable(DINO, lambda: Perceptual(DinoDistance(dino), where), unavailable)
     report = compare_reconstructions(

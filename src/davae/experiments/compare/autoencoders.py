@@ -1,7 +1,5 @@
 """What autoencoders keep of the same images, and how fast they are."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -93,9 +91,7 @@ def open_candidates(
     if not autoencoders:
         raise DavaeError("there is no autoencoder to compare: give NAME=FOLDER")
     if resolution < _SMALLEST:
-        raise DavaeError(
-            f"a resolution of {resolution} is too small to compare at: at least {_SMALLEST} pixels"
-        )
+        raise DavaeError(f"a resolution of {resolution} is too small to compare at: at least {_SMALLEST} pixels")
     found = []
     for name, given in autoencoders.items():
         model: Any = given
@@ -173,9 +169,7 @@ def score_autoencoders(
     part = images[:batch]
     encoders = {c.name: partial(encode, c.model, part.to(c.model.device)) for c in candidates}
     latents = {c.name: encode_all(c, images, batch) for c in candidates}
-    decoders = {
-        c.name: partial(decode, c.model, latents[c.name][:batch].to(c.model.device)) for c in candidates
-    }
+    decoders = {c.name: partial(decode, c.model, latents[c.name][:batch].to(c.model.device)) for c in candidates}
     encoded, decoded = side_by_side(encoders, repeats).medians, side_by_side(decoders, repeats).medians
     rows, made = [], {}
     for c in candidates:

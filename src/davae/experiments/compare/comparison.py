@@ -1,7 +1,5 @@
 """The whole comparison: images in, rows and picture sheets out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -202,9 +202,7 @@ def transformer_size(text: str) -> Size:
     if len(parts) == 3 and all(part.isdecimal() and int(part) for part in parts):
         width, depth, heads = map(int, parts)
         return Size(num_layers=depth, hidden_size=width, num_attention_heads=heads)
-    raise DavaeError(
-        f"transformer size '{text}' is unknown: it is one of {', '.join(SIZES)}, or WIDTHxDEPTHxHEADS"
-    )
+    raise DavaeError(f"transformer size '{text}' is unknown: it is one of {', '.join(SIZES)}, or WIDTHxDEPTHxHEADS")
 
 
 class TinyRun:
@@ -256,16 +254,12 @@ class TinyRun:
     def velocity(self, latents: Tensor, sigma: float, labels: Tensor) -> Tensor:
         """Guided, as in sampling."""
         with torch.no_grad():
-            return guided_velocity(
-                self.transformer, latents, sigma, labels, guidance_scale=self.options.guidance
-            )
+            return guided_velocity(self.transformer, latents, sigma, labels, guidance_scale=self.options.guidance)
 
     def train(self) -> list[float]:
         """All steps; the loss of each."""
         losses = []
-        with Progress(
-            f"{self.candidate.name}, {self.candidate.tokens} tokens", self.options.steps
-        ) as progress:
+        with Progress(f"{self.candidate.name}, {self.candidate.tokens} tokens", self.options.steps) as progress:
             for number in range(self.options.steps):
                 losses.append(self.step(number))
                 progress.losses({"loss": losses[-1]})

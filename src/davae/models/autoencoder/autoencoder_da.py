@@ -131,9 +131,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         networks = self.adapter.network_adapter(self.base)
         encoder_features, self.base_compression = networks.probe_encoder(self.detail_encoder)
         decoder_features = networks.decoder_channels(self.joint_decoder)
-        self.down = ResidualDownsample(
-            encoder_features, 2 * detail_channels, self.scale
-        )  # mean, log-variance
+        self.down = ResidualDownsample(encoder_features, 2 * detail_channels, self.scale)  # mean, log-variance
         self.up = ResidualUpsample(self.layout.channels, decoder_features, self.scale)
         self._add_pipeline_parts(self.base)
         self._group_offload_block_modules = [*self._group_offload_block_modules, *offloaded_blocks(self.base)]
@@ -182,9 +180,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         model_class, _ = find_adapter(type(base).__name__)
         if any(parameter.is_meta for parameter in base.parameters()):
-            raise DavaeError(
-                "the base's weights are offloaded: take the VAE before offloading is switched on"
-            )
+            raise DavaeError("the base's weights are offloaded: take the VAE before offloading is switched on")
         model = cls(
             base_class=type(base).__name__,
             base_config=constructor_arguments(model_class, base.config),
@@ -212,9 +208,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         """Config entries and modules that unmodified pipelines read."""
         further = self.adapter.pipeline_config(base)
         compression = self.spatial_compression
-        derived = derived_config(
-            base.config, further, self.own_layout, scale=self.factor, compression=compression
-        )
+        derived = derived_config(base.config, further, self.own_layout, scale=self.factor, compression=compression)
         self.register_to_config(**derived)
         if "temperal_downsample" in derived:  # pipelines read it from the model
             self.temperal_downsample = derived["temperal_downsample"]
@@ -346,14 +340,12 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         self._check_sides(images)
         size = (images.shape[-2] // self.factor, images.shape[-1] // self.factor)
-        small = (
-            F.interpolate(  # in float32: bfloat16 has no antialiased resize on every device, and would blur
-                images.float(),
-                size=size,
-                mode="bicubic",
-                align_corners=False,
-                antialias=self.config.antialias,
-            )
+        small = F.interpolate(  # in float32: bfloat16 has no antialiased resize on every device, and would blur
+            images.float(),
+            size=size,
+            mode="bicubic",
+            align_corners=False,
+            antialias=self.config.antialias,
         )
         return (small.clamp(-1.0, 1.0) if self.config.clamp_base_image else small).to(images.dtype)
 
@@ -451,9 +443,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         latent = self.own_layout.join(z, z_d)
         if self.config.decoder_channel_order == "detail_first":  # the one place where the order differs
             latent = torch.cat([z_d, z], dim=1)
-        decode = self._tiled(
-            lambda x: self.joint_decoder(self.up(x)), self.joint_decoder, 1, self.spatial_compression
-        )
+        decode = self._tiled(lambda x: self.joint_decoder(self.up(x)), self.joint_decoder, 1, self.spatial_compression)
         return self._sliced(decode, latent)
 
     def _bounded(self, z: Tensor) -> Tensor:
@@ -492,13 +482,9 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         count = self.own_layout.detail_channels
         for name, values in (("mean", mean), ("std", std)):
             if values.shape != (count,) or not values.isfinite().all():
-                raise DavaeError(
-                    f"detail {name} must be {count} finite values, not {tuple(values.shape)}: {values}"
-                )
+                raise DavaeError(f"detail {name} must be {count} finite values, not {tuple(values.shape)}: {values}")
         if not (std > 0).all():
-            raise DavaeError(
-                f"detail channel {int((std <= 0).nonzero()[0])} is constant: its standard deviation is 0"
-            )
+            raise DavaeError(f"detail channel {int((std <= 0).nonzero()[0])} is constant: its standard deviation is 0")
         self.register_to_config(detail_mean=mean.tolist(), detail_std=std.tolist())
 
     def detail_statistics(self) -> tuple[Tensor, Tensor]:
@@ -586,9 +572,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         if level == levels[-1].number:
             return self.decode(latent).sample
         if not self.config.has_base_decoder:
-            raise DavaeError(
-                "this autoencoder was made without its base's decoder: only its last level can be decoded"
-            )
+            raise DavaeError("this autoencoder was made without its base's decoder: only its last level can be decoded")
         if self.below is not None:
             return self.below.decode_level(latent, level)
         return self._decode_base(latent)
@@ -624,9 +608,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ large inputs
 
-    def enable_tiling(
-        self, tile_sample_min_size: int | None = None, tile_overlap_factor: float | None = None
-    ) -> None:
+    def enable_tiling(self, tile_sample_min_size: int | None = None, tile_overlap_factor: float | None = None) -> None:
         """Encode and decode larger images in overlapping tiles; see :func:`davae.models.autoencoder.tiling.tiled`.
 
         Args:
@@ -706,8 +688,7 @@ def _check_detail_channels(detail_channels: int, scale: int) -> None:
     """Raise a :class:`DavaeError` for a number that the down block of the whole ``scale`` cannot make."""
     if detail_channels < 1 or 2 * detail_channels % scale**2:
         raise DavaeError(
-            f"detail_channels must be a positive multiple of {scale**2 // 2} for scale {scale}, "
-            f"not {detail_channels}"
+            f"detail_channels must be a positive multiple of {scale**2 // 2} for scale {scale}, not {detail_channels}"
         )
 
 

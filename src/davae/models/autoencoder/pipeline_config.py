@@ -1,7 +1,5 @@
 """Config entries by which unmodified diffusers pipelines find the upgraded autoencoder's sizes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from davae.errors import DavaeError

@@ -1,7 +1,5 @@
 """The posterior of a structured latent: a fixed base part, a Gaussian detail part."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Residual space-to-channel and channel-to-space blocks (DC-AE, arXiv 2410.10733, Sec. 3.2)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch.nn.functional as F

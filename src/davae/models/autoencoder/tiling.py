@@ -67,9 +67,7 @@ def _reduced(x: Tensor, tile: int, cell: int) -> Tensor:
     size = [max(1, round(side // cell * tile / cells)) * cell for side in x.shape[-2:]]
     if cell == 1:  # averaging latents would lower their variance
         return F.interpolate(x, size=size, mode="nearest-exact")
-    return F.interpolate(x.float(), size=size, mode="bicubic", antialias=True, align_corners=False).to(
-        x.dtype
-    )
+    return F.interpolate(x.float(), size=size, mode="bicubic", antialias=True, align_corners=False).to(x.dtype)
 
 
 def _crop(x: Tensor, top: int, left: int, tile: int, cell: int) -> Tensor:
@@ -156,9 +154,7 @@ def _affine(norm: nn.GroupNorm, device: torch.device) -> tuple[Tensor, Tensor]:
         hook = diffusers_hooks.get_hook("group_offloading")
     if hook is not None:
         hook.pre_forward(norm)
-    weight, bias = (
-        values.to(device, torch.float32, copy=hook is not None) for values in (norm.weight, norm.bias)
-    )
+    weight, bias = (values.to(device, torch.float32, copy=hook is not None) for values in (norm.weight, norm.bias))
     if hook is not None:
         hook.post_forward(norm, None)
     return weight, bias

@@ -14,8 +14,6 @@ shortcut, and with zero details as a blurred enlargement of the base's reconstru
 This is an initialisation only: nothing of it is in the config.
 """
 
-from __future__ import annotations
-
 from itertools import product
 from typing import Any
 
@@ -31,9 +29,7 @@ START_LOGVAR = -6.0  # standard deviation 0.05: samples start close to their mea
 
 
 @torch.no_grad()
-def warm_up_block(
-    block: ResidualUpsample, stem: Convolution, layout: LatentLayout, *, detail_first: bool
-) -> None:
+def warm_up_block(block: ResidualUpsample, stem: Convolution, layout: LatentLayout, *, detail_first: bool) -> None:
     """Make the block give ``stem`` of an estimate of the full-resolution base latent.
 
     With ``D = s^2 C`` the details are that latent unshuffled, up to their group's mean, which is the base's to
@@ -180,9 +176,7 @@ def warm_down_block(block: ResidualDownsample, head: Convolution, layout: Latent
     weight = torch.zeros_like(block.conv.weight, dtype=torch.float32)
     bias = torch.zeros(rows, device=weight.device)
     if means:
-        spread = torch.eye(rows)[:, :means].repeat_interleave(cells, dim=0)[
-            :details
-        ]  # [D, means]: row -> channels
+        spread = torch.eye(rows)[:, :means].repeat_interleave(cells, dim=0)[:details]  # [D, means]: row -> channels
         grouped = grouped_mean(spread.T[:, :, None, None], layout.base_channels)[:, :, 0, 0].T  # [C, means]
         mixture = torch.linalg.pinv(grouped).to(weight)  # [means, C]
         mixed = head.then(mixture, torch.zeros_like(mixture[:, 0]))
@@ -211,9 +205,7 @@ def start_blocks_from_base(model: Any) -> None:
     detail_first = _detail_first(model)
     if model.below is not None:
         start = _as_seen_above(model.below, *model.base_affine(model.device))
-        warm_nested_up_block(
-            model.up, start, stem, model.own_layout, model.below.scale, detail_first=detail_first
-        )
+        warm_nested_up_block(model.up, start, stem, model.own_layout, model.below.scale, detail_first=detail_first)
     elif stem is not None:
         warm_up_block(model.up, stem, model.own_layout, detail_first=detail_first)
 

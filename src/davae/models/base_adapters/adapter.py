@@ -120,14 +120,10 @@ class BaseAdapter(ABC):
         """Feature channels that the joint decoder takes: those of its first layer that has weights."""
         for module in joint_decoder.modules():
             for name in ("in_channels", "num_channels", "in_features"):
-                if (
-                    isinstance(getattr(module, name, None), int)
-                    and next(module.parameters(), None) is not None
-                ):
+                if isinstance(getattr(module, name, None), int) and next(module.parameters(), None) is not None:
                     return int(getattr(module, name))
         raise DavaeError(
-            "cannot find how many channels the joint decoder takes: "
-            f"override {type(self).__name__}.decoder_channels"
+            f"cannot find how many channels the joint decoder takes: override {type(self).__name__}.decoder_channels"
         )
 
     def normalisation(self, base: Any) -> tuple[Tensor, Tensor]:

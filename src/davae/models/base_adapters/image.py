@@ -1,7 +1,5 @@
 """Adapters of the base autoencoders that work out of the box."""
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """An :class:`davae.AutoencoderDA` as the base of another one: how a further level of details finds its start."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -23,9 +21,7 @@ class NestedAdapter(BaseAdapter):
     def joint_decoder(self, base: Any) -> nn.Module:
         """A copy of the joint decoder below."""
         if base.joint_decoder is None:
-            raise DavaeError(
-                "the autoencoder has lost the joint decoder of a level: load it as it was trained"
-            )
+            raise DavaeError("the autoencoder has lost the joint decoder of a level: load it as it was trained")
         return copy.deepcopy(base.joint_decoder)
 
     def network_adapter(self, base: Any) -> BaseAdapter:
@@ -65,9 +61,7 @@ class NestedAdapter(BaseAdapter):
 
     def encoder_head(self, base: Any) -> Convolution | None:
         """An estimate of the raw base latent: the grouped mean of the details below (alignment ties them)."""
-        means = (
-            base.own_layout.detail_channels // base.down.factor**2
-        )  # convolution rows that serve means alone
+        means = base.own_layout.detail_channels // base.down.factor**2  # convolution rows that serve means alone
         if not means:
             return None
         rows = torch.eye(base.down.conv.out_channels)[:, :means].repeat_interleave(base.down.factor**2, dim=0)

@@ -5,8 +5,6 @@ zeros. The branches of the upgraded autoencoder are built from these slices, as 
 same function with a third of the weights, and without the parts that only work on further frames.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """AuraFlow: a T5 whose padded states are set to zero, times of sigma."""
 
-from __future__ import annotations
-
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
@@ -25,9 +23,7 @@ class AuraFlow(PipelineFamily):
         "to_add_out",
     )
 
-    def _encode(
-        self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool
-    ) -> dict[str, Tensor]:
+    def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
         embeds, _, _, _ = pipe.encode_prompt(
             prompts,
             do_classifier_free_guidance=False,

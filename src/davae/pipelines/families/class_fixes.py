@@ -6,8 +6,6 @@ SANA), one divides by what is 0 while details are silent. This is mended on the 
 loading: nothing of it is part of a saved pipeline. Which family needs which mend is said in the family.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,9 +60,7 @@ def fit_sizes(pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
         for name, processor in _image_processors(pipe):
             grown = processor.config.vae_scale_factor * vae.scale
             setattr(pipe, name, type(processor).from_config(processor.config, vae_scale_factor=grown))
-        logger.info(
-            "%s: %d pixels a latent position instead of %d", type(pipe).__name__, pipe.vae_scale_factor, known
-        )
+        logger.info("%s: %d pixels a latent position instead of %d", type(pipe).__name__, pipe.vae_scale_factor, known)
     for name, processor in _image_processors(pipe):
         if type(processor) is PixArtImageProcessor:
             setattr(pipe, name, FullResolutionProcessor(vae.scale, processor.config.vae_scale_factor))

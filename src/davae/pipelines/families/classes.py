@@ -1,7 +1,5 @@
 """Class-conditional pipelines: the project's own flow model, and DiT with DDPM noise prediction."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -32,9 +30,7 @@ class ClassFamily(PipelineFamily):
         """The label of no class."""
         raise NotImplementedError
 
-    def _encode(
-        self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool
-    ) -> dict[str, Tensor]:
+    def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
         numbers = [self.null_label(pipe) if empty else _number(pipe, name) for name in prompts]
         return {"class_labels": torch.tensor(numbers, device=pipe.transformer.device)}
 

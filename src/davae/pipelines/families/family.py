@@ -10,8 +10,6 @@ most pipelines: how they learn the size of an image, where their timestep shift 
 upgraded one. A family that needs another value says so in its own file.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 from abc import ABC, abstractmethod
@@ -112,9 +110,7 @@ class PipelineFamily(ABC):
         return {name: value[order.to(value.device)] for name, value in joined.items()}
 
     @abstractmethod
-    def _encode(
-        self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool
-    ) -> dict[str, Tensor]:
+    def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
         """Encode prompts that are all empty or all not."""
 
     # Latents
@@ -278,9 +274,7 @@ class UpgradeOnlyFamily(PipelineFamily):
     lora_targets: ClassVar[tuple[str, ...]] = ()
     trainable = False
 
-    def _encode(
-        self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool
-    ) -> dict[str, Tensor]:
+    def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
         raise _untrainable(type(pipe).__name__)
 
     def _predict(
@@ -395,9 +389,7 @@ def pack(latent: Tensor) -> Tensor:
     """``[B, C, h, w]`` to tokens ``[B, h/2 * w/2, C * 4]``, row by row, channel slowest within a token."""
     batch, channels, height, width = latent.shape
     if height % 2 or width % 2:
-        raise DavaeError(
-            f"a latent of {height} x {width} cannot be packed two by two: choose another resolution"
-        )
+        raise DavaeError(f"a latent of {height} x {width} cannot be packed two by two: choose another resolution")
     split = latent.view(batch, channels, height // 2, 2, width // 2, 2)
     return split.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // 2 * (width // 2), channels * 4)
 

@@ -1,7 +1,5 @@
 """FLUX.1: CLIP's pooled vector and T5, latents packed two by two, a guidance that the transformer is told."""
 
-from __future__ import annotations
-
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
@@ -31,9 +29,7 @@ class Flux(PipelineFamily):
         "ff_context.net.2",
     )
 
-    def _encode(
-        self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool
-    ) -> dict[str, Tensor]:
+    def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
         embeds, pooled, _ = pipe.encode_prompt(
             prompts, None, device=pipe.text_encoder.device, max_sequence_length=length
         )

@@ -1,7 +1,5 @@
 """Lumina 2: Gemma with a system prompt, and time from noise: the transformer takes 1 - sigma and gives data - noise."""
 
-from __future__ import annotations
-
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
@@ -18,9 +16,7 @@ class Lumina2(PipelineFamily):
     sizes = "fixed"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def _encode(
-        self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool
-    ) -> dict[str, Tensor]:
+    def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
         device = pipe.text_encoder.device
         positive, mask, negative, negative_mask = pipe.encode_prompt(
             prompts, do_classifier_free_guidance=empty, device=device, max_sequence_length=length

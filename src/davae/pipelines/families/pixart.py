@@ -1,7 +1,5 @@
 """PixArt-Sigma: T5 with a mask, DDPM noise prediction, a variance head that its samplers do not read."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -26,9 +24,7 @@ class PixArtSigma(PipelineFamily):
     reads_shift = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
-    def _encode(
-        self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool
-    ) -> dict[str, Tensor]:
+    def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
         embeds, mask, _, _ = pipe.encode_prompt(
             prompts,
             do_classifier_free_guidance=False,

@@ -1,7 +1,5 @@
 """Qwen-Image: a language model's last states with a mask, packed latents, channels standardised one by one."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -21,12 +19,8 @@ class QwenImage(PipelineFamily):
     packed = True
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def _encode(
-        self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool
-    ) -> dict[str, Tensor]:
-        embeds, mask = pipe.encode_prompt(
-            prompts, device=pipe.text_encoder.device, max_sequence_length=length
-        )
+    def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
+        embeds, mask = pipe.encode_prompt(prompts, device=pipe.text_encoder.device, max_sequence_length=length)
         if mask is None:  # the pipeline's sign for "nothing is padding"
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         missing = length - embeds.shape[1]

@@ -1,7 +1,5 @@
 """SANA: Gemma with an instruction in front of the prompt, deep-compression autoencoder without a shift."""
 
-from __future__ import annotations
-
 import inspect
 
 from diffusers import DiffusionPipeline
@@ -20,9 +18,7 @@ class Sana(PipelineFamily):
     reads_shift = False
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def _encode(
-        self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool
-    ) -> dict[str, Tensor]:
+    def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
         instruction = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
         embeds, mask, _, _ = pipe.encode_prompt(
             prompts,

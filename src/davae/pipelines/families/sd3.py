@@ -1,7 +1,5 @@
 """Stable Diffusion 3 and 3.5: two CLIPs and T5, times of 1000 sigma."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
@@ -26,9 +24,7 @@ class StableDiffusion3(PipelineFamily):
     extra_text_tokens = 77  # of the CLIPs, whatever the prompt, before T5's
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear")
 
-    def _encode(
-        self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool
-    ) -> dict[str, Tensor]:
+    def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
         embeds, _, pooled, _ = pipe.encode_prompt(
             prompts,
             None,

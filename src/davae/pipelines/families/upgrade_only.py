@@ -1,7 +1,5 @@
 """Pipelines that davae upgrades without knowing how to train them, as far as they do something in their own way."""
 
-from __future__ import annotations
-
 from davae.pipelines.families.family import UpgradeOnlyFamily, register_family
 
 

@@ -1,7 +1,5 @@
 """Images of prompts or classes from any pipeline, one seed each."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Iterator, Sequence
@@ -180,7 +178,5 @@ def _number(pipe: DiffusionPipeline, number: int) -> int:
     # Diffusers' own pipeline would fail inside of an embedding.
     none = getattr(pipe.transformer.config, "num_embeds_ada_norm", None)
     if none is not None and number > none:
-        raise DavaeError(
-            f"class {number} is out of range: the model knows 0 to {none - 1}, and {none} for no class"
-        )
+        raise DavaeError(f"class {number} is out of range: the model knows 0 to {none - 1}, and {none} for no class")
     return number

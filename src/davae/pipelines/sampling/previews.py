@@ -2,8 +2,6 @@
 base model (TAESD and kin) shows them at base resolution for next to nothing.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable
@@ -96,9 +94,7 @@ class Previews:
         if getattr(pipe, "preview_decoder", None) is None:
             logger.info("no preview decoder was given: previews take the base's own decoder")
 
-    def __call__(
-        self, pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]
-    ) -> dict[str, Any]:
+    def __call__(self, pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """For ``callback_on_step_end``; nothing is changed."""
         self.on_step(step, timestep, tensors["latents"])
         return {}

@@ -1,7 +1,5 @@
 """What makes a pipeline or a training faster without changing its results by more than rounding."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Iterator
@@ -93,9 +91,7 @@ def order_channels_last(module: nn.Module) -> None:
 def decode_in(vae: Any, dtype: torch.dtype) -> None:
     """Let ``vae.decode`` compute in another precision under autocast; what goes in and comes out keeps its own."""
     # Bound by `partial`, and not by a closure: a deep copy of the autoencoder then decodes with its own weights.
-    vae.decode = functools.update_wrapper(
-        functools.partial(_decode_under_autocast, vae, dtype), type(vae).decode
-    )
+    vae.decode = functools.update_wrapper(functools.partial(_decode_under_autocast, vae, dtype), type(vae).decode)
 
 
 def _decode_under_autocast(vae: Any, dtype: torch.dtype, z: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -177,9 +177,7 @@ def _put_layers(transformer: nn.Module, header: _Header, tensors: dict[str, Tens
     layers = _widened_layers(transformer)
     if not found == set(header.layers) == set(layers):
         odd = sorted(found ^ set(layers) or found ^ set(header.layers))
-        raise DavaeError(
-            f"{LAYERS_FILE} and the transformer do not have the same widened layers: {', '.join(odd)}"
-        )
+        raise DavaeError(f"{LAYERS_FILE} and the transformer do not have the same widened layers: {', '.join(odd)}")
     for name, parameter in layers.items():
         value = tensors[f"transformer.{name}"]
         if value.shape != parameter.shape:
@@ -321,9 +319,7 @@ def _load_lora(pipe: DiffusionPipeline, name: str, file: Path) -> None:
     transformer = pipe.transformer
     saved = {key.removeprefix("transformer."): value for key, value in load_file(file).items()}
     if hasattr(transformer, "load_lora_adapter"):
-        transformer.load_lora_adapter(
-            file.parent, prefix="transformer", weight_name=file.name, adapter_name=name
-        )
+        transformer.load_lora_adapter(file.parent, prefix="transformer", weight_name=file.name, adapter_name=name)
     else:
         with safe_open(file, framework="pt") as opened:
             values = json.loads(opened.metadata()[LORA_ADAPTER_METADATA_KEY])

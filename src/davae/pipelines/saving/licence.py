@@ -1,7 +1,5 @@
 """Under which licence a model is, as its card says; an upgraded model inherits its base's."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +94,7 @@ def find_licence(
     if given in (None, "other") and own is not None and (given is None or own.id == given):
         if own.id == "other" and not own.name:
             if given is None and not name:
-                raise DavaeError(
-                    f"{card} says licence 'other' without a name: give it as name=... (--license-name)"
-                )
+                raise DavaeError(f"{card} says licence 'other' without a name: give it as name=... (--license-name)")
             link = link or (_inherited_link(own) if name else None)
         elif not name:
             return _as_the_base(own, link)
@@ -113,11 +109,7 @@ def find_licence(
             f"the licence of the base '{base_model}' is not known ({looked}), and a card without one is not written: "
             "give it as license='apache-2.0' (--license), as the base's page names it"
         )
-    if (
-        own is not None
-        and own.title != "other"
-        and named.casefold() in (own.id.casefold(), own.title.casefold())
-    ):
+    if own is not None and own.title != "other" and named.casefold() in (own.id.casefold(), own.title.casefold()):
         return _as_the_base(own, link)
     if link is None:
         logger.warning(

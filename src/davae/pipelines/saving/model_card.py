@@ -161,9 +161,7 @@ class _Facts:
     def _with(cls, kind: str, name: str, config_file: Path, task: str | None) -> _Facts:
         config = json.loads(config_file.read_text()) if config_file.is_file() else {}
         if config.get("_class_name") != "AutoencoderDA":
-            raise DavaeError(
-                f"{config_file.parent} holds no AutoencoderDA: a card is written for davae's models"
-            )
+            raise DavaeError(f"{config_file.parent} holds no AutoencoderDA: a card is written for davae's models")
         pixels = 2 ** (len(config["block_out_channels"]) - 1)
         details, scale = config["detail_channels"], config["scale"]
         below = config
@@ -277,9 +275,7 @@ def _making(making: Making) -> str:
     parts.append("With " + ", ".join(f"{key} {value}" for key, value in hardware.items()) + ".")
     if making.recipe:
         recipe = making.recipe.strip()
-        parts.append(
-            f"<details><summary>The resolved recipe</summary>\n\n```yaml\n{recipe}\n```\n\n</details>"
-        )
+        parts.append(f"<details><summary>The resolved recipe</summary>\n\n```yaml\n{recipe}\n```\n\n</details>")
     return "## How it was made\n\n" + "\n\n".join(parts)
 
 

@@ -1,7 +1,5 @@
 """Opening pipelines and autoencoders wherever they lie; errors of what is missing, damaged or something else."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging
@@ -66,9 +64,7 @@ def pipeline_place(folder_or_repo: str | Path) -> str:
     for candidate in (folder, folder / "pipeline"):
         if (candidate / "model_index.json").is_file():
             return str(candidate)
-    raise DavaeError(
-        f"{folder} holds no pipeline: there is no model_index.json in it or in its folder 'pipeline'"
-    )
+    raise DavaeError(f"{folder} holds no pipeline: there is no model_index.json in it or in its folder 'pipeline'")
 
 
 def load_autoencoder(
@@ -103,9 +99,7 @@ def autoencoder_folder(folder: Path) -> Path:
     """
     config = folder / "config.json"
     if not config.is_file():
-        inside = [
-            folder / name for name in ("autoencoder", "vae") if (folder / name / "config.json").is_file()
-        ]
+        inside = [folder / name for name in ("autoencoder", "vae") if (folder / name / "config.json").is_file()]
         hint = f"; did you mean {inside[0]}?" if inside else ""
         there = "it has no config.json" if folder.is_dir() else "it is a file, and a folder is wanted"
         missing = there if folder.exists() else "there is no such folder"

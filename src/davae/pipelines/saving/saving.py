@@ -1,7 +1,5 @@
 """Saving upgraded pipelines so that anyone can open them, and publishing what was saved."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 
@@ -59,9 +57,7 @@ def save_pipeline(
     return Path(folder)
 
 
-def push_to_hub(
-    folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None
-) -> str:
+def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
     """Publish a saved pipeline, autoencoder or adapters folder, whole, as a model of the hub.
 
     Args:
@@ -84,7 +80,5 @@ def push_to_hub(
         )
     api = HfApi(token=token)
     repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = api.upload_folder(
-        repo_id=repository, folder_path=folder, commit_message="Upload a model made with davae"
-    )
+    commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a model made with davae")
     return str(commit.commit_url)

@@ -4,8 +4,6 @@ One JSON file a pipeline. ``transformer``, ``vae`` and ``text_encoders`` are wha
 files say, as far as they shape the model; ``parameters`` is checked against the built model by a test.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import cache

@@ -6,8 +6,6 @@ cut where the gradients meet: the losses go back to the decoded image, their wei
 once, and what arrives at the latent and at the decoder's weights is kept and handed on when the total goes backward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

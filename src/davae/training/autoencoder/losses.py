@@ -1,7 +1,5 @@
 """The reconstruction terms of the autoencoder stages."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -131,9 +129,7 @@ class GanLoss(nn.Module):
         return {"total": loss * (step >= self.settings.start_step)}
 
 
-def make_gan_loss(
-    settings: GanSettings, name: str = "discriminator"
-) -> tuple[GanLoss | None, list[TrainedModule]]:
+def make_gan_loss(settings: GanSettings, name: str = "discriminator") -> tuple[GanLoss | None, list[TrainedModule]]:
     """The adversary and its player, called ``name``; none of either while the weight is 0."""
     if not settings.weight:
         return None, []

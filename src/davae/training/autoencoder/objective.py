@@ -1,7 +1,5 @@
 """The loss of the autoencoder stage, level by level."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -99,9 +97,7 @@ class StructuredObjective(nn.Module):
             decoded = self._decode(vae, latent, z_d, images, gan_loss, step, at_details=aligns)
             losses, total = decoded.losses, decoded.total
             if aligns:
-                ratio = decoded.alignment_ratio(
-                    z_d, alignment, vae.alignment_weight, maximum=MAX_ADAPTIVE_ALIGNMENT
-                )
+                ratio = decoded.alignment_ratio(z_d, alignment, vae.alignment_weight, maximum=MAX_ADAPTIVE_ALIGNMENT)
         else:
             made = vae.decode_structured(latent, z_d)  # [B, 3, H, W]
             losses = self.reconstruction(images, made)
@@ -127,9 +123,7 @@ class StructuredObjective(nn.Module):
         at_details: bool,
     ) -> Decoded:
         """Decode and measure where a weight is adaptive."""
-        return single_pass(
-            vae, latent, z_d, images, self.reconstruction, gan_loss, step, at_details=at_details
-        )
+        return single_pass(vae, latent, z_d, images, self.reconstruction, gan_loss, step, at_details=at_details)
 
     def _levels(self) -> list[AutoencoderDA]:
         return [self.autoencoder.at_level(number) for number in self.learning]

@@ -87,9 +87,7 @@ class PlainObjective(nn.Module):
             total = total + self.settings.kl_weight * kl
         if self._gan_loss[0] is not None:
             last = last_decoder_weight(model)
-            losses["gan"] = self._gan_loss[0].generator_term(
-                images, made, losses["reconstruction"], last, step
-            )
+            losses["gan"] = self._gan_loss[0].generator_term(images, made, losses["reconstruction"], last, step)
             total = total + losses["gan"]
         return {"total": total, **losses}
 

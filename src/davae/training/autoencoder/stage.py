@@ -1,7 +1,5 @@
 """The autoencoder stage of an upgrade: detail encoders and joint decoders of a structured autoencoder."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 
@@ -79,9 +77,7 @@ class AutoencoderStage(Stage):
         if cache_latents:
             autoencoder.to(start_processes().device)
             logger.info("encoding %d images", len(self.dataset))
-            self.dataset = WithBaseLatents(
-                self.dataset, self._frozen_latent, workers=workers, timeout_s=timeout_s
-            )
+            self.dataset = WithBaseLatents(self.dataset, self._frozen_latent, workers=workers, timeout_s=timeout_s)
         gan = settings.reconstruction.gan
         adaptive = settings.alignment.adaptive or (gan.weight > 0 and gan.adaptive)
         model = TrainedModule("model", self.objective, settings.optimizer, can_be_sharded=not adaptive)

@@ -1,7 +1,5 @@
 """Stage 1 of an upgrade: one training, or one after another where the details have levels."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any
@@ -40,8 +38,7 @@ def train_levels(recipe: UpgradeRecipe, base: Any, out: Path) -> TrainResult:
     below = len(base.vae.levels) - 1 if isinstance(base.vae, AutoencoderDA) else 0
     if below and together:
         raise DavaeError(
-            "autoencoder.levels=together would change the levels that the base pipeline was tuned on: "
-            "use sequential"
+            "autoencoder.levels=together would change the levels that the base pipeline was tuned on: use sequential"
         )
     torch.manual_seed(recipe.autoencoder.loop.seed)
     vae = _start(model, base.vae)

@@ -1,7 +1,5 @@
 """The autoencoder stage of a new base: a plain ``AutoencoderKL`` from nothing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

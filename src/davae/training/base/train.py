@@ -1,7 +1,5 @@
 """Training a base pipeline from nothing: an autoencoder, then a class-conditional transformer on its latents."""
 
-from __future__ import annotations
-
 import logging
 from functools import partial
 from pathlib import Path
@@ -158,9 +156,7 @@ def _new_pipeline(
         if workers and isinstance(kept, ImagesInMemory):
             kept.read_all(workers, timeout_s)
         mixed = MixedScales(full, reduce, recipe.full_resolution_crops, recipe.autoencoder.loop.seed)
-        stage = BaseAutoencoderStage(
-            recipe.autoencoder, mixed, images, held_out, workers=workers, timeout_s=timeout_s
-        )
+        stage = BaseAutoencoderStage(recipe.autoencoder, mixed, images, held_out, workers=workers, timeout_s=timeout_s)
         stage.facts = data_facts(recipe.data, full)
         train(stage, out / "autoencoder", recipe.model_dump(mode="json"))
     vae = AutoencoderKL.from_pretrained(vae_folder)

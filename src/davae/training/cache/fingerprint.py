@@ -1,7 +1,5 @@
 """The fingerprint of a recipe's cache: what latents and embeddings follow from."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator
@@ -95,9 +93,7 @@ def without_touched(wanted: Fingerprint, folder: Path, images: ImageDataset | Re
     differing = {n for n, fact in wanted.sources.items() if n in cached and cached[n].stamp != fact.stamp}
     if not differing:
         return wanted
-    logger.info(
-        "%d files have another time of change than the cache says: comparing contents", len(differing)
-    )
+    logger.info("%d files have another time of change than the cache says: comparing contents", len(differing))
     contents = {line["id"]: line.get("content") for line in read_index(folder).records if "id" in line}
     sources = dict(wanted.sources)
     for index in range(len(images)):

@@ -1,7 +1,5 @@
 """What ``davae cache`` does: latents and text embeddings of a recipe's images, once, and training from them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -222,9 +220,7 @@ def _locked(folder: Path, *, first: bool) -> AbstractContextManager[None]:
     )
 
 
-def _facts(
-    images: ImageDataset | RenderedDataset, position: int, flip: bool, item: dict[str, Any]
-) -> dict[str, Any]:
+def _facts(images: ImageDataset | RenderedDataset, position: int, flip: bool, item: dict[str, Any]) -> dict[str, Any]:
     numbers = images.bucket_of
     height, width = item["image"].shape[-2:]
     facts: dict[str, Any] = {

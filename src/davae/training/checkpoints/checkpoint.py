@@ -149,9 +149,7 @@ def load_checkpoint(path: Path, needed: Collection[str] = ()) -> tuple[Tensors, 
         manifest = _manifest(path, needed)
         for name, facts in manifest.items():
             if Path(name).name != name:
-                raise DavaeError(
-                    f"checkpoint {path} is broken: its manifest names {name}, which lies elsewhere"
-                )
+                raise DavaeError(f"checkpoint {path} is broken: its manifest names {name}, which lies elsewhere")
             if _facts(path / name) != facts:
                 raise DavaeError(f"checkpoint {path} is broken: {name} is not what was written; not used")
         values = json.loads((path / _STATE).read_text())
@@ -251,8 +249,7 @@ class CheckpointWriter:
         self.wait()
         if not copied:
             tensors = {
-                name: {k: v.detach().to("cpu", copy=True) for k, v in named.items()}
-                for name, named in tensors.items()
+                name: {k: v.detach().to("cpu", copy=True) for k, v in named.items()} for name, named in tensors.items()
             }
         is_best = watched is not None and self.is_best(watched)
         self._pending = self._pool.submit(self._write, step, tensors, values, watched if is_best else None)
@@ -287,8 +284,6 @@ def _read_best(file: Path) -> dict[str, float] | None:
         if not math.isfinite(best["value"]):
             raise ValueError(found)
     except (ValueError, TypeError, KeyError) as error:
-        logger.warning(
-            "%s cannot be read (%r): the next value of the watched metric is the best", file, error
-        )
+        logger.warning("%s cannot be read (%r): the next value of the watched metric is the best", file, error)
         return None
     return best

@@ -1,7 +1,5 @@
 """The files of a run: resolved recipe, environment, metrics; and the lock that keeps a second run out."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging
@@ -183,9 +181,7 @@ def _commit() -> str | None:
     tree = Path(__file__).resolve().parents[3]
     if not (tree / ".git").exists():
         return None
-    result = subprocess.run(
-        ["git", "-C", str(tree), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(["git", "-C", str(tree), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return result.stdout.strip() or None
 
 

@@ -13,8 +13,6 @@ phase resolution       layers                   loss
 ===== ================ ======================== ======================
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -120,9 +118,7 @@ class DcAeStage(Stage):
         if phase.reconstruction.gan.weight:
             torch.manual_seed(phase.loop.seed)
         layers = trained_layers(autoencoder, phase)
-        self.objective, self.modules = plain_modules(
-            autoencoder, layers, phase.reconstruction, phase.optimizer
-        )
+        self.objective, self.modules = plain_modules(autoencoder, layers, phase.reconstruction, phase.optimizer)
         self.spectra: dict[int, dict[str, list[float]]] = {}
         """Of the last validation, by resolution: the rings' frequencies, and the power of images and of
         reconstructions on them."""
@@ -183,8 +179,7 @@ class DcAeStage(Stage):
         images, count = rank_share_of_images(held_out, self.loop.validation_images)
         at_once = max(1, self.loop.batch_size * self.phase.resolution**2 // side**2)
         made = [
-            model.decode(encode(model, part.to(model.device))).sample.float().cpu()
-            for part in images.split(at_once)
+            model.decode(encode(model, part.to(model.device))).sample.float().cpu() for part in images.split(at_once)
         ]
         return images, torch.cat(made).clamp(-1, 1), count
 

@@ -1,7 +1,5 @@
 """The three phases as runs: each starts from the last one's result and proves what it left alone."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence
@@ -58,9 +56,7 @@ def run_dc_ae(
     """
     settings = load_recipe(recipe, overrides)
     if not isinstance(settings, DcAeRecipe):
-        raise DavaeError(
-            f"recipe '{recipe}' is of kind '{settings.kind}'; `davae train dc-ae` needs kind: dc-ae"
-        )
+        raise DavaeError(f"recipe '{recipe}' is of kind '{settings.kind}'; `davae train dc-ae` needs kind: dc-ae")
     find_phase(settings, phase)
     if dry_run:
         return f"{dump_recipe(settings)}{_counted(settings, phase)}"
@@ -128,10 +124,7 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
         "trained_parameters": sum(p.numel() for p in autoencoder.parameters() if p.requires_grad),
         "before": figures_before,
         "after": result.metrics,
-        "layers": {
-            name: {"trained": name in trained, "before": before[name], "after": after[name]}
-            for name in before
-        },
+        "layers": {name: {"trained": name in trained, "before": before[name], "after": after[name]} for name in before},
         "spectra": stage.spectra,
     }
     if is_first():

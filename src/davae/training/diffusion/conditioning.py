@@ -1,7 +1,5 @@
 """What the transformer is conditioned on: the pipeline's labels, or embeddings of captions."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -36,9 +34,7 @@ class ClassMap:
         self.null = family.null_label(pipeline)
         self.numbers = [int(pipeline.labels.get(name, self.null)) for name in classes]
         if not pipeline.labels and len(classes) == self.null:  # converted checkpoints know no names
-            logger.info(
-                "the pipeline knows no class names: its %d classes are taken in their order", self.null
-            )
+            logger.info("the pipeline knows no class names: its %d classes are taken in their order", self.null)
             self.numbers = list(range(self.null))
         elif not pipeline.labels and classes:
             logger.warning(
@@ -108,12 +104,9 @@ class PromptEmbeddings:
         for first in range(0, len(mine), _BATCH):
             part = mine[first : first + _BATCH]
             encoded = {
-                name: value.cpu()
-                for name, value in family.encode_prompts(pipe, part, max_length=max_length).items()
+                name: value.cpu() for name, value in family.encode_prompts(pipe, part, max_length=max_length).items()
             }
-            embeddings += [
-                {name: value[i].clone() for name, value in encoded.items()} for i in range(len(part))
-            ]
+            embeddings += [{name: value[i].clone() for name, value in encoded.items()} for i in range(len(part))]
         self.kept = dict(zip(distinct, gathered(embeddings, len(distinct)), strict=True))
         move_text_encoders(pipe, torch.device("cpu"))
 

@@ -1,7 +1,5 @@
 """The loss of one step of the diffusion stage, and the noise process that a pipeline's transformer learns by."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The diffusion stage: a widened transformer learns the structured latents, Eq. 12 and 13."""
 
-from __future__ import annotations
-
 import logging
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -168,17 +166,12 @@ class DiffusionStage(Stage):
         self._rest_autoencoder()
         if not is_first():  # the first process has all samples
             return values
-        rows = {
-            f"samples {i // _PICTURES}": made[i : i + _PICTURES]
-            for i in range(0, min(count, _SHOWN), _PICTURES)
-        }
+        rows = {f"samples {i // _PICTURES}": made[i : i + _PICTURES] for i in range(0, min(count, _SHOWN), _PICTURES)}
         if base is not None:
             rows["base"] = base
         save_rows(samples / f"step-{step}.png", rows)
         if isinstance(self.conditions, PromptEmbeddings):
-            (samples / "prompts.txt").write_text(
-                "\n".join(self.validation_prompts()) + "\n", encoding="utf-8"
-            )
+            (samples / "prompts.txt").write_text("\n".join(self.validation_prompts()) + "\n", encoding="utf-8")
         if len(self.images):
             shown = [self.images[i]["image"] for i in range(min(count, len(self.images)))]
             real = torch.stack([image for image in shown if image.shape == made.shape[1:]] or shown[:1])

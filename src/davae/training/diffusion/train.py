@@ -1,7 +1,5 @@
 """Stage 2 of an upgrade: the base pipeline, widened to the trained autoencoder's latents, learns them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -20,9 +18,7 @@ from davae.training.diffusion.stage import DiffusionStage
 from davae.training.loop.loop import TrainResult, train
 
 
-def train_transformer(
-    recipe: UpgradeRecipe, base: DiffusionPipeline, out: Path, autoencoder: Path
-) -> TrainResult:
+def train_transformer(recipe: UpgradeRecipe, base: DiffusionPipeline, out: Path, autoencoder: Path) -> TrainResult:
     """Train the transformer of a recipe into ``out/pipeline``; continues from the newest checkpoint in ``out``.
 
     Args:

@@ -1,7 +1,5 @@
 """Which weights learn, and in which precision."""
 
-from __future__ import annotations
-
 import difflib
 import re
 

@@ -1,7 +1,5 @@
 """What the diffusion stage measures and shows: a loss at fixed noise, and samples beside the base's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

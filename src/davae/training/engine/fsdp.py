@@ -6,8 +6,6 @@ by themselves, whole tensors for checkpoints, and whole models for validation an
 the first one writes.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections import Counter
@@ -99,9 +97,7 @@ def is_sharding(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def shard(
-    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[nn.Module, Any]:
+def shard(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
     """Shard a module and point its optimizer at the shards; returns both, prepared.
 
     Each repeated block (see :func:`block_classes`) is gathered by itself when it is computed, the rest once a step. The

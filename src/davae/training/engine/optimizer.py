@@ -1,7 +1,5 @@
 """AdamW with a learning rate for each parameter, and its schedule."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -97,9 +95,7 @@ def eight_bit_adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -
             return found
 
         def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
-            entries = {
-                key: {**entry, "step": int(entry["step"])} for key, entry in state_dict["state"].items()
-            }
+            entries = {key: {**entry, "step": int(entry["step"])} for key, entry in state_dict["state"].items()}
             super().load_state_dict({**state_dict, "state": entries}, move_to_device)
 
     for group in groups:  # blocks of moments follow memory, not channels: one order for new and resumed runs

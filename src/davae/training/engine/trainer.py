@@ -4,8 +4,6 @@ Weights and moments are whole in every process or sharded by FSDP2 (:mod:`davae.
 take both. With several processes all ranks must call every method.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -128,9 +126,7 @@ class ModuleTrainer:
         restore_optimizer(self.optimizer, moments)
 
 
-def prepare(
-    accelerator: Accelerator, loop: LoopSettings, trained: TrainedModule, *, is_model: bool
-) -> ModuleTrainer:
+def prepare(accelerator: Accelerator, loop: LoopSettings, trained: TrainedModule, *, is_model: bool) -> ModuleTrainer:
     """Put a player on its device, in the form the settings and the launcher ask for.
 
     Args:

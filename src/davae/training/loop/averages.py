@@ -1,7 +1,5 @@
 """Means of losses between two logged lines, kept on the device until they are read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 

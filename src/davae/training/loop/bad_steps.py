@@ -5,8 +5,6 @@ verdict stays on the device, where the fused optimizer reads it, so that good st
 read, and told, when losses are logged anyway.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable
@@ -96,9 +94,7 @@ class NonFiniteGuard:
         if self.loop.skip_grad_norm is not None:
             own = own & (total <= self.loop.skip_grad_norm)
         good = agree(own)
-        self._unread.append(
-            _Verdict(step, trained, terms, finite_terms, norms.isfinite(), total, own, good, ids)
-        )
+        self._unread.append(_Verdict(step, trained, terms, finite_terms, norms.isfinite(), total, own, good, ids))
         return good
 
     def read(self) -> None:

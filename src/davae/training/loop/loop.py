@@ -8,8 +8,6 @@ All randomness inside a step (noise, dropout, time) is drawn from generators see
 would have seen, and ends with the same weights.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import signal
@@ -57,9 +55,7 @@ class TrainResult:
     skipped: SkipLedger
 
 
-def train(
-    stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | None = None
-) -> TrainResult | None:
+def train(stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | None = None) -> TrainResult | None:
     """Train a stage in the run directory ``out``, from its newest whole checkpoint where there is one.
 
     SIGINT and SIGTERM finish the step, save and raise :class:`TrainingStopped`; the same call continues. After the last
@@ -155,9 +151,7 @@ class _Training:
 
     def _stopped(self, done: int, result: Path | None = None) -> TrainingStopped:
         assert self.stop.received is not None
-        return TrainingStopped(
-            self.stage.name, done, self.loop.steps, self.out, self.stop.received, result=result
-        )
+        return TrainingStopped(self.stage.name, done, self.loop.steps, self.out, self.stop.received, result=result)
 
     def _prepare(self) -> None:
         stage, loop, accelerator = self.stage, self.loop, self.accelerator
@@ -165,8 +159,7 @@ class _Training:
             accelerator.init_trackers("tracking")
         stage.to(accelerator.device)
         self.trainers = [
-            prepare(accelerator, loop, trained, is_model=trained is stage.modules[0])
-            for trained in stage.modules
+            prepare(accelerator, loop, trained, is_model=trained is stage.modules[0]) for trained in stage.modules
         ]
         self.ema = Ema(stage.modules[0].parameters(), loop.ema_decay) if loop.ema_decay is not None else None
         self.dataset = as_item_dataset(stage.dataset)

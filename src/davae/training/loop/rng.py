@@ -5,8 +5,6 @@ With several processes each draw is made for the whole batch and a process keeps
 meets the same noise on one process with batch ``2 B`` as on two with batch ``B``.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

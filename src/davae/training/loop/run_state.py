@@ -4,8 +4,6 @@ Files hold whole tensors, named alike whether the run shards its weights or not:
 processes, and with FSDP where it began without.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,9 +86,7 @@ class RunState:
         modules = [trainer.trained.name for trainer in self.trainers]
         needed = [file for name in modules for file in (name, f"{name}_optimizer")]
         found = newest_whole(checkpoints, needed + ["averages"] * (self.ema is not None))
-        all_the_same(
-            "the newest whole checkpoint", "none" if found is None else found[0].name, str(checkpoints)
-        )
+        all_the_same("the newest whole checkpoint", "none" if found is None else found[0].name, str(checkpoints))
         if found is None:
             return 0
         path, tensors, values = found

@@ -1,7 +1,5 @@
 """What the verb ``davae cache`` calls, callable from a script."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -92,7 +90,5 @@ def _cached_recipe(recipe: str | Path, overrides: Sequence[str]) -> UpgradeRecip
     if isinstance(settings, BaseRecipe) and settings.start_from is not None:
         return settings
     if not isinstance(settings, UpgradeRecipe):
-        raise DavaeError(
-            f"recipe '{recipe}' trains an autoencoder first, from images: there is no cache for it"
-        )
+        raise DavaeError(f"recipe '{recipe}' trains an autoencoder first, from images: there is no cache for it")
     return settings

@@ -1,7 +1,5 @@
 """From a run directory to a folder that can be handed on or published."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -109,9 +107,7 @@ def _recipe(stage: Path) -> dict[str, Any]:
         raise DavaeError(f"{stage} is not a run directory: it has no config.yaml, which names the base")
     recipe = read_config(file)
     if recipe is None:
-        raise DavaeError(
-            f"{file} is damaged: remove it and run the training's command again, which writes it anew"
-        )
+        raise DavaeError(f"{file} is damaged: remove it and run the training's command again, which writes it anew")
     return recipe
 
 

@@ -1,7 +1,5 @@
 """Images through a trained autoencoder, as one picture: what ``davae reconstruct`` does."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

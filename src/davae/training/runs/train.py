@@ -1,7 +1,5 @@
 """What the ``davae train`` verbs do, callable from a script: recipe in, run directory out."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,8 +164,6 @@ def check_cache_is_there(
     )
 
 
-def _command(
-    verb: Sequence[str], recipe: str | Path, overrides: Sequence[str], autoencoder: Path | None
-) -> str:
+def _command(verb: Sequence[str], recipe: str | Path, overrides: Sequence[str], autoencoder: Path | None) -> str:
     options = [] if autoencoder is None else ["--autoencoder", str(autoencoder)]
     return shlex.join(["davae", *verb, "--recipe", str(recipe), *options, *overrides])

@@ -1,7 +1,5 @@
 """Classes whose pipelines pack the latent two by two into tokens, channel slowest, before the forward."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Classes that take the latent as an image, with text or a class label beside it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -214,9 +212,7 @@ def _glm_image(d: Dummy) -> dict[str, Any]:
         "hidden_states": d.latent,
         "encoder_hidden_states": d.text(d.config.text_embed_dim),
         "prior_token_id": prior,
-        "prior_token_drop": prior.new_zeros(0)
-        if prior.is_meta
-        else torch.zeros_like(prior, dtype=torch.bool),
+        "prior_token_drop": prior.new_zeros(0) if prior.is_meta else torch.zeros_like(prior, dtype=torch.bool),
         "timestep": d.time(1000),
         **_sizes(d, "target_size", "crop_coords"),
     }

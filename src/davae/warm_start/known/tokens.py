@@ -1,7 +1,5 @@
 """Classes that take latents in a shape of their own: lists, frames, one sequence with the text."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -29,9 +27,7 @@ def _z_image_places(transformer: ModelMixin) -> ChannelDescription:
     patches = list(zip(transformer.config.all_patch_size, transformer.config.all_f_patch_size, strict=True))
     return ChannelDescription(
         inputs=sum((input_layer(f"all_x_embedder.{p}-{f}", f"{f} {p} {p} c") for p, f in patches), ()),
-        outputs=sum(
-            (output_layer(f"all_final_layer.{p}-{f}.linear", f"{f} {p} {p} c") for p, f in patches), ()
-        ),
+        outputs=sum((output_layer(f"all_final_layer.{p}-{f}.linear", f"{f} {p} {p} c") for p, f in patches), ()),
         counts={"in_channels": "c"},
         sizes={"p": max(p for p, _ in patches)},
         passes=tuple({"patch_size": p, "f_patch_size": f} for p, f in patches),

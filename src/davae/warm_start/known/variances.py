@@ -1,7 +1,5 @@
 """Classes from before flow matching: their heads may give variances beside the means."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Which parameters follow the channel counts of a configuration: the same class is built with other counts."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ comes with a width that nothing else has, and the first layer that meets this wi
 The latent's form is tried: an image, tokens, frames, channels last, a list.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import itertools

@@ -10,8 +10,6 @@
 Neither weights nor their values matter, so a freshly initialised model is probed as well as a trained one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable, Mapping
@@ -177,8 +175,7 @@ class _Probe:
         """A sample, its channel axis, and the channel of each feature of the head [n]."""
         numbers = torch.arange(head.features)
         silent, low, high = (
-            self._with_head(head, n)
-            for n in (torch.zeros_like(numbers), numbers % _DIGIT + 1, numbers // _DIGIT + 1)
+            self._with_head(head, n) for n in (torch.zeros_like(numbers), numbers % _DIGIT + 1, numbers // _DIGIT + 1)
         )
         low, high = (low - silent).abs(), (high - silent).abs()
         arrived = ((high - 1) * _DIGIT + (low - 1)).round().long().cpu()
