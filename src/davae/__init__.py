@@ -53,12 +53,7 @@ __all__ = [
     "write_model_card",
 ]
 
-_PACKAGES = (
-    "models",
-    "pipelines",
-    "warm_start",
-    "latents",
-)  # where the names above are, and names themselves
+_PACKAGES = ("models", "pipelines", "warm_start", "latents")  # where the names above are, and names themselves
 
 if not TYPE_CHECKING:  # a checker takes a module with __getattr__ to have every name
 

@@ -56,12 +56,7 @@ _SHOWN = 6  # reconstructions and samples that the report shows
 
 
 def run_demo(
-    out: Path | str = "runs/demo",
-    *,
-    seed: int = 0,
-    quick: bool = False,
-    data: str | None = None,
-    recipe: str = "tiny",
+    out: Path | str = "runs/demo", *, seed: int = 0, quick: bool = False, data: str | None = None, recipe: str = "tiny"
 ) -> Path:
     """Train both stages on the embedded base, compare, and write ``out/report.html``.
 
@@ -154,11 +149,7 @@ def _first_images(dataset: ItemDataset, count: int) -> tuple[Tensor, Tensor, lis
     """The first ``count`` held-out images, their labels (0 where there are none) and captions."""
     items = [dataset[i] for i in range(min(count, len(dataset)))]
     labels = torch.tensor([max(item["label"], 0) for item in items])
-    return (
-        torch.stack([item["image"] for item in items]),
-        labels,
-        [item["caption"] or item["id"] for item in items],
-    )
+    return (torch.stack([item["image"] for item in items]), labels, [item["caption"] or item["id"] for item in items])
 
 
 @torch.no_grad()
@@ -189,10 +180,7 @@ def _compare_reconstructions(
         for row, made in (("upgraded", reconstruction), ("base_upscaled", enlarged))
         for name, values in pair_metrics(images, made).items()
     }
-    return Reconstruction(**figures, images=len(images)), {
-        "base_latents_equal": torch.equal(z, own),
-        **probes,
-    }
+    return Reconstruction(**figures, images=len(images)), {"base_latents_equal": torch.equal(z, own), **probes}
 
 
 @torch.no_grad()

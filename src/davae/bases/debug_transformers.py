@@ -231,10 +231,7 @@ def transformer_table() -> str:
     output, with the channel layers' weights random and details of up to 100 standard deviations; detail outputs
     are exactly zero, or the row would not be there.
     """
-    lines = [
-        "| class | resolved | input layers | output layers | verified difference |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| class | resolved | input layers | output layers | verified difference |", "|---|---|---|---|---|"]
     lines += [transformer_row(name) for name in sorted(SMALL_TRANSFORMERS)]
     lines += ["", "| not widened | because |", "|---|---|"]
     lines += [f"| `{name}` | {reason} |" for name, reason in sorted(EXCLUDED_TRANSFORMERS.items())]

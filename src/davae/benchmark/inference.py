@@ -191,11 +191,7 @@ class _Times:
 
 
 def _row(
-    variant: Variant,
-    native: Variant,
-    flops: dict[str, _Flops],
-    timed: _Times,
-    peaks: dict[str, int | None],
+    variant: Variant, native: Variant, flops: dict[str, _Flops], timed: _Times, peaks: dict[str, int | None]
 ) -> InferenceRow:
     batch, name, whole = len(variant.latent), variant.name, timed.images
     own, natives = flops[name], flops[native.name]

@@ -198,12 +198,7 @@ class TextEncoders(nn.Module):
     """
 
     def __init__(
-        self,
-        architecture: Architecture,
-        length: int,
-        *,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, architecture: Architecture, length: int, *, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict()

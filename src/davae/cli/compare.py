@@ -6,16 +6,7 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import (
-    Device,
-    FeatureNames,
-    Json,
-    Repeats,
-    new_folder,
-    some_images,
-    wide_console,
-    write_figures,
-)
+from davae.cli.options import Device, FeatureNames, Json, Repeats, new_folder, some_images, wide_console, write_figures
 from davae.errors import DavaeError
 
 app = typer.Typer(no_args_is_help=True)
@@ -29,8 +20,7 @@ def _group() -> None:
 @app.command()
 def autoencoder(
     autoencoders: Annotated[
-        list[str],
-        typer.Argument(help="NAME=FOLDER, an autoencoder's or a pipeline's; the first is the reference."),
+        list[str], typer.Argument(help="NAME=FOLDER, an autoencoder's or a pipeline's; the first is the reference.")
     ],
     data: Annotated[str, typer.Option("--data", help="A folder or data set of images.", callback=some_images)],
     resolution: Annotated[int, typer.Option("--resolution", min=1, help="Side of the square image.")],
@@ -57,8 +47,7 @@ def autoencoder(
     lpips: Annotated[Path | None, typer.Option("--lpips", help="torchvision's VGG-16 weights, for LPIPS.")] = None,
     json_file: Json = None,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder for figures and picture sheets.", callback=new_folder),
+        Path | None, typer.Option("--out", help="Folder for figures and picture sheets.", callback=new_folder)
     ] = None,
 ) -> None:
     """Compression, reconstruction and speed on the same images; with --diffusion-steps generation too."""

@@ -17,8 +17,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder to write; must be new o
 Resolution = Annotated[int, typer.Option("--resolution", min=1, help="Image side that the base was trained at.")]
 Weights = Annotated[Literal["ema", "model"], typer.Option("--weights", help="ema or model, where the file has both.")]
 Statistics = Annotated[
-    Path | None,
-    typer.Option("--statistics", help="File of the latent's 'mean' and 'std', one value a channel."),
+    Path | None, typer.Option("--statistics", help="File of the latent's 'mean' and 'std', one value a channel.")
 ]
 
 
@@ -80,25 +79,16 @@ def davae_sd3(
         Path | None, typer.Option("--lora", help="The transformer's LoRA, where it is in a file of its own.")
     ] = None,
     vae: Annotated[
-        Path | None,
-        typer.Option("--vae", help="Folder of the converted autoencoder: write a whole pipeline."),
+        Path | None, typer.Option("--vae", help="Folder of the converted autoencoder: write a whole pipeline.")
     ] = None,
     order: Annotated[
-        ChannelOrder,
-        typer.Option("--order", help="Channels of a transformer without branches."),
+        ChannelOrder, typer.Option("--order", help="Channels of a transformer without branches.")
     ] = "detail_first",
 ) -> None:
     """The authors' SD3 autoencoder to an AutoencoderDA, or their tuned SD3 transformer to diffusers' class."""
     from davae.interop.conversion import convert_sd3_file
 
     made = convert_sd3_file(
-        file,
-        out,
-        base=base,
-        statistics=statistics,
-        weights=weights,
-        lora=lora,
-        vae=vae,
-        order=order,
+        file, out, base=base, statistics=statistics, weights=weights, lora=lora, vae=vae, order=order
     )
     typer.echo(str(made))

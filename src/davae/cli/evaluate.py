@@ -33,8 +33,7 @@ def reconstruction(
         typer.Option("--crops", help="NAME=FOLDER of crops told apart, such as lettering; can be given again."),
     ] = None,
     boxes: Annotated[
-        Path | None,
-        typer.Option("--boxes", help="Table (.csv) of parts of image files told apart by name."),
+        Path | None, typer.Option("--boxes", help="Table (.csv) of parts of image files told apart by name.")
     ] = None,
     features: FeatureNames = None,
     lpips: Annotated[Path | None, typer.Option("--lpips", help="torchvision's VGG-16 weights, for LPIPS.")] = None,
@@ -73,8 +72,7 @@ def generation(
     pipeline: Annotated[str, typer.Argument(help="A pipeline folder, a run, a hub name, or 'tiny'.")],
     reference: Annotated[str, typer.Option("--reference", help="Images, as in a recipe, or an .npz of statistics.")],
     out: Annotated[
-        Path,
-        typer.Option("--out", help="Folder of the images; the same command continues.", callback=new_folder),
+        Path, typer.Option("--out", help="Folder of the images; the same command continues.", callback=new_folder)
     ] = Path("generation"),
     base: Annotated[
         str | None, typer.Option("--base", help="The base pipeline, measured beside: upscaled, and native.")
@@ -84,8 +82,7 @@ def generation(
         typer.Option("--beside", help="NAME=PIPELINE, such as another of equal tokens; can be given again."),
     ] = None,
     count: Annotated[
-        int | None,
-        typer.Option("--count", min=1, help="Images (default: every prompt, or 50000 of classes)."),
+        int | None, typer.Option("--count", min=1, help="Images (default: every prompt, or 50000 of classes).")
     ] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="Text, MJHQ-30K .json or GenEval .jsonl.")] = None,
     features: FeatureNames = None,

@@ -10,8 +10,7 @@ from davae.cli.options import LAST_SEED, Device, ModelDType, new_folder
 
 def generate(
     pipeline: Annotated[
-        str,
-        typer.Argument(help="'tiny', a pipeline's folder or a run, or a name on the hub; base or upgraded."),
+        str, typer.Argument(help="'tiny', a pipeline's folder or a run, or a name on the hub; base or upgraded.")
     ],
     labels: Annotated[
         list[str] | None, typer.Argument(help="Class names or numbers, of a class-conditional pipeline.")

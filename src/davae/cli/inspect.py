@@ -25,8 +25,7 @@ def inspect(
         typer.Option("--beside", help="Another autoencoder, such as one without alignment; can be given again."),
     ] = None,
     out: Annotated[
-        Path,
-        typer.Option("--out", help="Folder of the pictures and inspection.json.", callback=new_folder),
+        Path, typer.Option("--out", help="Folder of the pictures and inspection.json.", callback=new_folder)
     ] = Path("inspection"),
     images: Annotated[int, typer.Option("--images", min=1, help="How many images, evenly from the whole set.")] = 256,
     resolution: Annotated[
@@ -41,13 +40,7 @@ def inspect(
     from davae.report.inspection import write_inspection
 
     found = inspect_latents(
-        autoencoder,
-        data,
-        beside=beside or (),
-        images=images,
-        resolution=resolution,
-        method=method,
-        device=device,
+        autoencoder, data, beside=beside or (), images=images, resolution=resolution, method=method, device=device
     )
     files = write_inspection(found, out)
     wide_console().print(inspection_table(found))

@@ -125,8 +125,7 @@ DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float1
 FeatureNames = Annotated[
     list[str] | None,
     typer.Option(
-        "--features",
-        help="inception, inception:FILE, efficientnet-lite0, or a transformers model; can be given again.",
+        "--features", help="inception, inception:FILE, efficientnet-lite0, or a transformers model; can be given again."
     ),
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Write every figure here.", callback=new_file)]
@@ -134,6 +133,5 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides as sectio
 RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name, or a YAML file.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Rounds; medians are told.")]
 TrainedAutoencoder = Annotated[
-    Path | None,
-    typer.Option("--autoencoder", help="Folder of the trained autoencoder (default: stage 1's result)."),
+    Path | None, typer.Option("--autoencoder", help="Folder of the trained autoencoder (default: stage 1's result).")
 ]

@@ -34,11 +34,7 @@ def print_demo(summary: Mapping[str, Any]) -> None:
     """What an image costs, and how good images are: ``summary.json`` of a demo."""
     console = Console()
     table = Table("", "base", "native", "upgraded", title="what an image costs")
-    for row, unit, scale in (
-        ("tokens", "", 1),
-        ("flops_per_image", "GFLOP", 1e-9),
-        ("seconds_per_image", "s", 1),
-    ):
+    for row, unit, scale in (("tokens", "", 1), ("flops_per_image", "GFLOP", 1e-9), ("seconds_per_image", "s", 1)):
         values = [f"{summary[row][k] * scale:.4g}" for k in ("base", "native", "upgraded")]
         table.add_row(f"{row.replace('_', ' ')} {unit}".strip(), *values)
     console.print(table)
@@ -239,10 +235,6 @@ def inspection_table(found: dict[str, Inspection]) -> Table:
     row("chance", [i.chance for i in some], ".1%")
     for part in ("base", "detail"):
         row(f"high-frequency share, {part}", [i.parts[part].high_frequency_share for i in some], ".3f")
-        row(
-            f"local - distant similarity, {part}",
-            [i.parts[part].local_distant_similarity for i in some],
-            ".3f",
-        )
+        row(f"local - distant similarity, {part}", [i.parts[part].local_distant_similarity for i in some], ".3f")
     row("high-frequency share, images", [i.image_high_frequency_share for i in some], ".3f")
     return table

@@ -10,8 +10,7 @@ from davae.cli.options import Overrides, RecipeName, TrainedAutoencoder, check_r
 app = typer.Typer(no_args_is_help=True)
 
 Out = Annotated[
-    Path | None,
-    typer.Option("--out", help="Run directory (default runs/RECIPE-STAGE).", callback=new_folder),
+    Path | None, typer.Option("--out", help="Run directory (default runs/RECIPE-STAGE).", callback=new_folder)
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Read and print the resolved recipe, then leave.")]
 
@@ -61,8 +60,7 @@ def dc_ae(
         int, typer.Option("--phase", help="1: everything, 2: around the latent, 3: the decoder's head.")
     ] = 1,
     start: Annotated[
-        Path | None,
-        typer.Option("--from", help="Run or autoencoder to start from (default: the phase before's run)."),
+        Path | None, typer.Option("--from", help="Run or autoencoder to start from (default: the phase before's run).")
     ] = None,
     out: Out = None,
     dry_run: DryRun = False,

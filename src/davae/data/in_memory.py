@@ -150,11 +150,7 @@ class LatentsInMemory(DatasetWrapper):
         count = len(self.source) if limit is None else min(limit, len(self.source))
         self.bucket_of = None if self.bucket_of is None else self.bucket_of[:count]
         parts = read_items(
-            _unaugmented(self.source),
-            share(count),
-            batch_size=batch_size,
-            workers=workers,
-            timeout_s=timeout_s,
+            _unaugmented(self.source), share(count), batch_size=batch_size, workers=workers, timeout_s=timeout_s
         )
         found = _encoded(parts, encode, mirrored=self.flip)
         every = gathered([{**item, "latent": latents} for item, latents in found], count)
@@ -205,11 +201,7 @@ class WithBaseLatents(DatasetWrapper):
         super().__init__(source)
         count = len(self.source)
         parts = read_items(
-            _unaugmented(self.source),
-            share(count),
-            batch_size=batch_size,
-            workers=workers,
-            timeout_s=timeout_s,
+            _unaugmented(self.source), share(count), batch_size=batch_size, workers=workers, timeout_s=timeout_s
         )
         self.latents = gathered([latents for _, latents in _encoded(parts, encode, mirrored=self.flip)], count)
 

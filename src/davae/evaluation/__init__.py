@@ -1,11 +1,7 @@
 """How good the images and the latents are: reconstruction, generation, spectra, latent structure."""
 
 from davae.evaluation.latent_space.projection import PrincipalAxes, project_latents
-from davae.evaluation.latent_space.separability import (
-    linear_probe,
-    linear_probe_accuracy,
-    nearest_neighbour_accuracy,
-)
+from davae.evaluation.latent_space.separability import linear_probe, linear_probe_accuracy, nearest_neighbour_accuracy
 from davae.evaluation.metrics.psnr_ssim import psnr, ssim
 from davae.evaluation.metrics.sliced_wasserstein import PatchSet, sliced_wasserstein, wasserstein_1d
 from davae.evaluation.metrics.spectrum import log_spectral_distance, radial_power_spectrum

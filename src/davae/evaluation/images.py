@@ -28,11 +28,7 @@ def held_out_images(autoencoder: Path, resolution: int) -> ItemDataset:
     if settings is None or not settings["hold_out"]:
         raise DavaeError(f"{autoencoder} is in no run that held images out: name images with --data")
     return open_dataset(
-        settings["path"],
-        resolution=resolution,
-        split=settings["split"],
-        hold_out=settings["hold_out"],
-        part="held_out",
+        settings["path"], resolution=resolution, split=settings["split"], hold_out=settings["hold_out"], part="held_out"
     )
 
 

@@ -189,13 +189,7 @@ def convert_sd3(
         mean, std = channel_statistics(statistics, added, "the detail latent")
         details = {"detail_mean": mean, "detail_std": std}
     model = _assemble(
-        _SD3,
-        weights,
-        base,
-        base_class="AutoencoderKL",
-        base_config=base_config,
-        detail_dropout=0.0,
-        **details,
+        _SD3, weights, base, base_class="AutoencoderKL", base_config=base_config, detail_dropout=0.0, **details
     )
     return model, unused
 

@@ -166,10 +166,7 @@ def _check_tables(official: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     if config["rope"]:
         cos, sin = rope_table(side, side, hidden // config["num_attention_heads"])
         # Officially each angle stands twice, once for either channel of its pair.
-        ours |= {
-            "feat_rope.freqs_cos": cos.repeat_interleave(2, 1),
-            "feat_rope.freqs_sin": sin.repeat_interleave(2, 1),
-        }
+        ours |= {"feat_rope.freqs_cos": cos.repeat_interleave(2, 1), "feat_rope.freqs_sin": sin.repeat_interleave(2, 1)}
     for name, table in ours.items():
         if name not in official:
             raise DavaeError(f"this is not a LightningDiT state dict as published. missing: {name}")

@@ -49,12 +49,7 @@ def convert_vavae(
     """
     weights, unused = set_aside(state_dict, _UNUSED)
     weights, left = _prefer_ema(weights)
-    needed = (
-        "encoder.conv_in.weight",
-        "encoder.conv_out.weight",
-        "quant_conv.weight",
-        "post_quant_conv.weight",
-    )
+    needed = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight", "post_quant_conv.weight")
     require(weights, needed, _WHAT)
     channels = weights["post_quant_conv.weight"].shape[1]
     config: dict[str, Any] = {

@@ -37,11 +37,7 @@ def is_transformer(names: Mapping[str, Any]) -> bool:
 
 
 def convert_transformer(
-    official: Mapping[str, Tensor],
-    base: Path,
-    *,
-    lora: Path | None = None,
-    order: ChannelOrder = "detail_first",
+    official: Mapping[str, Tensor], base: Path, *, lora: Path | None = None, order: ChannelOrder = "detail_first"
 ) -> tuple[SD3Transformer2DModel, LatentLayout]:
     """A plain, wider transformer, base channels first, from what a file holds.
 

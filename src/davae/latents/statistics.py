@@ -83,11 +83,7 @@ class ChannelStatistics:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to continue."""
-        return {
-            "count": torch.tensor(self.count),
-            "mean": self._mean.clone(),
-            "squares": self._squares.clone(),
-        }
+        return {"count": torch.tensor(self.count), "mean": self._mean.clone(), "squares": self._squares.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from :meth:`state_dict`.

@@ -10,10 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import (
-    SanaLinearAttnProcessor2_0,
-    SanaMultiscaleLinearAttention,
-)
+from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0, SanaMultiscaleLinearAttention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 

@@ -172,11 +172,7 @@ class LightningDiTTransformer2DModel(Portable, ModelMixin, ConfigMixin, PeftAdap
         return self.class_embed(class_labels)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        class_labels: Tensor,
-        return_dict: bool = True,
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """Velocity ``data - noise`` at time `timestep`.
 

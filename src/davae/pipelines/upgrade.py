@@ -26,11 +26,7 @@ P = TypeVar("P", bound=DiffusionPipeline)
 
 
 def upgrade_pipeline(
-    pipe: P,
-    vae: AutoencoderDA,
-    *,
-    timestep_shift: TimestepShift = "base",
-    preview_decoder: ModelMixin | None = None,
+    pipe: P, vae: AutoencoderDA, *, timestep_shift: TimestepShift = "base", preview_decoder: ModelMixin | None = None
 ) -> P:
     """Swap the autoencoder and widen the transformer; everything else is kept and shared with ``pipe``.
 

@@ -94,26 +94,9 @@ class Meter(TorchDispatchMode):
         self.live_bytes -= size
 
 
-_NARROW = {
-    F.linear,
-    torch.conv2d,
-    torch.matmul,
-    torch.bmm,
-    torch.mm,
-    torch.addmm,
-    torch.baddbmm,
-    torch.einsum,
-}
+_NARROW = {F.linear, torch.conv2d, torch.matmul, torch.bmm, torch.mm, torch.addmm, torch.baddbmm, torch.einsum}
 _NARROW |= {Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm}
-_WIDE = {
-    F.layer_norm,
-    torch.layer_norm,
-    F.group_norm,
-    torch.group_norm,
-    F.softmax,
-    torch.softmax,
-    Tensor.softmax,
-}
+_WIDE = {F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.softmax, torch.softmax, Tensor.softmax}
 
 
 class GpuKernels(TorchFunctionMode):

@@ -75,10 +75,7 @@ def plan_upgrade(
     settings = _upgrade_recipe(recipe) if recipe else _bundled_for(architecture.name, resolution, scale)
     runs = {}
     if settings is not None:
-        runs = {
-            "autoencoder": _autoencoder_run(settings),
-            "diffusion": _diffusion_run(settings, architecture),
-        }
+        runs = {"autoencoder": _autoencoder_run(settings), "diffusion": _diffusion_run(settings, architecture)}
     elif targets := find_family(architecture.pipeline).lora_targets:
         steps = DiffusionRun(steps=20_000, batch_size=6, gradient_accumulation=16, lora_targets=targets)
         runs = {"diffusion": steps}

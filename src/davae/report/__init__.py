@@ -2,15 +2,7 @@
 
 from davae.report.build import build_report
 from davae.report.recorder import FigureRecorder
-from davae.report.schema import (
-    Alignment,
-    Figures,
-    Generation,
-    Reconstruction,
-    Summary,
-    ThreeWay,
-    WarmStart,
-)
+from davae.report.schema import Alignment, Figures, Generation, Reconstruction, Summary, ThreeWay, WarmStart
 
 __all__ = [
     "Alignment",

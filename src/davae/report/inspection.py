@@ -15,12 +15,7 @@ from davae.evaluation.latent_space.spectra import Spectrum
 from davae.evaluation.metrics.spectrum import NYQUIST
 
 _PARTS = {"base": "base latent", "detail": "detail latent"}
-_MADE = {
-    "whole": "reconstruction",
-    "zeroed": "details zeroed",
-    "shuffled": "details shuffled",
-    "base": "base enlarged",
-}
+_MADE = {"whole": "reconstruction", "zeroed": "details zeroed", "shuffled": "details shuffled", "base": "base enlarged"}
 _GROUP = re.compile(r"details (of level )?\d+$")
 _COLOURS = {"z": "black", "images": "black", "reconstruction": "tab:blue", "without details": "tab:red"}
 _COLOURS["added by all details"] = "tab:orange"

@@ -144,13 +144,7 @@ class FigureRecorder:
         )
 
     def add_latents(
-        self,
-        base: Tensor,
-        detail: Tensor,
-        labels: Tensor,
-        *,
-        method: Literal["pca", "tsne"] = "pca",
-        seed: int = 0,
+        self, base: Tensor, detail: Tensor, labels: Tensor, *, method: Literal["pca", "tsne"] = "pca", seed: int = 0
     ) -> dict[str, float]:
         """Maps of base and detail latents in the plane, with their radial spectra.
 

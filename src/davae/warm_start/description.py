@@ -83,10 +83,7 @@ def input_layer(name: str, pattern: str = "c") -> tuple[ChannelPlace, ...]:
 
 def output_layer(name: str, pattern: str = "c") -> tuple[ChannelPlace, ...]:
     """Places of a convolution or linear layer that gives latent channels: rows of its weight and its bias."""
-    return (
-        ChannelPlace(f"{name}.weight", 0, pattern),
-        ChannelPlace(f"{name}.bias", 0, pattern, optional=True),
-    )
+    return (ChannelPlace(f"{name}.weight", 0, pattern), ChannelPlace(f"{name}.bias", 0, pattern, optional=True))
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,7 @@ from torch import Tensor, nn
 from davae.errors import WarmStartError
 from davae.latents import LatentLayout
 from davae.warm_start.description import ChannelDescription, layer_names
-from davae.warm_start.observe import (
-    Trace,
-    largest_difference,
-    relative_difference,
-    run_watched,
-    undisturbed,
-)
+from davae.warm_start.observe import Trace, largest_difference, relative_difference, run_watched, undisturbed
 from davae.warm_start.patterns import split_axis
 from davae.warm_start.registry import description_of
 
@@ -86,12 +80,7 @@ class WarmStartReport:
 
 
 def check_warm_start(
-    original: ModelMixin,
-    widened: ModelMixin,
-    layout: LatentLayout,
-    *,
-    tolerance: float | None = None,
-    seed: int = 0,
+    original: ModelMixin, widened: ModelMixin, layout: LatentLayout, *, tolerance: float | None = None, seed: int = 0
 ) -> WarmStartReport:
     """Verify that `widened` gives the original's base outputs and zero detail, whatever the detail inputs.
 

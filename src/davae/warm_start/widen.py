@@ -25,13 +25,7 @@ logger = logging.getLogger(__name__)
 Transformer = TypeVar("Transformer", bound=ModelMixin)
 
 # State that is neither weight nor configuration: set on a living module, so that a rebuilt one lacks it.
-_RUNTIME_STATE = (
-    "training",
-    "gradient_checkpointing",
-    "_gradient_checkpointing_func",
-    "_chunk_size",
-    "_chunk_dim",
-)
+_RUNTIME_STATE = ("training", "gradient_checkpointing", "_gradient_checkpointing_func", "_chunk_size", "_chunk_dim")
 
 
 def widen_channels(transformer: Transformer, *, base_channels: int, detail_channels: int) -> Transformer:

@@ -1,13 +1,6 @@
 """Latents and text embeddings on disk, with a fingerprint of what they were made of."""
 
-from davae.data.cache.fingerprint import (
-    Fingerprint,
-    SourceFact,
-    caption_key,
-    plain_config,
-    value_hash,
-    weights_hash,
-)
+from davae.data.cache.fingerprint import Fingerprint, SourceFact, caption_key, plain_config, value_hash, weights_hash
 from davae.data.cache.index import verify_cache
 from davae.data.cache.reader import LatentCache
 from davae.data.cache.shards import Format, Record

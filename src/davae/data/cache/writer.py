@@ -11,14 +11,7 @@ from typing import Any
 
 from davae.data.cache.fingerprint import Fingerprint
 from davae.data.cache.index import append, journal_of, merge_journals, read_index
-from davae.data.cache.shards import (
-    SUFFIXES,
-    Format,
-    Record,
-    is_shard_name,
-    stored,
-    write_shard,
-)
+from davae.data.cache.shards import SUFFIXES, Format, Record, is_shard_name, stored, write_shard
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import atomic_json, file_hash
 from davae.runtime.devices import DTYPES

@@ -28,11 +28,7 @@ MAX_BUCKET_ASPECT = 2.0
 
 
 def make_buckets(
-    resolution: int,
-    unit: int,
-    *,
-    max_aspect: float = MAX_BUCKET_ASPECT,
-    tolerance: float = AREA_TOLERANCE,
+    resolution: int, unit: int, *, max_aspect: float = MAX_BUCKET_ASPECT, tolerance: float = AREA_TOLERANCE
 ) -> list[Size]:
     """The sizes around ``resolution`` x ``resolution``, from tall to wide.
 
@@ -92,10 +88,7 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
     aspect = math.log(size[0] / size[1])
     return min(
         range(len(buckets)),
-        key=lambda i: (
-            round(abs(math.log(buckets[i][0] / buckets[i][1]) - aspect), 9),
-            -buckets[i][0] * buckets[i][1],
-        ),
+        key=lambda i: (round(abs(math.log(buckets[i][0] / buckets[i][1]) - aspect), 9), -buckets[i][0] * buckets[i][1]),
     )
 
 

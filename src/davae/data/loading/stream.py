@@ -79,12 +79,7 @@ class BatchStream:
 
 
 def read_items(
-    dataset: Dataset[Item],
-    positions: Sequence[int],
-    *,
-    batch_size: int,
-    workers: int = 0,
-    timeout_s: float = 0.0,
+    dataset: Dataset[Item], positions: Sequence[int], *, batch_size: int, workers: int = 0, timeout_s: float = 0.0
 ) -> Iterator[list[Item]]:
     """Items of a data set in a given order, ``batch_size`` at a time, as they look in the first epoch.
 
@@ -100,10 +95,7 @@ def read_items(
         [Key(0, position) for position in positions[first : first + batch_size]]
         for first in range(0, len(positions), batch_size)
     ]
-    with (
-        frozen_objects(workers),
-        closing(WatchedItems(dataset, workers, timeout_s if workers else 0)) as items,
-    ):
+    with frozen_objects(workers), closing(WatchedItems(dataset, workers, timeout_s if workers else 0)) as items:
         batches = iter(_loader(items, parts, _packed))
         for _ in parts:
             try:
@@ -137,9 +129,7 @@ def make_loader(
 
 
 def _loader(
-    items: WatchedItems,
-    batches: Iterable[list[Key]],
-    put_together: Callable[[list[Item]], Any] | None = None,
+    items: WatchedItems, batches: Iterable[list[Key]], put_together: Callable[[list[Item]], Any] | None = None
 ) -> DataLoader[Any]:
     return DataLoader(
         items,

@@ -124,10 +124,4 @@ class ProceduralScenes(Dataset[SceneItem]):
         # Through the same 8 bits as a picture read from a file.
         pixels = torch.from_numpy(canvas.to_uint8()).permute(2, 0, 1)
         image = pixels.contiguous().to(torch.float32) / 127.5 - 1.0
-        return {
-            "image": image,
-            "label": label,
-            "caption": caption,
-            "id": self.id(index),
-            "skipped": [],
-        }
+        return {"image": image, "label": label, "caption": caption, "id": self.id(index), "skipped": []}

@@ -16,18 +16,7 @@ from davae.data.scenes.canvas import (
     turned,
 )
 from davae.data.scenes.surroundings import INK, WHITE, hills, lawn, light_up, pick, pick_hour, sky
-from davae.data.scenes.textures import (
-    colour,
-    gradient,
-    leaves,
-    mix,
-    modulated,
-    planks,
-    pulse,
-    scallops,
-    stripes,
-    water,
-)
+from davae.data.scenes.textures import colour, gradient, leaves, mix, modulated, planks, pulse, scallops, stripes, water
 
 
 def butterfly(canvas: Canvas, rng: np.random.Generator) -> str:

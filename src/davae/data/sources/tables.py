@@ -138,11 +138,7 @@ def open_hub(name: str, split: str | None, revision: str | None = None) -> Table
     pinned = {} if revision is None else {"revision": revision}
     try:
         table = datasets.load_dataset(repository, configuration or None, **pinned)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # not found, no network, gated
+    except (OSError, ValueError, RuntimeError) as error:  # not found, no network, gated
         raise DavaeError(
             f"'{name}' is not a local folder or file, and as a data set on the Hugging Face hub it cannot be "
             f"loaded: {error}"

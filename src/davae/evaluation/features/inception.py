@@ -130,14 +130,7 @@ def _block_a(channels: int, pooled: int) -> _Block:
         (
             (None, (("branch1x1", 64, (1, 1)),)),
             (None, (("branch5x5_1", 48, (1, 1)), ("branch5x5_2", 64, (5, 5)))),
-            (
-                None,
-                (
-                    ("branch3x3dbl_1", 64, (1, 1)),
-                    ("branch3x3dbl_2", 96, (3, 3)),
-                    ("branch3x3dbl_3", 96, (3, 3)),
-                ),
-            ),
+            (None, (("branch3x3dbl_1", 64, (1, 1)), ("branch3x3dbl_2", 96, (3, 3)), ("branch3x3dbl_3", 96, (3, 3)))),
             (_average, (("branch_pool", pooled, (1, 1)),)),
         ),
     )
@@ -165,10 +158,7 @@ def _block_c(channels: int, inner: int) -> _Block:
         channels,
         (
             (None, (("branch1x1", 192, (1, 1)),)),
-            (
-                None,
-                (("branch7x7_1", inner, (1, 1)), ("branch7x7_2", inner, wide), ("branch7x7_3", 192, tall)),
-            ),
+            (None, (("branch7x7_1", inner, (1, 1)), ("branch7x7_2", inner, wide), ("branch7x7_3", 192, tall))),
             (None, double),
             (_average, (("branch_pool", 192, (1, 1)),)),
         ),

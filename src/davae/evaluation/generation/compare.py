@@ -16,13 +16,7 @@ from davae.evaluation.generation.prompts import PromptSet
 from davae.evaluation.images import spread_batches
 from davae.evaluation.metrics.clip_score import ClipScore
 from davae.evaluation.metrics.fid import Gaussian, load_statistics, save_statistics
-from davae.evaluation.metrics.image_set import (
-    PATCH_IMAGES,
-    Distances,
-    ImageSet,
-    compare_sets,
-    feature_distances,
-)
+from davae.evaluation.metrics.image_set import PATCH_IMAGES, Distances, ImageSet, compare_sets, feature_distances
 from davae.evaluation.metrics.names import CLIP_SCORE
 from davae.runtime.atomic_files import file_hash
 

@@ -96,15 +96,7 @@ def evaluate_generation(
     variants = generate_variants(
         lambda name: _open_pipeline(name, precision, where),
         RunSettings(
-            str(pipeline),
-            {},
-            seed,
-            batch,
-            steps=steps,
-            guidance=guidance,
-            height=height,
-            width=width,
-            dtype=dtype,
+            str(pipeline), {}, seed, batch, steps=steps, guidance=guidance, height=height, width=width, dtype=dtype
         ),
         out,
         base=base,

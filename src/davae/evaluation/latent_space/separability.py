@@ -21,12 +21,7 @@ class Probe(NamedTuple):
 
 
 def linear_probe(
-    latents: Tensor,
-    labels: Tensor,
-    *,
-    splits: int = 5,
-    strengths: Sequence[float] = STRENGTHS,
-    seed: int = 0,
+    latents: Tensor, labels: Tensor, *, splits: int = 5, strengths: Sequence[float] = STRENGTHS, seed: int = 0
 ) -> Probe:
     """Accuracy of a ridge classifier on latents that it has not seen.
 
@@ -130,12 +125,7 @@ def stratified_split(labels: Tensor, classes: int, fraction: float, seed: int) -
 
 
 def linear_probe_accuracy(
-    latents: Tensor,
-    labels: Tensor,
-    *,
-    train_fraction: float = 0.5,
-    regularisation: float = 0.1,
-    seed: int = 0,
+    latents: Tensor, labels: Tensor, *, train_fraction: float = 0.5, regularisation: float = 0.1, seed: int = 0
 ) -> float:
     """Share of held-out latents that a ridge classifier puts in the right class.
 

@@ -39,11 +39,7 @@ def latent_spectra(vae: AutoencoderDA, latents: Tensor) -> dict[str, Spectrum]:
 
 
 def image_spectra(
-    vae: AutoencoderDA,
-    latents: Tensor,
-    images: Tensor,
-    made: dict[str, Tensor],
-    decode: Callable[[Tensor], Tensor],
+    vae: AutoencoderDA, latents: Tensor, images: Tensor, made: dict[str, Tensor], decode: Callable[[Tensor], Tensor]
 ) -> dict[str, Spectrum]:
     """Of the images, of their reconstructions, and of the bands that the details add.
 

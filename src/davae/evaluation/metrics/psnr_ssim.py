@@ -7,10 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import PSNR, SSIM

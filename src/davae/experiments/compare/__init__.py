@@ -1,11 +1,6 @@
 """Autoencoders side by side on the same images, alone and under the same diffusion transformer."""
 
-from davae.experiments.compare.autoencoders import (
-    AutoencoderScore,
-    Candidate,
-    open_candidates,
-    score_autoencoders,
-)
+from davae.experiments.compare.autoencoders import AutoencoderScore, Candidate, open_candidates, score_autoencoders
 from davae.experiments.compare.comparison import Comparison, compare_autoencoders
 from davae.experiments.compare.diffusion import DiffusionOptions, DiffusionScore, score_diffusion
 

@@ -108,13 +108,7 @@ def compare_autoencoders(
     if diffusion is not None:
         learned, labels, classes = _images(data, resolution, train_images, hold_out=images, part="train")
         scores, samples = score_diffusion(
-            candidates,
-            learned,
-            labels,
-            held_out,
-            diffusion,
-            classes=max(1, classes),
-            networks=networks,
+            candidates, learned, labels, held_out, diffusion, classes=max(1, classes), networks=networks
         )
         sheets["samples"] = {"held-out images": held_out, **samples}
     result = Comparison(

@@ -24,12 +24,7 @@ from davae.models.autoencoder.residual_sampling import ResidualDownsample, Resid
 from davae.models.autoencoder.tiling import tiled
 from davae.models.autoencoder.warm_blocks import start_blocks_from_base
 from davae.models.base_adapters import image, video  # noqa: F401  (each registers its adapters)
-from davae.models.base_adapters.adapter import (
-    constructor_arguments,
-    find_adapter,
-    offloaded_blocks,
-    register_adapter,
-)
+from davae.models.base_adapters.adapter import constructor_arguments, find_adapter, offloaded_blocks, register_adapter
 from davae.models.base_adapters.nested import NestedAdapter
 from davae.models.portable import Portable
 
@@ -341,11 +336,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         self._check_sides(images)
         size = (images.shape[-2] // self.factor, images.shape[-1] // self.factor)
         small = F.interpolate(  # in float32: bfloat16 has no antialiased resize on every device, and would blur
-            images.float(),
-            size=size,
-            mode="bicubic",
-            align_corners=False,
-            antialias=self.config.antialias,
+            images.float(), size=size, mode="bicubic", align_corners=False, antialias=self.config.antialias
         )
         return (small.clamp(-1.0, 1.0) if self.config.clamp_base_image else small).to(images.dtype)
 
@@ -528,10 +519,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         details = self.encode_details(x)
         mean, std = self._detail_affine(details.mean.device)
         posterior = StructuredPosterior(
-            self.layout,
-            z,
-            ((details.mean.float() - mean) / std).to(z.dtype),
-            (details.std.float() / std).to(z.dtype),
+            self.layout, z, ((details.mean.float() - mean) / std).to(z.dtype), (details.std.float() / std).to(z.dtype)
         )
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
@@ -657,13 +645,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
                 return function(x)
             overlap = round(tile * self.tile_overlap_factor)
             return tiled(
-                function,
-                x,
-                tile=tile,
-                overlap=overlap,
-                cell_in=cell_in,
-                cell_out=cell_out,
-                networks=[network],
+                function, x, tile=tile, overlap=overlap, cell_in=cell_in, cell_out=cell_out, networks=[network]
             )
 
         return apply

@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLQwenImage21
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d, QwenImageResample
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage21 import (
-    QwenImage21CausalConv3d,
-    QwenImage21Resample,
-)
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage21 import QwenImage21CausalConv3d, QwenImage21Resample
 from torch import Tensor, nn
 
 from davae.errors import DavaeError

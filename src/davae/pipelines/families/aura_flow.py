@@ -12,33 +12,16 @@ class AuraFlow(PipelineFamily):
 
     pipelines = ("AuraFlowPipeline",)
     reads_shift = False
-    lora_targets = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-    )
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
     def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
         embeds, _, _, _ = pipe.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            device=pipe.text_encoder.device,
-            max_sequence_length=length,
+            prompts, do_classifier_free_guidance=False, device=pipe.text_encoder.device, max_sequence_length=length
         )
         return {"prompt_embeds": embeds}
 
     def _predict(
-        self,
-        transformer: ModelMixin,
-        noisy: Tensor,
-        level: Tensor,
-        conditioning: Conditioning,
-        guidance: float,
+        self, transformer: ModelMixin, noisy: Tensor, level: Tensor, conditioning: Conditioning, guidance: float
     ) -> Tensor:
         return transformer(
             noisy, encoder_hidden_states=conditioning["prompt_embeds"], timestep=level, return_dict=False

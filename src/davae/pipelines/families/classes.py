@@ -78,12 +78,7 @@ class ClassConditional(ClassFamily):
         return int(pipe.transformer.null_label)
 
     def _predict(
-        self,
-        transformer: ModelMixin,
-        noisy: Tensor,
-        level: Tensor,
-        conditioning: Conditioning,
-        guidance: float,
+        self, transformer: ModelMixin, noisy: Tensor, level: Tensor, conditioning: Conditioning, guidance: float
     ) -> Tensor:
         return predict_velocity(transformer, noisy, level, conditioning["class_labels"])
 
@@ -105,12 +100,7 @@ class DiT(ClassFamily):
         return int(pipe.transformer.config.num_embeds_ada_norm)
 
     def _predict(
-        self,
-        transformer: ModelMixin,
-        noisy: Tensor,
-        level: Tensor,
-        conditioning: Conditioning,
-        guidance: float,
+        self, transformer: ModelMixin, noisy: Tensor, level: Tensor, conditioning: Conditioning, guidance: float
     ) -> Tensor:
         return transformer(noisy, timestep=level, class_labels=conditioning["class_labels"]).sample
 

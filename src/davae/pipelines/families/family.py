@@ -166,12 +166,7 @@ class PipelineFamily(ABC):
 
     @abstractmethod
     def _predict(
-        self,
-        transformer: ModelMixin,
-        noisy: Tensor,
-        level: Tensor,
-        conditioning: Conditioning,
-        guidance: float,
+        self, transformer: ModelMixin, noisy: Tensor, level: Tensor, conditioning: Conditioning, guidance: float
     ) -> Tensor:
         """:meth:`predict` with the conditioning in the dtype of ``noisy``; a learned variance may follow."""
 
@@ -246,10 +241,7 @@ class PipelineFamily(ABC):
         """One quiet call of the pipeline, ``[B, 3, H, W]`` in [-1, 1] on the CPU."""
         pipe.set_progress_bar_config(disable=True)
         images = pipe(
-            **arguments,
-            num_inference_steps=num_inference_steps,
-            generator=list(generators),
-            output_type="pt",
+            **arguments, num_inference_steps=num_inference_steps, generator=list(generators), output_type="pt"
         ).images
         return images.float().cpu() * 2 - 1
 
@@ -278,12 +270,7 @@ class UpgradeOnlyFamily(PipelineFamily):
         raise _untrainable(type(pipe).__name__)
 
     def _predict(
-        self,
-        transformer: ModelMixin,
-        noisy: Tensor,
-        level: Tensor,
-        conditioning: Conditioning,
-        guidance: float,
+        self, transformer: ModelMixin, noisy: Tensor, level: Tensor, conditioning: Conditioning, guidance: float
     ) -> Tensor:
         raise _untrainable(f"pipeline of a {type(transformer).__name__}")
 

@@ -36,12 +36,7 @@ class Flux(PipelineFamily):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def _predict(
-        self,
-        transformer: ModelMixin,
-        noisy: Tensor,
-        level: Tensor,
-        conditioning: Conditioning,
-        guidance: float,
+        self, transformer: ModelMixin, noisy: Tensor, level: Tensor, conditioning: Conditioning, guidance: float
     ) -> Tensor:
         text = conditioning["prompt_embeds"]
         height, width = noisy.shape[-2:]

@@ -26,12 +26,7 @@ class Lumina2(PipelineFamily):
         return {"prompt_embeds": positive, "prompt_attention_mask": mask}
 
     def _predict(
-        self,
-        transformer: ModelMixin,
-        noisy: Tensor,
-        level: Tensor,
-        conditioning: Conditioning,
-        guidance: float,
+        self, transformer: ModelMixin, noisy: Tensor, level: Tensor, conditioning: Conditioning, guidance: float
     ) -> Tensor:
         return -transformer(
             hidden_states=noisy,

@@ -35,12 +35,7 @@ class PixArtSigma(PipelineFamily):
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
 
     def _predict(
-        self,
-        transformer: ModelMixin,
-        noisy: Tensor,
-        level: Tensor,
-        conditioning: Conditioning,
-        guidance: float,
+        self, transformer: ModelMixin, noisy: Tensor, level: Tensor, conditioning: Conditioning, guidance: float
     ) -> Tensor:
         return transformer(
             noisy,

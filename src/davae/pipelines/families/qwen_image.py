@@ -24,18 +24,10 @@ class QwenImage(PipelineFamily):
         if mask is None:  # the pipeline's sign for "nothing is padding"
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         missing = length - embeds.shape[1]
-        return {
-            "prompt_embeds": F.pad(embeds, (0, 0, 0, missing)),
-            "prompt_embeds_mask": F.pad(mask, (0, missing)),
-        }
+        return {"prompt_embeds": F.pad(embeds, (0, 0, 0, missing)), "prompt_embeds_mask": F.pad(mask, (0, missing))}
 
     def _predict(
-        self,
-        transformer: ModelMixin,
-        noisy: Tensor,
-        level: Tensor,
-        conditioning: Conditioning,
-        guidance: float,
+        self, transformer: ModelMixin, noisy: Tensor, level: Tensor, conditioning: Conditioning, guidance: float
     ) -> Tensor:
         height, width = noisy.shape[-2:]
         embedded = noisy.new_full((len(noisy),), guidance, dtype=torch.float32)

@@ -16,11 +16,7 @@ from davae.pipelines.families.family import Conditioning, PipelineFamily, regist
 class StableDiffusion3(PipelineFamily):
     """The targets are the official training's: image stream, second feed-forward layer, modulation."""
 
-    pipelines = (
-        "StableDiffusion3Pipeline",
-        "StableDiffusion3Img2ImgPipeline",
-        "StableDiffusion3InpaintPipeline",
-    )
+    pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
     extra_text_tokens = 77  # of the CLIPs, whatever the prompt, before T5's
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear")
 
@@ -36,12 +32,7 @@ class StableDiffusion3(PipelineFamily):
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def _predict(
-        self,
-        transformer: ModelMixin,
-        noisy: Tensor,
-        level: Tensor,
-        conditioning: Conditioning,
-        guidance: float,
+        self, transformer: ModelMixin, noisy: Tensor, level: Tensor, conditioning: Conditioning, guidance: float
     ) -> Tensor:
         return transformer(
             hidden_states=noisy,

@@ -91,11 +91,7 @@ def save_adapters(pipe: DiffusionPipeline, folder: str | Path) -> Path:
     tensors = {f"transformer.{name}": value.detach().cpu().contiguous() for name, value in layers.items()}
     tensors["check.transformer"] = Samples.of(_frozen(transformer)).values
     tensors["check.vae"] = Samples.of(dict(vae.named_parameters())).values
-    save_file(
-        tensors,
-        folder / LAYERS_FILE,
-        metadata={"format": "pt", "davae": json.dumps(asdict(header), indent=1)},
-    )
+    save_file(tensors, folder / LAYERS_FILE, metadata={"format": "pt", "davae": json.dumps(asdict(header), indent=1)})
     return folder
 
 
@@ -305,10 +301,7 @@ def _write_lora(pipe: DiffusionPipeline, name: str, config: LoraConfig, folder: 
     save_file(
         {f"transformer.{key}": value for key, value in weights.items()},
         folder / LORA_FILE,
-        metadata={
-            "format": "pt",
-            LORA_ADAPTER_METADATA_KEY: json.dumps(values, indent=2, sort_keys=True),
-        },
+        metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(values, indent=2, sort_keys=True)},
     )
 
 

@@ -52,11 +52,7 @@ class Licence:
 
 
 def find_licence(
-    base_model: str | Path,
-    given: str | Licence | None = None,
-    *,
-    name: str | None = None,
-    link: str | None = None,
+    base_model: str | Path, given: str | Licence | None = None, *, name: str | None = None, link: str | None = None
 ) -> Licence:
     """The licence to name: the given one, else the base's own from its model card.
 

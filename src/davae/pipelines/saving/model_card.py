@@ -222,13 +222,7 @@ def _introduction(facts: _Facts, base_model: str) -> str:
 
 def _use(facts: _Facts, name: str, base_model: str) -> str:
     custom = ', custom_pipeline="pipeline"' if facts.own_pipeline else ""
-    values = {
-        "name": name,
-        "base": base_model,
-        "custom": custom,
-        "layers": LAYERS_FILE,
-        "sizes": _sizes(facts),
-    }
+    values = {"name": name, "base": base_model, "custom": custom, "layers": LAYERS_FILE, "sizes": _sizes(facts)}
     return _USE[facts.kind].format(**values).strip()
 
 

@@ -82,14 +82,7 @@ class GanLoss(nn.Module):
         self.discriminator = PatchDiscriminator(filters=settings.filters, layers=settings.layers)
         self._pair: tuple[Tensor, Tensor] | None = None
 
-    def generator_term(
-        self,
-        images: Tensor,
-        made: Tensor,
-        reconstruction: Tensor,
-        last: Tensor,
-        step: int,
-    ) -> Tensor:
+    def generator_term(self, images: Tensor, made: Tensor, reconstruction: Tensor, last: Tensor, step: int) -> Tensor:
         """``weight * ratio * hinge`` for the generator; zero before ``start_step``.
 
         Args:

@@ -68,12 +68,7 @@ class AutoencoderStage(Stage):
             gan_loss, trained = make_gan_loss(settings.reconstruction.gan, name)
             gan_losses.append(gan_loss)
             modules += trained
-        self.objective = self.objective_class(
-            autoencoder,
-            settings.alignment,
-            settings.reconstruction,
-            gan_losses,
-        )
+        self.objective = self.objective_class(autoencoder, settings.alignment, settings.reconstruction, gan_losses)
         if cache_latents:
             autoencoder.to(start_processes().device)
             logger.info("encoding %d images", len(self.dataset))
@@ -130,11 +125,7 @@ class AutoencoderStage(Stage):
         """Measure the detail channels of the levels that learned, then write ``out/autoencoder``."""
         self.autoencoder.eval()
         set_detail_statistics(
-            self.autoencoder,
-            self.dataset,
-            self.settings.statistics_images,
-            self.loop.batch_size,
-            levels=self.learning,
+            self.autoencoder, self.dataset, self.settings.statistics_images, self.loop.batch_size, levels=self.learning
         )
         self.autoencoder.to(memory_format=torch.contiguous_format)
         with atomic_folder(out / "autoencoder") as folder:
@@ -144,12 +135,7 @@ class AutoencoderStage(Stage):
 
 @torch.no_grad()
 def set_detail_statistics(
-    vae: AutoencoderDA,
-    dataset: ItemDataset,
-    most: int,
-    batch_size: int,
-    *,
-    levels: list[int] | None = None,
+    vae: AutoencoderDA, dataset: ItemDataset, most: int, batch_size: int, *, levels: list[int] | None = None
 ) -> None:
     """Measure mean and standard deviation of each detail channel and keep them in the autoencoder's config.
 

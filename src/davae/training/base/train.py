@@ -103,10 +103,7 @@ def native_pipeline(recipe: BaseRecipe, base: DiffusionPipeline) -> ClassConditi
     check_divides(side, unit)
     torch.manual_seed(recipe.transformer.loop.seed)
     transformer = restarted(
-        base.transformer,
-        sample_size=side // base.vae_scale_factor,
-        patch_size=start.patch_size,
-        qk_norm=start.qk_norm,
+        base.transformer, sample_size=side // base.vae_scale_factor, patch_size=start.patch_size, qk_norm=start.qk_norm
     )
     parts = {"vae": base.vae, "scheduler": base.scheduler, "id2label": base.config.id2label}
     return ClassConditionalPipeline(transformer=transformer, **parts)
@@ -243,11 +240,7 @@ def _transformer(recipe: BaseRecipe) -> tuple[LightningDiTTransformer2DModel, in
             patch_size=start.patch_size,
             qk_norm=start.qk_norm,
         )
-        return (
-            model,
-            compression,
-            f"starts from {architecture.name}, whose autoencoder (f{compression}) is kept",
-        )
+        return (model, compression, f"starts from {architecture.name}, whose autoencoder (f{compression}) is kept")
     shape = recipe.transformer.architecture
     assert recipe.autoencoder is not None and shape is not None  # noqa: PT018 (the recipe's validation)
     autoencoder = recipe.autoencoder.architecture

@@ -11,14 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import nn
 
 from davae.data import ImageDataset, RenderedDataset
-from davae.data.cache import (
-    Fingerprint,
-    SourceFact,
-    caption_key,
-    plain_config,
-    value_hash,
-    weights_hash,
-)
+from davae.data.cache import Fingerprint, SourceFact, caption_key, plain_config, value_hash, weights_hash
 from davae.data.cache.index import read_index
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA

@@ -108,11 +108,7 @@ def write_cache(
 
 
 def open_cache(
-    data: DataSettings,
-    vae: AutoencoderDA | AutoencoderKL,
-    pipe: DiffusionPipeline,
-    *,
-    text_length: int | None = None,
+    data: DataSettings, vae: AutoencoderDA | AutoencoderKL, pipe: DiffusionPipeline, *, text_length: int | None = None
 ) -> LatentCache:
     """The cache that ``data.cache`` names, if it was made of exactly these images by exactly these models.
 
@@ -142,11 +138,7 @@ def _write_latents(
     rank, world = rank_and_world()
     parts = list(same_size_batches(images, missing, batch_size))[rank::world]
     loader = DataLoader(
-        images,
-        batch_sampler=parts,
-        num_workers=data.workers,
-        collate_fn=list,
-        generator=torch.Generator(),
+        images, batch_sampler=parts, num_workers=data.workers, collate_fn=list, generator=torch.Generator()
     )
     ledger = SkipLedger.for_dataset(images)
     before, training = vae.device, vae.training

@@ -25,14 +25,7 @@ from torch import Tensor
 
 from davae.choices import BestMode
 from davae.errors import DavaeError
-from davae.runtime.atomic_files import (
-    atomic_folder,
-    atomic_write,
-    file_hash,
-    flush,
-    is_disk_full,
-    remove_folder,
-)
+from davae.runtime.atomic_files import atomic_folder, atomic_write, file_hash, flush, is_disk_full, remove_folder
 
 logger = logging.getLogger(__name__)
 Tensors = dict[str, dict[str, Tensor]]
@@ -44,13 +37,7 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 def save_checkpoint(
-    folder: Path,
-    step: int,
-    tensors: Tensors,
-    values: dict[str, Any],
-    *,
-    keep: int,
-    protected: Collection[int] = (),
+    folder: Path, step: int, tensors: Tensors, values: dict[str, Any], *, keep: int, protected: Collection[int] = ()
 ) -> Path:
     """Write ``folder/step-<step>`` and remove all but the newest ``keep`` checkpoints and the ``protected`` ones.
 
@@ -72,10 +59,7 @@ def save_checkpoint(
             shutil.rmtree(leftover)
         with atomic_folder(final) as partial:
             for name, named in tensors.items():
-                save_file(
-                    {k: v.detach().cpu().contiguous() for k, v in named.items()},
-                    partial / f"{name}.safetensors",
-                )
+                save_file({k: v.detach().cpu().contiguous() for k, v in named.items()}, partial / f"{name}.safetensors")
             (partial / _STATE).write_text(json.dumps({"step": step, **values}))
             files = {file.name: _facts(file) for file in sorted(partial.iterdir())}
             (partial / MANIFEST).write_text(json.dumps(files, indent=1))
@@ -226,13 +210,7 @@ class CheckpointWriter:
         return value < self.best["value"] if self.best_mode == "min" else value > self.best["value"]
 
     def save(
-        self,
-        step: int,
-        tensors: Tensors,
-        values: dict[str, Any],
-        *,
-        watched: float | None = None,
-        copied: bool = False,
+        self, step: int, tensors: Tensors, values: dict[str, Any], *, watched: float | None = None, copied: bool = False
     ) -> None:
         """Copy the state and begin to write it; returns before it is on the disk.
 

@@ -190,9 +190,7 @@ _SNAPSHOT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\]|$)")
 
 def base_facts(recipe: UpgradeRecipe, pipe: Any) -> dict[str, Any]:
     """``{"base": {"name", "revision", "commit"}}``; ``commit`` is none where it is not known (folders, embedded)."""
-    return {
-        "base": {"name": recipe.base, "revision": recipe.base_revision, "commit": commit_of(pipe)},
-    }
+    return {"base": {"name": recipe.base, "revision": recipe.base_revision, "commit": commit_of(pipe)}}
 
 
 def data_facts(data: DataSettings, images: ItemDataset) -> dict[str, Any]:

@@ -119,9 +119,7 @@ def shard(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Op
     module, optimizer = accelerator.prepare(module, optimizer)
     blocks = Counter(type(unit).__mro__[ORIGINAL].__name__ for unit in units_of(module))
     logger.info(
-        "%s spread over %d processes",
-        ", ".join(f"{n} x {b}" for b, n in blocks.items()),
-        accelerator.num_processes,
+        "%s spread over %d processes", ", ".join(f"{n} x {b}" for b, n in blocks.items()), accelerator.num_processes
     )
     plugin.transformer_cls_names_to_wrap = names
     return module, optimizer

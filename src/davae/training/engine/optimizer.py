@@ -102,11 +102,7 @@ def eight_bit_adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -
         for parameter in group["params"]:
             parameter.data = parameter.data.contiguous()
     return GuardedAdamW8bit(
-        groups,
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
+        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
     )
 
 

@@ -42,12 +42,7 @@ class ModuleTrainer:
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        loop: LoopSettings,
-        trained: TrainedModule,
-        module: nn.Module,
-        optimizer: Any,
+        self, accelerator: Accelerator, loop: LoopSettings, trained: TrainedModule, module: nn.Module, optimizer: Any
     ) -> None:
         self.accelerator, self.loop, self.trained = accelerator, loop, trained
         self.module: Any = module

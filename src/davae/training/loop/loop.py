@@ -134,9 +134,7 @@ class _Training:
             self._prepare()
             self.writer = opened.enter_context(
                 CheckpointWriter(
-                    self.directory.checkpoints,
-                    keep=self.loop.checkpoints_total_limit,
-                    best_mode=self.loop.best_mode,
+                    self.directory.checkpoints, keep=self.loop.checkpoints_total_limit, best_mode=self.loop.best_mode
                 )
             )
             self.stop = opened.enter_context(StopRequest())
@@ -245,14 +243,7 @@ class _Training:
             for part in losses[i]:
                 self.window.add(part, "" if i == 0 else trained.name)
             good = self.guard.check(
-                step + 1,
-                trained.name,
-                losses[i],
-                ids,
-                trainer.names,
-                trainer.norms(),
-                norms[i],
-                self._agreed,
+                step + 1, trained.name, losses[i], ids, trainer.names, trainer.norms(), norms[i], self._agreed
             )
             kept[i].restore_unless(good)
             trainer.step(learning_rate(trained.optimizer, step, loop.steps), good)

@@ -33,11 +33,7 @@ class RankInvariantDraws(TorchFunctionMode):
         self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Replace the draws; everything else goes its way."""
         kwargs = kwargs or {}

@@ -26,14 +26,7 @@ class TrainingStopped(Exception):
     """
 
     def __init__(
-        self,
-        stage: str,
-        step: int,
-        steps: int,
-        out: Path,
-        number: signal.Signals,
-        *,
-        result: Path | None = None,
+        self, stage: str, step: int, steps: int, out: Path, number: signal.Signals, *, result: Path | None = None
     ) -> None:
         self.signal = number
         saved = f"everything is saved in {out}, and the same command continues"

@@ -68,11 +68,7 @@ def export_run(
         if adapters:
             shutil.copytree(_autoencoder_of(stage, recipe), folder / "autoencoder")
         card = write_model_card(
-            folder,
-            base_model=base,
-            license=licence,
-            making=_making(stage, recipe),
-            name=repo_id or out.resolve().name,
+            folder, base_model=base, license=licence, making=_making(stage, recipe), name=repo_id or out.resolve().name
         )
     message = f"{out}\nlicence {licence.title}, from {base}; the card is {out / card.name}"
     if repo_id is not None:

@@ -31,20 +31,14 @@ def _sd3(d: Dummy) -> dict[str, Any]:
 
 
 @described(
-    "LightningDiTTransformer2DModel",
-    inputs=input_layer("patch_embed"),
-    outputs=output_layer("proj_out", "p p c"),
+    "LightningDiTTransformer2DModel", inputs=input_layer("patch_embed"), outputs=output_layer("proj_out", "p p c")
 )
 def _class_label(d: Dummy) -> dict[str, Any]:
     labels = d.integers(d.config.num_classes + 1)
     return {"hidden_states": d.latent, "timestep": d.time(), "class_labels": labels}
 
 
-@described(
-    "SanaTransformer2DModel",
-    inputs=input_layer("patch_embed.proj"),
-    outputs=output_layer("proj_out", "p p c"),
-)
+@described("SanaTransformer2DModel", inputs=input_layer("patch_embed.proj"), outputs=output_layer("proj_out", "p p c"))
 def _sana(d: Dummy) -> dict[str, Any]:
     return {
         "hidden_states": d.latent,
@@ -147,10 +141,7 @@ def _hunyuan_image(d: Dummy) -> dict[str, Any]:
     latent = torch.cat(d.concatenated(latents), dim=1)
     second = {}
     if config.text_embed_2_dim is not None and not d.latent.is_meta:  # indexes by the values of a mask
-        second = {
-            "encoder_hidden_states_2": d.text(config.text_embed_2_dim),
-            "encoder_attention_mask_2": d.text_mask(),
-        }
+        second = {"encoder_hidden_states_2": d.text(config.text_embed_2_dim), "encoder_attention_mask_2": d.text_mask()}
     return {
         "hidden_states": latent if len(config.patch_size) == 2 else latent[:, :, None],
         "timestep": d.time(1000),

@@ -15,11 +15,7 @@ from davae.warm_start.registry import describe, described
 def _z_image(d: Dummy) -> dict[str, Any]:
     frames = max(d.config.all_f_patch_size)
     latent = d.latent[:, :, None].expand(-1, -1, frames, -1, -1)
-    return {
-        "x": list(latent.unbind(0)),
-        "t": d.time(),
-        "cap_feats": list(d.text(d.config.cap_feat_dim).unbind(0)),
-    }
+    return {"x": list(latent.unbind(0)), "t": d.time(), "cap_feats": list(d.text(d.config.cap_feat_dim).unbind(0))}
 
 
 def _z_image_places(transformer: ModelMixin) -> ChannelDescription:
@@ -55,10 +51,7 @@ def _bria_fibo2(d: Dummy) -> dict[str, Any]:
 
 @described(
     "OmniGenTransformer2DModel",
-    inputs=(
-        *input_layer("patch_embedding.output_image_proj"),
-        *input_layer("patch_embedding.input_image_proj"),
-    ),
+    inputs=(*input_layer("patch_embedding.output_image_proj"), *input_layer("patch_embedding.input_image_proj")),
     outputs=output_layer("proj_out", "p p c"),
     counts={"in_channels": "c"},
 )

@@ -7,13 +7,7 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed, get_2d_rotary_p
 from diffusers.models.modeling_utils import ModelMixin
 
 from davae.errors import WarmStartError
-from davae.warm_start.description import (
-    ChannelDescription,
-    ChannelPlace,
-    DummyInputs,
-    input_layer,
-    output_layer,
-)
+from davae.warm_start.description import ChannelDescription, ChannelPlace, DummyInputs, input_layer, output_layer
 from davae.warm_start.dummy_inputs import Dummy, dummy
 from davae.warm_start.registry import Describer, describe
 

@@ -23,13 +23,7 @@ from davae.errors import WarmStartError
 from davae.warm_start.description import ChannelDescription, ChannelPlace
 from davae.warm_start.observe import first_tensor, undisturbed
 from davae.warm_start.probing.candidates import Candidate, channel_counts, find_candidates
-from davae.warm_start.probing.guess_inputs import (
-    FORMS,
-    GuessedInputs,
-    guess_inputs,
-    guess_passes,
-    probe_latent,
-)
+from davae.warm_start.probing.guess_inputs import FORMS, GuessedInputs, guess_inputs, guess_passes, probe_latent
 
 _DIGIT = 128  # numbers below this are exact in every floating-point type
 _PROBED: dict[str, ChannelDescription] = {}
@@ -78,11 +72,7 @@ class _Probe:
     """One transformer under the probe."""
 
     def __init__(
-        self,
-        transformer: ModelMixin,
-        counts: dict[str, int | None],
-        candidates: list[Candidate],
-        inputs: GuessedInputs,
+        self, transformer: ModelMixin, counts: dict[str, int | None], candidates: list[Candidate], inputs: GuessedInputs
     ) -> None:
         self.transformer, self.counts = transformer, counts
         self.counted = _counted(counts)
