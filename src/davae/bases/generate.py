@@ -51,7 +51,7 @@ def write_images(
         prompts: a text file of more prompts, one a line.
         out: folder for the images.
         count: images of each.
-        seed, steps, guidance, height, width: see :func:`davae.pipelines.generate.generate_images`.
+        seed, steps, guidance, height, width: see :func:`davae.pipelines.sampling.generate.generate_images`.
         negative: a prompt to guide away from.
         fast: every measure for speed that changes images by rounding alone.
         compile, attention: see :func:`davae.speed_up`; with ``fast`` only.
