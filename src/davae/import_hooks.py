@@ -35,7 +35,7 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname not in self.actions:
             return None
-        # By name: where this module is imported anew, the finder of the old one stays in the list.
+        # By name: where this module is imported again, the finder of the old one stays in the list.
         others = [finder for finder in sys.meta_path if type(finder).__qualname__ != type(self).__qualname__]
         specs = (finder.find_spec(fullname, path, target) for finder in others)
         spec = next((spec for spec in specs if spec is not None), None)

@@ -1,6 +1,6 @@
 """The embedded base pipeline: class-conditional, 64 x 64 images from 8 x 8 tokens, no download.
 
-How it was made is told in the model card beside the weights (``pipeline/README.md``). Beside it, a random base
+The model card says how it was made, and stands beside the weights (``pipeline/README.md``). Beside it, a random base
 that is made in no time, for the ``debug`` recipe and for tests.
 """
 

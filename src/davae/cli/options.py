@@ -131,7 +131,7 @@ FeatureNames = Annotated[
 Json = Annotated[Path | None, typer.Option("--json", help="Write every figure here.", callback=new_file)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides as section.key=value, e.g. data.path=photos/")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name, or a YAML file.")]
-Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Rounds; medians are told.")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Rounds; medians are shown.")]
 TrainedAutoencoder = Annotated[
     Path | None, typer.Option("--autoencoder", help="Folder of the trained autoencoder (default: stage 1's result).")
 ]

@@ -23,7 +23,7 @@ class ImagesInMemory(DatasetWrapper):
     """Each image is made once, changed by ``prepare`` and kept as 8-bit values.
 
     Of a data set that mirrors or crops at random the first epoch is kept. :class:`davae.data.Mirrored` around this one
-    mirrors anew in each.
+    mirrors again in each.
 
     Args:
         source: a map-style data set of items with an ``image`` in [-1, 1].
@@ -45,7 +45,7 @@ class ImagesInMemory(DatasetWrapper):
         return item
 
     def unmirrored(self) -> ItemDataset:
-        """Itself: what is kept is not mirrored anew."""
+        """Itself: what is kept is not mirrored again."""
         return self
 
     def read_all(self, workers: int, timeout_s: float = 0.0) -> None:

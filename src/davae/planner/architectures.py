@@ -284,7 +284,7 @@ def _read_json(file: Path, name: str) -> dict[str, Any]:
 def _download(name: str, file: str) -> str:
     hub = logging.getLogger("huggingface_hub")
     level = hub.level
-    hub.setLevel(logging.CRITICAL)  # its retries are told one by one, and once more in the error below
+    hub.setLevel(logging.CRITICAL)  # its retries are logged one by one, and once more in the error below
     try:
         return str(hf_hub_download(name, file))
     except (HfHubHTTPError, HFValidationError, OSError) as error:

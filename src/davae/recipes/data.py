@@ -20,7 +20,7 @@ class ImageSettings(Section):
     path: str = "procedural"
     """A folder, a data set name or file, WebDataset shards, or ``procedural`` ([data.md](data.md))."""
     crop: Crop = "center"
-    """The square in the middle, or one drawn anew each time."""
+    """The square in the middle, or one drawn again each time."""
     flip: bool = False
     """Mirror left and right with probability one half."""
     split: str = "train"

@@ -105,7 +105,7 @@ class Fingerprint:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DavaeError(f"the fingerprint of the cache {folder} cannot be read: {error}") from error
         if not same:
-            raise DavaeError(f"the fingerprint of the cache {folder} was changed by hand; make the cache anew")
+            raise DavaeError(f"the fingerprint of the cache {folder} was changed by hand; make the cache again")
         return found
 
     def _source_differences(self, wanted: Fingerprint) -> list[str]:

@@ -77,11 +77,11 @@ def read_index(folder: Path, name: str = INDEX) -> Index:
     for shard_name, shard in index.shards.items():
         file_path = shard_path(folder, shard_name)
         if not file_path.is_file():
-            raise DavaeError(f"the cache {folder} lacks its shard {shard_name}: copy it again, or make the cache anew")
+            raise DavaeError(f"the cache {folder} lacks its shard {shard_name}: copy it again, or make the cache again")
         if file_path.stat().st_size != shard["bytes"]:
             raise DavaeError(
                 f"the shard {file_path} has {file_path.stat().st_size} bytes, the index says {shard['bytes']}: "
-                f"copy it again, or make the cache anew"
+                f"copy it again, or make the cache again"
             )
     return index
 
@@ -137,6 +137,6 @@ def verify_cache(folder: str | Path) -> int:
     if damaged:
         raise DavaeError(
             f"{len(damaged)} of {len(index.shards)} shards of {folder} are damaged: {', '.join(damaged)}. "
-            f"Copy them again, or make the cache anew"
+            f"Copy them again, or make the cache again"
         )
     return len(index.shards)

@@ -142,7 +142,7 @@ def _first_free(shards: Iterable[str], kind: str) -> int:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """``cache.json``: the format and what the writer was told about the data.
+    """``cache.json``: the format and what the writer was given about the data.
 
     Raises:
         DavaeError: it is missing or damaged.
@@ -150,5 +150,5 @@ def read_about(folder: Path) -> dict[str, Any]:
     try:
         about: dict[str, Any] = json.loads((folder / "cache.json").read_text())
     except (OSError, ValueError) as error:
-        raise DavaeError(f"{folder / 'cache.json'} cannot be read ({error}); make the cache anew") from error
+        raise DavaeError(f"{folder / 'cache.json'} cannot be read ({error}); make the cache again") from error
     return about

@@ -147,7 +147,7 @@ def is_mirrored(seed: int, epoch: int, index: int) -> bool:
 
 
 class Mirrored(DatasetWrapper):
-    """The items of a data set, the images of half of them mirrored: which half is drawn anew in each epoch.
+    """The items of a data set, the images of half of them mirrored: which half is drawn again in each epoch.
 
     Args:
         source: a map-style data set of items with an ``image``, the same in every epoch.

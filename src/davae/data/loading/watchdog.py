@@ -29,7 +29,7 @@ _FROM_A_WORKER = "Original Traceback (most recent call last)"
 
 
 class WatchedItems(Dataset[Item]):
-    """A data set's items by (epoch, position), so that loader processes need not be told of a new epoch.
+    """A data set's items by (epoch, position), so that loader processes need no message about a new epoch.
 
     Args:
         dataset: map-style; its ``item(index, epoch)`` is used where it has one, else ``dataset[index]``.
@@ -69,7 +69,7 @@ class WatchedItems(Dataset[Item]):
 
     @contextmanager
     def stalls_as_errors(self) -> Iterator[None]:
-        """Within the block, what goes wrong in loader processes is told as it would be in this one.
+        """Within the block, what goes wrong in loader processes is raised as it would be in this one.
 
         Raises:
             DavaeError: the time is over or a loader process has died; says which images were being read.

@@ -23,7 +23,7 @@ CLASS_IMAGES = 50_000
 
 
 Progress = Callable[[Iterable[int], str, int], Iterable[int]]
-"""Wraps the numbers of images as they are made; told what they are for and how many are missing."""
+"""Wraps the numbers of images as they are made; called with what they are for and how many are missing."""
 
 
 @dataclass

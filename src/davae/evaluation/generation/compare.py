@@ -21,7 +21,7 @@ from davae.evaluation.metrics.names import CLIP_SCORE
 from davae.runtime.atomic_files import file_hash
 
 Batches = Callable[[], Iterable[Tensor]]
-"""Begins anew at every call: images ``[B, 3, H, W]`` in [-1, 1], in the order of their numbers."""
+"""Starts again at every call: images ``[B, 3, H, W]`` in [-1, 1], in the order of their numbers."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Improved precision and recall (Kynkäänniemi et al. 2019): fidelity and variety told apart.
+"""Improved precision and recall (Kynkäänniemi et al. 2019): fidelity and variety apart.
 
 Each set is seen as the union of balls around its features, as wide as the distance to the k-th nearest neighbour.
 Precision is the share of generated images inside the real set's balls, recall the share of real images inside the

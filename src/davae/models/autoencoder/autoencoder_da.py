@@ -212,7 +212,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """Config entries that follow from the base are made anew by the constructor."""
+        """Config entries that follow from the base are derived again by the constructor."""
         # Without the list of defaulted arguments: statistics that were set later would count as not given.
         dropped = DERIVED_KEYS | {"_use_default_values"}
         own = {key: value for key, value in config_dict.items() if key not in dropped}

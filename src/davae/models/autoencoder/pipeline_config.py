@@ -5,7 +5,7 @@ from typing import Any
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 
-# All of these follow from the base; the constructor makes them anew.
+# All of these follow from the base; the constructor makes them again.
 DERIVED_KEYS = frozenset(
     {
         "in_channels",

@@ -112,5 +112,5 @@ def _with_frame(result: Any) -> Any:
 
 
 def without_alpha(images: Tensor) -> Tensor:
-    """Images ``[B, 3, H, W]`` of such with three channels, or with four, of which the last is opacity."""
+    """Images ``[B, 3, H, W]`` from images with three channels, or with four, the last of which is opacity."""
     return images[:, :3] if images.shape[1] == 4 else images

@@ -8,7 +8,7 @@ by one convolution each, and that convolution fits into the new blocks:
 * up: ``conv + shortcut`` of :class:`ResidualUpsample` together give the base decoder's first features, of the
   full-resolution latent that the details hold, or of the base latent enlarged where they hold less.
 
-With ``D = s^2 C`` the autoencoder thus starts as the base VAE at full resolution, but for the down block's
+With ``D = s^2 C`` the autoencoder starts as the base VAE at full resolution, but for the down block's
 shortcut, and with zero details as a blurred enlargement of the base's reconstruction.
 
 This is an initialisation only: nothing of it is in the config.
@@ -67,7 +67,7 @@ def warm_nested_up_block(
 ) -> None:
     """Make the block of a further level give the first features of the level below, each repeated.
 
-    The start is thus an enlargement of what the level below makes, as it was trained. With ``D = s^2 C`` the new
+    The start is an enlargement of what the level below makes, as it was trained. With ``D = s^2 C`` the new
     details are the base latent at full resolution, unshuffled; what they hold beyond the level below, their
     difference from the mean of a repeated cell, goes through the base's stem and is added.
 

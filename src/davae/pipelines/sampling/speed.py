@@ -111,7 +111,7 @@ def compile_regions(module: nn.Module, *, one_size: bool = False) -> int:
 
     Args:
         module: a model of diffusers or davae, or a module that holds some.
-        one_size: compile anew for each size of images rather than once for all of them.
+        one_size: compile again for each size of images rather than once for all of them.
 
     Returns:
         How many parts were compiled.

@@ -202,7 +202,7 @@ def _write_texts(
 
 
 def _locked(folder: Path, *, first: bool) -> AbstractContextManager[None]:
-    """No other run writes this cache meanwhile; the first of a run's processes answers for all of them."""
+    """No other run writes this cache at the same time; the first of a run's processes answers for all of them."""
     if not first:
         return nullcontext()
     folder.mkdir(parents=True, exist_ok=True)

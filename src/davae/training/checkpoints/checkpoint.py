@@ -104,7 +104,7 @@ def newest_whole(folder: Path, needed: Collection[str] = ()) -> tuple[Path, Tens
         needed: names of :data:`Tensors` without which a checkpoint is of no use.
 
     Raises:
-        DavaeError: there are checkpoints and none is whole. Beginning anew would overwrite what is left of them.
+        DavaeError: there are checkpoints and none is whole. Starting again would overwrite what is left of them.
     """
     found = checkpoints(folder)
     for path in reversed(found):
@@ -114,7 +114,7 @@ def newest_whole(folder: Path, needed: Collection[str] = ()) -> tuple[Path, Tens
             logger.warning("%s", error)
     if found:
         raise DavaeError(
-            f"none of the {len(found)} checkpoints in {folder} is whole; move the folder away to start anew"
+            f"none of the {len(found)} checkpoints in {folder} is whole; move the folder away to start again"
         )
     return None
 

@@ -62,7 +62,7 @@ class RunDirectory:
         Makes the folder and writes ``config.yaml`` and ``environment.json``, as soon as they are nobody else's.
 
         Raises:
-            DavaeError: another process trains here, or one has begun a run with other settings meanwhile.
+            DavaeError: another process trains here, or one has begun a run with other settings in between.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path / "run.lock", self._in_use):
@@ -90,7 +90,7 @@ class RunDirectory:
         """Drop the lines that a run going on from ``step`` writes again: metrics and skipped steps of all processes.
 
         What a kill cut short goes too: the next line would be joined to it. To be called before the first line. A run
-        that begins anew keeps them as ``<file>.before``.
+        that starts again keeps them as ``<file>.before``.
         """
         for file in (self.metrics_file, *self.path.glob("skipped_steps*.jsonl")):
             before = file.read_text(errors="replace") if file.is_file() else ""
@@ -117,7 +117,7 @@ class RunDirectory:
                     f"{why}, and there are checkpoints: nothing says that they are of a run with these settings. If "
                     "they are, remove the file and run the same command again; otherwise choose another --out"
                 )
-            logger.warning("%s; nothing was saved yet, so it is written anew", why)
+            logger.warning("%s; nothing was saved yet, so it is written again", why)
             return []
         changed = differing_keys(self.recipe, with_later_settings(known))
         allowed = resumable_keys(self.recipe.get("kind", "upgrade"))

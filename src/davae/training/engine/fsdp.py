@@ -2,7 +2,7 @@
 
 accelerate shards, as its configuration says; here stands what a training needs around that: which blocks are sharded
 by themselves, whole tensors for checkpoints, and whole models for validation and export. Sharded tensors are
-``DTensor``; to make one whole is a collective operation, so **every process must come along**, also where only
+``DTensor``; to make one whole is a collective operation, so **all ranks must call it**, also where only
 the first one writes.
 """
 
@@ -211,7 +211,7 @@ def unshard_for_good(module: nn.Module) -> None:
     """Make a sharded module an ordinary one for good, with all its weights in every process.
 
     For what comes after training: export moves, casts and merges weights, which a sharded module does not allow.
-    Every process must come along. Does nothing to a module that is not sharded.
+    All ranks must call this. Does nothing to a module that is not sharded.
     """
     units = units_of(module)
     for unit in units:

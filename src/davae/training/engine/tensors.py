@@ -1,7 +1,7 @@
 """Tensors spread over processes (``DTensor``): whole ones for files, norms, clipping and masks of gradients.
 
 Everything here takes ordinary tensors as well. What makes a tensor whole or sums over shards is a collective
-operation: **every process must come along**, also where only the first one writes.
+operation: **all ranks must call it**, also where only the first one writes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,14 +16,14 @@ from davae.errors import DavaeError
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor with all its elements, in every process; every process must come along for a sharded one."""
+    """A tensor with all its elements, in every process; all ranks must call this for a sharded one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def full_state_on_cpu(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Copies of whole tensors on the CPU where ``keep``, nothing elsewhere; no device holds the whole model at once.
 
-    Every process must come along, with the same names in the same order.
+    All ranks must call this, with the same names in the same order.
     """
     kept = {}
     for name, tensor in tensors.items():
@@ -57,7 +57,7 @@ def gradient_norms(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def spread_masks(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Boolean masks of whole parameters as :func:`mask_gradients` takes them; every process must come along.
+    """Boolean masks of whole parameters as :func:`mask_gradients` takes them; all ranks must call this.
 
     Args:
         module: whose parameters, sharded or not.

@@ -1,8 +1,8 @@
-"""What keeps one bad step from ruining a run: it is found, left out, counted and told.
+"""What keeps one bad step from ruining a run: it is found, skipped, counted and logged.
 
 A step is bad when a loss or a gradient is not finite, or the gradient's norm exceeds ``skip_grad_norm``. The
 verdict stays on the device, where the fused optimizer reads it, so that good steps never wait for it; it is
-read, and told, when losses are logged anyway.
+read, and logged, when losses are logged anyway.
 """
 
 import json

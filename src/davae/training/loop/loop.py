@@ -279,7 +279,7 @@ class _Training:
         return self._signal() is not None
 
     def _signal(self) -> signal.Signals | None:
-        """What asked any of the processes to stop; all must come along."""
+        """What asked any of the processes to stop; all ranks must call this."""
         if self.accelerator.num_processes == 1:
             return self.stop.received
         asked = torch.tensor(float(self.stop.received is not None), device=self.accelerator.device)

@@ -47,7 +47,7 @@ class RunState:
     scaler: torch.amp.GradScaler | None
 
     def save(self, writer: CheckpointWriter, done: int, watched: float | None) -> None:
-        """Begin to write a checkpoint in the first process; every process must come along.
+        """Begin to write a checkpoint in the first process; all ranks must call this.
 
         Args:
             writer: writes it.

@@ -103,7 +103,7 @@ def _recipe(stage: Path) -> dict[str, Any]:
         raise DavaeError(f"{stage} is not a run directory: it has no config.yaml, which names the base")
     recipe = read_config(file)
     if recipe is None:
-        raise DavaeError(f"{file} is damaged: remove it and run the training's command again, which writes it anew")
+        raise DavaeError(f"{file} is damaged: remove it and run the training's command again, which writes it again")
     return recipe
 
 
@@ -155,5 +155,5 @@ def _json(file: Path) -> dict[str, Any]:
         return json.loads(file.read_text()) if file.is_file() else {}
     except ValueError as error:
         raise DavaeError(
-            f"{file} is damaged ({error}): run the training's command again, which writes it anew"
+            f"{file} is damaged ({error}): run the training's command again, which writes it again"
         ) from error
