@@ -231,7 +231,7 @@ class PromptSettings(Section):
     max_length: Positive | None = None
     """Tokens a prompt is cut or padded to; none takes the pipeline's default (SD3 256, FLUX 512, ...)."""
     guidance: float = 3.5
-    """What a guidance-distilled transformer (FLUX.1-dev) is told in training."""
+    """What a guidance-distilled transformer (FLUX.1-dev) is given in training."""
     validation: list[str] = Field(default=[])
     """Prompts of the validation images; empty takes captions of held-out images."""
 
