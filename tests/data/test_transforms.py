@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from davae.data import SquareCrop, image_to_tensor, item_generator, resize_short_side
+from davae.data import SquareCrop, image_to_tensor, item_generator
+from davae.data.images.transforms import resize_to_cover
 from davae.errors import DavaeError
 from tests.data.files import picture
 
@@ -32,14 +33,14 @@ def test_centre_crop_without_scaling_takes_the_middle() -> None:
 
 def test_halving_is_a_mean_of_blocks() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    found = np.asarray(resize_short_side(Image.fromarray(pixels), 16)).astype(float)
+    found = np.asarray(resize_to_cover(Image.fromarray(pixels), (16, 16))).astype(float)
     expected = pixels.reshape(16, 2, 16, 2, 3).mean(axis=(1, 3))
     assert np.abs(found - expected).max() <= 1.0  # rounded once a direction
 
 
 @pytest.mark.parametrize(("size", "expected"), [((100, 60), (53, 32)), ((33, 90), (32, 87)), ((20, 10), (64, 32))])
 def test_short_side(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    assert resize_short_side(picture(0, size), 32).size == expected
+    assert resize_to_cover(picture(0, size), (32, 32)).size == expected
 
 
 def test_random_crops_vary_stay_inside_and_never_enlarge() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, ModelMixin
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
@@ -361,3 +362,10 @@ def test_forward_reconstructs_and_returns_tuples_on_request(images: Tensor) -> N
         drawn = model(images, sample_posterior=True, generator=torch.Generator().manual_seed(0)).sample
     assert drawn.shape == images.shape
     assert not torch.equal(drawn, expected)
+
+
+def test_residual_blocks_are_never_split_over_devices():
+    vae = AutoencoderDA.from_base(make_base("kl"), scale=2, detail_channels=8)
+    blocks = {type(module).__name__ for module in vae.modules() if isinstance(module, ResnetBlock2D)}
+    assert len(blocks) == 2  # the base's, and the copies that take less memory
+    assert blocks <= set(AutoencoderDA._no_split_modules)

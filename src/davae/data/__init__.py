@@ -5,9 +5,9 @@ from davae.data.images.buckets import make_buckets
 from davae.data.images.dataset import Facts, ImageDataset, Source
 from davae.data.images.decode import UnreadableImage, check_header, decode_image
 from davae.data.images.protocol import DatasetWrapper, Item, ItemDataset, Mirrored, as_item_dataset
-from davae.data.images.transforms import SquareCrop, image_to_tensor, item_generator, resize_short_side
+from davae.data.images.transforms import SquareCrop, image_to_tensor, item_generator
 from davae.data.loading.samplers import BucketSampler, ResumableSampler
-from davae.data.loading.stream import BatchStream, collate, make_loader, read_items
+from davae.data.loading.stream import BatchStream, collate, read_items
 from davae.data.open import choose_part, find_source, open_dataset
 from davae.data.scenes import CLASSES, ProceduralScenes, render_scene
 from davae.data.sources.bad_files import SkipLedger
@@ -48,9 +48,7 @@ __all__ = [
     "image_to_tensor",
     "item_generator",
     "make_buckets",
-    "make_loader",
     "open_dataset",
     "read_items",
     "render_scene",
-    "resize_short_side",
 ]

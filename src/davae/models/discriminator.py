@@ -1,4 +1,4 @@
-"""PatchGAN discriminator and the hinge losses of both players."""
+"""PatchGAN discriminator and the hinge losses of discriminator and generator."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -60,4 +60,4 @@ class Stage(ABC):
         """Write the result in diffusers format below ``out`` and return its folder."""
 
     def to(self, device: torch.device) -> None:  # noqa: B027 (most stages hold nothing else)
-        """Move what the players do not hold (frozen models) to the device."""
+        """Move what the trained modules do not hold (frozen models) to the device."""

@@ -68,11 +68,6 @@ class LatentCache(ItemDataset):
         self.empty_conditioning: dict[str, Tensor] | None = self.conditioning("") if self._texts else None
         """The conditioning of the empty prompt, for dropout and guidance; none without text."""
 
-    @property
-    def has_text(self) -> bool:
-        """Whether items have a ``conditioning``."""
-        return bool(self._texts)
-
     def __len__(self) -> int:
         return len(self._plain)
 

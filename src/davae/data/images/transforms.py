@@ -26,17 +26,12 @@ def item_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng((seed % 2**63, epoch, index))
 
 
-def resize_short_side(image: Image.Image, size: int) -> Image.Image:
-    """Scale an image so that its short side has ``size`` pixels.
+def resize_to_cover(image: Image.Image, size: Size) -> Image.Image:
+    """Scale an image to the smallest size that covers (width, height).
 
     Halves with a box filter while at least twice too large, then one bicubic step: the procedure that guided
     diffusion (ADM) introduced and class-conditional models are measured with.
     """
-    return resize_to_cover(image, (size, size))
-
-
-def resize_to_cover(image: Image.Image, size: Size) -> Image.Image:
-    """Scale an image, as :func:`resize_short_side` does, to the smallest size that covers (width, height)."""
     width, height = size
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

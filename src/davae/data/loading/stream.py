@@ -121,13 +121,6 @@ def _unpacked(rest: list[Item], stacked: dict[str, torch.Tensor]) -> list[Item]:
     return [item | {name: tensor[i] for name, tensor in own.items()} for i, item in enumerate(rest)]
 
 
-def make_loader(
-    dataset: Dataset[Item], sampler: ResumableSampler | BucketSampler, *, workers: int = 0
-) -> DataLoader[Any]:
-    """A torch loader over the sampler's keys, in order, with :func:`collate`; it waits for ever."""
-    return _loader(WatchedItems(dataset, workers), sampler)
-
-
 def _loader(
     items: WatchedItems, batches: Iterable[list[Key]], put_together: Callable[[list[Item]], Any] | None = None
 ) -> DataLoader[Any]:

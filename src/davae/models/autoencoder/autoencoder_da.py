@@ -89,7 +89,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     __module__ = "davae"  # the library by which saved pipelines know it
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D", "FrugalResnetBlock2D"]  # noqa: RUF012 (the form)
+    _no_split_modules = ["BasicTransformerBlock", "ResnetBlock2D", "MemoryEfficientResnetBlock2D"]  # noqa: RUF012 (the form)
     _group_offload_block_modules = ["base", "detail_encoder", "down", "up", "joint_decoder"]  # noqa: RUF012
     _skip_keys = ["feat_cache", "feat_idx"]  # noqa: RUF012 (lists that autoencoders of videos change in place)
 

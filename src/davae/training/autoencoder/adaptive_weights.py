@@ -62,9 +62,9 @@ def single_pass(
         latent, z_d: ``[B, C, h, w]`` and ``[B, D, h, w]``, with their graphs.
         images: ``[B, 3, H, W]``, what is to come out.
         measure: from images and reconstruction to losses, among them ``reconstruction``.
-        adversary: of this level, or none.
+        gan_loss: of this level, or none.
         step: the loop's.
-        at_details: keep the reconstruction's own gradient at ``z_d``. With an active adversary that is one more pass
+        at_details: keep the reconstruction's own gradient at ``z_d``. With an active GAN that is one more pass
             through the decoder, for its inputs only.
     """
     below, details = _leaf(latent), _leaf(z_d)

@@ -123,7 +123,7 @@ class GanLoss(nn.Module):
 
 
 def make_gan_loss(settings: GanSettings, name: str = "discriminator") -> tuple[GanLoss | None, list[TrainedModule]]:
-    """The adversary and its player, called ``name``; none of either while the weight is 0."""
+    """The GAN loss and its discriminator as a trained module called ``name``; neither while the weight is 0."""
     if not settings.weight:
         return None, []
     gan_loss = GanLoss(settings)

@@ -20,7 +20,7 @@ class StructuredObjective(nn.Module):
     Args:
         autoencoder: what is trained. Levels learn together where it says so (``train_levels``), else the last alone.
         alignment, reconstruction: the recipe's sections, the same for every level.
-        adversaries: one for each level that learns, lowest first; none without a GAN.
+        gan_losses: one for each level that learns, lowest first; none without a GAN.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class StructuredObjective(nn.Module):
             AlignmentLoss(alignment_layout(level, alignment), alignment.form) for level in self._levels()
         )
         self.reconstruction = ReconstructionLoss(reconstruction)
-        self._gan_losses = gan_losses or [None] * len(self.learning)  # their weights belong to other players
+        self._gan_losses = gan_losses or [None] * len(self.learning)  # their weights are other modules'
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Named losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is what is minimised.

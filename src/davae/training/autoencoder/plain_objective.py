@@ -23,7 +23,7 @@ def plain_modules(
     settings: ReconstructionSettings,
     optimizer: OptimizerSettings,
 ) -> tuple[PlainObjective, list[TrainedModule]]:
-    """The objective, and the players that train it: the autoencoder's ``layers``, and the GAN's where there is one."""
+    """The objective, and the modules to train: the autoencoder's ``layers``, and the GAN's where there is one."""
     gan_loss, modules = make_gan_loss(settings.gan)
     objective = PlainObjective(autoencoder, layers, settings, gan_loss)
     adaptive = settings.gan.weight > 0 and settings.gan.adaptive
@@ -37,7 +37,7 @@ class PlainObjective(nn.Module):
         autoencoder: an ``AutoencoderDC``, or an ``AutoencoderKL`` (sampled, with the KL term).
         layers: the parts that learn. The rest takes no gradient and stays in eval mode also after ``train()``.
         settings: weights of the terms.
-        adversary: the GAN's part; none without.
+        gan_loss: the GAN's part; none without.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class PlainObjective(nn.Module):
         super().__init__()
         self.autoencoder, self.settings = autoencoder, settings
         self._layers = list(layers)  # in a list: the autoencoder holds them already
-        self._gan_loss = [gan_loss]  # its weights belong to the other player
+        self._gan_loss = [gan_loss]  # its weights are another module's
         self.reconstruction = ReconstructionLoss(settings)
         autoencoder.requires_grad_(False)
         for layer in self._layers:

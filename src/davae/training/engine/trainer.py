@@ -1,4 +1,4 @@
-"""A player as the loop trains it: losses, gradients, a step, and what a checkpoint holds of it.
+"""A module as the loop trains it: losses, gradients, a step, and what a checkpoint holds of it.
 
 Weights and moments are whole in every process or sharded by FSDP2 (:mod:`davae.training.engine.fsdp`); tensor functions
 take both. With several processes all ranks must call every method.
@@ -31,14 +31,14 @@ from davae.training.stage import TrainedModule
 
 
 class ModuleTrainer:
-    """A player with its module and optimizer as accelerate prepared them.
+    """A trained module and its optimizer as accelerate prepared them.
 
     Args:
         accelerator: of the training.
         loop: its settings.
-        player: whose.
-        module: takes the player's steps, synchronised between processes.
-        optimizer: over the player's trained parameters.
+        trained: the module and how it learns.
+        module: the module, its gradients synchronised between processes.
+        optimizer: over the trained parameters.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class ModuleTrainer:
         self.accelerator.backward(loss)
 
     def mask(self) -> None:
-        """Set gradients to zero where the player's masks say that nothing learns."""
+        """Set gradients to zero where the module's masks say that nothing learns."""
         mask_gradients(self.trained.module, self.masks)
 
     def clip(self) -> Tensor | None:
         """Scale the gradients down to ``max_grad_norm``; returns their norm before, none without a limit.
 
-        The scale of fp16 losses is taken out of them first; it must not change before all learners are here.
+        The scale of fp16 losses is taken out of them first; it must not change before all trainers are here.
         """
         self.accelerator.unscale_gradients(self.optimizer)
         if self.loop.max_grad_norm is None:
@@ -122,12 +122,12 @@ class ModuleTrainer:
 
 
 def prepare(accelerator: Accelerator, loop: LoopSettings, trained: TrainedModule, *, is_model: bool) -> ModuleTrainer:
-    """Put a player on its device, in the form the settings and the launcher ask for.
+    """Put a trained module on its device, in the form the settings and the launcher ask for.
 
     Args:
         accelerator: of :func:`davae.training.engine.fsdp.begin_accelerator`.
         loop: settings of the training.
-        player: its module is changed where it lies.
+        trained: its module is changed in place.
         is_model: what is spread over processes, where the launcher asks for it; a discriminator is not.
     """
     module, device = trained.module, accelerator.device

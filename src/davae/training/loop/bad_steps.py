@@ -27,7 +27,7 @@ _HALVINGS = 24  # of the scale of fp16 losses, which begins at 2^16
 
 @dataclass
 class _Verdict:
-    """One step of one player, as tensors that nobody has read yet."""
+    """One step of one module, as tensors that have not been read yet."""
 
     step: int
     trained: str
@@ -76,7 +76,7 @@ class NonFiniteGuard:
 
         Args:
             step: steps done when this one is.
-            player: whose step.
+            trained: name of the module.
             losses: named losses of every micro-step.
             ids: the images of the step.
             names: the trained parameters.
@@ -175,7 +175,7 @@ class NonFiniteGuard:
         logger.warning("%s: step %d is skipped: %s (images %s)", self.stage, verdict.step, what, message)
         line = {
             "step": verdict.step,
-            "player": verdict.trained,
+            "module": verdict.trained,
             "reason": what,
             "terms": sorted(set(bad_terms)),
             "layers": layers[:_IDS_SHOWN],

@@ -173,7 +173,7 @@ class _Training:
         if accelerator.num_processes > 1:
             all_the_same("the images", _described(self.dataset), "the data")
         self.ledger = SkipLedger.for_dataset(self.dataset)
-        self.window = RunningMeans(accelerator.device)
+        self.means = RunningMeans(accelerator.device)
         self.guard = NonFiniteGuard(stage.name, loop, self.out)
         self.state = RunState(
             trainers=self.trainers,
@@ -181,7 +181,7 @@ class _Training:
             stream=self.stream,
             ledger=self.ledger,
             guard=self.guard,
-            window=self.window,
+            window=self.means,
             scaler=accelerator.scaler,
         )
 
@@ -215,13 +215,15 @@ class _Training:
         return True
 
     def _step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        """One optimizer step of every player; returns the last batch."""
+        """One optimizer step of every trained module; returns the last batch."""
         loop, accelerator = self.loop, self.accelerator
         for trainer in self.trainers:
             trainer.zero_grad()
         kept = [BatchNormSnapshot(trained.module) for trained in self.stage.modules]
         losses: list[list[dict[str, Tensor]]] = [[] for _ in self.trainers]
         ids: list[str] = []
+
+        # Gradients of every module, summed over the micro-steps; equal random numbers for each module.
         for micro in range(loop.gradient_accumulation):
             batch = next(batches)
             self.ledger.add(batch.pop("skipped", []))
@@ -233,20 +235,26 @@ class _Training:
                 with self._draws():
                     losses[i].append(trainer.losses(batch, step, last=last))
                 trainer.backward(losses[i][-1]["total"] / loop.gradient_accumulation)
+
+        # Masks, clipping, and the means for the next logged line.
         for trainer in self.trainers:
             trainer.mask()
         norms = [trainer.clip() for trainer in self.trainers]
         if norms[0] is not None:
-            self.window.add({"gradient_norm": norms[0]})
+            self.means.add({"gradient_norm": norms[0]})
+
+        # The steps; one that is not finite changes nothing, in any process.
         for i, trainer in enumerate(self.trainers):
             trained = trainer.trained
             for part in losses[i]:
-                self.window.add(part, "" if i == 0 else trained.name)
+                self.means.add(part, "" if i == 0 else trained.name)
             good = self.guard.check(
                 step + 1, trained.name, losses[i], ids, trainer.names, trainer.norms(), norms[i], self._agreed
             )
             kept[i].restore_unless(good)
             trainer.step(learning_rate(trained.optimizer, step, loop.steps), good)
+
+        # What follows the weights: the scale of fp16 losses and the averages.
         if accelerator.scaler is not None:
             accelerator.scaler.update()
         if self.ema is not None:
@@ -289,10 +297,10 @@ class _Training:
         return self.stop.received
 
     def _log(self, done: int) -> dict[str, float]:
-        names, sums = self.window.tensors()
+        names, sums = self.means.tensors()
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, "sum")
-        values = self.window.means(names, sums)
+        values = self.means.means(names, sums)
         values["learning_rate"] = self.trainers[0].learning_rate
         if self.guard.skipped:
             values["skipped_steps"] = self.guard.skipped

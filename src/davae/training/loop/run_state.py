@@ -29,8 +29,8 @@ class RunState:
     """The stateful parts of a run.
 
     Args:
-        learners: of each the trained weights, buffers and moments are kept.
-        ema: averages of the first player's weights.
+        trainers: of each the trained weights, buffers and moments are kept.
+        ema: averages of the first module's weights.
         stream: position in the data.
         ledger: images that could not be read.
         guard: counts of bad steps.
