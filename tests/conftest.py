@@ -17,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+torch.set_num_threads(1)  # as in child processes: sums are made in the same order
+
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 PARITY_DIR = Path(os.environ.get("DAVAE_PARITY_DIR", _SHARED / "parity"))
 TEST_DATA = Path(os.environ.get("DAVAE_TEST_DATA", _SHARED / "data"))
