@@ -1,4 +1,4 @@
-"""A small random instance of every image transformer class that diffusers ships.
+"""A small random instance of every image transformer class that diffusers ships, and the table of them in docs.
 
 Sizes differ from each other where the class lets them, so that no axis can be taken for another, and no weight
 is zero: a head of zeros would agree with everything.

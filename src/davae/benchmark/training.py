@@ -1,4 +1,4 @@
-"""Seconds and memory of a training step, its fast forms beside the plain one."""
+"""Seconds and memory of a training step, its fast forms beside the plain one; and where its time goes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Per-channel mean and standard deviation of latents that arrive batch by batch."""
+"""Per-channel statistics of latents, and the scaling between raw latents and what a diffusion model sees."""
 
 from __future__ import annotations
 

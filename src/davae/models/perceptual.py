@@ -1,4 +1,4 @@
-"""LPIPS (Zhang et al., 2018), an optional part: it needs two packages and a downloaded backbone."""
+"""Perceptual distances: LPIPS (Zhang et al., 2018), which needs two packages and a backbone, and DINO features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ``data`` section of a recipe: where images come from and how they become tensors."""
+"""The ``data`` section of a recipe: where images come from, checked early, and how they become tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recording what a report shows, while the tensors are at hand."""
+"""Recording what a report shows, and its pictures, while the tensors are at hand."""
 
 import base64
 from collections.abc import Mapping, Sequence

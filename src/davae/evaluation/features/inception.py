@@ -1,4 +1,4 @@
-"""The Inception network of published FID, KID and Inception Score, from a file of weights."""
+"""The Inception network of published FID, KID and Inception Score: the network, and its features from a file."""
 
 from collections.abc import Callable
 from pathlib import Path

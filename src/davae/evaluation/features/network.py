@@ -1,4 +1,4 @@
-"""What a feature network is."""
+"""What a feature network is, and the resizing that published networks expect."""
 
 from typing import Any, NamedTuple, Protocol
 

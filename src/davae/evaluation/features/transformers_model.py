@@ -1,4 +1,5 @@
-"""Features of any image model of transformers (DINOv2, CLIP, ViT, ResNet) or, through it, of timm."""
+"""Features of any image model of transformers (DINOv2, CLIP, ViT, ResNet) or, through it, of timm;
+and of images and texts by CLIP."""
 
 import json
 from collections.abc import Mapping, Sequence

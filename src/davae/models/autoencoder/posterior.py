@@ -1,4 +1,4 @@
-"""The posterior of a structured latent: a fixed base part, a Gaussian detail part."""
+"""The posterior of a structured latent: a fixed base part, a Gaussian detail part; also as a single frame."""
 
 import functools
 from collections.abc import Callable

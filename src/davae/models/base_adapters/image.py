@@ -1,4 +1,4 @@
-"""Adapters of the base autoencoders that work out of the box."""
+"""Adapters of the base autoencoders of images that work out of the box, and the blocks and classes they need."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""The reconstruction terms of the autoencoder stages."""
+"""The terms of the autoencoder stages: reconstruction, and the GAN loss with its discriminator."""
 
 from typing import Any
 

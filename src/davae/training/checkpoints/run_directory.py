@@ -1,4 +1,5 @@
-"""The files of a run: resolved recipe, environment, metrics; and the lock that keeps a second run out."""
+"""The files of a run: resolved recipe, environment, metrics; the lock that keeps a second run out;
+and where weights, data and versions came from."""
 
 import importlib.util
 import json

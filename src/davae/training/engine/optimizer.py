@@ -1,4 +1,4 @@
-"""AdamW with a learning rate for each parameter, and its schedule."""
+"""AdamW, fused or with moments of 8 bits, with a learning rate for each parameter, and its schedule."""
 
 import math
 from typing import Any

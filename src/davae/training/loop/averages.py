@@ -1,4 +1,4 @@
-"""Means of losses between two logged lines, kept on the device until they are read."""
+"""Averages over steps: means of losses between two logged lines, and exponential moving averages of weights."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
