@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         upgrade_pipeline,
         write_model_card,
     )
-    from davae.warm_start import WarmStartError, widen_channels
+    from davae.warm_start import widen_channels
 
 __all__ = [
     "AutoencoderDA",

@@ -1,4 +1,8 @@
+"""The recipes of real bases: what their comments and docs/memory.md say is what the planner computes."""
+
+from functools import cache
 from importlib import resources
+from pathlib import Path
 
 import pytest
 import yaml
@@ -21,6 +25,11 @@ BIG = (
 )
 
 
+@cache
+def _plan(name, *overrides):
+    return recipe_plan(load_recipe(name, overrides))
+
+
 @pytest.mark.parametrize("name", BIG)
 def test_recipe_names_a_bundled_base_and_layers_that_exist(name):
     recipe = load_recipe(name)
@@ -34,7 +43,7 @@ def test_recipe_names_a_bundled_base_and_layers_that_exist(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BIG)
 def test_comments_say_what_the_planner_expects(name):
-    made = recipe_plan(load_recipe(name))
+    made = _plan(name)
     text = (resources.files("davae.recipes") / f"{name}.yaml").read_text()
     for line in (inference_line(made), stage_line(made, "autoencoder"), stage_line(made, "diffusion")):
         assert f"#   {line}\n" in text
@@ -52,3 +61,51 @@ def test_dry_run_of_a_small_recipe_is_its_yaml_with_findings_in_comments(stage):
 def test_dry_run_tells_of_missing_images():
     text = dry_run(load_recipe("debug", ["data.path=no/such/folder"]), "autoencoder")
     assert "no/such/folder is not here" in text
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
+SPARE = 0.1  # of a card: the CUDA context, what the allocator rounds and cannot join
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "overrides", "cards"),
+    [
+        ("sd35-medium-1024", ["autoencoder.loop.batch_size=1"], {"autoencoder": 24e9, "diffusion": 24e9}),
+        ("flux1-dev-2048", [], {"autoencoder": 80e9, "diffusion": 80e9}),
+    ],
+)
+def test_the_stages_fit_their_cards_and_the_page_says_the_figures(name, overrides, cards):
+    recipe = load_recipe(name, overrides)
+    assert recipe.data.resolution == int(name.split("-")[2])
+    assert recipe.autoencoder.model.scale == 2
+    made = _plan(name, *overrides)
+    text = PAGE.read_text(encoding="utf-8")
+    for stage, card in cards.items():
+        needed = made.memory_bytes[stage]
+        assert needed < (1 - SPARE) * card
+        row = next(line for line in text.splitlines() if f"`{name}`" in line and _is_of(line, stage))
+        assert row.endswith(f"| {needed / 1e9:.1f} GB |")
+        assert f"| {card / 1e9:.0f} GB |" in row
+
+
+def _is_of(row: str, stage: str) -> bool:
+    return {"autoencoder": "stage 1", "diffusion": "stage 2"}[stage] in row
+
+
+@pytest.mark.parametrize("name", ["sd35-medium-1024", "flux1-dev-2048"])
+def test_the_recipes_switch_on_what_the_page_names(name):
+    """Frozen weights in bfloat16 under adapters, blocks computed again, and nothing encoded while training."""
+    recipe = load_recipe(name)
+    assert (recipe.diffusion.tune.mode, recipe.diffusion.tune.frozen_dtype) == ("lora", "bfloat16")
+    assert recipe.data.cache is not None
+    for stage in (recipe.autoencoder, recipe.diffusion):
+        assert stage.loop.gradient_checkpointing
+        assert stage.loop.precision == "bf16"
+
+
+def test_the_planner_counts_the_bytes_of_either_optimizer():
+    option = "diffusion.optimizer.kind=adamw8bit"
+    whole, small = (recipe_plan(load_recipe("debug-text", more)) for more in ([], [option]))
+    parts = [made.memory_parts["diffusion"]["optimizer"] for made in (whole, small)]
+    assert parts[0] == 4 * parts[1] > 0

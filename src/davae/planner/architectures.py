@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import json
@@ -387,6 +388,13 @@ def cost_by_depth(measure: Callable[[Callable[[nn.Module], nn.Module]], Cost], r
             flops += left * (more.flops - base.flops)
             peak += left * (more.peak_bytes - base.peak_bytes)
     return Cost(flops, peak)
+
+
+def shallow_copy(model: nn.Module) -> nn.Module:
+    """The same modules under a copy of the outermost one, whose lists can be shortened."""
+    other = copy.copy(model)
+    vars(other)["_modules"] = dict(model._modules)
+    return other
 
 
 def _shorten(model: nn.Module, runs: list[BlockRun], counts: dict[int, int]) -> nn.Module:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from davae.choices import Scale, check_choice
 from davae.errors import DavaeError
 from davae.models import find_adapter
-from davae.planner.architectures import Architecture, find_architecture
+from davae.planner.architectures import Architecture, block_runs, cost_by_depth, find_architecture, shallow_copy
 from davae.planner.memory import Cost, bytes_of, cost_of
 from davae.planner.stages import (
     AutoencoderRun,
@@ -255,16 +256,20 @@ def _inference(
         channels = vae.layout.channels if upgraded else vae.layout.base_channels
         side = sides[variant] // compression[variant]
         options: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
-        steps[variant] = forward_cost(
-            (widened if upgraded else base).eval(),
-            torch.empty(architecture.passes * batch, channels, side, side, **options),
-            text_tokens=text_tokens,
-            watch=variant != "base",
-        )
+        noisy = torch.empty(architecture.passes * batch, channels, side, side, **options)
+        steps[variant] = _step(widened if upgraded else base, noisy, text_tokens, watch=variant != "base")
         latent = torch.empty(batch, channels, side, side, **options)
         decodes[variant] = _decoding(vae if upgraded else base_vae, adapter, latent, upgraded, watch=variant != "base")
     nn.Module.to(vae, torch.float32)
     return steps, decodes
+
+
+def _step(transformer: Any, noisy: Tensor, text_tokens: int, *, watch: bool) -> Cost:
+    def measure(shorten: Callable[[nn.Module], nn.Module]) -> Cost:
+        model: Any = shorten(shallow_copy(transformer.eval()))
+        return forward_cost(model, noisy, text_tokens=text_tokens, watch=watch)
+
+    return cost_by_depth(measure, block_runs(transformer))
 
 
 def _decoding(vae: Any, adapter: Any, latent: Tensor, upgraded: bool, *, watch: bool) -> Cost:
