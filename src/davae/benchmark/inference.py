@@ -18,7 +18,7 @@ from davae.runtime.devices import chosen_device, named_dtype
 
 @dataclass(frozen=True)
 class InferenceRow:
-    """What one contestant costs for one image.
+    """What one variant costs for one image.
 
     Attributes:
         name: ``base``, ``native`` or ``upgraded xS``.
@@ -220,7 +220,7 @@ def _row(
 
 
 def _peak(variant: Variant, device: str) -> int | None:
-    """Bytes that a step and a decode add at most, plus the contestant's own weights."""
+    """Bytes that a step and a decode add at most, plus the variant's own weights."""
     if not device.startswith("cuda"):
         return None
     torch.cuda.synchronize()

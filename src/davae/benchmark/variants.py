@@ -69,7 +69,7 @@ class Variant:
         self.decoder()
 
     def decoder(self) -> Tensor:
-        """Images ``[B, 3, H, W]`` of the latents, also from a base that makes films."""
+        """Images ``[B, 3, H, W]`` of the latents, also from a base that is a video model."""
         return decode(self.vae, self.latent)
 
     def image(self) -> None:
@@ -169,7 +169,7 @@ def make_variants(
 
 
 def compile_parts(variants: Sequence[Variant]) -> None:
-    """Compile the transformers' repeated blocks and the autoencoders' stages, alike for every contestant."""
+    """Compile the transformers' repeated blocks and the autoencoders' stages, the same way for every variant."""
     parts = [part for c in variants for part in (c.transformer, c.vae)]
     for part in {id(part): part for part in parts}.values():
         compile_regions(part, one_size=True)

@@ -118,7 +118,7 @@ def gathered_in_first(own: Sequence[T], count: int) -> list[T]:
 
 
 def everyone(value: T) -> list[T]:
-    """A plain value of each process, in every process; all must have come here."""
+    """A plain value of each process, in every process; all ranks must call this."""
     _, world = rank_and_world()
     if world == 1:
         return [value]
@@ -148,7 +148,7 @@ def all_the_same(what: str, own: str, where: str) -> None:
 
 
 def wait_for_everyone() -> None:
-    """Until all processes have come here."""
+    """Wait until all ranks have called this."""
     everyone(None)
 
 

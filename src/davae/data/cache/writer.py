@@ -25,7 +25,7 @@ LATENTS, TEXTS = "latents", "texts"
 
 
 class CacheWriter:
-    """Puts records into shards. Opening a folder that holds a part of the same cache goes on with it.
+    """Puts records into shards. Opening a folder that holds a part of the same cache continues it.
 
     Args:
         folder: the cache; made where it does not exist.

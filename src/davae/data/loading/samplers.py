@@ -76,7 +76,7 @@ class ResumableSampler(Sampler[list[Key]]):
         return {"samples": self.samples, "length": self.length, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where ``state`` was taken; batch size and number of processes may differ.
+        """Continue where ``state`` was taken; batch size and number of processes may differ.
 
         Raises:
             DavaeError: the data set or the seed is another one, so the stream cannot be the same.
@@ -160,7 +160,7 @@ class BucketSampler(Sampler[list[Key]]):
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where ``state`` was taken. Batches are made of rounds, so their size must be the same.
+        """Continue where ``state`` was taken. Batches are made of rounds, so their size must be the same.
 
         Raises:
             DavaeError: data set, buckets, seed or round are others, so the stream cannot be the same.

@@ -82,7 +82,7 @@ def refuse_if_mostly_bad(skips: Sequence[Skip], total: int, where: str = "the da
 
 
 class SkipLedger:
-    """Which files a training had to leave out, each counted once.
+    """Which files a training skipped, each counted once.
 
     Args:
         total: how many image files there are in all, the skipped ones included.
@@ -95,7 +95,7 @@ class SkipLedger:
 
     @classmethod
     def for_dataset(cls, dataset: Dataset[Item]) -> SkipLedger:
-        """A ledger that starts with what ``open_dataset`` left out (``dataset.skipped``), if anything."""
+        """A ledger that starts with what ``open_dataset`` skipped (``dataset.skipped``), if anything."""
         images = as_item_dataset(dataset)
         return cls(len(images) + len(images.skipped), images.skipped)
 

@@ -50,7 +50,7 @@ def write_cache(
     text_length: int | None = None,
     **writer_options: int,
 ) -> CacheResult:
-    """Encode the training images of a recipe, and their captions, into a folder; goes on where a run stopped.
+    """Encode the training images of a recipe, and their captions, into a folder; continues where a run stopped.
 
     Under a launcher (torchrun, accelerate) the work is shared out: each process writes shards of its own, and the
     first one makes one index of them. A run may go on with another number of processes.

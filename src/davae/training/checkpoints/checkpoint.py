@@ -97,7 +97,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_whole(folder: Path, needed: Collection[str] = ()) -> tuple[Path, Tensors, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, with its content; broken ones are reported and passed over.
+    """The newest checkpoint that is whole, with its content; broken ones are reported and skipped.
 
     Args:
         folder: the run's ``checkpoints`` folder.

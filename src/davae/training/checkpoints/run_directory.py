@@ -33,7 +33,7 @@ _PACKAGES = ("davae", "torch", "diffusers", "accelerate", "peft", "transformers"
 
 
 class RunDirectory:
-    """A training's folder: opened for a first start or to go on, refused for another recipe.
+    """A training's folder: opened for a first start or to continue, refused for another recipe.
 
     Nothing is written before :meth:`locked`.
 

@@ -40,7 +40,7 @@ def run_dc_ae(
     start: Path | None = None,
     dry_run: bool = False,
 ) -> str:
-    """Train one phase of a recipe; returns what to tell the person who asked.
+    """Train one phase of a recipe; returns a summary to print.
 
     Args:
         recipe: name or YAML file of a recipe with ``kind: dc-ae``.

@@ -27,7 +27,7 @@ def run_cache(
     batch_size: int = 8,
 ) -> str:
     """Cache the training images of a recipe in ``out``, by default where the recipe's ``data.cache`` looks for it;
-    returns what to tell the person who asked (of several processes the first one does).
+    returns a summary to print (the first process's; empty in the others).
 
     The recipe is an upgrade, whose trained ``autoencoder`` encodes, or a base recipe with ``start_from``, whose
     pipeline brings its own.
@@ -61,7 +61,7 @@ def run_cache(
 
 
 def run_verify(folder: Path) -> str:
-    """Compare the shards of a cache with their hashes; returns what to tell the person who asked."""
+    """Compare the shards of a cache with their hashes; returns a summary to print."""
     return f"{verify_cache(folder)} shards as they were written: {folder}"
 
 

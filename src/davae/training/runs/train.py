@@ -22,7 +22,7 @@ from davae.training.loop.loop import TrainResult
 def run_autoencoder(
     recipe: str | Path, overrides: Sequence[str] = (), out: Path | None = None, *, dry_run: bool = False
 ) -> str:
-    """Train stage 1 of a recipe; returns what to tell the person who asked.
+    """Train stage 1 of a recipe; returns a summary to print.
 
     Raises:
         DavaeError: the recipe, the data or the base is wrong, or ``out`` holds another run.
@@ -42,7 +42,7 @@ def run_diffusion(
     autoencoder: Path | None = None,
     dry_run: bool = False,
 ) -> str:
-    """Train stage 2 of a recipe on a trained autoencoder; returns what to tell the person who asked."""
+    """Train stage 2 of a recipe on a trained autoencoder; returns a summary to print."""
     settings = _upgrade_recipe(recipe, overrides)
     if dry_run:
         return describe_run(settings, "diffusion")
@@ -55,7 +55,7 @@ def run_diffusion(
 def run_base(
     recipe: str | Path, overrides: Sequence[str] = (), out: Path | None = None, *, dry_run: bool = False
 ) -> str:
-    """Train a base pipeline; returns what to tell the person who asked."""
+    """Train a base pipeline; returns a summary to print."""
     settings = load_recipe(recipe, overrides)
     if not isinstance(settings, BaseRecipe):
         raise DavaeError(f"recipe '{recipe}' upgrades a base; `davae train base` needs one of kind: base")
