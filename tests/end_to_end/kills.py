@@ -49,6 +49,7 @@ class Pace:
     step: float
     to_first: float = 1.0
     to_write: float = 0.01
+    hit: bool = False
 
     def wait(self, kind: str, process: BaseProcess, run: Path, draw: random.Random) -> None:
         """Until the moment at which a life is to end."""
@@ -65,6 +66,10 @@ class Pace:
         second = _newest(run)
         while process.is_alive() and not _partial(run):
             time.sleep(0.0002)
+        if not self.hit:  # one is sure to come while files are written, however busy the machine is
+            self.hit = True
+            _stop_while_writing(process, run)
+            return
         began, moment = time.monotonic(), draw.uniform(0, self.to_write)
         while time.monotonic() - began < moment and _newest(run) == second:
             time.sleep(0.0002)
@@ -127,6 +132,17 @@ def run_and_kill(
         "differing": sorted(k for k, v in _hashes(whole).items() if _hashes(killed).get(k) != v),
         "same_losses": read_metrics(whole / "metrics.jsonl") == read_metrics(killed / "metrics.jsonl"),
     }
+
+
+def _stop_while_writing(process: BaseProcess, run: Path) -> None:
+    """Halt a child between two files of a checkpoint; where it has just finished one, of the next."""
+    while process.is_alive():
+        os.kill(process.pid, signal.SIGSTOP)
+        if _partial(run):
+            return
+        os.kill(process.pid, signal.SIGCONT)
+        while process.is_alive() and not _partial(run):
+            time.sleep(0.0002)
 
 
 def _partial(run: Path) -> list[Path]:
