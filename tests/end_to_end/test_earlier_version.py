@@ -26,9 +26,9 @@ EXPECTED = load_file(EARLIER / "expected.safetensors")
 def runs(tmp_path, monkeypatch) -> Path:
     """A working directory with copies of the runs, under the names that their recipes hold."""
     shutil.copytree(EARLIER, tmp_path / "runs")
-    (tmp_path / "runs" / "debug-text-autoencoder").rename(tmp_path / "autoencoder")
-    (tmp_path / "runs" / "debug-text-autoencoder").mkdir()
-    (tmp_path / "autoencoder").rename(tmp_path / "runs" / "debug-text-autoencoder" / "autoencoder")
+    shutil.copytree(
+        EARLIER / "debug-text-pipeline" / "vae", tmp_path / "runs" / "debug-text-autoencoder" / "autoencoder"
+    )
     monkeypatch.chdir(tmp_path)
     return Path("runs")
 
@@ -58,7 +58,7 @@ def test_a_stopped_diffusion_run_continues_from_its_cache_to_the_same_weights(ru
 
 @torch.no_grad()
 def test_a_saved_autoencoder_gives_the_same_latents_and_images():
-    vae = davae.AutoencoderDA.from_pretrained(EARLIER / "debug-text-autoencoder").eval()
+    vae = davae.AutoencoderDA.from_pretrained(EARLIER / "debug-text-pipeline" / "vae").eval()
     latent = vae.encode(EXPECTED["image"]).latent_dist.mode()
     torch.testing.assert_close(latent, EXPECTED["latent"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(vae.decode(latent).sample, EXPECTED["decoded"], rtol=1e-4, atol=1e-5)

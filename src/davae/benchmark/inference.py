@@ -32,7 +32,7 @@ class InferenceRow:
         text_flops, step_flops, decode_flops: operations of one image.
         achieved_flops: operations a second over the whole image.
         peak_memory_bytes: of torch's allocations on the device, weights included; none on a CPU, where the
-            contestants share a process.
+            variants share a process.
         speedup: over native, the median of the ratios round by round, of the parts added up.
         whole_image_speedup: the same of whole images.
         flop_limited_speedup: native's operations over these.
@@ -100,7 +100,7 @@ def bench_inference(
 ) -> InferenceBenchmark:
     """Time base, native and upgraded models in one process, in turns, with random weights.
 
-    Text encoding, a step and the decoder are timed apart and every round times all contestants once, so that what slows
+    Text encoding, a step and the decoder are timed apart and every round times all variants once, so that what slows
     the machine for a while meets them alike. An image's seconds are its parts' added up, and, where asked for, also
     measured.
 
@@ -113,9 +113,9 @@ def bench_inference(
         steps: denoising steps of an image; none takes the pipeline's.
         repeats: rounds; medians are taken.
         device: ``cpu``, ``cuda``; none takes the GPU where there is one.
-        dtype: ``float32``, ``bfloat16`` or ``float16``, for all contestants.
-        attention: backend of diffusers' attention dispatcher, for all contestants.
-        compile: compile repeated blocks and decoders, of all contestants.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, for all variants.
+        attention: backend of diffusers' attention dispatcher, for all variants.
+        compile: compile repeated blocks and decoders, of all variants.
         text: with the text encoders, where the configuration describes some.
         end_to_end: also time whole images: text, every step and the decoder in one go.
 

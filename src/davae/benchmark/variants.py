@@ -37,7 +37,7 @@ class Variant:
         arguments: keyword arguments of the transformer's forward, both passes of guidance in one batch.
         steps: denoising steps of an image.
         passes: 2 with classifier-free guidance, else 1.
-        text: the text encoders, which all contestants share; none where the configuration describes none.
+        text: the text encoders, which all variants share; none where the configuration describes none.
     """
 
     name: str
@@ -162,7 +162,7 @@ def make_variants(
         autoencoder = AutoencoderDA.from_base(vae, scale=scale, detail_channels=details, warm_blocks=False)
         wide = architecture.build_transformer(details)
         wide_config = {**wide.config, "_class_name": type(wide).__name__}
-        nn.Module.to(autoencoder, device, dtype)  # every contestant alike, norms and memory format too
+        nn.Module.to(autoencoder, device, dtype)  # every variant the same way, norms and memory format too
         order_channels_last(autoencoder)
         add(f"upgraded x{scale}", resolution, scale, _real(wide_config, device, dtype), autoencoder)
     return made
@@ -216,7 +216,7 @@ class TextEncoders(nn.Module):
 
     @torch.no_grad()
     def encode(self, prompts: int) -> None:
-        """Encode so many prompts in one batch, with every encoder."""
+        """Encode that many prompts in one batch, with every encoder."""
         for name, encoder in self.encoders.items():
             encoder(input_ids=self.tokens[name].expand(prompts, -1), output_hidden_states=True)
 

@@ -31,7 +31,7 @@ def autoencoder(
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time through the autoencoders.")] = 8,
     diffusion_steps: Annotated[
-        int, typer.Option("--diffusion-steps", min=0, help="Train a transformer over each for so many steps.")
+        int, typer.Option("--diffusion-steps", min=0, help="Train a transformer over each for this many steps.")
     ] = 0,
     transformer: Annotated[
         str, typer.Option("--transformer", help="Its size: S, B, L, XL or WIDTHxDEPTHxHEADS.")

@@ -88,7 +88,7 @@ def generation(
     features: FeatureNames = None,
     clip: Annotated[str | None, typer.Option("--clip", help="A CLIP model, for the CLIP score.")] = None,
     reference_images: Annotated[
-        int | None, typer.Option("--reference-images", min=1, help="At most so many (default: all).")
+        int | None, typer.Option("--reference-images", min=1, help="At most this many (default: all).")
     ] = None,
     save_statistics: Annotated[
         Path | None,

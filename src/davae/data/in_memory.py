@@ -1,6 +1,6 @@
 """Images and latents of a frozen encoder kept in memory, and items changed when they are asked for."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ class LatentsInMemory(DatasetWrapper):
         encode: ``[B, 3, H, W]`` to ``[B, C, h, w]``.
         prepare: what is done to an item besides, for example the pipeline's label or its caption's embedding.
         batch_size: images encoded together, as far as they have one size.
-        limit: at most so many of the first images.
+        limit: at most this many of the first images.
         workers: loader processes that read the images; 0 reads in this one.
         timeout_s: seconds that they may take for a batch; 0 waits for ever.
 
@@ -149,10 +149,7 @@ class LatentsInMemory(DatasetWrapper):
         self.holds_latents = True
         count = len(self.source) if limit is None else min(limit, len(self.source))
         self.bucket_of = None if self.bucket_of is None else self.bucket_of[:count]
-        parts = read_items(
-            _unaugmented(self.source), share(count), batch_size=batch_size, workers=workers, timeout_s=timeout_s
-        )
-        found = _encoded(parts, encode, mirrored=self.flip)
+        found = _encoded_share(self.source, count, encode, batch_size, workers, timeout_s)
         every = gathered([{**item, "latent": latents} for item, latents in found], count)
         self._latents = [item["latent"] for item in every]
         # Prepared here, not before: what items share (embeddings of a caption) must not be sent with each of them.
@@ -200,10 +197,8 @@ class WithBaseLatents(DatasetWrapper):
     ) -> None:
         super().__init__(source)
         count = len(self.source)
-        parts = read_items(
-            _unaugmented(self.source), share(count), batch_size=batch_size, workers=workers, timeout_s=timeout_s
-        )
-        self.latents = gathered([latents for _, latents in _encoded(parts, encode, mirrored=self.flip)], count)
+        found = _encoded_share(self.source, count, encode, batch_size, workers, timeout_s)
+        self.latents = gathered([latents for _, latents in found], count)
 
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``."""
@@ -225,15 +220,23 @@ def _unaugmented(source: ItemDataset) -> ItemDataset:
     return source.unmirrored()
 
 
-def _encoded(
-    parts: Iterable[list[Item]], encode: Callable[[Tensor], Tensor], *, mirrored: bool
+def _encoded_share(
+    source: ItemDataset,
+    count: int,
+    encode: Callable[[Tensor], Tensor],
+    batch_size: int,
+    workers: int,
+    timeout_s: float,
 ) -> Iterator[tuple[Item, tuple[Tensor, ...]]]:
-    """Each item without its image, and the latents of the image and, where asked for, of its mirror image."""
-    for part in parts:
+    """This process's share of the first ``count`` items, each without its image, and the latents of the image and,
+    where the data set mirrors, of its mirror image.
+    """
+    plain = _unaugmented(source)
+    for part in read_items(plain, share(count), batch_size=batch_size, workers=workers, timeout_s=timeout_s):
         items = [dict(item) for item in part]
         images = [item.pop("image") for item in items]
         latents = [_encode_by_size(images, encode)]
-        if mirrored:
+        if source.flip:
             latents.append(_encode_by_size([image.flip(-1) for image in images], encode))
         yield from zip(items, zip(*latents, strict=True), strict=True)
 

@@ -17,14 +17,14 @@ from davae.warm_start import description_of
 Stage = Literal["autoencoder", "diffusion"]
 
 
-def dry_run(recipe: UpgradeRecipe, stage: Stage, *, gpu: str = "H100") -> str:
-    """Check a recipe without weights and tell what it will do, as YAML: what is found stands in comments.
+def dry_run(recipe: UpgradeRecipe, stage: Stage) -> str:
+    """Check a recipe without weights; returns it as YAML with what was found in comments.
 
     Raises:
         DavaeError: the base is unknown, sizes do not fit, or LoRA targets match nothing.
     """
     architecture = find_architecture(recipe.base)
-    made = recipe_plan(recipe, architecture, gpu=gpu)
+    made = recipe_plan(recipe, architecture)
     found = [
         f"base: {made.base} ({made.pipeline})",
         *_shapes(recipe, architecture, made),
@@ -38,7 +38,7 @@ def dry_run(recipe: UpgradeRecipe, stage: Stage, *, gpu: str = "H100") -> str:
     return dump_recipe(recipe) + "\n" + "\n".join(f"# {line}" for line in found)
 
 
-def recipe_plan(recipe: UpgradeRecipe, architecture: Architecture | None = None, *, gpu: str = "H100") -> Plan:
+def recipe_plan(recipe: UpgradeRecipe, architecture: Architecture | None = None) -> Plan:
     """The plan of a recipe."""
     architecture = architecture or find_architecture(recipe.base)
     return plan(
@@ -46,7 +46,6 @@ def recipe_plan(recipe: UpgradeRecipe, architecture: Architecture | None = None,
         resolution=recipe.data.resolution,
         scale=recipe.autoencoder.model.scale,
         detail_channels=_detail_channels(recipe),
-        gpu=gpu,
         autoencoder=_autoencoder_run(recipe),
         diffusion=_diffusion_run(recipe, architecture),
     )

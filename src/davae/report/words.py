@@ -42,7 +42,7 @@ def better(name: str) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number with so many significant digits, without an exponent where it stays readable."""
+    """A number with that many significant digits, without an exponent where it stays readable."""
     if not math.isfinite(value):
         return str(value)
     if value == 0:

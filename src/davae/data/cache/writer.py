@@ -33,7 +33,7 @@ class CacheWriter:
         form: ``safetensors`` or ``webdataset`` (tar).
         about: plain values that readers need (class names, files left out).
         shard_bytes: a shard is closed when its tensors reach this size.
-        shard_records: or when it holds so many records; a stopped run loses one shard's work at most.
+        shard_records: or when it holds this many records; a stopped run loses one shard's work at most.
         rank: number of this process. The first one, 0, must open the cache before the others do.
         world_size: number of processes that write it together.
 

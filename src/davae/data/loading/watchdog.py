@@ -1,6 +1,6 @@
 """A data source that stops answering: noticed after a time, and named.
 
-A network disk that hangs raises no error; a training on it waits for ever and nobody knows for what. Whoever reads
+A network disk that hangs raises no error; a training on it waits for ever without saying for what. Whoever reads
 an image therefore writes down which one, in memory that all loader processes share, and whoever waits for the batch
 gives up after ``timeout_s`` and says what was being read.
 """

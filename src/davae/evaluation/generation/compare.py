@@ -31,7 +31,7 @@ class Reference:
     Attributes:
         name: as it was given.
         moments: of a file of statistics.
-        limit: at most so many images, evenly from the whole set; none takes all.
+        limit: at most this many images, evenly from the whole set; none takes all.
     """
 
     name: str

@@ -60,7 +60,7 @@ def evaluate_generation(
         prompts: text, MJHQ-30K ``.json`` or GenEval ``.jsonl``.
         features: feature networks (:func:`davae.evaluation.features.open_network`); None takes ``inception``.
         clip: a CLIP model, for the CLIP score.
-        reference_images: at most so many of the reference; None takes all.
+        reference_images: at most this many of the reference; None takes all.
         save_statistics: ``.npz`` for the moments of the reference's features.
         seed: of image 0; the next ones count up.
         batch: images in one call.

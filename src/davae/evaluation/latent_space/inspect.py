@@ -29,7 +29,7 @@ from davae.runtime.devices import chosen_device
 from davae.runtime.pictures import upscaled
 
 _BAND_IMAGES = 32
-"""Spectra of what each detail group adds are taken of so many images: each group costs one decoding of them."""
+"""Spectra of what each detail group adds are taken of this many images: each group costs one decoding of them."""
 _EXAMPLES = 6
 
 

@@ -22,7 +22,7 @@ from davae.evaluation.metrics.spectrum import SpectrumMean
 from davae.runtime.pictures import to_bytes
 
 PATCH_IMAGES = 8192
-"""Patches are cut from the first so many images of a set; more would only fill the memory."""
+"""Patches are cut from this many first images of a set; more would only fill the memory."""
 
 KID_SUBSET = 1000
 NEIGHBOURS = 3

@@ -62,7 +62,7 @@ class Previews:
     Args:
         pipe: an upgraded pipeline. Without a preview decoder (``upgrade_pipeline(..., preview_decoder=)`` or
             :func:`set_preview_decoder`) the base's own decoder is used, which costs as much as the base's decoding.
-        every: a preview after every so many steps.
+        every: a preview after each of this many steps.
         output_type: "pil", "np" (float [B, H, W, 3] in [0, 1]) or "pt" (float [B, 3, H, W] in [0, 1]).
         height, width: what the pipeline was asked for, in pixels; needed for images that are not square where the
             pipeline packs its latents (FLUX, Qwen-Image).

@@ -142,7 +142,7 @@ def set_detail_statistics(
     Args:
         vae: whose details.
         dataset: images at full resolution.
-        most: at most so many of them.
+        most: at most this many of them.
         batch_size: images at a time.
         levels: the levels to measure; none measures all. A level that a transformer was tuned on must keep its own.
     """

@@ -195,8 +195,8 @@ def _reduced_item(item: dict[str, Any], factor: int) -> dict[str, Any]:
 _CLASSES = 1000  # of a transformer from nothing, whose data set need not be here
 
 
-def dry_run_base(recipe: BaseRecipe, *, gpu: str = "H100") -> str:
-    """Check a base recipe without weights and tell what it will do, as YAML: what is found stands in comments.
+def dry_run_base(recipe: BaseRecipe) -> str:
+    """Check a base recipe without weights; returns it as YAML with what was found in comments.
 
     Raises:
         DavaeError: the pipeline to start from is unknown, or sizes do not fit.
@@ -210,7 +210,7 @@ def dry_run_base(recipe: BaseRecipe, *, gpu: str = "H100") -> str:
     batch = loop.batch_size * loop.gradient_accumulation
     passes = 4 if loop.gradient_checkpointing else 3  # forward, backward of twice its cost, forward again
     step = passes * batch * _forward_flops(transformer, grid)
-    device = find_gpu(gpu)
+    device = find_gpu("H100")
     needed = hours(step * loop.steps, device, TRANSFORMER_UTILISATION)
     count = sum(parameter.numel() for parameter in transformer.parameters())
     found = [

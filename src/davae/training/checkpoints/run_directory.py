@@ -98,7 +98,7 @@ class RunDirectory:
             kept = [line for line in read_metrics(file) if line["step"] <= step]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             if text != before:
-                if not step:  # nothing may be left of the run that they tell of but these lines
+                if not step:  # these lines may be all that is left of that run
                     atomic_write(file.with_name(f"{file.name}.before"), before)
                 atomic_write(file, text)
 
@@ -106,7 +106,7 @@ class RunDirectory:
         """The settings that a run here may change and that differ from those it had.
 
         Raises:
-            DavaeError: others differ, or nobody knows.
+            DavaeError: others differ, or the old ones cannot be read.
         """
         if not self.config.is_file():
             return []

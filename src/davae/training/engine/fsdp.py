@@ -189,7 +189,7 @@ ORIGINAL = 2
 def unsharded(module: nn.Module) -> Iterator[None]:
     """Within the context a sharded module is an ordinary one with all its weights, in every process.
 
-    Methods besides ``forward`` then work, and nobody waits for anybody. The weights must not be moved or cast
+    Methods besides ``forward`` then work, and no rank waits for another. The weights must not be moved or cast
     meanwhile. Does nothing to a module that is not sharded.
     """
     units = units_of(module)
