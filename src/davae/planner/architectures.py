@@ -9,6 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from davae.latents import LatentLayout
 from davae.models import AutoencoderDA, find_adapter
 from davae.models.base_adapters.adapter import constructor_arguments
 from davae.pipelines.families import find_family
-from davae.planner.memory import Cost
+from davae.planner.memory import Cost, ShapesOnly
 from davae.recipes.presets import License, find_preset, preset_names
 from davae.warm_start import description_of
 from davae.warm_start.patterns import pattern_count
@@ -171,7 +172,7 @@ def build(config: Mapping[str, Any], device: str = "meta") -> ModelMixin:
     if model_class is None:
         raise DavaeError(f"neither diffusers nor davae has a model class {name}")
     try:
-        with torch.random.fork_rng(devices=[]), torch.device(device):
+        with torch.random.fork_rng(devices=[]), torch.device(device), ShapesOnly() if device == "meta" else nullcontext():
             return model_class.from_config(dict(config))
     except (TypeError, ValueError, RuntimeError) as error:
         raise DavaeError(f"{name} cannot be built from its configuration: {error}") from error

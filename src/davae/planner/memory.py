@@ -94,6 +94,17 @@ class Meter(TorchDispatchMode):
         self.live_bytes -= size
 
 
+class ShapesOnly(TorchFunctionMode):
+    """Leaves out the drawing of initial values, most of the time that a large model on the meta device takes to build."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs.get("tensor", *args[:1]) if func in _DRAWN else func(*args, **kwargs)
+
+
+_DRAWN = {Tensor.uniform_, Tensor.normal_, nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_}
 _NARROW = {F.linear, torch.conv2d, torch.matmul, torch.bmm, torch.mm, torch.addmm, torch.baddbmm, torch.einsum}
 _NARROW |= {Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm}
 _WIDE = {F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.softmax, torch.softmax, Tensor.softmax}

@@ -13,7 +13,7 @@ from davae.errors import DavaeError
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA, PatchDiscriminator
 from davae.planner.architectures import Architecture, block_runs, cost_by_depth
-from davae.planner.memory import Cost, bytes_of, checkpointing, cost_of, drop_gradients
+from davae.planner.memory import Cost, ShapesOnly, bytes_of, checkpointing, cost_of, drop_gradients
 from davae.warm_start import channel_parameters, dummy_arguments
 
 _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # 0 halves
@@ -205,7 +205,8 @@ def select_trained(transformer: ModelMixin, run: DiffusionRun) -> list[nn.Parame
                     "name suffixes of its linear layers in tune.lora.targets"
                 )
         lora = LoraConfig(r=run.lora_rank, lora_alpha=run.lora_rank, target_modules=list(run.lora_targets))
-        inject_adapter_in_model(lora, transformer)  # also where the class lacks add_adapter
+        with ShapesOnly():
+            inject_adapter_in_model(lora, transformer)  # also where the class lacks add_adapter
     named = dict(transformer.named_parameters())
     for name in widened:
         found = name if name in named else name.replace(".weight", ".base_layer.weight")
