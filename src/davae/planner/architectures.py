@@ -172,7 +172,11 @@ def build(config: Mapping[str, Any], device: str = "meta") -> ModelMixin:
     if model_class is None:
         raise DavaeError(f"neither diffusers nor davae has a model class {name}")
     try:
-        with torch.random.fork_rng(devices=[]), torch.device(device), ShapesOnly() if device == "meta" else nullcontext():
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.device(device),
+            ShapesOnly() if device == "meta" else nullcontext(),
+        ):
             return model_class.from_config(dict(config))
     except (TypeError, ValueError, RuntimeError) as error:
         raise DavaeError(f"{name} cannot be built from its configuration: {error}") from error
