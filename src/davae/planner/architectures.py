@@ -8,8 +8,8 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,11 +172,7 @@ def build(config: Mapping[str, Any], device: str = "meta") -> ModelMixin:
     if model_class is None:
         raise DavaeError(f"neither diffusers nor davae has a model class {name}")
     try:
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.device(device),
-            ShapesOnly() if device == "meta" else nullcontext(),
-        ):
+        with _built_on(device):
             return model_class.from_config(dict(config))
     except (TypeError, ValueError, RuntimeError) as error:
         raise DavaeError(f"{name} cannot be built from its configuration: {error}") from error
@@ -323,9 +319,17 @@ def build_text_encoder(name: str, config: Mapping[str, Any], device: str = "meta
     if model_class is None or "model_type" not in config:
         raise DavaeError(f"{name}: transformers has no class '{class_name}' (config key architectures)")
     rest = {k: v for k, v in config.items() if k != "architectures"}
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    with _built_on(device):
         encoder: nn.Module = model_class(transformers.AutoConfig.for_model(**rest))
     return encoder
+
+
+@contextmanager
+def _built_on(device: str) -> Iterator[None]:
+    """Tensors are made there, and nothing is drawn from the global generator; on the meta device nothing at all."""
+    values = ShapesOnly() if device == "meta" else nullcontext()
+    with torch.random.fork_rng(devices=[]), torch.device(device), values:
+        yield
 
 
 def _text_encoder_size(name: str, config: Mapping[str, Any]) -> TextEncoderSize:

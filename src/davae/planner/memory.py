@@ -95,7 +95,7 @@ class Meter(TorchDispatchMode):
 
 
 class ShapesOnly(TorchFunctionMode):
-    """Leaves out the drawing of initial values, most of the time that a large model on the meta device takes to build."""
+    """Leaves out the drawing of initial values, most of the time that it takes to build a large model on meta."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
