@@ -46,7 +46,8 @@ def test_metadata_captions(tmp_path: Path) -> None:
     (root / "metadata.jsonl").write_text(json.dumps({"file_name": "b/000.png", "caption": "third"}) + "\n\n")
     data = open_dataset(root, resolution=32)
     assert [data[i]["caption"] for i in range(3)] == ["first", "", "third"]
-    assert data.skipped == [("a/gone.png", "named in metadata.jsonl but not there")]
+    assert data.skipped == []
+    assert data.source.problems == [("a/gone.png", "named in metadata.jsonl but not there")]
     (root / "metadata.jsonl").write_text('{"text": "no name"}')
     with pytest.raises(DavaeError, match=r"metadata.jsonl, line 1: no 'file_name'"):
         open_dataset(root, resolution=32)

@@ -107,7 +107,7 @@ def test_damaged_shards(tmp_path: Path) -> None:
     path.write_bytes(whole[:cut])
     data = open_dataset(path, resolution=32)
     assert len(data) == 2
-    reasons = dict(data.skipped)
+    reasons = dict(data.source.problems)
     assert "damaged after" in reasons["a.tar"]
     assert "cannot be read" in reasons["a.tar/0.json"]
     with tarfile.open(tmp_path / "b.tar", "w:gz") as archive:
@@ -147,7 +147,7 @@ def test_a_json_of_brackets_is_named(tmp_path: Path) -> None:
     path = shard(tmp_path / "a.tar", {"1.png": png(1), "1.json": b"[" * 200_000})
     data = open_dataset(path, resolution=32)
     assert (len(data), data[0]["label"]) == (1, -1)
-    assert "cannot be read" in dict(data.skipped)["a.tar/1.json"]
+    assert "cannot be read" in dict(data.source.problems)["a.tar/1.json"]
 
 
 @pytest.mark.timeout(20)
@@ -161,7 +161,7 @@ def test_a_header_whose_numbers_are_none_is_damage(tmp_path: Path, field: str) -
     path.write_bytes(whole[:end] + lie.tobuf(tarfile.PAX_FORMAT) + bytes(1024))
     data = open_dataset(path, resolution=32)
     assert len(data) == 1
-    assert "damaged after 1 members" in dict(data.skipped)["b.tar"]
+    assert "damaged after 1 members" in dict(data.source.problems)["b.tar"]
 
 
 @pytest.mark.timeout(20)
@@ -194,7 +194,7 @@ def test_a_shard_that_is_cut_or_goes_away_while_it_is_read(tmp_path: Path) -> No
         assert torch.equal(item["image"], image_to_tensor(picture(0, (32, 32))))
     reasons = dict(data[1]["skipped"])
     assert "truncated" in reasons["a.tar/1.png"]
-    assert reasons["b.tar/3.png"] == "cannot be opened (No such file or directory)"
+    assert reasons["b.tar/3.png"] == "no such file"
     with pytest.raises(DavaeError, match=r"4 of 5 images.*more than half"):
         SkipLedger.for_dataset(data).add(data[1]["skipped"])
 

@@ -27,7 +27,7 @@ def test_bad_files_of_all_processes_are_counted_and_the_best_is_saved_together(r
     kept = checkpoints(folder / "checkpoints")
     assert [p.name for p in kept][-1] == "step-8"
     assert "step-3" in [p.name for p in kept]
-    assert load_checkpoint(kept[-1])[1]["skipped"]["skipped"] == everything
+    assert "skipped" not in load_checkpoint(kept[-1])[1]  # a run that goes on asks the files again
 
 
 def test_a_run_directory_that_only_one_of_them_sees_is_refused_by_both(ran):

@@ -65,6 +65,15 @@ def test_a_transformers_model_gives_pooled_features(config, model, kind, tmp_pat
     assert "16 x 16" in opened.describe()["resize"]
 
 
+def test_a_folder_that_brings_code_is_refused_without_asking(tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody is asked to run code"))
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text("raise SystemExit('the folder ran code')")
+    with pytest.raises(DavaeError, match="no transformers model can be loaded"):
+        open_network(str(tmp_path))
+
+
 def test_a_timm_network_is_seen_as_it_was_trained_and_timm_named_where_it_is_missing(tmp_path):
     trained = {"input_size": [3, 240, 240], "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
     assert preprocessing(SimpleNamespace(pretrained_cfg=trained), {}) == (240, (0.5,) * 3, (0.25,) * 3)

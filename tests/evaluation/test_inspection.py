@@ -13,6 +13,7 @@ from davae.cli.main import app
 from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation import psnr, radial_power_spectrum
+from davae.evaluation.images import held_out_images
 from davae.evaluation.latent_space.inspect import _derangement, inspect_autoencoder
 from davae.evaluation.latent_space.spectra import (
     detail_groups,
@@ -151,6 +152,10 @@ def test_without_images_the_verb_takes_those_that_the_run_held_out(autoencoder, 
     assert found["images"] == 12
     held = open_dataset("procedural:30", resolution=32, hold_out=12, part="held_out")
     assert found["labels"] == [held[i]["label"] for i in range(12)]
+    for other in ("- a list", "!secret x", "data: text", "data: {path: x}"):  # another program's
+        (tmp_path / "run" / "config.yaml").write_text(other)
+        with pytest.raises(DavaeError, match="is in no run"):
+            held_out_images(tmp_path / "run" / "autoencoder", 32)
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"data": data | {"hold_out": 0}}))
     done = CliRunner().invoke(app, arguments)
     assert "--data" in str(done.exception)

@@ -179,6 +179,10 @@ def test_a_pickle_with_code_is_refused_with_the_way_to_convert(tmp_path: Path) -
     torch.save({"ema": official(), "args": Namespace(lr=1)}, tmp_path / "dit.ckpt")
     with pytest.raises(DavaeError, match=r"run code.*weights_only=False\); torch.save"):
         convert_lightningdit_file(tmp_path / "dit.ckpt", tmp_path / "dit")
+    (tmp_path / "page.pt").write_text("<!DOCTYPE html><title>Sign in</title>")
+    with pytest.raises(DavaeError, match=r"is no checkpoint: it begins with b'<!DOCTYPE html") as caught:
+        convert_lightningdit_file(tmp_path / "page.pt", tmp_path / "dit")
+    assert "weights_only" not in str(caught.value)
     (tmp_path / "broken.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(DavaeError, match="cannot be read: it is damaged"):
         convert_lightningdit_file(tmp_path / "broken.safetensors", tmp_path / "dit")

@@ -251,7 +251,7 @@ def test_both_stages_train_in_buckets(pictures: Path, tmp_path: Path) -> None:
         train_diffusion(settings("debug-sd3", pictures, "data.buckets=[[30, 32]]"), tmp_path / "x", stage1.result)
 
 
-def test_the_verb(pictures: Path, tmp_path: Path) -> None:
+def test_the_verb(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, vae = base_and_vae("debug")
     vae.save_pretrained(tmp_path / "vae")
     out = tmp_path / "c"
@@ -261,9 +261,128 @@ def test_the_verb(pictures: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "10 images as 10 latents" in result.output
     assert "data.cache=" in result.output
+    monkeypatch.setattr(
+        os, "access", lambda _, mode, **__: not mode & os.W_OK
+    )  # a cache that nobody may write to can be compared
     assert CliRunner().invoke(app, [*arguments, "--verify"]).output.startswith("1 shards as they were written")
     with pytest.raises(DavaeError, match="davae train autoencoder"):
         run_cache("debug", [], out, tmp_path / "nothing")
     with pytest.raises(DavaeError, match="there is no cache"):
         run_cache("tiny-base", [], out, tmp_path / "vae")
     assert LATENTS != TEXTS
+
+
+class Encoded:
+    """Counts the images and the captions that are encoded."""
+
+    def __init__(self, base: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+        family = family_of(base)
+        latents_of, encode_prompts = family.latents_of, family.encode_prompts
+        self.images, self.captions = 0, list[str]()
+
+        def latents(vae: Any, images: torch.Tensor) -> torch.Tensor:
+            self.images += len(images)
+            return latents_of(vae, images)
+
+        def prompts(pipe: Any, texts: list[str], **options: Any) -> dict[str, torch.Tensor]:
+            self.captions += texts
+            return encode_prompts(pipe, texts, **options)
+
+        monkeypatch.setattr(family, "latents_of", latents)
+        monkeypatch.setattr(family, "encode_prompts", prompts)
+
+
+def same_items(one: Path, other: Path) -> None:
+    caches = [LatentCache(folder) for folder in (one, other)]
+    assert len(caches[0]) == len(caches[1])
+    for index in range(len(caches[0])):
+        for epoch in range(3):
+            a, b = (cache.item(index, epoch) for cache in caches)
+            for name in ("id", "label", "caption", "skipped"):
+                assert a[name] == b[name]
+            torch.testing.assert_close(a["latent"], b["latent"])
+            torch.testing.assert_close(a["conditioning"], b["conditioning"])
+
+
+@pytest.mark.parametrize("form", ["safetensors", "webdataset"])
+def test_a_cache_is_brought_up_to_date(
+    form: Any, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoded is what is new; the rest is what a cache of the new images holds. A kill in the middle does no harm."""
+    base, vae = base_and_vae("debug-sd3")
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    data = settings("debug-sd3", folder, f"data.cache={tmp_path / 'c'}").data
+    write_cache(data, vae, base, tmp_path / "c", form=form, shard_records=4)
+    old = LatentCache(tmp_path / "c")
+    before = {old.id(index) for index in range(len(old))}
+    shutil.copytree(folder, tmp_path / "unchanged")
+
+    for number in range(3):  # one of the three is trained on at least, whatever is held out
+        picture(50 + number, (64, 64)).save(folder / "square" / f"new-{number}.png")
+        (folder / "square" / f"new-{number}.txt").write_text("a new picture")
+    (folder / "tall" / "0.png").unlink()
+    picture(99, (40, 80)).save(folder / "tall" / "2.png")
+    (folder / "wide" / "1.txt").write_text("another text")
+    (folder / "wide" / "3.txt").write_text("another text")
+    os.utime(folder / "square" / "3.png", (1, 1))  # the same bytes, as after a copy
+    with pytest.raises(DavaeError, match="Give the same `davae cache` command again"):
+        open_cache(data, vae, base)
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("davae.data.cache.fingerprint.Fingerprint.save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            write_cache(data, vae, base, tmp_path / "c", form=form)
+    with pytest.raises(DavaeError, match="is not finished"):
+        LatentCache(tmp_path / "c")
+    shutil.copytree(tmp_path / "c", tmp_path / "back")
+
+    with monkeypatch.context() as patch:
+        encoded = Encoded(base, patch)
+        write_cache(data, vae, base, tmp_path / "c", form=form)
+    write_cache(data, vae, base, tmp_path / "fresh", form=form)
+    same_items(tmp_path / "c", tmp_path / "fresh")
+    made = LatentCache(tmp_path / "c")
+    new = {made.id(index) for index in range(len(made))} - before | {"tall/2.png"}
+    assert encoded.images == 2 * (len(new) + 1)  # mirrored too; the damaged image is asked again
+    assert set(encoded.captions) <= {"a new picture", "another text"}
+    assert len(open_cache(data, vae, base)) == len(LatentCache(tmp_path / "fresh"))
+    run_verify(tmp_path / "c")
+
+    for name in ("pictures", "unchanged"):  # the images are as they were before all that
+        (tmp_path / name).rename(tmp_path / f"{name}-away")
+    (tmp_path / "unchanged-away").rename(folder)
+    for copy in ("c", "back"):
+        write_cache(data, vae, base, tmp_path / copy, form=form)
+    write_cache(data, vae, base, tmp_path / "fresh-before", form=form)
+    same_items(tmp_path / "c", tmp_path / "fresh-before")
+    same_items(tmp_path / "back", tmp_path / "fresh-before")
+
+
+def test_text_is_kept_as_the_encoder_gives_it(pictures: Path, tmp_path: Path) -> None:
+    base, vae = base_and_vae("debug-sd3")
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        getattr(base, name).to(torch.bfloat16)
+    write_cache(settings("debug-sd3", pictures).data, vae, base, tmp_path / "c")
+    cache = LatentCache(tmp_path / "c")
+    line = cache._texts[caption_key("")]
+    kept = cache._reader.read(line)
+    assert {t.dtype for t in kept.values() if t.is_floating_point()} == {torch.bfloat16}
+    assert {t.dtype for t in cache.conditioning("").values() if t.is_floating_point()} == {torch.float32}
+    assert cache._reader.read(cache._plain[0])["latent"].dtype == torch.float32
+
+
+def test_captions_are_asked_for_before_the_first_image(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, vae = base_and_vae("debug-sd3")
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    for text in folder.rglob("*.txt"):
+        text.unlink()
+    encoded = Encoded(base, monkeypatch)
+    with pytest.raises(DavaeError, match=r"none of the 1[0-9] images has one"):
+        write_cache(settings("debug-sd3", folder).data, vae, base, tmp_path / "c")
+    assert encoded.images == 0
+    assert not (tmp_path / "c").exists()

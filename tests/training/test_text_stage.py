@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tests.data.files import picture
 from torch import nn
 
 from davae.bases.debug_pipelines import SMALL_PIPELINES, base_resolution, small_pipeline
@@ -17,6 +18,7 @@ from davae.pipelines.families import PipelineFamily, family_of
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import FlowLossSettings, SigmaTableSettings, TimestepSettings
 from davae.training.checkpoints.run_directory import read_metrics
+from davae.training.data import require_captions
 from davae.training.diffusion import (
     DiffusionObjective,
     DiffusionStage,
@@ -269,10 +271,30 @@ def test_each_caption_is_encoded_once_and_as_alone():
     torch.testing.assert_close(prompts.unconditional, empty)
 
 
-def test_images_without_any_caption_are_an_error():
+def test_images_without_any_caption_are_an_error(caplog):
     pipe = small_pipeline("sd3")
     with pytest.raises(DavaeError, match="none of the 2 images has one"):
-        PromptEmbeddings(family_of(pipe), pipe, ["", ""], torch.device("cpu"))
+        require_captions(["", ""], pipe)
+    require_captions(["a fox", "", ""], pipe)
+    assert "2 of 3 images have no caption" in caplog.text
+
+
+def test_a_caption_that_came_later_is_named():
+    pipe = small_pipeline("sd3")
+    prompts = PromptEmbeddings(family_of(pipe), pipe, ["a fox"], torch.device("cpu"), 16)
+    with pytest.raises(DavaeError, match=r"the caption of b\.png came after the training had begun: 'a dog'"):
+        prompts.prepare({"id": "b.png", "caption": "a dog"})
+
+
+def test_captions_stay_those_of_the_start(tmp_path):
+    """Of a folder whose text files are edited while it is trained on."""
+    picture(0, (40, 40)).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("a fox")
+    data = open_dataset(tmp_path, resolution=32)
+    assert data.captions() == ["a fox"]
+    (tmp_path / "0.txt").write_text("a dog")
+    assert data[0]["caption"] == "a fox"
+    assert open_dataset(tmp_path, resolution=32)[0]["caption"] == "a dog"
 
 
 def test_the_held_out_loss_is_the_same_twice_and_leaves_the_random_state(tmp_path):

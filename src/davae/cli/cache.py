@@ -10,6 +10,11 @@ from davae.cli.options import Overrides, RecipeName, TrainedAutoencoder, check_r
 ShardFormat = Literal["safetensors", "webdataset"]
 
 
+def _new_unless_verified(context: typer.Context, folder: Path | None) -> Path | None:
+    """A cache that is only compared may lie where nobody can write."""
+    return folder if context.params.get("verify") else new_folder(folder)
+
+
 def cache(
     overrides: Overrides = None,
     recipe: RecipeName = "tiny",
@@ -18,7 +23,7 @@ def cache(
         typer.Option(
             "--out",
             help="Folder; an unfinished cache goes on (default: the recipe's data.cache, else caches/RECIPE).",
-            callback=new_folder,
+            callback=_new_unless_verified,
         ),
     ] = None,
     autoencoder: TrainedAutoencoder = None,
@@ -27,7 +32,7 @@ def cache(
     ] = "safetensors",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images encoded together.")] = 8,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Only compare the shards in --out with their hashes.")
+        bool, typer.Option("--verify", is_eager=True, help="Only compare the shards in --out with their hashes.")
     ] = False,
 ) -> None:
     """Latents and text embeddings of a recipe's images, for `davae train diffusion` to train from."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,13 +14,15 @@ from davae.data.images.buckets import assign_buckets
 from davae.data.images.dataset import ImageDataset, Source
 from davae.data.images.transforms import Size, SquareCrop
 from davae.data.scenes import ProceduralScenes
-from davae.data.sources.bad_files import check_headers, refuse_if_mostly_bad
+from davae.data.sources.bad_files import check_headers, describe, refuse_if_mostly_bad
 from davae.data.sources.folder import IMAGE_SUFFIXES, FolderSource
 from davae.data.sources.scenes import RenderedDataset
 from davae.data.sources.tables import TABLE_SUFFIXES, open_hub, open_saved, open_tables
 from davae.data.sources.webdataset import ShardSource, find_shards
 from davae.errors import DavaeError
 from davae.recipes.data import check_data_path, is_on_hub, is_procedural
+
+logger = logging.getLogger(__name__)
 
 PROCEDURAL_LENGTH = 10_000
 """Scenes in ``procedural`` without a length."""
@@ -80,6 +83,8 @@ def open_dataset(
     bad = check_headers(source, min_size=shortest, warn_below=warn_below)
     skipped = [(source.id(i), reason) for i, reason in bad.items()]
     refuse_if_mostly_bad(skipped, len(source), source.name)
+    if source.problems and part == "train":
+        logger.warning("%s: %s", source.name, describe(source.problems, one="problem", many="problems"))
     good = [i for i in range(len(source)) if i not in bad]
     chosen = choose_part([source.id(i) for i in good], hold_out, part)
     indices = [good[i] for i in chosen]
@@ -89,7 +94,7 @@ def open_dataset(
         transform,
         seed=seed,
         min_size=shortest,
-        skipped=skipped + source.problems,
+        skipped=skipped,
         sizes=buckets,
         bucket_of=None if buckets is None else assign_buckets(source, indices, buckets),
     )

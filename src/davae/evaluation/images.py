@@ -47,4 +47,13 @@ def trained_resolution(autoencoder: Path) -> int:
 def _run_data(autoencoder: Path) -> dict[str, Any] | None:
     """The section ``data`` of the recipe of a folder's run; none where the folder is not in one."""
     recipe = autoencoder.resolve().parent / "config.yaml"
-    return yaml.safe_load(recipe.read_text(encoding="utf-8"))["data"] if recipe.is_file() else None
+    if not recipe.is_file():
+        return None
+    try:
+        found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None  # another program's file of that name
+    section = found.get("data") if isinstance(found, dict) else None
+    return (
+        section if isinstance(section, dict) and {"path", "resolution", "split", "hold_out"} <= section.keys() else None
+    )

@@ -121,7 +121,9 @@ class DinoDistance(nn.Module):
                 f"a network, such as `hf download {_EXAMPLE} --local-dir FOLDER`, and give the folder"
             )
         try:
-            self.network, info = AutoModel.from_pretrained(self.folder, local_files_only=True, output_loading_info=True)
+            self.network, info = AutoModel.from_pretrained(
+                self.folder, local_files_only=True, output_loading_info=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError) as error:
             raise DavaeError(f"{self.folder} holds no model that transformers can load: {error}") from error
         lacking = sorted(key for key in info["missing_keys"] if "pooler" not in key)

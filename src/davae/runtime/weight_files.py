@@ -62,6 +62,13 @@ def _read(path: Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            begin = file.read(16)
+        if not begin.startswith((b"PK", b"\x80")):
+            raise DavaeError(
+                f"{path} is no checkpoint: it begins with {begin!r}. A page that a server sent in place of the file "
+                "begins with '<'; download the file itself"
+            ) from error
         raise DavaeError(
             f"{path} holds more than tensors, and reading it would run code from the file. If you trust where it "
             "comes from, write its weights alone with the program that made it, and convert that file: "

@@ -1,6 +1,8 @@
 """The images of a recipe's data section."""
 
+import logging
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,6 +17,8 @@ from davae.models import AutoencoderDA
 from davae.pipelines.families import family_of
 from davae.recipes.data import DataSettings
 from davae.runtime.processes import gathered, share
+
+logger = logging.getLogger(__name__)
 
 
 def open_part(
@@ -39,6 +43,22 @@ def open_part(
         buckets=bucket_sizes(data, unit) if training else None,
         revision=data.revision,
     )
+
+
+def require_captions(captions: Sequence[str], pipe: Any) -> None:
+    """A pipeline that learns from captions needs some; says how many images have none.
+
+    Raises:
+        DavaeError: no image has a caption.
+    """
+    empty = sum(not caption for caption in captions)
+    if captions and empty == len(captions):
+        raise DavaeError(
+            f"{type(pipe).__name__} learns from captions and none of the {len(captions)} images has one: put a text "
+            "file of the same name beside each image, or a metadata.jsonl (see docs/data.md)"
+        )
+    if empty:
+        logger.warning("%d of %d images have no caption: trained without a prompt", empty, len(captions))
 
 
 def open_training_part(data: DataSettings, vae: AutoencoderDA, pipe: Any) -> ImageDataset | RenderedDataset:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from davae.errors import DavaeError
 from davae.runtime.atomic_files import atomic_file, atomic_json
 
 _NAMED = 3
+_SOURCES = re.compile(r"sources(-[0-9a-f]{8})?\.jsonl")
 
 
 class SourceFact(NamedTuple):
@@ -53,13 +55,17 @@ class Fingerprint:
 
     def differences(self, wanted: Fingerprint) -> list[str]:
         """What differs in ``wanted``, in words: ``data.resolution: 64 -> 128``; empty where both are equal."""
+        return self.fact_differences(wanted) + self._source_differences(wanted)
+
+    def fact_differences(self, wanted: Fingerprint) -> list[str]:
+        """Those of models and settings, which make every latent another one."""
         here, there = dict(_leaves(self.facts)), dict(_leaves(wanted.facts))
         found = []
         for name in [*here, *(n for n in there if n not in here)]:
             a, b = here.get(name, _ABSENT), there.get(name, _ABSENT)
             if a != b:
                 found.append(name if _is_hash(a) and _is_hash(b) else f"{name}: {_shown(a)} -> {_shown(b)}")
-        return found + self._source_differences(wanted)
+        return found
 
     def check(self, wanted: Fingerprint, where: Path) -> None:
         """Refuse a cache that is not the wanted one.
@@ -69,17 +75,25 @@ class Fingerprint:
         """
         found = self.differences(wanted)
         if found:
+            advice = "Use the settings it was made with, or make another with `davae cache --out`"
+            if not self.fact_differences(wanted):
+                advice = "Give the same `davae cache` command again: it encodes what is new and keeps the rest"
             raise DavaeError(
-                f"the cache {where} was made of something else (cached -> wanted): {'; '.join(found)}. "
-                f"Use the settings it was made with, or make another with `davae cache --out`"
+                f"the cache {where} was made of something else (cached -> wanted): {'; '.join(found)}. {advice}"
             )
 
     def save(self, folder: Path) -> None:
-        """Write ``sources.jsonl``, then ``fingerprint.json``: where the latter is, both are whole."""
-        with atomic_file(folder / "sources.jsonl") as partial, partial.open("w") as file:
-            for name, fact in self.sources.items():
-                file.write(json.dumps([name, *fact]) + "\n")
-        atomic_json(folder / "fingerprint.json", {"facts": self.facts, "hash": self.hash})
+        """Write the sources, then ``fingerprint.json``, which names their file: a kill leaves either pair whole."""
+        name = "sources.jsonl"
+        if (folder / "fingerprint.json").exists():
+            name = f"sources-{self.hash[:8]}.jsonl"
+        with atomic_file(folder / name) as partial, partial.open("w") as file:
+            for source, fact in self.sources.items():
+                file.write(json.dumps([source, *fact]) + "\n")
+        atomic_json(folder / "fingerprint.json", {"facts": self.facts, "hash": self.hash, "sources": name})
+        for other in folder.glob("sources*.jsonl"):
+            if other.name != name:
+                other.unlink()
 
     @classmethod
     def load(cls, folder: Path) -> Fingerprint:
@@ -91,7 +105,10 @@ class Fingerprint:
         try:
             saved = json.loads((folder / "fingerprint.json").read_text())
             sources = {}
-            with (folder / "sources.jsonl").open() as file:
+            sources_file = str(saved.get("sources", "sources.jsonl"))
+            if not _SOURCES.fullmatch(sources_file):
+                raise ValueError(f"{sources_file!r} is no name of its sources")
+            with (folder / sources_file).open() as file:
                 for line in file:
                     name, stamp, label, caption = json.loads(line)
                     sources[name] = SourceFact(stamp, label, caption)

@@ -16,7 +16,7 @@ from typing import Any
 
 from davae.data.cache.shards import shard_path
 from davae.errors import DavaeError
-from davae.runtime.atomic_files import file_hash
+from davae.runtime.atomic_files import atomic_write, file_hash
 
 INDEX = "index.jsonl"
 
@@ -100,6 +100,16 @@ def cut(folder: Path, end: int) -> None:
     if path.is_file() and path.stat().st_size > end:
         with path.open("r+b") as file:
             file.truncate(end)
+
+
+def rewrite(folder: Path, index: Index) -> None:
+    """Put an index in the place of the one that is there, in one go; shards without a record are left out."""
+    lines: list[dict[str, Any]] = []
+    for name, shard in index.shards.items():
+        inside = [line for line in index.records if line["shard"] == name]
+        if inside:
+            lines += [*inside, {"commit": name, **shard, "entries": len(inside)}]
+    atomic_write(folder / INDEX, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def journal_of(rank: int, world_size: int) -> str:

@@ -120,5 +120,5 @@ class LatentCache(ItemDataset):
         count = complete["images"]
         positions = set(range(count))
         whole = self._plain.keys() == positions and self._mirrored.keys() in (set(), positions)
-        if not whole or len(self._texts) != complete["texts"]:
+        if not whole or len(self._texts) < complete["texts"]:
             raise DavaeError(f"the index of the cache {self.folder} lacks entries; make the cache again")

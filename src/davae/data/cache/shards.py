@@ -140,12 +140,17 @@ class ShardReader:
         return safetensors.torch.load(body)
 
 
-def stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors as a cache keeps them: on the CPU, floating ones as ``dtype``, masks and numbers as they are."""
-    return {
-        name: (t.to(dtype) if t.is_floating_point() else t).detach().cpu().contiguous().clone()
-        for name, t in tensors.items()
-    }
+def stored(tensors: dict[str, Tensor], dtype: torch.dtype, *, widen: bool) -> dict[str, Tensor]:
+    """Tensors as a cache keeps them: on the CPU, floating ones as ``dtype``, masks and numbers as they are.
+
+    Without ``widen`` floating ones of fewer bytes than ``dtype`` stay as they are too.
+    """
+
+    def kept(tensor: Tensor) -> Tensor:
+        cast = tensor.is_floating_point() and (widen or tensor.element_size() > dtype.itemsize)
+        return (tensor.to(dtype) if cast else tensor).detach().cpu().contiguous().clone()
+
+    return {name: kept(tensor) for name, tensor in tensors.items()}
 
 
 def _add(archive: tarfile.TarFile, name: str, body: bytes) -> None:

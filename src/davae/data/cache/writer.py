@@ -5,12 +5,12 @@ Several processes may write one cache together: each has shards and a journal of
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from davae.data.cache.fingerprint import Fingerprint
-from davae.data.cache.index import append, journal_of, merge_journals, read_index
+from davae.data.cache.fingerprint import Fingerprint, caption_key
+from davae.data.cache.index import append, journal_of, merge_journals, read_index, rewrite
 from davae.data.cache.shards import SUFFIXES, Format, Record, is_shard_name, stored, write_shard
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import atomic_json, file_hash
@@ -27,6 +27,9 @@ LATENTS, TEXTS = "latents", "texts"
 class CacheWriter:
     """Puts records into shards. Opening a folder that holds a part of the same cache continues it.
 
+    A cache of the same models and settings but of other images, labels or captions is brought up to date: records of
+    images that are still the same are kept, the others forgotten.
+
     Args:
         folder: the cache; made where it does not exist.
         fingerprint: what the cache is made of. Its ``dtype`` fact is the storage type.
@@ -34,11 +37,12 @@ class CacheWriter:
         about: plain values that readers need (class names, files left out).
         shard_bytes: a shard is closed when its tensors reach this size.
         shard_records: or when it holds this many records; a stopped run loses one shard's work at most.
+        captions: by image id, for those that changed.
         rank: number of this process. The first one, 0, must open the cache before the others do.
         world_size: number of processes that write it together.
 
     Raises:
-        DavaeError: the folder holds a cache with another fingerprint or format, or other files.
+        DavaeError: the folder holds a cache of other models, settings or format, or other files.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class CacheWriter:
         about: dict[str, Any] | None = None,
         shard_bytes: int = SHARD_BYTES,
         shard_records: int = SHARD_RECORDS,
+        captions: Callable[[], Mapping[str, str]] = dict,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -60,19 +65,25 @@ class CacheWriter:
         self.shard_bytes, self.shard_records = shard_bytes, shard_records
         self._journal, self._every = journal_of(rank, world_size), world_size
         if rank == 0:
-            self._prepare(fingerprint, about or {})
+            self._prepare(fingerprint, about or {}, captions)
         self.index = read_index(self.folder)
         self.done = {kind: set[str]() for kind in (LATENTS, TEXTS)}
+        self.positions = {(line["position"], line["flip"]) for line in self.index.records if "position" in line}
         for line in self.index.records:
             self.done[line["shard"].partition("-")[0]].add(line["key"])
         self._next = {kind: _first_free(self.index.shards, kind) + rank for kind in (LATENTS, TEXTS)}
         self._waiting: dict[str, list[Record]] = {LATENTS: [], TEXTS: []}
 
-    def _prepare(self, fingerprint: Fingerprint, about: dict[str, Any]) -> None:
+    def _prepare(
+        self, fingerprint: Fingerprint, about: dict[str, Any], captions: Callable[[], Mapping[str, str]]
+    ) -> None:
         """Make the folder, or see that it is the same cache's, and tidy up after a run that was stopped."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        old = None
         if (self.folder / "fingerprint.json").is_file():
-            Fingerprint.load(self.folder).check(fingerprint, self.folder)
+            old = Fingerprint.load(self.folder)
+            if old.fact_differences(fingerprint):
+                old.check(fingerprint, self.folder)
             made = read_about(self.folder)["format"]
             if made != self.form:
                 raise DavaeError(f"the cache {self.folder} is of format {made}, not {self.form}")
@@ -85,10 +96,60 @@ class CacheWriter:
         for left in self.folder.glob(".*.partial"):
             left.unlink()
         merge_journals(self.folder)
+        if old is not None:
+            self._bring_up_to_date(old, fingerprint, about, captions)
         committed = read_index(self.folder).shards
         for file in self.folder.iterdir():
             if is_shard_name(file.name) and file.name not in committed:
                 file.unlink()  # written whole, and stopped before it was committed
+
+    def _bring_up_to_date(
+        self, old: Fingerprint, new: Fingerprint, about: dict[str, Any], captions: Callable[[], Mapping[str, str]]
+    ) -> None:
+        """Keep the records of images that are the same, at their new positions and with their new captions.
+
+        A kill leaves an index without its last line, which nobody trains from, and the next call does it again.
+        """
+        index, places = read_index(self.folder), {name: i for i, name in enumerate(new.sources)}
+        found, before = old.differences(new), list(old.sources)
+        latents = [line for line in index.records if "position" in line]
+        if not found and all(_fits(line, old, before) for line in latents):
+            return
+        kept: list[dict[str, Any]] = []
+        texts: Mapping[str, str] | None = None
+        for line in latents:
+            name, fact = line["id"], new.sources.get(line["id"])
+            stamp = line.get("stamp")
+            if stamp is None and before[line["position"] : line["position"] + 1] == [name]:
+                stamp = old.sources[name].stamp
+            if fact is None or stamp != fact.stamp or "asked" in line:
+                continue  # gone, changed, or standing in for another
+            line |= {"position": places[name], "label": fact.label, "stamp": stamp}
+            if line["caption_hash"] != fact.caption:
+                texts = captions() if texts is None else texts
+                line |= {"caption": texts[name], "caption_hash": fact.caption}
+            kept.append(line)
+        logger.info(
+            "the cache %s is brought up to date (%s): %d of its %d latents are kept",
+            self.folder,
+            "; ".join(found) or "a run that did so was stopped",
+            len(kept),
+            len(latents),
+        )
+        needed = {caption_key(""), *(fact.caption for fact in new.sources.values())}
+        index.records = kept + [line for line in index.records if "position" not in line and line["key"] in needed]
+        rewrite(self.folder, index)
+        atomic_json(self.folder / "cache.json", {"format": self.form, **about})
+        new.save(self.folder)
+
+    def key_for(self, position: int, flip: bool) -> str:
+        """A name for the latent of an image that no other record has."""
+        key = plain = f"{position:09d}{'-flip' if flip else ''}"
+        number = 1
+        while key in self.done[LATENTS]:
+            number += 1
+            key = f"{plain}-{number}"
+        return key
 
     @property
     def complete(self) -> bool:
@@ -101,7 +162,7 @@ class CacheWriter:
             raise DavaeError(f"the cache {self.folder} holds '{record.key}' already")
         self.done[kind].add(record.key)
         waiting = self._waiting[kind]
-        waiting.append(Record(record.key, stored(record.tensors, self.dtype), record.facts))
+        waiting.append(Record(record.key, stored(record.tensors, self.dtype, widen=kind == LATENTS), record.facts))
         if len(waiting) >= self.shard_records or sum(r.nbytes for r in waiting) >= self.shard_bytes:
             self._write(kind)
 
@@ -133,6 +194,15 @@ class CacheWriter:
         self.index.records += lines
         self.index.shards[path.name] = commit
         self._waiting[kind] = []
+
+
+def _fits(line: dict[str, Any], made_of: Fingerprint, names: list[str]) -> bool:
+    """Whether a latent that was kept when its cache was brought up to date belongs to what the cache is made of."""
+    if "stamp" not in line:  # written for just this fingerprint
+        return True
+    name = line["id"]
+    fact = (line["stamp"], line["label"], line["caption_hash"])
+    return names[line["position"] : line["position"] + 1] == [name] and made_of.sources[name] == fact
 
 
 def _first_free(shards: Iterable[str], kind: str) -> int:

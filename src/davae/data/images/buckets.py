@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from davae.data.images.dataset import Source
-from davae.data.images.decode import UnreadableImage, upright_size
+from davae.data.images.decode import UnreadableImage, patiently, upright_size
 from davae.data.images.protocol import Item, as_item_dataset
 from davae.data.images.transforms import Size
 from davae.errors import DavaeError
@@ -104,9 +104,8 @@ def assign_buckets(source: Source, indices: Sequence[int], buckets: Sequence[Siz
     chosen = []
     for index in indices:
         try:
-            with source.open(index) as file:
-                size = upright_size(file)
-        except (UnreadableImage, OSError):
+            size = patiently(lambda index=index: _size(source, index))  # type: ignore[misc]
+        except UnreadableImage:
             size = (1, 1)
         if size not in known:
             known[size] = nearest_bucket(size, buckets)
@@ -115,6 +114,11 @@ def assign_buckets(source: Source, indices: Sequence[int], buckets: Sequence[Siz
     shown = ", ".join(f"{w} x {h}: {n}" for (w, h), n in zip(buckets, counts) if n)
     logger.info("%s: images by bucket (width x height): %s", source.name, shown)
     return chosen
+
+
+def _size(source: Source, index: int) -> Size:
+    with source.open(index) as file:
+        return upright_size(file)
 
 
 def same_size_batches(dataset: Dataset[Item], indices: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import BinaryIO, NamedTuple, Protocol
 
-from davae.data.images.decode import UnreadableImage, decode_image
+from PIL.Image import Image
+
+from davae.data.images.decode import UnreadableImage, decode_image, patiently
 from davae.data.images.protocol import Item, ItemDataset, Skip
 from davae.data.images.transforms import Size, SquareCrop, item_generator
 from davae.errors import DavaeError
+
+logger = logging.getLogger(__name__)
 
 
 class Facts(NamedTuple):
@@ -51,7 +56,9 @@ class ImageDataset(ItemDataset):
     """Square image tensors of a source, map-style.
 
     An image that turns out unreadable is replaced by the next readable one, always the same, and named in the
-    item's ``skipped``. Crops and flips follow ``(seed, epoch, index)``: see :meth:`set_epoch`.
+    item's ``skipped``. One that a disk or a network does not give is tried again for some seconds, then replaced this
+    once. Labels and captions stay those of the first call of :meth:`captions`, where there was one. Crops and flips
+    follow ``(seed, epoch, index)``: see :meth:`set_epoch`.
 
     Args:
         source: where image files come from.
@@ -85,6 +92,7 @@ class ImageDataset(ItemDataset):
         self.sizes = None if sizes is None else list(sizes)
         self.bucket_of = None if bucket_of is None else list(bucket_of)
         self._bad: dict[int, str] = {}  # position -> reason; a shortcut only, never changes what comes out
+        self._facts: dict[int, Facts] = {}  # index in the source -> what was known when captions were asked for
 
     def unmirrored(self) -> ImageDataset:
         """The same images as they are before mirroring."""
@@ -101,13 +109,12 @@ class ImageDataset(ItemDataset):
 
     def captions(self) -> list[str]:
         """Of the images that can be read, without decoding them."""
-        found = []
         for index in self.indices:
             try:
-                found.append(self.source.facts(index).caption)
+                self._facts.setdefault(index, self.source.facts(index))
             except UnreadableImage:
                 continue  # another item of the data set stands in for it
-        return found
+        return [self._facts[index].caption for index in self.indices if index in self._facts]
 
     def size(self, index: int) -> Size:
         """(width, height) of image ``index`` as it comes out, whatever stands in for it."""
@@ -120,9 +127,9 @@ class ImageDataset(ItemDataset):
         found = {}
         for index in self.indices:
             try:
-                label, caption = self.source.facts(index)
-                stamp = self.source.stamp(index)
-            except (UnreadableImage, OSError):  # replaced by another image when it is read
+                label, caption = self._facts.get(index) or self.source.facts(index)
+                stamp = patiently(lambda index=index: self.source.stamp(index))  # type: ignore[misc]
+            except UnreadableImage:  # replaced by another image when it is read
                 stamp, label, caption = "unreadable", -1, ""
             found[self.source.id(index)] = (stamp, label, caption)
         return found
@@ -130,10 +137,13 @@ class ImageDataset(ItemDataset):
     def content_hash(self, index: int) -> str:
         """SHA-256 of the image file's bytes, hexadecimal; empty where it cannot be opened."""
         try:
-            with self.source.open(self.indices[index]) as file:
-                return hashlib.sha256(file.read()).hexdigest()
-        except (UnreadableImage, OSError):
+            return patiently(lambda: self._hash(self.indices[index]))
+        except UnreadableImage:
             return ""
+
+    def _hash(self, index: int) -> str:
+        with self.source.open(index) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``.
@@ -145,32 +155,35 @@ class ImageDataset(ItemDataset):
             raise IndexError(f"image {index} of {len(self)}")
         index %= len(self)
         skipped: list[Skip] = []
+        first = ""
+        again = True
         for offset in range(len(self)):
             position = (index + offset) % len(self)
             try:
-                item = self._read(position)
+                item = self._read(position, again=again)
             except UnreadableImage as error:
-                self._bad[position] = error.reason
-                skipped.append((self.id(position), error.reason))
+                first = first or f"{self.id(position)}: {error.reason}"
+                if error.lasting:
+                    self._bad[position] = error.reason
+                    skipped.append((self.id(position), error.reason))
+                elif again:
+                    again = False  # its neighbours lie on the same disk
+                    logger.warning("%s: %s this time; the next image stands in", self.id(position), error.reason)
                 continue
             # The asked-for index draws the crop, so that a substitute is not the same picture twice an epoch.
             generator = item_generator(self.seed, epoch, index)
             item["image"] = self.transform.to_size(item["image"], generator, self.size(index))
             return item | {"skipped": skipped}
-        raise DavaeError(
-            f"{self.source.name}: none of the {len(self)} images can be read; "
-            f"the first is {skipped[0][0]}: {skipped[0][1]}"
-        )
+        raise DavaeError(f"{self.source.name}: none of the {len(self)} images can be read; the first is {first}")
 
-    def _read(self, position: int) -> Item:
+    def _read(self, position: int, *, again: bool = True) -> Item:
         if position in self._bad:
             raise UnreadableImage(self._bad[position])
         index = self.indices[position]
-        label, caption = self.source.facts(index)
-        try:
-            file = self.source.open(index)
-        except OSError as error:
-            raise UnreadableImage(f"cannot be opened ({error.strerror or error})") from error
-        with file:
-            picture = decode_image(file, min_size=self.min_size)
+        label, caption = self._facts.get(index) or self.source.facts(index)
+        picture = patiently(lambda: self._decode(index), again=again)
         return {"image": picture, "label": label, "caption": caption, "id": self.source.id(index)}
+
+    def _decode(self, index: int) -> Image:
+        with self.source.open(index) as file:
+            return decode_image(file, min_size=self.min_size)

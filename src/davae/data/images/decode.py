@@ -5,21 +5,25 @@ scaled (not clipped), palettes and CMYK resolved. Everything that cannot be read
 raises :class:`UnreadableImage` with a reason in plain words.
 """
 
+import errno
 import io
+import os
 import struct
+import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from davae.errors import DavaeError
 
+Result = TypeVar("Result")
 ImageFile = bytes | str | Path | BinaryIO
 """Where an image's bytes are: in memory, at a path, or in an open file."""
 
@@ -62,11 +66,17 @@ _UPRIGHT = {  # EXIF orientation -> the move that makes the picture upright
 
 
 class UnreadableImage(DavaeError):
-    """A file that cannot serve as an image. ``reason`` says why, without naming the file."""
+    """A file that cannot serve as an image.
 
-    def __init__(self, reason: str) -> None:
+    Attributes:
+        reason: why, without naming the file.
+        lasting: it is a fault of the file; otherwise one of the disk or the network, which may be gone the next time.
+    """
+
+    def __init__(self, reason: str, *, lasting: bool = True) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.lasting = lasting
 
 
 def check_header(file: ImageFile, *, min_size: int = 1) -> tuple[int, int]:
@@ -116,7 +126,7 @@ def decode_image(file: ImageFile, *, min_size: int = 1) -> Image.Image:
         except UnreadableImage:
             raise
         except _BROKEN as error:
-            raise UnreadableImage(_reason(error)) from error
+            raise _unreadable(error) from error
     return rgb if move is None else rgb.transpose(move)
 
 
@@ -137,7 +147,7 @@ def _opened(file: ImageFile, min_size: int) -> Iterator[Image.Image]:
     except Image.DecompressionBombError as error:
         raise UnreadableImage(f"more than {MAX_PIXELS:,} pixels, perhaps a decompression bomb") from error
     except _BROKEN as error:
-        raise UnreadableImage(_reason(error)) from error
+        raise _unreadable(error) from error
     with image:
         width, height = image.size
         short, long = min(width, height), max(width, height)
@@ -204,6 +214,56 @@ def _orientation(image: Image.Image) -> int:
             return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except _BROKEN:
         return 1  # metadata is damaged, the pixels are not: viewers show such a picture as stored
+
+
+PAUSES_S = (0.1, 0.5, 2.0, 5.0)
+"""How long to wait before a file is tried again that a disk or a network did not give."""
+
+_OF_THE_FILE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+}
+
+
+def patiently(read: Callable[[], Result], *, again: bool = True) -> Result:
+    """What ``read`` gives; where the disk or the network is at fault, after another try, up to some seconds later.
+
+    Args:
+        read: opens and reads a file.
+        again: try again at all.
+
+    Raises:
+        UnreadableImage: the file cannot be used, or could not be read this time; ``lasting`` tells which.
+    """
+    for pause in (*PAUSES_S, None) if again else (None,):
+        try:
+            return read()
+        except UnreadableImage as error:
+            if error.lasting or pause is None:
+                raise
+        except OSError as error:
+            found = _unreadable(error, "cannot be opened")
+            if found.lasting or pause is None:
+                raise found from error
+        time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def _unreadable(error: BaseException, what: str = "damaged") -> UnreadableImage:
+    """The error of a file that cannot be read. Only the system's errors have a number."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.ENOENT:  # gone, or its whole folder is away with a disk
+        name = getattr(error, "filename", None)
+        lasting = name is None or Path(os.fsdecode(name)).parent.is_dir()
+    else:
+        lasting = number is None or number in _OF_THE_FILE
+    reason = _reason(error) if number is None or lasting else f"{what} ({os.strerror(number)})"
+    return UnreadableImage(reason, lasting=lasting)
 
 
 def _reason(error: BaseException) -> str:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from torch.utils.data import Dataset
 
 from davae.data.images.dataset import Source
-from davae.data.images.decode import UnreadableImage, check_header
+from davae.data.images.decode import UnreadableImage, check_header, patiently
 from davae.data.images.protocol import Item, Skip, as_item_dataset
 from davae.errors import DavaeError
 
@@ -40,12 +39,9 @@ def check_headers(source: Source, *, min_size: int, warn_below: int = 0) -> dict
     enlarged = 0
     for index in range(len(source)):
         try:
-            with source.open(index) as file:
-                enlarged += min(check_header(file, min_size=min_size)) < warn_below
+            enlarged += min(patiently(lambda index=index: _size(source, index, min_size))) < warn_below  # type: ignore[misc]
         except UnreadableImage as error:
             bad[index] = error.reason
-        except OSError as error:
-            bad[index] = f"cannot be opened ({error.strerror or error})"
     if enlarged:
         logger.warning(
             "%s: %d of %d images are smaller than %d pixels and are enlarged; they teach no fine detail",
@@ -57,11 +53,16 @@ def check_headers(source: Source, *, min_size: int, warn_below: int = 0) -> dict
     return bad
 
 
-def describe(skips: Sequence[Skip]) -> str:
-    """The skipped files for people: the first twenty by name and reason, then how many more."""
+def _size(source: Source, index: int, min_size: int) -> tuple[int, int]:
+    with source.open(index) as file:
+        return check_header(file, min_size=min_size)
+
+
+def describe(skips: Sequence[Skip], *, one: str = "file was skipped", many: str = "files were skipped") -> str:
+    """For people: how many, the first twenty by name and reason, then how many more."""
     if not skips:
-        return "no file was skipped"
-    lines = [f"{len(skips)} {'file was' if len(skips) == 1 else 'files were'} skipped:"]
+        return f"no {one}"
+    lines = [f"{len(skips)} {one if len(skips) == 1 else many}:"]
     lines += [f"  {name}: {reason}" for name, reason in skips[:_NAMED]]
     if len(skips) > _NAMED:
         lines.append(f"  and {len(skips) - _NAMED} more")
@@ -77,12 +78,14 @@ def refuse_if_mostly_bad(skips: Sequence[Skip], total: int, where: str = "the da
     if 2 * len(skips) > total:
         raise DavaeError(
             f"{len(skips)} of {total} images of {where} cannot be used, more than half of them; "
-            f"mend or remove them, or lower min_size if they are only too small. {describe(skips)}"
+            f"mend them or take them out of the data set. {describe(skips)}"
         )
 
 
 class SkipLedger:
-    """Which files a training skipped, each counted once.
+    """Which images a training skipped, each counted once.
+
+    It begins anew whenever a training starts or goes on: what was wrong with a file may have been mended.
 
     Args:
         total: how many image files there are in all, the skipped ones included.
@@ -110,7 +113,7 @@ class SkipLedger:
         return sorted(self._reasons.items())
 
     def add(self, skipped: Iterable[Sequence[str]]) -> None:
-        """Note the ``skipped`` entries of a batch.
+        """Note the ``skipped`` entries of a batch, or those of another process.
 
         Raises:
             DavaeError: with these, more than half of the files are bad.
@@ -128,12 +131,3 @@ class SkipLedger:
     def summary(self) -> str:
         """For people: the first twenty files by name and reason, then how many more."""
         return describe(self.entries)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values for a checkpoint."""
-        return {"skipped": [list(entry) for entry in self.entries]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Add what a checkpoint, or another process, has noted."""
-        for name, reason in state["skipped"]:
-            self._reasons.setdefault(name, reason)

@@ -1,6 +1,7 @@
 """A folder of images, at any depth: class from the parent folder, caption from a text file beside."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from davae.data.images.decode import UnreadableImage
 from davae.data.images.protocol import Skip
 from davae.errors import DavaeError
 
+logger = logging.getLogger(__name__)
+
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".png", ".apng", ".webp", ".avif"}
     | {".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".qoi"}
@@ -20,6 +23,9 @@ IMAGE_SUFFIXES = frozenset(
 _SPLIT_NAMES = frozenset(
     {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 )
+
+
+_RUN_OR_CACHE = ({"config.yaml", "environment.json"}, {"fingerprint.json", "index.jsonl"})
 
 
 class FolderSource:
@@ -133,13 +139,19 @@ def _split_folder(root: Path, split: str | None) -> Path:
 
 
 def _walk(root: Path) -> tuple[list[str], list[Path]]:
-    """Paths of images relative to ``root``, and the metadata files. Links are followed, circles are not."""
+    """Paths of images relative to ``root``, and the metadata files. Links are followed, circles are not.
+
+    Runs and caches of davae below the folder are passed over: their sample sheets are no photographs.
+    """
     images: list[str] = []
     metadata: list[Path] = []
     seen: set[str] = set()
     for folder, below, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:
+        ours = folder != str(root) and any(marks.issubset(files) for marks in _RUN_OR_CACHE)
+        if ours:
+            logger.info("%s is passed over: a run or a cache of davae", folder)
+        if ours or real in seen:
             below.clear()
             continue
         seen.add(real)

@@ -39,7 +39,7 @@ class TransformersFeatures:
         self.name = name
         self._device = device
         try:
-            self._model, info = AutoModel.from_pretrained(name, output_loading_info=True)
+            self._model, info = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
         except ImportError as error:  # the wrapper of timm's networks needs timm
             raise DavaeError(f"feature network '{name}': {_first_line(error)}. Install it with pip") from error
         except (OSError, ValueError, KeyError) as error:
@@ -141,7 +141,7 @@ class TextImageNetwork(TransformersFeatures):
         if not hasattr(self._model, "get_text_features"):
             raise DavaeError(f"a CLIP score needs a model of images and texts; {type(self._model).__name__} has none")
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name)
+            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise DavaeError(f"'{name}' has no tokenizer: fetch its tokenizer files into the same folder") from error
 

@@ -23,7 +23,7 @@ from davae.runtime.atomic_files import disk_full_as_error, locked
 from davae.runtime.processes import everyone, rank_and_world, start_processes, wait_for_everyone
 from davae.runtime.progress import Progress
 from davae.training.cache.fingerprint import cache_fingerprint, pipeline_parts, without_touched
-from davae.training.data import open_training_part
+from davae.training.data import open_training_part, require_captions
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,12 @@ def write_cache(
     family = family_of(pipe)
     processes = start_processes()
     images = open_training_part(data.model_copy(update={"flip": False}), vae, pipe)
+    if family.conditioned_on == "text":
+        require_captions(images.captions(), pipe)
     fingerprint = cache_fingerprint(data, vae, pipe, images, text_length=text_length)
+    if (Path(out) / "fingerprint.json").is_file():
+        fingerprint = without_touched(fingerprint, Path(out), images)
+    wait_for_everyone()  # the first process may write another fingerprint now
     about = {
         "classes": images.classes,
         "skipped": [list(entry) for entry in images.skipped],
@@ -85,7 +90,14 @@ def write_cache(
     with disk_full_as_error(Path(out), kept), _locked(Path(out), first=rank == 0):
         with processes.main_process_first():
             writer = CacheWriter(
-                out, fingerprint, form=form, about=about, rank=rank, world_size=world, **writer_options
+                out,
+                fingerprint,
+                form=form,
+                about=about,
+                captions=lambda: {name: caption for name, (_, _, caption) in images.stamps().items()},
+                rank=rank,
+                world_size=world,
+                **writer_options,
             )
         if not writer.complete:
             _write_latents(writer, images, data, vae, family, processes.device, batch_size)
@@ -133,8 +145,8 @@ def _write_latents(
     batch_size: int,
 ) -> None:
     mirrored = (False, True) if data.flip else (False,)
-    done = writer.done[LATENTS]
-    missing = [i for i in range(len(images)) if any(_key(i, flip) not in done for flip in mirrored)]
+    done = writer.positions
+    missing = [i for i in range(len(images)) if any((i, flip) not in done for flip in mirrored)]
     rank, world = rank_and_world()
     parts = list(same_size_batches(images, missing, batch_size))[rank::world]
     loader = DataLoader(
@@ -154,17 +166,16 @@ def _write_latents(
             for row, (position, item) in enumerate(zip(positions, items)):
                 ledger.add(item["skipped"])
                 for flip in mirrored:
-                    if _key(position, flip) in done:
+                    if (position, flip) in done:
                         continue
                     facts = _facts(images, position, flip, item)
-                    record = Record(_key(position, flip), {"latent": latents[flip][row]}, facts)
+                    record = Record(writer.key_for(position, flip), {"latent": latents[flip][row]}, facts)
                     writer.add(LATENTS, record)
                 progress.advance()
     writer.flush()
     vae.to(before).train(training)
-    for state in everyone(ledger.state_dict()):
-        ledger.load_state_dict(state)
-    ledger.check()
+    for entries in everyone(ledger.entries):
+        ledger.add(entries)
     if ledger.count and rank == 0:
         logger.warning(ledger.summary())
 
@@ -226,13 +237,11 @@ def _facts(images: ImageDataset | RenderedDataset, position: int, flip: bool, it
         "bucket": 0 if numbers is None else numbers[position],
         "skipped": [list(entry) for entry in item["skipped"]],
     }
-    if isinstance(images, ImageDataset) and item["id"] == images.id(position):  # no other stands in for it
+    if item["id"] != images.id(position):
+        facts["asked"] = images.id(position)  # another stands in for it
+    elif isinstance(images, ImageDataset):
         facts["content"] = images.content_hash(position)
     return facts
-
-
-def _key(position: int, flip: bool) -> str:
-    return f"{position:09d}{'-flip' if flip else ''}"
 
 
 def _parts(values: Sequence[str], size: int) -> Iterator[list[str]]:

@@ -74,9 +74,6 @@ class PromptEmbeddings:
         captions: what will be asked for; each distinct one is encoded once.
         device: where the encoders run; they go back to the CPU.
         max_length: tokens a prompt is cut or padded to.
-
-    Raises:
-        DavaeError: no image has a caption.
     """
 
     def __init__(
@@ -87,16 +84,7 @@ class PromptEmbeddings:
         device: torch.device,
         max_length: int | None = None,
     ) -> None:
-        every = list(captions)
-        empty = sum(not caption for caption in every)
-        if every and empty == len(every):
-            raise DavaeError(
-                f"{type(pipe).__name__} learns from captions and none of the {len(every)} images has one: put a "
-                "text file of the same name beside each image, or a metadata.jsonl (see docs/data.md)"
-            )
-        if empty:
-            logger.warning("%d of %d images have no caption: trained without a prompt", empty, len(every))
-        distinct = list(dict.fromkeys(["", *every]))
+        distinct = list(dict.fromkeys(["", *captions]))
         logger.info("encoding %d captions", len(distinct))
         move_text_encoders(pipe, device)
         mine = [distinct[i] for i in share(len(distinct))]
@@ -116,8 +104,18 @@ class PromptEmbeddings:
         return {name: value[None] for name, value in self.kept[""].items()}
 
     def prepare(self, item: dict[str, Any]) -> dict[str, Any]:
-        """An item with the ``conditioning`` of its caption."""
-        return {**item, "conditioning": self.kept[item["caption"]]}
+        """An item with the ``conditioning`` of its caption.
+
+        Raises:
+            DavaeError: the caption is not one of those that were asked for.
+        """
+        known = self.kept.get(item["caption"])
+        if known is None:
+            raise DavaeError(
+                f"the caption of {item['id']} came after the training had begun: {item['caption'][:60]!r}. The same "
+                "command continues with it from the last checkpoint"
+            )
+        return {**item, "conditioning": known}
 
 
 def move_text_encoders(pipe: DiffusionPipeline, device: torch.device) -> None:

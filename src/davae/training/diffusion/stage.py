@@ -22,6 +22,7 @@ from davae.recipes.settings import DiffusionSettings
 from davae.runtime.atomic_files import atomic_folder
 from davae.runtime.pictures import save_rows
 from davae.runtime.processes import gathered_in_first, is_first, share, start_processes
+from davae.training.data import require_captions
 from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings, move_text_encoders
 from davae.training.diffusion.objective import DiffusionObjective, noise_process
 from davae.training.diffusion.tuning import learning_masks, select_trained
@@ -76,7 +77,8 @@ class DiffusionStage(Stage):
         self.vae.to(device)
         cached = images.holds_latents
         self.encodes_while_training = not (cached or cache_latents)
-        self.conditions = self._conditions(images, device)
+        measured = LatentsInMemory(self.images, self._encode, dict, limit=MEASURED)
+        self.conditions = self._conditions(images, [item["caption"] for item in measured.items], device)
         prompts = self.conditions if isinstance(self.conditions, PromptEmbeddings) else None
         if cached and self.family.conditioned_on == "text":
             self.dataset = images
@@ -87,7 +89,7 @@ class DiffusionStage(Stage):
             )
         else:  # a cache keeps labels as the data set has them
             self.dataset = Prepared(images, self.conditions.prepare)
-        self.held_out = LatentsInMemory(self.images, self._encode, self.conditions.prepare, limit=MEASURED)
+        self.held_out = Prepared(measured, self.conditions.prepare)
 
         transformer = pipeline.transformer
         rates = select_trained(transformer, self.family, layout, settings)
@@ -127,13 +129,21 @@ class DiffusionStage(Stage):
         """Off the GPU between validations, unless images are encoded as they come."""
         self.vae.to(self.device if self.encodes_while_training else "cpu")
 
-    def _conditions(self, images: ItemDataset, device: torch.device) -> ClassMap | PromptEmbeddings:
-        """What turns an item's label or caption into the transformer's conditioning."""
+    def _conditions(
+        self, images: ItemDataset, measured: list[str], device: torch.device
+    ) -> ClassMap | PromptEmbeddings:
+        """What turns an item's label or caption into the transformer's conditioning.
+
+        Args:
+            images: for training; those of a cache bring their own embeddings.
+            measured: captions of the held-out images that are measured.
+            device: of the text encoders.
+        """
         if self.family.conditioned_on == "class":
             return ClassMap(images.classes, self.pipeline)
-        asked = self.images.captions()
-        if not images.holds_latents:
-            asked = images.captions() + asked
+        trained = images.captions()
+        require_captions(trained, self.pipeline)
+        asked = measured if images.holds_latents else trained + measured
         length = self.settings.prompts.max_length
         return PromptEmbeddings(self.family, self.pipeline, asked, device, length)
 

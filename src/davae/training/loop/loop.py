@@ -27,7 +27,7 @@ from davae.data.loading.watchdog import dead_worker_message, is_of_a_dead_worker
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_name
 from davae.runtime.atomic_files import disk_full_as_error
-from davae.runtime.processes import LONGEST_WAIT, all_the_same, use_cpu
+from davae.runtime.processes import LONGEST_WAIT, all_the_same, everyone, use_cpu
 from davae.runtime.progress import Progress
 from davae.training.checkpoints.checkpoint import CheckpointWriter
 from davae.training.checkpoints.run_directory import RunDirectory
@@ -179,7 +179,6 @@ class _Training:
             trainers=self.trainers,
             ema=self.ema,
             stream=self.stream,
-            ledger=self.ledger,
             guard=self.guard,
             window=self.means,
             scaler=accelerator.scaler,
@@ -350,8 +349,8 @@ class _Training:
         return step
 
     def _result(self) -> TrainResult:
-        self.state.merge_ledgers()
-        self.ledger.check()
+        for entries in everyone(self.ledger.entries):  # every process met bad files of its own
+            self.ledger.add(entries)
         result = self.out
         if not self.metrics:  # the run had ended before: measure again rather than report nothing
             self._evaluate(self.loop.steps)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from davae.data import BatchStream, SkipLedger
-from davae.runtime.processes import all_the_same, everyone, is_first, rank_and_world, wait_for_everyone
+from davae.data import BatchStream
+from davae.runtime.processes import all_the_same, everyone, is_first, wait_for_everyone
 from davae.training.checkpoints.checkpoint import CheckpointWriter, newest_whole
 from davae.training.engine.tensors import full_state_on_cpu
 from davae.training.engine.trainer import ModuleTrainer
@@ -32,7 +31,6 @@ class RunState:
         trainers: of each the trained weights, buffers and moments are kept.
         ema: averages of the first module's weights.
         stream: position in the data.
-        ledger: images that could not be read.
         guard: counts of bad steps.
         window: losses since the last logged line.
         scaler: of the losses in fp16, or none.
@@ -41,7 +39,6 @@ class RunState:
     trainers: list[ModuleTrainer]
     ema: Ema | None
     stream: BatchStream
-    ledger: SkipLedger
     guard: NonFiniteGuard
     window: RunningMeans
     scaler: torch.amp.GradScaler | None
@@ -54,7 +51,6 @@ class RunState:
             done: optimizer steps done.
             watched: the watched metric at this step, where it was measured.
         """
-        self.merge_ledgers()
         if is_first():
             writer.wait()  # before the copy: two at a time would take twice the memory
         tensors = self._tensors(keep=is_first())
@@ -62,7 +58,6 @@ class RunState:
         if is_first():
             values: dict[str, Any] = {
                 "stream": self.stream.state_dict(),
-                "skipped": self.ledger.state_dict(),
                 "window": window,
                 "guard": {"skipped": self.guard.skipped, "in_a_row": 0}
                 if self.guard.exhausted
@@ -96,18 +91,11 @@ class RunState:
         if self.ema is not None:
             self.ema.restore(tensors["averages"], values["ema_updates"])
         self.stream.load_state_dict(values["stream"])
-        self.ledger.load_state_dict(values["skipped"])
         self.guard.load_state_dict(values["guard"])
         self.window.load_state_dict(values.get("window", {}))  # absent in earlier versions, as the scaler is
         if self.scaler is not None and "scaler" in values:
             self.scaler.load_state_dict(values["scaler"])
         return int(values["step"])
-
-    def merge_ledgers(self) -> None:
-        """Every process met bad files of its own; afterwards each knows all."""
-        if rank_and_world()[1] > 1:
-            for state in gather_object([self.ledger.state_dict()]):
-                self.ledger.load_state_dict(state)
 
     def _tensors(self, *, keep: bool) -> dict[str, dict[str, Tensor]]:
         """Whole tensors on the CPU by file name; nothing in them unless ``keep``."""
