@@ -8,6 +8,7 @@ one token in pixels: ``f * s * patch``.
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -104,7 +105,7 @@ def assign_buckets(source: Source, indices: Sequence[int], buckets: Sequence[Siz
     chosen = []
     for index in indices:
         try:
-            size = patiently(lambda index=index: _size(source, index))  # type: ignore[misc]
+            size = patiently(partial(_size, source, index))
         except UnreadableImage:
             size = (1, 1)
         if size not in known:

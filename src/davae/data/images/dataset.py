@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import BinaryIO, NamedTuple, Protocol
 
 from PIL.Image import Image
@@ -128,7 +129,7 @@ class ImageDataset(ItemDataset):
         for index in self.indices:
             try:
                 label, caption = self._facts.get(index) or self.source.facts(index)
-                stamp = patiently(lambda index=index: self.source.stamp(index))  # type: ignore[misc]
+                stamp = patiently(partial(self.source.stamp, index))
             except UnreadableImage:  # replaced by another image when it is read
                 stamp, label, caption = "unreadable", -1, ""
             found[self.source.id(index)] = (stamp, label, caption)
@@ -137,13 +138,13 @@ class ImageDataset(ItemDataset):
     def content_hash(self, index: int) -> str:
         """SHA-256 of the image file's bytes, hexadecimal; empty where it cannot be opened."""
         try:
-            return patiently(lambda: self._hash(self.indices[index]))
+            return patiently(partial(self._hash, self.indices[index]))
         except UnreadableImage:
             return ""
 
     def _hash(self, index: int) -> str:
         with self.source.open(index) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            return hashlib.sha256(file.read()).hexdigest()
 
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``.
@@ -181,7 +182,7 @@ class ImageDataset(ItemDataset):
             raise UnreadableImage(self._bad[position])
         index = self.indices[position]
         label, caption = self._facts.get(index) or self.source.facts(index)
-        picture = patiently(lambda: self._decode(index), again=again)
+        picture = patiently(partial(self._decode, index), again=again)
         return {"image": picture, "label": label, "caption": caption, "id": self.source.id(index)}
 
     def _decode(self, index: int) -> Image:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from torch.utils.data import Dataset
 
@@ -39,7 +40,7 @@ def check_headers(source: Source, *, min_size: int, warn_below: int = 0) -> dict
     enlarged = 0
     for index in range(len(source)):
         try:
-            enlarged += min(patiently(lambda index=index: _size(source, index, min_size))) < warn_below  # type: ignore[misc]
+            enlarged += min(patiently(partial(_size, source, index, min_size))) < warn_below
         except UnreadableImage as error:
             bad[index] = error.reason
     if enlarged:
