@@ -22,6 +22,7 @@ LIGHT = {
     "davae.cli.options",
     "davae.errors",
     "davae.import_hooks",
+    "davae.runtime.console",
     "davae.training.loop.signals",
     "davae.version",
 }

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffusers import DiffusionPipeline
-from rich.progress import track
 
 from davae.bases.open import load_base
 from davae.errors import DavaeError
 from davae.pipelines import speed_up
 from davae.pipelines.sampling.generate import generate_images, read_prompts, takes_prompts
+from davae.runtime.console import track
 from davae.runtime.devices import chosen_device, wanted_dtype
 
 
@@ -82,7 +82,7 @@ def write_images(
         width=width,
     )
     files = []
-    for made in track(images, "generating", total=count * len(subjects), transient=True):
+    for made in track(images, "generating", total=count * len(subjects)):
         folder.mkdir(parents=True, exist_ok=True)  # where nothing can be made, none is left behind
         made.image.save(folder / made.file_name)
         files.append(folder / made.file_name)

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import new_folder, wide_console
+from davae.cli.options import new_folder
+from davae.runtime.console import say, wide_console
 
 
 def ablate(
@@ -21,11 +22,11 @@ def ablate(
 
     settings = load_ablation(recipe, overrides or ())
     if dry_run:
-        typer.echo(dump_recipe(settings))
+        say(dump_recipe(settings))
         return
     from davae.report.ablation import ablation_table, run_ablation
 
     folder = out or Path("runs") / Path(recipe).stem
     result = run_ablation(settings, folder)
     wide_console().print(ablation_table(result))
-    typer.echo(f"{folder / 'ablation.json'}\n{folder / 'ablation.png'}")
+    say(folder / "ablation.json", folder / "ablation.png")

@@ -5,7 +5,8 @@ from typing import Annotated, Literal, get_args
 import typer
 
 from davae.choices import Precision
-from davae.cli.options import Device, DType, Json, Repeats, wide_console, write_figures
+from davae.cli.options import Device, DType, Json, Repeats, write_figures
+from davae.runtime.console import wide_console
 
 app = typer.Typer(no_args_is_help=True)
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from davae.cli.options import Overrides, RecipeName, TrainedAutoencoder, check_recipe, new_folder
+from davae.runtime.console import say
 
 ShardFormat = Literal["safetensors", "webdataset"]
 
@@ -45,4 +46,4 @@ def cache(
     else:
         text = run_cache(recipe, overrides or (), out, autoencoder, shard_format, batch_size)
     if text:
-        typer.echo(text)
+        say(text)

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import Device, FeatureNames, Json, Repeats, new_folder, some_images, wide_console, write_figures
+from davae.cli.options import Device, FeatureNames, Json, Repeats, new_folder, some_images, write_figures
 from davae.errors import DavaeError
+from davae.runtime.console import wide_console
 
 app = typer.Typer(no_args_is_help=True)
 

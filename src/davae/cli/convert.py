@@ -7,6 +7,7 @@ import typer
 
 from davae.choices import ChannelOrder
 from davae.cli.options import new_folder
+from davae.runtime.console import say
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -38,7 +39,7 @@ def lightningdit(
     from davae.interop.conversion import convert_lightningdit_file
 
     made = convert_lightningdit_file(file, out, weights=weights, heads=heads, size=size, vae=vae)
-    typer.echo(str(made))
+    say(str(made))
 
 
 @app.command()
@@ -46,7 +47,7 @@ def vavae(file: File, out: Out, resolution: Resolution = 256, statistics: Statis
     """VA-VAE, or another LDM autoencoder, to an AutoencoderKL."""
     from davae.interop.conversion import convert_vavae_file
 
-    typer.echo(str(convert_vavae_file(file, out, resolution=resolution, statistics=statistics)))
+    say(str(convert_vavae_file(file, out, resolution=resolution, statistics=statistics)))
 
 
 @app.command("davae-imagenet")
@@ -63,7 +64,7 @@ def davae_imagenet(
     from davae.interop.conversion import convert_imagenet_file
 
     made = convert_imagenet_file(file, out, base=base, resolution=resolution, statistics=statistics)
-    typer.echo(str(made))
+    say(str(made))
 
 
 @app.command("davae-sd3")
@@ -91,4 +92,4 @@ def davae_sd3(
     made = convert_sd3_file(
         file, out, base=base, statistics=statistics, weights=weights, lora=lora, vae=vae, order=order
     )
-    typer.echo(str(made))
+    say(str(made))

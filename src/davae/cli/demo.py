@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from davae.cli.options import LAST_SEED, check_recipe, new_folder, some_images
+from davae.runtime.console import say
 
 
 def demo(
@@ -27,4 +28,4 @@ def demo(
     from davae.cli.tables import print_demo
 
     print_demo(json.loads((report.parent / "summary.json").read_text(encoding="utf-8")))
-    typer.echo(f"report: {report}")
+    say(f"report: {report}")

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from davae.runtime.console import say
+
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
@@ -18,9 +20,9 @@ def doctor(
         from davae.bases.debug_transformers import transformer_table
 
         logging.getLogger("davae.warm_start").setLevel(logging.WARNING)  # the table tells the same
-        typer.echo(transformer_table())
+        say(transformer_table())
         return
     from davae.training.checkpoints.run_directory import installation, installation_text
 
     facts = installation()
-    typer.echo(json.dumps(facts, indent=2) if as_json else installation_text(facts))
+    say(json.dumps(facts, indent=2) if as_json else installation_text(facts))

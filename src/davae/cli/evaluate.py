@@ -17,6 +17,7 @@ from davae.cli.options import (
     some_images,
     write_figures,
 )
+from davae.runtime.console import say
 
 
 def reconstruction(
@@ -65,7 +66,7 @@ def reconstruction(
     print_figures(found.figures(), found.unavailable)
     write_figures(json_file, found.to_json())
     if json_file is not None:
-        typer.echo(json_file)
+        say(json_file)
 
 
 def generation(
@@ -133,7 +134,7 @@ def generation(
     if found is not None:
         print_figures(found.figures(), found.missing())
         write_figures(json_file or out / "evaluation.json", found.to_json())
-        typer.echo(json_file or out / "evaluation.json")
+        say(json_file or out / "evaluation.json")
 
 
 app = typer.Typer(no_args_is_help=True)

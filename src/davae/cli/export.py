@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from davae.cli.options import new_folder
+from davae.runtime.console import say
 
 
 def export(
@@ -38,4 +39,4 @@ def export(
         repo_id=push_to_hub,
         private=private or None,
     )
-    typer.echo(message)
+    say(message)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from davae.cli.options import LAST_SEED, Device, ModelDType, new_folder
+from davae.runtime.console import say
 
 
 def generate(
@@ -63,4 +64,4 @@ def generate(
         device=device,
         dtype=dtype,
     )
-    typer.echo(f"{len(written.files)} images of {written.width} x {written.height} pixels in {out}")
+    say(f"{len(written.files)} images of {written.width} x {written.height} pixels in {out}")

@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.cli.options import Device, new_folder, some_images, wide_console
+from davae.cli.options import Device, new_folder, some_images
+from davae.runtime.console import say, wide_console
 
 Method = Literal["tsne", "pca"]
 
@@ -44,4 +45,4 @@ def inspect(
     )
     files = write_inspection(found, out)
     wide_console().print(inspection_table(found))
-    typer.echo("\n".join(map(str, files)))
+    say(*files)

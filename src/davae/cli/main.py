@@ -61,12 +61,14 @@ def _options(
     if version:
         typer.echo(f"davae {__version__}")
         raise typer.Exit
-    from rich.console import Console
     from rich.logging import RichHandler
 
-    console = Console(stderr=True)
+    from davae.runtime.console import PlainConsole, PlainFormatter
+
+    console = PlainConsole(stderr=True)
     handler = RichHandler(console=console, show_path=False, show_level=False, omit_repeated_times=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
+    handler.setFormatter(PlainFormatter("%(message)s", "%H:%M:%S"))
     logging.getLogger("davae").setLevel(logging.DEBUG if verbose else logging.INFO)
 
     def quiet(library: ModuleType) -> None:
@@ -82,25 +84,20 @@ def _options(
 
 def main() -> None:
     """Run the command line. Exit status 0: success; 2: a mistake in what was asked; 1: a failure."""
+    from davae.runtime.console import tell
+
     try:
         app()
     except DavaeError as error:
         logging.getLogger("davae").debug("where it came up:", exc_info=error)  # for --verbose
-        _tell(str(error), style="red")
+        tell(str(error), style="red")
         sys.exit(2)
     except TrainingStopped as stopped:
-        _tell(str(stopped))
+        tell(str(stopped))
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
-        _tell("stopped; the same command continues from the last checkpoint")
+        tell("stopped; the same command continues from the last checkpoint")
         sys.exit(130)
-
-
-def _tell(text: str, *, style: str = "") -> None:
-    """One line on standard error, never broken to the terminal's width: a command in it is there to be copied."""
-    from rich.console import Console
-
-    Console(stderr=True).print(f"davae: {text}", style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

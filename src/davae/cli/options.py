@@ -6,14 +6,11 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from davae.errors import DavaeError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 LAST_SEED = 2**31 - 1
 """As far as every generator goes, with room for the images that count up from it."""
@@ -99,14 +96,6 @@ def check_recipe(recipe: str, overrides: Sequence[str] | None, *, images: bool =
     settings = load_recipe(recipe, overrides or ())
     if images and not isinstance(settings, AblationRecipe):
         check_data_path(settings.data.path, settings.data.revision)
-
-
-def wide_console() -> Console:
-    """A console for tables of many columns; where it is no terminal, a file has room for all of them."""
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=max(140, console.width))
 
 
 def write_figures(file: Path | None, values: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import typer
 
 from davae.cli.options import Device, ModelDType, new_file, some_images
 from davae.errors import DavaeError
+from davae.runtime.console import say
 
 
 def _new_picture(file: Path) -> Path:
@@ -35,6 +36,6 @@ def reconstruct(
     """Images through the autoencoder, beside what the base alone gives."""
     from davae.training.runs.reconstruct import reconstruct_images
 
-    typer.echo(
+    say(
         reconstruct_images(autoencoder, images, resolution=resolution, count=count, out=out, device=device, dtype=dtype)
     )

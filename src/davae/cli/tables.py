@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
-from davae.cli.options import wide_console
 from davae.planner.text import notes, tables
 from davae.report.words import metric_label
+from davae.runtime.console import PlainConsole, wide_console
 
 if TYPE_CHECKING:
     from davae.benchmark.autoencoder import AutoencoderBenchmark
@@ -23,16 +22,16 @@ if TYPE_CHECKING:
 
 def print_plan(plan: Plan) -> None:
     """What an image costs, memory, training; and what the figures rest on."""
-    console = Console()
+    console = PlainConsole()
     for table in tables(plan):
         console.print(table)
     for line in notes(plan):
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
 
 
 def print_demo(summary: Mapping[str, Any]) -> None:
     """What an image costs, and how good images are: ``summary.json`` of a demo."""
-    console = Console()
+    console = PlainConsole()
     table = Table("", "base", "native", "upgraded", title="what an image costs")
     for row, unit, scale in (("tokens", "", 1), ("flops_per_image", "GFLOP", 1e-9), ("seconds_per_image", "s", 1)):
         values = [f"{summary[row][k] * scale:.4g}" for k in ("base", "native", "upgraded")]
@@ -44,7 +43,6 @@ def print_demo(summary: Mapping[str, Any]) -> None:
         f"samples against real images (sliced Wasserstein, finest level, lower is better): "
         f"{g['swd_finest_upgraded']:.3f}, base upscaled {g['swd_finest_base_upscaled']:.3f}\n"
         f"{summary['wall_seconds']:.0f} s, {summary['peak_memory_bytes'] / 2**30:.1f} GiB at most",
-        highlight=False,
     )
 
 
@@ -105,7 +103,7 @@ def autoencoder_table(result: AutoencoderBenchmark) -> Table:
     return table
 
 
-def print_training(console: Console, result: TrainingBenchmark) -> None:
+def print_training(console: PlainConsole, result: TrainingBenchmark) -> None:
     """The rows, then what bounds a step where that was asked for."""
     console.print(training_table(result))
     for name, found in result.profiles.items():
@@ -206,7 +204,7 @@ def print_figures(rows: Mapping[str, Mapping[str, float]], unavailable: Mapping[
     console = wide_console()
     console.print(table)
     for name, reason in unavailable.items():
-        console.print(f"{name}: not measured. {reason}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{name}: not measured. {reason}", soft_wrap=True)
 
 
 def inspection_table(found: dict[str, Inspection]) -> Table:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from davae.cli.options import Overrides, RecipeName, TrainedAutoencoder, check_recipe, new_folder
+from davae.runtime.console import say
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -23,7 +24,7 @@ def autoencoder(
     check_recipe(recipe, overrides, images=not dry_run)
     from davae.training.runs.train import run_autoencoder
 
-    typer.echo(run_autoencoder(recipe, overrides or (), out, dry_run=dry_run))
+    say(run_autoencoder(recipe, overrides or (), out, dry_run=dry_run))
 
 
 @app.command()
@@ -38,7 +39,7 @@ def diffusion(
     check_recipe(recipe, overrides, images=not dry_run)
     from davae.training.runs.train import run_diffusion
 
-    typer.echo(run_diffusion(recipe, overrides or (), out, autoencoder=autoencoder, dry_run=dry_run))
+    say(run_diffusion(recipe, overrides or (), out, autoencoder=autoencoder, dry_run=dry_run))
 
 
 @app.command()
@@ -49,7 +50,7 @@ def base(
     check_recipe(recipe, overrides, images=not dry_run)
     from davae.training.runs.train import run_base
 
-    typer.echo(run_base(recipe, overrides or (), out, dry_run=dry_run))
+    say(run_base(recipe, overrides or (), out, dry_run=dry_run))
 
 
 @app.command("dc-ae")
@@ -69,4 +70,4 @@ def dc_ae(
     check_recipe(recipe, overrides, images=not dry_run)
     from davae.training.dc_ae.train import run_dc_ae
 
-    typer.echo(run_dc_ae(recipe, overrides or (), out, phase=phase, start=start, dry_run=dry_run))
+    say(run_dc_ae(recipe, overrides or (), out, phase=phase, start=start, dry_run=dry_run))

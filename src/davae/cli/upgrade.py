@@ -8,6 +8,7 @@ import typer
 
 from davae.cli.options import new_folder
 from davae.errors import DavaeError
+from davae.runtime.console import say
 
 
 def upgrade(
@@ -22,7 +23,7 @@ def upgrade(
     from davae.bases.upgrade import write_upgraded
 
     written = write_upgraded(pipeline, autoencoder, out, timestep_shift=shift)
-    typer.echo(json.dumps(written.to_json(), indent=2) if as_json else str(written))
+    say(json.dumps(written.to_json(), indent=2) if as_json else str(written))
 
 
 def _shift(text: str) -> Literal["base", "native"] | float:

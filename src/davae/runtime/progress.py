@@ -6,9 +6,10 @@ import logging
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+from davae.runtime.console import PlainConsole
 
 logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 20.0
@@ -29,16 +30,16 @@ class Progress:
         self._first = start
         self._began = self._last_line = time.monotonic()
         self._losses = ""
-        console = Console(stderr=True)
+        console = PlainConsole(stderr=True)
         self._bar: RichProgress | None = None
         if enabled and console.is_terminal:
             self._bar = RichProgress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[rate]}  {task.fields[losses]}"),
+                TextColumn("{task.fields[rate]}  {task.fields[losses]}", markup=False),
                 console=console,
             )
             self._task = self._bar.add_task(name, total=total, completed=start, rate="", losses="")

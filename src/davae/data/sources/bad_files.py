@@ -16,6 +16,7 @@ from davae.data.images.dataset import Source
 from davae.data.images.decode import UnreadableImage, check_header, patiently
 from davae.data.images.protocol import Item, Skip, as_item_dataset
 from davae.errors import DavaeError
+from davae.runtime.console import shown
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ def describe(skips: Sequence[Skip], *, one: str = "file was skipped", many: str 
     if not skips:
         return f"no {one}"
     lines = [f"{len(skips)} {one if len(skips) == 1 else many}:"]
-    lines += [f"  {name}: {reason}" for name, reason in skips[:_NAMED]]
+    lines += [f"  {shown(name)}: {reason}" for name, reason in skips[:_NAMED]]
     if len(skips) > _NAMED:
         lines.append(f"  and {len(skips) - _NAMED} more")
     return "\n".join(lines)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from rich.progress import track
 
 from davae.bases.open import load_base
 from davae.errors import DavaeError
@@ -20,6 +19,7 @@ from davae.evaluation.generation.compare import GenerationReport, compare_genera
 from davae.evaluation.generation.image_run import RunSettings, write_geneval_folder
 from davae.evaluation.metrics.names import CLIP_SCORE
 from davae.pipelines import load_pipeline
+from davae.runtime.console import track
 from davae.runtime.devices import chosen_device, named_dtype
 from davae.runtime.processes import start_processes
 
@@ -133,4 +133,4 @@ def _open_pipeline(name: str, dtype: torch.dtype, device: str) -> DiffusionPipel
 
 
 def _progress(made: Iterable[int], name: str, missing: int, *, shown: bool) -> Iterable[int]:
-    return track(made, name, total=missing, transient=True, disable=not shown)
+    return track(made, name, total=missing, disable=not shown)
