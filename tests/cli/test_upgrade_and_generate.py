@@ -56,7 +56,7 @@ def test_upgrade_reports_and_generate_reads_prompts(autoencoder, monkeypatch, ca
     names = {path.name for path in images.iterdir()}
     assert names == {
         *("a-cat-5.png", "a-cat-6.png", "a-red-fox-in-snow-7.png", "a-red-fox-in-snow-8.png"),
-        *("ein-Haus-am-See-früh-9.png", "ein-Haus-am-See-früh-10.png"),
+        *("ein-Haus-am-See-früh-8f25f0-9.png", "ein-Haus-am-See-früh-8f25f0-10.png"),
     }
     assert {Image.open(images / name).size for name in names} == {(128, 64)}
 

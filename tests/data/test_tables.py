@@ -111,7 +111,11 @@ def test_rows_that_name_files(tmp_path: Path) -> None:
     picture(0, (32, 32)).save(tmp_path / "a.png")
     paths = {"image": [str(tmp_path / "a.png"), str(tmp_path / "gone.png"), "https://example.org/x.png"]}
     rows = datasets.Dataset.from_dict(paths).cast_column("image", datasets.Image())
-    source = TableSource(rows, "rows")
+    with pytest.raises(DavaeError, match="only the name of a file"):
+        TableSource(rows, "rows").open(0)
+    with pytest.raises(DavaeError, match="outside the data set's folder"):
+        TableSource(rows, "rows", folder=tmp_path / "below").open(0)
+    source = TableSource(rows, "rows", folder=tmp_path)
     assert source.open(0).read() == (tmp_path / "a.png").read_bytes()
     with pytest.raises(FileNotFoundError):
         source.open(1)

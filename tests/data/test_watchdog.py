@@ -9,12 +9,13 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
 
 from davae.data import BatchStream, open_dataset
+from davae.data.sources.folder import FolderSource
 from davae.errors import DavaeError
 from tests.data.files import encoded, image_folder, picture
 from tests.data.test_webdataset import shard
@@ -56,12 +57,17 @@ def test_a_read_that_hangs_is_named(workers: int, impatient: None) -> None:
     assert stream.state_dict()["samples"] < 6  # and the place in the stream is that of the last batch taken
 
 
-def test_a_disk_that_hangs_names_the_file(tmp_path: Path) -> None:
-    """A named pipe that nobody writes into is read like a file of a network disk that has gone."""
+def test_a_disk_that_hangs_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image_folder(tmp_path, {"a": 3})
     data = open_dataset(tmp_path, resolution=32)
-    (tmp_path / "a" / "001.png").unlink()
-    os.mkfifo(tmp_path / "a" / "001.png")
+    plain = FolderSource.open
+
+    def open_file(source: FolderSource, index: int) -> BinaryIO:
+        if source.id(index) == "a/001.png":
+            time.sleep(3600)
+        return plain(source, index)
+
+    monkeypatch.setattr(FolderSource, "open", open_file)
     with pytest.raises(DavaeError, match=r"being read: a/001\.png"):
         list(itertools.islice(BatchStream(data, 1, timeout_s=0.5), 3))
 

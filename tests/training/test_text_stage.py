@@ -315,3 +315,11 @@ def test_the_autoencoder_is_off_the_gpu_unless_images_are_encoded_as_they_come(c
     monkeypatch.setattr(stage.vae, "to", lambda device: moves.append(str(device)))
     stage.to(torch.device("cuda"))
     assert moves == [place]
+
+
+def test_prompts_that_are_cut_are_counted(caplog):
+    pipe = small_pipeline("sd3")
+    prompts = ["a fox", "fox " * 400, ""]
+    assert family_of(pipe).tell_cut_prompts(pipe, prompts, 16) == 1
+    assert "1 of 3 prompts have more than 16 tokens" in caplog.text
+    assert family_of(pipe).tell_cut_prompts(pipe, prompts[:1], 16) == 0

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from davae.bases.open import load_base
 from davae.errors import DavaeError
 from davae.pipelines import speed_up
+from davae.pipelines.families import find_family
 from davae.pipelines.sampling.generate import generate_images, read_prompts, takes_prompts
 from davae.runtime.console import track
 from davae.runtime.devices import chosen_device, wanted_dtype
@@ -70,6 +71,9 @@ def write_images(
         speed_up(pipe, compile=compile, attention=attention)
     pipe.set_progress_bar_config(disable=True)
     subjects = _subjects(pipe, labels, texts)
+    family = find_family(type(pipe).__name__)
+    if texts and family is not None:
+        family.tell_cut_prompts(pipe, texts)
     images = generate_images(
         pipe,
         subjects,

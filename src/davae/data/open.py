@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from davae.choices import Crop
 from davae.data.images.buckets import assign_buckets
 from davae.data.images.dataset import ImageDataset, Source
+from davae.data.images.decode import UnreadableImage
 from davae.data.images.transforms import Size, SquareCrop
 from davae.data.scenes import ProceduralScenes
-from davae.data.sources.bad_files import check_headers, describe, refuse_if_mostly_bad
+from davae.data.sources.bad_files import HEADER_CHECK_LIMIT, check_headers, describe, refuse_if_mostly_bad
 from davae.data.sources.folder import IMAGE_SUFFIXES, FolderSource
 from davae.data.sources.scenes import RenderedDataset
 from davae.data.sources.tables import TABLE_SUFFIXES, open_hub, open_saved, open_tables
-from davae.data.sources.webdataset import ShardSource, find_shards
+from davae.data.sources.webdataset import ShardSource, find_shards, matching_files
 from davae.errors import DavaeError
 from davae.recipes.data import check_data_path, is_on_hub, is_procedural
+from davae.runtime.console import shown
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +85,13 @@ def open_dataset(
     bad = check_headers(source, min_size=shortest, warn_below=warn_below)
     skipped = [(source.id(i), reason) for i, reason in bad.items()]
     refuse_if_mostly_bad(skipped, len(source), source.name)
-    if source.problems and part == "train":
-        logger.warning("%s: %s", source.name, describe(source.problems, one="problem", many="problems"))
+    if part == "train":
+        logger.info("%s: %s", shown(source.name), shown(source.summary))
+        if len(source) <= HEADER_CHECK_LIMIT:
+            for index in range(len(source)):  # captions that cannot be read are told now
+                _facts_or_none(source, index)
+        if source.problems:
+            logger.warning("%s: %s", source.name, describe(source.problems, one="problem", many="problems"))
     good = [i for i in range(len(source)) if i not in bad]
     chosen = choose_part([source.id(i) for i in good], hold_out, part)
     indices = [good[i] for i in chosen]
@@ -98,6 +105,11 @@ def open_dataset(
         sizes=buckets,
         bucket_of=None if buckets is None else assign_buckets(source, indices, buckets),
     )
+
+
+def _facts_or_none(source: Source, index: int) -> None:
+    with suppress(UnreadableImage):  # met again, and counted, when the image is read
+        source.facts(index)
 
 
 def find_source(path_or_name: str | Path, split: str | None = "train", revision: str | None = None) -> Source:
@@ -117,7 +129,7 @@ def find_source(path_or_name: str | Path, split: str | None = "train", revision:
         return _from_files([path], name)
     if name.endswith(".tar"):
         return ShardSource(find_shards(str(path)), name)
-    files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+    files = matching_files(str(path))
     if not files:
         raise DavaeError(f"no file matches {name}")
     return _from_files(files, name)

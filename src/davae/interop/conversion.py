@@ -1,6 +1,5 @@
 """From a published file to a diffusers folder: what ``davae convert`` does."""
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from davae.pipelines import ClassConditionalPipeline, load_pipeline
 from davae.pipelines.families import fit_to_autoencoder
 from davae.pipelines.saving.opening import opening
 from davae.pipelines.upgrade import layout_over, scheduler_for
+from davae.runtime.text_files import read_json
 from davae.runtime.weight_files import about_file, read_state_dict, read_tensors
 
 logger = logging.getLogger(__name__)
@@ -204,12 +204,9 @@ def read_statistics(file: Path | None) -> Statistics | None:
     if file is None:
         return None
     if file.suffix == ".json":
-        try:
-            content: Any = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise DavaeError(f"there is no file {file}") from error
-        except ValueError as error:
-            raise DavaeError(f"{file} is not JSON: {error}") from error
+        if not file.is_file():
+            raise DavaeError(f"there is no file {file}")
+        content: Any = read_json(file)
     else:
         content = read_tensors(file)
     if not isinstance(content, dict) or not {"mean", "std"} <= content.keys():

@@ -34,6 +34,8 @@ class Source(Protocol):
     classes: list[str]
     problems: list[Skip]
     """What was wrong with the source itself: damaged archives, captions for files that are not there."""
+    summary: str
+    """One line for people: how many images, how many with a caption, what was read and what was passed over."""
     commit: str | None
     """Of images from the hub, where it is known."""
 

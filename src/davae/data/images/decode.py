@@ -23,6 +23,8 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from davae.errors import DavaeError
 
+_ROWS = 64  # of deep grey pictures converted at a time
+
 Result = TypeVar("Result")
 ImageFile = bytes | str | Path | BinaryIO
 """Where an image's bytes are: in memory, at a path, or in an open file."""
@@ -179,18 +181,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     """Grey with more than 8 bits. Pillow's own conversion clips at 255, which turns such pictures white."""
-    values = np.asarray(image)  # [H, W], uint16, int32 or float32
-    low, high = float(values.min()), float(values.max())
+    width, height = image.size
     limit = 1.0 if image.mode == "F" else 65535.0
-    if not (low >= 0.0 and high <= limit):  # written so that NaN fails too
-        raise UnreadableImage(
-            f"grey values from {low:g} to {high:g}; integers must lie in 0..65535, floating point in 0..1"
-        )
-    grey = np.rint(values.astype(np.float64) * (255.0 / limit)).astype(np.uint8)
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        grey[values == transparent] = 255  # over white
-    return Image.fromarray(grey).convert("RGB")
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, height, _ROWS):  # a copy of the whole in float64 would take eight times a picture's bytes
+        bottom = min(top + _ROWS, height)
+        values = np.asarray(image.crop((0, top, width, bottom)))  # [rows, W], uint16, int32 or float32
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0.0 and high <= limit):  # written so that NaN fails too
+            raise UnreadableImage(
+                f"grey values from {low:g} to {high:g}; integers must lie in 0..65535, floating point in 0..1"
+            )
+        grey = np.rint(values.astype(np.float64) * (255.0 / limit)).astype(np.uint8)
+        if isinstance(transparent, int):
+            grey[values == transparent] = 255  # over white
+        rgb.paste(Image.fromarray(grey).convert("RGB"), (0, top))
+    return rgb
 
 
 def _cmyk_to_rgb(image: Image.Image) -> Image.Image:

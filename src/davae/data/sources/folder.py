@@ -1,16 +1,30 @@
 """A folder of images, at any depth: class from the parent folder, caption from a text file beside."""
 
-import json
 import logging
 import os
-from collections.abc import Iterator
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from davae.data.images.dataset import Facts
 from davae.data.images.decode import UnreadableImage
 from davae.data.images.protocol import Skip
+from davae.data.sources.facts import (
+    CAPTION_ENDINGS,
+    CAPTION_KEYS,
+    LABEL_KEYS,
+    METADATA_NAMES,
+    caption_files,
+    caption_of,
+    class_label,
+    class_names,
+    first_of,
+    match_rows,
+)
 from davae.errors import DavaeError
+from davae.runtime.console import shown
+from davae.runtime.text_files import CAPTION_BYTES, open_regular, read_text, whole_name
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +38,15 @@ _SPLIT_NAMES = frozenset(
     {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 )
 
-
 _RUN_OR_CACHE = ({"config.yaml", "environment.json"}, {"fingerprint.json", "index.jsonl"})
+_NOT_OURS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "#recycle"})
+"""Folders that systems and network storage put among people's files; they hold copies and thumbnails."""
+
+_PASSED_OVER = frozenset(
+    {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".hdr", ".tga", ".eps", ".pdf"}
+    | {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
+)
+"""Pictures of kinds that are not read: counted when the folder opens."""
 
 
 class FolderSource:
@@ -33,85 +54,107 @@ class FolderSource:
 
     * The class is the name of the parent folder, where images lie in more than one folder. Images directly in
       the folder itself then have no class (label -1).
-    * The caption is in a UTF-8 file of the same name ending in ``.txt``, or under ``text`` (``caption``) in a
-      ``metadata.jsonl`` whose ``file_name`` is relative to its own place (Hugging Face image folders).
+    * The caption is in a text beside (``a.txt``, ``a.caption``, ``a.jpg.txt``), or in a metadata file as those of
+      Hugging Face image folders (``metadata.jsonl``, ``.csv``, ``.parquet``), which comes first and may hold labels.
     * Where the first level holds nothing but splits (``train``, ``validation``, ...), ``split`` chooses one.
 
-    Hidden files and folders are passed over.
+    Hidden files and folders, those of other systems, and runs and caches of davae are passed over.
 
     Args:
         root: the folder.
         split: a folder name of the first level, where that level is made of splits.
 
     Raises:
-        DavaeError: no such folder or split, no image in it, or a damaged ``metadata.jsonl``.
+        DavaeError: no such folder or split, no image in it, or a damaged metadata file.
     """
 
     commit: str | None = None
 
     def __init__(self, root: str | Path, split: str | None = "train") -> None:
         self.root = _split_folder(Path(root), split)
-        self.name = str(self.root)
+        self.name = whole_name(str(self.root))
         self.problems: list[Skip] = []
-        found, metadata = _walk(self.root)
-        self._files = sorted(found)
+        found = _walk(self.root)
+        self._files = sorted(found.images)
         if not self._files:
             raise DavaeError(
                 f"no images in {self.root}: looked in it and below for files ending in "
-                f"{', '.join(sorted(IMAGE_SUFFIXES))}"
+                f"{', '.join(sorted(IMAGE_SUFFIXES))}{found.passed_over()}"
             )
-        self._captions = self._read_metadata(metadata)
-        parents = [Path(f).parent for f in self._files]
-        names = sorted({p.name for p in parents if p.name})
-        self.classes = names if len({p.name for p in parents}) > 1 else []
-        numbers = {name: i for i, name in enumerate(self.classes)}
-        self._labels = [numbers.get(p.name, -1) for p in parents]
+        if self.root != Path(root):  # of all splits, perhaps
+            found.metadata += [Path(root) / name for name in METADATA_NAMES if (Path(root) / name).is_file()]
+        self._rows, matched, unmatched = match_rows(found.metadata, self.root, self._files)
+        self.problems += unmatched
+        self._beside = _captions_beside(self._files, found.texts)
+        self._told: set[str] = set()
+        self.classes, self._labels = self._find_classes()
+        captions = sum(
+            name in self._beside or bool(caption_of(first_of(self._rows.get(name, {}), CAPTION_KEYS)))
+            for name in self._files
+        )
+        self.summary = f"{len(self._files)} images, {captions} with a caption"
+        for file, count in matched.items():
+            self.summary += f"; {count} rows of {os.path.relpath(file, root)}"
+        if unmatched:
+            self.summary += f"; {len(unmatched)} rows match no image, such as {unmatched[0][0]}"
+        self.summary = whole_name(self.summary + found.passed_over())
 
     def __len__(self) -> int:
         return len(self._files)
 
     def id(self, index: int) -> str:
         """The image's path below the folder, with forward slashes."""
-        return self._files[index]
+        return whole_name(self._files[index])
 
     def open(self, index: int) -> BinaryIO:
         """The image file."""
-        return (self.root / self._files[index]).open("rb")
+        return open_image(self.root / self._files[index])
 
     def stamp(self, index: int) -> str:
         """The file's size in bytes and time of change in nanoseconds."""
         return file_stamp(self.root / self._files[index])
 
     def facts(self, index: int) -> Facts:
-        """The parent folder's class and the caption, from ``metadata.jsonl`` first, then the text file."""
+        """Class and caption; a caption that cannot be read is told once, and is empty."""
         name = self._files[index]
-        caption = self._captions.get(name)
-        if caption is None:
-            beside = (self.root / name).with_suffix(".txt")
+        caption = caption_of(first_of(self._rows.get(name, {}), CAPTION_KEYS))
+        if not caption and name in self._beside:
+            beside = self._beside[name]
             try:
-                caption = beside.read_text(encoding="utf-8-sig").strip()
-            except (FileNotFoundError, IsADirectoryError):
-                caption = ""
-            except (OSError, UnicodeDecodeError) as error:
-                raise UnreadableImage(f"its caption {beside.name} cannot be read ({error})") from error
+                caption = caption_of(read_text(self.root / beside, most_bytes=CAPTION_BYTES))
+            except (DavaeError, OSError) as error:
+                if beside not in self._told:
+                    self._told.add(beside)
+                    self.problems.append((whole_name(beside), f"the caption cannot be read ({error})"))
+                    logger.warning("%s: the caption cannot be read: %s", shown(whole_name(beside)), error)
         return Facts(self._labels[index], caption)
 
-    def _read_metadata(self, files: list[Path]) -> dict[str, str]:
-        captions: dict[str, str] = {}
-        known = set(self._files)
-        for file in files:
-            for number, text in _jsonl(file):
-                name = text.get("file_name")
-                if not isinstance(name, str):
-                    raise DavaeError(f"{file}, line {number}: no 'file_name'")
-                path = os.path.normpath(os.path.join(os.path.relpath(file.parent, self.root), name))
-                key = path.replace(os.sep, "/")
-                caption = text.get("text", text.get("caption"))
-                if key not in known:
-                    self.problems.append((key, f"named in {file.name} but not there"))
-                elif caption is not None:
-                    captions[key] = str(caption).strip()
-        return captions
+    def _find_classes(self) -> tuple[list[str], list[int]]:
+        """Those of the metadata where it has any, else the folders' names."""
+        given = {name: first_of(row, LABEL_KEYS) for name, row in self._rows.items()}
+        if any(value is not None for value in given.values()):
+            labels = {name: class_label(value, f"{self.name}: {name}") for name, value in given.items()}
+            classes, numbers = class_names(labels.values(), self.name)
+            of_files = [labels.get(name) for name in self._files]
+            return classes, [-1 if label is None else numbers[label] for label in of_files]
+        parents = [Path(f).parent for f in self._files]
+        names = sorted({p.name for p in parents if p.name})
+        classes = names if len({p.name for p in parents}) > 1 else []
+        positions = {name: i for i, name in enumerate(classes)}
+        return [whole_name(name) for name in classes], [positions.get(p.name, -1) for p in parents]
+
+
+def open_image(path: Path) -> BinaryIO:
+    """An image file's bytes.
+
+    Raises:
+        UnreadableImage: it is a pipe or a device.
+        OSError: as ``open``.
+    """
+    try:
+        return open_regular(path)
+    except DavaeError as error:
+        raise UnreadableImage("a pipe or a device, not a file") from error
 
 
 def file_stamp(path: Path) -> str:
@@ -124,63 +167,82 @@ def _split_folder(root: Path, split: str | None) -> Path:
     if not root.is_dir():
         kind = "is a file, not a folder" if root.exists() else "does not exist"
         raise DavaeError(f"the image folder {root} {kind}")
-    entries = [e for e in root.iterdir() if not e.name.startswith(".")]
+    entries = [e for e in root.iterdir() if not e.name.startswith(".") and e.name not in _NOT_OURS]
     folders = sorted(e.name for e in entries if e.is_dir())
     loose = any(e.suffix.lower() in IMAGE_SUFFIXES for e in entries)
     if folders and not loose and all(name.lower() in _SPLIT_NAMES for name in folders):
         if split is None:
             return root
-        if split not in folders:
+        chosen = [name for name in folders if name == split] or [n for n in folders if n.lower() == split.lower()]
+        if not chosen:
             raise DavaeError(f"{root} has no split '{split}'; it has {', '.join(folders)}")
-        return root / split
+        return root / chosen[0]
     if split not in (None, "train"):
         raise DavaeError(f"{root} is not made of splits, so split '{split}' cannot be taken from it")
     return root
 
 
-def _walk(root: Path) -> tuple[list[str], list[Path]]:
-    """Paths of images relative to ``root``, and the metadata files. Links are followed, circles are not.
+@dataclass
+class _Found:
+    """What lies in a folder: images and texts by their paths below it, metadata files, and what is passed over."""
 
-    Runs and caches of davae below the folder are passed over: their sample sheets are no photographs.
+    images: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    metadata: list[Path] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+
+    def passed_over(self) -> str:
+        """In words; empty where there is nothing."""
+        found = ", ".join(f"{count} {what}" for what, count in sorted(self.others.items()))
+        return f"; passed over: {found}" if found else ""
+
+
+def _walk(root: Path) -> _Found:
+    """What lies below a folder. Links are followed, circles are not.
+
+    Runs and caches of davae are passed over: their sample sheets are no photographs.
     """
-    images: list[str] = []
-    metadata: list[Path] = []
+    found = _Found()
     seen: set[str] = set()
-    for folder, below, files in os.walk(root, followlinks=True):
+
+    def unreadable(error: OSError) -> None:
+        found.others["folders that cannot be read"] += 1
+        logger.warning("%s cannot be read: %s", shown(whole_name(str(error.filename))), error.strerror)
+
+    for folder, below, files in os.walk(root, followlinks=True, onerror=unreadable):
         real = os.path.realpath(folder)
         ours = folder != str(root) and any(marks.issubset(files) for marks in _RUN_OR_CACHE)
         if ours:
-            logger.info("%s is passed over: a run or a cache of davae", folder)
+            found.others["runs and caches of davae"] += 1
         if ours or real in seen:
             below.clear()
             continue
         seen.add(real)
-        below[:] = sorted(name for name in below if not name.startswith(".") and name != "__MACOSX")
+        below[:] = sorted(name for name in below if not name.startswith(".") and name not in _NOT_OURS)
         relative = os.path.relpath(folder, root).replace(os.sep, "/")
         prefix = "" if relative == "." else f"{relative}/"
-        images += [
-            prefix + name
-            for name in files
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-        ]
-        if "metadata.jsonl" in files:
-            metadata.append(Path(folder) / "metadata.jsonl")
-    return images, metadata
+        for name in files:
+            ending = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if ending in IMAGE_SUFFIXES:
+                found.images.append(prefix + name)
+            elif ending in CAPTION_ENDINGS:
+                found.texts.append(prefix + name)
+            elif ending in _PASSED_OVER:
+                found.others[ending] += 1
+        found.metadata += [Path(folder) / name for name in METADATA_NAMES if name in files]
+    return found
 
 
-def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DavaeError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:  # bad JSON, numbers without end, deep nesting
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise DavaeError(f"{file}, line {number}, is not JSON: {reason}") from error
-        if not isinstance(value, dict):
-            raise DavaeError(f"{file}, line {number}, must be an object with 'file_name' and 'text'")
-        yield number, value
+def _captions_beside(images: list[str], texts: list[str]) -> dict[str, str]:
+    """The text that stands beside an image, by the image's path."""
+    there = {(os.path.dirname(text), os.path.basename(text).lower()): text for text in texts}
+    beside = {}
+    for image in images:
+        folder, name = os.path.split(image)
+        for candidate in caption_files(name):
+            if (folder, candidate) in there:
+                beside[image] = there[folder, candidate]
+                break
+    return beside

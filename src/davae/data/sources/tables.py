@@ -8,13 +8,16 @@ named ``text`` or ``caption``. Local files never touch the network.
 import io
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from davae.data.images.dataset import Facts
 from davae.data.images.decode import UnreadableImage
 from davae.data.images.protocol import Skip
+from davae.data.sources.facts import CAPTION_KEYS, LABEL_KEYS, caption_of, class_label, class_names
+from davae.data.sources.folder import open_image
 from davae.errors import DavaeError
 
 logger = logging.getLogger(__name__)
@@ -23,10 +26,8 @@ TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 
 _IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
 _COMMIT = re.compile(r"[/\\]([0-9a-f]{40})[/\\]")
-_LABEL_NAMES = ("label", "labels", "class", "cls", "fine_label")
-_CAPTION_NAMES = ("text", "caption", "captions", "prompt", "txt")
-_MOST_CLASSES = 1_000_000
-"""Labels below are class numbers. Larger ones are names of classes (identifiers, say), numbered in their order."""
+_MOST_UNPACKED, _MOST_TIMES = 2**30, 200
+"""A parquet file that unpacks to more bytes, and to so many times its own, is no table of pictures."""
 
 
 class TableSource:
@@ -35,16 +36,17 @@ class TableSource:
     Args:
         table: the data set.
         name: for messages.
+        folder: where files that rows name may lie; none takes only rows that hold their bytes.
         commit: of the repository on the hub that the table was read from, where it was.
 
     Raises:
         DavaeError: the table is empty or no column holds images.
     """
 
-    def __init__(self, table: Any, name: str, commit: str | None = None) -> None:
+    def __init__(self, table: Any, name: str, commit: str | None = None, folder: Path | None = None) -> None:
         import datasets
 
-        self.name, self.commit = name, commit
+        self.name, self.commit, self._folder = name, commit, folder
         self.problems: list[Skip] = []
         self._fingerprint = table._fingerprint
         if not len(table):
@@ -52,12 +54,17 @@ class TableSource:
         features = table.features
         self._image = _image_column(features, name)
         self._label = _label_column(features, name)
-        self._caption = _named(features, _CAPTION_NAMES)
+        self._caption = _named(features, CAPTION_KEYS)
         keep = [c for c in (self._image, self._label, self._caption) if c is not None]
         table = table.select_columns(list(dict.fromkeys(keep)))
         # Bytes, not pictures: decoding, with its care for odd files, is ours.
         self._table = table.cast_column(self._image, datasets.Image(decode=False))
-        self.classes, self._numbers = _classes(table, self._label)
+        with _table_errors(name):
+            self.classes, self._numbers = _classes(table, self._label, name)
+            captions = 0 if self._caption is None else sum(map(bool, map(caption_of, table[self._caption])))
+        self.summary = f"{len(table)} images, {captions} with a caption"
+        if self._caption is not None:
+            self.summary += f" in column '{self._caption}'"
 
     def __len__(self) -> int:
         return len(self._table)
@@ -68,7 +75,7 @@ class TableSource:
 
     def open(self, index: int) -> BinaryIO:
         """The image's bytes, or the local file that the row names."""
-        image = self._table[index][self._image]
+        image = self._row(self._table, index)[self._image]
         if image is None:
             raise UnreadableImage("the row holds no image")
         if image["bytes"] is not None:
@@ -76,7 +83,21 @@ class TableSource:
         path = image["path"]
         if not path or "://" in path:
             raise UnreadableImage(f"the row holds no bytes, only the address {path}")
-        return Path(path).open("rb")
+        if self._folder is None:
+            raise UnreadableImage("the row holds no bytes, only the name of a file")
+        file = (self._folder / path).resolve()
+        if not file.is_relative_to(self._folder.resolve()):
+            raise UnreadableImage("the row names a file outside the data set's folder")
+        return open_image(file)
+
+    def _row(self, table: Any, index: int) -> dict[str, Any]:
+        import pyarrow
+
+        try:
+            row: dict[str, Any] = table[index]
+        except (pyarrow.ArrowException, ValueError, UnicodeDecodeError) as error:
+            raise UnreadableImage(f"the row is damaged ({error})") from error
+        return row
 
     def stamp(self, index: int) -> str:
         """The table's fingerprint, which ``datasets`` derives from its files and how they were loaded."""
@@ -87,38 +108,73 @@ class TableSource:
         columns = [c for c in (self._label, self._caption) if c is not None]
         if not columns:
             return Facts()
-        row = self._table.select_columns(columns)[index]
-        label = row.get(self._label)
+        row = self._row(self._table.select_columns(columns), index)
+        label = None if self._label is None else class_label(row[self._label], f"{self.name}, row {index}")
         number = -1 if label is None else self._numbers.get(label, -1)
-        caption = row.get(self._caption)
-        if isinstance(caption, list):
-            caption = caption[0] if caption else ""
-        return Facts(number, "" if caption is None else str(caption).strip())
+        return Facts(number, "" if self._caption is None else caption_of(row[self._caption]))
 
 
 def open_saved(folder: Path, split: str | None) -> TableSource:
     """A data set written by ``save_to_disk``, one split or several."""
     import datasets
 
-    table = datasets.load_from_disk(str(folder))
-    return TableSource(_one_split(table, split, str(folder)), str(folder))
+    with _table_errors(str(folder)):
+        table = datasets.load_from_disk(str(folder))
+    return TableSource(_one_split(table, split, str(folder)), str(folder), folder=folder)
 
 
 def open_tables(files: Sequence[Path], name: str) -> TableSource:
     """Parquet or arrow files, read as one table in the given order."""
     import datasets
+
+    kinds = {f.suffix.lower() for f in files}
+    if len(kinds) > 1:
+        raise DavaeError(f"{name}: parquet and arrow files are mixed; give one kind")
+    with _table_errors(name):
+        if kinds == {".parquet"}:
+            for file in files:
+                _refuse_bomb(file)
+            table = datasets.Dataset.from_parquet([str(f) for f in files])
+        else:
+            table = datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
+    return TableSource(table, name, folder=files[0].parent)
+
+
+def _refuse_bomb(file: Path) -> None:
+    import pyarrow.parquet
+
+    about = pyarrow.parquet.read_metadata(file)
+    unpacked = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+    if unpacked > max(_MOST_UNPACKED, _MOST_TIMES * file.stat().st_size):
+        raise DavaeError(
+            f"{file} unpacks from {file.stat().st_size:,} to {unpacked:,} bytes, perhaps a decompression bomb"
+        )
+
+
+@contextmanager
+def _table_errors(name: str) -> Iterator[None]:
+    """What pyarrow and ``datasets`` raise of damaged tables, as one line that names the table."""
+    import datasets
     import pyarrow
 
     try:
-        if all(f.suffix == ".parquet" for f in files):
-            table = datasets.Dataset.from_parquet([str(f) for f in files])
-        elif all(f.suffix == ".arrow" for f in files):
-            table = datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
-        else:
-            raise DavaeError(f"{name}: parquet and arrow files are mixed; give one kind")
-    except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
-        raise DavaeError(f"{name} cannot be read as a table: {error.__cause__ or error}") from error
-    return TableSource(table, name)
+        yield
+    except DavaeError:
+        raise
+    except (
+        pyarrow.ArrowException,
+        datasets.exceptions.DatasetsError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+    ) as error:
+        cause = error.__cause__ or error
+        reason = next(iter(str(cause).splitlines()), "") or type(cause).__name__
+        raise DavaeError(f"{name} cannot be read as a table: {reason}") from error
 
 
 def open_hub(name: str, split: str | None, revision: str | None = None) -> TableSource:
@@ -144,7 +200,7 @@ def open_hub(name: str, split: str | None, revision: str | None = None) -> Table
             f"loaded: {error}"
         ) from error
     chosen = _one_split(table, split, name)
-    return TableSource(chosen, name, commit_of(chosen))
+    return TableSource(chosen, name, commit_of(chosen), folder=Path(datasets.config.HF_CACHE_HOME))
 
 
 def commit_of(table: Any) -> str | None:
@@ -202,11 +258,11 @@ def _image_column(features: Any, name: str) -> str:
 def _label_column(features: Any, name: str) -> str | None:
     import datasets
 
-    column = _find(features, _LABEL_NAMES, lambda f: isinstance(f, datasets.ClassLabel))
+    column = _find(features, LABEL_KEYS, lambda f: isinstance(f, datasets.ClassLabel))
     if column is None:
         single = {n: f for n, f in features.items() if isinstance(f, datasets.Value)}
-        column = _named(single, _LABEL_NAMES)
-    if column is None and (found := _named(features, _LABEL_NAMES)) is not None:
+        column = _named(single, LABEL_KEYS)
+    if column is None and (found := _named(features, LABEL_KEYS)) is not None:
         logger.warning(
             "%s: column '%s' holds lists or structures, not one class an image; images are taken without a class",
             name,
@@ -215,8 +271,8 @@ def _label_column(features: Any, name: str) -> str | None:
     return column
 
 
-def _classes(table: Any, column: str | None) -> tuple[list[str], dict[Any, int]]:
-    """Class names, and the class number of each value that occurs in the label column."""
+def _classes(table: Any, column: str | None, name: str) -> tuple[list[str], dict[int | str, int]]:
+    """Class names, and the class number of each label that occurs in the label column."""
     import datasets
 
     if column is None:
@@ -224,10 +280,5 @@ def _classes(table: Any, column: str | None) -> tuple[list[str], dict[Any, int]]
     feature = table.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names), {i: i for i in range(feature.num_classes)}
-    values = {v for v in table.unique(column) if v is not None}
-    numbers = bool(values) and all(isinstance(v, int) and v >= 0 for v in values)
-    if numbers and max(values) < _MOST_CLASSES:
-        return [str(i) for i in range(max(values) + 1)], {i: i for i in values}
-    if numbers or (values and all(isinstance(v, str) for v in values)):
-        return [str(v) for v in sorted(values)], {v: i for i, v in enumerate(sorted(values))}
-    return [], {}
+    where = f"{name}, column '{column}'"
+    return class_names([class_label(value, where) for value in table.unique(column)], where)

@@ -1,28 +1,30 @@
 """WebDataset shards: plain tar archives whose members share a name up to the first dot.
 
 ``000123.jpg`` is an image, ``000123.cls`` its class (a number or a name), ``000123.txt`` its caption, and
-``000123.json`` may hold ``caption``, ``text``, ``label`` or ``cls``. An index of offsets is made when the
-shards open; images are then read in any order straight from the archive. Nothing is ever written to disk,
-so a member's name, whatever it says, leads nowhere.
+``000123.json`` may hold both, under the names that a table's columns may have. A further image of the same key
+(``000123.mask.png``) is none to train on; a name with dots of its own (``a.b.jpg``) finds its texts too. An index of
+offsets is made when the shards open; images are then read in any order straight from the archive. Nothing is ever
+written to disk, so a member's name, whatever it says, leads nowhere.
 """
 
 import glob
 import io
 import itertools
-import json
+import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from davae.data.images.dataset import Facts
 from davae.data.images.protocol import Skip
+from davae.data.sources.facts import CAPTION_KEYS, LABEL_KEYS, caption_of, class_label, class_names, first_of
 from davae.data.sources.folder import IMAGE_SUFFIXES, file_stamp
 from davae.errors import DavaeError
+from davae.runtime.text_files import CAPTION_BYTES, decode_text, parse_json, whole_name
 
-_MAX_TEXT_BYTES = 1 << 20
 _BAD_ARCHIVE = (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError, MemoryError)
 """What tarfile raises of headers that lie: about numbers, sizes, or what follows them."""
 
@@ -35,17 +37,16 @@ class _Sample:
     member: str
     offset: int
     size: int
-    label: str | None = None
+    label: int | str | None = None
     caption: str = ""
 
 
 @dataclass
 class _Beside:
-    """The small members of one key."""
+    """What the small members of one name say."""
 
-    label: str | None = None
+    label: int | str | None = None
     caption: str | None = None
-    images: list[_Sample] = field(default_factory=list)
 
 
 class ShardSource:
@@ -70,6 +71,7 @@ class ShardSource:
         self._shards = _short_names(self._files)
         self._stamps: dict[int, str] = {}
         self._samples: list[_Sample] = []
+        self._further = 0
         for number in range(len(self._files)):
             self._samples += self._index(number)
         if not self._samples:
@@ -77,8 +79,11 @@ class ShardSource:
                 f"no images in the {len(self._files)} shards of {name}: looked for members ending in "
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}"
             )
-        self.classes = _class_names({s.label for s in self._samples if s.label is not None})
-        self._numbers = {name: i for i, name in enumerate(self.classes)}
+        self.classes, self._numbers = class_names({s.label for s in self._samples}, name)
+        captions = sum(bool(sample.caption) for sample in self._samples)
+        self.summary = f"{len(self._samples)} images in {len(self._files)} shards, {captions} with a caption"
+        if self._further:
+            self.summary += f"; passed over: {self._further} further images of a key, such as masks"
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -86,7 +91,7 @@ class ShardSource:
     def id(self, index: int) -> str:
         """Shard and member name."""
         sample = self._samples[index]
-        return f"{self._shards[sample.shard]}/{sample.member}"
+        return whole_name(f"{self._shards[sample.shard]}/{sample.member}")
 
     def open(self, index: int) -> BinaryIO:
         """The member's bytes as a file of their own."""
@@ -108,8 +113,12 @@ class ShardSource:
 
     def _index(self, shard: int) -> list[_Sample]:
         path = self._files[shard]
-        groups: dict[str, _Beside] = {}
+        images: list[_Sample] = []
+        texts: dict[str, _Beside] = {}
         count, before = 0, -1
+        if not path.is_file():
+            kind = "is a pipe, a device or a folder, not a file" if path.exists() else "does not exist"
+            raise DavaeError(f"the shard {path} {kind}")
         try:
             with tarfile.open(path, "r:") as archive:
                 size = path.stat().st_size
@@ -122,9 +131,7 @@ class ShardSource:
                         continue
                     if member.offset_data + member.size > size:
                         raise tarfile.ReadError("unexpected end of data")
-                    self._note(archive, member, groups, shard)
-        except FileNotFoundError as error:
-            raise DavaeError(f"the shard {path} does not exist") from error
+                    self._note(archive, member, images, texts, shard)
         except _BAD_ARCHIVE as error:
             reason = str(error) or type(error).__name__
             if count == 0:
@@ -132,30 +139,41 @@ class ShardSource:
                     f"{path} is not a plain tar file ({reason}); compressed shards must be unpacked to .tar"
                 ) from error
             self.problems.append((self._shards[shard], f"damaged after {count} members ({reason})"))
+        keys = {_key(image.member) for image in images if _stem(image.member) == _key(image.member)}
         samples = []
-        for beside in groups.values():
-            for sample in beside.images:
-                sample.label, sample.caption = beside.label, beside.caption or ""
-                samples.append(sample)
+        for image in images:
+            if _stem(image.member) != _key(image.member) and _key(image.member) in keys:
+                self._further += 1
+                continue
+            for name in (_stem(image.member), image.member, _key(image.member)):
+                beside = texts.get(name, _Beside())
+                image.label = beside.label if image.label is None else image.label
+                image.caption = image.caption or beside.caption or ""
+            samples.append(image)
         return samples
 
-    def _note(self, archive: tarfile.TarFile, member: tarfile.TarInfo, groups: dict[str, _Beside], shard: int) -> None:
-        folder, _, base = member.name.rpartition("/")
-        stem, _, ending = base.partition(".")
-        if not stem or not ending:  # a hidden file, or one without an ending
+    def _note(
+        self,
+        archive: tarfile.TarFile,
+        member: tarfile.TarInfo,
+        images: list[_Sample],
+        texts: dict[str, _Beside],
+        shard: int,
+    ) -> None:
+        ending = member.name[len(_stem(member.name)) :].lower()
+        if not _key(member.name).rpartition("/")[2] or not ending:  # a hidden file, or one without an ending
             return
-        beside = groups.setdefault(f"{folder}/{stem}", _Beside())
-        ending = ending.lower()
-        if f".{ending.rpartition('.')[2]}" in IMAGE_SUFFIXES:
-            beside.images.append(_Sample(shard, member.name, member.offset_data, member.size))
-        elif ending in {"cls", "txt", "json"}:
-            stream = archive.extractfile(member) if member.size <= _MAX_TEXT_BYTES else None
+        if ending in IMAGE_SUFFIXES:
+            images.append(_Sample(shard, member.name, member.offset_data, member.size))
+        elif ending in {".cls", ".txt", ".caption", ".json"}:
+            stream = archive.extractfile(member)
+            assert stream is not None  # a regular file
+            place = whole_name(f"{self._shards[shard]}/{member.name}")
             try:
-                if stream is None:
-                    raise ValueError(f"{member.size} bytes are too many for a text")
-                _read_text(ending, stream.read().decode("utf-8-sig"), beside)
-            except (ValueError, RecursionError) as error:  # also bad UTF-8, and JSON, bad or deep
-                self.problems.append((f"{self._shards[shard]}/{member.name}", f"cannot be read ({error})"))
+                text = decode_text(stream.read(CAPTION_BYTES + 1), place)
+                _read_text(ending, text, texts.setdefault(_stem(member.name), _Beside()), place)
+            except DavaeError as error:
+                self.problems.append((place, f"cannot be read ({str(error).removeprefix(place).strip(' ,:')})"))
 
 
 class _Slice(io.RawIOBase):
@@ -195,11 +213,23 @@ def find_shards(pattern: str) -> list[Path]:
         DavaeError: nothing matches.
     """
     found: list[Path] = []
-    for name in expand_braces(pattern):
-        found += [Path(p) for p in sorted(glob.glob(name))] if glob.has_magic(name) else [Path(name)]
+    folder, last = os.path.split(pattern)
+    literal = bool(folder) and Path(folder).is_dir()  # its braces are its name
+    for name in (os.path.join(folder, n) for n in expand_braces(last)) if literal else expand_braces(pattern):
+        found += matching_files(name) if glob.has_magic(name) else [Path(name)]
     if not found:
         raise DavaeError(f"no shard matches {pattern}")
     return found
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """Files of a pattern with wildcards, sorted; what is there by just that name comes first (``photos[1]``)."""
+    if Path(pattern).exists():
+        return [Path(pattern)]
+    folder, name = os.path.split(pattern)
+    if glob.has_magic(folder) and Path(folder).is_dir():
+        pattern = os.path.join(glob.escape(folder), name)
+    return [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
@@ -219,29 +249,32 @@ def expand_braces(pattern: str) -> Iterator[str]:
     return ("".join(c) for c in itertools.product(*choices))
 
 
-def _read_text(ending: str, text: str, beside: _Beside) -> None:
-    text = text.strip()
-    if ending == "cls":
-        beside.label = text
-    elif ending == "txt":
-        beside.caption = text
+def _key(member: str) -> str:
+    """A member's name up to the first dot of its last part."""
+    folder, slash, base = member.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _stem(member: str) -> str:
+    """A member's name without its last ending."""
+    folder, slash, base = member.rpartition("/")
+    return folder + slash + (base.rpartition(".")[0] if "." in base else base)
+
+
+def _read_text(ending: str, text: str, beside: _Beside, place: str) -> None:
+    if ending == ".cls":
+        beside.label = class_label(text, place)
+    elif ending != ".json":
+        beside.caption = caption_of(text)
     else:
-        values = json.loads(text)
+        values = parse_json(text, place)
         if not isinstance(values, dict):
             return
-        caption = values.get("caption", values.get("text"))
-        label = values.get("label", values.get("cls"))
-        if beside.caption is None and isinstance(caption, str):
-            beside.caption = caption.strip()
-        if beside.label is None and isinstance(label, int | str):
-            beside.label = str(label)
-
-
-def _class_names(labels: set[str]) -> list[str]:
-    """Numbers make classes 0 to the largest; names make classes in alphabetical order."""
-    if labels and all(re.fullmatch(r"\d{1,6}", label) for label in labels):
-        return [str(i) for i in range(max(map(int, labels)) + 1)]
-    return sorted(labels)
+        if not beside.caption:
+            beside.caption = caption_of(first_of(values, CAPTION_KEYS))
+        label = first_of(values, LABEL_KEYS)
+        if beside.label is None and isinstance(label, int | float | str):
+            beside.label = class_label(label, place)
 
 
 def _short_names(files: Sequence[Path]) -> list[str]:

@@ -1,6 +1,5 @@
 """What a generation run makes images of: prompts from files that benchmarks publish, or classes."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, Literal
 from davae.errors import DavaeError
 from davae.pipelines.sampling.generate import read_prompts
 from davae.runtime.atomic_files import file_hash
+from davae.runtime.text_files import lines_of, parse_json, read_text
 
 GENEVAL_SAMPLES = 4
 """Images of each prompt that GenEval asks for."""
@@ -65,8 +65,8 @@ def open_prompt_set(file: str | Path) -> PromptSet:
     if path.suffix not in (".json", ".jsonl"):
         return PromptSet("lines", read_prompts(path), sha256=file_hash(path))
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, DavaeError) as error:
         raise DavaeError(f"cannot read the prompts in {path}: {error}") from error
     if path.suffix == ".json":
         entries = _parsed(text, f"{path}")
@@ -76,7 +76,7 @@ def open_prompt_set(file: str | Path) -> PromptSet:
         categories = _categories(list(entries.values()), "category")
         result = PromptSet("mjhq", found, sha256=file_hash(path), categories=categories)
     else:
-        lines = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = [(i, line) for i, line in enumerate(lines_of(text), 1) if line.strip()]
         rows = [_parsed(line, f"{path}, line {i}") for i, line in lines]
         found = [_prompt(row, f"{path}, line {i}") for (i, _), row in zip(lines, rows, strict=True)]
         result = PromptSet("geneval", found, rows, file_hash(path), _categories(rows, "tag"))
@@ -86,10 +86,7 @@ def open_prompt_set(file: str | Path) -> PromptSet:
 
 
 def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DavaeError(f"{where}: not JSON ({error})") from error
+    return parse_json(text, where)
 
 
 def _categories(entries: Sequence[dict[str, Any]], key: str) -> list[str]:

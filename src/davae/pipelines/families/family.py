@@ -11,6 +11,7 @@ upgraded one. A family that needs another value says so in its own file.
 """
 
 import difflib
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,8 @@ from davae.pipelines.families.class_fixes import fit_sizes
 P = TypeVar("P", bound=DiffusionPipeline)
 Conditioning = Mapping[str, Tensor]
 """Named tensors whose first axis is the sample."""
+
+logger = logging.getLogger(__name__)
 
 
 class PipelineFamily(ABC):
@@ -108,6 +111,22 @@ class PipelineFamily(ABC):
         names = next(iter(found.values())).keys()
         joined = {n: torch.cat([found[e][n] for e in (False, True) if e in found]) for n in names}
         return {name: value[order.to(value.device)] for name, value in joined.items()}
+
+    def tell_cut_prompts(self, pipe: DiffusionPipeline, prompts: Sequence[str], max_length: int | None = None) -> int:
+        """Say how many prompts are longer than the pipeline reads, and return it.
+
+        Counted by the pipeline's last tokenizer, whose encoder reads most.
+        """
+        tokenizers = [part for name, part in sorted(pipe.components.items()) if name.startswith("tokenizer") and part]
+        if not tokenizers or not prompts:
+            return 0
+        length = min(max_length or self.text_length, tokenizers[-1].model_max_length)
+        found = tokenizers[-1](list(prompts), truncation=False, verbose=False).input_ids
+        cut = sum(len(tokens) > length for tokens in found)
+        if cut:
+            text = "%d of %d prompts have more than %d tokens: the rest of each is not read"
+            logger.warning(text, cut, len(prompts), length)
+        return cut
 
     @abstractmethod
     def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:

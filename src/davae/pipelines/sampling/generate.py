@@ -1,5 +1,6 @@
 """Images of prompts or classes from any pipeline, one seed each."""
 
+import hashlib
 import inspect
 import re
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from PIL import Image
 
 from davae.errors import DavaeError
 from davae.pipelines.families import ClassFamily, find_family
+from davae.runtime.text_files import lines_of, read_text
 
 
 class Generated(NamedTuple):
@@ -23,9 +25,11 @@ class Generated(NamedTuple):
 
     @property
     def file_name(self) -> str:
-        """Such as ``a-red-fox-in-snow-7.png``."""
-        words = re.sub(r"[^\w]+", "-", self.subject).strip("-")[:60].strip("-")
-        return f"{words or 'image'}-{self.seed}.png"
+        """Such as ``a-red-fox-in-snow-7.png``; a few digits tell apart what would have the same name otherwise."""
+        words = re.sub(r"[^\w]+", "-", self.subject).strip("-")[:60].strip("-") or "image"
+        if "-" in self.subject or words != self.subject.replace(" ", "-"):
+            words += f"-{hashlib.sha256(self.subject.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
+        return f"{words}-{self.seed}.png"
 
 
 def takes_prompts(pipe: DiffusionPipeline) -> bool:
@@ -108,8 +112,8 @@ def read_prompts(file: str | Path) -> list[str]:
         DavaeError: the file cannot be read or holds no prompt.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = lines_of(read_text(file))
+    except (OSError, DavaeError) as error:
         raise DavaeError(f"cannot read the prompts in {file}: {error}") from error
     prompts = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     if not prompts:

@@ -193,6 +193,8 @@ def _write_texts(
     captions = ["", *(caption for _, caption in sorted({pair for part in everyone(known) for pair in part}))]
     distinct = {caption_key(c): c for c in captions}
     missing = [c for key, c in distinct.items() if key not in writer.done[TEXTS]]
+    if rank == 0:
+        family.tell_cut_prompts(pipe, missing, text_length)
     parts = list(_parts(missing, batch_size))[rank::world]
     encoders = dict(pipeline_parts(pipe, "text_encoder"))
     places = {name: module.device for name, module in encoders.items()}

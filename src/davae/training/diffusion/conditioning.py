@@ -86,6 +86,7 @@ class PromptEmbeddings:
     ) -> None:
         distinct = list(dict.fromkeys(["", *captions]))
         logger.info("encoding %d captions", len(distinct))
+        family.tell_cut_prompts(pipe, distinct, max_length)
         move_text_encoders(pipe, device)
         mine = [distinct[i] for i in share(len(distinct))]
         embeddings: list[dict[str, Tensor]] = []
