@@ -8,8 +8,9 @@ by one convolution each, and that convolution fits into the new blocks:
 * up: ``conv + shortcut`` of :class:`ResidualUpsample` together give the base decoder's first features, of the
   full-resolution latent that the details hold, or of the base latent enlarged where they hold less.
 
-With ``D = s^2 C`` the autoencoder starts as the base VAE at full resolution, but for the down block's
-shortcut, and with zero details as a blurred enlargement of the base's reconstruction.
+With zero details the autoencoder starts as a blurred enlargement of the base's reconstruction. With ``D = s^2 C`` the
+learned branches alone are the base VAE at full resolution; the down block's shortcut adds means of its features to the
+details, so that the start reconstructs worse than that.
 
 This is an initialisation only: nothing of it is in the config.
 """
