@@ -102,7 +102,7 @@ class AutoencoderModelSettings(Section):
     scale: Scale = 2
     """Side of the full image over the side of the base's."""
     detail_channels: Positive | Annotated[list[Positive], Field(min_length=1)]
-    """``D``, a multiple of ``scale ** 2 / 2``; with ``D = scale ** 2 C`` the details can hold the base's full-size latent.
+    """``D``, a multiple of ``scale ** 2 / 2``; ``scale ** 2 C`` can hold the base's latent of the full-size image.
     A list means nested levels, each of a factor 2: the channels that each one adds."""
     start_from: str | None = None
     """Folder of a trained autoencoder whose levels are the first ones here."""
