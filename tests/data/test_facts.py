@@ -44,7 +44,18 @@ def captions(folder: Path, **options: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("value", "caption"),
-    [(" a ", "a"), (["b", "c"], "b"), ([None, "c"], "c"), ([], ""), (None, ""), (7, "7"), ("x\ud800y", "x\ufffdy")],
+    [
+        (" a ", "a"),
+        (b" a ", "a"),
+        ([["", "b"], "c"], "b"),
+        ({"en": "a"}, ""),
+        (["b", "c"], "b"),
+        ([None, "c"], "c"),
+        ([], ""),
+        (None, ""),
+        (7, "7"),
+        ("x\ud800y", "x\ufffdy"),
+    ],
 )
 def test_a_caption(value: Any, caption: str) -> None:
     assert caption_of(value) == caption
@@ -369,3 +380,36 @@ def test_images_of_other_prompts_have_other_names() -> None:
     names = {Generated(subject, 7, Image.new("RGB", (1, 1))).file_name for subject in subjects}
     assert len(names) == len(subjects)
     assert "a-red-fox-7.png" in names
+
+
+def test_tables_of_other_tools(tmp_path: Path) -> None:
+    """Columns of bytes, dictionaries, decimals and categories; a folder whose metadata is a pipe."""
+    import decimal
+
+    images = [png(0), png(1)]
+    columns: dict[str, tuple[pa.Array, pa.Array, list[tuple[int, str]]]] = {
+        "bytes": (pa.array([b"one", None]), pa.array([b"002", b"-1"]), [(2, "one"), (-1, "")]),
+        "large": (pa.array(["one", None], pa.large_string()), pa.array([1, None], pa.uint8()), [(1, "one"), (-1, "")]),
+        "categories": (
+            pa.array(["one", "two"]).dictionary_encode(),
+            pa.array(["b", "a"]).dictionary_encode(),
+            [(1, "one"), (0, "two")],
+        ),
+        "booleans": (pa.array([["", "one"], []]), pa.array([True, False]), [(1, "one"), (0, "")]),
+    }
+    for name, (captions_of, labels, expected) in columns.items():
+        pq.write_table(
+            pa.table({"image": images, "caption": captions_of, "label": labels}), tmp_path / f"{name}.parquet"
+        )
+        data = open_dataset(tmp_path / f"{name}.parquet", resolution=16)
+        assert [(data[i]["label"], data[i]["caption"]) for i in range(2)] == expected, name
+    table = pa.table({"image": images, "label": pa.array([decimal.Decimal("1.5"), None])})
+    pq.write_table(table, tmp_path / "decimal.parquet")
+    with pytest.raises(DavaeError, match="neither a class number nor a name"):
+        open_dataset(tmp_path / "decimal.parquet", resolution=16)
+    put(tmp_path / "f", "a.png")
+    os.mkfifo(tmp_path / "f" / "metadata.parquet")
+    with pytest.raises(DavaeError, match="pipe"):
+        open_dataset(tmp_path / "f", resolution=16)
+    with pytest.raises(DavaeError, match="a folder, a pipe or a device"):
+        open_dataset(tmp_path / "f" / "*.parquet", resolution=16)

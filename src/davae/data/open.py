@@ -148,6 +148,9 @@ def _in_folder(folder: Path, split: str | None) -> Source:
 
 
 def _from_files(files: list[Path], name: str) -> Source:
+    strange = next((f for f in files if f.exists() and not f.is_file()), None)
+    if strange is not None:
+        raise DavaeError(f"{strange} is a folder, a pipe or a device, not a file")
     suffixes = {f.suffix.lower() for f in files}
     if suffixes == {".tar"}:
         return ShardSource(files, name)

@@ -12,7 +12,7 @@ from typing import Any
 
 from davae.data.images.protocol import Skip
 from davae.errors import DavaeError
-from davae.runtime.text_files import lines_of, parse_json, read_text, whole_text
+from davae.runtime.text_files import lines_of, open_regular, parse_json, read_text, whole_text
 
 CAPTION_KEYS = ("text", "caption", "captions", "prompt", "txt")
 LABEL_KEYS = ("label", "labels", "class", "cls", "fine_label")
@@ -25,10 +25,12 @@ _MOST_CLASSES = 1_000_000
 
 
 def caption_of(value: Any) -> str:
-    """A caption as it is trained on: of several the first, nothing where there is none."""
+    """A caption as it is trained on: of several the first that is not empty; nothing where there is no text."""
     if isinstance(value, list | tuple):
-        value = next((entry for entry in value if entry is not None), "")
-    return "" if value is None else whole_text(str(value)).strip()
+        return next(filter(None, map(caption_of, value)), "")
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    return whole_text(str(value)).strip() if isinstance(value, str | int | float) else ""
 
 
 def first_of(values: Mapping[str, Any], keys: Sequence[str]) -> Any:
@@ -56,6 +58,8 @@ def class_label(value: Any, where: str) -> int | str | None:
             return value
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
+    if isinstance(value, bytes):
+        return class_label(value.decode(errors="replace"), where)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or value < -1:
@@ -191,6 +195,7 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
     try:
+        open_regular(file).close()  # no pipe, which would be waited for
         table = pyarrow.parquet.ParquetFile(file)
         wanted = [n for n in table.schema_arrow.names if n in {"file_name", *CAPTION_KEYS, *LABEL_KEYS}]
         number = 0
