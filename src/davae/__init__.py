@@ -12,6 +12,7 @@ imports neither torch nor diffusers: a name is imported when it is first used.
 """
 
 import sys
+from functools import wraps
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -83,4 +84,20 @@ def _show_to_diffusers(diffusers: ModuleType) -> None:
     diffusers.pipelines.davae = sys.modules[__name__]
 
 
+def _own_class_before_the_folder_s(module: ModuleType) -> None:
+    """Have diffusers' ``AutoModel`` take davae's class for one of the same name in a folder's file of code."""
+    fetch = module.get_class_from_dynamic_module
+
+    @wraps(fetch)
+    def own_class(path_or_repo: str, *args: Any, **options: Any) -> Any:
+        name = options.get("class_name")
+        if options.get("module_file") == "davae.py" and name in _WITH_CODE:
+            return getattr(sys.modules[__name__], name)
+        return fetch(path_or_repo, *args, **options)
+
+    vars(module)["get_class_from_dynamic_module"] = own_class
+
+
+_WITH_CODE = ("AutoencoderDA", "LightningDiTTransformer2DModel")  # models that are saved with such a file
 after_import("diffusers", _show_to_diffusers)
+after_import("diffusers.models.auto_model", _own_class_before_the_folder_s)

@@ -18,7 +18,8 @@ from davae.evaluation import PatchSet
 from davae.evaluation.metrics.psnr_ssim import pair_metrics
 from davae.latents import token_count
 from davae.models import AutoencoderDA
-from davae.pipelines import ClassConditionalPipeline, upgrade_pipeline
+from davae.pipelines import ClassConditionalPipeline, load_pipeline, upgrade_pipeline
+from davae.pipelines.saving.opening import load_autoencoder
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import UpgradeRecipe
 from davae.report import (
@@ -81,10 +82,10 @@ def run_demo(
     base = load_recipe_base(settings)
 
     stage1 = train_autoencoder(settings, out / "autoencoder")
-    vae = AutoencoderDA.from_pretrained(stage1.result).eval()
+    vae = load_autoencoder(stage1.result)
     warm_start = check_warm_start(base.transformer, upgrade_pipeline(base, vae).transformer, vae.layout)
     stage2 = train_diffusion(settings, out / "diffusion", stage1.result)
-    upgraded = ClassConditionalPipeline.from_pretrained(stage2.result)
+    upgraded = load_pipeline(stage2.result)
 
     logger.info("comparing base, native and upgraded")
     held_out = open_part(settings.data, "held_out")

@@ -108,7 +108,7 @@ def test_both_autoencoders_are_cut_into_tiles_of_the_same_size():
     assert vae.tile_sample_stride_height == vae.tile_sample_stride_width == 32
     upgraded = AutoencoderDA.from_base(vae, scale=2, detail_channels=8)
     _tiling(upgraded, 64)
-    assert upgraded.tile_sample_min_size == 64
+    assert (upgraded.tile_sample_min_height, upgraded.tile_sample_min_width) == (64, 64)
 
 
 def test_the_upgraded_decoder_takes_no_more_memory_than_the_bases():

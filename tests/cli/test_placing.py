@@ -47,7 +47,7 @@ def test_the_gpu_is_taken_before_the_measures_for_speed(monkeypatch: pytest.Monk
             seen.append(("to", device))
             return self
 
-    def load(name: str, *, dtype: Any) -> Pipe:
+    def load(name: str, *, variant: str | None, dtype: Any) -> Pipe:
         seen.append(("load", name, dtype))
         return Pipe()
 

@@ -55,8 +55,8 @@ def test_no_warm_up() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"step": -1, "warmup_steps": 1}, "step must not be negative, got -1"),
-        ({"step": 0, "warmup_steps": -5}, "warmup_steps must not be negative, got -5"),
+        ({"step": -1, "warmup_steps": 1}, "step must be finite and not negative, got -1"),
+        ({"step": 0, "warmup_steps": -5}, "warmup_steps must be finite and not negative, got -5"),
         ({"step": 0, "warmup_steps": 1, "end_weight": float("nan")}, "end_weight must be finite"),
         ({"step": 0, "warmup_steps": 1, "shape": "cosin"}, "'cosin': use cosine, linear or constant"),
     ],

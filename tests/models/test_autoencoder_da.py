@@ -199,10 +199,33 @@ def test_details_have_unit_variance_as_pipelines_normalise_them(name: str, image
 
 def test_statistics_that_cannot_be_used() -> None:
     model = make()
-    with pytest.raises(DavaeError, match="detail channel 2 is constant"):
+    with pytest.raises(DavaeError, match=r"detail_std\[2\] is 0"):
         model.set_detail_statistics(torch.zeros(DETAILS), torch.tensor([1.0, 1, 0, 1, 1, 1, 1, 1]))
-    with pytest.raises(DavaeError, match=r"detail std must be 8 finite values, not \(4,\)"):
+    with pytest.raises(DavaeError, match="detail_std has 4 values, and there are 8 channels"):
         model.set_detail_statistics(torch.zeros(DETAILS), torch.ones(4))
+
+
+@torch.no_grad()
+def test_latents_under_every_name_that_pipelines_read(images: Tensor) -> None:
+    model = make()
+    output = model.encode(images)
+    assert torch.equal(output.latent, output.latent_dist.mode())
+    assert torch.equal(output.latents, output.latent_dist.mode())
+    assert output.to_tuple() == (output.latent_dist,)
+    frames = model.encode(images.unsqueeze(2))
+    assert torch.equal(frames.latent, output.latent.unsqueeze(2))
+
+
+@torch.no_grad()
+def test_other_precisions_come_in_and_the_own_goes_out(images: Tensor) -> None:
+    model = make()
+    latent = model.encode(images.half()).latent
+    assert latent.dtype == torch.float32
+    assert torch.equal(latent, model.encode(images.half().float()).latent)
+    assert model.decode(latent.bfloat16()).sample.dtype == torch.float32
+    assert model.to(torch.bfloat16).encode(images).latent.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.decode(latent).sample.dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------------- options

@@ -231,3 +231,16 @@ def test_model_offloading_brings_the_model(what: str) -> None:
     images = torch.empty(2, 3, 32, 48, device=OTHER)
     with torch.no_grad(), LikeAnAccelerator():
         assert CALLS[what](model, images).device == OTHER
+
+
+@pytest.mark.parametrize(("name", "part"), [("dc", "detail_encoder"), ("qwen", "joint_decoder")])
+@torch.no_grad()
+def test_an_exported_network_takes_other_sizes(name: str, part: str) -> None:
+    """As ONNX is made today; resizing keeps to the modes that it knows."""
+    network = getattr(make(name).requires_grad_(False), part)
+    assert not any(getattr(module, "mode", None) == "nearest-exact" for module in network.modules())
+    channels = 3 if part == "detail_encoder" else 16
+    sides = {axis: 4 * torch.export.Dim(letter, min=2, max=32) for axis, letter in ((2, "h"), (3, "w"))}
+    exported = torch.export.export(network, (torch.rand(1, channels, 32, 32),), dynamic_shapes=(sides,), strict=False)
+    other = torch.rand(1, channels, 24, 48)
+    torch.testing.assert_close(exported.module()(other), network(other))

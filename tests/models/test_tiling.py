@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,6 +121,61 @@ def test_no_seam_on_a_photograph(real_images: Path) -> None:
         steps = error.diff(dim=side).abs().mean(dim=others)
         for border in borders:
             assert steps[border - 2 : border + 2].max() < 3 * steps.median()
+
+
+def test_sides_and_strides_as_in_diffusers() -> None:
+    model = AutoencoderDA.from_base(make_base("kl"), detail_channels=8)
+    pixels = torch.zeros(1, 3, 64, 96)
+    seen: list[tuple[int, ...]] = []
+    model.detail_encoder.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
+    model.enable_tiling(
+        tile_sample_min_height=32,
+        tile_sample_min_width=48,
+        tile_sample_stride_height=16,
+        tile_sample_stride_width=48,
+    )
+    with torch.no_grad():
+        model.encode(pixels)
+    reduced, *tiles = seen
+    assert reduced == (32, 48)
+    assert tiles == [(32, 48)] * (3 * 2)
+    model.enable_tiling(64)  # what is not said stays: half of the height overlaps, none of the width
+    assert (model.tile_sample_stride_height, model.tile_sample_stride_width) == (32, 64)
+    model.enable_tiling(tile_overlap_factor=0.25)
+    assert (model.tile_sample_stride_height, model.tile_sample_stride_width) == (48, 48)
+
+
+def test_tiles_of_every_level_cover_the_same_latent() -> None:
+    lower = AutoencoderDA.from_base(make_base("kl"), detail_channels=8)
+    model = AutoencoderDA.from_base(lower, detail_channels=24)
+    model.enable_tiling(tile_sample_min_height=64, tile_sample_min_width=96, tile_sample_stride_width=64)
+    assert model.below is not None
+    assert (model.below.tile_sample_min_height, model.below.tile_sample_min_width) == (32, 48)
+    assert model.below.tile_sample_stride_width == 32
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tile_sample_min_size": 0}, "tile size 0 must be at least 8 pixels"),
+        ({"tile_sample_min_size": -8}, "tile size -8 must be at least 8"),
+        ({"tile_sample_min_size": True}, "not a multiple of 8"),
+        ({"tile_sample_min_height": 0}, "must be at least 8"),
+        ({"tile_sample_min_width": 60}, "not a multiple of 8"),
+        ({"tile_sample_min_size": 64, "tile_sample_min_height": 64}, "leave it or the height and width out"),
+        ({"tile_sample_min_size": 64, "tile_sample_stride_height": 24}, "must be at least 32 and at most 64"),
+        ({"tile_sample_min_size": 64, "tile_sample_stride_width": 72}, "must be at least 32 and at most 64"),
+        ({"tile_sample_min_size": 64, "tile_sample_stride_width": 60}, "not a multiple of 8"),
+        ({"tile_overlap_factor": float("nan")}, "must lie in"),
+        ({"tile_overlap_factor": 0.1, "tile_sample_stride_width": 64}, "say the same thing"),
+    ],
+)
+def test_sizes_that_are_none(options: dict[str, Any], words: str) -> None:
+    model = AutoencoderDA.from_base(make_base("kl"), detail_channels=8)
+    before = dict(vars(model))
+    with pytest.raises(DavaeError, match=words):
+        model.enable_tiling(**options)
+    assert vars(model) == before
 
 
 def test_options_out_of_range() -> None:

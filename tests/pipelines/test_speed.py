@@ -1,5 +1,7 @@
 """What is switched on for speed changes images by rounding alone, and waits for no value on the device."""
 
+import copy
+
 import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
@@ -11,7 +13,7 @@ from davae.bases.debug_pipelines import call_arguments, small_pipeline
 from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
 from davae.models.base_adapters.image import MemoryEfficientResnetBlock2D
-from davae.pipelines.sampling.speed import compile_regions, regions, speed_up
+from davae.pipelines.sampling.speed import compile_regions, decode_in, regions, set_attention, speed_up
 
 
 def _upgraded(name):
@@ -56,6 +58,30 @@ def test_decoding_in_bfloat16_is_near_and_comes_back_in_the_own_precision():
     speed_up(pipe, decode_dtype="float32")
     with torch.no_grad():
         torch.testing.assert_close(pipe.vae.decode(latent).sample, exact, atol=1e-5, rtol=1e-5)
+
+
+def test_decoding_in_float32_is_exact_where_the_weights_are_half():
+    """On a CPU too, where autocast knows no float32."""
+    vae = _upgraded("sd3").vae.to(torch.bfloat16)
+    latent = torch.randn(1, vae.layout.channels, 4, 4, dtype=torch.bfloat16)
+    with torch.no_grad():
+        exact = copy.deepcopy(vae).float().decode(latent.float()).sample
+        assert not torch.equal(vae.decode(latent).sample, exact.bfloat16())
+        decode_in(vae, torch.float32)
+        assert torch.equal(vae.decode(latent).sample, exact.bfloat16())
+    assert vae.dtype == torch.bfloat16
+
+
+def test_an_attention_that_would_not_be_used_is_refused():
+    """Some classes of diffusers call torch's attention and never ask the dispatcher."""
+    with pytest.raises(DavaeError, match="SD3Transformer2DModel does not ask diffusers for a backend"):
+        set_attention(small_pipeline("sd3").transformer, "_native_math")
+    transformer = small_pipeline("flux").transformer
+    set_attention(transformer, "_native_math")
+    assert any(
+        getattr(m.processor, "_attention_backend", None) for m in transformer.modules() if hasattr(m, "processor")
+    )
+    transformer.set_attention_backend("native")  # diffusers keeps the choice for all models
 
 
 def test_compiled_regions_are_the_repeated_ones_and_give_the_same(monkeypatch):

@@ -13,6 +13,9 @@ from diffusers import (
     FluxInpaintPipeline,
     QwenImageImg2ImgPipeline,
     QwenImageInpaintPipeline,
+    SanaSprintImg2ImgPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3InpaintPipeline,
@@ -53,6 +56,27 @@ def call(pipe: DiffusionPipeline, side: int, **further: Any) -> Tensor:
     sizes = {"height": side, "width": side}
     generator = torch.Generator().manual_seed(0)
     return pipe("a fox", image=photo(side, side), generator=generator, **sizes, **further).images
+
+
+def test_a_pipeline_that_reads_the_latent_of_a_deterministic_autoencoder() -> None:
+    """SANA-Sprint asks its autoencoder for ``.latent``."""
+    parts = small_pipeline("sana")
+    transformer = SanaTransformer2DModel.from_config(
+        parts.transformer.config, guidance_embeds=True, guidance_embeds_scale=0.1, qk_norm="rms_norm_across_heads"
+    )
+    base = SanaSprintImg2ImgPipeline(
+        tokenizer=parts.tokenizer,
+        text_encoder=parts.text_encoder,
+        vae=parts.vae,
+        transformer=transformer,
+        scheduler=SCMScheduler(),
+    )
+    upgraded = upgrade_pipeline(base, autoencoder("sana"))
+    upgraded.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "strength": 0.6, "use_resolution_binning": False}
+    image = call(upgraded, 128, **options)
+    assert image.shape == (1, 3, 128, 128)
+    assert image.isfinite().all()
 
 
 @pytest.mark.parametrize(("name", "cls"), [*IMAGE, *INPAINT])

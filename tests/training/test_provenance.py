@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from davae.bases import open as opening
 from davae.bases.open import load_base
 from davae.bases.tiny import debug_base
 from davae.data import Mirrored, open_dataset
 from davae.data.in_memory import ImagesInMemory
 from davae.errors import DavaeError
+from davae.pipelines.saving import opening
 from davae.recipes.read import load_recipe
 from davae.training import data as images_of_recipes
 from davae.training.checkpoints.run_directory import base_facts, commit_of, data_facts

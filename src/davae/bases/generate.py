@@ -42,6 +42,7 @@ def write_images(
     attention: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    variant: str | None = None,
 ) -> WrittenImages:
     """Images of prompts or of classes, one PNG each.
 
@@ -57,6 +58,7 @@ def write_images(
         fast: every measure for speed that changes images by rounding alone.
         compile, attention: see :func:`davae.speed_up`; with ``fast`` only.
         device: ``cpu``, ``cuda`` or ``cuda:1``; None takes the GPU where there is one.
+        variant: of the weights' files, see :func:`davae.bases.open.load_base`.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None is as saved on a GPU, float32 on a CPU.
 
     Raises:
@@ -66,7 +68,7 @@ def write_images(
         raise DavaeError("--compile and --attention belong to --fast: give it too")
     where, folder = chosen_device(device), Path(out)
     texts = [*prompt, *(read_prompts(prompts) if prompts else [])]
-    pipe = load_base(pipeline, dtype=wanted_dtype(dtype, where)).to(where)
+    pipe = load_base(pipeline, variant=variant, dtype=wanted_dtype(dtype, where)).to(where)
     if fast:  # its measures follow from the device
         speed_up(pipe, compile=compile, attention=attention)
     pipe.set_progress_bar_config(disable=True)

@@ -8,11 +8,9 @@ from diffusers import DiffusionPipeline
 
 from davae.bases.tiny import debug_base, load_tiny
 from davae.errors import DavaeError
-from davae.pipelines import fit_to_autoencoder
-from davae.pipelines.saving.opening import opening, pipeline_place
+from davae.pipelines.saving.opening import open_pipeline, pipeline_place, published_files
 from davae.recipes.presets import find_preset
 from davae.recipes.settings import UpgradeRecipe
-from davae.runtime.devices import saved_dtype
 
 
 def load_recipe_base(recipe: UpgradeRecipe, *, transformer_dtype: torch.dtype | None = None) -> DiffusionPipeline:
@@ -20,6 +18,7 @@ def load_recipe_base(recipe: UpgradeRecipe, *, transformer_dtype: torch.dtype | 
     return load_base(
         recipe.base,
         revision=recipe.base_revision,
+        variant=recipe.base_variant,
         remote_code=recipe.base_remote_code,
         transformer_dtype=transformer_dtype,
     )
@@ -29,6 +28,7 @@ def load_base(
     name: str,
     *,
     revision: str | None = None,
+    variant: str | None = None,
     remote_code: bool | None = None,
     transformer_dtype: torch.dtype | None = None,
     dtype: torch.dtype | Literal["saved"] | None = None,
@@ -38,6 +38,8 @@ def load_base(
     Args:
         name: ``tiny``, ``debug``, ``debug-sd3`` and kin, a folder, or a hub name.
         revision: of a hub name: branch, tag or commit; none takes the newest.
+        variant: of the weights' files, such as ``fp16`` in ``model.fp16.safetensors``; None takes the files without
+            one, and where there are none of those the only variant that there is.
         remote_code: whether Python files beside the weights may be executed, as a recipe says; None is no, where no
             recipe can say so.
         transformer_dtype: of the transformer alone, where it is not to be float32. Read so from the start: a large
@@ -46,7 +48,8 @@ def load_base(
             as they were saved.
 
     Raises:
-        DavaeError: there is none of that name, or files of it are missing or damaged; the base brings code and
+        DavaeError: there is none of that name, or files of it are missing, damaged or incomplete; its weights are there
+            in several variants, and none was chosen; the base brings code and
             ``remote_code`` is off, its weights are pickles, or a folder is to have a revision.
     """
     if name == "tiny" or name == "debug" or name.startswith("debug-"):
@@ -76,18 +79,16 @@ def load_base(
         options["revision"] = revision
     if remote_code:
         options["trust_remote_code"] = True
+    if variant is not None:
+        options["variant"] = variant
+    if dtype is not None:
+        options["dtype"] = dtype
     path_or_repo = pipeline_place(name)
     try:
-        with opening("pipeline", path_or_repo):
-            if dtype == "saved":
-                if not Path(path_or_repo).is_dir():
-                    path_or_repo = str(DiffusionPipeline.download(path_or_repo, **options))
-                dtype = saved_dtype(Path(path_or_repo) / "transformer")
-            if dtype is not None:
-                options["dtype"] = dtype
-            return fit_to_autoencoder(DiffusionPipeline.from_pretrained(path_or_repo, **options))
+        return open_pipeline(path_or_repo, **options)
     except DavaeError as error:
-        if "safetensors" not in str(error) or not _pickles(path_or_repo):
+        files = published_files(path_or_repo, error)
+        if "safetensors" not in str(error) or not any(file.endswith(_PICKLES) for file in files):
             raise
         raise DavaeError(
             f"the base {name} has weights that are not safetensors but pickles, which can run code when they are read "
@@ -108,7 +109,4 @@ def load_base(
         ) from error
 
 
-def _pickles(path_or_repo: str) -> bool:
-    """Whether a folder has weights of that kind; of a name on the hub it is not known, and taken so."""
-    folder = Path(path_or_repo)
-    return not folder.is_dir() or any(file.suffix in (".bin", ".pt", ".pth", ".ckpt") for file in folder.rglob("*"))
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from davae.data.scenes import CLASSES
 from davae.errors import DavaeError
 from davae.models import LightningDiTTransformer2DModel
-from davae.pipelines import ClassConditionalPipeline
+from davae.pipelines import ClassConditionalPipeline, load_pipeline
 
 TINY = Path(__file__).parent / "pipeline"
 
@@ -25,7 +25,7 @@ def load_tiny() -> ClassConditionalPipeline:
     """
     if not (TINY / "model_index.json").is_file():
         raise DavaeError(f"the embedded base is missing from {TINY}; reinstall davae, or run `davae train base`")
-    return ClassConditionalPipeline.from_pretrained(TINY, dtype=torch.float32)
+    return load_pipeline(TINY, dtype=torch.float32)
 
 
 def debug_base(seed: int = 0) -> ClassConditionalPipeline:

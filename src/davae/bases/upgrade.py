@@ -59,7 +59,12 @@ class WrittenUpgrade:
 
 
 def write_upgraded(
-    pipeline: str, autoencoder: str | Path, out: str | Path, *, timestep_shift: TimestepShift = "base"
+    pipeline: str,
+    autoencoder: str | Path,
+    out: str | Path,
+    *,
+    timestep_shift: TimestepShift = "base",
+    variant: str | None = None,
 ) -> WrittenUpgrade:
     """Open a pipeline, upgrade it, check the warm start, and save the result.
 
@@ -68,13 +73,14 @@ def write_upgraded(
         autoencoder: folder of an `AutoencoderDA` made from its VAE.
         out: folder for the upgraded pipeline.
         timestep_shift: see :func:`davae.upgrade_pipeline`.
+        variant: of the pipeline's files, see :func:`load_base`.
 
     Raises:
         DavaeError: one of them cannot be opened, or they do not belong together.
         WarmStartError: the upgraded transformer does not do what the base does. Nothing is written then.
     """
     vae = load_autoencoder(autoencoder)  # what is quick to refuse comes first
-    base = load_base(pipeline)
+    base = load_base(pipeline, variant=variant)
     upgraded = upgrade_pipeline(base, vae, timestep_shift=timestep_shift)
     layout = layout_over(base.vae, vae)
     with unguarded(upgraded.transformer):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import LAST_SEED, Device, ModelDType, new_folder
+from davae.cli.options import LAST_SEED, Device, ModelDType, Variant, new_folder
 from davae.runtime.console import say
 
 
@@ -41,6 +41,7 @@ def generate(
     ] = None,
     device: Device = None,
     dtype: ModelDType = None,
+    variant: Variant = None,
 ) -> None:
     """Images of prompts or of classes, one PNG each."""
     from davae.bases.generate import write_images
@@ -63,5 +64,6 @@ def generate(
         attention=attention,
         device=device,
         dtype=dtype,
+        variant=variant,
     )
     say(f"{len(written.files)} images of {written.width} x {written.height} pixels in {out}")

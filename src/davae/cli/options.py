@@ -110,6 +110,10 @@ ModelDType = Annotated[
     str | None,
     typer.Option("--dtype", help="float32, bfloat16 or float16 (default: as saved on a GPU, float32 on a CPU)."),
 ]
+Variant = Annotated[
+    str | None,
+    typer.Option("--variant", help="Of the pipeline's files, such as fp16 (default: those without, or the only one)."),
+]
 DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 FeatureNames = Annotated[
     list[str] | None,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.cli.options import new_folder
+from davae.cli.options import Variant, new_folder
 from davae.errors import DavaeError
 from davae.runtime.console import say
 
@@ -16,13 +16,14 @@ def upgrade(
     autoencoder: Annotated[Path, typer.Option(help="Folder of an AutoencoderDA made from its VAE.")],
     out: Annotated[Path, typer.Option(help="Where the warm-started pipeline goes.", callback=new_folder)],
     timestep_shift: Annotated[str, typer.Option(help="'base', 'native', or a number: see docs/pipelines.md.")] = "base",
+    variant: Variant = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print sizes and the self-check's report as JSON.")] = False,
 ) -> None:
     """Write the warm-started pipeline: same class, wider latent, base behaviour unchanged."""
     shift = _shift(timestep_shift)
     from davae.bases.upgrade import write_upgraded
 
-    written = write_upgraded(pipeline, autoencoder, out, timestep_shift=shift)
+    written = write_upgraded(pipeline, autoencoder, out, timestep_shift=shift, variant=variant)
     say(json.dumps(written.to_json(), indent=2) if as_json else str(written))
 
 

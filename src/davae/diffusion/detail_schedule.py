@@ -34,11 +34,11 @@ def detail_weight(
         shape: of the transition.
 
     Raises:
-        DavaeError: a negative step or weight, or an unknown shape.
+        DavaeError: a step or weight that is negative or not finite, or an unknown shape.
     """
     for name, value in (("step", step), ("warmup_steps", warmup_steps), ("start_step", start_step)):
-        if value < 0:
-            raise DavaeError(f"{name} must not be negative, got {value}")
+        if not (value >= 0 and math.isfinite(value)):
+            raise DavaeError(f"{name} must be finite and not negative, got {value}")
     for name, weight in (("start_weight", start_weight), ("end_weight", end_weight)):
         if not (weight >= 0 and math.isfinite(weight)):
             raise DavaeError(f"{name} must be finite and not negative, got {weight}")

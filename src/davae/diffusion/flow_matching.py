@@ -13,8 +13,12 @@ where it is called (its family in `davae.pipelines.families`), and nowhere else.
     (tensor([[2.]]), tensor([[-1.]]))
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+from davae.errors import DavaeError
 
 # t = 1 - sigma, and sigma is float32: a time that should equal a bound may miss it by rounding.
 _ROUNDING = 1e-6
@@ -26,14 +30,24 @@ def interpolate(data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     Args:
         data: clean latents, [B, ...].
         noise: the same shape.
-        sigma: share of noise in [0, 1], [B].
+        sigma: share of noise in [0, 1], [B]. Outside it the line is followed further: values on a device are not looked
+            at, which would wait for it.
+
+    Raises:
+        DavaeError: the shapes differ, or there is another number of sigmas than samples.
     """
+    _check_shapes(noise, data)
     sigma = per_sample(sigma, data)
     return (1 - sigma) * data + sigma * noise
 
 
 def velocity_of(data: Tensor, noise: Tensor) -> Tensor:
-    """The path's velocity ``noise - data``, the same at every sigma: what a model learns to predict."""
+    """The path's velocity ``noise - data``, the same at every sigma: what a model learns to predict.
+
+    Raises:
+        DavaeError: the shapes differ.
+    """
+    _check_shapes(noise, data)
     return noise - data
 
 
@@ -44,12 +58,17 @@ def x0_from_velocity(velocity: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
         velocity: predicted ``noise - data``, [B, ...].
         noisy: ``x_sigma``, the same shape.
         sigma: share of noise in [0, 1], [B].
+
+    Raises:
+        DavaeError: as :func:`interpolate`.
     """
+    _check_shapes(velocity, noisy)
     return noisy.float() - per_sample(sigma, noisy) * velocity.float()
 
 
 def noise_from_velocity(velocity: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
     """The noise that a velocity implies, ``x_sigma + (1 - sigma) velocity``, float32; see `x0_from_velocity`."""
+    _check_shapes(velocity, noisy)
     return noisy.float() + (1 - per_sample(sigma, noisy)) * velocity.float()
 
 
@@ -62,7 +81,15 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, channels: in
         scale: 1 changes nothing, more follows the label more closely.
         channels: guide this many first channels and leave the others conditional; None guides all.
             LightningDiT's own sampler guides three.
+
+    Raises:
+        DavaeError: shapes differ, the scale is not finite, or there are not so many channels.
     """
+    _check_shapes(unconditional, conditional)
+    if not math.isfinite(scale):
+        raise DavaeError(f"the guidance scale must be finite, not {scale}")
+    if channels is not None and not 0 <= channels <= conditional.shape[1]:
+        raise DavaeError(f"guidance of {channels} channels was asked for, and there are {conditional.shape[1]}")
     guided = unconditional + scale * (conditional - unconditional)
     if channels is None:
         return guided
@@ -70,11 +97,28 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, channels: in
 
 
 def is_guided(t: float, interval: tuple[float, float]) -> bool:
-    """Whether guidance acts at ``t = 1 - sigma``: ``start <= t <= end``, both bounds included."""
+    """Whether guidance acts at ``t = 1 - sigma``: ``start <= t <= end``, both bounds included.
+
+    Raises:
+        DavaeError: the interval ends before it starts.
+    """
     start, end = interval
+    if not start <= end:
+        raise DavaeError(f"the guidance interval from {start} to {end} ends before it starts")
     return start - _ROUNDING <= t <= end + _ROUNDING
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """One value a sample, [B], to float32 [B, 1, ...] beside latents [B, ...], on their device."""
+    """One value a sample, [B], or one for all, to float32 [B, 1, ...] beside latents [B, ...], on their device.
+
+    Raises:
+        DavaeError: another number of values.
+    """
+    if values.numel() not in (1, like.shape[0]):
+        raise DavaeError(f"{values.numel()} values were given for {like.shape[0]} samples")
     return values.to(like.device, torch.float32).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _check_shapes(one: Tensor, other: Tensor) -> None:
+    if one.shape != other.shape:
+        raise DavaeError(f"tensors of one shape are needed, not {tuple(one.shape)} and {tuple(other.shape)}")

@@ -10,6 +10,7 @@ off by 1, the details at half weight: (4 + 0.5 * 3) / (1 + 0.5 * 3) = 2.2.
     tensor(2.2000)
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,7 +45,7 @@ def structured_loss(
         float32 scalar, or [B] with ``"none"``.
 
     Raises:
-        DavaeError: shapes differ, another number of channels, or a negative weight.
+        DavaeError: shapes differ, another number of channels, or a weight that is negative or not finite.
     """
     _check_shapes(prediction, target)
     return _reduce(structured_mean((prediction.float() - target.float()).square(), layout, weight), reduction)
@@ -54,10 +55,10 @@ def structured_mean(errors: Tensor, layout: LatentLayout, weight: float) -> Tens
     """Eq. 13's mean over a sample's elements, detail channels counted ``weight`` times: ``[B, C + D, h, w]`` to [B].
 
     Raises:
-        DavaeError: another number of channels, or a negative weight.
+        DavaeError: another number of channels, or a weight that is negative or not finite.
     """
-    if not weight >= 0:
-        raise DavaeError(f"the detail weight must not be negative, got {weight}")
+    if not 0 <= weight < math.inf:
+        raise DavaeError(f"the detail weight must be finite and not negative, got {weight}")
     base, detail = layout.split(errors)  # [B, C, h, w], [B, D, h, w]
     weighted = base.flatten(1).sum(1) + weight * detail.flatten(1).sum(1)
     return weighted / (base[0].numel() + weight * detail[0].numel())
@@ -85,12 +86,15 @@ def min_snr_weight(noise_share: Tensor, gamma: float) -> Tensor:
     """``min((1 - t) / t, gamma)``: keeps nearly clean samples from ruling the data form of the loss.
 
     Args:
-        noise_share: ``t`` in [0, 1], any shape. The official code takes the truncated timestep over 1000.
+        noise_share: ``t`` in [0, 1], any shape; what lies outside counts as the nearer end. The official code takes the
+            truncated timestep over 1000.
         gamma: the cap, 5 in the official code; also the weight at ``t = 0``.
+
+    Raises:
+        DavaeError: ``gamma`` is not finite and above 0.
     """
-    if not gamma > 0:
-        raise DavaeError(f"gamma must be positive, got {gamma}")
-    t = noise_share.float()
+    _check_gamma(gamma)
+    t = noise_share.float().clamp(0, 1)
     return ((1 - t) / t).clamp(max=gamma)  # 1 / 0 is infinite, and capped
 
 
@@ -116,8 +120,7 @@ class FlowLoss:
 
     def __post_init__(self) -> None:
         check_choice(self.form, LossForm, "loss form")
-        if not self.cosine_weight >= 0:
-            raise DavaeError(f"cosine_weight must not be negative, got {self.cosine_weight}")
+        check_terms(self.min_snr_gamma, self.cosine_weight)
 
     def __call__(
         self,
@@ -156,6 +159,23 @@ class FlowLoss:
         if self.min_snr_gamma is not None:
             loss = loss * min_snr_weight(sigma if noise_share is None else noise_share, self.min_snr_gamma)
         return _reduce(loss, reduction)
+
+
+def check_terms(min_snr_gamma: float | None, cosine_weight: float) -> None:
+    """Whether the numbers of the loss's further terms can be used.
+
+    Raises:
+        DavaeError: a weight that is negative or not finite, or a cap that is not finite and above 0.
+    """
+    if not 0 <= cosine_weight < math.inf:
+        raise DavaeError(f"cosine_weight must be finite and not negative, got {cosine_weight}")
+    if min_snr_gamma is not None:
+        _check_gamma(min_snr_gamma)
+
+
+def _check_gamma(gamma: float) -> None:
+    if not 0 < gamma < math.inf:
+        raise DavaeError(f"gamma must be positive and finite, got {gamma}")
 
 
 def _check_shapes(prediction: Tensor, target: Tensor) -> None:

@@ -11,6 +11,7 @@ tensor(0.)
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from davae.diffusion.flow_matching import interpolate, velocity_of
-from davae.diffusion.loss import FlowLoss, cosine_loss, structured_loss, structured_mean
+from davae.diffusion.loss import FlowLoss, check_terms, cosine_loss, structured_loss, structured_mean
 from davae.diffusion.timesteps import Scheme, SigmaTable, sample_sigmas, sample_unit
 from davae.diffusion.variational_bound import VariationalBound
 from davae.errors import DavaeError
@@ -134,7 +135,7 @@ class DdpmProcess(NoiseProcess):
         cosine_weight: weight of `cosine_loss` on the noise, not scheduled.
 
     Raises:
-        DavaeError: the scheduler's prediction is not the noise.
+        DavaeError: the scheduler's prediction is not the noise, or a weight or cap cannot be used.
     """
 
     def __init__(
@@ -151,8 +152,13 @@ class DdpmProcess(NoiseProcess):
         names = ("num_train_timesteps", *_BETAS)
         known = {name: scheduler[name] for name in names if scheduler.get(name) is not None}
         self.alphas_cumprod = DDPMScheduler(**known).alphas_cumprod  # a_t, float32 [T], falling
-        self.bound = VariationalBound(self.alphas_cumprod)
+        check_terms(min_snr_gamma, cosine_weight)
         self.layout, self.min_snr_gamma, self.cosine_weight = layout, min_snr_gamma, cosine_weight
+
+    @cached_property
+    def bound(self) -> VariationalBound:
+        """Of a learned variance; a schedule that ends in pure noise has none."""
+        return VariationalBound(self.alphas_cumprod)
 
     def draw(self, data: Tensor) -> NoisySample:
         """A uniform timestep for each sample, then noise."""

@@ -21,6 +21,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from davae.diffusion.timesteps import check_shift
 from davae.errors import DavaeError
 
 _OWN_GRID = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
@@ -50,7 +51,12 @@ def check_flow_scheduler(scheduler: SchedulerMixin) -> None:
 
 
 def shifted_scheduler(scheduler: SchedulerMixin, shift: float) -> SchedulerMixin:
-    """A scheduler of the same kind with another shift, counted in ``sigma``; the given one stays as it is."""
+    """A scheduler of the same kind with another shift, counted in ``sigma``; the given one stays as it is.
+
+    Raises:
+        DavaeError: a shift that is not finite and above 0.
+    """
+    check_shift(shift)
     name = "shift" if "shift" in scheduler.config else "flow_shift"
     return type(scheduler).from_config(scheduler.config, **{name: shift})
 
@@ -64,7 +70,12 @@ def set_sigmas(scheduler: SchedulerMixin, steps: int, device: torch.device) -> l
 
     Returns:
         ``sigma`` at each call of the model, one for each of ``scheduler.timesteps``.
+
+    Raises:
+        DavaeError: fewer than one step.
     """
+    if steps < 1:
+        raise DavaeError(f"a walk needs at least one step, not {steps}")
     if type(scheduler).__name__ in _OWN_GRID:
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device)
     else:

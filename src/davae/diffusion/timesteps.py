@@ -9,6 +9,7 @@
     tensor([0.0000, 0.5000, 1.0000])
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,25 +33,41 @@ def sample_unit(
     Drawn on the generator's device (the CPU without one).
 
     Raises:
-        DavaeError: an unknown scheme, or a standard deviation that is not positive.
+        DavaeError: an unknown scheme, a negative count, a mean that is not finite, or a standard deviation that is not
+            finite and above 0.
     """
     check_choice(scheme, Scheme, "timestep scheme")
+    if count < 0:
+        raise DavaeError(f"the count of noise levels must not be negative, got {count}")
     device = generator.device if generator is not None else None
     if scheme == "uniform":
         return torch.rand(count, generator=generator, device=device)
-    if not std > 0:
-        raise DavaeError(f"the logit standard deviation must be positive, got {std}")
-    return torch.sigmoid(mean + std * torch.randn(count, generator=generator, device=device))
+    if not 0 < std < math.inf or not math.isfinite(mean):
+        raise DavaeError(f"the logits' standard deviation must be positive, their mean finite, got {std} and {mean}")
+    logits = mean + std * torch.randn(count, generator=generator, device=device)
+    return torch.sigmoid(logits).clamp(max=1 - 2**-24)  # far out it rounds to 1
 
 
 def shift_sigmas(sigma: Tensor, shift: float) -> Tensor:
     """``shift sigma / (1 + (shift - 1) sigma)``: above 1 favours noise. The inverse is ``1 / shift``.
 
     The same formula holds for ``t = 1 - sigma`` with the inverse shift: 0.3 in t is 1 / 0.3 in sigma.
+
+    Args:
+        sigma: in [0, 1], any shape.
+        shift: finite and above 0; 1 changes nothing. Code that writes 0 for no shift means 1.
+
+    Raises:
+        DavaeError: another shift.
     """
-    if not shift > 0:
-        raise DavaeError(f"the timestep shift must be positive, got {shift}")
+    check_shift(shift)
     return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def check_shift(shift: float) -> None:
+    """Raise a :class:`DavaeError` for a timestep shift that is not finite and above 0."""
+    if not 0 < shift < math.inf:
+        raise DavaeError(f"the timestep shift must be positive and finite (1 is none), got {shift}")
 
 
 def sample_sigmas(
@@ -87,7 +104,7 @@ class SigmaTable:
         As in the official SD3 training; ``u`` near 0 is noise.
 
         Args:
-            unit: in [0, 1), [B].
+            unit: in [0, 1), [B]; what lies outside takes the entry at that end.
 
         Returns:
             sigmas float32 [B], timesteps int64 [B].
@@ -106,7 +123,14 @@ def sd3_sigma_table(config_shift: float = 3.0, train_shift: float = 4.0, steps: 
         config_shift: shift in the base scheduler's configuration.
         train_shift: shift set afterwards.
         steps: entries of the table.
+
+    Raises:
+        DavaeError: a shift that is not finite and above 0, or no entries.
     """
+    for shift in (config_shift, train_shift):
+        check_shift(shift)
+    if steps < 1:
+        raise DavaeError(f"a table of noise levels needs at least one entry, not {steps}")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=config_shift)
     scheduler.set_shift(train_shift)
     scheduler.set_timesteps(steps)

@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from davae.errors import DavaeError
+
 
 class VariationalBound:
     """One term of the bound for each element, in bits: what trains a variance that the noise's error does not see.
@@ -27,11 +29,20 @@ class VariationalBound:
     images of 8 bits; DiT uses it on latents too. The mean takes no gradient here: the noise's error trains it.
 
     Args:
-        alphas_cumprod: cumulative products of ``1 - beta``, ``[T]``, falling.
+        alphas_cumprod: cumulative products of ``1 - beta``, ``[T]``, falling, between 0 and 1.
+
+    Raises:
+        DavaeError: they do not fall, or reach 0 or 1, where the bound has no value.
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         alphas_cumprod = alphas_cumprod.double()
+        falling = len(alphas_cumprod) > 1 and bool((alphas_cumprod.diff() < 0).all())
+        if not falling or not 0 < alphas_cumprod[-1] < alphas_cumprod[0] < 1:
+            raise DavaeError(
+                "a learned variance needs noise levels that grow from above 0 to below 1: alphas_cumprod must fall, "
+                f"and runs from {float(alphas_cumprod[0]):g} to {float(alphas_cumprod[-1]):g} (rescale_betas_zero_snr?)"
+            )
         before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         beta = 1 - alphas_cumprod / before
         posterior = beta * (1 - before) / (1 - alphas_cumprod)
@@ -49,8 +60,14 @@ class VariationalBound:
             variance: ``v``, the same shape.
             data: clean latents, the same shape.
             noisy: latents at ``timestep``, the same shape.
-            timestep: ``[B]``, integers in ``[0, T)``.
+            timestep: ``[B]``, integers in ``[0, T)``; on a CPU that is checked, on another device it would wait for it.
+
+        Raises:
+            DavaeError: a timestep outside the schedule.
         """
+        steps = len(next(iter(self._tables.values())))
+        if timestep.device.type == "cpu" and not ((timestep >= 0) & (timestep < steps)).all():
+            raise DavaeError(f"timesteps must lie in 0 to {steps - 1}, not {timestep.tolist()}")
         noise, variance, data, noisy = (x.float() for x in (noise.detach(), variance, data, noisy))
 
         if data.device not in self._tables:

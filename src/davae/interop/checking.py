@@ -7,6 +7,8 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
+from davae.latents.statistics import check_channel_statistics
+from davae.runtime.model_files import not_finite
 
 logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -50,7 +52,7 @@ def check_keys(
         unknown: names for which there was no translation.
 
     Raises:
-        DavaeError: lists what is missing, unexpected or of another shape.
+        DavaeError: lists what is missing, unexpected, of another shape or not finite.
     """
     faults = {
         "missing": sorted(expected.keys() - converted.keys()),
@@ -60,6 +62,7 @@ def check_keys(
             for name in sorted(expected.keys() & converted.keys())
             if converted[name].shape != expected[name].shape
         ],
+        "not finite": not_finite(converted),
     }
     if any(faults.values()):
         ours = " (missing ones by their names in the diffusers model)" if faults["missing"] else ""
@@ -79,11 +82,12 @@ def channel_statistics(
     """Mean and standard deviation of each channel.
 
     Raises:
-        DavaeError: there are more or fewer than ``what`` has channels.
+        DavaeError: there are more or fewer than ``what`` has channels, or they cannot be statistics.
     """
     mean, std = (list(map(float, values)) for values in given)
     if len(mean) != channels or len(std) != channels:
         raise DavaeError(f"statistics of {len(mean)} and {len(std)} channels, {what} has {channels}")
+    check_channel_statistics("mean", mean, "std", std, channels)
     return mean, std
 
 

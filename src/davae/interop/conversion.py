@@ -17,6 +17,7 @@ from davae.interop.official_autoencoders import convert_imagenet, convert_sd3
 from davae.interop.official_vavae import convert_vavae
 from davae.interop.sd3_transformer_files import convert_transformer, is_transformer
 from davae.latents import LatentLayout
+from davae.latents.statistics import check_channel_statistics
 from davae.models import AutoencoderDA, LightningDiTTransformer2DModel
 from davae.models.latent_space import open_autoencoder
 from davae.pipelines import ClassConditionalPipeline, load_pipeline
@@ -212,13 +213,18 @@ def read_statistics(file: Path | None) -> Statistics | None:
     if not isinstance(content, dict) or not {"mean", "std"} <= content.keys():
         raise DavaeError(f"{file} must hold 'mean' and 'std', one value a channel each")
     mean, std = (_flat(content[name]) for name in ("mean", "std"))
-    if len(mean) != len(std) or not min(std) > 0:
-        raise DavaeError(f"{file}: {len(mean)} means and {len(std)} deviations, which must be above 0")
+    if len(mean) != len(std) or not mean:
+        raise DavaeError(f"{file}: {len(mean)} means and {len(std)} deviations: it must be one a channel in both")
+    with about_file(file):
+        check_channel_statistics("mean", mean, "std", std, len(mean))
     return mean, std
 
 
 def _flat(values: Any) -> list[float]:
-    tensor = values if isinstance(values, Tensor) else torch.tensor(values)
+    try:
+        tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise DavaeError(f"statistics must be numbers, one a channel: {error}") from error
     return [float(value) for value in tensor.flatten()]
 
 

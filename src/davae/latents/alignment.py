@@ -1,5 +1,6 @@
 """Detail alignment: the loss that ties the detail latent to the base latent, its adaptive weight, and the KL term."""
 
+import math
 from itertools import pairwise
 
 import torch
@@ -33,8 +34,13 @@ def grouped_mean(z_d: Tensor, base_channels: int) -> Tensor:
 
     Returns:
         ``[B, C, h, w]`` in the dtype of ``z_d``.
+
+    Raises:
+        DavaeError: there are no channels on one side.
     """
     channels = z_d.shape[1]
+    if channels < 1 or base_channels < 1:
+        raise DavaeError(f"{channels} detail channels have no means for {base_channels} base channels")
     if channels == base_channels:
         return z_d
     if channels % base_channels == 0:
@@ -67,12 +73,14 @@ class AlignmentLoss(nn.Module):
         form: one of the three above.
 
     Raises:
-        DavaeError: an unknown form.
+        DavaeError: an unknown form, or a layout without details.
     """
 
     def __init__(self, layout: LatentLayout, form: AlignmentForm = "mean") -> None:
         super().__init__()
         check_choice(form, AlignmentForm, "alignment form")
+        if not layout.detail_channels:
+            raise DavaeError("a layout without detail channels has nothing to align")
         self.layout, self.form = layout, form
         self.projection: nn.Conv2d | None = None
         if form == "projection":
@@ -127,7 +135,12 @@ def gradient_ratio(reference: Tensor, gradient: Tensor, *, maximum: float, scale
 
     Returns:
         Detached float32 scalar.
+
+    Raises:
+        DavaeError: ``maximum`` is negative or not a number, or ``scale`` not above 0.
     """
+    if not maximum >= 0 or not 0 < scale < math.inf:
+        raise DavaeError(f"maximum must be at least 0 and scale above 0, not {maximum} and {scale}")
     ratio = reference.float().norm() / (gradient.float().norm() + 1e-4 * scale)
     return ratio.clamp(0.0, maximum).detach()
 

@@ -20,7 +20,7 @@ class LatentLayout:
             alone.
 
     Raises:
-        DavaeError: a count is too small.
+        DavaeError: a count is too small, or no integer.
     """
 
     base_channels: int
@@ -28,8 +28,9 @@ class LatentLayout:
 
     def __post_init__(self) -> None:
         for name, least in (("base_channels", 1), ("detail_channels", 0)):
-            if getattr(self, name) < least:
-                raise DavaeError(f"{name} must be at least {least}, not {getattr(self, name)}")
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < least:
+                raise DavaeError(f"{name} must be at least {least}, not {count}")
 
     @property
     def channels(self) -> int:
@@ -97,8 +98,12 @@ def token_count(height: int, width: int, *, spatial_compression: int, patch_size
         patch_size: latent cells per token and side.
 
     Raises:
-        DavaeError: a side is not a multiple of ``spatial_compression * patch_size``.
+        DavaeError: a side is not a multiple of ``spatial_compression * patch_size``, or a number is below 1.
     """
+    if min(height, width, spatial_compression, patch_size) < 1:
+        raise DavaeError(
+            f"{height} x {width} pixels, compression {spatial_compression} and patch {patch_size} must be at least 1"
+        )
     side = spatial_compression * patch_size
     if height % side or width % side:
         raise DavaeError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +20,14 @@ class ChannelStatistics:
 
     Args:
         channels: number of channels ``C``.
+
+    Raises:
+        DavaeError: fewer than one channel.
     """
 
     def __init__(self, channels: int) -> None:
+        if channels < 1:
+            raise DavaeError(f"statistics need at least one channel, not {channels}")
         self.count = 0  # values seen per channel
         self._mean = torch.zeros(channels, dtype=torch.float64)
         self._squares = torch.zeros(channels, dtype=torch.float64)  # sum of (x - mean)^2
@@ -97,33 +103,114 @@ class ChannelStatistics:
         self._mean, self._squares = state["mean"].double().clone(), state["squares"].double().clone()
 
 
+def check_statistics(config: Mapping[str, Any]) -> None:
+    """Whether the statistics of latents in an autoencoder's configuration can be ones.
+
+    Args:
+        config: entries that it does not have, or that are None, are fine.
+
+    Raises:
+        DavaeError: a factor or a deviation that is not finite and above 0, a shift or mean that is not finite, or
+            another number of values than channels; names the entry.
+    """
+    for name, low in (("scaling_factor", 0.0), ("shift_factor", None)):
+        if config.get(name) is not None:
+            _check_values(name, [config[name]], above=low)
+    channels = config.get("z_dim") or config.get("latent_channels")
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None and len(mean) != len(std):
+        raise DavaeError(
+            f"latents_mean has {len(mean)} values, latents_std {len(std)}: it must be one a channel in both"
+        )
+    for values in (mean, std):  # of videos they may stand for every channel and frame
+        if values is not None and isinstance(channels, int) and len(_flat(values)) % channels:
+            raise DavaeError(
+                f"latents_mean and latents_std have {len(values)} values, and there are {channels} channels"
+            )
+    check_channel_statistics("latents_mean", mean, "latents_std", std, None)
+
+
+def check_channel_statistics(mean_name: str, mean: Any, std_name: str, std: Any, channels: int | None) -> None:
+    """Whether means and standard deviations of channels can be ones; None is fine for either.
+
+    Args:
+        mean_name, std_name: what an error calls them.
+        mean, std: numbers, one a channel.
+        channels: how many there must be; None does not ask.
+
+    Raises:
+        DavaeError: another number of values, one that is not finite, or a deviation that is not above 0.
+    """
+    for name, values, above in ((mean_name, mean, None), (std_name, std, 0.0)):
+        if values is None:
+            continue
+        numbers = _flat(values)
+        if channels is not None and len(numbers) != channels:
+            raise DavaeError(f"{name} has {len(numbers)} values, and there are {channels} channels")
+        _check_values(name, numbers, above=above)
+
+
+def _flat(values: Any) -> list[Any]:
+    """Numbers in whatever lists and tensors they came; anything else as it is, for the error that names it."""
+    if isinstance(values, Tensor):
+        return values.flatten().tolist()
+    return [one for part in values for one in _flat(part)] if isinstance(values, list | tuple) else [values]
+
+
+def _check_values(name: str, values: Sequence[Any], *, above: float | None) -> None:
+    for number, value in enumerate(values):
+        which = f"{name}[{number}]" if len(values) > 1 else name
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DavaeError(f"{which} must be a number, not {value!r}")
+        if not math.isfinite(value) or (above is not None and not value > above):
+            wanted = "finite" if above is None else "finite and above 0"
+            raise DavaeError(f"{which} is {value}: it must be {wanted}")
+
+
 def latent_affine(config: Mapping[str, Any], channels: int) -> tuple[Tensor, Tensor]:
     """``shift`` and ``scale``, float32 ``[C]``, that an autoencoder's configuration states.
 
     ``scaling_factor`` and ``shift_factor`` hold for all channels; where there are ``latents_mean`` and ``latents_std``,
     they are the shift and one over the scale of each channel, times ``scaling_factor``.
+
+    Raises:
+        DavaeError: they cannot be statistics of that many channels, see :func:`check_channel_statistics`.
     """
+    check_statistics(config)
     scale = torch.full((channels,), _number(config, "scaling_factor", 1.0))
     shift = torch.full((channels,), _number(config, "shift_factor", 0.0))
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is not None and std is not None:
+        check_channel_statistics("latents_mean", mean, "latents_std", std, channels)
         shift = torch.tensor(mean, dtype=torch.float32).flatten()
         scale = scale / torch.tensor(std, dtype=torch.float32).flatten()
     return shift, scale
 
 
 def to_scaled(latent: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``(z - shift) * scale`` of a raw latent ``[B, C, h, w]``; shift and scale ``[C]`` on any device."""
+    """``(z - shift) * scale`` of a raw latent ``[B, C, h, w]``; shift and scale ``[C]`` on any device.
+
+    Raises:
+        DavaeError: another number of channels.
+    """
     return (latent - _of_channels(shift, latent)) * _of_channels(scale, latent)
 
 
 def to_raw(latent: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``z / scale + shift``, the inverse of :func:`to_scaled`."""
+    """``z / scale + shift``, the inverse of :func:`to_scaled`.
+
+    Raises:
+        DavaeError: another number of channels, or a scale of 0, by which nothing can be divided.
+    """
+    if not scale.all():
+        raise DavaeError(f"the scale of channel {int((scale == 0).nonzero()[0])} is 0: there is no raw latent for it")
     return latent / _of_channels(scale, latent) + _of_channels(shift, latent)
 
 
 def _of_channels(values: Tensor, latent: Tensor) -> Tensor | float:
     """One number where all channels share it, which half precision does not round; else ``[C, 1, 1]``."""
+    if len(values) != latent.shape[1]:
+        raise DavaeError(f"the latent has {latent.shape[1]} channels, its shift and scale {len(values)}")
     return float(values[0]) if (values == values[0]).all() else values.to(latent)[:, None, None]
 
 

@@ -20,6 +20,7 @@ from davae.models.autoencoder.autoencoder_da import AutoencoderDA
 from davae.models.base_adapters.adapter import BaseAdapter, adapter_of
 from davae.models.base_adapters.image import LDMAutoencoderKL
 from davae.models.dc_ae import PlainAutoencoderDC
+from davae.runtime.model_files import open_model
 
 _OURS = {cls.__name__: cls for cls in (AutoencoderDA, LDMAutoencoderKL, PlainAutoencoderDC)}
 
@@ -28,17 +29,24 @@ def open_autoencoder(folder: str | Path) -> ModelMixin:
     """The autoencoder of a folder, or of a pipeline's folder, in eval mode.
 
     Raises:
-        DavaeError: there is none, or its class is not known.
+        DavaeError: there is none, its class is not known, or its weights are not complete and finite.
     """
     folder = Path(folder)
     path = folder if (folder / "config.json").is_file() else folder / "vae"
     if not (path / "config.json").is_file():
         raise DavaeError(f"{folder} is no autoencoder's folder: there is no config.json in it, nor in its vae/")
     name = str(json.loads((path / "config.json").read_text(encoding="utf-8")).get("_class_name"))
-    model_class = _OURS.get(name) or getattr(diffusers, name, None)
-    if model_class is None or not name.startswith(("Autoencoder", *_OURS)):
+    model_class = autoencoder_class(name)
+    if model_class is None:
         raise DavaeError(f"{path} holds a {name}: expected an autoencoder of diffusers or of davae")
-    return model_class.from_pretrained(path).eval()
+    return open_model(model_class.from_pretrained, path)[0].eval()
+
+
+def autoencoder_class(name: str) -> type[ModelMixin] | None:
+    """The autoencoder of davae or of diffusers with that class name; None where there is none."""
+    if not name.startswith(("Autoencoder", *_OURS)):
+        return None
+    return _OURS.get(name) or getattr(diffusers, name, None)
 
 
 def compression_of(model: ModelMixin) -> int:

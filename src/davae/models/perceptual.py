@@ -12,6 +12,7 @@ from transformers import AutoModel
 
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import file_hash
+from davae.runtime.model_files import not_finite, open_model
 from davae.runtime.weight_files import read_state_dict
 
 _BACKBONE_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
@@ -51,6 +52,8 @@ class LpipsLoss(nn.Module):
                 key = name.split(".", 1)[1]  # slice3.10.weight is torchvision's features.10.weight
                 _check_layer(backbone, f"features.{key}", features.get(key), parameter)
                 parameter.copy_(features[key])
+        if bad := not_finite(features):
+            raise DavaeError(f"{backbone}: features.{bad[0]} holds numbers that are not finite; fetch {_BACKBONE_URL}")
         self.network.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> LpipsLoss:
@@ -121,14 +124,17 @@ class DinoDistance(nn.Module):
                 f"a network, such as `hf download {_EXAMPLE} --local-dir FOLDER`, and give the folder"
             )
         try:
-            self.network, info = AutoModel.from_pretrained(
-                self.folder, local_files_only=True, output_loading_info=True, trust_remote_code=False
+            self.network, _ = open_model(
+                AutoModel.from_pretrained,
+                self.folder,
+                optional=("pooler",),
+                local_files_only=True,
+                trust_remote_code=False,
             )
+        except DavaeError:
+            raise
         except (OSError, ValueError, KeyError) as error:
             raise DavaeError(f"{self.folder} holds no model that transformers can load: {error}") from error
-        lacking = sorted(key for key in info["missing_keys"] if "pooler" not in key)
-        if lacking:
-            raise DavaeError(f"{self.folder}: the weights lack {lacking[0]} and {len(lacking) - 1} more")
         if not getattr(self.network.config, "num_hidden_layers", 0):
             raise DavaeError(
                 f"{self.folder} holds a {type(self.network).__name__}: the DINO distance needs a vision transformer"

@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import ModelMixin
 
 from davae.models.remote_code import custom_code
+from davae.runtime.model_files import open_model
 
 #: Beside the weights. ``model_index.json`` names the library ``davae``, and diffusers looks for a file of that name.
 CODE_FILE = "davae.py"
@@ -34,6 +35,19 @@ class Portable:
 
     # Pipelines pass on what they find in the signature, which must be the family's.
     functools.update_wrapper(save_pretrained, ModelMixin.save_pretrained, assigned=(), updated=())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As in diffusers, but nothing is opened with a weight missing, left over, misshapen or not finite.
+
+        Raises:
+            DavaeError: there is such a weight, or statistics in ``config.json`` cannot be ones; see
+                :func:`davae.runtime.model_files.open_model`.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        load = super().from_pretrained  # type: ignore[misc]
+        model, info = open_model(load, os.fspath(pretrained_model_name_or_path), **kwargs)
+        return (model, info) if wants_info else model
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:

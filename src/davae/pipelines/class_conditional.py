@@ -1,6 +1,7 @@
 """Images of a class from a flow-matching transformer and a VAE."""
 
 import difflib
+import math
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -126,7 +127,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise DavaeError(f"output_type '{output_type}' is unknown: choose one of {', '.join(OUTPUT_TYPES)}")
         if num_inference_steps < 1:
             raise DavaeError(f"num_inference_steps is {num_inference_steps}: at least 1 is needed")
-        if timestep_shift is not None and timestep_shift <= 0:
+        if timestep_shift is not None and not 0 < timestep_shift < math.inf:
             raise DavaeError(f"timestep_shift is {timestep_shift}: it must be above 0, and 1 changes nothing")
         self._check_channels()
         check_flow_scheduler(self.scheduler)

@@ -280,6 +280,9 @@ class UpgradeRecipe(Section):
     base_revision: str | None = None
     """A name on the hub: the branch, tag or commit to take; none takes the newest. The run's environment.json says
     which commit it was, to be pinned here."""
+    base_variant: str | None = None
+    """Variant of the base's files, such as ``fp16`` in ``model.fp16.safetensors``; none takes those without one, and
+    where there are none of these the only variant that there is."""
     base_remote_code: bool = False
     """Whether Python files that lie beside the base's weights may be executed."""
     data: DataSettings = DataSettings()

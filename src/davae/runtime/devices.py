@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from davae.errors import DavaeError
+from davae.runtime.model_files import variant_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The precisions that have a name on the command line."""
@@ -55,14 +56,16 @@ def named_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def saved_dtype(folder: str | Path) -> torch.dtype:
+def saved_dtype(folder: str | Path, *, variant: str | None = None) -> torch.dtype:
     """The precision in which most numbers of a model's folder are saved; float32 where no header tells.
 
     Args:
         folder: a model's, with its ``.safetensors`` files.
+        variant: of the files, where the folder has it; None means those without one, and where there are none any.
     """
     numbers = dict.fromkeys(_SAVED_AS, 0)
-    for file in Path(folder).glob("*.safetensors"):
+    files = list(Path(folder).glob("*.safetensors"))
+    for file in [file for file in files if variant_of(file.name) == variant] or files:
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118  # no mapping

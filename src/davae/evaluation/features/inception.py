@@ -12,6 +12,7 @@ from davae.errors import DavaeError
 from davae.evaluation.features.network import Features, resize_tensorflow1
 from davae.runtime.atomic_files import file_hash
 from davae.runtime.pictures import to_bytes
+from davae.runtime.weight_files import read_finite
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 _URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
@@ -39,7 +40,7 @@ class Inception:
                 "network and put it there, or name its place with --features inception:FILE; efficientnet-lite0 "
                 "needs no download from elsewhere, but its numbers are not comparable with published ones"
             )
-        weights = torch.load(self._file, weights_only=True, map_location="cpu")
+        weights = read_finite(self._file)
         with torch.device("meta"):
             self._network = InceptionNetwork()
         try:

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 from davae.errors import DavaeError
 from davae.evaluation.features.network import Features, standardise
 from davae.runtime.atomic_files import file_hash
+from davae.runtime.model_files import open_model
 from davae.runtime.pictures import resize_bicubic, to_bytes
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -39,20 +40,20 @@ class TransformersFeatures:
         self.name = name
         self._device = device
         try:
-            self._model, info = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
+            self._model, info = open_model(
+                AutoModel.from_pretrained, name, optional=("pooler",), trust_remote_code=False
+            )
         except ImportError as error:  # the wrapper of timm's networks needs timm
             raise DavaeError(f"feature network '{name}': {_first_line(error)}. Install it with pip") from error
+        except DavaeError as error:
+            raise DavaeError(f"feature network '{name}': {error}") from error
         except (OSError, ValueError, KeyError) as error:
             raise DavaeError(
                 f"feature network '{name}': not 'inception', not 'efficientnet-lite0', and no transformers model can "
                 f"be loaded from a folder or hub name of that kind ({_first_line(error)}). Where there is no network, "
                 f"fetch it elsewhere with `hf download {name} --local-dir FOLDER` and give the folder"
             ) from error
-        missing = sorted(info["missing_keys"])
-        self._has_pooler = not any("pooler" in key for key in missing)
-        others = [key for key in missing if "pooler" not in key]
-        if others:
-            raise DavaeError(f"feature network '{name}': the weights lack {others[0]} and {len(others) - 1} more")
+        self._has_pooler = not any("pooler" in key for key in info["missing_keys"])
         self._model.to(device).eval().requires_grad_(False)
         found = _beside(name, "preprocessor_config.json")
         stored = json.loads(found.read_text()) if found else {}

@@ -18,7 +18,6 @@ from davae.evaluation.generation.baselines import generate_variants
 from davae.evaluation.generation.compare import GenerationReport, compare_generation, open_reference
 from davae.evaluation.generation.image_run import RunSettings, write_geneval_folder
 from davae.evaluation.metrics.names import CLIP_SCORE
-from davae.pipelines import load_pipeline
 from davae.runtime.console import track
 from davae.runtime.devices import chosen_device, named_dtype
 from davae.runtime.processes import start_processes
@@ -126,8 +125,7 @@ def evaluate_generation(
 
 
 def _open_pipeline(name: str, dtype: torch.dtype, device: str) -> DiffusionPipeline:
-    made_in_code = name in ("tiny", "debug") or name.startswith("debug-")
-    pipe = load_base(name, dtype=dtype) if made_in_code else load_pipeline(name, dtype=dtype)
+    pipe = load_base(name, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

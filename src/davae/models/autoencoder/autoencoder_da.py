@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +12,15 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from davae.choices import ChannelOrder, LatentSpace, Scale, check_choice
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
+from davae.latents.statistics import check_channel_statistics, check_statistics
 from davae.models.autoencoder.pipeline_config import DERIVED_KEYS, derived_config
-from davae.models.autoencoder.posterior import StructuredPosterior, takes_single_frame, without_alpha
+from davae.models.autoencoder.posterior import EncodedLatents, StructuredPosterior, takes_single_frame, without_alpha
 from davae.models.autoencoder.residual_sampling import ResidualDownsample, ResidualUpsample
 from davae.models.autoencoder.tiling import tiled
 from davae.models.autoencoder.warm_blocks import start_blocks_from_base
@@ -112,8 +113,11 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         _check_options(scale, base_latent_space, decoder_channel_order, detail_dropout)
+        check_channel_statistics("detail_mean", detail_mean, "detail_std", detail_std, detail_channels)
         model_class, self.adapter = find_adapter(base_class)
         self.base = model_class.from_config(base_config)
+        check_statistics(self.base.config)
+        _check_image_channels(base_class, *self.adapter.image_channels(self.base))
         self.factor, self.scale = scale, scale * self.adapter.scale(self.base)
         _check_detail_channels(detail_channels, self.scale)
         base_layout = self.adapter.latent_layout(self.base)
@@ -139,8 +143,11 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         self.use_tiling = False
         sample_size = self.config.sample_size or 0
         sample_size = max(sample_size) if isinstance(sample_size, (list, tuple)) else sample_size
-        self.tile_sample_min_size = max(int(sample_size), 32 * self.spatial_compression)  # pixels
-        self.tile_overlap_factor = 0.25
+        # In pixels, as in diffusers; a tile overlaps the next one by a quarter.
+        side = max(int(sample_size), 32 * self.spatial_compression) // self.spatial_compression
+        self.tile_sample_min_height = self.tile_sample_min_width = side * self.spatial_compression
+        step = (side - round(0.25 * side)) * self.spatial_compression
+        self.tile_sample_stride_height = self.tile_sample_stride_width = step
 
     @classmethod
     def from_base(
@@ -209,6 +216,24 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
             self.temperal_downsample = derived["temperal_downsample"]
         for name, module in self.adapter.pipeline_modules(base, self.own_layout.detail_channels).items():
             setattr(self, name, module.to(device=base.device))
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in diffusers.
+
+        Raises:
+            DavaeError: an entry that follows from the base was edited: nothing would read it.
+        """
+        made = super().from_config(config, return_unused_kwargs, **kwargs)
+        model = made[0] if return_unused_kwargs else made
+        for key in sorted(DERIVED_KEYS & config.keys() & model.config.keys()) if isinstance(config, dict) else ():
+            stated, derived = (json.loads(json.dumps(values[key])) for values in (config, model.config))
+            if stated != derived:
+                raise DavaeError(
+                    f"config.json says {key} {stated}, and of the base in its base_config it is {derived}: set it "
+                    "back. The details were trained over a base with that value, and another would not be read"
+                )
+        return made
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -299,6 +324,20 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         self.register_to_config(has_base_decoder=False)
         self.adapter.drop_decoder(self.base)
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
+        """As in diffusers: the networks that learn compute their stages again on the way back, and keep less.
+
+        Raises:
+            DavaeError: an adapter's networks have no stages that can do so, which would leave everything as it is.
+        """
+        for name in ("detail_encoder", "joint_decoder"):
+            if not any(hasattr(module, "gradient_checkpointing") for module in getattr(self, name).modules()):
+                raise DavaeError(
+                    f"{name} of {type(self.adapter).__name__} cannot checkpoint gradients: build it of "
+                    "davae.models.base_adapters.adapter.FeatureChain, or leave gradient_checkpointing off"
+                )
+        super().enable_gradient_checkpointing(gradient_checkpointing_func)
 
     def train_levels(self, *, together: bool) -> None:
         """Choose what learns: this level alone (the start), or all levels together. The base VAE never does.
@@ -460,7 +499,8 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
             level: which level, 1 the lowest; None is the last one.
 
         Raises:
-            DavaeError: another length, a value that is not finite, or a standard deviation of 0.
+            DavaeError: another length, a value that is not finite, or a standard deviation that is not above 0, as of
+                a channel that is constant.
         """
         if level is not None and level != self._number():
             if self.below is None:
@@ -470,12 +510,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
             arguments = constructor_arguments(type(self.below), self.below.config)
             self.register_to_config(base_config=arguments)
             return
-        count = self.own_layout.detail_channels
-        for name, values in (("mean", mean), ("std", std)):
-            if values.shape != (count,) or not values.isfinite().all():
-                raise DavaeError(f"detail {name} must be {count} finite values, not {tuple(values.shape)}: {values}")
-        if not (std > 0).all():
-            raise DavaeError(f"detail channel {int((std <= 0).nonzero()[0])} is constant: its standard deviation is 0")
+        check_channel_statistics("detail_mean", mean, "detail_std", std, self.own_layout.detail_channels)
         self.register_to_config(detail_mean=mean.tolist(), detail_std=std.tolist())
 
     def detail_statistics(self) -> tuple[Tensor, Tensor]:
@@ -505,8 +540,10 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @apply_forward_hook
     @takes_single_frame
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[StructuredPosterior]:
+    def encode(self, x: Tensor, return_dict: bool = True) -> EncodedLatents | tuple[StructuredPosterior]:
         """Images ``[B, 3, H, W]`` in [-1, 1] to a posterior over a pipeline's latents ``[B, C + D, h, w]``.
+
+        Computed in the model's precision, whatever that of ``x`` is, but where autocast rules.
 
         As pipelines of video-derived bases call it, ``[B, 3 or 4, 1, H, W]`` is one frame (and opacity, which
         is dropped), and the latents are ``[B, C + D, 1, h, w]``; :meth:`decode` takes those.
@@ -514,14 +551,14 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             DavaeError: sides that are not multiples of ``s * f``.
         """
-        x = without_alpha(x)
+        x = self._in_own_precision(without_alpha(x))
         z = self.encode_base(x)
         details = self.encode_details(x)
         mean, std = self._detail_affine(details.mean.device)
         posterior = StructuredPosterior(
             self.layout, z, ((details.mean.float() - mean) / std).to(z.dtype), (details.std.float() / std).to(z.dtype)
         )
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+        return EncodedLatents(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
     @takes_single_frame
@@ -530,12 +567,18 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
     ) -> DecoderOutput | tuple[Tensor]:
         """Latents ``[B, C + D, h, w]`` in the pipelines' convention to images ``[B, 3, H, W]``, not clamped.
 
-        ``generator`` is part of the family's signature; decoding is deterministic.
+        Computed in the model's precision, as :meth:`encode`. ``generator`` is part of the family's signature; decoding
+        is deterministic.
         """
+        z = self._in_own_precision(z)
         base, details = self.layout.split(z)
         mean, std = self._detail_affine(details.device)
         images = self.decode_structured(base, (details.float() * std + mean).to(z.dtype))
         return DecoderOutput(sample=images) if return_dict else (images,)
+
+    def _in_own_precision(self, x: Tensor) -> Tensor:
+        """Pipelines hand in the precision of their other parts, which need not be the autoencoder's."""
+        return x if x.dtype == self.dtype or torch.is_autocast_enabled(x.device.type) else x.to(self.dtype)
 
     @apply_forward_hook
     def decode_level(self, latent: Tensor, level: int) -> Tensor:
@@ -596,26 +639,58 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ large inputs
 
-    def enable_tiling(self, tile_sample_min_size: int | None = None, tile_overlap_factor: float | None = None) -> None:
+    def enable_tiling(
+        self,
+        tile_sample_min_size: int | None = None,
+        tile_overlap_factor: float | None = None,
+        *,
+        tile_sample_min_height: int | None = None,
+        tile_sample_min_width: int | None = None,
+        tile_sample_stride_height: int | None = None,
+        tile_sample_stride_width: int | None = None,
+    ) -> None:
         """Encode and decode larger images in overlapping tiles; see :func:`davae.models.autoencoder.tiling.tiled`.
 
+        All sizes are in pixels of the full-resolution image, multiples of ``s * f``. What is not given stays as it is;
+        a new size without a stride keeps the part that overlaps.
+
         Args:
-            tile_sample_min_size: side of a tile in pixels of the full-resolution image, a multiple of ``s *
-                f``.
+            tile_sample_min_size: side of a square tile.
             tile_overlap_factor: part of a tile that overlaps its neighbour, in [0, 0.5].
+            tile_sample_min_height, tile_sample_min_width: sides of a tile, as in diffusers.
+            tile_sample_stride_height, tile_sample_stride_width: from one tile to the next, from half a side to a whole.
 
         Raises:
-            DavaeError: a value out of range.
+            DavaeError: a value out of range, or the same thing said twice.
         """
-        size = tile_sample_min_size or self.tile_sample_min_size
-        factor = self.tile_overlap_factor if tile_overlap_factor is None else tile_overlap_factor
-        if size % self.spatial_compression:
-            raise DavaeError(f"tile size {size} is not a multiple of {self.spatial_compression} pixels")
-        if not 0.0 <= factor <= 0.5:
-            raise DavaeError(f"tile_overlap_factor must lie in [0, 0.5], not {factor}")
-        self.use_tiling, self.tile_sample_min_size, self.tile_overlap_factor = True, size, factor
+        if tile_sample_min_size is not None and (tile_sample_min_height, tile_sample_min_width) != (None, None):
+            raise DavaeError("tile_sample_min_size says both sides of a tile: leave it or the height and width out")
+        if tile_overlap_factor is not None:
+            if (tile_sample_stride_height, tile_sample_stride_width) != (None, None):
+                raise DavaeError("tile_overlap_factor and strides say the same thing: leave one out")
+            if not 0.0 <= tile_overlap_factor <= 0.5:
+                raise DavaeError(f"tile_overlap_factor must lie in [0, 0.5], not {tile_overlap_factor}")
+        cell = self.spatial_compression
+        chosen: dict[str, int] = {}
+        for side, size, stride in (
+            ("height", tile_sample_min_height, tile_sample_stride_height),
+            ("width", tile_sample_min_width, tile_sample_stride_width),
+        ):
+            before = getattr(self, f"tile_sample_min_{side}")
+            size = next((given for given in (size, tile_sample_min_size) if given is not None), before)
+            _check_tile(f"tile size {size}", size, cell, cell, None)
+            if stride is None:
+                kept = 1 - getattr(self, f"tile_sample_stride_{side}") / before
+                overlap = kept if tile_overlap_factor is None else tile_overlap_factor
+                stride = size - round(size // cell * overlap) * cell
+            else:
+                _check_tile(f"tile_sample_stride_{side} {stride}", stride, cell, size / 2, size)
+            chosen |= {f"tile_sample_min_{side}": size, f"tile_sample_stride_{side}": stride}
+        self.use_tiling = True
+        for name, size in chosen.items():
+            setattr(self, name, size)
         if self.below is not None:  # the same tiles, in latent positions
-            self.below.enable_tiling(size // self.factor, factor)
+            self.below.enable_tiling(**{name: size // self.factor for name, size in chosen.items()})
 
     def disable_tiling(self) -> None:
         """Encode and decode in one step."""
@@ -638,14 +713,25 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         self, function: Callable[[Tensor], Tensor], network: nn.Module, cell_in: int, cell_out: int
     ) -> Callable[[Tensor], Tensor]:
         """``function``, which calls ``network``, by tiles where tiling is on and the input larger than one."""
-        tile = self.tile_sample_min_size // self.spatial_compression
+        tile, step = (
+            tuple(
+                getattr(self, f"tile_sample_{what}_{side}") // self.spatial_compression for side in ("height", "width")
+            )
+            for what in ("min", "stride")
+        )
 
         def apply(x: Tensor) -> Tensor:
-            if not self.use_tiling or max(x.shape[-2:]) <= tile * cell_in:
+            if not self.use_tiling or all(size <= side * cell_in for size, side in zip(x.shape[-2:], tile)):
                 return function(x)
-            overlap = round(tile * self.tile_overlap_factor)
+            overlap = (tile[0] - step[0], tile[1] - step[1])
             return tiled(
-                function, x, tile=tile, overlap=overlap, cell_in=cell_in, cell_out=cell_out, networks=[network]
+                function,
+                x,
+                tile=(tile[0], tile[1]),
+                overlap=overlap,
+                cell_in=cell_in,
+                cell_out=cell_out,
+                networks=[network],
             )
 
         return apply
@@ -657,6 +743,14 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         return function(x)
 
 
+def _check_tile(what: str, size: Any, cell: int, least: float, most: int | None) -> None:
+    """Raise a :class:`DavaeError` for pixels that are not so many or no multiple of ``cell``."""
+    if isinstance(size, bool) or not isinstance(size, int) or size % cell:
+        raise DavaeError(f"{what} is not a multiple of {cell} pixels")
+    if size < least or (most is not None and size > most):
+        raise DavaeError(f"{what} must be at least {least:g}{'' if most is None else f' and at most {most}'} pixels")
+
+
 def _check_options(scale: int, space: str, order: str, dropout: float) -> None:
     """Raise a :class:`DavaeError` for a value that does not exist, in the order of the constructor."""
     check_choice(scale, Scale, "scale")
@@ -664,6 +758,15 @@ def _check_options(scale: int, space: str, order: str, dropout: float) -> None:
     check_choice(order, ChannelOrder, "decoder_channel_order")
     if not 0.0 <= dropout < 1.0:
         raise DavaeError(f"detail_dropout must lie in [0, 1), not {dropout}")
+
+
+def _check_image_channels(name: str, taken: int, given: int) -> None:
+    """Raise a :class:`DavaeError` for a base that is not one of colour images."""
+    if (taken, given) != (3, 3):
+        raise DavaeError(
+            f"this {name} takes images of {taken} channels and gives {given}: only autoencoders of colour images, "
+            "3 channels in and out, can be the base"
+        )
 
 
 def _check_detail_channels(detail_channels: int, scale: int) -> None:

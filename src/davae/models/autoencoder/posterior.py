@@ -47,6 +47,24 @@ class StructuredPosterior:
         return self.layout.join(z, mean + std * noise)
 
 
+class EncodedLatents(AutoencoderKLOutput):
+    """What ``AutoencoderDA.encode`` returns, under every name by which pipelines of diffusers read latents.
+
+    ``latent_dist`` is the posterior; ``latent`` (as of ``AutoencoderDC``) and ``latents`` (as of ``AutoencoderTiny``)
+    are its mode.
+    """
+
+    @property
+    def latent(self) -> Tensor:
+        """``[B, C + D, h, w]``."""
+        return self.latent_dist.mode()
+
+    @property
+    def latents(self) -> Tensor:
+        """``[B, C + D, h, w]``."""
+        return self.latent_dist.mode()
+
+
 class SingleFramePosterior:
     """A posterior over ``[B, C, h, w]`` seen as one over ``[B, C, 1, h, w]``."""
 
@@ -106,8 +124,8 @@ def _with_frame(result: Any) -> Any:
         return SingleFramePosterior(result)
     if isinstance(result, DecoderOutput):
         return DecoderOutput(sample=result.sample.unsqueeze(2))
-    if isinstance(result, AutoencoderKLOutput):
-        return AutoencoderKLOutput(latent_dist=SingleFramePosterior(result.latent_dist))
+    if isinstance(result, EncodedLatents):
+        return EncodedLatents(latent_dist=SingleFramePosterior(result.latent_dist))
     raise TypeError(f"nothing is known about frames of a {type(result).__name__}")
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import TracebackType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def tiled(
     function: Callable[[Tensor], Tensor],
     x: Tensor,
     *,
-    tile: int,
-    overlap: int,
+    tile: int | tuple[int, int],
+    overlap: int | tuple[int, int],
     cell_in: int,
     cell_out: int,
     networks: Sequence[nn.Module] = (),
@@ -33,46 +36,91 @@ def tiled(
     Args:
         function: maps ``[B, C, n * cell_in, m * cell_in]`` to ``[B, C', n * cell_out, m * cell_out]``.
         x: ``[B, C, H, W]``, sides multiples of ``cell_in``.
-        tile, overlap: in cells (latent positions), ``overlap < tile``.
+        tile, overlap: in cells (latent positions), of rows and columns or one number for both; ``overlap < tile``.
         cell_in, cell_out: side of one cell in the input and in the output.
-        networks: what ``function`` calls, searched for group norms.
+        networks: what ``function`` calls, searched for group norms, and for gradient checkpointing: where both are
+            there, a whole tile is what is computed again on the way back.
 
     Returns:
         ``[B, C', H / cell_in * cell_out, W / cell_in * cell_out]`` in the dtype of ``function``'s output.
     """
-    rows, columns = x.shape[-2] // cell_in, x.shape[-1] // cell_in
+    tiles, overlaps = ((v, v) if isinstance(v, int) else v for v in (tile, overlap))
+    cells = (x.shape[-2] // cell_in, x.shape[-1] // cell_in)
     total: Tensor | None = None
-    weights = torch.zeros(rows * cell_out, columns * cell_out, device=x.device)
+    weights = torch.zeros(cells[0] * cell_out, cells[1] * cell_out, device=x.device)
     with WholeImageNorms(networks) as norms:
+        compute = function
         if norms:
-            function(_reduced(x, tile, cell_in))
-        for top in _starts(rows, tile, overlap):
-            for left in _starts(columns, tile, overlap):
-                y = function(_crop(x, top, left, tile, cell_in))
+            with _without_checkpointing(
+                networks
+            ):  # statistics that a hook takes would be missed when stages are computed again
+                function(_reduced(x, tiles, cell_in))
+            if torch.is_grad_enabled() and _checkpointing(networks):
+                compute = partial(
+                    checkpoint,
+                    function,
+                    use_reentrant=False,
+                    context_fn=lambda: (_without_checkpointing(networks), _Again(norms, networks)),
+                )
+        for top in _starts(cells[0], tiles[0], overlaps[0]):
+            for left in _starts(cells[1], tiles[1], overlaps[1]):
+                y = compute(_crop(x, (top, left), tiles, cell_in))
                 if total is None:
                     total = torch.zeros(*y.shape[:-2], *weights.shape, device=y.device)
                 weight = torch.outer(
-                    _ramps(top, rows, tile, overlap, cell_out, x.device),
-                    _ramps(left, columns, tile, overlap, cell_out, x.device),
+                    _ramps(top, cells[0], tiles[0], overlaps[0], cell_out, x.device),
+                    _ramps(left, cells[1], tiles[1], overlaps[1], cell_out, x.device),
                 )
-                _crop(total, top, left, tile, cell_out).add_(y.float() * weight)
-                _crop(weights, top, left, tile, cell_out).add_(weight)
+                _crop(total, (top, left), tiles, cell_out).add_(y.float() * weight)
+                _crop(weights, (top, left), tiles, cell_out).add_(weight)
     assert total is not None
     return (total / weights).to(y.dtype)
 
 
-def _reduced(x: Tensor, tile: int, cell: int) -> Tensor:
+class _Again:
+    """While a tile is computed again, as often as gradients go back: the norms' hooks, which are gone by then."""
+
+    def __init__(self, norms: WholeImageNorms, networks: Sequence[nn.Module]) -> None:
+        self._norms, self._networks, self._entered = norms, networks, ExitStack()
+
+    def __enter__(self) -> None:
+        self._entered.enter_context(self._norms)
+        self._entered.enter_context(_without_checkpointing(self._networks))
+
+    def __exit__(self, *_: object) -> None:
+        self._entered.close()
+
+
+def _checkpointing(networks: Iterable[nn.Module]) -> list[nn.Module]:
+    """Modules that compute their stages again on the way back."""
+    return [m for network in networks for m in network.modules() if getattr(m, "gradient_checkpointing", False)]
+
+
+@contextmanager
+def _without_checkpointing(networks: Sequence[nn.Module]) -> Iterator[None]:
+    switched = _checkpointing(networks)
+    for module in switched:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def _reduced(x: Tensor, tile: tuple[int, int], cell: int) -> Tensor:
     """``x`` at the size of a tile: images resampled, latents (cells of one position) thinned out."""
-    cells = max(x.shape[-2:]) // cell
-    size = [max(1, round(side // cell * tile / cells)) * cell for side in x.shape[-2:]]
+    cells = [side // cell for side in x.shape[-2:]]
+    fit, over = min(zip(tile, cells, strict=True), key=lambda pair: pair[0] / pair[1])
+    size = [max(1, round(count * fit / over)) * cell for count in cells]
     if cell == 1:  # averaging latents would lower their variance
         return F.interpolate(x, size=size, mode="nearest-exact")
     return F.interpolate(x.float(), size=size, mode="bicubic", antialias=True, align_corners=False).to(x.dtype)
 
 
-def _crop(x: Tensor, top: int, left: int, tile: int, cell: int) -> Tensor:
+def _crop(x: Tensor, start: tuple[int, int], tile: tuple[int, int], cell: int) -> Tensor:
     """The part of ``x`` under a tile, as a view."""
-    rows, columns = (slice(start * cell, (start + tile) * cell) for start in (top, left))
+    rows, columns = (slice(begin * cell, (begin + size) * cell) for begin, size in zip(start, tile, strict=True))
     return x[..., rows, columns]
 
 
@@ -126,8 +174,7 @@ class WholeImageNorms:
     ) -> None:
         for handle in self._handles:
             handle.remove()
-        self._statistics.clear()
-        self._affine.clear()
+        self._handles = []
 
     def _apply(self, norm: nn.GroupNorm, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = arguments[0]  # [B, C, ...]

@@ -90,6 +90,10 @@ class BaseAdapter(ABC):
         """``C``."""
         return int(base.config.latent_channels)
 
+    def image_channels(self, base: Any) -> tuple[int, int]:
+        """Channels of the images that the base takes and gives, once this adapter has filled up or cut what it must."""
+        return int(base.config.get("in_channels", 3)), int(base.config.get("out_channels", 3))
+
     def latent_layout(self, base: Any) -> LatentLayout:
         """Its base and detail channels: none of the latter but in a base that has levels itself."""
         return LatentLayout(self.latent_channels(base), 0)
@@ -155,23 +159,34 @@ class BaseAdapter(ABC):
         return {}
 
 
-class FeatureChain(nn.Module):
-    """Copies of stages, one after another, with gradient checkpointing for each."""
+class Stages(nn.Module):
+    """A network that computes stages one after another, with gradient checkpointing for each."""
 
-    def __init__(self, stages: Iterable[nn.Module]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(copy.deepcopy(stage) for stage in stages)
         self.gradient_checkpointing = False  # diffusers sets both
         self._gradient_checkpointing_func: Callable[..., Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Through all stages."""
-        for stage in self.stages:
+    def through(self, stages: Iterable[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
+        """``x`` through the stages in their order."""
+        for stage in stages:
             if self._gradient_checkpointing_func and self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(stage, x)
             else:
                 x = stage(x)
         return x
+
+
+class FeatureChain(Stages):
+    """Copies of stages, one after another."""
+
+    def __init__(self, stages: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(copy.deepcopy(stage) for stage in stages)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Through all stages."""
+        return self.through(self.stages, x)
 
 
 _ADAPTERS: dict[str, tuple[type[ModelMixin], BaseAdapter]] = {}

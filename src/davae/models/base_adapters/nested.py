@@ -28,6 +28,10 @@ class NestedAdapter(BaseAdapter):
         """That of the base VAE, whose networks all levels are copies of."""
         return base.adapter.network_adapter(base.base)
 
+    def image_channels(self, base: Any) -> tuple[int, int]:
+        """Those of the base VAE."""
+        return base.adapter.image_channels(base.base)
+
     def latent_layout(self, base: Any) -> LatentLayout:
         """Its base and detail channels."""
         return base.layout

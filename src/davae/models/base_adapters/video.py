@@ -6,6 +6,7 @@ same function with a third of the weights, and without the parts that only work 
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage21 import QwenImage21
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
-from davae.models.base_adapters.adapter import BaseAdapter, Convolution, register_adapter
+from davae.models.base_adapters.adapter import BaseAdapter, Convolution, Stages, register_adapter
 
 
 class FrameConv2d(nn.Conv2d):
@@ -26,10 +27,10 @@ class FrameConv2d(nn.Conv2d):
         return super().forward(x.squeeze(2)).unsqueeze(2)
 
 
-class FrameEncoder(nn.Module):
+class FrameEncoder(Stages):
     """An encoder of single frames as one of images; what lacks to its input channels is opacity, 1."""
 
-    def __init__(self, network: nn.Module, channels: int) -> None:
+    def __init__(self, network: Any, channels: int) -> None:
         super().__init__()
         self.network = network
         self.channels = channels
@@ -39,20 +40,24 @@ class FrameEncoder(nn.Module):
         opaque = self.channels - images.shape[1]
         if opaque:
             images = torch.cat([images, torch.ones_like(images[:, :opaque])], dim=1)
-        return self.network(images.unsqueeze(2)).squeeze(2)
+        x = self.through([*self.network.down_blocks, self.network.mid_block], self.network.conv_in(images.unsqueeze(2)))
+        return self.network.nonlinearity(self.network.norm_out(x)).squeeze(2)
 
 
-class FrameDecoder(nn.Module):
+class FrameDecoder(Stages):
     """A decoder of single frames as one of images; of its output the three colours."""
 
-    def __init__(self, network: nn.Module, **first: bool) -> None:
+    def __init__(self, network: Any, **first: bool) -> None:
         super().__init__()
         self.network = network
         self.first = first  # what says that there is no frame before
 
     def forward(self, features: Tensor) -> Tensor:
         """``[B, F, h, w]`` to images ``[B, 3, H, W]``."""
-        return self.network(features.unsqueeze(2), **self.first).squeeze(2)[:, :3]
+        blocks = [partial(block, **self.first) for block in self.network.up_blocks]
+        x = self.through([self.network.mid_block, *blocks], features.unsqueeze(2))
+        x = self.network.conv_out(self.network.nonlinearity(self.network.norm_out(x)))
+        return x.squeeze(2)[:, :3]
 
 
 class QwenImageAdapter(BaseAdapter):
@@ -78,6 +83,11 @@ class QwenImageAdapter(BaseAdapter):
     def decode(self, base: Any, z: Tensor) -> Tensor:
         """Images ``[B, 3, H, W]``; the base itself clamps them to [-1, 1]."""
         return base.decode(z.unsqueeze(2)).sample.squeeze(2)[:, :3]
+
+    def image_channels(self, base: Any) -> tuple[int, int]:
+        """Opacity, where the base has it, is filled up and cut here."""
+        taken = int(base.encoder.conv_in.in_channels)
+        return (3, 3) if taken == 4 else (taken, taken)
 
     def latent_channels(self, base: Any) -> int:
         """``z_dim``."""
@@ -120,6 +130,8 @@ def _of_single_frames(network: nn.Module, *, without: str) -> Any:
         if isinstance(module, QwenImageResample | QwenImage21Resample) and module.mode.endswith("3d"):
             module.mode = module.mode.replace("3d", "2d")
             del module.time_conv
+        if isinstance(module, nn.Upsample):  # by a whole number both are the same, and ONNX knows this one
+            module.mode = module.mode.removesuffix("-exact")
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, QwenImageCausalConv3d | QwenImage21CausalConv3d):

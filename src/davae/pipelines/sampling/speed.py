@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from davae.errors import DavaeError
 from davae.runtime.devices import DTYPES
@@ -73,8 +75,15 @@ def set_attention(transformer: Any, backend: str) -> None:
     """Choose the backend of diffusers' attention dispatcher.
 
     Raises:
-        DavaeError: no such backend, or what it needs is not installed.
+        DavaeError: no such backend, what it needs is not installed, or the transformer would not use it.
     """
+    processors = [getattr(module, "processor", None) for module in transformer.modules()]
+    asks = any(hasattr(processor, "_attention_backend") for processor in processors)
+    if not asks and backend != "native" and backend in {one.value for one in AttentionBackendName}:
+        raise DavaeError(
+            f"attention '{backend}': the attention of {type(transformer).__name__} does not ask diffusers for a "
+            "backend, and would stay as it is. Leave it out"
+        )
     try:
         transformer.set_attention_backend(backend)
     except (ValueError, RuntimeError, ImportError) as error:
@@ -94,10 +103,26 @@ def decode_in(vae: Any, dtype: torch.dtype) -> None:
     vae.decode = functools.update_wrapper(functools.partial(_decode_under_autocast, vae, dtype), type(vae).decode)
 
 
+class _Decoding(nn.Module):
+    """``decode`` as ``forward``, for :func:`functional_call`."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return type(self.vae).decode(self.vae, z, *args, **kwargs)
+
+
 def _decode_under_autocast(vae: Any, dtype: torch.dtype, z: Tensor, *args: Any, **kwargs: Any) -> Any:
-    enabled = dtype != torch.float32 or z.dtype != torch.float32
-    with torch.autocast(z.device.type, dtype=dtype, enabled=enabled):
-        made = type(vae).decode(vae, z, *args, **kwargs)
+    if dtype == torch.float32 and z.device.type != "cuda":  # autocast does nothing for float32 there
+        tensors = {**dict(vae.named_parameters()), **dict(vae.named_buffers())}
+        floats = {f"vae.{name}": value.float() for name, value in tensors.items() if value.is_floating_point()}
+        made = functional_call(_Decoding(vae), floats, (z.float(), *args), kwargs)
+    else:
+        enabled = dtype != torch.float32 or z.dtype != torch.float32
+        with torch.autocast(z.device.type, dtype=dtype, enabled=enabled):
+            made = type(vae).decode(vae, z, *args, **kwargs)
     if isinstance(made, tuple):
         return (made[0].to(z.dtype), *made[1:])
     made.sample = made.sample.to(z.dtype)

@@ -27,6 +27,7 @@ from davae.models import AutoencoderDA
 from davae.pipelines.lora import attach_lora, attached_lora
 from davae.pipelines.saving.opening import LAYERS_FILE, load_autoencoder
 from davae.pipelines.upgrade import upgrade_pipeline
+from davae.runtime.model_files import not_finite
 from davae.warm_start import description_of
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -195,6 +196,8 @@ def _read(file: Path) -> tuple[_Header, dict[str, Tensor]]:
         tensors = load_file(file)
     except SafetensorError as error:
         raise DavaeError(f"{file} is damaged: {error}") from error
+    if bad := not_finite(tensors):
+        raise DavaeError(f"{file}: {bad[0]} holds numbers that are not finite: save or fetch it again")
     if "davae" not in metadata:
         raise DavaeError(f"{file} was not written by davae: its header has no entry 'davae'")
     values = json.loads(metadata["davae"])
@@ -310,6 +313,8 @@ def _load_lora(pipe: DiffusionPipeline, name: str, file: Path) -> None:
     if not file.is_file():
         raise DavaeError(f"{file} does not exist: {LAYERS_FILE} beside it goes with a LoRA")
     transformer = pipe.transformer
+    if bad := not_finite(load_file(file)):
+        raise DavaeError(f"{file}: {bad[0]} holds numbers that are not finite: save or fetch it again")
     saved = {key.removeprefix("transformer."): value for key, value in load_file(file).items()}
     if hasattr(transformer, "load_lora_adapter"):
         transformer.load_lora_adapter(file.parent, prefix="transformer", weight_name=file.name, adapter_name=name)

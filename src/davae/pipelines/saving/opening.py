@@ -1,16 +1,19 @@
 """Opening pipelines and autoencoders wherever they lie; errors of what is missing, damaged or something else."""
 
 import errno
+import functools
 import json
 import logging
-from collections.abc import Collection, Iterator
+import re
+import threading
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
@@ -22,8 +25,10 @@ from safetensors import SafetensorError
 
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
+from davae.models.latent_space import autoencoder_class
 from davae.pipelines.families import fit_to_autoencoder
 from davae.runtime.devices import saved_dtype
+from davae.runtime.model_files import by_component, chosen_variant, component_files, open_model
 
 LAYERS_FILE = "davae_adapter.safetensors"
 
@@ -40,12 +45,113 @@ def load_pipeline(folder_or_repo: str | Path, **options: Any) -> DiffusionPipeli
         options: as for ``DiffusionPipeline.from_pretrained``, such as ``dtype``.
 
     Raises:
-        DavaeError: a folder without a pipeline, files that are missing or damaged, or a name that the hub does not
-            give.
+        DavaeError: a folder without a pipeline, files that are missing or damaged, a model that lacks a weight, has one
+            too many or one that is not finite, or a name that the hub does not give.
     """
-    path_or_repo = pipeline_place(folder_or_repo)
-    with opening("pipeline", path_or_repo, passed=options):
-        return fit_to_autoencoder(DiffusionPipeline.from_pretrained(path_or_repo, **options))
+    return open_pipeline(pipeline_place(folder_or_repo), **options)
+
+
+def open_pipeline(path_or_repo: str, **options: Any) -> DiffusionPipeline:
+    """The pipeline of a folder or of the hub, each of its models opened by :func:`open_model`, and fitted.
+
+    Where the caller passes ``vae=None``, the pipeline still knows the sizes of its own autoencoder: the class reads
+    them from one without weights, which is then taken out.
+
+    Args:
+        path_or_repo: see :func:`pipeline_place`.
+        options: as for ``DiffusionPipeline.from_pretrained``; ``dtype`` may be ``"saved"``, that of the transformer's
+            files. Without ``variant``, weights that are published as one variant alone are taken, which is said.
+
+    Raises:
+        DavaeError: see :func:`opening`, and a model is not complete and finite, or is there in several variants.
+    """
+    try:
+        return _open_pipeline(path_or_repo, **options)
+    except DavaeError as error:
+        if Path(path_or_repo).is_dir() or options.get("variant") is not None:
+            raise
+        only = chosen_variant(path_or_repo, by_component(published_files(path_or_repo, error)), None)
+        if only is None:
+            raise
+        return _open_pipeline(path_or_repo, **options | {"variant": only})
+
+
+def published_files(path_or_repo: str, error: DavaeError) -> list[str]:
+    """Names of the files in a folder; of a name on the hub, those that diffusers lists where none of them will do."""
+    folder = Path(path_or_repo)
+    if folder.is_dir():
+        return [str(file.relative_to(folder)) for file in sorted(folder.rglob("*"))]
+    return re.findall(r"'([^']+\.[^']+)'", str(error))
+
+
+def _open_pipeline(path_or_repo: str, **options: Any) -> DiffusionPipeline:
+    with opening("pipeline", path_or_repo, passed=options), _models_checked():
+        if options.get("dtype") == "saved":
+            if not Path(path_or_repo).is_dir():
+                wanted = {key: value for key, value in options.items() if key != "dtype"}
+                path_or_repo = str(DiffusionPipeline.download(path_or_repo, **wanted))
+            options["dtype"] = saved_dtype(Path(path_or_repo) / "transformer", variant=options.get("variant"))
+        folder = Path(path_or_repo)
+        if folder.is_dir():
+            parts = component_files(part for part in sorted(folder.iterdir()) if part.is_dir())
+            needed = {name: files for name, files in parts.items() if name not in options}
+            variant = chosen_variant(folder, needed, options.pop("variant", None))
+            options |= {} if variant is None else {"variant": variant}
+        left_out = "vae" in options and options["vae"] is None
+        if left_out and (sizes := _without_weights(path_or_repo, options)) is not None:
+            options["vae"] = sizes
+        pipe = fit_to_autoencoder(DiffusionPipeline.from_pretrained(path_or_repo, **options))
+        if left_out:
+            pipe.register_modules(vae=None)
+        return pipe
+
+
+def _without_weights(path_or_repo: str, options: Mapping[str, Any]) -> ModelMixin | None:
+    """A pipeline's autoencoder on the meta device, from its configuration alone; None where it names none."""
+    hub = {key: options[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in options}
+    index = DiffusionPipeline.load_config(path_or_repo, **hub)
+    library, name = index.get("vae") or (None, None)
+    if name is None:
+        return None
+    model_class = autoencoder_class(name) if library in ("diffusers", "davae") else None
+    if model_class is None:
+        raise DavaeError(f"the pipeline in {path_or_repo} has a {name} of '{library}' as its VAE: leave vae=None out")
+    config = model_class.load_config(path_or_repo, subfolder="vae", **hub)
+    with torch.device("meta"):
+        return model_class.from_config(config)
+
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextmanager
+def _models_checked() -> Iterator[None]:
+    """Within, what this thread opens with ``from_pretrained`` of diffusers and transformers goes through `open_model`.
+
+    A pipeline opens its models itself, and neither hands on what was said of their keys nor takes an option for it.
+    """
+    from transformers import PreTrainedModel
+
+    thread = threading.get_ident()
+
+    def checked(original: classmethod) -> classmethod:
+        def from_pretrained(kind: type, place: Any, *args: Any, **options: Any) -> Any:
+            load = functools.partial(original.__func__, kind)
+            if threading.get_ident() != thread or args or "output_loading_info" in options:  # asked for by open_model
+                return load(place, *args, **options)
+            return open_model(load, place, **options)[0]
+
+        return classmethod(from_pretrained)
+
+    with _ONE_AT_A_TIME:
+        originals = {kind: vars(kind)["from_pretrained"] for kind in (ModelMixin, PreTrainedModel)}
+        try:
+            for kind, original in originals.items():
+                kind.from_pretrained = checked(original)
+            yield
+        finally:
+            for kind, original in originals.items():
+                kind.from_pretrained = original
 
 
 def pipeline_place(folder_or_repo: str | Path) -> str:
@@ -68,13 +174,14 @@ def pipeline_place(folder_or_repo: str | Path) -> str:
 
 
 def load_autoencoder(
-    folder_or_repo: str | Path, *, dtype: torch.dtype | Literal["saved"] = torch.float32
+    folder_or_repo: str | Path, *, dtype: torch.dtype | Literal["saved"] = torch.float32, variant: str | None = None
 ) -> AutoencoderDA:
     """Open an :class:`AutoencoderDA`, from its folder or from the hub.
 
     Args:
         folder_or_repo: the folder, or ``user/name``.
         dtype: to read it in; ``saved`` is that of the folder's files (of a name on the hub float32).
+        variant: of the files, such as ``fp16``; None takes those without one, or the only one that there is.
 
     Raises:
         DavaeError: no autoencoder there or one of another class, files that are missing or damaged, or a name that
@@ -87,7 +194,9 @@ def load_autoencoder(
         path_or_repo = hub_name("autoencoder", path_or_repo)
     with opening("autoencoder", path_or_repo):
         return AutoencoderDA.from_pretrained(
-            path_or_repo, dtype=saved_dtype(path_or_repo) if dtype == "saved" else dtype
+            path_or_repo,
+            dtype=saved_dtype(path_or_repo, variant=variant) if dtype == "saved" else dtype,
+            variant=variant,
         )
 
 
@@ -145,8 +254,8 @@ def opening(what: str, path_or_repo: str, *, passed: Collection[str] = ()) -> It
         passed: components that the caller brings, whose folders need not be there.
 
     Raises:
-        DavaeError: files are missing or damaged, weights do not fit their configuration, a class is not known, or
-            the hub does not answer. Of the other ``ValueError`` none is touched.
+        DavaeError: files are missing or damaged, a class is not known, or the hub does not answer. Of the other
+            ``ValueError`` none is touched.
     """
     try:
         _check_components(what, Path(path_or_repo), passed)
@@ -155,23 +264,16 @@ def opening(what: str, path_or_repo: str, *, passed: Collection[str] = ()) -> It
     except (OSError, SafetensorError, ValueError, AttributeError) as error:
         text = str(error)
         unknown_class = text.startswith("module diffusers has no attribute") or "` has no class `" in text
-        misfit = isinstance(error, ValueError) and text.startswith("Cannot load ") and " shape " in text
         if (
             isinstance(error, DavaeError)
             or getattr(error, "errno", None) == errno.ENOSPC
             or (isinstance(error, AttributeError) and not unknown_class)
-            or (
-                isinstance(error, ValueError)
-                and not (unknown_class or misfit or isinstance(error, json.JSONDecodeError))
-            )
+            or (isinstance(error, ValueError) and not (unknown_class or isinstance(error, json.JSONDecodeError)))
         ):
             raise
         reason = next(iter(text.splitlines()), "") or type(error).__name__
         if unknown_class:
             message = f"the {what} in {path_or_repo} is of a class that diffusers {diffusers.__version__} does not have"
-        elif misfit:
-            message = f"the {what} in {path_or_repo} has weights that do not fit its config.json: copy or save it again"
-            reason = reason.split(". ")[0]
         elif Path(path_or_repo).is_dir():
             message = f"the {what} in {path_or_repo} cannot be read: copy or save it again"
         else:

@@ -48,7 +48,7 @@ def train_levels(recipe: UpgradeRecipe, base: Any, out: Path) -> TrainResult:
         if number < len(channels) and not together:
             logger.info("level %d of %d", below + number, below + len(channels))
             lower = _train(recipe, base, vae, out / f"level-{below + number}")
-            vae = AutoencoderDA.from_pretrained(lower.result)
+            vae = load_autoencoder(lower.result)
             torch.manual_seed(recipe.autoencoder.loop.seed)
     assert vae is not None
     return _train(recipe, base, vae, out)

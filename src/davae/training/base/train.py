@@ -17,13 +17,14 @@ from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
 from davae.models.lightningdit import restarted
-from davae.pipelines import ClassConditionalPipeline
+from davae.pipelines import ClassConditionalPipeline, load_pipeline
 from davae.planner.architectures import find_architecture
 from davae.planner.memory import count_flops
 from davae.planner.plan import TRANSFORMER_UTILISATION, find_gpu, hours
 from davae.recipes.read import dump_recipe
 from davae.recipes.settings import BaseRecipe, DiffusionSettings
 from davae.runtime.atomic_files import atomic_folder
+from davae.runtime.model_files import open_model
 from davae.runtime.pictures import reduced
 from davae.runtime.processes import is_first, wait_for_everyone
 from davae.training.base.autoencoder_stage import BaseAutoencoderStage, build_kl
@@ -77,7 +78,7 @@ def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = N
     result = train(diffusion, out / "transformer", plain)
     assert result is not None
     if is_first():  # the result holds the averaged weights, the pipeline in memory the last ones
-        averaged = ClassConditionalPipeline.from_pretrained(result.result)
+        averaged = load_pipeline(result.result)
         averaged.to(getattr(torch, recipe.save_dtype))
         with atomic_folder(out / "pipeline") as folder:
             averaged.save_pretrained(folder)
@@ -156,7 +157,7 @@ def _new_pipeline(
         stage = BaseAutoencoderStage(recipe.autoencoder, mixed, images, held_out, workers=workers, timeout_s=timeout_s)
         stage.facts = data_facts(recipe.data, full)
         train(stage, out / "autoencoder", recipe.model_dump(mode="json"))
-    vae = AutoencoderKL.from_pretrained(vae_folder)
+    vae, _ = open_model(AutoencoderKL.from_pretrained, vae_folder)
 
     torch.manual_seed(recipe.transformer.loop.seed)
     transformer = LightningDiTTransformer2DModel(

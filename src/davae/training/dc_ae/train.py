@@ -20,6 +20,7 @@ from davae.recipes.data import DataSettings
 from davae.recipes.dc_ae import DcAeRecipe, Phase
 from davae.recipes.read import differing_keys, dump_recipe, load_recipe
 from davae.runtime.atomic_files import atomic_json
+from davae.runtime.model_files import open_model
 from davae.runtime.pictures import reduced_to
 from davae.runtime.processes import everyone, is_first, start_processes
 from davae.training.checkpoints.run_directory import RunDirectory, data_facts
@@ -165,7 +166,7 @@ def load_autoencoder(folder: Path) -> DeepAutoencoder:
     name = json.loads(config.read_text()).get("_class_name")
     if name not in _CLASSES:
         raise DavaeError(f"{folder} holds a {name}; a DC-AE training goes on from {', '.join(_CLASSES)}")
-    return _CLASSES[name].from_pretrained(folder)
+    return open_model(_CLASSES[name].from_pretrained, folder)[0]
 
 
 def layer_hashes(autoencoder: DeepAutoencoder) -> dict[str, str]:
