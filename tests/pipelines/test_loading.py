@@ -24,6 +24,8 @@ from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
 from davae.interop.checking import check_keys
 from davae.interop.conversion import read_statistics
+from davae.models.base_adapters.image import LDMAutoencoderKL
+from davae.models.dc_ae import PlainAutoencoderDC
 from davae.models.latent_space import open_autoencoder
 from davae.pipelines import load_pipeline
 from davae.pipelines.saving.adapters import LAYERS_FILE, load_adapters, save_adapters
@@ -266,6 +268,36 @@ def test_statistics_of_a_base(name: str, entry: dict[str, Any], saved: Path, tmp
             load_dc_ae(tmp_path / "pipe" / "vae")
 
 
+@pytest.mark.parametrize("kind", [PlainAutoencoderDC, LDMAutoencoderKL, davae.LightningDiTTransformer2DModel])
+def test_davae_s_own_classes_check_themselves(kind: Any, saved: Path, tmp_path: Path) -> None:
+    if kind is PlainAutoencoderDC:
+        PlainAutoencoderDC.from_config(small_pipeline("sana").vae.config).save_pretrained(tmp_path)
+    elif kind is LDMAutoencoderKL:
+        LDMAutoencoderKL(
+            stem_channels=8, down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+            block_out_channels=(8,), norm_num_groups=4,
+        ).save_pretrained(tmp_path)  # fmt: skip
+    else:
+        shutil.copytree(saved / "up-classes" / "transformer", tmp_path, dirs_exist_ok=True)
+    kind.from_pretrained(tmp_path)
+    keys: list[str] = []
+    _rewrite(next(tmp_path.glob("*.safetensors")), lambda tensors: keys.append(_take(tensors)))
+    with pytest.raises(DavaeError) as caught:
+        kind.from_pretrained(tmp_path)
+    assert keys[0] in str(caught.value)
+
+
+def test_a_base_that_plain_diffusers_opened(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / "sd3" / "vae", tmp_path / "vae")
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    _rewrite(file, _nan)  # type: ignore[arg-type]
+    with pytest.raises(DavaeError, match="not finite"):
+        AutoencoderDA.from_base(AutoencoderKL.from_pretrained(tmp_path / "vae"), detail_channels=16)
+    _rewrite(file, _take)  # type: ignore[arg-type]
+    with pytest.raises(DavaeError, match="holds no numbers: its files lacked it"):
+        AutoencoderDA.from_base(AutoencoderKL.from_pretrained(tmp_path / "vae"), detail_channels=16)
+
+
 def test_statistics_in_memory_are_checked_as_those_in_files() -> None:
     base = small_pipeline("sd3").vae
     base.register_to_config(scaling_factor=float("nan"))
@@ -318,6 +350,11 @@ def test_variances_and_formats() -> None:
         "bn.running_var"
     ]
     tensors = {str(dtype): torch.full((3,), torch.inf).to(dtype) for dtype in (torch.float16, torch.bfloat16)}
+    for place in range(0, 1000, 37):  # wherever it stands in what a processor reads at once
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            values = torch.ones(1000, dtype=dtype)
+            values[place] = torch.nan
+            assert not_finite({"a": values, "b": values.view(10, 100).T}) == ["a", "b"]
     assert not_finite(tensors | {"int": torch.ones(2, dtype=torch.int64), "empty": torch.ones(0)}) == list(tensors)
 
 

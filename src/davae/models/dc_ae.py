@@ -10,10 +10,12 @@ from diffusers import AutoencoderDC, AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d
 from torch import Tensor, nn
 
+from davae.models.portable import OpenedWhole
+
 DeepAutoencoder: TypeAlias = AutoencoderDC | AutoencoderKL
 
 
-class PlainAutoencoderDC(AutoencoderDC):
+class PlainAutoencoderDC(OpenedWhole, AutoencoderDC):
     """``AutoencoderDC`` without residual autoencoding: the ablation of Figure 4 in the paper.
 
     The same layers with the same parameters; only the shortcuts that have none (space-to-channel with a

@@ -14,7 +14,24 @@ from davae.runtime.model_files import open_model
 CODE_FILE = "davae.py"
 
 
-class Portable:
+class OpenedWhole(ModelMixin):
+    """First base of a model of diffusers that opens with all of its weights or not at all, whoever opens it."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As in diffusers, but nothing is opened with a weight missing, left over, misshapen or not finite.
+
+        Raises:
+            DavaeError: there is such a weight, or statistics in ``config.json`` cannot be ones; see
+                :func:`davae.runtime.model_files.open_model`.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        load = super().from_pretrained
+        model, info = open_model(load, os.fspath(pretrained_model_name_or_path), **kwargs)
+        return (model, info) if wants_info else model
+
+
+class Portable(OpenedWhole):
     """First base of a davae model: saving also writes the file of code with which anyone can open it.
 
     The class must say ``__module__ = "davae"``: diffusers writes that into ``model_index.json`` as the library of the
@@ -31,26 +48,13 @@ class Portable:
             folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / CODE_FILE).write_text(custom_code(kind.__name__), encoding="utf-8")
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     # Pipelines pass on what they find in the signature, which must be the family's.
     functools.update_wrapper(save_pretrained, ModelMixin.save_pretrained, assigned=(), updated=())
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As in diffusers, but nothing is opened with a weight missing, left over, misshapen or not finite.
-
-        Raises:
-            DavaeError: there is such a weight, or statistics in ``config.json`` cannot be ones; see
-                :func:`davae.runtime.model_files.open_model`.
-        """
-        wants_info = kwargs.pop("output_loading_info", False)
-        load = super().from_pretrained  # type: ignore[misc]
-        model, info = open_model(load, os.fspath(pretrained_model_name_or_path), **kwargs)
-        return (model, info) if wants_info else model
-
-    @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
         """What ``config.json`` says for AutoModel is no argument of the model."""
         own = {key: value for key, value in config_dict.items() if key != "auto_map"}
-        return super().extract_init_dict(own, **kwargs)  # type: ignore[misc]
+        return super().extract_init_dict(own, **kwargs)

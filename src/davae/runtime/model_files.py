@@ -101,7 +101,7 @@ def _check(
         problems.append(f"{_count(named, 'tensor has', 'tensors have')} no place in the model: {_some(named)}")
     if info["mismatched_keys"]:
         problems.append(_mismatch(stored, info["mismatched_keys"]))
-    if not problems and (empty := _never_filled(model)):
+    if not problems and (empty := never_filled(model)):
         problems.append(f"{_count(empty, 'weight was', 'weights were')} not read: {_some(empty)}")
     if not problems and (bad := not_finite(named_weights(model))):
         named = [f"{key}{_in_file(stored, key)}" for key in bad]
@@ -143,7 +143,7 @@ def _top(model: nn.Module, key: str) -> str:
     return key.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.").split(".")[0]
 
 
-def _never_filled(model: nn.Module) -> list[str]:
+def never_filled(model: nn.Module) -> list[str]:
     """Names of tensors without memory, but for those that accelerate holds elsewhere."""
     return [
         f"{name}.{key}" if name else key
@@ -167,7 +167,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """
     names, verdicts = [], []
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.itemsize < 2 or tensor.is_meta or not tensor.numel():
+        if not tensor.is_floating_point() or tensor.itemsize < 2 or tensor.device.type == "meta" or not tensor.numel():
             continue
         if type(tensor) not in (Tensor, nn.Parameter):  # a format of its own, such as torchao's
             continue

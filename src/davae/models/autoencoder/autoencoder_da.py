@@ -28,6 +28,7 @@ from davae.models.base_adapters import image, video  # noqa: F401  (each registe
 from davae.models.base_adapters.adapter import constructor_arguments, find_adapter, offloaded_blocks, register_adapter
 from davae.models.base_adapters.nested import NestedAdapter
 from davae.models.portable import Portable
+from davae.runtime.model_files import named_weights, never_filled, not_finite
 
 
 @dataclass(frozen=True)
@@ -178,11 +179,18 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
 
         Raises:
             DavaeError: an unknown base (the message names the adapter's methods to write), sizes that do not
-                fit, or a base whose weights are offloaded.
+                fit, or a base whose weights are offloaded, absent or not finite.
         """
         model_class, _ = find_adapter(type(base).__name__)
         if any(parameter.is_meta for parameter in base.parameters()):
+            if empty := never_filled(base):
+                raise DavaeError(
+                    f"the base's {empty[0]} ({len(empty)} such) holds no numbers: its files lacked it. Open the base "
+                    "with davae.load_pipeline, which tells what is wrong with them"
+                )
             raise DavaeError("the base's weights are offloaded: take the VAE before offloading is switched on")
+        if bad := not_finite(named_weights(base)):
+            raise DavaeError(f"the base's {bad[0]} ({len(bad)} such) holds numbers that are not finite")
         model = cls(
             base_class=type(base).__name__,
             base_config=constructor_arguments(model_class, base.config),

@@ -100,12 +100,12 @@ def _checkpointing(networks: Iterable[nn.Module]) -> list[nn.Module]:
 def _without_checkpointing(networks: Sequence[nn.Module]) -> Iterator[None]:
     switched = _checkpointing(networks)
     for module in switched:
-        module.gradient_checkpointing = False  # type: ignore[assignment]
+        vars(module)["gradient_checkpointing"] = False
     try:
         yield
     finally:
         for module in switched:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
+            vars(module)["gradient_checkpointing"] = True
 
 
 def _reduced(x: Tensor, tile: tuple[int, int], cell: int) -> Tensor:

@@ -12,6 +12,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from davae.models.base_adapters.adapter import BaseAdapter, Convolution, FeatureChain, register_adapter
+from davae.models.portable import OpenedWhole
 
 
 class _Rescale(nn.Module):
@@ -205,7 +206,7 @@ def _is_plain_block(module: nn.Module) -> bool:
     )
 
 
-class LDMAutoencoderKL(AutoencoderKL):
+class LDMAutoencoderKL(OpenedWhole, AutoencoderKL):
     """An ``AutoencoderKL`` with ``stem_channels`` behind the encoder's first convolution.
 
     LDM (``ch``, ``ch_mult``) starts with ``ch`` channels and widens in the first residual block;
