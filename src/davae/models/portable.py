@@ -27,7 +27,7 @@ class OpenedWhole(ModelMixin):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         load = super().from_pretrained
-        model, info = open_model(load, os.fspath(pretrained_model_name_or_path), **kwargs)
+        model, info = open_model(load, os.fspath(pretrained_model_name_or_path), only_variant=False, **kwargs)
         return (model, info) if wants_info else model
 
 

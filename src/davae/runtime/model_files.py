@@ -32,7 +32,12 @@ _NAMED = 4  # keys in a message
 
 
 def open_model(
-    load: Callable[..., Any], path_or_repo: str | Path, *, optional: Collection[str] = (), **options: Any
+    load: Callable[..., Any],
+    path_or_repo: str | Path,
+    *,
+    optional: Collection[str] = (),
+    only_variant: bool = True,
+    **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """A model from its folder or from the hub, complete and finite, or an error that names file and key.
 
@@ -43,7 +48,8 @@ def open_model(
         load: ``from_pretrained`` of a class of diffusers or transformers.
         path_or_repo: a folder, or ``user/name``.
         optional: parts that may be missing, such as ``pooler``; they then hold random numbers.
-        options: for ``load``. Where no ``variant`` is asked for and the folder has one alone, that is taken, and said.
+        only_variant: where no ``variant`` is asked for and the folder has one alone, that is taken, and said.
+        options: for ``load``.
 
     Returns:
         The model, and what ``load`` says of its keys.
@@ -54,7 +60,7 @@ def open_model(
     """
     folder = Path(path_or_repo) / (options.get("subfolder") or "")
     where = str(folder if folder.is_dir() else path_or_repo)
-    if folder.is_dir():
+    if folder.is_dir() and only_variant:
         variant = chosen_variant(folder, component_files([folder]), options.pop("variant", None))
         options |= {} if variant is None else {"variant": variant}
     options["output_loading_info"] = True
