@@ -161,3 +161,73 @@ def test_the_house_stays_small():
     assert len(FILES) <= MOST_FILES
     assert len(lines) <= MOST_LINES
     assert sum("type: ignore" in line for line in lines) <= MOST_IGNORES
+
+
+HOME = ROOT / "runtime" / "atomic_files.py"
+"""The one file that makes, renames and removes; others ask it, and :mod:`davae.runtime.places` whose a folder is."""
+_NEVER = {
+    *("mkdir", "makedirs", "rename", "renames", "rmdir", "removedirs", "rmtree", "copytree", "move", "unlink"),
+    *("mkdtemp", "symlink_to", "hardlink_to", "touch", "copy2", "copyfile"),
+}
+_WRITES = {"save_pretrained", "write_text", "write_bytes", "save_file", "savefig", "savez"}
+_HOMES_BLOCKS = {"atomic_file", "atomic_folder", "claim"}
+
+
+def _written_elsewhere(tree: ast.AST) -> list[int]:
+    """Lines that make, rename, remove or write what is on a disk, other than in a block that the home opened."""
+    inside = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With)
+        and any(
+            isinstance(item.context_expr, ast.Call) and ast.unparse(item.context_expr.func) in _HOMES_BLOCKS
+            for item in node.items
+        )
+        for inner in ast.walk(node)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
+        text = [a.value for a in (*node.args, *(k.value for k in node.keywords)) if isinstance(a, ast.Constant)]
+        opens = name in ("open", "fdopen") and any(str(v)[:1] in "wx" and len(str(v)) <= 3 for v in text if v)
+        replaces = name == "replace" and (owner == "os" or (len(node.args) == 1 and not node.keywords and owner))
+        in_memory = bool(node.args) and ast.unparse(node.args[0]) == "buffer"
+        writes = (name in _WRITES or opens) and id(node) not in inside and owner != "super()" and not in_memory
+        if name in _NEVER or replaces or writes:
+            found.append(node.lineno)
+    return found
+
+
+def test_what_writes_is_found():
+    for line in (
+        "Path(out).mkdir()",
+        "os.makedirs(out)",
+        "os.replace(a, b)",
+        "a.replace(b)",
+        "shutil.rmtree(out)",
+        "pipe.save_pretrained(out)",
+        "file.write_text('{}')",
+        "open(file, 'w')",
+        "file.open('wb')",
+        "with other(out) as f: pipe.save_pretrained(f)",
+    ):
+        assert _written_elsewhere(ast.parse(line)), line
+    for line in (
+        "with claim(out, 'result') as f: pipe.save_pretrained(f)",
+        "with atomic_file(out) as f, f.open('wb') as g: savez(g)",
+        "super().save_pretrained(out)",
+        "text.replace('a', 'b')",
+        "dataclasses.replace(settings, steps=1)",
+        "file.open()",
+        "open(file, 'a')",
+    ):
+        assert not _written_elsewhere(ast.parse(line)), line
+
+
+def test_one_home_for_what_makes_renames_and_removes():
+    found = {str(f.relative_to(ROOT)): _written_elsewhere(ast.parse(f.read_text(encoding="utf-8"))) for f in FILES}
+    del found[str(HOME.relative_to(ROOT))]
+    assert {file: lines for file, lines in found.items() if lines} == {}

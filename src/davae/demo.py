@@ -1,6 +1,7 @@
 """The whole method on the embedded base: both stages, samples, figures, one report."""
 
 import logging
+import shlex
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -33,6 +34,7 @@ from davae.report import (
     build_report,
 )
 from davae.runtime.pictures import save_rows, upscaled
+from davae.runtime.places import claim
 from davae.training.autoencoder.stage import upscaled_base
 from davae.training.checkpoints.run_directory import environment, read_metrics
 from davae.training.data import open_part
@@ -76,9 +78,16 @@ def run_demo(
     Raises:
         DavaeError: the recipe or the data is wrong, or ``out`` holds another run.
     """
-    began = time.perf_counter()
     out = Path(out)
     settings = _settings(recipe, seed, quick, data)
+    with claim(out, "demo"):
+        _run(out, settings, seed=seed, quick=quick, data=data, recipe=recipe)
+    return build_report(out)
+
+
+def _run(out: Path, settings: UpgradeRecipe, *, seed: int, quick: bool, data: str | None, recipe: str) -> None:
+    """Everything but the report."""
+    began = time.perf_counter()
     base = load_recipe_base(settings)
 
     stage1 = train_autoencoder(settings, out / "autoencoder")
@@ -125,7 +134,6 @@ def run_demo(
         settings=settings.model_dump(mode="json"),
         skipped=stage1.skipped.entries,
     ).write(out)
-    return build_report(out)
 
 
 def _settings(recipe: str, seed: int, quick: bool, data: str | None) -> UpgradeRecipe:
@@ -143,7 +151,7 @@ def _command(out: Path, seed: int, quick: bool, data: str | None, recipe: str) -
     words = ["davae", "demo", "--out", str(out), "--seed", str(seed)]
     words += ["--quick"] if quick else []
     words += ["--data", data] if data is not None else []
-    return " ".join([*words, *(["--recipe", recipe] if recipe != "tiny" else [])])
+    return shlex.join([*words, *(["--recipe", recipe] if recipe != "tiny" else [])])
 
 
 def _first_images(dataset: ItemDataset, count: int) -> tuple[Tensor, Tensor, list[str]]:

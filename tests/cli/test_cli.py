@@ -99,7 +99,7 @@ def test_upgrade_then_generate_at_twice_the_size(autoencoder, monkeypatch, capsy
     assert _run(monkeypatch, capsys, "upgrade", "debug", "--autoencoder", autoencoder, "--out", out)[0] == 0
     arguments = ["generate", out, "tree", "3", "--out", tmp_path / "images", "--steps", "2"]
     assert _run(monkeypatch, capsys, *arguments)[0] == 0
-    found = sorted((tmp_path / "images").iterdir())
+    found = sorted((tmp_path / "images").glob("*.png"))
     assert [p.name for p in found] == ["3-1.png", "tree-0.png"]
     assert {Image.open(p).size for p in found} == {(32, 32)}
 

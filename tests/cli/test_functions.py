@@ -87,8 +87,8 @@ def test_upgrade_and_generate(here: Path, tmp_path: Path) -> None:
     written = write_upgraded("debug", here / "vae", tmp_path / "b")
     assert json.loads(text) | {"folder": None} == json.loads(json.dumps(written.to_json())) | {"folder": None}
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    message = verb("upgrade", "debug", "--autoencoder", here / "vae", "--out", tmp_path / "b").strip()
-    assert message == str(written)
+    message = verb("upgrade", "debug", "--autoencoder", here / "vae", "--out", tmp_path / "c").strip()
+    assert message.removesuffix("c") == str(written).removesuffix("b")
 
     options = ["--seed", 3, "--count", 2, "--steps", 2]
     text = verb("generate", tmp_path / "a", "tree", "book", *options, "--out", tmp_path / "x")

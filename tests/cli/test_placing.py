@@ -97,12 +97,12 @@ def test_a_pipeline_of_half_precision_runs_on_a_cpu_and_keeps_it_where_asked(
     monkeypatch.setattr(
         generate_verb, "speed_up", lambda pipe, **options: seen.append(_dtypes(speed_up(pipe, **options)))
     )
-    common = ["generate", str(in_bfloat16), "--prompt", "a", "--steps", "1", "--fast", "--out", str(tmp_path)]
+    common = ["generate", str(in_bfloat16), "--prompt", "a", "--steps", "1", "--fast", "--out", str(tmp_path / "out")]
     for options, dtype in (([], torch.float32), (["--dtype", "bfloat16"], torch.bfloat16)):
         done = CliRunner().invoke(app, [*common, *options, "--device", "cpu"], catch_exceptions=False)
         assert done.exit_code == 0
         assert seen.pop() == {dtype}
-        assert Image.open(tmp_path / "a-0.png").size == (32, 32)
+        assert Image.open(tmp_path / "out" / "a-0.png").size == (32, 32)
 
 
 def test_what_was_saved_is_read_from_the_files(in_bfloat16: Path, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ LIGHT = {
     "davae.errors",
     "davae.import_hooks",
     "davae.runtime.console",
+    "davae.runtime.atomic_files",
+    "davae.runtime.places",
     "davae.training.loop.signals",
     "davae.version",
 }

@@ -147,7 +147,7 @@ def _stop_while_writing(process: BaseProcess, run: Path) -> None:
 
 def _partial(run: Path) -> list[Path]:
     """Folders of checkpoints that are being written or removed."""
-    return list((run / "checkpoints").glob(".step-*"))
+    return list((run / "checkpoints").glob(".step-*.partial"))
 
 
 def _newest(run: Path) -> str | None:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from davae.bases.debug_pipelines import small_pipeline
+from davae.bases.open import load_base
 from davae.bases.tiny import debug_base
 from davae.data import open_dataset
 from davae.errors import DavaeError
@@ -256,7 +257,7 @@ def test_another_pipeline_of_equal_tokens_stands_beside(sd3, tmp_path):
     assert list(variants.models) == ["upgraded", "equal tokens"]
     assert _same_files(variants.runs["upgraded"], variants.runs["equal tokens"], 2)
     assert torch.equal(*(next(iter(make())) for make in variants.models.values()))
-    for name in ("native", "a/b"):
+    for name in ("native", "a/b", "..", ""):
         with pytest.raises(DavaeError, match=f"cannot be called '{name}'"):
             generate_variants(sd3.__getitem__, settings, tmp_path / "out", others={name: "base"})
 
@@ -283,3 +284,60 @@ def test_the_reference_as_statistics_gives_the_distance_of_the_images(undisturbe
     assert report.rows["it"].figures["fid/pixels"] == pytest.approx(expected, rel=1e-9)
     assert report.reference["sha256"] == message
     assert report.reference["images"] == 30
+
+
+def test_images_of_other_weights_at_the_same_path_are_not_measured(tmp_path):
+    """A pipeline that was trained further is another one; a copy of it elsewhere is the same."""
+
+    def opened(pipeline, name="debug"):
+        asked = {"count": 2, "others": None}
+        return generate_variants(lambda _: pipeline, replace(_SETTINGS, pipeline=name), tmp_path, **asked)
+
+    pipe = debug_base()
+    pipe.set_progress_bar_config(disable=True)
+    opened(pipe).runs["upgraded"]
+    before = (tmp_path / "upgraded" / "images" / "0000000.png").read_bytes()
+    assert opened(debug_base(), "elsewhere").runs["upgraded"].missing(2) == []
+    for change in (
+        lambda p: p.transformer.proj_in.weight.data.mul_(1.01) if hasattr(p.transformer, "proj_in") else None,
+        lambda p: next(iter(p.transformer.parameters())).data.add_(1e-3),
+        lambda p: next(iter(p.vae.parameters())).data.add_(1e-3),
+        lambda p: p.vae.register_to_config(scaling_factor=2.0),
+        lambda p: p.scheduler.register_to_config(shift=3.0),
+    ):
+        other = debug_base()
+        kept = image_run.contents_hash(other)
+        change(other)
+        if image_run.contents_hash(other) == kept:  # nothing of that name in it
+            continue
+        with pytest.raises(DavaeError, match="images are of other weights than debug has now"):
+            opened(other)
+    assert (tmp_path / "upgraded" / "images" / "0000000.png").read_bytes() == before
+    file = tmp_path / "upgraded" / "settings.json"
+    settings = json.loads(file.read_text())
+    del settings["weights"]  # as an earlier version wrote it
+    file.write_text(json.dumps(settings))
+    with pytest.raises(DavaeError, match="an earlier davae, which did not note the weights"):
+        opened(debug_base())
+
+
+def test_what_a_pipeline_holds_is_known_wherever_it_lies(tmp_path):
+    small_pipeline("sd3").save_pretrained(tmp_path / "a")
+    made = [image_run.contents_hash(load_base(str(tmp_path / "a")))]
+    (tmp_path / "a").rename(tmp_path / "b")
+    made.append(image_run.contents_hash(load_base(str(tmp_path / "b"))))
+    assert made[0] == made[1]
+    other = load_base(str(tmp_path / "b"))
+    other.tokenizer.add_tokens(["fox"])
+    assert image_run.contents_hash(other) != made[0]
+
+
+def test_models_beside_have_folders_of_their_own(sd3, tmp_path):
+    (tmp_path / "p.txt").write_text("a fox\na boat\n")
+    settings = RunSettings("upgraded", steps=1, guidance=1.0, height=64, width=64, batch=2)
+    others = {"CFG": "upgraded", "cfg": "base", "equal tokens": "base", "equal-tokens": "upgraded"}
+    out = tmp_path / "out"
+    variants = generate_variants(sd3.__getitem__, settings, out, prompts=tmp_path / "p.txt", others=others)
+    folders = {name: run.folder for name, run in variants.runs.items()}
+    assert len({str(folder).casefold() for folder in folders.values()}) == 5
+    assert {folder.parent for folder in folders.values()} == {out}

@@ -1,19 +1,21 @@
 """An ablation trains what differs, once, with every seed, and compares like with like."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from davae.bases.tiny import debug_base
 from davae.cli.main import app
 from davae.errors import DavaeError
-from davae.experiments.ablation import Spread, ablate
+from davae.experiments.ablation import Spread, ablate, generated_images
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families import family_of
-from davae.recipes.read import load_recipe
+from davae.recipes.read import load_recipe, load_variant
 from davae.training.diffusion.tuning import select_trained
 from davae.warm_start import new_channel_masks
 
@@ -86,3 +88,50 @@ def test_the_verb_prints_a_table_and_draws(ablated):
     assert (out / "ablation.png").is_file()
     with pytest.raises(DavaeError, match="kind 'upgrade', not an ablation"):
         CliRunner().invoke(app, ["ablate", "--recipe", "debug"], catch_exceptions=False)
+
+
+def test_variants_have_folders_of_their_own_inside_the_ablation(tmp_path, monkeypatch):
+    """Two names that a disk takes for one had one result; one that leads upward was trained elsewhere."""
+    names = ["no gan", "no-gan", "No Gan", "../../../x", "con"]
+    trained = {}
+
+    def train(case, folder, out, progress):
+        assert str(folder) not in trained
+        trained[str(folder)] = progress
+        assert folder.resolve().is_relative_to((tmp_path / "a" / "out" / "runs").resolve())
+        return {"held_out_total": float(len(trained))}
+
+    monkeypatch.setattr("davae.experiments.ablation._trained", train)
+    monkeypatch.setattr("davae.experiments.ablation.generated_images", lambda *_: torch.zeros(40, 3, 32, 32))
+    variants = json.dumps({name: [] for name in names})
+    result = ablate(load_recipe("ablation-debug", [f"variants={variants}", "seeds=[0]"]), tmp_path / "a" / "out")
+    assert [result.variants[n]["held_out_total"].values for n in names] == [[1.0], [2.0], [3.0], [4.0], [5.0]]
+    assert len({folder.casefold() for folder in trained}) == len(names)
+
+
+def test_another_base_or_other_images_at_the_same_path_are_another_ablation(ablated, tmp_path, monkeypatch):
+    _, out = ablated
+    recipe = load_recipe("ablation-debug", [VARIANTS])
+    other = debug_base()
+    next(iter(other.transformer.parameters())).data.add_(1e-3)
+    with monkeypatch.context() as patch:
+        patch.setattr("davae.experiments.ablation.load_recipe_base", lambda _: other)
+        with pytest.raises(DavaeError, match="weights of a base or the images, differ"):
+            ablate(recipe, out)
+    kept = (out / "ablation.recipe.json").read_text()
+    earlier = json.loads(kept)
+    del earlier["stands_on"]
+    (out / "ablation.recipe.json").write_text(json.dumps(earlier))
+    assert ablate(recipe, out)
+    assert (out / "ablation.recipe.json").read_text() == kept
+
+
+def test_samples_are_of_the_pipeline_that_is_there(ablated, tmp_path):
+    _, out = ablated
+    case = load_variant(load_recipe("ablation-debug", [VARIANTS]), "full", 0)
+    folder = tmp_path / "run"
+    shutil.copytree(out / "runs" / "full" / "seed-0", folder)
+    first = generated_images(case, folder / "pipeline", 12, folder)
+    file = folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * 0 for name, value in load_file(file).items()}, file)
+    assert not torch.equal(generated_images(case, folder / "pipeline", 12, folder), first)

@@ -18,7 +18,7 @@ from davae.bases.debug_pipelines import small_pipeline
 from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
 from davae.pipelines import Licence, Making, attach_lora, find_licence, write_model_card
-from davae.pipelines.saving import model_card, saving
+from davae.pipelines.saving import model_card, publishing, saving
 
 SD35 = "license: other\nlicense_name: stabilityai-ai-community\nlicense_link: LICENSE.md"
 
@@ -67,7 +67,7 @@ def test_card_of_a_pipeline(tmp_path: Path) -> None:
     assert entries["library_name"] == "diffusers"
     assert entries["license"] == "other"
     assert entries["license_name"] == "stabilityai-ai-community"
-    assert entries["base_model"] == str(base)
+    assert entries["base_model"] == "base"  # a name of the hub stays, a folder of this disk is cut
     assert entries["base_model_relation"] == "finetune"
     assert entries["pipeline_tag"] == "text-to-image"
     assert entries["tags"] == ["davae", "autoencoder"]
@@ -181,3 +181,76 @@ def test_publishing_uploads_the_folder_with_card_and_code(tmp_path: Path, monkey
     for component, value in index.items():  # what diffusers asks of a repository before it loads anything
         if isinstance(value, list) and value[0] == "davae":
             assert f"{component}/{value[0]}.py" in files
+
+
+def test_what_is_published_is_said_before_and_holds_nothing_private(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(saving, "HfApi", StubHub)
+    pipe = upgraded(debug_base())
+    pipe.vae.register_to_config(_name_or_path="/home/someone/vae")
+    making = model_card.Making(
+        commands=["davae train diffusion data.path=/home/someone/photos"], datasets=["/home/x/y"]
+    )
+    out = davae.save_pipeline(pipe, tmp_path / "out", base_model="/home/someone/base", license="mit", making=making)
+    assert "someone" not in (out / "README.md").read_text()
+    config = out / "vae" / "config.json"
+    assert json.loads(config.read_text())["_name_or_path"] == "vae"
+    config.write_text(
+        config.read_text().replace('"_name_or_path": "vae"', '"_name_or_path": "C:\\\\Users\\\\me\\\\vae"')
+    )
+    with caplog.at_level("INFO", logger="davae"):
+        davae.push_to_hub(out, "me/fox")
+    assert json.loads(config.read_text())["_name_or_path"] == "vae"
+    said = caplog.text
+    for file in StubHub.calls[-1][1][1]:
+        assert f"{file}, " in said
+    for kind in ("link", "hidden"):
+        stray = out / ("link" if kind == "link" else ".env")
+        stray.symlink_to(tmp_path) if kind == "link" else stray.write_text("key")
+        with pytest.raises(DavaeError, match=f"{stray.name} is (a )?{kind}, which is not published"):
+            davae.push_to_hub(out, "me/fox")
+        stray.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("stabilityai/sd3", "stabilityai/sd3"),
+        ("tiny", "tiny"),
+        ("debug-sd3", "debug-sd3"),
+        ("/home/me/sd3", "sd3"),
+        ("/home/me/sd3/", "sd3"),
+        ("~/models/sd3", "sd3"),
+        ("../sd3", "sd3"),
+        ("./a/sd3", "sd3"),
+        ("runs/x/pipeline", "pipeline"),
+        ("C:\\models\\sd3", "sd3"),
+        ("\\\\server\\share\\sd3", "sd3"),
+        ("file:///home/me/sd3", "sd3"),
+    ],
+)
+def test_names_of_the_hub_stay_and_folders_are_cut(name: str, public: str) -> None:
+    assert publishing.public_name(name) == public
+
+
+@pytest.mark.parametrize(
+    ("text", "public"),
+    [
+        ("cannot read '/home/me/a b/c.png': broken", "cannot read 'a b/c.png': broken"),
+        ("https://host/a/b and s3://bucket/x/y", "https://host/a/b and s3://bucket/x/y"),
+        ("a/b/c and 1/2", "a/b/c and 1/2"),
+        ("read /etc/x/y, ~/z/w and C:\\u\\v.txt", "read y, w and v.txt"),
+        ("[/data/a/1.tar,/data/a/2.tar]", "[1.tar,2.tar]"),
+        ("procedural:64", "procedural:64"),
+    ],
+)
+def test_texts_keep_all_but_the_folders(text: str, public: str) -> None:
+    assert publishing.public_text(text) == public
+
+
+def test_commands_stay_as_they_were_typed_where_nothing_is_private() -> None:
+    plain = "davae train diffusion --recipe tiny seeds=[0] data.path=photos/"
+    assert publishing.public_command(plain) == plain
+    private = "davae train diffusion --autoencoder=/a/b/vae '--out' '/x y/z w' data.path=/p/q/"
+    assert publishing.public_command(private) == "davae train diffusion --autoencoder=vae --out 'z w' data.path=q"

@@ -16,12 +16,12 @@ from davae.runtime.atomic_files import (
     atomic_file,
     atomic_folder,
     atomic_json,
-    atomic_tensors,
     atomic_write,
     disk_full_as_error,
     file_hash,
     locked,
 )
+from davae.runtime.weight_files import atomic_tensors
 
 
 def _interrupted(path: Path) -> None:
@@ -63,11 +63,15 @@ def test_a_device_is_written_to_directly() -> None:
     assert Path("/dev/null").is_char_device()
 
 
-def test_two_processes_that_share_a_name_have_files_of_their_own(tmp_path: Path) -> None:
-    with atomic_file(tmp_path / "a", shared=True) as own, atomic_file(tmp_path / "a") as other:
+def test_two_processes_that_share_a_name_have_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with atomic_file(tmp_path / "a") as own:
+        assert str(os.getpid()) in own.name
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with atomic_file(tmp_path / "a") as other:
+            other.write_text("other")
         own.write_text("own")
-        other.write_text("other")
-    assert str(os.getpid()) in own.name
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_text() == "own"  # whoever is last
 
@@ -107,10 +111,13 @@ def test_a_link_to_another_disk_stays_one(tmp_path: Path) -> None:
     assert (tmp_path / "disk" / "weights").read_text() == "two"
 
 
-def test_an_empty_folder_is_filled_not_replaced(tmp_path: Path) -> None:
+def test_an_empty_folder_where_somebody_stands_is_filled_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A mount cannot be renamed, and a shell that stands in the folder would stand nowhere."""
     out = tmp_path / "out"
     out.mkdir()
+    monkeypatch.chdir(out)
     number = out.stat().st_ino
     with pytest.raises(FileNotFoundError), atomic_folder(out):
         raise FileNotFoundError
@@ -120,7 +127,7 @@ def test_an_empty_folder_is_filled_not_replaced(tmp_path: Path) -> None:
         (folder / "inner" / "file").write_text("new")
         assert folder.parent == out
     assert out.stat().st_ino == number
-    assert [str(p.relative_to(out)) for p in out.rglob("*")] == ["inner", "inner/file"]
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*")) == ["inner", "inner/file"]
 
 
 def test_a_kill_between_two_names_loses_neither(tmp_path: Path) -> None:

@@ -261,10 +261,9 @@ def test_the_verb(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 0
     assert "10 images as 10 latents" in result.output
     assert "data.cache=" in result.output
-    monkeypatch.setattr(
-        os, "access", lambda _, mode, **__: not mode & os.W_OK
-    )  # a cache that nobody may write to can be compared
-    assert CliRunner().invoke(app, [*arguments, "--verify"]).output.startswith("1 shards as they were written")
+    with monkeypatch.context() as patch:  # a cache that nobody may write to can be compared
+        patch.setattr(os, "access", lambda _, mode, **__: not mode & os.W_OK)
+        assert CliRunner().invoke(app, [*arguments, "--verify"]).output.startswith("1 shards as they were written")
     with pytest.raises(DavaeError, match="davae train autoencoder"):
         run_cache("debug", [], out, tmp_path / "nothing")
     with pytest.raises(DavaeError, match="there is no cache"):

@@ -224,7 +224,7 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
             before = [file.read_bytes() for file in files]
             second = _Stage()
             second.facts = {"base": "another"}
-            with pytest.raises(DavaeError, match=f"is in use: process {os.getpid()} on .* trains there"):
+            with pytest.raises(DavaeError, match=f"is in use: process {os.getpid()} on .* writes there"):
                 # a setting that another run may change
                 train(second, tmp_path, {"autoencoder": {"loop": {"log_every": 3}}})
             assert [file.read_bytes() for file in files] == before

@@ -68,10 +68,13 @@ def test_lines_that_are_none_hide_no_others(tmp_path: Path) -> None:
 def test_damaged_settings_are_written_anew_unless_there_is_something_to_lose(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    with RunDirectory(tmp_path, {"loop": {"steps": 8}}).locked():
+        pass
     config = tmp_path / "config.yaml"
     config.write_text(damage)
     train(_Stage(), tmp_path, {"loop": {"steps": 8}}, stop_after=3)
     assert "config.yaml is damaged" in caplog.text
+    assert (tmp_path / "config.yaml.damaged").read_text() == damage
     assert "steps: 8" in config.read_text()
     config.write_text(damage)
     with pytest.raises(DavaeError, match=r"config\.yaml is damaged.*remove the file and run the same command"):
@@ -109,13 +112,14 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_bytes_reach_the_disk_before_their_name(tmp_path: Path, on_disk: list[str]) -> None:
     """A rename alone may leave an empty file after a power cut."""
     atomic_write(tmp_path / "a.txt", "a")
-    assert on_disk == [".a.txt.partial", ".a.txt.partial -> a.txt", tmp_path.name]
+    own = f"{os.getpid()}.partial"
+    assert on_disk == [f".a.txt.{own}", f".a.txt.{own} -> a.txt", tmp_path.name]
     on_disk.clear()
     with atomic_folder(tmp_path / "b") as folder:
         (folder / "c.txt").write_text("c")
-    assert on_disk == ["c.txt", ".b.partial", ".b.partial -> b", tmp_path.name]
+    assert on_disk == ["c.txt", f".b.{own}", f".b.{own} -> b", tmp_path.name]
     on_disk.clear()
     train(_Stage(best_metric="weight"), tmp_path / "run", {})
     for name in ("config.yaml", "environment.json", "best.json"):
-        beside = f".{name}.partial"
+        beside = f".{name}.{own}"
         assert on_disk.index(beside) < on_disk.index(f"{beside} -> {name}")

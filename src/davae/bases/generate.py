@@ -13,6 +13,8 @@ from davae.pipelines.families import find_family
 from davae.pipelines.sampling.generate import generate_images, read_prompts, takes_prompts
 from davae.runtime.console import track
 from davae.runtime.devices import chosen_device, wanted_dtype
+from davae.runtime.pictures import save_image
+from davae.runtime.places import check_place, claim
 
 
 class WrittenImages(NamedTuple):
@@ -51,7 +53,7 @@ def write_images(
         labels: class names or numbers, of a class-conditional pipeline.
         prompt: prompts, of a text-to-image pipeline.
         prompts: a text file of more prompts, one a line.
-        out: folder for the images.
+        out: folder for the images: new, empty, or one of generated images.
         count: images of each.
         seed, steps, guidance, height, width: see :func:`davae.pipelines.sampling.generate.generate_images`.
         negative: a prompt to guide away from.
@@ -66,7 +68,8 @@ def write_images(
     """
     if (compile or attention) and not fast:
         raise DavaeError("--compile and --attention belong to --fast: give it too")
-    where, folder = chosen_device(device), Path(out)
+    where = chosen_device(device)
+    check_place(out, "images")
     texts = [*prompt, *(read_prompts(prompts) if prompts else [])]
     pipe = load_base(pipeline, variant=variant, dtype=wanted_dtype(dtype, where)).to(where)
     if fast:  # its measures follow from the device
@@ -88,10 +91,10 @@ def write_images(
         width=width,
     )
     files = []
-    for made in track(images, "generating", total=count * len(subjects)):
-        folder.mkdir(parents=True, exist_ok=True)  # where nothing can be made, none is left behind
-        made.image.save(folder / made.file_name)
-        files.append(folder / made.file_name)
+    with claim(out, "images") as folder:  # where nothing can be made, none is left behind
+        for made in track(images, "generating", total=count * len(subjects)):
+            save_image(made.image, folder / made.file_name)
+            files.append(folder / made.file_name)
     return WrittenImages(files, *made.image.size)
 
 

@@ -10,6 +10,7 @@ from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families.class_fixes import unguarded
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.pipelines.upgrade import TimestepShift, layout_over
+from davae.runtime.places import check_place, claim
 from davae.warm_start import WarmStartReport, check_warm_start
 
 
@@ -71,21 +72,23 @@ def write_upgraded(
     Args:
         pipeline: ``tiny``, a pipeline folder, or a name on the hub, see :func:`load_base`.
         autoencoder: folder of an `AutoencoderDA` made from its VAE.
-        out: folder for the upgraded pipeline.
+        out: folder for the upgraded pipeline, new or empty: neither a base nor what was tuned is overwritten.
         timestep_shift: see :func:`davae.upgrade_pipeline`.
         variant: of the pipeline's files, see :func:`load_base`.
 
     Raises:
-        DavaeError: one of them cannot be opened, or they do not belong together.
+        DavaeError: one of them cannot be opened, they do not belong together, or ``out`` holds files.
         WarmStartError: the upgraded transformer does not do what the base does. Nothing is written then.
     """
+    check_place(out, "result")
     vae = load_autoencoder(autoencoder)  # what is quick to refuse comes first
     base = load_base(pipeline, variant=variant)
     upgraded = upgrade_pipeline(base, vae, timestep_shift=timestep_shift)
     layout = layout_over(base.vae, vae)
     with unguarded(upgraded.transformer):
         report = check_warm_start(base.transformer, upgraded.transformer, layout)
-    upgraded.save_pretrained(out)
+    with claim(out, "result") as folder:
+        upgraded.save_pretrained(folder)
     return WrittenUpgrade(
         pipeline=type(upgraded).__name__,
         folder=Path(out),

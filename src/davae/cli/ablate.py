@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import new_folder
+from davae.cli.options import folder_of
 from davae.runtime.console import say, wide_console
 
 
@@ -13,7 +13,7 @@ def ablate(
     overrides: Annotated[list[str] | None, typer.Argument(help="Overrides as key=value, e.g. seeds=[0]")] = None,
     recipe: Annotated[str, typer.Option("--recipe", help="An ablation's name, or a YAML file.")] = "ablation-tiny",
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder (default runs/RECIPE).", callback=new_folder)
+        Path | None, typer.Option("--out", help="Folder (default runs/RECIPE).", callback=folder_of("ablation"))
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved file, then leave.")] = False,
 ) -> None:

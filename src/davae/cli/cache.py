@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.cli.options import Overrides, RecipeName, TrainedAutoencoder, check_recipe, new_folder
+from davae.cli.options import Overrides, RecipeName, TrainedAutoencoder, check_recipe, folder_of
 from davae.runtime.console import say
 
 ShardFormat = Literal["safetensors", "webdataset"]
@@ -13,7 +13,7 @@ ShardFormat = Literal["safetensors", "webdataset"]
 
 def _new_unless_verified(context: typer.Context, folder: Path | None) -> Path | None:
     """A cache that is only compared may lie where nobody can write."""
-    return folder if context.params.get("verify") else new_folder(folder)
+    return folder if context.params.get("verify") else folder_of("cache")(folder)
 
 
 def cache(

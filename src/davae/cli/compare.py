@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import Device, FeatureNames, Json, Repeats, new_folder, some_images, write_figures
+from davae.cli.options import Device, FeatureNames, Json, Repeats, folder_of, some_images, write_figures
 from davae.errors import DavaeError
 from davae.runtime.console import wide_console
 
@@ -48,7 +48,8 @@ def autoencoder(
     lpips: Annotated[Path | None, typer.Option("--lpips", help="torchvision's VGG-16 weights, for LPIPS.")] = None,
     json_file: Json = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for figures and picture sheets.", callback=new_folder)
+        Path | None,
+        typer.Option("--out", help="Folder for figures and picture sheets.", callback=folder_of("comparison")),
     ] = None,
 ) -> None:
     """Compression, reconstruction and speed on the same images; with --diffusion-steps generation too."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from davae.choices import ChannelOrder
-from davae.cli.options import new_folder
+from davae.cli.options import folder_of
 from davae.runtime.console import say
 
 app = typer.Typer(no_args_is_help=True)
@@ -14,7 +14,9 @@ app = typer.Typer(no_args_is_help=True)
 Which = Literal["ema", "model"]
 
 File = Annotated[Path, typer.Argument(help="The file as published: .safetensors, or .pt and .ckpt of tensors only.")]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write; must be new or empty.", callback=new_folder)]
+Out = Annotated[
+    Path, typer.Option("--out", help="Folder to write; must be new or empty.", callback=folder_of("result"))
+]
 Resolution = Annotated[int, typer.Option("--resolution", min=1, help="Image side that the base was trained at.")]
 Weights = Annotated[Literal["ema", "model"], typer.Option("--weights", help="ema or model, where the file has both.")]
 Statistics = Annotated[

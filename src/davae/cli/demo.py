@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import LAST_SEED, check_recipe, new_folder, some_images
+from davae.cli.options import LAST_SEED, check_recipe, folder_of, some_images
 from davae.runtime.console import say
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Run directory.", callback=new_folder)] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Run directory.", callback=folder_of("demo"))] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of the trainings and the samples.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps only: does it work here?")] = False,
     data: Annotated[

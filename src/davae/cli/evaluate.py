@@ -11,9 +11,9 @@ from davae.cli.options import (
     DType,
     FeatureNames,
     Json,
+    folder_of,
     named_values,
     new_file,
-    new_folder,
     some_images,
     write_figures,
 )
@@ -73,7 +73,10 @@ def generation(
     pipeline: Annotated[str, typer.Argument(help="A pipeline folder, a run, a hub name, or 'tiny'.")],
     reference: Annotated[str, typer.Option("--reference", help="Images, as in a recipe, or an .npz of statistics.")],
     out: Annotated[
-        Path, typer.Option("--out", help="Folder of the images; the same command continues.", callback=new_folder)
+        Path,
+        typer.Option(
+            "--out", help="Folder of the images; the same command continues.", callback=folder_of("generation")
+        ),
     ] = Path("generation"),
     base: Annotated[
         str | None, typer.Option("--base", help="The base pipeline, measured beside: upscaled, and native.")

@@ -5,13 +5,15 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import new_folder
+from davae.cli.options import folder_of
 from davae.runtime.console import say
 
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
-    out: Annotated[Path, typer.Option(help="Folder for the result; must not hold files.", callback=new_folder)],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the result; must not hold files.", callback=folder_of("result"))
+    ],
     license: Annotated[
         str | None,
         typer.Option(help="The result's licence, by the hub's id or by its name; default: the base's, from its card."),

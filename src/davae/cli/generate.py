@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import LAST_SEED, Device, ModelDType, Variant, new_folder
+from davae.cli.options import LAST_SEED, Device, ModelDType, Variant, folder_of
 from davae.runtime.console import say
 
 
@@ -20,7 +20,7 @@ def generate(
         list[str] | None, typer.Option(help="A prompt, of a text-to-image pipeline; can be given again.")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the images.", callback=new_folder)] = Path("samples"),
+    out: Annotated[Path, typer.Option(help="Folder for the images.", callback=folder_of("images"))] = Path("samples"),
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of the first image; the next count up.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Images of each.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the pipeline's own default.")] = None,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.cli.options import Device, new_folder, some_images
+from davae.cli.options import Device, folder_of, some_images
 from davae.runtime.console import say, wide_console
 
 Method = Literal["tsne", "pca"]
@@ -26,7 +26,8 @@ def inspect(
         typer.Option("--beside", help="Another autoencoder, such as one without alignment; can be given again."),
     ] = None,
     out: Annotated[
-        Path, typer.Option("--out", help="Folder of the pictures and inspection.json.", callback=new_folder)
+        Path,
+        typer.Option("--out", help="Folder of the pictures and inspection.json.", callback=folder_of("inspection")),
     ] = Path("inspection"),
     images: Annotated[int, typer.Option("--images", min=1, help="How many images, evenly from the whole set.")] = 256,
     resolution: Annotated[

@@ -1,10 +1,13 @@
 """``davae``: the verbs, and how their errors end."""
 
 import logging
+import signal
 import sys
 from types import ModuleType
+from typing import Any, NoReturn
 
 import typer
+import typer.core
 
 from davae.cli import (
     ablate,
@@ -26,10 +29,23 @@ from davae.cli import (
 )
 from davae.errors import DavaeError
 from davae.import_hooks import after_import
-from davae.training.loop.signals import TrainingStopped
+from davae.runtime.atomic_files import system_error
+from davae.training.loop.signals import Stopped, TrainingStopped, ending_by_signals
 from davae.version import __version__
 
+
+class _Verbs(typer.core.TyperGroup):
+    """Ctrl-C is told as any other end: typer would leave without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise Stopped(signal.SIGINT) from error
+
+
 app = typer.Typer(
+    cls=_Verbs,
     help="Larger images from the same number of tokens, for any latent diffusion model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -83,21 +99,36 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line. Exit status 0: success; 2: a mistake in what was asked; 1: a failure."""
+    """Run the command line.
+
+    Exit status 0: success; 2: a mistake in what was asked; 1: a failure; 128 and its number: a signal. An error of the
+    system is one line; one that is davae's own to mend shows where it came up.
+    """
+    try:
+        with ending_by_signals():
+            app()
+    except DavaeError as error:
+        _leave(str(error), 2, error)
+    except TrainingStopped as stopped:
+        _leave(str(stopped), 128 + stopped.signal)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        number = stopped.signal if isinstance(stopped, Stopped) else signal.SIGINT
+        kept = "what is finished is kept, nothing is half-written"
+        _leave(f"stopped by {number.name}; {kept}, and the same command goes on or begins again", 128 + number)
+    except Exception as error:
+        told = system_error(error)
+        if told is None:
+            raise
+        _leave(told, 1, error)
+
+
+def _leave(text: str, status: int, error: BaseException | None = None) -> NoReturn:
     from davae.runtime.console import tell
 
-    try:
-        app()
-    except DavaeError as error:
+    if error is not None:
         logging.getLogger("davae").debug("where it came up:", exc_info=error)  # for --verbose
-        tell(str(error), style="red")
-        sys.exit(2)
-    except TrainingStopped as stopped:
-        tell(str(stopped))
-        sys.exit(128 + stopped.signal)
-    except KeyboardInterrupt:
-        tell("stopped; the same command continues from the last checkpoint")
-        sys.exit(130)
+    tell(text, style="red" if error is not None else "")
+    sys.exit(status)
 
 
 if __name__ == "__main__":

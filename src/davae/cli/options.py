@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from davae.errors import DavaeError
+from davae.runtime.atomic_files import atomic_json
+from davae.runtime.places import KindName, check_place, check_writable
 
 LAST_SEED = 2**31 - 1
 """As far as every generator goes, with room for the images that count up from it."""
@@ -26,29 +27,23 @@ def new_file(file: Path | None) -> Path | None:
         return None
     if os.path.isdir(file):
         raise DavaeError(f"{file} is a folder, and a file is to be written: add a name")
-    _check_place(file)
+    check_writable(file)
     return file
 
 
-def new_folder(folder: Path | None) -> Path | None:
-    """A folder that is there or can be made.
+def folder_of(kind: KindName) -> Callable[[Path | None], Path | None]:
+    """A callback for the folder of a kind of output: told before any work where it would not be taken.
 
     Raises:
-        DavaeError: it is a file, or its place does not take folders.
+        DavaeError: when it is called with a file, a folder that cannot be written, or one that is somebody else's.
     """
-    if folder is not None:
-        _check_place(folder / "any")
-    return folder
 
+    def check(folder: Path | None) -> Path | None:
+        if folder is not None:
+            check_place(folder, kind)
+        return folder
 
-def _check_place(file: Path) -> None:
-    """Whether a file can be made there, with the folders above it."""
-    # os.path is False below a folder that may not be entered, where Path raises PermissionError (Python 3.11)
-    above = next(parent for parent in file.absolute().parents if os.path.exists(parent))
-    if not os.path.isdir(above):
-        raise DavaeError(f"{file.parent} cannot be a folder: {above} is a file. Name another place")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise DavaeError(f"{file.parent} cannot be written: you may not write in {above}. Name another place")
+    return check
 
 
 def named_values(texts: Sequence[str] | None, option: str, example: str) -> dict[str, str]:
@@ -101,8 +96,7 @@ def check_recipe(recipe: str, overrides: Sequence[str] | None, *, images: bool =
 def write_figures(file: Path | None, values: dict[str, Any]) -> None:
     """Every figure as JSON, where a file was named."""
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        atomic_json(file, values)
 
 
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:1 (default: the GPU, if any).")]

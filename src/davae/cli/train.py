@@ -5,13 +5,16 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import Overrides, RecipeName, TrainedAutoencoder, check_recipe, new_folder
+from davae.cli.options import Overrides, RecipeName, TrainedAutoencoder, check_recipe, folder_of
 from davae.runtime.console import say
 
 app = typer.Typer(no_args_is_help=True)
 
 Out = Annotated[
-    Path | None, typer.Option("--out", help="Run directory (default runs/RECIPE-STAGE).", callback=new_folder)
+    Path | None, typer.Option("--out", help="Run directory (default runs/RECIPE-STAGE).", callback=folder_of("run"))
+]
+BaseOut = Annotated[
+    Path | None, typer.Option("--out", help="Run directory (default runs/RECIPE).", callback=folder_of("base run"))
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Read and print the resolved recipe, then leave.")]
 
@@ -44,7 +47,7 @@ def diffusion(
 
 @app.command()
 def base(
-    overrides: Overrides = None, recipe: RecipeName = "tiny-base", out: Out = None, dry_run: DryRun = False
+    overrides: Overrides = None, recipe: RecipeName = "tiny-base", out: BaseOut = None, dry_run: DryRun = False
 ) -> None:
     """A small base pipeline from nothing, as the embedded one was made."""
     check_recipe(recipe, overrides, images=not dry_run)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.cli.options import Variant, new_folder
+from davae.cli.options import Variant, folder_of
 from davae.errors import DavaeError
 from davae.runtime.console import say
 
@@ -14,7 +14,9 @@ from davae.runtime.console import say
 def upgrade(
     pipeline: Annotated[str, typer.Argument(help="'tiny', a pipeline folder, or a name on the hub.")],
     autoencoder: Annotated[Path, typer.Option(help="Folder of an AutoencoderDA made from its VAE.")],
-    out: Annotated[Path, typer.Option(help="Where the warm-started pipeline goes.", callback=new_folder)],
+    out: Annotated[
+        Path, typer.Option(help="Where the warm-started pipeline goes; new or empty.", callback=folder_of("result"))
+    ],
     timestep_shift: Annotated[str, typer.Option(help="'base', 'native', or a number: see docs/pipelines.md.")] = "base",
     variant: Variant = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print sizes and the self-check's report as JSON.")] = False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,20 +19,27 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from davae.bases.open import load_recipe_base
+from davae.data.cache import value_hash
 from davae.errors import DavaeError
-from davae.evaluation.features import open_network
+from davae.evaluation.features import FeatureNetwork, open_network
+from davae.evaluation.generation.image_run import contents_hash
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets
 from davae.pipelines.saving.opening import load_pipeline
 from davae.recipes.read import load_variant
 from davae.recipes.settings import AblationRecipe, UpgradeRecipe
-from davae.runtime.atomic_files import atomic_json, atomic_tensors
+from davae.runtime.atomic_files import atomic_json, folder_hash
 from davae.runtime.pictures import to_bytes
+from davae.runtime.places import check_place, safe_name
+from davae.runtime.processes import claimed_by_first
+from davae.runtime.weight_files import atomic_tensors
 from davae.training.checkpoints.run_directory import environment
 from davae.training.data import open_part
 from davae.training.diffusion.validation import generate_classes
 from davae.training.runs.train import train_autoencoder, train_diffusion
 
 logger = logging.getLogger(__name__)
+_STANDS_ON = "what it stands on, the weights of a base or the images,"
 _BATCH = 32  # images at a time through the metrics
 
 
@@ -85,8 +93,19 @@ def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
     cases = {
         (name, seed): load_variant(recipe, name, seed) for name in recipe.variants for seed in recipe.seeds
     }  # all are read before anything is trained
+    check_place(out, "ablation")
     networks = [] if recipe.features is None else [open_network(recipe.features)]
-    _claim(out, recipe)
+    with claimed_by_first(out, "ablation"):
+        return _ablate(recipe, cases, networks, out)
+
+
+def _ablate(
+    recipe: AblationRecipe,
+    cases: dict[tuple[str, int], UpgradeRecipe],
+    networks: list[FeatureNetwork],
+    out: Path,
+) -> Ablation:
+    _check_same(recipe, cases, out)
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in recipe.variants}
     first = next(iter(cases.values()))
     held_out: dict[str, ImageSet] = {}  # variants may differ in their data
@@ -101,9 +120,9 @@ def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
     for seed in recipe.seeds:  # a whole comparison stands after every seed
         for name in recipe.variants:
             case = cases[name, seed]
-            folder = out / "runs" / name.replace(" ", "-") / f"seed-{seed}"
+            folder = out / "runs" / safe_name(name) / f"seed-{seed}"
             trained = _trained(case, folder, out, f"{name}, seed {seed}")
-            made = generated_images(case, folder / "pipeline", recipe.samples, folder / "samples.safetensors")
+            made = generated_images(case, folder / "pipeline", recipe.samples, folder)
             figures[name].append({**trained, **distances(case, made)})
         result = Ablation(
             seeds=list(recipe.seeds[: recipe.seeds.index(seed) + 1]),
@@ -116,15 +135,31 @@ def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
     return result
 
 
-def _claim(out: Path, recipe: AblationRecipe) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+def _check_same(recipe: AblationRecipe, cases: dict[tuple[str, int], UpgradeRecipe], out: Path) -> None:
+    """Refuse to go on with other settings, another base or other images; what is finished would not belong to them."""
     file, asked = out / "ablation.recipe.json", recipe.model_dump(mode="json")
+    asked["stands_on"] = _foundations(cases.values())
     if file.is_file():
         before = json.loads(file.read_text())
+        before.setdefault("stands_on", asked["stands_on"])  # an earlier version did not note it
         differing = [k for k in asked if k not in ("seeds", "description", "features") and asked[k] != before.get(k)]
         if differing:
-            raise DavaeError(f"{out} holds another ablation ({', '.join(differing)} differ): choose another --out")
+            names = [_STANDS_ON if k == "stands_on" else k for k in differing]
+            raise DavaeError(f"{out} holds another ablation ({', '.join(names)} differ): choose another --out")
     atomic_json(file, asked)
+
+
+def _foundations(cases: Iterable[UpgradeRecipe]) -> dict[str, str]:
+    """Hashes of the bases' weights and of the images, by what the recipes call them: a path says where, not what."""
+    found: dict[str, str] = {}
+    for case in cases:
+        base, data = f"{case.base} {case.base_revision or ''}".strip(), case.data.model_dump_json()
+        if base not in found:
+            found[base] = contents_hash(load_recipe_base(case))
+        if data not in found:
+            stamps = {**open_part(case.data, "train").stamps(), **open_part(case.data, "held_out").stamps()}
+            found[data] = value_hash({name: [stamp.partition(",")[0], *of] for name, (stamp, *of) in stamps.items()})
+    return found
 
 
 def _trained(recipe: UpgradeRecipe, folder: Path, out: Path, progress: str) -> dict[str, float]:
@@ -163,11 +198,19 @@ def real_images(recipe: UpgradeRecipe, part: Literal["train", "held_out"], count
     return torch.stack([images[i]["image"] for i in range(min(len(images), count or len(images)))])
 
 
-def generated_images(recipe: UpgradeRecipe, pipeline: Path, count: int, file: Path) -> Tensor:
+def generated_images(recipe: UpgradeRecipe, pipeline: Path, count: int, folder: Path) -> Tensor:
     """Samples of the held-out images' classes in turn, ``[count, 3, H, W]`` in [-1, 1], rounded to 8 bits.
 
-    They are kept in ``file`` and read from there the next time.
+    They are kept in a file of ``folder`` that is named by the pipeline's contents, their number and the settings, and
+    read from there the next time.
     """
+    made_with = [
+        folder_hash(pipeline),
+        count,
+        recipe.diffusion.sample.model_dump(mode="json"),
+        recipe.diffusion.loop.seed,
+    ]
+    file = folder / f"samples-{value_hash(made_with).removeprefix('sha256:')[:12]}.safetensors"
     if not file.is_file():
         pipe = load_pipeline(pipeline)
         held_out = open_part(recipe.data, "held_out")

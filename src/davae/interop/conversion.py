@@ -24,6 +24,7 @@ from davae.pipelines import ClassConditionalPipeline, load_pipeline
 from davae.pipelines.families import fit_to_autoencoder
 from davae.pipelines.saving.opening import opening
 from davae.pipelines.upgrade import layout_over, scheduler_for
+from davae.runtime.places import check_place, claim
 from davae.runtime.text_files import read_json
 from davae.runtime.weight_files import about_file, read_state_dict, read_tensors
 
@@ -70,7 +71,7 @@ def convert_lightningdit_file(
 
     Args:
         file: as published.
-        out: folder, made if need be.
+        out: a new or an empty folder.
         weights: which, where the file has both.
         heads: for weights that do not tell, see :func:`davae.interop.official_lightningdit.convert`.
         size: what it must be, for example ``XL/1``.
@@ -79,6 +80,7 @@ def convert_lightningdit_file(
     Raises:
         DavaeError: not a LightningDiT as published, another size, or an autoencoder that does not fit.
     """
+    check_place(out, "result")
     model = official_lightningdit.load(file, weights=weights, num_attention_heads=heads)
     found = official_lightningdit.size_name(model.config)
     if size is not None and size.lower() != found.lower():
@@ -86,7 +88,7 @@ def convert_lightningdit_file(
     if vae is None:
         _save(model, out)
     else:
-        _pipeline(model, vae).save_pretrained(_empty(out))
+        _save(_pipeline(model, vae), out)
     return Converted(out, f"LightningDiT-{found}", _count(model))
 
 
@@ -95,10 +97,11 @@ def convert_vavae_file(file: Path, out: Path, *, resolution: int = 256, statisti
 
     Args:
         file: as published.
-        out: folder, made if need be.
+        out: a new or an empty folder.
         resolution: image size that it was trained at.
         statistics: the file of the latent's statistics, see :func:`read_statistics`.
     """
+    check_place(out, "result")
     read, state = read_statistics(statistics), read_state_dict(file)
     with about_file(file):
         model, unused = convert_vavae(state, resolution=resolution, statistics=read)
@@ -112,11 +115,12 @@ def convert_imagenet_file(
 
     Args:
         file: as published.
-        out: folder, made if need be.
+        out: a new or an empty folder.
         base: folder of the VA-VAE, whose decoder the file does not hold; only ``decode_base`` needs it.
         resolution: of the base.
         statistics: of all channels, see :func:`read_statistics`.
     """
+    check_place(out, "result")
     vae = None if base is None else _vae(base)
     read, state = read_statistics(statistics), read_state_dict(file)
     with about_file(file):
@@ -139,7 +143,7 @@ def convert_sd3_file(
 
     Args:
         file: as published.
-        out: folder, made if need be: of an ``AutoencoderDA``, of an ``SD3Transformer2DModel``, or with ``vae`` of a
+        out: a new or an empty folder: of an ``AutoencoderDA``, of an ``SD3Transformer2DModel``, or with ``vae`` of a
             whole pipeline.
         base: folder of the SD3 VAE or of the pretrained transformer, as the file needs, or of a pipeline with both.
         statistics: of the detail channels, see :func:`read_statistics`; for the autoencoder.
@@ -152,6 +156,7 @@ def convert_sd3_file(
     Raises:
         DavaeError: neither of the two as published, an option for the other of them, or parts that do not fit.
     """
+    check_place(out, "result")
     state = read_state_dict(file, entries=_sd3_entries(weights))
     if is_transformer(state):
         if statistics is not None:
@@ -161,7 +166,7 @@ def convert_sd3_file(
         if vae is None:
             _save(transformer, out)
         else:
-            _sd3_pipeline(transformer, layout, base, vae).save_pretrained(_empty(out))
+            _save(_sd3_pipeline(transformer, layout, base, vae), out)
         kind = f"{type(transformer).__name__}, {layout.base_channels} + {layout.detail_channels} channels"
         return Converted(out, kind, _count(transformer))
     if lora is not None or vae is not None:
@@ -249,14 +254,9 @@ def _vae(folder: Path) -> AutoencoderKL | AutoencoderDA:
     return vae
 
 
-def _empty(out: Path) -> Path:
-    if out.is_dir() and any(out.iterdir()):
-        raise DavaeError(f"{out} is not empty: give another folder with --out")
-    return out
-
-
-def _save(model: ModelMixin, out: Path) -> None:
-    model.save_pretrained(_empty(out))
+def _save(model: ModelMixin | DiffusionPipeline, out: Path) -> None:
+    with claim(out, "result") as folder:
+        model.save_pretrained(folder)
 
 
 def _count(model: ModelMixin) -> int:

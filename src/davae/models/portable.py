@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers import ModelMixin
 
-from davae.models.remote_code import custom_code
+from davae.models.remote_code import after_saving, save_custom_code
 from davae.runtime.model_files import open_model
 
 #: Beside the weights. ``model_index.json`` names the library ``davae``, and diffusers looks for a file of that name.
@@ -45,10 +45,9 @@ class Portable(OpenedWhole):
         """As in diffusers, with the file of code beside the weights."""
         kind = type(self)
         if kind.__module__ == "davae":  # a class that someone else derived must bring its own code
-            folder = Path(save_directory)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / CODE_FILE).write_text(custom_code(kind.__name__), encoding="utf-8")
+            save_custom_code(kind.__name__, Path(save_directory) / CODE_FILE)
         super().save_pretrained(save_directory, *args, **kwargs)
+        after_saving(Path(save_directory))
 
     # Pipelines pass on what they find in the signature, which must be the family's.
     functools.update_wrapper(save_pretrained, ModelMixin.save_pretrained, assigned=(), updated=())

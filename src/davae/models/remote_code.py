@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from davae.errors import DavaeError
+from davae.runtime.atomic_files import allow_as_umask, atomic_write
 from davae.version import __version__
 
 PACKAGE = "davae"
@@ -35,6 +36,16 @@ _THIS_FILE = Path(__file__).read_text(encoding="utf-8")
 def custom_code(name: str) -> str:
     """This file, to be saved again with the model."""
     return _THIS_FILE
+
+
+def save_custom_code(name: str, file: Path) -> None:
+    """Write this file into a folder that a model is saved to."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(custom_code(name), encoding="utf-8")
+
+
+def after_saving(folder: Path) -> None:
+    """davae gives the weights the mode that the umask says; this file leaves them as they are."""
 '''
 
 _FOOTER = """
@@ -69,6 +80,16 @@ def custom_code(name: str) -> str:
     parts = [_HEADER.format(version=__version__, name=name)]
     parts += [_in_one_file(module, modules) for module in modules.values()]
     return "\n".join([*parts, _FOOTER.format(name=name)])
+
+
+def save_custom_code(name: str, file: Path) -> None:
+    """Write the source of a public class of davae into a folder that it is saved to."""
+    atomic_write(file, custom_code(name))
+
+
+def after_saving(folder: Path) -> None:
+    """Give the weights in a folder the mode that the umask says."""
+    allow_as_umask(folder)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from davae.diffusion.flow_matching import guide, is_guided
 from davae.diffusion.schedulers import check_flow_scheduler, scheduler_step, set_sigmas, shifted_scheduler
 from davae.errors import DavaeError
 from davae.latents import latent_affine, to_raw
-from davae.models.remote_code import custom_code
+from davae.models.remote_code import save_custom_code
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -65,9 +65,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         They say ``DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)``.
         """
         if type(self).__module__ == "davae":
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            code = custom_code(type(self).__name__)
-            (Path(save_directory) / "pipeline.py").write_text(code, encoding="utf-8")
+            save_custom_code(type(self).__name__, Path(save_directory) / "pipeline.py")
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @property

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from davae.experiments.ablation import Ablation, ablate
 from davae.recipes.settings import AblationRecipe
+from davae.report.plots import save_figure
 from davae.report.words import better, metric_label, significant
 
 _SHOWN = ("swd/finest", "swd/mean", "spectrum_db", "fid", "kid", "autoencoder_psnr")
@@ -45,8 +46,7 @@ def draw_ablation(result: Ablation, file: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.4)
     figure.axes[0].invert_yaxis()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file, dpi=120)
     return file
 
 

@@ -1,6 +1,5 @@
 """Pictures of an inspection: where images lie, spectra, channels, and what the details are worth."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,9 @@ from matplotlib.figure import Figure
 from davae.evaluation.latent_space.inspect import Inspection
 from davae.evaluation.latent_space.spectra import Spectrum
 from davae.evaluation.metrics.spectrum import NYQUIST
+from davae.report.plots import save_figure
+from davae.runtime.atomic_files import atomic_json
+from davae.runtime.places import claim
 
 _PARTS = {"base": "base latent", "detail": "detail latent"}
 _MADE = {"whole": "reconstruction", "zeroed": "details zeroed", "shuffled": "details shuffled", "base": "base enlarged"}
@@ -23,10 +25,10 @@ _COLOURS["added by all details"] = "tab:orange"
 
 def write_inspection(inspections: Mapping[str, Inspection], folder: Path) -> list[Path]:
     """The pictures of :func:`draw_inspection`, and every figure in ``inspection.json``; returns the files."""
-    files = [*draw_inspection(inspections, folder), folder / "inspection.json"]
-    values = {title: found.to_json() for title, found in inspections.items()}
-    files[-1].write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    return files
+    with claim(folder, "inspection") as inside:
+        drawn = draw_inspection(inspections, inside)
+        atomic_json(inside / "inspection.json", {title: found.to_json() for title, found in inspections.items()})
+    return [*(folder / file.name for file in drawn), folder / "inspection.json"]
 
 
 def draw_inspection(inspections: Mapping[str, Inspection], folder: Path) -> list[Path]:
@@ -39,7 +41,6 @@ def draw_inspection(inspections: Mapping[str, Inspection], folder: Path) -> list
         inspections: title to inspection, of the same images.
         folder: made where absent.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, figure in (
         ("map", _map(inspections)),
@@ -49,7 +50,7 @@ def draw_inspection(inspections: Mapping[str, Inspection], folder: Path) -> list
         ("examples", _examples(inspections)),
     ):
         files.append(folder / f"{name}.png")
-        figure.savefig(files[-1], dpi=110)
+        save_figure(figure, files[-1], dpi=110)
     return files
 
 

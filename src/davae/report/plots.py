@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -15,6 +16,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from davae.runtime.atomic_files import atomic_file
 
 COLOURS = 8
 """Distinct series colours, the CSS variables --s1 to --s8."""
@@ -24,6 +27,12 @@ SHAPES = ("o", "s", "^")
 _INK = "#0a0a01"
 _LINE = "#0a0a02"
 _Point = tuple[Sequence[float], Sequence[float]]
+
+
+def save_figure(figure: Figure, file: Path, *, dpi: int) -> None:
+    """Write a figure as a picture of the kind that the file's name ends in, whole or not at all."""
+    with atomic_file(file) as partial:
+        figure.savefig(partial, format=file.suffix.removeprefix("."), dpi=dpi)
 
 
 def _series(index: int) -> str:

@@ -13,8 +13,8 @@ from davae.errors import DavaeError
 from davae.evaluation import linear_probe_accuracy, project_latents, radial_power_spectrum
 from davae.evaluation.reconstruction.crops import busiest_crop
 from davae.report.schema import TENSOR_FILE, Curve, Figures, LatentMap, Picture, PictureRow, Section, Spectrum
-from davae.runtime.atomic_files import atomic_tensors
-from davae.runtime.pictures import to_bytes, upscaled
+from davae.runtime.pictures import save_image, to_bytes, upscaled
+from davae.runtime.weight_files import atomic_tensors
 
 STAGES = (
     Curve(
@@ -188,7 +188,6 @@ class FigureRecorder:
 
     def write(self) -> Figures:
         """Write ``figures.json`` and ``figures.safetensors``; the pictures are there already."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         atomic_tensors(self.run_dir / TENSOR_FILE, self._tensors or {"labels": torch.zeros(0, dtype=torch.long)})
         figures = Figures(
             sections=self._sections,
@@ -213,8 +212,7 @@ def save_png(image: Tensor, path: Path) -> Path:
         raise DavaeError(f"the picture for {path.name} holds NaN or infinite values")
     levels = to_bytes(image.detach().cpu()).to(torch.uint8)
     array = levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()  # [H, W, 3]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, format="PNG", optimize=True)
+    save_image(Image.fromarray(array), path, optimize=True)
     return path
 
 

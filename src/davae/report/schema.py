@@ -8,16 +8,19 @@
 
 import json
 from pathlib import Path
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_names
+from davae.pipelines.saving.publishing import public_command, public_text, public_values
 from davae.runtime.atomic_files import atomic_write
 
 Number = TypeVar("Number", int, float)
 Scalar = str | int | float | bool | None
+Public = Annotated[str, AfterValidator(public_text)]
+"""A report is handed on: paths of the disk are cut to their last part."""
 
 
 class _Record(BaseModel):
@@ -35,7 +38,6 @@ class _File(_Record):
     def write(self, run_dir: Path | str) -> Path:
         """Write the file, whole or not at all; returns its path."""
         path = Path(run_dir) / self.file_name()
-        path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, self.model_dump_json(indent=2) + "\n")
         return path
 
@@ -147,6 +149,18 @@ class Summary(_File):
     skipped: list[tuple[str, str]] = []
     """Images left out: name and reason."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _public(cls, values: Any) -> Any:
+        """A report is handed on: paths of the disk are cut to their last part."""
+        if not isinstance(values, dict):
+            return values
+        texts = {
+            key: public_values(values[key]) for key in ("title", "hardware", "settings", "skipped") if key in values
+        }
+        command = values.get("command")
+        return values | texts | ({"command": public_command(command)} if isinstance(command, str) else {})
+
     @classmethod
     def file_name(cls) -> str:  # noqa: D102
         return "summary.json"
@@ -157,16 +171,16 @@ class Picture(_Record):
 
     file: str
     """Relative to the run directory, inside it."""
-    alt: str
+    alt: Public
     """What the picture shows, for who cannot see it."""
-    label: str = ""
+    label: Public = ""
     """A few words below the picture."""
 
 
 class PictureRow(_Record):
     """Pictures to be compared with each other, and magnified parts of the same."""
 
-    caption: str = ""
+    caption: Public = ""
     pictures: list[Picture] = Field(min_length=1)
     zooms: list[Picture] = []
 

@@ -1,6 +1,7 @@
 """Images made larger or smaller, and pictures that show many of them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from davae.errors import DavaeError
+from davae.runtime.atomic_files import atomic_file
 from davae.runtime.processes import gathered_in_first, is_first, share
 
 PICTURES = 8  # images in a row of a validation picture
@@ -66,6 +69,15 @@ def image_grid(rows: list[Tensor]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
+def save_image(image: Image.Image, path: Path, **options: Any) -> None:
+    """Write one picture, whole or not at all, in the format that its name ends in; its folder is made where absent."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None:
+        raise DavaeError(f"{path}: no kind of picture ends in '{path.suffix}'; name it {path.stem}.png")
+    with atomic_file(path) as partial:
+        image.save(partial, format=kind, **options)
+
+
 def save_shared_rows(path: Path, rows: dict[str, Tensor], count: int, *, at_most: int = PICTURES) -> None:
     """:func:`save_rows` of the first of ``count`` images; each process gives its share of every row."""
     mine = share(count)
@@ -83,7 +95,6 @@ def save_rows(path: Path, rows: dict[str, Tensor]) -> None:
     """Write a grid with one row an entry; the names are kept in the PNG's text."""
     from PIL.PngImagePlugin import PngInfo
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     info.add_text("Rows", " | ".join(rows))
-    image_grid(list(rows.values())).save(path, pnginfo=info)
+    save_image(image_grid(list(rows.values())), path, pnginfo=info)

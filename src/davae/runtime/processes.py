@@ -7,8 +7,10 @@ number of processes.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +19,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.runtime.places import KindName, claim
 
 T = TypeVar("T")
 
@@ -150,6 +153,16 @@ def all_the_same(what: str, own: str, where: str) -> None:
 def wait_for_everyone() -> None:
     """Wait until all ranks have called this."""
     everyone(None)
+
+
+@contextmanager
+def claimed_by_first(folder: Path, kind: KindName) -> Iterator[None]:
+    """Within the block the folder is that of these processes: the first one claims it, see
+    :func:`davae.runtime.places.claim`.
+    """
+    start_processes()
+    with claim(folder, kind) if is_first() else nullcontext():
+        yield
 
 
 def _compact(value: Any) -> Any:

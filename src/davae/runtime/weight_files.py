@@ -1,4 +1,4 @@
-"""Reading other people's checkpoint files without running their code."""
+"""Reading other people's checkpoint files without running their code, and writing tensors."""
 
 import logging
 import pickle
@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.runtime.atomic_files import atomic_file
 from davae.runtime.model_files import not_finite
 
 logger = logging.getLogger(__name__)
@@ -119,3 +120,10 @@ def _find_tensors(content: Any, path: Path, entries: Sequence[str]) -> Mapping[s
     else:
         found = f"a {type(content).__name__}"
     raise DavaeError(f"{path} holds {found}; expected named tensors, bare or under {', '.join(entries) or 'one name'}")
+
+
+def atomic_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
+    """Write named tensors of any device as a safetensors file, whole or not at all; ``metadata`` is its header's."""
+    with atomic_file(path) as partial:
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, partial, metadata=metadata)

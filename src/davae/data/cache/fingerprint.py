@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from davae.errors import DavaeError
-from davae.runtime.atomic_files import atomic_file, atomic_json
+from davae.runtime.atomic_files import atomic_file, atomic_json, remove_file
 
 _NAMED = 3
 _SOURCES = re.compile(r"sources(-[0-9a-f]{8})?\.jsonl")
@@ -93,7 +93,7 @@ class Fingerprint:
         atomic_json(folder / "fingerprint.json", {"facts": self.facts, "hash": self.hash, "sources": name})
         for other in folder.glob("sources*.jsonl"):
             if other.name != name:
-                other.unlink()
+                remove_file(other)
 
     @classmethod
     def load(cls, folder: Path) -> Fingerprint:

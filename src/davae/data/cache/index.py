@@ -16,7 +16,7 @@ from typing import Any
 
 from davae.data.cache.shards import shard_path
 from davae.errors import DavaeError
-from davae.runtime.atomic_files import atomic_write, file_hash
+from davae.runtime.atomic_files import atomic_write, file_hash, remove_file
 
 INDEX = "index.jsonl"
 
@@ -130,7 +130,7 @@ def merge_journals(folder: Path) -> None:
             if name not in index.shards:
                 lines = [line for line in found.records if line["shard"] == name]
                 append(folder, [*lines, {"commit": name, **shard}])
-        journal.unlink()
+        remove_file(journal)
 
 
 def verify_cache(folder: str | Path) -> int:

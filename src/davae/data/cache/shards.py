@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from davae.errors import DavaeError
-from davae.runtime.atomic_files import atomic_file, atomic_tensors
+from davae.runtime.atomic_files import atomic_file
+from davae.runtime.weight_files import atomic_tensors
 
 Format = Literal["safetensors", "webdataset"]
 SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "webdataset": ".tar"}

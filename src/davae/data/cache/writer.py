@@ -13,7 +13,7 @@ from davae.data.cache.fingerprint import Fingerprint, caption_key
 from davae.data.cache.index import append, journal_of, merge_journals, read_index, rewrite
 from davae.data.cache.shards import SUFFIXES, Format, Record, is_shard_name, stored, write_shard
 from davae.errors import DavaeError
-from davae.runtime.atomic_files import atomic_json, file_hash
+from davae.runtime.atomic_files import atomic_json, file_hash, make_folder, remove_file, remove_leftovers
 from davae.runtime.devices import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class CacheWriter:
         self, fingerprint: Fingerprint, about: dict[str, Any], captions: Callable[[], Mapping[str, str]]
     ) -> None:
         """Make the folder, or see that it is the same cache's, and tidy up after a run that was stopped."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         old = None
         if (self.folder / "fingerprint.json").is_file():
             old = Fingerprint.load(self.folder)
@@ -93,15 +93,14 @@ class CacheWriter:
                 raise DavaeError(f"{self.folder} holds other files ({min(others)}); give an empty folder")
             atomic_json(self.folder / "cache.json", {"format": self.form, **about})
             fingerprint.save(self.folder)
-        for left in self.folder.glob(".*.partial"):
-            left.unlink()
+        remove_leftovers(self.folder)
         merge_journals(self.folder)
         if old is not None:
             self._bring_up_to_date(old, fingerprint, about, captions)
         committed = read_index(self.folder).shards
         for file in self.folder.iterdir():
             if is_shard_name(file.name) and file.name not in committed:
-                file.unlink()  # written whole, and stopped before it was committed
+                remove_file(file)  # written whole, and stopped before it was committed
 
     def _bring_up_to_date(
         self, old: Fingerprint, new: Fingerprint, about: dict[str, Any], captions: Callable[[], Mapping[str, str]]

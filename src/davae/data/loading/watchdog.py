@@ -123,10 +123,12 @@ def dead_worker_message() -> str:
 def outlive_signals(_worker: int) -> None:
     """Begin a loader process that does not end when all processes of a run are asked to stop.
 
-    Ctrl-C and Slurm's SIGTERM reach these too, and the training needs them to finish its step and save. They end with
-    the training, or at the second SIGTERM.
+    Ctrl-C and Slurm's SIGTERM and SIGUSR1 reach these too, and the training needs them to finish its step and save.
+    They end with the training, or at the second SIGTERM.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     asked: list[bool] = []
 
     def listen(*_: Any) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.evaluation.generation.compare import Batches
-from davae.evaluation.generation.image_run import ImageRun, RunSettings
+from davae.evaluation.generation.image_run import ImageRun, RunSettings, contents_hash
 from davae.evaluation.generation.prompts import GENEVAL_SAMPLES, PromptSet, class_set, open_prompt_set
 from davae.pipelines.sampling.generate import takes_prompts
 from davae.runtime.pictures import upscaled
+from davae.runtime.places import safe_name
 from davae.runtime.processes import rank_and_world, wait_for_everyone
 
 UPGRADED, BASE_UPSCALED, BASE_NATIVE = "upgraded", "base, upscaled", "base, native"
@@ -87,7 +88,7 @@ def generate_variants(
         sized = replace(settings, pipeline=pipeline)
         if _takes_size(pipe):
             sized = replace(sized, height=full[0], width=full[1])
-        run = variants.runs[name] = _make(pipe, sized, out / name, variants, progress)
+        run = variants.runs[name] = _make(pipe, sized, out / safe_name(name), variants, progress)
         variants.models[name] = partial(_upscaled, run, total, full)
         wait_for_everyone()
     return variants
@@ -127,7 +128,7 @@ def _takes_size(pipe: DiffusionPipeline) -> bool:
 def _check_names(others: Mapping[str, str]) -> None:
     taken = {"upgraded", "base", "native", "geneval", BASE_UPSCALED, BASE_NATIVE}
     for name in others:
-        if name in taken or not name or Path(name).name != name:
+        if not name or Path(name).name != name or name == ".." or name in taken or safe_name(name) in taken:
             raise DavaeError(f"a model beside cannot be called '{name}': it names a row and a folder of its own")
 
 
@@ -162,7 +163,7 @@ def _count(count: int | None, subjects: PromptSet) -> int:
 def _make(
     pipe: DiffusionPipeline, settings: RunSettings, folder: Path, variants: Variants, progress: Progress
 ) -> ImageRun:
-    run = ImageRun(folder, settings)
+    run = ImageRun(folder, replace(settings, weights=contents_hash(pipe)))
     rank, world = rank_and_world()
     missing = run.share_missing(variants.count, rank, world)
     made = run.make(pipe, variants.prompts, variants.count, rank=rank, world=world)

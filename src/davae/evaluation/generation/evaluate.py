@@ -20,7 +20,8 @@ from davae.evaluation.generation.image_run import RunSettings, write_geneval_fol
 from davae.evaluation.metrics.names import CLIP_SCORE
 from davae.runtime.console import track
 from davae.runtime.devices import chosen_device, named_dtype
-from davae.runtime.processes import start_processes
+from davae.runtime.places import check_place, safe_name
+from davae.runtime.processes import claimed_by_first, start_processes, wait_for_everyone
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def evaluate_generation(
             images of other settings.
     """
     precision, wanted = named_dtype(dtype), chosen_device(device)
+    check_place(out, "generation")
     compared = open_reference(str(reference), limit=reference_images)
     # Waiting for the slowest process may take hours; torch would give up after minutes.
     state = start_processes(cpu=device == "cpu", timeout=timedelta(days=7))
@@ -92,36 +94,38 @@ def evaluate_generation(
             )
         for name, reason in unavailable.items():
             logger.warning("%s will not be measured: %s", name, reason)
-    variants = generate_variants(
-        lambda name: _open_pipeline(name, precision, where),
-        RunSettings(
-            str(pipeline), {}, seed, batch, steps=steps, guidance=guidance, height=height, width=width, dtype=dtype
-        ),
-        out,
-        base=base,
-        others=beside,
-        prompts=prompts,
-        count=count,
-        progress=partial(_progress, shown=state.is_main_process),
-    )
-    if not state.is_main_process:
-        return None
-    if variants.prompts.kind == "classes" and clip is not None:
-        clip_network, unavailable[CLIP_SCORE] = None, "the pipeline makes images of classes, not of texts"
-    report = compare_generation(
-        variants.models,
-        compared,
-        networks=networks,
-        clip=clip_network,
-        prompts=variants.prompts,
-        unavailable=unavailable | variants.unavailable,
-        save_statistics_to=save_statistics,
-    )
-    if variants.prompts.kind == "geneval":
-        for name, run in variants.runs.items():
-            write_geneval_folder(run, variants.prompts, variants.count, Path(out) / "geneval" / name)
-    runs = {name: run.describe() | {"folder": str(run.folder)} for name, run in variants.runs.items()}
-    return replace(report, runs=runs)
+    with claimed_by_first(Path(out), "generation"):
+        wait_for_everyone()  # nobody writes before the folder is claimed
+        variants = generate_variants(
+            lambda name: _open_pipeline(name, precision, where),
+            RunSettings(
+                str(pipeline), {}, seed, batch, steps=steps, guidance=guidance, height=height, width=width, dtype=dtype
+            ),
+            out,
+            base=base,
+            others=beside,
+            prompts=prompts,
+            count=count,
+            progress=partial(_progress, shown=state.is_main_process),
+        )
+        if not state.is_main_process:
+            return None
+        if variants.prompts.kind == "classes" and clip is not None:
+            clip_network, unavailable[CLIP_SCORE] = None, "the pipeline makes images of classes, not of texts"
+        report = compare_generation(
+            variants.models,
+            compared,
+            networks=networks,
+            clip=clip_network,
+            prompts=variants.prompts,
+            unavailable=unavailable | variants.unavailable,
+            save_statistics_to=save_statistics,
+        )
+        if variants.prompts.kind == "geneval":
+            for name, run in variants.runs.items():
+                write_geneval_folder(run, variants.prompts, variants.count, Path(out) / "geneval" / safe_name(name))
+        runs = {name: run.describe() | {"folder": str(run.folder)} for name, run in variants.runs.items()}
+        return replace(report, runs=runs)
 
 
 def _open_pipeline(name: str, dtype: torch.dtype, device: str) -> DiffusionPipeline:

@@ -15,15 +15,18 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from davae.data import image_to_tensor
+from davae.data.cache import plain_config, value_hash, weights_hash
 from davae.errors import DavaeError
 from davae.evaluation.generation.prompts import PromptSet
 from davae.pipelines.sampling.generate import generate_batch
-from davae.runtime.atomic_files import atomic_file, atomic_write
+from davae.runtime.atomic_files import atomic_json, atomic_write, make_folder
+from davae.runtime.pictures import save_image
 
 _SETTINGS = "settings.json"
+_SAYS_NOTHING = ("transformers_version", "torch_dtype", "dtype", "name_or_path")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class RunSettings:
     """All that decides what image ``i`` looks like; a folder keeps to those it was begun with.
 
     Attributes:
-        pipeline: its name or folder.
+        pipeline: its name or folder, for who reads the settings: what it is, ``weights`` says.
+        weights: :func:`contents_hash` of the pipeline. A folder of images belongs to them, not to a path.
         prompts: as `PromptSet.describe` tells.
         seed: of image 0; image ``i`` has ``seed + i``.
         batch: images made in one call.
@@ -48,6 +52,34 @@ class RunSettings:
     height: int | None = None
     width: int | None = None
     dtype: str = "float32"
+    weights: str = ""
+
+    @classmethod
+    def differing(cls, found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+        """What keeps images of other settings from going on, for an error; none where nothing does."""
+        if "weights" not in found:
+            return "its images are of an earlier davae, which did not note the weights that made them"
+        if found["weights"] != wanted["weights"]:
+            return f"its images are of other weights than {wanted['pipeline']} has now"
+        for key, value in wanted.items():
+            if key != "pipeline" and found.get(key) != value:
+                return f"it was begun with {key} = {found.get(key)!r}, not {value!r}"
+        return None
+
+
+def contents_hash(pipe: DiffusionPipeline) -> str:
+    """SHA-256 of a pipeline's class, weights, configurations and vocabularies, wherever it was loaded from."""
+    parts: dict[str, Any] = {"class": type(pipe).__name__, "options": plain_config(pipe.config)}
+    for name, part in pipe.components.items():
+        config: Any = getattr(part, "config", None)
+        config = config.to_dict() if hasattr(config, "to_dict") else config
+        vocabulary = part.get_vocab() if hasattr(part, "get_vocab") else None
+        parts[name] = [
+            type(part).__name__,
+            weights_hash(part) if isinstance(part, nn.Module) else vocabulary,
+            {k: v for k, v in plain_config(config or {}).items() if k not in _SAYS_NOTHING},
+        ]
+    return value_hash(parts)
 
 
 class ImageRun:
@@ -58,25 +90,24 @@ class ImageRun:
         settings: of this run.
 
     Raises:
-        DavaeError: the folder was begun with other settings; the first that differs is named.
+        DavaeError: the folder was begun with other weights or settings; the first that differs is named.
     """
 
     def __init__(self, folder: str | Path, settings: RunSettings) -> None:
         self.folder = Path(folder)
         self.settings = settings
-        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder / "images")
         file = self.folder / _SETTINGS
         wanted = asdict(settings)
         if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            for key, value in wanted.items():
-                if found.get(key) != value:
-                    raise DavaeError(
-                        f"{self.folder} was begun with {key} = {found.get(key)!r}, not {value!r}: its images would "
-                        "not belong together. Give another --out, or delete the folder"
-                    )
+            differing = settings.differing(json.loads(file.read_text(encoding="utf-8")), wanted)
+            if differing is not None:
+                raise DavaeError(
+                    f"{self.folder} cannot go on: {differing}, so they would not belong together. Give another --out, "
+                    "or delete the folder"
+                )
             return
-        atomic_write(file, json.dumps(wanted, indent=1), shared=True)
+        atomic_json(file, wanted)
 
     def describe(self) -> dict[str, Any]:
         """For the JSON: the settings."""
@@ -129,8 +160,7 @@ class ImageRun:
             )
             for index, image in zip(indices, images, strict=True):
                 if index < count and not self.path(index).exists():
-                    with atomic_file(self.path(index), shared=True) as partial:
-                        image.save(partial, format="PNG")
+                    save_image(image, self.path(index))
                     yield index
 
     def batches(self, count: int, *, size: int = 32) -> Iterator[Tensor]:
@@ -159,7 +189,6 @@ def write_geneval_folder(run: ImageRun, prompts: PromptSet, count: int, out: str
     for index in range(count):
         prompt, sample = index % len(prompts.subjects), index // len(prompts.subjects)
         folder = out / f"{prompt:05d}"
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
         if sample == 0:
             atomic_write(folder / "metadata.jsonl", json.dumps(prompts.metadata[prompt]))
         atomic_write(folder / "samples" / f"{sample:05d}.png", run.path(index).read_bytes())

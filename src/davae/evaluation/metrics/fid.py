@@ -124,7 +124,6 @@ def save_statistics(gaussian: Gaussian, file: str | Path) -> str:
     path = Path(file)
     if path.suffix != ".npz":
         raise DavaeError(f"statistics are written to a .npz file, not to {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {"mu": gaussian.mean.numpy(), "sigma": gaussian.covariance.numpy()}
     if gaussian.count is not None:
         arrays["count"] = np.int64(gaussian.count)

@@ -20,6 +20,7 @@ from davae.models.perceptual import LpipsLoss
 from davae.runtime.atomic_files import atomic_json
 from davae.runtime.devices import chosen_device
 from davae.runtime.pictures import PICTURES, save_rows
+from davae.runtime.places import check_place, claim
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def compare_autoencoders(
         DavaeError: no images, an autoencoder that does not fit, or weights that are not there.
     """
     where = torch.device(chosen_device(device))
+    if out is not None:
+        check_place(out, "comparison")
     networks = [open_network(name, device=where) for name in features]
     perceptual = {} if lpips is None else {LPIPS: Perceptual(LpipsLoss(str(lpips)), where)}
     candidates = open_candidates(autoencoders, resolution, tokens=tokens, device=where)
@@ -124,10 +127,10 @@ def compare_autoencoders(
         networks=[network.describe() for network in networks],
     )
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        atomic_json(out / "comparison.json", result.to_json())
-        for name, pictures in sheets.items():
-            save_rows(out / f"{name}.png", {row: shown[:PICTURES] for row, shown in pictures.items()})
+        with claim(out, "comparison") as folder:
+            atomic_json(folder / "comparison.json", result.to_json())
+            for name, pictures in sheets.items():
+                save_rows(folder / f"{name}.png", {row: shown[:PICTURES] for row, shown in pictures.items()})
     return result
 
 

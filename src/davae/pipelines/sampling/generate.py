@@ -1,8 +1,6 @@
 """Images of prompts or classes from any pipeline, one seed each."""
 
-import hashlib
 import inspect
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +11,7 @@ from PIL import Image
 
 from davae.errors import DavaeError
 from davae.pipelines.families import ClassFamily, find_family
+from davae.runtime.places import safe_name
 from davae.runtime.text_files import lines_of, read_text
 
 
@@ -25,11 +24,8 @@ class Generated(NamedTuple):
 
     @property
     def file_name(self) -> str:
-        """Such as ``a-red-fox-in-snow-7.png``; a few digits tell apart what would have the same name otherwise."""
-        words = re.sub(r"[^\w]+", "-", self.subject).strip("-")[:60].strip("-") or "image"
-        if "-" in self.subject or words != self.subject.replace(" ", "-"):
-            words += f"-{hashlib.sha256(self.subject.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
-        return f"{words}-{self.seed}.png"
+        """Such as ``a-red-fox-in-snow-7.png``; texts that differ have names that differ."""
+        return f"{safe_name(self.subject)}-{self.seed}.png"
 
 
 def takes_prompts(pipe: DiffusionPipeline) -> bool:

@@ -19,7 +19,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
@@ -28,6 +28,8 @@ from davae.pipelines.lora import attach_lora, attached_lora
 from davae.pipelines.saving.opening import LAYERS_FILE, load_autoencoder
 from davae.pipelines.upgrade import upgrade_pipeline
 from davae.runtime.model_files import not_finite
+from davae.runtime.places import claim
+from davae.runtime.weight_files import atomic_tensors
 from davae.warm_start import description_of
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -61,22 +63,31 @@ def save_adapters(pipe: DiffusionPipeline, folder: str | Path) -> Path:
     Args:
         pipe: an upgraded pipeline, its transformer with one LoRA attached and not fused, or with none where only the
             widened layers were trained.
-        folder: made where absent; the autoencoder is saved apart, with ``pipe.vae.save_pretrained``.
+        folder: new or empty, or one of adapters, which are replaced in one go; what else it holds stays. The
+            autoencoder is saved apart, with ``pipe.vae.save_pretrained``, beside them or in ``folder/autoencoder``.
 
     Returns:
         The folder.
 
     Raises:
-        DavaeError: the pipeline is not upgraded, has several adapters, or has a fused one.
+        DavaeError: the pipeline is not upgraded, has several adapters, or has a fused one; or the folder holds
+            something else.
     """
-    vae, transformer = _upgraded_parts(pipe)
+    _, transformer = _upgraded_parts(pipe)
     attached = attached_lora(transformer)
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in transformer.modules()):
         raise DavaeError("the LoRA is fused into the weights: call unfuse_lora() before saving it by itself")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if attached is not None:
-        _write_lora(pipe, *attached, folder)
+    with claim(folder, "adapters") as inside:
+        if attached is not None:
+            _write_lora(pipe, *attached, inside)
+        tensors, header = _widened(pipe, attached and attached[0])
+        atomic_tensors(inside / LAYERS_FILE, tensors, metadata=header)
+    return Path(folder)
+
+
+def _widened(pipe: DiffusionPipeline, adapter: str | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What ``davae_adapter.safetensors`` holds: tensors and header."""
+    vae, transformer = _upgraded_parts(pipe)
     layers = _widened_layers(transformer)
     header = _Header(
         format=FORMAT,
@@ -86,14 +97,13 @@ def save_adapters(pipe: DiffusionPipeline, folder: str | Path) -> Path:
         detail_channels=vae.layout.detail_channels,
         scale=vae.scale,
         layers=sorted(layers),
-        adapter=attached and attached[0],
+        adapter=adapter,
         scheduler=_configuration(pipe.scheduler),
     )
-    tensors = {f"transformer.{name}": value.detach().cpu().contiguous() for name, value in layers.items()}
+    tensors: dict[str, Tensor] = {f"transformer.{name}": value for name, value in layers.items()}
     tensors["check.transformer"] = Samples.of(_frozen(transformer)).values
     tensors["check.vae"] = Samples.of(dict(vae.named_parameters())).values
-    save_file(tensors, folder / LAYERS_FILE, metadata={"format": "pt", "davae": json.dumps(asdict(header), indent=1)})
-    return folder
+    return tensors, {"format": "pt", "davae": json.dumps(asdict(header), indent=1)}
 
 
 def load_adapters(base: P, vae: AutoencoderDA | str | Path, folder: str | Path) -> P:
@@ -301,9 +311,9 @@ def _write_lora(pipe: DiffusionPipeline, name: str, config: LoraConfig, folder: 
         )
         return
     values = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
-    save_file(
-        {f"transformer.{key}": value for key, value in weights.items()},
+    atomic_tensors(
         folder / LORA_FILE,
+        {f"transformer.{key}": value for key, value in weights.items()},
         metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(values, indent=2, sort_keys=True)},
     )
 

@@ -17,6 +17,8 @@ from davae.errors import DavaeError
 from davae.pipelines.families import find_family
 from davae.pipelines.saving.licence import Licence, find_licence
 from davae.pipelines.saving.opening import LAYERS_FILE
+from davae.pipelines.saving.publishing import public_command, public_name, public_text, public_values
+from davae.runtime.atomic_files import atomic_write
 from davae.version import __version__
 
 CARD = "README.md"
@@ -97,6 +99,29 @@ class Making:
     datasets: Sequence[str] = ()
     recipe: str | None = None
 
+    def public(self) -> Making:
+        """Without the paths of a private disk, see :mod:`davae.pipelines.saving.publishing`."""
+        return replace(
+            self,
+            commands=[public_command(command) for command in self.commands],
+            hardware=public_values(dict(self.hardware)),
+            datasets=[public_name(name) for name in self.datasets],
+            recipe=None if self.recipe is None else _public_recipe(self.recipe),
+        )
+
+
+def _public_recipe(text: str) -> str:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict):
+        return public_text(text)
+    cut = public_values(values)
+    if isinstance(cut.get("base"), str):
+        cut["base"] = public_name(cut["base"])
+    return text if cut == values else yaml.safe_dump(cut, sort_keys=False)
+
 
 def write_model_card(
     folder: str | Path,
@@ -106,7 +131,7 @@ def write_model_card(
     making: Making | None = None,
     name: str | None = None,
 ) -> Path:
-    """Write ``README.md`` into a folder that davae saved.
+    """Write ``README.md`` into a folder that davae saved. Paths of the disk are cut to their last part in it.
 
     Args:
         folder: of an upgraded pipeline, an autoencoder or adapters.
@@ -124,8 +149,8 @@ def write_model_card(
     folder = Path(folder)
     licence = find_licence(base_model, license)
     facts = _Facts.of(folder)
-    text = _card(facts, name or folder.name, base_model, licence, making or Making())
-    (folder / CARD).write_text(text, encoding="utf-8")
+    text = _card(facts, name or folder.resolve().name, public_name(base_model), licence, (making or Making()).public())
+    atomic_write(folder / CARD, text)
     return folder / CARD
 
 

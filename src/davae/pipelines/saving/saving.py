@@ -1,6 +1,7 @@
 """Saving upgraded pipelines so that anyone can open them, and publishing what was saved."""
 
 import copy
+import logging
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -11,6 +12,11 @@ from davae.models import AutoencoderDA
 from davae.pipelines.lora import attached_lora, merge_lora
 from davae.pipelines.saving.licence import Licence, find_licence, read_front_matter
 from davae.pipelines.saving.model_card import CARD, Making, write_model_card
+from davae.pipelines.saving.publishing import cut_names
+from davae.runtime.places import claim
+
+logger = logging.getLogger(__name__)
+_THE_HUBS_OWN = (".git", ".cache", ".gitattributes")
 
 
 def save_pipeline(
@@ -30,7 +36,7 @@ def save_pipeline(
 
     Args:
         pipe: an upgraded pipeline.
-        folder: made where absent.
+        folder: new or empty, or one of an upgraded pipeline, which is replaced in one go; what else it holds stays.
         base_model: hub name or folder of the base.
         license: of the result; the base's own where None.
         making: figures and commands for the card.
@@ -40,7 +46,8 @@ def save_pipeline(
         The folder.
 
     Raises:
-        DavaeError: the licence is not known (nothing is written then), or the pipeline is not upgraded.
+        DavaeError: the licence is not known, the pipeline is not upgraded, or the folder holds something else, such as
+            the base. Nothing is written then.
     """
     if not isinstance(getattr(pipe, "vae", None), AutoencoderDA):
         raise DavaeError(f"this {type(pipe).__name__} is not upgraded: save it with its own save_pretrained")
@@ -50,15 +57,21 @@ def save_pipeline(
         if attached_lora(tuned) is not None:
             pipe.transformer = copy.deepcopy(tuned)
             merge_lora(pipe.transformer)
-        pipe.save_pretrained(folder)
+        with claim(folder, "pipeline") as inside:
+            pipe.save_pretrained(inside)
+            for config in inside.rglob("*.json"):
+                cut_names(config)
+            title = name or Path(folder).resolve().name
+            write_model_card(inside, base_model=base_model, license=licence, making=making, name=title)
     finally:
         pipe.transformer = tuned
-    write_model_card(folder, base_model=base_model, license=licence, making=making, name=name)
     return Path(folder)
 
 
 def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
     """Publish a saved pipeline, autoencoder or adapters folder, whole, as a model of the hub.
+
+    What is published is said before. Configurations name where they came from by their last part alone.
 
     Args:
         folder: with a model card that names a licence.
@@ -70,14 +83,31 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None
         Address of the commit.
 
     Raises:
-        DavaeError: there is no card, or it names no licence.
+        DavaeError: there is no card, it names no licence, or something in the folder is a link or hidden.
     """
-    card = Path(folder) / CARD
+    folder = Path(folder)
+    card = folder / CARD
     if not card.is_file() or not read_front_matter(card).get("license"):
         raise DavaeError(
             f"{folder} has no model card that names a licence: write one with davae.write_model_card, or use "
             "davae.save_pipeline"
         )
+    files = []
+    for path in (folder, *sorted(folder.rglob("*"))):
+        hidden = [part for part in path.relative_to(folder).parts if part.startswith(".")]
+        if hidden and hidden[0] in _THE_HUBS_OWN:
+            continue
+        if hidden or (path.is_symlink() and path != folder):
+            kind = "a link" if path.is_symlink() else "hidden"
+            raise DavaeError(
+                f"{path} is {kind}, which is not published: take it out of the folder, or put a copy there"
+            )
+        if path.is_file():
+            files.append(path)
+    for file in files:
+        cut_names(file)
+    shown = "\n".join(f"  {file.relative_to(folder).as_posix()}, {file.stat().st_size:,} bytes" for file in files)
+    logger.info("publishing as %s:\n%s", repo_id, shown)
     api = HfApi(token=token)
     repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a model made with davae")

@@ -13,7 +13,7 @@ from davae.data.in_memory import WithBaseLatents
 from davae.latents import ChannelStatistics, grouped_mean
 from davae.models import AutoencoderDA
 from davae.recipes.settings import AutoencoderSettings
-from davae.runtime.atomic_files import atomic_folder
+from davae.runtime.atomic_files import save_whole
 from davae.runtime.pictures import save_shared_rows, upscaled
 from davae.runtime.processes import start_processes
 from davae.training.autoencoder.losses import make_gan_loss
@@ -128,9 +128,7 @@ class AutoencoderStage(Stage):
             self.autoencoder, self.dataset, self.settings.statistics_images, self.loop.batch_size, levels=self.learning
         )
         self.autoencoder.to(memory_format=torch.contiguous_format)
-        with atomic_folder(out / "autoencoder") as folder:
-            self.autoencoder.save_pretrained(folder)
-        return out / "autoencoder"
+        return save_whole(self.autoencoder, out / "autoencoder")
 
 
 @torch.no_grad()

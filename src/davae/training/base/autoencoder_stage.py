@@ -10,7 +10,7 @@ from davae.data import Item, as_item_dataset, read_items
 from davae.latents import ChannelStatistics
 from davae.recipes.dc_ae import KlArchitecture
 from davae.recipes.settings import BaseAutoencoderArchitecture, BaseAutoencoderSettings
-from davae.runtime.atomic_files import atomic_folder
+from davae.runtime.atomic_files import save_whole
 from davae.runtime.pictures import save_shared_rows
 from davae.training.autoencoder.plain_objective import plain_modules
 from davae.training.data import mean_psnr, rank_share_of_images, stack_images
@@ -98,6 +98,4 @@ class BaseAutoencoderStage(Stage):
         variance = (statistics.std.square() + (statistics.mean - mean).square()).mean()
         self.autoencoder.register_to_config(scaling_factor=float(variance.rsqrt()), shift_factor=float(mean))
         self.autoencoder.to(memory_format=torch.contiguous_format)
-        with atomic_folder(out / "vae") as folder:
-            self.autoencoder.save_pretrained(folder)
-        return out / "vae"
+        return save_whole(self.autoencoder, out / "vae")

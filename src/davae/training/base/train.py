@@ -23,10 +23,10 @@ from davae.planner.memory import count_flops
 from davae.planner.plan import TRANSFORMER_UTILISATION, find_gpu, hours
 from davae.recipes.read import dump_recipe
 from davae.recipes.settings import BaseRecipe, DiffusionSettings
-from davae.runtime.atomic_files import atomic_folder
+from davae.runtime.atomic_files import save_whole
 from davae.runtime.model_files import open_model
 from davae.runtime.pictures import reduced
-from davae.runtime.processes import is_first, wait_for_everyone
+from davae.runtime.processes import claimed_by_first, is_first, wait_for_everyone
 from davae.training.base.autoencoder_stage import BaseAutoencoderStage, build_kl
 from davae.training.cache.write import open_cache
 from davae.training.checkpoints.run_directory import data_facts
@@ -49,6 +49,11 @@ def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = N
         out: the folder.
         base: the pipeline of ``recipe.start_from``; its autoencoder is kept, and only the second half is run.
     """
+    with claimed_by_first(out, "base run"):
+        return _train_base(recipe, out, base)
+
+
+def _train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None) -> TrainResult:
     plain = recipe.model_dump(mode="json")
     data = recipe.data
     full: ItemDataset
@@ -80,8 +85,7 @@ def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = N
     if is_first():  # the result holds the averaged weights, the pipeline in memory the last ones
         averaged = load_pipeline(result.result)
         averaged.to(getattr(torch, recipe.save_dtype))
-        with atomic_folder(out / "pipeline") as folder:
-            averaged.save_pretrained(folder)
+        save_whole(averaged, out / "pipeline")
     wait_for_everyone()
     return result
 

@@ -19,7 +19,8 @@ from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import PipelineFamily, family_of
 from davae.recipes.data import DataSettings
-from davae.runtime.atomic_files import disk_full_as_error, locked
+from davae.runtime.atomic_files import disk_full_as_error
+from davae.runtime.places import claim
 from davae.runtime.processes import everyone, rank_and_world, start_processes, wait_for_everyone
 from davae.runtime.progress import Progress
 from davae.training.cache.fingerprint import cache_fingerprint, pipeline_parts, without_touched
@@ -214,15 +215,11 @@ def _write_texts(
     return len(distinct)
 
 
-def _locked(folder: Path, *, first: bool) -> AbstractContextManager[None]:
+def _locked(folder: Path, *, first: bool) -> AbstractContextManager[object]:
     """No other run writes this cache at the same time; the first of a run's processes answers for all of them."""
     if not first:
         return nullcontext()
-    folder.mkdir(parents=True, exist_ok=True)
-    return locked(
-        folder / ".lock",
-        lambda: f"{folder} is in use: another `davae cache` writes there; wait for it, or give another --out",
-    )
+    return claim(folder, "cache")
 
 
 def _facts(images: ImageDataset | RenderedDataset, position: int, flip: bool, item: dict[str, Any]) -> dict[str, Any]:

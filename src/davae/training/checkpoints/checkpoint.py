@@ -25,7 +25,16 @@ from torch import Tensor
 
 from davae.choices import BestMode
 from davae.errors import DavaeError
-from davae.runtime.atomic_files import atomic_folder, atomic_write, file_hash, flush, is_disk_full, remove_folder
+from davae.runtime.atomic_files import (
+    atomic_folder,
+    atomic_write,
+    file_hash,
+    flush,
+    is_disk_full,
+    make_folder,
+    remove_folder,
+    remove_leftovers,
+)
 
 logger = logging.getLogger(__name__)
 Tensors = dict[str, dict[str, Tensor]]
@@ -54,9 +63,7 @@ def save_checkpoint(
     """
     final = folder / f"step-{step}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".step-*"):  # of a run that was killed
-            shutil.rmtree(leftover)
+        remove_leftovers(make_folder(folder))  # of a run that was killed
         with atomic_folder(final) as partial:
             for name, named in tensors.items():
                 save_file({k: v.detach().cpu().contiguous() for k, v in named.items()}, partial / f"{name}.safetensors")

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,8 @@ from davae.evaluation.metrics.names import current_names
 from davae.recipes.data import DataSettings
 from davae.recipes.read import differing_keys, resumable_keys, with_later_settings
 from davae.recipes.settings import UpgradeRecipe
-from davae.runtime.atomic_files import atomic_write, locked
+from davae.runtime.atomic_files import atomic_json, atomic_write, set_aside
+from davae.runtime.places import check_place, claim
 from davae.training.checkpoints.checkpoint import checkpoints
 
 logger = logging.getLogger(__name__)
@@ -43,44 +45,38 @@ class RunDirectory:
         facts: what ``environment.json`` says besides, such as where the base's weights came from.
 
     Raises:
-        DavaeError: the folder holds a run that learns something else (each difference is named), or checkpoints of a
-            run whose ``config.yaml`` cannot be read.
+        DavaeError: the folder is somebody else's, or holds a run that learns something else (each difference is named),
+            or checkpoints of a run whose ``config.yaml`` cannot be read.
     """
 
     def __init__(self, path: Path, recipe: dict[str, Any], *, facts: dict[str, Any] | None = None) -> None:
         self.path, self.recipe, self.facts = path, recipe, facts or {}
         self.config = path / "config.yaml"
-        self._owner = path / "run.owner"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
         self.metrics_file = path / "metrics.jsonl"
+        check_place(path, "run")
         self._changed()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Within the block no other process may train here; a killed one leaves no lock behind.
 
-        Makes the folder and writes ``config.yaml`` and ``environment.json``, as soon as they are nobody else's.
+        Makes the folder and writes ``config.yaml`` and ``environment.json``, as soon as they are nobody else's. A
+        ``config.yaml`` that cannot be read is kept beside.
 
         Raises:
             DavaeError: another process trains here, or one has begun a run with other settings in between.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with locked(self.path / "run.lock", self._in_use):
-            try:
-                self._owner.write_text(f"process {os.getpid()} on {platform.node()}\n")
-                changed = self._changed()
-                if changed:
-                    logger.info("%s goes on with %s", self.path, "; ".join(changed))
-                atomic_write(self.config, yaml.safe_dump(self.recipe, sort_keys=False))
-                atomic_write(self.path / "environment.json", json.dumps(environment() | self.facts, indent=2))
-                yield
-            finally:
-                self._owner.unlink(missing_ok=True)
-
-    def _in_use(self) -> str:
-        who = self._owner.read_text().strip() if self._owner.is_file() else "another process"
-        return f"{self.path} is in use: {who} trains there; wait for it, stop it, or choose another --out"
+        with claim(self.path, "run"):
+            changed = self._changed()
+            if changed:
+                logger.info("%s goes on with %s", self.path, "; ".join(changed))
+            if self.config.is_file() and read_config(self.config) is None:
+                logger.warning("the damaged one is kept as %s", set_aside(self.config))
+            atomic_write(self.config, yaml.safe_dump(self.recipe, sort_keys=False))
+            atomic_json(self.path / "environment.json", environment() | self.facts)
+            yield
 
     def write_metrics(self, step: int, values: dict[str, float]) -> None:
         """Append one line to ``metrics.jsonl``."""
@@ -157,7 +153,7 @@ def environment() -> dict[str, Any]:
     """Versions, commit and hardware: what someone needs to repeat a figure."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
-        "command": " ".join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)),
+        "command": shlex.join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)),
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "device": device,

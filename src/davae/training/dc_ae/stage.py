@@ -31,7 +31,7 @@ from davae.latents import ChannelStatistics
 from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC, head_layers, latent_layers
 from davae.models.latent_space import encode
 from davae.recipes.dc_ae import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
-from davae.runtime.atomic_files import atomic_folder
+from davae.runtime.atomic_files import save_whole
 from davae.runtime.pictures import save_shared_rows
 from davae.runtime.processes import gathered
 from davae.training.autoencoder.plain_objective import plain_modules
@@ -155,9 +155,7 @@ class DcAeStage(Stage):
                 factors["shift_factor"] = mean
             model.register_to_config(**factors)
         model.to(memory_format=torch.contiguous_format)
-        with atomic_folder(out / "autoencoder") as folder:
-            model.save_pretrained(folder)
-        return out / "autoencoder"
+        return save_whole(model, out / "autoencoder")
 
     def _latent_scale(self) -> tuple[float, float]:
         """Mean and standard deviation of all latent elements of training images."""

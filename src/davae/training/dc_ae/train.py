@@ -22,6 +22,7 @@ from davae.recipes.read import differing_keys, dump_recipe, load_recipe
 from davae.runtime.atomic_files import atomic_json
 from davae.runtime.model_files import open_model
 from davae.runtime.pictures import reduced_to
+from davae.runtime.places import check_place
 from davae.runtime.processes import everyone, is_first, start_processes
 from davae.training.checkpoints.run_directory import RunDirectory, data_facts
 from davae.training.data import open_part
@@ -90,6 +91,7 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
         DavaeError: ``start`` is missing, of another phase or of another network.
     """
     settings = find_phase(recipe, phase)
+    check_place(out, "run")
     torch.manual_seed(settings.loop.seed)
     autoencoder = _initial(recipe, phase, start)
     before = layer_hashes(autoencoder)

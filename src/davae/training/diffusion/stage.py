@@ -19,7 +19,7 @@ from davae.pipelines.families import family_of
 from davae.pipelines.lora import merge_lora
 from davae.pipelines.saving.adapters import save_adapters
 from davae.recipes.settings import DiffusionSettings
-from davae.runtime.atomic_files import atomic_folder
+from davae.runtime.atomic_files import atomic_write, save_whole
 from davae.runtime.pictures import save_rows
 from davae.runtime.processes import gathered_in_first, is_first, share, start_processes
 from davae.training.data import require_captions
@@ -181,7 +181,7 @@ class DiffusionStage(Stage):
             rows["base"] = base
         save_rows(samples / f"step-{step}.png", rows)
         if isinstance(self.conditions, PromptEmbeddings):
-            (samples / "prompts.txt").write_text("\n".join(self.validation_prompts()) + "\n", encoding="utf-8")
+            atomic_write(samples / "prompts.txt", "\n".join(self.validation_prompts()) + "\n")
         if len(self.images):
             shown = [self.images[i]["image"] for i in range(min(count, len(self.images)))]
             real = torch.stack([image for image in shown if image.shape == made.shape[1:]] or shown[:1])
@@ -249,12 +249,9 @@ class DiffusionStage(Stage):
         """
         transformer = self.pipeline.transformer.eval()
         if self.settings.tune.mode != "full":
-            with atomic_folder(out / "adapters") as folder:
-                save_adapters(self.pipeline, folder)
+            save_adapters(self.pipeline, out / "adapters")
             merge_lora(transformer)
         if self.settings.tune.frozen_dtype == "bfloat16":
             transformer.to(torch.bfloat16)
         transformer.to(memory_format=torch.contiguous_format)
-        with atomic_folder(out / "pipeline") as folder:
-            self.pipeline.save_pretrained(folder)
-        return out / "pipeline"
+        return save_whole(self.pipeline, out / "pipeline")

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
 from davae.recipes.loop import LoopSettings
+from davae.runtime.atomic_files import atomic_json, make_folder
 from davae.runtime.processes import rank_and_world
+from davae.runtime.weight_files import atomic_tensors
 
 logger = logging.getLogger(__name__)
 _IDS_SHOWN = 8
@@ -143,15 +144,13 @@ class NonFiniteGuard:
             DavaeError: always; says where everything is.
         """
         failure = self.folder / "failure" / self._of_rank("")
-        failure.mkdir(parents=True, exist_ok=True)
         flat = {k: v for k, v in batch.items() if not isinstance(v, dict)}
         for group, values in batch.items():
             if isinstance(values, dict):
                 flat |= {f"{group}.{name}": value for name, value in values.items()}
-        tensors = {k: v.detach().cpu().contiguous() for k, v in flat.items() if isinstance(v, Tensor)}
-        save_file(tensors, failure / "batch.safetensors")
+        atomic_tensors(failure / "batch.safetensors", {k: v for k, v in flat.items() if isinstance(v, Tensor)})
         plain = {k: v for k, v in flat.items() if isinstance(v, (list, str, int))}
-        (failure / "batch.json").write_text(json.dumps(plain, indent=1))
+        atomic_json(failure / "batch.json", plain)
         raise DavaeError(
             f"{self.stage}: {self.in_a_row} steps in a row were not finite or too steep and were skipped. Each is "
             f"told in {self._report()}, the last batch is in {failure}, the weights in the last "
@@ -182,7 +181,7 @@ class NonFiniteGuard:
             "gradient_norm": norm if verdict.norm.isfinite() else None,
             "ids": verdict.ids,
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with self._report().open("a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -58,8 +58,9 @@ class TrainResult:
 def train(stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | None = None) -> TrainResult | None:
     """Train a stage in the run directory ``out``, from its newest whole checkpoint where there is one.
 
-    SIGINT and SIGTERM finish the step, save and raise :class:`TrainingStopped`; the same call continues. After the last
-    step they finish the result and raise all the same, so that what would come next does not begin.
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 finish the step, save and raise :class:`TrainingStopped`; the same call
+    continues. After the last step they finish the result and raise all the same, so that what would come next does not
+    begin.
 
     Args:
         stage: what to train.
@@ -137,7 +138,7 @@ class _Training:
                     self.directory.checkpoints, keep=self.loop.checkpoints_total_limit, best_mode=self.loop.best_mode
                 )
             )
-            self.stop = opened.enter_context(StopRequest())
+            self.stop = opened.enter_context(StopRequest(quiet=not self.main))
             finished = self._steps(self._resume(), stop_after)
             self.writer.wait()
             result = self._result() if finished else None

@@ -1,9 +1,15 @@
-"""Ending a run from outside: Ctrl-C and the scheduler's SIGTERM finish the step, save and leave."""
+"""Ending from outside: in a training Ctrl-C and a scheduler's signals finish the step, save and leave.
+
+Everywhere else they end what is being done as an error would, so that nothing is left half-written.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -35,29 +41,84 @@ class TrainingStopped(Exception):
         super().__init__(f"{stage} stopped by {number.name} after step {step} of {steps}; {saved}")
 
 
-class StopRequest:
-    """Notes SIGINT and SIGTERM instead of dying of them; a second SIGINT ends the process at once.
+class Stopped(BaseException):
+    """A signal came outside of a training's steps. No error: nothing but the end of the program takes it.
 
-    Used as a context. Signals reach the main thread only, so elsewhere it never hears anything.
+    Attributes:
+        signal: which.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, number: signal.Signals) -> None:
+        self.signal = number
+        super().__init__(number.name)
+
+
+_WANTED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+"""Ctrl-C, the scheduler's end, a closed terminal, and Slurm's warning (``--signal=USR1@120``); Windows has two."""
+_Handler = Callable[[int, FrameType | None], None]
+
+
+@contextmanager
+def _heard(handler: _Handler, numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
+    """Within the block the signals call ``handler``, but those that whoever started us has said to ignore (nohup).
+
+    Signals reach the main thread only; elsewhere nothing is heard.
+    """
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
+
+
+@contextmanager
+def ending_by_signals() -> Iterator[None]:
+    """Within the block the signals that end a program raise :class:`Stopped`; Ctrl-C is Python's own."""
+
+    process = os.getpid()
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != process:  # of a loader, which has our handlers and nothing to tidy up
+            os._exit(128 + number)
+        raise Stopped(signal.Signals(number))
+
+    with _heard(end, tuple(number for number in _WANTED if number != signal.SIGINT)):
+        yield
+
+
+class StopRequest:
+    """Notes the signals that end a program instead of dying of them; a second SIGINT ends it at once.
+
+    Used as a context. The first one is answered on standard error at once: a step may be long.
+
+    Args:
+        quiet: say nothing; for all processes but the first.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
         self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._quiet, self._process = quiet, os.getpid()
+        self._listening = _heard(self._note, _WANTED)
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+        self._listening.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._listening.__exit__(kind, error, trace)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.received is None and not self._quiet and os.getpid() == self._process:
+            again = "; again ends it at once" if number == signal.SIGINT else ""
+            told = f"\ndavae: {signal.Signals(number).name}: saving and stopping after this step{again}\n"
+            os.write(2, told.encode())  # a handler may come in the middle of another write
         self.received = signal.Signals(number)

@@ -13,6 +13,7 @@ from davae.pipelines.saving.opening import load_autoencoder
 from davae.recipes.data import check_data_path
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe, UpgradeRecipe
+from davae.runtime.places import check_place
 from davae.runtime.processes import is_first
 from davae.training.cache.write import write_cache
 from davae.training.runs.train import cache_folder, trained_autoencoder, training_command
@@ -40,6 +41,7 @@ def run_cache(
         raise DavaeError(f"recipe '{recipe}' keeps its pipeline's autoencoder: leave out --autoencoder")
     out = out or cache_folder(settings, recipe)
     check_data_path(settings.data.path, settings.data.revision)
+    check_place(out, "cache")
     vae, base = _models(settings, recipe, autoencoder)
     made = write_cache(
         settings.data,

@@ -1,7 +1,6 @@
 """From a run directory to a folder that can be handed on or published."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from davae.errors import DavaeError
 from davae.models.portable import CODE_FILE
 from davae.pipelines import Licence, Making, find_licence, push_to_hub, write_model_card
 from davae.pipelines.saving.opening import LAYERS_FILE
-from davae.runtime.atomic_files import atomic_folder
+from davae.pipelines.saving.publishing import copy_model, public_name
+from davae.runtime.places import check_place, claim
 from davae.training.checkpoints.run_directory import read_config, read_metrics
 
 _PORTABLE_CLASSES = ("AutoencoderDA", "LightningDiTTransformer2DModel")
@@ -35,7 +35,8 @@ def export_run(
 ) -> str:
     """Copy the result of a run, write its model card, and publish it where asked.
 
-    The result is the merged pipeline, or the autoencoder of a run that made only that.
+    The result is the merged pipeline, or the autoencoder of a run that made only that. Of its folder only what the
+    class reads is copied, links are refused, and paths of the disk are cut to their last part.
 
     Args:
         run: a run directory of either stage, or one that holds both (as the demo's does).
@@ -51,9 +52,10 @@ def export_run(
         What to tell the person who asked.
 
     Raises:
-        DavaeError: the run has no such result, the licence is not known, or ``out`` holds files. Nothing is written
-            then, nor where anything else goes wrong.
+        DavaeError: the run has no such result or one that is a link, the licence is not known, or ``out`` holds files.
+            Nothing is written then, nor where anything else goes wrong.
     """
+    check_place(out, "result")
     result = _find_result(run, adapters=adapters)
     _check_portable(result)
     stage = result.parent
@@ -61,16 +63,14 @@ def export_run(
     base = str(recipe.get("base", ""))
     card_of = TINY if base == "tiny" else base
     licence = find_licence(card_of, license, name=license_name, link=license_link)
-    if out.exists() and any(out.iterdir()):
-        raise DavaeError(f"{out} holds files already: choose another --out, or remove the folder")
-    with atomic_folder(out) as folder:
-        shutil.copytree(result, folder, dirs_exist_ok=True)
+    with claim(out, "result") as folder:
+        copy_model(result, folder)
         if adapters:
-            shutil.copytree(_autoencoder_of(stage, recipe), folder / "autoencoder")
+            copy_model(_autoencoder_of(stage, recipe), folder / "autoencoder")
         card = write_model_card(
             folder, base_model=base, license=licence, making=_making(stage, recipe), name=repo_id or out.resolve().name
         )
-    message = f"{out}\nlicence {licence.title}, from {base}; the card is {out / card.name}"
+    message = f"{out}\nlicence {licence.title}, from {public_name(base)}; the card is {out / card.name}"
     if repo_id is not None:
         message += f"\n{push_to_hub(out, repo_id, private=private)}"
     return message
@@ -109,7 +109,7 @@ def _recipe(stage: Path) -> dict[str, Any]:
 
 def _autoencoder_of(stage: Path, recipe: dict[str, Any]) -> Path:
     for folder in (stage / "pipeline" / "vae", Path(recipe.get("autoencoder_folder", ""))):
-        if (folder / "config.json").is_file():
+        if _json(folder / "config.json").get("_class_name") == "AutoencoderDA":
             return folder
     raise DavaeError(f"the autoencoder that goes with the adapters in {stage} is not there any more")
 

@@ -12,6 +12,7 @@ from davae.planner.recipes import dry_run as describe_run
 from davae.recipes.data import check_data_path
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe, UpgradeRecipe
+from davae.runtime.places import check_place
 from davae.training.autoencoder.train import train_levels
 from davae.training.base.train import dry_run_base as describe_base_run
 from davae.training.base.train import train_base
@@ -30,7 +31,7 @@ def run_autoencoder(
     settings = _upgrade_recipe(recipe, overrides)
     if dry_run:
         return describe_run(settings, "autoencoder")
-    result = train_autoencoder(settings, out or Path("runs") / f"{_stem(recipe)}-autoencoder")
+    result = train_autoencoder(settings, out or run_folder(recipe, "autoencoder"))
     return _summary(result)
 
 
@@ -48,7 +49,7 @@ def run_diffusion(
         return describe_run(settings, "diffusion")
     folder = trained_autoencoder(recipe, autoencoder)
     check_cache_is_there(settings, recipe, overrides, autoencoder)
-    result = train_diffusion(settings, out or Path("runs") / f"{_stem(recipe)}-diffusion", folder)
+    result = train_diffusion(settings, out or run_folder(recipe, "diffusion"), folder)
     return _summary(result)
 
 
@@ -63,20 +64,23 @@ def run_base(
         return describe_base_run(settings)
     check_cache_is_there(settings, recipe, overrides)
     check_data_path(settings.data.path, settings.data.revision)
-    start = settings.start_from
+    start, folder = settings.start_from, out or run_folder(recipe)
+    check_place(folder, "base run")
     base = None if start is None else load_base(start.pipeline)
-    return _summary(train_base(settings, out or Path("runs") / _stem(recipe), base))
+    return _summary(train_base(settings, folder, base))
 
 
 def train_autoencoder(recipe: UpgradeRecipe, out: Path) -> TrainResult:
     """Stage 1 into ``out/autoencoder``. Continues from the newest checkpoint in ``out``."""
     check_data_path(recipe.data.path, recipe.data.revision)  # before a base is loaded
+    check_place(out, "run")
     return train_levels(recipe, load_recipe_base(recipe), out)
 
 
 def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> TrainResult:
     """Stage 2 into ``out/pipeline``. Continues from the newest checkpoint in ``out``."""
     check_data_path(recipe.data.path, recipe.data.revision)
+    check_place(out, "run")
     base = load_recipe_base(recipe, transformer_dtype=getattr(torch, recipe.diffusion.tune.frozen_dtype))
     return train_transformer(recipe, base, out, autoencoder)
 
@@ -96,7 +100,7 @@ def trained_autoencoder(recipe: str | Path, given: Path | None) -> Path:
     Raises:
         DavaeError: there is no such folder.
     """
-    folder = given or Path("runs") / f"{_stem(recipe)}-autoencoder" / "autoencoder"
+    folder = given or run_folder(recipe, "autoencoder") / "autoencoder"
     if not folder.is_dir():
         raise DavaeError(
             f"no trained autoencoder in {folder}: run `davae train autoencoder --recipe {recipe}` first, "
@@ -105,8 +109,9 @@ def trained_autoencoder(recipe: str | Path, given: Path | None) -> Path:
     return folder
 
 
-def _stem(recipe: str | Path) -> str:
-    return Path(recipe).stem
+def run_folder(recipe: str | Path, stage: str = "") -> Path:
+    """Where a recipe's run goes if nobody says otherwise: ``runs/RECIPE-STAGE``."""
+    return Path("runs") / (f"{Path(recipe).stem}-{stage}" if stage else Path(recipe).stem)
 
 
 def _summary(result: TrainResult) -> str:

@@ -1,0 +1,140 @@
+"""What leaves the house: the files of a saved model and no others, and texts without the paths of a private disk."""
+
+import json
+import logging
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from davae.errors import DavaeError
+from davae.pipelines.saving.opening import LAYERS_FILE
+from davae.runtime.atomic_files import atomic_json, copy_file
+
+logger = logging.getLogger(__name__)
+
+_PRIVATE = r"(?:file://|~|[A-Za-z]:(?=[\\/])|\.\.(?=[\\/]))?"
+_IS_PATH = re.compile(rf"{_PRIVATE}[\\/].*|~[\\/]?.*", re.DOTALL)
+_FOLDERS = re.compile(rf"(?<![\w/\\.:~-]){_PRIVATE}[\\/](?:[^\s'\"\\/,;:()\[\]{{}}<>|=]+[\\/])+")
+_PIPELINE_FILES = re.compile(r"model_index\.json|pipeline\.py")
+_ADAPTER_FILES = re.compile(rf"{re.escape(LAYERS_FILE)}|pytorch_lora_weights\.safetensors")
+_MODEL_FILES = re.compile(
+    r"config\.json|davae\.py|generation_config\.json|scheduler_config\.json|(pre|video_pre)?processor_config\.json"
+    r"|(diffusion_pytorch_)?model(\.[\w-]+)?(-\d+-of-\d+)?\.safetensors(\.index(\.[\w-]+)?\.json)?"
+    r"|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|normalizer\.json"
+    r"|vocab\.(json|txt)|merges\.txt|s(entence)?piece(\.bpe)?\.model|chat_template\.(json|jinja)"
+)
+_OF_WORDS = ("tokenizer.json", "vocab.json", "added_tokens.json")  # a word may look like a path
+
+
+def public_name(name: str) -> str:
+    """A name of the hub as it is; of a folder on a disk its last part."""
+    is_folder = _IS_PATH.fullmatch(name) or re.search(r"\\|/.*/|^\.", name) or (name and Path(name).exists())
+    return _last_part(name) if is_folder else name
+
+
+def public_text(text: str) -> str:
+    """A text in which absolute paths, those of a home and those that lead upward are cut to their last part."""
+    return _last_part(text) if _IS_PATH.fullmatch(text) and "\n" not in text else _FOLDERS.sub("", text)
+
+
+def public_values(value: Any) -> Any:
+    """Plain values with :func:`public_text` of each text."""
+    if isinstance(value, str):
+        return public_text(value)
+    if isinstance(value, dict):
+        return {key: public_values(inner) for key, inner in value.items()}
+    return [public_values(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def public_command(command: str) -> str:
+    """A command whose words, and the values of ``key=value``, are as :func:`public_text` has them."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return public_text(command)
+    cut = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        cut.append(f"{key}={public_text(value)}" if equals and not _IS_PATH.fullmatch(key) else public_text(word))
+    return command if cut == words else shlex.join(cut)
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]+", path.rstrip("\\/"))[-1]
+
+
+def copy_model(source: Path, target: Path) -> None:
+    """Copy a saved pipeline, autoencoder or adapters: what their class reads, and nothing that lies beside it.
+
+    Configurations name where they came from by :func:`public_name`. What is left out is said.
+
+    Raises:
+        DavaeError: one of the files is a link.
+    """
+    kept = list(_files(source))
+    for path in kept:
+        target_file = target / path.relative_to(source)
+        copy_file(path, target_file)
+        cut_names(target_file)
+    others = {path for path in source.rglob("*") if path.is_file()} - set(kept)
+    if others:
+        names = ", ".join(sorted(path.relative_to(source).as_posix() for path in others))
+        logger.info("left out of the copy of %s, since the model does not read them: %s", source, names)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """The files of a model's folder that its class reads; those of a pipeline's components after its own."""
+    parts: list[str] = []
+    if (folder / "model_index.json").is_file():
+        own = _PIPELINE_FILES
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        parts = sorted(key for key in index if not key.startswith("_"))
+    else:
+        own = _ADAPTER_FILES if (folder / LAYERS_FILE).is_file() else _MODEL_FILES
+    yield from _matching(folder, own)
+    for part in parts:
+        if Path(part).name == part and (folder / part).is_dir():
+            yield from _matching(folder / part, _MODEL_FILES)
+
+
+def _matching(folder: Path, names: re.Pattern[str]) -> Iterator[Path]:
+    refuse_links(folder)
+    yield from sorted(path for path in folder.iterdir() if path.is_file() and names.fullmatch(path.name))
+
+
+def refuse_links(folder: Path) -> None:
+    """Nothing is followed to another place when a folder is handed on.
+
+    Raises:
+        DavaeError: the folder, or something in it, is a link.
+    """
+    for path in (folder, *sorted(folder.iterdir())):
+        if path.is_symlink():
+            raise DavaeError(
+                f"{path} is a link to {path.readlink()}: only files that lie in the folder itself are handed on. Put a "
+                "copy of what it leads to in its place"
+            )
+
+
+def cut_names(file: Path) -> None:
+    """Let a configuration name where it came from by :func:`public_name`; other files stay as they are."""
+    if file.suffix != ".json" or file.name in _OF_WORDS:
+        return
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DavaeError(f"{file} is not JSON ({error}): it is not handed on") from error
+    cut = _cut_names(values)
+    if cut != values:
+        atomic_json(file, cut)
+
+
+def _cut_names(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: public_name(inner) if key.endswith("name_or_path") and isinstance(inner, str) else _cut_names(inner)
+            for key, inner in value.items()
+        }
+    return [_cut_names(inner) for inner in value] if isinstance(value, list) else value
