@@ -30,6 +30,7 @@ Precision = Literal["no", "bf16", "fp16"]
 OptimizerKind = Literal["adamw", "adamw8bit"]
 LearningRateSchedule = Literal["constant", "cosine"]
 BestMode = Literal["min", "max"]
+Tracker = Literal["tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"]
 
 
 def check_choice(value: object, choices: Any, what: str) -> None:

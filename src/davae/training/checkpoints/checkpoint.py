@@ -119,6 +119,15 @@ def newest_whole(folder: Path, needed: Collection[str] = ()) -> tuple[Path, Tens
     return None
 
 
+def plain_values(path: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint without its tensors, unchecked; empty where they cannot be read."""
+    try:
+        found = json.loads((path / _STATE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def load_checkpoint(path: Path, needed: Collection[str] = ()) -> tuple[Tensors, dict[str, Any]]:
     """Read what :func:`save_checkpoint` wrote: tensors by file name, and the plain values.
 
@@ -209,16 +218,13 @@ class CheckpointWriter:
             return True
         return value < self.best["value"] if self.best_mode == "min" else value > self.best["value"]
 
-    def save(
-        self, step: int, tensors: Tensors, values: dict[str, Any], *, watched: float | None = None, copied: bool = False
-    ) -> None:
+    def save(self, step: int, tensors: Tensors, values: dict[str, Any], *, copied: bool = False) -> None:
         """Copy the state and begin to write it; returns before it is on the disk.
 
         Args:
             step: optimizer steps done.
             tensors: file name (without suffix) to named tensors.
             values: everything else, as JSON.
-            watched: the watched metric at this step, where it was measured.
             copied: the tensors are copies already, on the CPU, that nobody else will change.
 
         Raises:
@@ -229,8 +235,19 @@ class CheckpointWriter:
             tensors = {
                 name: {k: v.detach().to("cpu", copy=True) for k, v in named.items()} for name, named in tensors.items()
             }
-        is_best = watched is not None and self.is_best(watched)
-        self._pending = self._pool.submit(self._write, step, tensors, values, watched if is_best else None)
+        self._pending = self._pool.submit(self._write, step, tensors, values)
+
+    def keep_best(self, step: int, value: float) -> None:
+        """Keep the checkpoint of ``step``, the newest one, as the best so far, in place of the best before.
+
+        Raises:
+            DavaeError: it could not be written.
+        """
+        self.wait()
+        self.best = {"step": step, "value": value}
+        atomic_write(self._best_file, json.dumps(self.best))
+        # Only now may the best before go: until the line above the file named it.
+        remove_old(self.folder, step, keep=self.keep, protected={step})
 
     def check(self) -> None:
         """Raise what went wrong while writing, if it is known by now."""
@@ -243,15 +260,9 @@ class CheckpointWriter:
         if pending is not None:
             pending.result()
 
-    def _write(self, step: int, tensors: Tensors, values: dict[str, Any], best: float | None) -> Path:
-        before = {int(self.best["step"])} if self.best else set()
-        path = save_checkpoint(self.folder, step, tensors, values, keep=self.keep, protected=before)
-        if best is not None:
-            self.best = {"step": step_of(path), "value": best}
-            atomic_write(self._best_file, json.dumps(self.best))
-            # Only now may the best before go: until the line above the file named it.
-            remove_old(self.folder, step, keep=self.keep, protected={step})
-        return path
+    def _write(self, step: int, tensors: Tensors, values: dict[str, Any]) -> Path:
+        best = {int(self.best["step"])} if self.best else set()
+        return save_checkpoint(self.folder, step, tensors, values, keep=self.keep, protected=best)
 
 
 def _read_best(file: Path) -> dict[str, float] | None:

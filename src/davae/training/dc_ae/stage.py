@@ -107,6 +107,7 @@ class DcAeStage(Stage):
         self.autoencoder, self.phase, self.loop = autoencoder, phase, phase.loop
         self.dataset = as_item_dataset(dataset)
         self.held_out = {side: as_item_dataset(images) for side, images in held_out.items()}
+        self.measured_on = tuple(self.held_out.values())
         self.scaling_images, self.workers = scaling_images, workers
         if phase.loop.gradient_checkpointing:
             if not autoencoder._supports_gradient_checkpointing:
@@ -119,6 +120,7 @@ class DcAeStage(Stage):
             torch.manual_seed(phase.loop.seed)
         layers = trained_layers(autoencoder, phase)
         self.objective, self.modules = plain_modules(autoencoder, layers, phase.reconstruction, phase.optimizer)
+        self.foundations = self.objective.reconstruction.foundations()
         self.spectra: dict[int, dict[str, list[float]]] = {}
         """Of the last validation, by resolution: the rings' frequencies, and the power of images and of
         reconstructions on them."""

@@ -38,6 +38,7 @@ class _Verdict:
     own: Tensor  # bool: good as far as this process sees
     good: Tensor  # bool: in all processes
     ids: list[str]
+    finite_latents: Tensor | None  # bool [ids]: of latents that were encoded beforehand
 
 
 @dataclass
@@ -53,11 +54,15 @@ class NonFiniteGuard:
     stage: str
     loop: LoopSettings
     folder: Path
+    section: str = ""
+    """The recipe's, for advice."""
     skipped: int = 0
     """Steps left out in the whole run."""
     in_a_row: int = 0
     overflows: int = 0
     """Steps in a row whose fp16 gradients overflowed; the first of them are the search for a scale."""
+    _skipped_here: int = 0
+    _bad_latents: bool = False
     _unread: list[_Verdict] = field(default_factory=list)
     _names: dict[str, list[str]] = field(default_factory=dict)
 
@@ -71,6 +76,7 @@ class NonFiniteGuard:
         norms: Tensor,
         norm: Tensor | None,
         agree: Callable[[Tensor], Tensor] = lambda good: good,
+        finite_latents: Tensor | None = None,
     ) -> Tensor:
         """Whether a step is good, as a boolean on the device.
 
@@ -83,6 +89,7 @@ class NonFiniteGuard:
             norms: of their gradients, ``[parameters]``.
             norm: norm of the whole gradient before it was clipped, where it was.
             agree: from this process's verdict to the one of all, which is counted and returned.
+            finite_latents: of images whose latents came with the batch: whether each is finite, boolean ``[ids]``.
         """
         self._names[trained] = names
         total = norms.norm() if norm is None else norm.detach()
@@ -94,7 +101,9 @@ class NonFiniteGuard:
         if self.loop.skip_grad_norm is not None:
             own = own & (total <= self.loop.skip_grad_norm)
         good = agree(own)
-        self._unread.append(_Verdict(step, trained, terms, finite_terms, norms.isfinite(), total, own, good, ids))
+        self._unread.append(
+            _Verdict(step, trained, terms, finite_terms, norms.isfinite(), total, own, good, ids, finite_latents)
+        )
         return good
 
     def read(self) -> None:
@@ -117,6 +126,7 @@ class NonFiniteGuard:
                 self._tell(verdict)
         for step, fine in by_step.items():
             self.skipped += not fine
+            self._skipped_here += not fine
             if fine:
                 self.in_a_row = self.overflows = 0
             elif step in overflown and self.overflows < _HALVINGS:
@@ -154,16 +164,48 @@ class NonFiniteGuard:
         (failure / "batch.json").write_text(json.dumps(plain, indent=1))
         raise DavaeError(
             f"{self.stage}: {self.in_a_row} steps in a row were not finite or too steep and were skipped. Each is "
-            f"told in {self._report()}, the last batch is in {failure}, the weights in the last "
-            "checkpoint. Lower the learning rate, set loop.max_grad_norm, or use loop.precision=no to find the cause"
+            f"told in {self._report()}, the last batch is in {failure}, the weights in the last checkpoint. "
+            f"{self._advice()}"
         )
+
+    def refuse_if_nothing_was_learnt(self, first: int, last: int) -> None:
+        """Refuse to call a run finished of which every step was skipped, from its beginning or since it went on.
+
+        Args:
+            first, last: the steps between which this process trained.
+
+        Raises:
+            DavaeError: it is so; says where the steps are told.
+        """
+        if (last > first and self._skipped_here >= last - first) or 0 < last <= self.skipped:
+            raise DavaeError(
+                f"{self.stage}: every one of the {last - first or last} steps was skipped, so nothing was learnt and "
+                f"nothing is written. Each is told in {self._report()}. {self._advice()}"
+            )
+
+    def _advice(self) -> str:
+        if self._bad_latents:
+            return "Latents that were made beforehand are not finite: make the cache again, into another folder"
+        dot = f"{self.section}." if self.section else ""
+        advice = [f"a lower {dot}optimizer.learning_rate", f"{dot}loop.max_grad_norm=1"]
+        if self.loop.skip_grad_norm is not None:
+            advice.insert(0, f"a {dot}loop.skip_grad_norm above {self.loop.skip_grad_norm:g}")
+        if self.loop.precision != "no":
+            advice.append(f"{dot}loop.precision=no, which computes in float32")
+        return f"The same command goes on from there with {', with '.join(advice[:-1])}, or with {advice[-1]}"
 
     def _tell(self, verdict: _Verdict) -> None:
         bad_terms = [n for n, fine in zip(verdict.terms, verdict.finite_terms.tolist()) if not fine]
         names = self._names[verdict.trained]
         layers = [n for n, fine in zip(names, verdict.finite_layers.tolist()) if not fine]
         norm = float(verdict.norm)
-        if bad_terms:
+        latents = [] if verdict.finite_latents is None else verdict.finite_latents.tolist()
+        bad_latents = [name for name, fine in zip(verdict.ids, latents) if not fine]
+        if bad_latents:
+            self._bad_latents = True
+            more = f" and {len(bad_latents) - 1} more" if len(bad_latents) > 1 else ""
+            what = f"the latent of {bad_latents[0]}{more}, made beforehand, is not finite"
+        elif bad_terms:
             what = f"loss '{bad_terms[0]}' is not finite"
         elif layers:
             what = f"the gradient of {layers[0]} is not finite"
@@ -218,19 +260,38 @@ class BatchNormSnapshot:
             buffer.copy_(torch.where(good, buffer, before))
 
 
-def out_of_memory_message(stage: str, loop: LoopSettings) -> str:
-    """One line: which settings make a step fit, the cheapest first."""
+def out_of_memory_message(section: str, loop: LoopSettings, *, validating: bool = False) -> str:
+    """One line: which settings make a step, or a validation, fit, the cheapest first.
+
+    Args:
+        section: the recipe's section of the stage.
+        loop: as it is.
+        validating: whether it was a validation.
+    """
+    if validating:
+        fewer = max(1, loop.validation_images // 2)
+        advice = [f"{section}.loop.validation_images={fewer}"] if loop.validation_images > 1 else []
+        advice += [f"{section}.loop.batch_size={loop.batch_size // 2}"] if loop.batch_size > 1 else []
+        what = "; or ".join(advice) or "data.hold_out=0, which measures nothing,"
+        return (
+            f"{section}: the device's memory is not enough for a validation. The checkpoint is written; run the same "
+            f"command again with {what}"
+        )
     advice = []
     if not loop.gradient_checkpointing:
-        advice.append(f"{stage}.loop.gradient_checkpointing=true")
+        advice.append(f"{section}.loop.gradient_checkpointing=true")
     if loop.precision == "no":
-        advice.append(f"{stage}.loop.precision=bf16")
+        advice.append(f"{section}.loop.precision=bf16")
     if loop.batch_size > 1:
         half = loop.batch_size // 2
         advice.append(
-            f"{stage}.loop.batch_size={half} with {stage}.loop.gradient_accumulation={2 * loop.gradient_accumulation}"
+            f"{section}.loop.batch_size={half} with "
+            f"{section}.loop.gradient_accumulation={2 * loop.gradient_accumulation}"
         )
-    advice += ["data.resolution lower", "data.cache (latents and text made beforehand)"]
-    return f"{stage}: the device's memory is not enough for a step. In this order: " + "; ".join(
+    advice += [
+        "data.cache=FOLDER, latents and text made beforehand by `davae cache`",
+        "a lower data.resolution, in another run",
+    ]
+    return f"{section}: the device's memory is not enough for a step. In this order: " + "; ".join(
         f"({i}) {a}" for i, a in enumerate(advice[:3], 1)
     )
