@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from davae.errors import DavaeError
-from davae.recipes.loop import LAST_SEED as LAST_SEED
 
 
 def new_file(file: Path | None) -> Path | None:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from davae.choices import BestMode, LearningRateSchedule, OptimizerKind, Precision, Tracker
+from davae.choices import LAST_SEED, BestMode, LearningRateSchedule, OptimizerKind, Precision, Tracker
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -12,8 +12,6 @@ Weight = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
-LAST_SEED = 2**31 - 1
-"""As far as every generator goes, with room for the images that count up from it."""
 Seed = Annotated[int, Field(ge=0, le=LAST_SEED)]
 
 
