@@ -276,7 +276,7 @@ def test_what_fails_in_the_validation_costs_no_steps(tmp_path):
             return measure(samples, done)
 
         broken.validate = fail
-        with pytest.raises(DavaeError, match=r"validation\. The checkpoint is written.*validation_images=8"):
+        with pytest.raises(DavaeError, match=r"validation\. What was due is saved.*validation_images=8"):
             train(broken, tmp_path / "parts", {})
         assert (tmp_path / "parts" / "checkpoints" / f"step-{step}").is_dir()
     last = _Stage(validate_every=4, best_metric="weight", validation_images=8)  # the advice

@@ -203,7 +203,7 @@ def choose_part(ids: Sequence[str], hold_out: float, part: Part) -> list[int]:
         count = int(hold_out)
         if count >= len(ids):
             raise DavaeError(
-                f"hold_out is {count} and there are only {len(ids)} images: set it to "
+                f"hold_out (a recipe's data.hold_out) is {count} and there are only {len(ids)} images: set it to "
                 f"{f'at most {len(ids) - 1}' if len(ids) > 1 else '0, which measures nothing'}"
             )
     else:

@@ -56,6 +56,9 @@ class Stage(ABC):
     other_sections: Sequence[str] = ()
     """Sections of the recipe that another stage reads."""
 
+    can_recompute: bool = True
+    """Whether ``loop.gradient_checkpointing`` does anything."""
+
     @property
     def can_measure(self) -> bool:
         """Whether there is anything to measure on."""

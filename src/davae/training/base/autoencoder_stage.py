@@ -49,6 +49,7 @@ class BaseAutoencoderStage(Stage):
     name = "base autoencoder"
     section = "autoencoder"
     other_sections = ("transformer",)
+    can_recompute = False
 
     def __init__(
         self,

@@ -176,7 +176,7 @@ def _full_message(folder: Path, step: int, tensors: Tensors) -> str:
         f"the disk is full: the checkpoint of step {step} needs {needed / 1e6:.0f} MB, "
         f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free in {folder}. "
         + (f"{kept[-1].name} is whole" if kept else "There is no older checkpoint")
-        + "; make room (or lower checkpoints_total_limit) and run the same command again"
+        + "; make room (or lower loop.checkpoints_total_limit) and run the same command again"
     )
 
 

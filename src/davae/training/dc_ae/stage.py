@@ -109,11 +109,12 @@ class DcAeStage(Stage):
         self.held_out = {side: as_item_dataset(images) for side, images in held_out.items()}
         self.measured_on = tuple(self.held_out.values())
         self.scaling_images, self.workers = scaling_images, workers
+        self.can_recompute = autoencoder._supports_gradient_checkpointing
         if phase.loop.gradient_checkpointing:
             if not autoencoder._supports_gradient_checkpointing:
                 raise DavaeError(
-                    f"loop.gradient_checkpointing: diffusers' {type(autoencoder).__name__} has none; lower "
-                    "loop.batch_size and raise loop.gradient_accumulation instead"
+                    f"loop.gradient_checkpointing of this phase: diffusers' {type(autoencoder).__name__} has none; set "
+                    "it to false, lower the phase's loop.batch_size and raise its loop.gradient_accumulation instead"
                 )
             autoencoder.enable_gradient_checkpointing()
         if phase.reconstruction.gan.weight:

@@ -170,7 +170,7 @@ def lora_config(transformer: ModelMixin, family: PipelineFamily, settings: LoraS
             suffixes = sorted({_suffix(name) for name in layers})
             near = difflib.get_close_matches(target, suffixes, n=3, cutoff=0.3)
             raise DavaeError(
-                f"tune.lora.targets: no layer of {type(transformer).__name__} is named '{target}'; "
+                f"diffusion.tune.lora.targets: no layer of {type(transformer).__name__} is named '{target}'; "
                 f"the nearest are {', '.join(near or suffixes[:5])}"
             )
     widened = sorted({name.rpartition(".")[0] for name in channel_parameters(transformer)})

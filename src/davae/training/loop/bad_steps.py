@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from davae.data import as_item_dataset
 from davae.errors import DavaeError
 from davae.recipes.loop import LoopSettings
 from davae.runtime.processes import rank_and_world
+from davae.training.stage import Stage
 
 logger = logging.getLogger(__name__)
 _IDS_SHOWN = 8
@@ -260,38 +262,42 @@ class BatchNormSnapshot:
             buffer.copy_(torch.where(good, buffer, before))
 
 
-def out_of_memory_message(section: str, loop: LoopSettings, *, validating: bool = False) -> str:
-    """One line: which settings make a step, or a validation, fit, the cheapest first.
+def out_of_memory_message(stage: Stage, *, validating: bool = False) -> str:
+    """One line: which settings make a step, or a validation, fit, the cheapest first; a run may go on with all but the
+    last.
 
     Args:
-        section: the recipe's section of the stage.
-        loop: as it is.
+        stage: what is trained.
         validating: whether it was a validation.
     """
+    loop, section = stage.loop, stage.section or stage.name
+    fixed = as_item_dataset(stage.dataset).bucket_of is not None  # buckets fix the images of a step
+    advice = []
     if validating:
-        fewer = max(1, loop.validation_images // 2)
-        advice = [f"{section}.loop.validation_images={fewer}"] if loop.validation_images > 1 else []
-        advice += [f"{section}.loop.batch_size={loop.batch_size // 2}"] if loop.batch_size > 1 else []
-        what = "; or ".join(advice) or "data.hold_out=0, which measures nothing,"
+        if loop.validation_images > 1:
+            advice.append(f"{section}.loop.validation_images={loop.validation_images // 2}")
+        if loop.batch_size > 1 and not fixed:
+            half = loop.batch_size // 2
+            more = 2 * loop.gradient_accumulation
+            advice.append(f"{section}.loop.batch_size={half} with {section}.loop.gradient_accumulation={more}")
+        what = ", or with ".join(advice) or f"{section}.loop.validate_every=0, and on a larger device at the end"
         return (
-            f"{section}: the device's memory is not enough for a validation. The checkpoint is written; run the same "
+            f"{section}: the device's memory is not enough for a validation. What was due is saved; run the same "
             f"command again with {what}"
         )
-    advice = []
-    if not loop.gradient_checkpointing:
+    if not loop.gradient_checkpointing and stage.can_recompute:
         advice.append(f"{section}.loop.gradient_checkpointing=true")
     if loop.precision == "no":
         advice.append(f"{section}.loop.precision=bf16")
-    if loop.batch_size > 1:
+    if loop.batch_size > 1 and not fixed:
         half = loop.batch_size // 2
         advice.append(
             f"{section}.loop.batch_size={half} with "
             f"{section}.loop.gradient_accumulation={2 * loop.gradient_accumulation}"
         )
-    advice += [
-        "data.cache=FOLDER, latents and text made beforehand by `davae cache`",
-        "a lower data.resolution, in another run",
-    ]
+    if section in ("diffusion", "transformer"):
+        advice.append("data.cache=FOLDER, latents and text made beforehand by `davae cache`")
+    advice.append("another run, with a lower data.resolution")
     return f"{section}: the device's memory is not enough for a step. In this order: " + "; ".join(
         f"({i}) {a}" for i, a in enumerate(advice[:3], 1)
     )

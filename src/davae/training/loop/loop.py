@@ -82,7 +82,7 @@ def train(stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | 
         with disk_full_as_error(out, "Its checkpoints are whole"):
             return _Training(stage, out, recipe).run(stop_after)
     except torch.OutOfMemoryError as error:
-        raise DavaeError(out_of_memory_message(stage.section or stage.name, stage.loop)) from error
+        raise DavaeError(out_of_memory_message(stage)) from error
     except RuntimeError as error:
         if not is_of_a_dead_worker(error):
             raise
@@ -357,8 +357,7 @@ class _Training:
             try:
                 self.metrics = self.stage.validate(self.directory.samples, done)
             except torch.OutOfMemoryError as error:
-                message = out_of_memory_message(self.stage.section or self.stage.name, self.loop, validating=True)
-                raise DavaeError(message) from error
+                raise DavaeError(out_of_memory_message(self.stage, validating=True)) from error
         model.train()
 
     def _measured(self, done: int) -> float | None:
