@@ -100,7 +100,7 @@ def check_recipe(
         return
     for stage in stages:
         if hasattr(settings, stage):
-            check_settings(settings, stage)  # type: ignore[arg-type]
+            check_settings(settings, stage)
     if images:
         check_data_path(settings.data.path, settings.data.revision)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Literal
 
 from davae.errors import DavaeError
 from davae.recipes.data import is_on_hub
@@ -12,18 +11,17 @@ from davae.recipes.dc_ae import DcAeRecipe
 from davae.recipes.loop import LoopSettings, OptimizerSettings
 from davae.recipes.settings import AutoencoderSettings, BaseRecipe, ReconstructionSettings, UpgradeRecipe
 
-Section = Literal["autoencoder", "diffusion", "transformer", "phase1", "phase2", "phase3"]
 _PACKAGES = {"comet_ml": "comet-ml"}
 """What pip calls a tracker's package, where it differs."""
 _DIFFUSION = ("held_out_total", "held_out_base", "held_out_detail", "held_out_variance", "swd/finest")
 
 
-def check_settings(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: Section) -> None:
+def check_settings(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str) -> None:
     """Refuse settings of a stage that only a later step, or the last one, would refuse.
 
     Args:
         recipe: what is trained.
-        section: the stage's.
+        section: the stage's: ``autoencoder``, ``diffusion``, ``transformer``, or ``phase1`` to ``phase3``.
 
     Raises:
         DavaeError: a metric that is not measured, or a package or a file that is not there.
@@ -94,7 +92,7 @@ def _check_backbones(settings: ReconstructionSettings, section: str) -> None:
             raise DavaeError(f"{section}.reconstruction.{key}: there is nothing at {place}")
 
 
-def _check_best_metric(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: Section, loop: LoopSettings) -> None:
+def _check_best_metric(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str, loop: LoopSettings) -> None:
     if loop.best_metric is None:
         return
     known = measured_names(recipe, section)
@@ -111,7 +109,7 @@ def _check_best_metric(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section:
         )
 
 
-def measured_names(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: Section) -> list[str]:
+def measured_names(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str) -> list[str]:
     """What a stage measures, by the names in ``metrics.jsonl``.
 
     Some depend on the base: only transformers that predict variances have ``held_out_variance``.

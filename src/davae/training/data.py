@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -83,6 +84,19 @@ def check_images(data: DataSettings, *, captions_for: str | None = None) -> None
         raise DavaeError(f"no image of {data.path} is left for training: set data.hold_out lower than {data.hold_out}")
     if captions_for is not None and not images.has_captions():
         raise _no_captions(len(images), captions_for)
+
+
+def require_captions(captions: Sequence[str], pipe: Any) -> None:
+    """A pipeline that learns from captions needs some; says how many images have none.
+
+    Raises:
+        DavaeError: no image has a caption.
+    """
+    empty = sum(not caption for caption in captions)
+    if captions and empty == len(captions):
+        raise _no_captions(len(captions), type(pipe).__name__)
+    if empty:
+        logger.warning("%d of %d images have no caption: trained without a prompt", empty, len(captions))
 
 
 def open_training_part(data: DataSettings, vae: AutoencoderDA, pipe: Any) -> ImageDataset | RenderedDataset:

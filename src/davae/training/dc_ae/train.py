@@ -80,7 +80,7 @@ def run_dc_ae(
 def _check(recipe: DcAeRecipe, phase: int, *, without_images: bool) -> None:
     """Find what a phase would fail on, before anything is trained; images may be missing in a dry run."""
     settings = find_phase(recipe, phase)
-    check_settings(recipe, f"phase{phase}")  # type: ignore[arg-type]
+    check_settings(recipe, f"phase{phase}")
     sides = {(settings.path, settings.windows_from or settings.resolution)}
     for path, side in sides | {(recipe.measure.path, recipe.measure.resolutions[0])}:
         data = _data(recipe, path, side)

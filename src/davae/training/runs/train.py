@@ -13,7 +13,7 @@ from davae.pipelines.families import ClassFamily, find_family
 from davae.pipelines.saving.opening import pipeline_place
 from davae.planner.architectures import Architecture, find_architecture
 from davae.planner.recipes import dry_run as describe_run
-from davae.recipes.checks import Section, check_settings, check_start
+from davae.recipes.checks import check_settings, check_start
 from davae.recipes.data import check_data_path, is_procedural
 from davae.recipes.presets import find_preset
 from davae.recipes.read import load_recipe
@@ -98,7 +98,7 @@ def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Trai
     return train_transformer(recipe, base, out, autoencoder)
 
 
-def check_upgrade(recipe: UpgradeRecipe, section: Section, *, without_images: bool = False) -> None:
+def check_upgrade(recipe: UpgradeRecipe, section: str, *, without_images: bool = False) -> None:
     """Find what a stage of an upgrade would fail on, before the base's weights are read for it.
 
     Args:
@@ -148,7 +148,7 @@ def _compression(architecture: Architecture) -> int:
     return vae.spatial_compression if isinstance(vae, AutoencoderDA) else architecture.base_compression
 
 
-def _upgrade_recipe(recipe: str | Path, overrides: Sequence[str], section: Section) -> UpgradeRecipe:
+def _upgrade_recipe(recipe: str | Path, overrides: Sequence[str], section: str) -> UpgradeRecipe:
     settings = load_recipe(recipe, overrides, stage=section)
     if not isinstance(settings, UpgradeRecipe):
         raise DavaeError(
