@@ -19,7 +19,7 @@ from davae.recipes.loop import LoopSettings
 from davae.recipes.read import load_recipe, resumable_keys
 from davae.recipes.settings import UpgradeRecipe
 from davae.training.loop.bad_steps import NonFiniteGuard, out_of_memory_message
-from davae.training.runs.train import check_upgrade, run_autoencoder, run_diffusion, train_autoencoder
+from davae.training.runs.train import check_upgrade, run_autoencoder, run_diffusion, train_autoencoder, train_diffusion
 
 _SETTING = re.compile(r"\b((?:autoencoder|diffusion|data)(?:\.\w+)+)=(\[[^\]]*\]|[\w./-]+)")
 
@@ -179,6 +179,16 @@ def test_images_are_looked_at_before_the_base(
     if message is None or advice is not None:
         train_autoencoder(_recipe([*overrides, *([advice] if advice else [])]), tmp_path / "run")
         assert (tmp_path / "run" / "autoencoder" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("recipe", ["debug", "debug-text"])
+def test_the_second_stage_trains_without_held_out_images(recipe: str, tmp_path: Path) -> None:
+    small = [o for o in SMALL if not o.startswith(("data.resolution", "data.hold_out"))]
+    settings = _recipe([*small, "data.path=procedural:3", "data.hold_out=0", "diffusion.loop.steps=1"], recipe)
+    stage1 = train_autoencoder(settings, tmp_path / "stage1")
+    result = train_diffusion(settings, tmp_path / "stage2", stage1.result)
+    assert result.metrics == {}
+    assert (result.result / "model_index.json").is_file()
 
 
 def test_images_without_captions_are_told_before_the_base_and_in_a_dry_run(tmp_path: Path) -> None:

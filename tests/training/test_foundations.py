@@ -141,6 +141,18 @@ def test_training_stage_1_further_is_not_continuing_stage_2_on_it(place: Path) -
         _stage2("diffusion.loop.steps=3")
 
 
+def test_a_level_that_another_stands_on_stays_as_it_is(place: Path) -> None:
+    """More steps are the last level's; a lower level that became another is refused."""
+    nested = ["autoencoder.model.scale=4", "autoencoder.model.detail_channels=[8,8]", "data.resolution=64"]
+    train_autoencoder(_recipe("data.path=photos", *nested), Path("nested"))
+    train_autoencoder(_recipe("data.path=photos", *nested, "autoencoder.loop.steps=3"), Path("nested"))
+    assert [len(checkpoints(Path(f) / "checkpoints")) for f in ("nested", "nested/level-1")] == [2, 2]
+    assert not Path("nested/level-1/checkpoints/step-3").exists()
+    _change(Path("nested/level-1/autoencoder/diffusion_pytorch_model.safetensors"))
+    with pytest.raises(DavaeError, match="the levels below: other weights"):
+        train_autoencoder(_recipe("data.path=photos", *nested, "autoencoder.loop.steps=3"), Path("nested"))
+
+
 def test_images_replaced_or_gone_are_refused_and_named(place: Path) -> None:
     used = open_dataset("photos", resolution=32, hold_out=2)
     name = used.id(0)

@@ -70,9 +70,9 @@ def read_text(file: Path) -> str:
     Raises:
         DavaeError: there is none, it cannot be read, is too large to be a recipe, or is no text.
     """
-    if not file.is_file():
-        raise DavaeError(f"{file} is no file" if file.exists() else f"no recipe file {file}")
     try:
+        if not file.is_file():
+            raise DavaeError(f"{file} is no file" if file.exists() else f"no recipe file {file}")
         with file.open("rb") as opened:
             raw = opened.read(_MOST_BYTES + 1)
     except OSError as error:

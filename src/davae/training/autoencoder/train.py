@@ -13,6 +13,7 @@ from davae.pipelines.saving.opening import load_autoencoder
 from davae.pipelines.upgrade import layout_over
 from davae.recipes.settings import AutoencoderModelSettings, AutoencoderSettings, UpgradeRecipe
 from davae.training.autoencoder.stage import AutoencoderStage
+from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.checkpoints.foundations import model_hash
 from davae.training.checkpoints.run_directory import base_facts, data_facts
 from davae.training.data import open_part, open_training_part
@@ -51,9 +52,13 @@ def train_levels(recipe: UpgradeRecipe, base: Any, out: Path) -> TrainResult:
     for number in range(done + 1, len(channels) + 1):
         vae = new_level(base.vae if vae is None else vae, model, channels[number - 1])
         if number < len(channels) and not together:
-            logger.info("level %d of %d", below + number, below + len(channels))
-            lower = _train(recipe, base, vae, out / f"level-{below + number}", dict(weights))
-            vae = load_autoencoder(lower.result)
+            folder = out / f"level-{below + number}"
+            following = out / f"level-{below + number + 1}" if number + 1 < len(channels) else out
+            if not (checkpoints(following / "checkpoints") and (folder / "autoencoder" / "config.json").is_file()):
+                logger.info("level %d of %d", below + number, below + len(channels))
+                _train(recipe, base, vae, folder, dict(weights))
+            # else the next level stands on it: it is not trained further
+            vae = load_autoencoder(folder / "autoencoder")
             weights["the levels below"] = model_hash(vae)
             torch.manual_seed(recipe.autoencoder.loop.seed)
     assert vae is not None

@@ -275,6 +275,8 @@ def _measured_before(stage: DcAeStage, out: Path, plain: dict[str, Any]) -> dict
 
 
 def _measured_or_known(stage: DcAeStage, directory: RunDirectory) -> dict[str, float]:
+    if not stage.can_measure:
+        return {}
     kept = directory.path / "before.json"
     known = everyone(_read_figures(kept))[0]  # what the first process sees
     if known is not None:
