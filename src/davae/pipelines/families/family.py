@@ -89,7 +89,7 @@ class PipelineFamily(ABC):
         """
         if self.longest_text is not None and (max_length or 0) > self.longest_text:
             raise DavaeError(
-                f"prompts.max_length is {max_length}, and {self.name} takes at most {self.longest_text} tokens: set it "
+                f"diffusion.prompts.max_length is {max_length}, and {self.name} takes at most {self.longest_text} tokens: set it "
                 f"to {self.longest_text} or less"
             )
 
