@@ -68,7 +68,7 @@ def open_dataset(
         buckets: sizes (width, height) of which each image takes the nearest; by default all are square.
             Procedural scenes are always square.
         revision: of a name on the hub: branch, tag or commit; none takes the newest.
-        quiet: do not log how many images are enlarged: they are opened once more.
+        quiet: do not log what was found: the set is opened once more.
 
     Returns:
         A map-style data set of items (see :mod:`davae.data.images.protocol`) with ``classes`` and ``skipped``, the
@@ -87,7 +87,7 @@ def open_dataset(
     bad = check_headers(source, min_size=shortest, warn_below=warn_below)
     skipped = [(source.id(i), reason) for i, reason in bad.items()]
     refuse_if_mostly_bad(skipped, len(source), source.name)
-    if part == "train":
+    if part == "train" and not quiet:
         logger.info("%s: %s", shown(source.name), shown(source.summary))
         if len(source) <= HEADER_CHECK_LIMIT:
             for index in range(len(source)):  # captions that cannot be read are told now

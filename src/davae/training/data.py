@@ -30,7 +30,7 @@ def open_part(
         data: the recipe's section.
         part: which.
         unit: side of a token in pixels, see :func:`token_side`; only buckets need it.
-        quiet: no log lines about small images.
+        quiet: do not log what was found.
     """
     training = part == "train"
     return open_dataset(

@@ -89,8 +89,8 @@ class PipelineFamily(ABC):
         """
         if self.longest_text is not None and (max_length or 0) > self.longest_text:
             raise DavaeError(
-                f"diffusion.prompts.max_length is {max_length}, and {self.name} takes at most {self.longest_text} tokens: set it "
-                f"to {self.longest_text} or less"
+                f"diffusion.prompts.max_length is {max_length}, and {self.name} takes at most {self.longest_text} "
+                f"tokens: set it to {self.longest_text} or less"
             )
 
     @torch.no_grad()
