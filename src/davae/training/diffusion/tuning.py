@@ -19,6 +19,7 @@ from davae.pipelines.lora import attach_lora, attached_lora, merge_lora
 from davae.pipelines.saving.adapters import load_adapters
 from davae.pipelines.saving.opening import LAYERS_FILE, opening, pipeline_place
 from davae.recipes.settings import DiffusionSettings, LoraSettings, TuneSettings
+from davae.runtime.model_files import open_model
 from davae.warm_start import channel_parameters, new_channel_masks
 
 P = TypeVar("P", bound=DiffusionPipeline)
@@ -61,7 +62,7 @@ def started_from(start: str, pipeline: P, base: P, mode: TuneMode) -> P:
     place = pipeline_place(start)
     own = pipeline.transformer
     with opening("pipeline", place):
-        earlier = type(own).from_pretrained(place, subfolder="transformer", torch_dtype=torch.float32)
+        earlier, _ = open_model(type(own).from_pretrained, place, subfolder="transformer", dtype=torch.float32)
     ours, theirs = own.state_dict(), earlier.state_dict()
     odd = [n for n in [*ours, *theirs] if n not in ours or n not in theirs or ours[n].shape != theirs[n].shape]
     if odd:
