@@ -30,6 +30,10 @@ Precision = Literal["no", "bf16", "fp16"]
 OptimizerKind = Literal["adamw", "adamw8bit"]
 LearningRateSchedule = Literal["constant", "cosine"]
 BestMode = Literal["min", "max"]
+Tracker = Literal["tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"]
+
+LAST_SEED = 2**31 - 1
+"""As far as every generator goes, with room for the images that count up from it."""
 
 
 def check_choice(value: object, choices: Any, what: str) -> None:

@@ -37,7 +37,7 @@ from davae.runtime.pictures import save_rows, upscaled
 from davae.runtime.places import claim
 from davae.training.autoencoder.stage import upscaled_base
 from davae.training.checkpoints.run_directory import environment, read_metrics
-from davae.training.data import open_part
+from davae.training.data import open_held_out
 from davae.training.diffusion import ClassMap, generate_classes
 from davae.training.runs.train import train_autoencoder, train_diffusion
 from davae.warm_start import check_warm_start
@@ -88,6 +88,7 @@ def run_demo(
 def _run(out: Path, settings: UpgradeRecipe, *, seed: int, quick: bool, data: str | None, recipe: str) -> None:
     """Everything but the report."""
     began = time.perf_counter()
+    held_out = open_held_out(settings.data)  # before anything is trained for figures of them
     base = load_recipe_base(settings)
 
     stage1 = train_autoencoder(settings, out / "autoencoder")
@@ -97,7 +98,6 @@ def _run(out: Path, settings: UpgradeRecipe, *, seed: int, quick: bool, data: st
     upgraded = load_pipeline(stage2.result)
 
     logger.info("comparing base, native and upgraded")
-    held_out = open_part(settings.data, "held_out")
     recorder = FigureRecorder(out, classes=list(held_out.classes) or ["images"])
     images, labels, names = _first_images(held_out, settings.autoencoder.loop.validation_images)
     reconstruction, alignment = _compare_reconstructions(base, vae, images, labels, names, recorder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -268,3 +269,15 @@ def test_plan_writes_figures_into_folders_that_are_not_there_yet(tmp_path, monke
         main()
     assert end.value.code == 0
     assert '"resolution": 64' in (tmp_path / "new" / "dir" / "p.json").read_text()
+
+
+def test_a_message_in_a_file_is_one_line_however_long(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(sys, "argv", ["davae", "doctor"])
+    with pytest.raises(SystemExit):
+        main()
+    capsys.readouterr()
+    logging.getLogger("davae.training").warning("%s/%s", "a" * 70, "b" * 70)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"{'a' * 70}/{'b' * 70}")

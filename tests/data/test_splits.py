@@ -32,14 +32,18 @@ def test_small_sets_keep_one_on_either_side() -> None:
 
 def test_impossible_requests() -> None:
     for hold_out, part, message in [
-        (0, "held_out", "hold_out is 0"),
         (-0.1, "train", "share below 1 or a whole number"),
         (1.5, "train", "share below 1 or a whole number"),
-        (1000, "train", "only 1000 images"),
+        (1000, "train", "only 1000 images: set it to at most 999"),
         (0.1, "test", "known are train, held_out"),
     ]:
         with pytest.raises(DavaeError, match=message):
             choose_part(NAMES, hold_out, part)  # type: ignore[arg-type]
-    with pytest.raises(DavaeError, match="one image alone"):
-        choose_part(["a"], 0.5, "held_out")
-    assert choose_part(["a"], 0.5, "train") == [0]
+    with pytest.raises(DavaeError, match="only 1 images: set it to 0"):
+        choose_part(["a"], 1, "train")
+
+
+@pytest.mark.parametrize(("count", "hold_out"), [(1, 0.5), (1, 0), (1000, 0)])
+def test_nothing_held_out_is_a_set_without_images(count: int, hold_out: float) -> None:
+    assert choose_part(NAMES[:count], hold_out, "held_out") == []
+    assert choose_part(NAMES[:count], hold_out, "train") == list(range(count))

@@ -14,7 +14,7 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from davae.recipes.loop import MAY_CHANGE, Section
+from davae.recipes.loop import MAY_CHANGE, MAY_MOVE, Section
 from davae.recipes.read import KINDS, sections_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
@@ -53,7 +53,7 @@ def _row(name: str, field: FieldInfo, description: str) -> str | None:
     if _is_section(field):
         return f"| `{name}` | | section | {description} |" if description else None
     default = "required" if field.is_required() else _default(field.default)
-    mark = " ↻" if MAY_CHANGE in field.metadata else ""
+    mark = " ↻" if MAY_CHANGE in field.metadata else " ⇄" if MAY_MOVE in field.metadata else ""
     return f"| `{name}`{mark} | {default} | {_values(field.annotation, field.metadata)} | {description} |"
 
 

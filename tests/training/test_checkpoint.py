@@ -210,8 +210,10 @@ def test_the_writer_takes_its_copy_at_once_and_keeps_the_best(tmp_path):
     with CheckpointWriter(tmp_path, keep=1, best_mode="max") as writer:
         for step, value in ((1, 0.1), (2, 0.9), (3, 0.5), (4, None)):
             weight.fill_(step)
-            writer.save(step, {"model": {"w": weight}}, {}, watched=value)
+            writer.save(step, {"model": {"w": weight}}, {})
             weight.fill_(-1)  # training goes on
+            if value is not None and writer.is_best(value):
+                writer.keep_best(step, value)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-2", "step-4"]
     for step in (2, 4):
         assert torch.equal(load_checkpoint(tmp_path / f"step-{step}")[0]["model"]["w"], torch.full((3,), step))
@@ -223,13 +225,11 @@ def test_the_writer_takes_its_copy_at_once_and_keeps_the_best(tmp_path):
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_a_value_that_is_not_finite_is_never_the_best(tmp_path, mode):
     with CheckpointWriter(tmp_path, keep=5, best_mode=mode) as writer:
-        for step, value in enumerate((float("nan"), float("inf"), float("-inf")), 1):
+        for value in (float("nan"), float("inf"), float("-inf")):
             assert not writer.is_best(value)
-            writer.save(step, {"model": {"w": torch.ones(1)}}, {}, watched=value)
-        writer.wait()
         assert writer.best is None
-        writer.save(4, {"model": {"w": torch.ones(1)}}, {}, watched=1.0)
-        writer.wait()
+        writer.save(4, {"model": {"w": torch.ones(1)}}, {})
+        writer.keep_best(4, 1.0)
         assert not writer.is_best(float("nan"))
     assert json.loads((tmp_path / "best.json").read_text()) == {"step": 4, "value": 1.0}
 
@@ -248,12 +248,12 @@ def test_the_best_before_stays_until_the_new_one_is_noted(tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     writer = CheckpointWriter(tmp_path, keep=1)
-    writer.save(1, {"model": {"w": torch.ones(1)}}, {}, watched=2.0)
-    writer.wait()
+    writer.save(1, {"model": {"w": torch.ones(1)}}, {})
+    writer.keep_best(1, 2.0)
     monkeypatch.setattr("davae.training.checkpoints.checkpoint.atomic_write", killed)
-    writer.save(2, {"model": {"w": torch.ones(1)}}, {}, watched=1.0)
+    writer.save(2, {"model": {"w": torch.ones(1)}}, {})
     with pytest.raises(KeyboardInterrupt):
-        writer.wait()
+        writer.keep_best(2, 1.0)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-1", "step-2"]
     assert json.loads((tmp_path / "best.json").read_text())["step"] == 1
 

@@ -140,14 +140,20 @@ def test_a_step_that_is_not_finite_is_left_out_counted_and_told(tmp_path, caplog
 def test_a_gradient_that_is_not_finite_names_its_layer(tmp_path, caplog):
     stage = _Stage(steps=2)
     stage.objective.layer.bias.register_hook(lambda g: g * float("inf"))
-    train(stage, tmp_path, {})
+    with pytest.raises(DavaeError, match="nothing was learnt and nothing is written"):
+        train(stage, tmp_path, {})
     assert "the gradient of layer.bias is not finite" in caplog.text
     assert torch.equal(_weights(stage), _weights(_Stage()))
 
 
 def test_too_steep_a_step_is_skipped(tmp_path):
     stage = _Stage(steps=2, skip_grad_norm=1e-6)
-    train(stage, tmp_path, {})
+    with pytest.raises(DavaeError, match=r"every one of the 2 steps was skipped.*a loop\.skip_grad_norm above 1e-06"):
+        train(stage, tmp_path, {})
+    assert not (tmp_path / "unused").exists()
+    with pytest.raises(DavaeError, match="every one of the 2 steps"):  # and again
+        train(_Stage(steps=2, skip_grad_norm=1e-6), tmp_path, {})
+    train(_Stage(steps=4, skip_grad_norm=1e6), tmp_path, {})  # the advice, and steps to learn in
     assert torch.equal(_weights(stage), _weights(_Stage()))
     message = (tmp_path / "skipped_steps.jsonl").read_text().splitlines()
     assert len(message) == 2
@@ -174,7 +180,8 @@ def test_running_statistics_survive_a_bad_step(tmp_path):
     stage.objective.layer = nn.Sequential(norm, nn.Linear(3, 1))
     stage.objective.bad_step = 0
     stage.validate = lambda samples, step: {"weight": 0.0}
-    train(stage, tmp_path, {})
+    with pytest.raises(DavaeError, match="every one of the 1 steps was skipped"):
+        train(stage, tmp_path, {})
     assert torch.equal(norm.running_mean, torch.zeros(3))
     assert int(norm.num_batches_tracked) == 0
 
@@ -250,6 +257,75 @@ def test_the_best_checkpoint_is_kept(tmp_path):
     stage = _Stage(best_metric="psnr", checkpoint_every=3)
     with pytest.raises(DavaeError, match=r"best_metric is 'psnr'.*measures weight"):
         train(stage, tmp_path / "other", {})
+    right = _Stage(best_metric="weight", checkpoint_every=3)  # the advice
+    train(right, tmp_path / "other", {})
+    assert right.objective.seen == []  # nothing is trained twice
+
+
+def test_what_fails_in_the_validation_costs_no_steps(tmp_path):
+    """Every step is saved before it is measured, and measured later where that failed."""
+    whole = _Stage(validate_every=4, best_metric="weight")
+    train(whole, tmp_path / "whole", {})
+    for step in (4, 8):
+        broken = _Stage(validate_every=4, best_metric="weight")
+        measure = broken.validate
+
+        def fail(samples, done, step=step, measure=measure):
+            if done == step:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return measure(samples, done)
+
+        broken.validate = fail
+        with pytest.raises(DavaeError, match=r"validation\. What was due is saved.*validation_images=8"):
+            train(broken, tmp_path / "parts", {})
+        assert (tmp_path / "parts" / "checkpoints" / f"step-{step}").is_dir()
+    last = _Stage(validate_every=4, best_metric="weight", validation_images=8)  # the advice
+    train(last, tmp_path / "parts", {})
+    assert last.objective.seen == []
+    assert torch.equal(_weights(whole), _weights(last))
+    for name in ("metrics.jsonl", "checkpoints/best.json"):
+        assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_without_held_out_images_nothing_is_measured_and_that_is_said(tmp_path, caplog):
+    stage = _Stage(validate_every=2)
+    stage.measured_on = ([],)
+    stage.validate = lambda *_: pytest.fail("measured")
+    with caplog.at_level("INFO", logger="davae"):
+        assert train(stage, tmp_path, {}).metrics == {}
+    assert [r.message for r in caplog.records if "nothing is measured" in r.message] == [
+        "toy: no image is held out (data.hold_out), so nothing is measured"
+    ]
+
+
+def test_steps_of_this_life_that_were_all_skipped_are_no_success(tmp_path):
+    train(_Stage(), tmp_path, {}, stop_after=6)
+    stage = _Stage()
+    stage.objective.layer.bias.register_hook(lambda g: g * float("nan"))
+    with pytest.raises(DavaeError, match="every one of the 2 steps was skipped"):
+        train(stage, tmp_path, {})
+
+
+def test_latents_that_are_not_finite_are_named(tmp_path, caplog):
+    class Latents(_Numbers):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            latent = torch.full((1, 2, 2), float("nan") if index == 3 else 0.0)
+            return item | {"latent": latent, "image": item["image"] + latent.mean()}
+
+    stage = _Stage(steps=4)
+    stage.dataset = Latents()
+    train(stage, tmp_path, {})
+    assert "the latent of 3, made beforehand, is not finite" in caplog.text
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_the_first_step(tmp_path, monkeypatch):
+    stage = _Stage(report_to=["tensorboard", "wandb"])
+    with pytest.raises(DavaeError, match=r"wandb is not installed: `pip install wandb`.*report_to=\[tensorboard\]"):
+        train(stage, tmp_path, {})
+    assert stage.objective.seen == []
+    train(_Stage(report_to=["tensorboard"], steps=1), tmp_path, {})
+    assert list(tmp_path.glob("tracking/events*"))
 
 
 def test_out_of_memory_says_what_helps_in_order(tmp_path):

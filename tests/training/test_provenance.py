@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from davae.bases.open import load_base
 from davae.bases.tiny import debug_base
@@ -49,9 +50,21 @@ def test_the_recipe_pins_and_the_run_writes_down_the_commit(hub, tmp_path):
     assert said == {"name": "a/b", "revision": "v1.0", "commit": COMMIT}
 
 
-def test_a_run_does_not_go_on_with_another_revision(hub, tmp_path):
+def test_a_run_goes_on_with_another_revision_of_the_same_weights_alone(hub, tmp_path, monkeypatch, caplog):
     train_autoencoder(_recipe("base=a/b", f"base_revision={COMMIT}"), tmp_path)
-    with pytest.raises(DavaeError, match="base_revision"):
+    with caplog.at_level("INFO", logger="davae"):
+        train_autoencoder(_recipe("base=a/b", "base_revision=main"), tmp_path)
+    assert f"goes on with base_revision: {COMMIT} -> main" in caplog.text
+    load = opening.DiffusionPipeline.from_pretrained
+
+    def newer(*args, **options):
+        pipe = load(*args, **options)
+        with torch.no_grad():
+            pipe.vae.decoder.conv_out.bias += 1
+        return pipe
+
+    monkeypatch.setattr(opening, "DiffusionPipeline", SimpleNamespace(from_pretrained=newer))
+    with pytest.raises(DavaeError, match="the base autoencoder: other weights"):
         train_autoencoder(_recipe("base=a/b", "base_revision=main"), tmp_path)
 
 

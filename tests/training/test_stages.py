@@ -19,7 +19,9 @@ from davae.recipes.read import load_recipe
 from davae.recipes.settings import FlowLossSettings
 from davae.training.autoencoder.losses import laplacian_l1
 from davae.training.autoencoder.stage import AutoencoderStage, StructuredObjective
+from davae.training.checkpoints.run_directory import read_metrics
 from davae.training.diffusion import ClassMap, DiffusionObjective, DiffusionStage
+from davae.training.diffusion.validation import held_out_loss
 from davae.training.loop.loop import train
 
 
@@ -225,3 +227,35 @@ def test_latents_in_memory_equal_encoding_each_alone():
         item = source[index]
         torch.testing.assert_close(cached[index]["latent"], encode(item["image"][None])[0])
         assert cached[index]["label"] == item["label"] + 1
+
+
+class _Guesses(nn.Module):
+    """A transformer whose error depends on the noise."""
+
+    def forward(self, noisy, t, labels):
+        return type("Output", (), {"sample": 0.3 * noisy})()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_the_held_out_loss_does_not_depend_on_the_batch(batch_size):
+    items = [{"latent": torch.randn(6, 4, 4), "label": 0, "caption": "", "id": str(i), "skipped": []} for i in range(7)]
+    layout, loss = LatentLayout(2, 4), FlowLossSettings()
+    process = FlowProcess(FlowLoss(layout), shift=lambda latent: 3.0)
+    objective = DiffusionObjective(family_of(debug_base()), _Guesses(), layout, process, loss).eval()
+
+    def losses(size, seed=0):
+        state = torch.get_rng_state()
+        found = held_out_loss(objective, items, batch_size=size, step=9, seed=seed, device=torch.device("cpu"))
+        assert torch.equal(torch.get_rng_state(), state)  # the training's own draws are left alone
+        return found
+
+    assert losses(batch_size) == pytest.approx(losses(2), rel=1e-5)
+    assert losses(batch_size, seed=1) != pytest.approx(losses(2), rel=1e-3)
+
+
+def test_both_learning_rates_are_logged(tmp_path):
+    more = ["diffusion.optimizer.learning_rate=1e-4", "diffusion.tune.new_channels_learning_rate=1e-3"]
+    _diffusion(tmp_path, "diffusion.loop.steps=1", "diffusion.loop.log_every=1", *more)
+    line = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert line["learning_rate"] == pytest.approx(1e-4)
+    assert line["learning_rate_widened"] == pytest.approx(1e-3)

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import LAST_SEED, check_recipe, folder_of, some_images
+from davae.choices import LAST_SEED
+from davae.cli.options import check_recipe, folder_of, some_images
 from davae.runtime.console import say
 
 

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from davae.choices import LAST_SEED
 from davae.cli.options import (
-    LAST_SEED,
     Device,
     DType,
     FeatureNames,

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import LAST_SEED, Device, ModelDType, Variant, folder_of
+from davae.choices import LAST_SEED
+from davae.cli.options import Device, ModelDType, Variant, folder_of
 from davae.runtime.console import say
 
 

@@ -82,9 +82,13 @@ def _options(
     from davae.runtime.console import PlainConsole, PlainFormatter
 
     console = PlainConsole(stderr=True)
-    handler = RichHandler(console=console, show_path=False, show_level=False, omit_repeated_times=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler])
-    handler.setFormatter(PlainFormatter("%(message)s", "%H:%M:%S"))
+    handler: logging.Handler = logging.StreamHandler()  # in a file a message is one line, however long
+    form = "%(asctime)s %(message)s"
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_path=False, show_level=False, omit_repeated_times=False)
+        form = "%(message)s"
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    handler.setFormatter(PlainFormatter(form, "%H:%M:%S"))
     logging.getLogger("davae").setLevel(logging.DEBUG if verbose else logging.INFO)
 
     def quiet(library: ModuleType) -> None:

@@ -13,9 +13,6 @@ from davae.errors import DavaeError
 from davae.runtime.atomic_files import atomic_json
 from davae.runtime.places import KindName, check_place, check_writable
 
-LAST_SEED = 2**31 - 1
-"""As far as every generator goes, with room for the images that count up from it."""
-
 
 def new_file(file: Path | None) -> Path | None:
     """A file that can be written, seen before hours of work that would end without it.
@@ -74,22 +71,32 @@ def some_images(path: str | None) -> str | None:
     return path
 
 
-def check_recipe(recipe: str, overrides: Sequence[str] | None, *, images: bool = True) -> None:
+def check_recipe(
+    recipe: str, overrides: Sequence[str] | None, *, images: bool = True, stages: Sequence[str] = ()
+) -> None:
     """Find the mistakes in a recipe before what trains from it is imported.
 
     Args:
         recipe, overrides: as given.
         images: whether they must be there.
+        stages: the sections that are trained.
 
     Raises:
-        DavaeError: no such recipe, an unknown key, a bad value, or nothing at ``data.path``.
+        DavaeError: no such recipe, an unknown key, a bad value, nothing at ``data.path``, or settings of a stage that
+            it would refuse later.
     """
+    from davae.recipes.checks import check_settings
     from davae.recipes.data import check_data_path
     from davae.recipes.read import load_recipe
     from davae.recipes.settings import AblationRecipe
 
-    settings = load_recipe(recipe, overrides or ())
-    if images and not isinstance(settings, AblationRecipe):
+    settings = load_recipe(recipe, overrides or (), stage=stages[0] if len(stages) == 1 else None)
+    if isinstance(settings, AblationRecipe):
+        return
+    for stage in stages:
+        if hasattr(settings, stage):
+            check_settings(settings, stage)
+    if images:
         check_data_path(settings.data.path, settings.data.revision)
 
 

@@ -24,7 +24,7 @@ def autoencoder(
     overrides: Overrides = None, recipe: RecipeName = "tiny", out: Out = None, dry_run: DryRun = False
 ) -> None:
     """Stage 1: detail encoder and joint decoder on a frozen base autoencoder."""
-    check_recipe(recipe, overrides, images=not dry_run)
+    check_recipe(recipe, overrides, images=not dry_run, stages=("autoencoder",))
     from davae.training.runs.train import run_autoencoder
 
     say(run_autoencoder(recipe, overrides or (), out, dry_run=dry_run))
@@ -39,7 +39,7 @@ def diffusion(
     dry_run: DryRun = False,
 ) -> None:
     """Stage 2: the warm-started transformer on structured latents."""
-    check_recipe(recipe, overrides, images=not dry_run)
+    check_recipe(recipe, overrides, images=not dry_run, stages=("diffusion",))
     from davae.training.runs.train import run_diffusion
 
     say(run_diffusion(recipe, overrides or (), out, autoencoder=autoencoder, dry_run=dry_run))
@@ -50,7 +50,7 @@ def base(
     overrides: Overrides = None, recipe: RecipeName = "tiny-base", out: BaseOut = None, dry_run: DryRun = False
 ) -> None:
     """A small base pipeline from nothing, as the embedded one was made."""
-    check_recipe(recipe, overrides, images=not dry_run)
+    check_recipe(recipe, overrides, images=not dry_run, stages=("autoencoder", "transformer"))
     from davae.training.runs.train import run_base
 
     say(run_base(recipe, overrides or (), out, dry_run=dry_run))
@@ -70,7 +70,7 @@ def dc_ae(
     dry_run: DryRun = False,
 ) -> None:
     """A deep compression autoencoder in three phases: low resolution, high resolution, decoder's head."""
-    check_recipe(recipe, overrides, images=not dry_run)
+    check_recipe(recipe, overrides, images=not dry_run, stages=(f"phase{phase}",))
     from davae.training.dc_ae.train import run_dc_ae
 
     say(run_dc_ae(recipe, overrides or (), out, phase=phase, start=start, dry_run=dry_run))

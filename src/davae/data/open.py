@@ -43,6 +43,7 @@ def open_dataset(
     min_size: int | None = None,
     buckets: Sequence[Size] | None = None,
     revision: str | None = None,
+    quiet: bool = False,
 ) -> ImageDataset | RenderedDataset:
     """Open a set of images for training or validation.
 
@@ -67,6 +68,7 @@ def open_dataset(
         buckets: sizes (width, height) of which each image takes the nearest; by default all are square.
             Procedural scenes are always square.
         revision: of a name on the hub: branch, tag or commit; none takes the newest.
+        quiet: do not log what was found: the set is opened once more.
 
     Returns:
         A map-style data set of items (see :mod:`davae.data.images.protocol`) with ``classes`` and ``skipped``, the
@@ -81,11 +83,11 @@ def open_dataset(
         return RenderedDataset(_procedural(name, resolution, hold_out, part), flip=flip, seed=seed)
     shortest = max(1, resolution // 4 if min_size is None else min_size)
     source = find_source(path_or_name, split, revision)
-    warn_below = resolution if part == "train" else 0  # once is enough when both parts are opened
+    warn_below = resolution if part == "train" and not quiet else 0  # once is enough when both parts are opened
     bad = check_headers(source, min_size=shortest, warn_below=warn_below)
     skipped = [(source.id(i), reason) for i, reason in bad.items()]
     refuse_if_mostly_bad(skipped, len(source), source.name)
-    if part == "train":
+    if part == "train" and not quiet:
         logger.info("%s: %s", shown(source.name), shown(source.summary))
         if len(source) <= HEADER_CHECK_LIMIT:
             for index in range(len(source)):  # captions that cannot be read are told now
@@ -170,9 +172,7 @@ def _procedural(name: str, resolution: int, hold_out: float, part: Part) -> Proc
     # Scenes are endless, so nothing is taken from the training set: those held out are of another seed.
     if part == "train":
         return ProceduralScenes(length, resolution, seed=0)
-    if hold_out <= 0:
-        raise DavaeError("no held-out images: hold_out is 0; set it above 0")
-    count = int(hold_out) if hold_out >= 1 else max(1, round(hold_out * length))
+    count = int(hold_out) if hold_out >= 1 or not hold_out else max(1, round(hold_out * length))
     return ProceduralScenes(count, resolution, seed=1)
 
 
@@ -186,32 +186,29 @@ def choose_part(ids: Sequence[str], hold_out: float, part: Part) -> list[int]:
         ids: one unique name an image.
         hold_out: below 1 the share of held-out images, from 1 on their number (those with the smallest
             hashes), 0 for none. Where a share comes to no image or to all of them, one image changes sides,
-            so that both parts hold something.
+            so that both parts hold something; one image alone is for training.
         part: which part to return.
 
     Raises:
-        DavaeError: the numbers cannot be met, or there is nothing to hold out.
+        DavaeError: the numbers cannot be met.
     """
     if part not in ("train", "held_out"):
         raise DavaeError(f"part is '{part}'; known are train, held_out")
     if hold_out < 0 or (hold_out >= 1 and hold_out != int(hold_out)):
         raise DavaeError(f"hold_out is {hold_out}; give a share below 1 or a whole number of images")
-    if hold_out == 0:
-        if part == "held_out":
-            raise DavaeError("no held-out images: hold_out is 0; set it above 0")
-        return list(range(len(ids)))
+    if hold_out == 0 or (hold_out < 1 and len(ids) < 2):
+        return list(range(len(ids))) if part == "train" else []
     order = sorted(range(len(ids)), key=lambda i: _hash(ids[i]))
     if hold_out >= 1:
         count = int(hold_out)
         if count >= len(ids):
-            raise DavaeError(f"hold_out is {count} but there are only {len(ids)} images; hold out fewer")
+            raise DavaeError(
+                f"hold_out (a recipe's data.hold_out) is {count} and there are only {len(ids)} images: set it to "
+                f"{f'at most {len(ids) - 1}' if len(ids) > 1 else '0, which measures nothing'}"
+            )
     else:
         threshold = int(hold_out * 2**64)
         count = sum(_hash(name) < threshold for name in ids)
-        if len(ids) < 2:
-            if part == "held_out":
-                raise DavaeError("one image alone: nothing can be held out of it; set hold_out to 0")
-            return list(range(len(ids)))
         count = min(max(count, 1), len(ids) - 1)
     return sorted(order[:count] if part == "held_out" else order[count:])
 

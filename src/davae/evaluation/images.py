@@ -25,11 +25,14 @@ def held_out_images(autoencoder: Path, resolution: int) -> ItemDataset:
         DavaeError: the folder is in no run, or the run held none out.
     """
     settings = _run_data(autoencoder)
-    if settings is None or not settings["hold_out"]:
-        raise DavaeError(f"{autoencoder} is in no run that held images out: name images with --data")
-    return open_dataset(
-        settings["path"], resolution=resolution, split=settings["split"], hold_out=settings["hold_out"], part="held_out"
-    )
+    if settings is not None and settings["hold_out"]:
+        hold_out = settings["hold_out"]
+        found = open_dataset(
+            settings["path"], resolution=resolution, split=settings["split"], hold_out=hold_out, part="held_out"
+        )
+        if len(found):
+            return found
+    raise DavaeError(f"{autoencoder} is in no run that held images out: name images with --data")
 
 
 def trained_resolution(autoencoder: Path) -> int:

@@ -26,6 +26,7 @@ from davae.evaluation.features import FeatureNetwork, open_network
 from davae.evaluation.generation.image_run import contents_hash
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets
 from davae.pipelines.saving.opening import load_pipeline
+from davae.recipes.checks import check_settings
 from davae.recipes.read import load_variant
 from davae.recipes.settings import AblationRecipe, UpgradeRecipe
 from davae.runtime.atomic_files import atomic_json, folder_hash
@@ -34,7 +35,7 @@ from davae.runtime.places import check_place, safe_name
 from davae.runtime.processes import claimed_by_first
 from davae.runtime.weight_files import atomic_tensors
 from davae.training.checkpoints.run_directory import environment
-from davae.training.data import open_part
+from davae.training.data import open_held_out, open_part
 from davae.training.diffusion.validation import generate_classes
 from davae.training.runs.train import train_autoencoder, train_diffusion
 
@@ -93,6 +94,9 @@ def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
     cases = {
         (name, seed): load_variant(recipe, name, seed) for name in recipe.variants for seed in recipe.seeds
     }  # all are read before anything is trained
+    for case in cases.values():
+        check_settings(case, "autoencoder")
+        check_settings(case, "diffusion")
     check_place(out, "ablation")
     networks = [] if recipe.features is None else [open_network(recipe.features)]
     with claimed_by_first(out, "ablation"):
@@ -194,7 +198,7 @@ def _spreads(found: list[dict[str, float]]) -> dict[str, Spread]:
 
 def real_images(recipe: UpgradeRecipe, part: Literal["train", "held_out"], count: int | None = None) -> Tensor:
     """The first ``count`` images of a part of the data, or all, ``[N, 3, H, W]`` in [-1, 1]."""
-    images = open_part(recipe.data, part)
+    images = open_part(recipe.data, "train") if part == "train" else open_held_out(recipe.data)
     return torch.stack([images[i]["image"] for i in range(min(len(images), count or len(images)))])
 
 
@@ -213,7 +217,7 @@ def generated_images(recipe: UpgradeRecipe, pipeline: Path, count: int, folder: 
     file = folder / f"samples-{value_hash(made_with).removeprefix('sha256:')[:12]}.safetensors"
     if not file.is_file():
         pipe = load_pipeline(pipeline)
-        held_out = open_part(recipe.data, "held_out")
+        held_out = open_held_out(recipe.data)
         labels = sorted({held_out[i]["label"] for i in range(len(held_out))} - {-1})
         known = dict(pipe.labels)
         numbers = [known[held_out.classes[label]] for label in labels if held_out.classes[label] in known]

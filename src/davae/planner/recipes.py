@@ -129,7 +129,9 @@ def _diffusion_run(recipe: UpgradeRecipe, architecture: Architecture) -> Diffusi
     tune = settings.tune
     targets = tune.lora.targets or find_family(architecture.pipeline).lora_targets
     if tune.mode == "lora" and not targets:
-        raise DavaeError(f"davae has no usual LoRA targets for {architecture.pipeline}: set tune.lora.targets")
+        raise DavaeError(
+            f"davae has no usual LoRA targets for {architecture.pipeline}: set diffusion.tune.lora.targets"
+        )
     return DiffusionRun(
         **_loop(settings.loop, settings.optimizer),  # type: ignore[arg-type]
         mode=tune.mode,

@@ -7,29 +7,36 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 
 from davae.choices import Crop, StorageDtype
 from davae.errors import DavaeError
-from davae.recipes.loop import MAY_CHANGE, NotNegative, Positive, Section, Weight
+from davae.recipes.loop import MAY_CHANGE, MAY_MOVE, NotNegative, Positive, Section, Weight
+
+
+def _share_or_number(hold_out: float) -> float:
+    if hold_out >= 1 and hold_out != int(hold_out):
+        raise ValueError("give a share below 1 or a whole number of images")
+    return hold_out
 
 
 class ImageSettings(Section):
     """Where images come from: what every training asks."""
 
-    path: str = "procedural"
+    path: Annotated[str, MAY_MOVE] = "procedural"
     """A folder, a data set name or file, WebDataset shards, or ``procedural`` ([data.md](data.md))."""
     crop: Crop = "center"
     """The square in the middle, or one drawn again each time."""
     flip: bool = False
     """Mirror left and right with probability one half."""
-    split: str = "train"
+    split: Annotated[str, MAY_MOVE] = "train"
     """Split of a data set on the hub."""
-    revision: str | None = None
+    revision: Annotated[str | None, MAY_MOVE] = None
     """A name on the hub: the branch, tag or commit to take; none takes the newest. The run's ``environment.json`` says
     which commit it was, to be pinned here."""
-    hold_out: Weight = 0.05
-    """Share of the images (below 1) or their number (1 and more) kept for validation."""
+    hold_out: Annotated[Weight, AfterValidator(_share_or_number)] = 0.05
+    """Share of the images (below 1) or their number (1 and more) kept for validation; 0 keeps none, and nothing is
+    measured."""
     workers: Annotated[NotNegative, MAY_CHANGE] = 0
     """Loader processes; 0 decodes in the training process."""
     timeout_s: Annotated[Weight, MAY_CHANGE] = 600.0

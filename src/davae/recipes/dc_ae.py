@@ -9,7 +9,16 @@ from pydantic import Field, model_validator
 
 from davae.choices import Crop
 from davae.recipes.data import ImageSettings
-from davae.recipes.loop import LoopSettings, NotNegative, OptimizerSettings, Positive, Section, Share
+from davae.recipes.loop import (
+    MAY_CHANGE,
+    MAY_MOVE,
+    LoopSettings,
+    NotNegative,
+    OptimizerSettings,
+    Positive,
+    Section,
+    Share,
+)
 from davae.recipes.settings import ReconstructionSettings
 
 
@@ -77,7 +86,7 @@ class Phase(Section):
 
     resolution: Positive
     """Side of the square training image in pixels."""
-    path: str | None = None
+    path: Annotated[str | None, MAY_MOVE] = None
     """Other images than ``data.path``, for a phase that needs larger ones."""
     windows_from: Positive | None = None
     """Also cut windows of ``resolution`` from images read at this side."""
@@ -115,7 +124,7 @@ class MeasureSettings(Section):
     """Sides in pixels; held-out images are read at each of them."""
     path: str | None = None
     """Other images than ``data.path``; the same share of them is held out."""
-    scaling_images: Positive = 1024
+    scaling_images: Annotated[Positive, MAY_CHANGE] = 1024
     """Most training images used to measure ``scaling_factor``."""
 
 
@@ -124,7 +133,7 @@ class DcAeRecipe(Section):
 
     kind: Literal["dc-ae"]
     """Which sections the file has."""
-    description: str
+    description: Annotated[str, MAY_CHANGE]
     """One line for people."""
     data: DcAeDataSettings = DcAeDataSettings()
     architecture: Annotated[DcArchitecture | KlArchitecture, Field(discriminator="family")]

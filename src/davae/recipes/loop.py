@@ -4,7 +4,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from davae.choices import BestMode, LearningRateSchedule, OptimizerKind, Precision
+from davae.choices import LAST_SEED, BestMode, LearningRateSchedule, OptimizerKind, Precision, Tracker
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -12,6 +12,7 @@ Weight = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, le=LAST_SEED)]
 
 
 class _MayChange:
@@ -19,9 +20,12 @@ class _MayChange:
 
 
 MAY_CHANGE: Final = _MayChange()
-"""Marks a setting that says how steps are computed and kept, not what is learnt. A run may continue with another
-value, so that it fits another machine, another number of processes, or less memory:
-``workers: Annotated[int, MAY_CHANGE]``."""
+"""Marks a setting with another value of which a run may continue: how long and how fast it learns, how steps are
+computed, measured and kept, but not what is learnt: ``workers: Annotated[int, MAY_CHANGE]``."""
+
+MAY_MOVE: Final = _MayChange()
+"""Marks a setting that names a place. A run may continue with another place where the same weights, or the same images
+and perhaps more, are found there: contents are compared, not names."""
 
 
 class Section(BaseModel):
@@ -30,12 +34,12 @@ class Section(BaseModel):
     The docstring below a field is its description: the tables of docs/training.md are made of them.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-def _yaml_no(value: object) -> object:
-    """YAML 1.1 reads a bare ``no`` as false; people mean the word."""
-    return "no" if value is False else value
+def _as_list(value: object) -> object:
+    """One name stands for a list of one; none for an empty list."""
+    return [] if value is None else [value] if isinstance(value, str) else value
 
 
 class LoopSettings(Section):
@@ -53,46 +57,46 @@ class LoopSettings(Section):
             )
         return {key: value for key, value in values.items() if key != "plain"}
 
-    steps: Positive
+    steps: Annotated[Positive, MAY_CHANGE]
     """Optimizer steps of the whole run."""
     batch_size: Annotated[Positive, MAY_CHANGE]
     """Images per process and micro-step."""
     gradient_accumulation: Annotated[Positive, MAY_CHANGE] = 1
     """Micro-steps per optimizer step."""
-    max_grad_norm: PositiveFloat | None = None
+    max_grad_norm: Annotated[PositiveFloat | None, MAY_CHANGE] = None
     """Gradients are scaled down to this norm; none leaves them as they are."""
-    skip_grad_norm: PositiveFloat | None = None
+    skip_grad_norm: Annotated[PositiveFloat | None, MAY_CHANGE] = None
     """A step whose gradient norm exceeds this is skipped, like one that is not finite."""
-    max_skipped_steps: Positive = 10
+    max_skipped_steps: Annotated[Positive, MAY_CHANGE] = 10
     """Skipped steps in a row after which the run stops and saves what is needed to find the cause."""
     ema_decay: Probability | None = None
     """Decay of the exponential moving average of the weights per step; none keeps no average."""
-    precision: Annotated[Precision, BeforeValidator(_yaml_no), MAY_CHANGE] = "no"
+    precision: Annotated[Precision, MAY_CHANGE] = "no"
     """Autocast of the forward pass; ``no`` computes in float32."""
-    channels_last: bool = True
+    channels_last: Annotated[bool, MAY_CHANGE] = True
     """Convolutions in channels-last memory order: the same numbers, faster on most devices."""
-    compile: bool = False
+    compile: Annotated[bool, MAY_CHANGE] = False
     """``torch.compile`` of what is repeated: the blocks of a transformer, encoders and decoders
     ([speed.md](speed.md))."""
     gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
-    seed: int = 0
+    seed: Seed = 0
     """All random numbers of the run follow from it."""
     log_every: Annotated[Positive, MAY_CHANGE] = 10
     """Steps between lines of ``metrics.jsonl``."""
-    validate_every: NotNegative = 0
-    """Steps between validations; 0 validates at the end only."""
-    validation_images: Positive = 16
+    validate_every: Annotated[NotNegative, MAY_CHANGE] = 0
+    """Steps between validations; 0 validates at the end only. Without held-out images there are none."""
+    validation_images: Annotated[Positive, MAY_CHANGE] = 16
     """Held-out images that a validation reads."""
     checkpoint_every: Annotated[Positive, MAY_CHANGE] = 100
     """Steps between checkpoints."""
     checkpoints_total_limit: Annotated[Positive, MAY_CHANGE] = 2
     """Newest checkpoints that are kept."""
-    best_metric: str | None = None
+    best_metric: Annotated[str | None, MAY_CHANGE] = None
     """A validation metric; the checkpoint where it was best is kept besides the newest ones."""
-    best_mode: BestMode = "min"
+    best_mode: Annotated[BestMode, MAY_CHANGE] = "min"
     """Whether the least or the greatest ``best_metric`` is best."""
-    report_to: Annotated[list[str], MAY_CHANGE] = Field(default=["tensorboard"])
+    report_to: Annotated[list[Tracker], BeforeValidator(_as_list), MAY_CHANGE] = Field(default=["tensorboard"])
     """Trackers known to accelerate; ``metrics.jsonl`` is written in any case."""
 
 
@@ -101,17 +105,17 @@ class OptimizerSettings(Section):
 
     kind: OptimizerKind = "adamw"
     """``adamw8bit`` keeps the moments in 8 bits, a quarter of the memory; it needs bitsandbytes, and no FSDP."""
-    learning_rate: PositiveFloat
+    learning_rate: Annotated[PositiveFloat, MAY_CHANGE]
     """After the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[Probability, Probability], MAY_CHANGE] = (0.9, 0.999)
     """Decay of the first and second moment."""
-    weight_decay: Weight = 0.0
+    weight_decay: Annotated[Weight, MAY_CHANGE] = 0.0
     """Decoupled: weights shrink by this share of the learning rate each step."""
-    eps: PositiveFloat = 1e-8
+    eps: Annotated[PositiveFloat, MAY_CHANGE] = 1e-8
     """Added to the root of the second moment."""
-    lr_scheduler: LearningRateSchedule = "constant"
+    lr_scheduler: Annotated[LearningRateSchedule, MAY_CHANGE] = "constant"
     """How the learning rate goes on after the warm-up."""
-    lr_warmup_steps: NotNegative = 0
+    lr_warmup_steps: Annotated[NotNegative, MAY_CHANGE] = 0
     """Steps over which the learning rate rises linearly from 0."""
-    lr_end: Weight = 0.0
+    lr_end: Annotated[Weight, MAY_CHANGE] = 0.0
     """Learning rate at the last step of the cosine schedule."""

@@ -12,8 +12,9 @@ from pydantic.fields import FieldInfo
 
 from davae.errors import DavaeError
 from davae.recipes.dc_ae import DcAeRecipe
-from davae.recipes.loop import MAY_CHANGE, Section
+from davae.recipes.loop import MAY_CHANGE, MAY_MOVE, Section
 from davae.recipes.settings import AblationRecipe, BaseRecipe, UpgradeRecipe
+from davae.recipes.yaml_text import Plain, field_of, parse_yaml, read_text, takes_text, typed
 
 Recipe = UpgradeRecipe | BaseRecipe | DcAeRecipe | AblationRecipe
 KINDS: dict[str, type[UpgradeRecipe] | type[BaseRecipe] | type[DcAeRecipe] | type[AblationRecipe]] = {
@@ -30,17 +31,20 @@ def recipe_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
-def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = (), *, stage: str | None = None) -> Recipe:
     """Read a recipe by name (``tiny``) or from a YAML file and apply ``section.key=value`` overrides.
 
+    Args:
+        name_or_file: which.
+        overrides: values are typed by the field: a text field takes the text as it is.
+        stage: the section that is trained, such as ``diffusion``: which of several like keys a hint means.
+
     Raises:
-        DavaeError: no such recipe, an unknown key (with the nearest right one), or a bad value.
+        DavaeError: no such recipe, a file that is no YAML, an unknown key (with the nearest right one), or a bad value.
     """
     path = Path(name_or_file)
-    if path.suffix in {".yaml", ".yml"}:
-        if not path.is_file():
-            raise DavaeError(f"no recipe file {path}")
-        text, source = path.read_text(), str(path)
+    if path.suffix.lower() in {".yaml", ".yml"}:
+        text, source = read_text(path), str(path)
     else:
         name = str(name_or_file)
         if name not in recipe_names():
@@ -48,17 +52,14 @@ def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = ()) -> Reci
                 f"no recipe named '{name}'{_nearest(name, recipe_names())}; "
                 f"there are {', '.join(recipe_names())}, or give a .yaml file"
             )
-        text = (resources.files("davae.recipes") / f"{name}.yaml").read_text()
+        text = (resources.files("davae.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
         source = f"recipe '{name}'"
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DavaeError(f"{source} is not valid YAML: {error}") from error
+    values = parse_yaml(text, source)
     if not isinstance(values, dict):
-        raise DavaeError(f"{source} must hold sections with keys, not {type(values).__name__}")
+        raise DavaeError(f"{source} must hold sections with keys, not {_kind_of(values)}")
     for override in overrides:
         _apply_override(values, override)
-    return parse_recipe(values, source)
+    return parse_recipe(values, source, stage=stage)
 
 
 def load_ablation(name_or_file: str | Path, overrides: Sequence[str] = ()) -> AblationRecipe:
@@ -88,15 +89,24 @@ def load_variant(recipe: AblationRecipe, name: str, seed: int) -> UpgradeRecipe:
     return found
 
 
-def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
-    """Validate plain values into the typed recipe of their ``kind``."""
+def parse_recipe(values: dict[str, Any], source: str, *, stage: str | None = None) -> Recipe:
+    """Validate plain values into the typed recipe of their ``kind``.
+
+    Args:
+        values: sections and keys.
+        source: what errors call them.
+        stage: as for :func:`load_recipe`.
+
+    Raises:
+        DavaeError: in one line, the first mistake.
+    """
     kind = values.get("kind", "upgrade")
-    if kind not in KINDS:
-        raise DavaeError(f"{source}: kind is '{kind}'; known kinds are {', '.join(KINDS)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise DavaeError(f"{source}: kind is {_shown(kind)}; known kinds are {', '.join(KINDS)}")
     try:
-        return KINDS[kind].model_validate(values)
+        return KINDS[kind].model_validate(typed(values, KINDS[kind]))
     except ValidationError as error:
-        raise DavaeError(_one_line(error, KINDS[kind], source)) from error
+        raise DavaeError(_one_line(error, KINDS[kind], source, stage)) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -127,15 +137,20 @@ def sections_of(model: type[Section], path: str = "") -> Iterator[tuple[str, typ
     """A section and all below it, each with its dotted path (empty for the first)."""
     yield path, model
     for name, field in model.model_fields.items():
-        for part in (field.annotation, *get_args(field.annotation)):
-            if isinstance(part, type) and issubclass(part, Section):
-                yield from sections_of(part, f"{path}.{name}".lstrip("."))
+        for part in _sections_in(field.annotation):
+            yield from sections_of(part, f"{path}.{name}".lstrip("."))
 
 
 def resumable_keys(kind: str) -> set[str]:
     """Dotted names of the settings that a run of such a recipe may continue with other values of."""
     model = KINDS.get(kind)
     return {key for key, field in _dotted_fields(model) if MAY_CHANGE in field.metadata} if model else set()
+
+
+def movable_keys(kind: str) -> set[str]:
+    """Dotted names of the settings that name a place, where a run may find the same contents elsewhere."""
+    model = KINDS.get(kind)
+    return {key for key, field in _dotted_fields(model) if MAY_MOVE in field.metadata} if model else set()
 
 
 def differing_keys(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
@@ -152,43 +167,181 @@ def differing_keys(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise DavaeError(f"override '{override}' is not of the form section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DavaeError(f"override '{override}': the value is not valid YAML") from error
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as text; people mean a number
-        try:
-            value = float(value)
-        except ValueError:
-            value = text
+    if not equals or not key or not all(key.split(".")):
+        raise DavaeError(f"override {_shown(override)} is not of the form section.key=value")
+    annotation = _annotation_of(values, key)
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if takes_text(annotation) and not quoted:
+        value: Any = Plain(text)
+    else:
+        value = parse_yaml(text, f"the value of override {_shown(override)}")
     *sections, last = key.split(".")
     for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise DavaeError(f"override '{override}': '{section}' is a value, not a section")
+        inner = values.get(section)
+        if inner is None or inner == "":  # a section without keys
+            inner = values[section] = {}
+        if not isinstance(inner, dict):
+            raise DavaeError(f"override {_shown(override)}: '{section}' is a value, not a section")
+        values = inner
     values[last] = value
 
 
-def _one_line(error: ValidationError, model: type[Section], source: str) -> str:
+def _annotation_of(values: dict[str, Any], key: str) -> Any:
+    """The type of the field that a dotted key names; none where there is no such field."""
+    model = KINDS.get(str(values.get("kind", "upgrade")))
+    sections: list[type[Section]] = [] if model is None else [model]
+    annotation = None
+    for name in key.split("."):
+        field = field_of(sections, name)
+        if field is None:
+            return None
+        annotation = field.annotation
+        sections = list(_sections_in(annotation))
+    return annotation
+
+
+def _one_line(error: ValidationError, model: type[Section], source: str, stage: str | None) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = dict(_dotted_fields(model))
-        siblings = [k for k in known if k.rpartition(".")[0] == where.rpartition(".")[0]]
-        name = where.rpartition(".")[2]
-        elsewhere = [k for k in known if k.rpartition(".")[2] == name]
-        elsewhere.sort(key=lambda k: k.split(".")[0] != where.split(".")[0])  # the same section first
-        near = elsewhere or difflib.get_close_matches(where, siblings, n=1, cutoff=0.6)
-        hint = f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(siblings)}"
-        return f"{source}: unknown key '{where}'{hint}"
+        return f"{source}: unknown key '{where}'{_hint(where, first['input'], model, stage)}"
     if first["type"] == "missing":
         return f"{source}: '{where}' is missing"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error" and isinstance(first["input"], dict):  # of a section: names its keys
         return f"{source}: {message}" if where in ("", "data") else f"{source}: '{where}': {message}"
-    return f"{source}: '{where}' is {first['input']!r}: {message}"
+    return f"{source}: '{where}' is {_shown(first['input'])}: {message}"
+
+
+_SHOWN = 80
+
+
+def _shown(value: Any) -> str:
+    """A value for an error, cut where it is long."""
+    if isinstance(value, dict | list) and len(value) > _SHOWN:
+        return f"{_kind_of(value)} of {len(value)}"
+    text = repr(str(value) if isinstance(value, str) else value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _kind_of(value: Any) -> str:
+    """What a value is, for people."""
+    if value is None:
+        return "nothing"
+    return "a list" if isinstance(value, list) else "sections" if isinstance(value, dict) else "a single value"
+
+
+_MEANT = {
+    "lr": "learning_rate",
+    "rate": "learning_rate",
+    "wd": "weight_decay",
+    "scheduler": "lr_scheduler",
+    "warmup": "lr_warmup_steps",
+    "warmup_steps": "lr_warmup_steps",
+    "lr_warmup": "lr_warmup_steps",
+    "adam_beta1": "betas",
+    "adam_epsilon": "eps",
+    "batch": "batch_size",
+    "train_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "grad_accum": "gradient_accumulation",
+    "accumulation": "gradient_accumulation",
+    "mixed_precision": "precision",
+    "dtype": "precision",
+    "max_train_steps": "steps",
+    "max_steps": "steps",
+    "num_steps": "steps",
+    "iterations": "steps",
+    "epochs": "steps",
+    "num_train_epochs": "steps",
+    "grad_clip": "max_grad_norm",
+    "clip": "max_grad_norm",
+    "clip_grad_norm": "max_grad_norm",
+    "ema": "ema_decay",
+    "checkpointing_steps": "checkpoint_every",
+    "save_every": "checkpoint_every",
+    "save_steps": "checkpoint_every",
+    "save_total_limit": "checkpoints_total_limit",
+    "validation_steps": "validate_every",
+    "eval_every": "validate_every",
+    "eval_steps": "validate_every",
+    "logging_steps": "log_every",
+    "log_with": "report_to",
+    "tracker": "report_to",
+    "num_workers": "workers",
+    "dataloader_num_workers": "workers",
+    "dataset": "path",
+    "data_dir": "path",
+    "train_data_dir": "path",
+    "dataset_name": "path",
+    "folder": "path",
+    "random_flip": "flip",
+    "horizontal_flip": "flip",
+    "size": "resolution",
+    "image_size": "resolution",
+    "model": "base",
+    "pretrained_model_name_or_path": "base",
+    "lora_rank": "rank",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "target_modules": "targets",
+    "max_sequence_length": "max_length",
+    "text_length": "max_length",
+    "snr_gamma": "min_snr_gamma",
+    "cfg": "guidance_scale",
+    "guidance": "guidance_scale",
+    "validation_prompt": "validation",
+    "validation_prompts": "validation",
+    "num_validation_images": "validation_images",
+    "torch_compile": "compile",
+    "random_seed": "seed",
+    "resume_from": "start_from",
+    "init_from": "start_from",
+}
+"""What other trainers call a setting, and its name here."""
+
+
+def _hint(where: str, value: Any, model: type[Section], stage: str | None) -> str:
+    """The keys that an unknown one may mean: of the same name, of the same meaning, or spelled alike.
+
+    Of several those are named that share most sections with what was written, or are of the stage that is trained; the
+    main ones come before those of a part of a part.
+    """
+    while isinstance(value, dict) and value:  # the first section is unknown: what was written in it says more
+        name, value = next(iter(value.items()))
+        where = f"{where}.{name}"
+    known = [key for key, _ in _dotted_fields(model)]
+    *written, name = where.split(".")
+    names = {key: key.rpartition(".")[2] for key in known}
+    meant = _MEANT.get(name.lower(), name)
+    fitting = [key for key in known if names[key] == name] or [key for key in known if names[key] == meant]
+    if not fitting:
+        siblings = [key for key in known if key.rpartition(".")[0] == ".".join(written)]
+        near = difflib.get_close_matches(where, siblings, n=1, cutoff=0.6)
+        close = difflib.get_close_matches(name, set(names.values()), n=1, cutoff=0.7)
+        fitting = near or [key for key in known if names[key] in close]
+    if not fitting and written:
+        return _hint(".".join(written), None, model, stage)
+    if not fitting:
+        return f"; known here: {', '.join(key for key in known if '.' not in key)}"
+
+    def distance(key: str) -> tuple[int, int, int]:
+        sections = key.split(".")[:-1]
+        shared = sum(difflib.SequenceMatcher(None, a, b).ratio() > 0.8 for a in written for b in sections)
+        foreign = bool(stage) and not written and "." in key and sections[0] not in (stage, "data")
+        return -shared, int(foreign), len(sections)
+
+    best = min(map(distance, fitting))
+    chosen = [f"'{key}'" for key in fitting if distance(key) == best]
+    return f"; did you mean {' or '.join(chosen[:3])}?"
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """The sections that a field may hold."""
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, Section):
+            yield part
 
 
 def _dotted_fields(model: type[Section]) -> Iterator[tuple[str, FieldInfo]]:

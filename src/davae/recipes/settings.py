@@ -6,7 +6,7 @@ default. `davae.recipes.read` reads files into these classes and turns mistakes 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,8 @@ from davae.choices import (
 )
 from davae.recipes.data import DataSettings
 from davae.recipes.loop import (
+    MAY_CHANGE,
+    MAY_MOVE,
     LoopSettings,
     NotNegative,
     OptimizerSettings,
@@ -34,6 +36,7 @@ from davae.recipes.loop import (
     PositiveFloat,
     Probability,
     Section,
+    Seed,
     Share,
     Weight,
 )
@@ -66,9 +69,9 @@ class GanSettings(Section):
     """Channels of the discriminator's first convolution."""
     layers: Positive = 3
     """Convolutions of stride 2."""
-    learning_rate: PositiveFloat = 1e-4
+    learning_rate: Annotated[PositiveFloat, MAY_CHANGE] = 1e-4
     """Of the discriminator's AdamW, constant."""
-    betas: tuple[float, float] = (0.5, 0.9)
+    betas: Annotated[tuple[Probability, Probability], MAY_CHANGE] = (0.5, 0.9)
     """Of the discriminator's AdamW."""
 
 
@@ -83,11 +86,11 @@ class ReconstructionSettings(Section):
     """L1 on a Laplacian pyramid: weight-free, keeps fine structure from blurring."""
     lpips_weight: Weight = 0.0
     """LPIPS (VGG); needs the ``lpips`` extra and its backbone file."""
-    lpips_backbone: str | None = None
+    lpips_backbone: Annotated[str | None, MAY_MOVE] = None
     """File of the VGG-16 weights (torchvision layout, safetensors or .pth)."""
     dino_weight: Weight = 0.0
     """Distance through the layers of a DINO network; 250 to 1000 beside an L1 of weight 1 is usual."""
-    dino_backbone: str | None = None
+    dino_backbone: Annotated[str | None, MAY_MOVE] = None
     """Folder of the network (transformers layout: ``config.json``, ``model.safetensors``)."""
     kl_weight: Weight = 1e-6
     """KL divergence of the posterior from a standard normal."""
@@ -104,8 +107,6 @@ class AutoencoderModelSettings(Section):
     detail_channels: Positive | Annotated[list[Positive], Field(min_length=1)]
     """``D``, a multiple of ``scale ** 2 / 2``; ``scale ** 2 C`` can hold the base's latent of the full-size image.
     A list means nested levels, each of a factor 2: the channels that each one adds."""
-    start_from: str | None = None
-    """Folder of a trained autoencoder whose levels are the first ones here."""
     antialias: bool = True
     """Antialias the bicubic reduction to base resolution."""
     clamp_base_image: bool = False
@@ -131,6 +132,9 @@ class AutoencoderSettings(Section):
     """The autoencoder stage: detail encoder and joint decoder."""
 
     model: AutoencoderModelSettings
+    start_from: Annotated[str | None, MAY_MOVE] = None
+    """An autoencoder trained before, whose weights are the start: its folder, or its run. Its levels are the first ones
+    here; where they are all, they are trained further."""
     alignment: AlignmentSettings = AlignmentSettings()
     reconstruction: ReconstructionSettings = ReconstructionSettings()
     levels: LevelOrder = "sequential"
@@ -138,8 +142,21 @@ class AutoencoderSettings(Section):
     optimizer: OptimizerSettings
     loop: LoopSettings
     """With sequential levels, of each level's training."""
-    statistics_images: Positive = 10_000
+    statistics_images: Annotated[Positive, MAY_CHANGE] = 10_000
     """Most images used to measure the detail channels' mean and standard deviation."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_of_the_model(cls, values: Any) -> Any:
+        """``model.start_from`` is where earlier versions had ``start_from``."""
+        model = values.get("model") if isinstance(values, dict) else None
+        if not isinstance(model, dict) or "start_from" not in model:
+            return values
+        start = model["start_from"]
+        if start is not None and values.get("start_from") not in (None, start):
+            raise ValueError("start_from and model.start_from name two autoencoders: keep start_from")
+        rest = {key: value for key, value in model.items() if key != "start_from"}
+        return {**values, "model": rest} | ({} if start is None else {"start_from": start})
 
 
 class LoraSettings(Section):
@@ -147,7 +164,7 @@ class LoraSettings(Section):
 
     rank: Positive = 16
     """Rank of each adapter."""
-    alpha: Positive = 16
+    alpha: PositiveFloat = 16
     """Adapters are scaled by ``alpha / rank``."""
     targets: list[str] | None = None
     """Module name suffixes; none takes the usual ones of the transformer's family."""
@@ -210,7 +227,7 @@ class TuneSettings(Section):
     mode: TuneMode = "full"
     """All weights, adapters with the widened layers in full, or the new channels only (base weights stay bit-equal)."""
     lora: LoraSettings = LoraSettings()
-    new_channels_learning_rate: PositiveFloat | None = None
+    new_channels_learning_rate: Annotated[PositiveFloat | None, MAY_CHANGE] = None
     """Learning rate of the widened input and output layers; none takes the optimizer's."""
     new_channels_start: NewChannelsStart = "zero"
     """Weights of the new channels at step 0. ``random`` is for ablations: with the spread of the base's own weights,
@@ -232,24 +249,27 @@ class PromptSettings(Section):
     """Tokens a prompt is cut or padded to; none takes the pipeline's default (SD3 256, FLUX 512, ...)."""
     guidance: float = 3.5
     """What a guidance-distilled transformer (FLUX.1-dev) is given in training."""
-    validation: list[str] = Field(default=[])
+    validation: Annotated[list[str], MAY_CHANGE] = Field(default=[])
     """Prompts of the validation images; empty takes captions of held-out images."""
 
 
 class SampleSettings(Section):
     """Sampling for validation pictures and the report."""
 
-    num_inference_steps: Positive = 25
+    num_inference_steps: Annotated[Positive, MAY_CHANGE] = 25
     """Steps of the sampler."""
-    guidance_scale: float = 3.0
+    guidance_scale: Annotated[float, MAY_CHANGE] = 3.0
     """Classifier-free guidance; 1 is none."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: Annotated[tuple[Share, Share], MAY_CHANGE] = (0.0, 1.0)
     """Class-conditional pipelines: guide only while ``start <= t <= end``, where t = 0 is noise."""
 
 
 class DiffusionSettings(Section):
     """The diffusion stage: the warm-started transformer."""
 
+    start_from: str | None = None
+    """A transformer tuned before, whose weights are the start: its pipeline's folder, that of its adapters, or its
+    run."""
     tune: TuneSettings = TuneSettings()
     prompts: PromptSettings = PromptSettings()
     timesteps: TimestepSettings = TimestepSettings()
@@ -273,17 +293,17 @@ class UpgradeRecipe(Section):
 
     kind: Literal["upgrade"] = "upgrade"
     """Which sections the file has."""
-    description: str
+    description: Annotated[str, MAY_CHANGE]
     """One line for people."""
-    base: str = "tiny"
+    base: Annotated[str, MAY_MOVE] = "tiny"
     """``tiny`` (embedded), ``debug`` (random weights), a pipeline folder, or a name on the hub."""
-    base_revision: str | None = None
+    base_revision: Annotated[str | None, MAY_MOVE] = None
     """A name on the hub: the branch, tag or commit to take; none takes the newest. The run's environment.json says
     which commit it was, to be pinned here."""
-    base_variant: str | None = None
+    base_variant: Annotated[str | None, MAY_MOVE] = None
     """Variant of the base's files, such as ``fp16`` in ``model.fp16.safetensors``; none takes those without one, and
     where there are none of these the only variant that there is."""
-    base_remote_code: bool = False
+    base_remote_code: Annotated[bool, MAY_CHANGE] = False
     """Whether Python files that lie beside the base's weights may be executed."""
     data: DataSettings = DataSettings()
     autoencoder: AutoencoderSettings
@@ -341,7 +361,7 @@ class BaseTransformerArchitecture(Section):
 class StartFromSettings(Section):
     """A native fine-tune: a pipeline's autoencoder is kept and its transformer is the start."""
 
-    pipeline: str
+    pipeline: Annotated[str, MAY_MOVE]
     """A class-conditional pipeline's folder, ``tiny`` or ``debug``; a bundled configuration for dry runs."""
     patch_size: Positive | None = None
     """Another patch size, a multiple of the pipeline's: twice the resolution at the same number of tokens."""
@@ -366,7 +386,7 @@ class BaseRecipe(Section):
 
     kind: Literal["base"]
     """Which sections the file has."""
-    description: str
+    description: Annotated[str, MAY_CHANGE]
     """One line for people."""
     data: DataSettings = DataSettings()
     downsample: Positive = 1
@@ -374,7 +394,7 @@ class BaseRecipe(Section):
     an upgrade sees them."""
     full_resolution_crops: Share = 0.0
     """Share of the autoencoder's training images that are crops at full resolution, not reduced ones."""
-    save_dtype: SavedDtype = "float32"
+    save_dtype: Annotated[SavedDtype, MAY_CHANGE] = "float32"
     """Precision of the saved weights; training is not affected."""
     start_from: StartFromSettings | None = None
     """A pipeline to fine-tune; none trains both halves from nothing."""
@@ -413,13 +433,13 @@ class AblationRecipe(Section):
 
     kind: Literal["ablation"]
     """Which sections the file has."""
-    description: str
+    description: Annotated[str, MAY_CHANGE]
     """One line for people."""
     recipe: str
     """The upgrade recipe that every variant starts from, by name or file."""
     overrides: tuple[str, ...] = ()
     """``section.key=value``, for every variant."""
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     """Every variant is trained once with each."""
     samples: Positive = 192
     """Images generated for the generation metrics, classes in turn."""

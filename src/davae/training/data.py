@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def open_part(
-    data: DataSettings, part: Literal["train", "held_out"], unit: int | None = None
+    data: DataSettings, part: Literal["train", "held_out"], unit: int | None = None, *, quiet: bool = False
 ) -> ImageDataset | RenderedDataset:
     """The training or the held-out part; held-out images are never mirrored, cropped at random or put in buckets.
 
@@ -30,6 +30,7 @@ def open_part(
         data: the recipe's section.
         part: which.
         unit: side of a token in pixels, see :func:`token_side`; only buckets need it.
+        quiet: do not log what was found.
     """
     training = part == "train"
     return open_dataset(
@@ -42,7 +43,47 @@ def open_part(
         part=part,
         buckets=bucket_sizes(data, unit) if training else None,
         revision=data.revision,
+        quiet=quiet,
     )
+
+
+def open_held_out(data: DataSettings) -> ImageDataset | RenderedDataset:
+    """The held-out part, where figures are wanted of it.
+
+    Raises:
+        DavaeError: nothing is held out.
+    """
+    found = open_part(data, "held_out")
+    if not len(found):
+        raise DavaeError(
+            f"no image of {data.path} is held out, and the figures are of such images: set data.hold_out above 0 and "
+            "give at least two images"
+        )
+    return found
+
+
+def _no_captions(count: int, pipeline: str) -> DavaeError:
+    return DavaeError(
+        f"{pipeline} learns from captions and none of the {count} images has one: put a text file of the same name "
+        "beside each image, or a metadata.jsonl (see docs/data.md)"
+    )
+
+
+def check_images(data: DataSettings, *, captions_for: str | None = None) -> None:
+    """Open both parts of the data before a base is loaded for them, so that what is wrong with them is told at once.
+
+    Args:
+        data: the recipe's section.
+        captions_for: the pipeline's class, where it learns from captions.
+
+    Raises:
+        DavaeError: there are no images, most cannot be used, too many are to be held out, or none has a caption.
+    """
+    images = open_part(data.model_copy(update={"buckets": False}), "train", quiet=True)
+    if not len(images):
+        raise DavaeError(f"no image of {data.path} is left for training: set data.hold_out lower than {data.hold_out}")
+    if captions_for is not None and not images.has_captions():
+        raise _no_captions(len(images), captions_for)
 
 
 def require_captions(captions: Sequence[str], pipe: Any) -> None:
@@ -53,10 +94,7 @@ def require_captions(captions: Sequence[str], pipe: Any) -> None:
     """
     empty = sum(not caption for caption in captions)
     if captions and empty == len(captions):
-        raise DavaeError(
-            f"{type(pipe).__name__} learns from captions and none of the {len(captions)} images has one: put a text "
-            "file of the same name beside each image, or a metadata.jsonl (see docs/data.md)"
-        )
+        raise _no_captions(len(captions), type(pipe).__name__)
     if empty:
         logger.warning("%d of %d images have no caption: trained without a prompt", empty, len(captions))
 

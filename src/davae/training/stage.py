@@ -1,6 +1,7 @@
 """What a training brings to the loop: what learns, from which data, how it is measured and exported."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ class Stage(ABC):
     """What a training brings to the loop."""
 
     name: str
+    section: str = ""
+    """The recipe's section that ``loop`` is of, for advice."""
     loop: LoopSettings
     modules: list[TrainedModule]
     """The first is the model (averaged, validated); a discriminator may follow."""
@@ -46,6 +49,20 @@ class Stage(ABC):
     """Seconds to wait for a batch of images; 0 waits for ever."""
     facts: dict[str, Any] = {}  # replaced, never changed  # noqa: RUF012
     """What the run's ``environment.json`` says besides: where the base's weights came from."""
+    foundations: Mapping[str, str] = {}  # replaced, never changed
+    """Hashes of the weights that the training was given, by what people call them."""
+    measured_on: Sequence[ItemDataset] | None = None
+    """The sets that :meth:`validate` reads. Where all are empty, nothing is measured; none leaves it to the stage."""
+    other_sections: Sequence[str] = ()
+    """Sections of the recipe that another stage reads."""
+
+    can_recompute: bool = True
+    """Whether ``loop.gradient_checkpointing`` does anything."""
+
+    @property
+    def can_measure(self) -> bool:
+        """Whether there is anything to measure on."""
+        return self.measured_on is None or any(len(images) for images in self.measured_on)
 
     @abstractmethod
     def validate(self, samples: Path, step: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ from davae.data.cache.fingerprint import Fingerprint, caption_key
 from davae.data.cache.index import read_index
 from davae.data.cache.shards import ShardReader
 from davae.data.cache.writer import LATENTS, read_about
+from davae.data.images.dataset import size_in
 from davae.data.images.protocol import Item, ItemDataset, is_mirrored
 from davae.errors import DavaeError
 
@@ -74,6 +75,10 @@ class LatentCache(ItemDataset):
     def id(self, index: int) -> str:
         """The name of image ``index``."""
         return str(self._plain[index]["id"])
+
+    def sizes_by_name(self) -> dict[str, str]:
+        """As of the images that were cached."""
+        return {name: size_in(fact.stamp) for name, fact in self.fingerprint.sources.items()}
 
     def captions(self) -> list[str]:
         """The captions of all images in order."""

@@ -55,6 +55,12 @@ class Source(Protocol):
         """What changes when the image file does, without reading it: its size and time of change."""
 
 
+def size_in(stamp: str) -> str:
+    """The size in bytes that a stamp begins with; empty where it says none."""
+    size, known, _ = stamp.partition(" bytes")
+    return size if known else ""
+
+
 class ImageDataset(ItemDataset):
     """Square image tensors of a source, map-style.
 
@@ -119,6 +125,17 @@ class ImageDataset(ItemDataset):
                 continue  # another item of the data set stands in for it
         return [self._facts[index].caption for index in self.indices if index in self._facts]
 
+    def has_captions(self) -> bool:
+        """Whether any image has a caption; reads no further than the first."""
+        return any(self._caption(index) for index in self.indices)
+
+    def _caption(self, index: int) -> str:
+        """That of one of the source's images; empty where another item stands in for it."""
+        try:
+            return (self._facts.get(index) or self.source.facts(index)).caption
+        except UnreadableImage:
+            return ""
+
     def size(self, index: int) -> Size:
         """(width, height) of image ``index`` as it comes out, whatever stands in for it."""
         if self.sizes is None or self.bucket_of is None:
@@ -135,6 +152,17 @@ class ImageDataset(ItemDataset):
             except UnreadableImage:  # replaced by another image when it is read
                 stamp, label, caption = "unreadable", -1, ""
             found[self.source.id(index)] = (stamp, label, caption)
+        return found
+
+    def sizes_by_name(self) -> dict[str, str]:
+        """Of each image by its id: its size in bytes; empty in tables, and where it cannot be read now."""
+        found = {}
+        for index in self.indices:
+            try:
+                stamp = patiently(partial(self.source.stamp, index))
+            except UnreadableImage:
+                stamp = ""
+            found[self.source.id(index)] = size_in(stamp)
         return found
 
     def content_hash(self, index: int) -> str:

@@ -74,6 +74,14 @@ class ItemDataset(Dataset[Item], ABC):
         """The captions of all images in order, without decoding images where they come from files."""
         return [self[index]["caption"] for index in range(len(self))]
 
+    def has_captions(self) -> bool:
+        """Whether any image has a caption."""
+        return any(self.captions())
+
+    def sizes_by_name(self) -> dict[str, str]:
+        """Of each image by its id: its size in bytes as text, empty where that is not known without reading it."""
+        return {self.id(index): "" for index in range(len(self))}
+
     def unmirrored(self) -> ItemDataset:
         """The same items before mirroring. A data set with ``flip`` must override this."""
         return self
@@ -103,6 +111,10 @@ class DatasetWrapper(ItemDataset):
     def captions(self) -> list[str]:
         """As of the data set within."""
         return self.source.captions()
+
+    def sizes_by_name(self) -> dict[str, str]:
+        """As of the data set within."""
+        return self.source.sizes_by_name()
 
     def unmirrored(self) -> ItemDataset:
         """The same wrapper around the items before mirroring."""
@@ -136,6 +148,10 @@ class _PlainDataset(ItemDataset):
 
     def id(self, index: int) -> str:
         return str(self._dataset.id(index)) if hasattr(self._dataset, "id") else f"image {index}"
+
+    def sizes_by_name(self) -> dict[str, str]:
+        known = hasattr(self._dataset, "sizes_by_name")
+        return dict(self._dataset.sizes_by_name()) if known else super().sizes_by_name()
 
     def unmirrored(self) -> ItemDataset:
         return as_item_dataset(self._dataset.unmirrored()) if self.flip else self

@@ -75,8 +75,12 @@ class ResumableSampler(Sampler[list[Key]]):
         """The place in the stream, as plain numbers."""
         return {"samples": self.samples, "length": self.length, "seed": self.seed}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int], *, grown: bool = False) -> None:
         """Continue where ``state`` was taken; batch size and number of processes may differ.
+
+        Args:
+            state: of :meth:`state_dict`.
+            grown: the images are known to be those of then and more: the next epoch begins, with all of them.
 
         Raises:
             DavaeError: the data set or the seed is another one, so the stream cannot be the same.
@@ -87,13 +91,15 @@ class ResumableSampler(Sampler[list[Key]]):
                 "data.buckets as it was, or start in a new run directory"
             )
         for name, now in (("length", self.length), ("seed", self.seed)):
-            if state[name] != now:
+            if state[name] != now and not (grown and name == "length"):
                 what = "number of images" if name == "length" else "seed of the data order"
                 raise DavaeError(
                     f"the {what} was {state[name]} when the checkpoint was written and is {now} now, so the "
                     f"training cannot go on exactly; restore it, or start in a new run directory"
                 )
         self.samples = int(state["samples"])
+        if grown:
+            self.samples = -(-self.samples // int(state["length"])) * self.length
 
 
 class BucketSampler(Sampler[list[Key]]):
@@ -159,8 +165,12 @@ class BucketSampler(Sampler[list[Key]]):
             "buckets": self._digest,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int], *, grown: bool = False) -> None:
         """Continue where ``state`` was taken. Batches are made of rounds, so their size must be the same.
+
+        Args:
+            state: of :meth:`state_dict`.
+            grown: as for :meth:`ResumableSampler.load_state_dict`.
 
         Raises:
             DavaeError: data set, buckets, seed or round are others, so the stream cannot be the same.
@@ -173,13 +183,16 @@ class BucketSampler(Sampler[list[Key]]):
         }
         for name, what in names.items():
             now = self.state_dict()[name]
-            if state.get(name) != now:
+            if state.get(name) != now and not (grown and name in ("length", "buckets") and name in state):
                 was = state.get(name, "unknown: the run had no buckets")
                 raise DavaeError(
                     f"the {what} was {was} when the checkpoint was written and is {now} now, so the "
                     f"training cannot go on exactly; restore it, or start in a new run directory"
                 )
         self.samples = int(state["samples"])
+        if grown:
+            epoch = -(-self.samples // int(state["length"]))
+            self.samples = self._batches_before(epoch) * self.round
 
     def _keys(self, bucket: int, batch: int) -> list[Key]:
         members = self.members[bucket]

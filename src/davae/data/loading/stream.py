@@ -73,9 +73,11 @@ class BatchStream:
         """The place in the stream after the batches taken so far."""
         return self.sampler.state_dict()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a saved place; takes effect at the next ``iter``."""
-        self.sampler.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, int], *, grown: bool = False) -> None:
+        """Continue from a saved place, or with the next epoch where the set has ``grown``; takes effect at the next
+        ``iter``.
+        """
+        self.sampler.load_state_dict(state, grown=grown)
 
 
 def read_items(

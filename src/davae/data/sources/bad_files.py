@@ -80,7 +80,8 @@ def refuse_if_mostly_bad(skips: Sequence[Skip], total: int, where: str = "the da
     if 2 * len(skips) > total:
         raise DavaeError(
             f"{len(skips)} of {total} images of {where} cannot be used, more than half of them; "
-            f"mend them or take them out of the data set. {describe(skips)}"
+            "mend them or take them out of the data set; those that are too small are taken at a lower resolution (a "
+            f"recipe's data.resolution), of which the shorter side must be a quarter at least. {describe(skips)}"
         )
 
 

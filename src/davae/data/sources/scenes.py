@@ -23,6 +23,10 @@ class RenderedDataset(ItemDataset):
     def __len__(self) -> int:
         return len(self.scenes)
 
+    def has_captions(self) -> bool:
+        """Every scene has one."""
+        return True
+
     def id(self, index: int) -> str:
         """The name of scene ``index``."""
         return self.scenes.id(index)

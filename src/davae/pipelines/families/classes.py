@@ -52,9 +52,17 @@ class ClassFamily(PipelineFamily):
         arguments: dict[str, Any] = {"class_labels": list(labels), "guidance_scale": guidance_scale}
         if self.has_guidance_interval:
             arguments["guidance_interval"] = guidance_interval
-        elif guidance_interval != (0.0, 1.0):
-            raise DavaeError(f"{self.name} guides at every step: leave sample.guidance_interval at [0, 1]")
+        self.check_interval(guidance_interval)
         return self._images(pipe, num_inference_steps, generators, arguments)
+
+    def check_interval(self, guidance_interval: tuple[float, float]) -> None:
+        """Whether the pipeline can guide in a part of the steps alone.
+
+        Raises:
+            DavaeError: it cannot, and is asked to.
+        """
+        if not self.has_guidance_interval and tuple(guidance_interval) != (0.0, 1.0):
+            raise DavaeError(f"{self.name} guides at every step: leave sample.guidance_interval at [0, 1]")
 
     def _call_arguments(
         self, prompts: list[str], height: int, width: int, guidance_scale: float, max_length: int | None

@@ -46,6 +46,7 @@ class PipelineFamily(ABC):
         conditioned_on: ``"text"`` or ``"class"``.
         lora_targets: module name suffixes that adapters go to by default.
         text_length: tokens that a prompt is padded to; the pipeline's own default.
+        longest_text: tokens that the pipeline takes at most; none has no limit.
         reads_shift: the pipeline takes the autoencoder's ``shift_factor`` into account.
         packed: a token is two by two latent positions, packed by the pipeline.
         trainable: prompts can be encoded and the transformer called, see :class:`UpgradeOnlyFamily`.
@@ -63,6 +64,7 @@ class PipelineFamily(ABC):
     conditioned_on: ClassVar[Literal["text", "class"]] = "text"
     lora_targets: ClassVar[tuple[str, ...]]
     text_length: ClassVar[int] = 256
+    longest_text: ClassVar[int | None] = None
     reads_shift: ClassVar[bool] = True
     packed: ClassVar[bool] = False
     trainable: ClassVar[bool] = True
@@ -78,6 +80,18 @@ class PipelineFamily(ABC):
         return self.pipelines[0]
 
     # Prompts
+
+    def check_length(self, max_length: int | None) -> None:
+        """Whether prompts may have so many tokens.
+
+        Raises:
+            DavaeError: the pipeline takes fewer.
+        """
+        if self.longest_text is not None and (max_length or 0) > self.longest_text:
+            raise DavaeError(
+                f"diffusion.prompts.max_length is {max_length}, and {self.name} takes at most {self.longest_text} "
+                f"tokens: set it to {self.longest_text} or less"
+            )
 
     @torch.no_grad()
     def encode_prompts(

@@ -13,6 +13,7 @@ class Flux(PipelineFamily):
 
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
     text_length = 512
+    longest_text = 512
     packed = True
     lora_targets = (
         "attn.to_q",

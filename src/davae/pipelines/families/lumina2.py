@@ -13,6 +13,7 @@ class Lumina2(PipelineFamily):
     """Prompts carry the pipeline's system prompt; the empty prompt of guidance does not, as in the pipeline."""
 
     pipelines = ("Lumina2Pipeline",)
+    longest_text = 512
     sizes = "fixed"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 

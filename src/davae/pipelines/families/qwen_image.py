@@ -16,6 +16,7 @@ class QwenImage(PipelineFamily):
 
     pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
     text_length = 512
+    longest_text = 1024
     packed = True
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 

@@ -17,6 +17,7 @@ class StableDiffusion3(PipelineFamily):
     """The targets are the official training's: image stream, second feed-forward layer, modulation."""
 
     pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
+    longest_text = 512
     extra_text_tokens = 77  # of the CLIPs, whatever the prompt, before T5's
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear")
 

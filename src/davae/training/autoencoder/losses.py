@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from davae.data.cache import weights_hash
 from davae.errors import DavaeError
 from davae.latents import adaptive_weight
 from davae.models import PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
@@ -42,6 +43,11 @@ class ReconstructionLoss(nn.Module):
         self.settings = settings
         self.lpips = LpipsLoss(settings.lpips_backbone) if settings.lpips_weight else None
         self.dino = _dino(settings.dino_backbone) if settings.dino_weight else None
+
+    def foundations(self) -> dict[str, str]:
+        """Hashes of the networks that distances are measured with, by what people call them."""
+        networks = {"the LPIPS network": self.lpips, "the DINO network": self.dino}
+        return {name: weights_hash(network) for name, network in networks.items() if network is not None}
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """Named terms of ``[B, 3, H, W]`` images and ``reconstruction``, their weighted sum."""

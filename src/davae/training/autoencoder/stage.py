@@ -38,7 +38,8 @@ class AutoencoderStage(Stage):
             those of mirrored images too. Images must not be cropped at random.
     """
 
-    name = "autoencoder"
+    name = section = "autoencoder"
+    other_sections = ("diffusion",)
     objective_class: type[StructuredObjective] = StructuredObjective
 
     def __init__(
@@ -54,6 +55,7 @@ class AutoencoderStage(Stage):
     ) -> None:
         self.autoencoder, self.settings, self.loop = autoencoder, settings, settings.loop
         self.dataset, self.held_out = as_item_dataset(dataset), as_item_dataset(held_out)
+        self.measured_on = (self.held_out,)
         self.workers, self.timeout_s = workers, timeout_s
         autoencoder.train_levels(together=settings.levels == "together")
         self.learning = levels_that_learn(autoencoder)
@@ -69,6 +71,7 @@ class AutoencoderStage(Stage):
             gan_losses.append(gan_loss)
             modules += trained
         self.objective = self.objective_class(autoencoder, settings.alignment, settings.reconstruction, gan_losses)
+        self.foundations = self.objective.reconstruction.foundations()
         if cache_latents:
             autoencoder.to(start_processes().device)
             logger.info("encoding %d images", len(self.dataset))

@@ -1,6 +1,7 @@
 """Stage 1 of an upgrade: one training, or one after another where the details have levels."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.pipelines.upgrade import layout_over
-from davae.recipes.settings import AutoencoderModelSettings, UpgradeRecipe
+from davae.recipes.settings import AutoencoderModelSettings, AutoencoderSettings, UpgradeRecipe
 from davae.training.autoencoder.stage import AutoencoderStage
+from davae.training.checkpoints.checkpoint import checkpoints
+from davae.training.checkpoints.foundations import model_hash
 from davae.training.checkpoints.run_directory import base_facts, data_facts
 from davae.training.data import open_part, open_training_part
 from davae.training.loop.loop import TrainResult, train
@@ -40,23 +43,31 @@ def train_levels(recipe: UpgradeRecipe, base: Any, out: Path) -> TrainResult:
         raise DavaeError(
             "autoencoder.levels=together would change the levels that the base pipeline was tuned on: use sequential"
         )
+    weights = {"the base autoencoder": model_hash(base.vae)}
     torch.manual_seed(recipe.autoencoder.loop.seed)
-    vae = _start(model, base.vae)
+    vae = _start(recipe.autoencoder, base.vae)
+    if vae is not None:
+        weights["the autoencoder that it starts from"] = model_hash(vae)
     done = 0 if vae is None else len(vae.levels) - 1 - below
     for number in range(done + 1, len(channels) + 1):
         vae = new_level(base.vae if vae is None else vae, model, channels[number - 1])
         if number < len(channels) and not together:
-            logger.info("level %d of %d", below + number, below + len(channels))
-            lower = _train(recipe, base, vae, out / f"level-{below + number}")
-            vae = load_autoencoder(lower.result)
+            folder = out / f"level-{below + number}"
+            following = out / f"level-{below + number + 1}" if number + 1 < len(channels) else out
+            if not (checkpoints(following / "checkpoints") and (folder / "autoencoder" / "config.json").is_file()):
+                logger.info("level %d of %d", below + number, below + len(channels))
+                _train(recipe, base, vae, folder, dict(weights))
+            # else the next level stands on it: it is not trained further
+            vae = load_autoencoder(folder / "autoencoder")
+            weights["the levels below"] = model_hash(vae)
             torch.manual_seed(recipe.autoencoder.loop.seed)
     assert vae is not None
-    return _train(recipe, base, vae, out)
+    return _train(recipe, base, vae, out, weights)
 
 
 def new_level(base: Any, model: AutoencoderModelSettings, detail_channels: int) -> AutoencoderDA:
     """One more level on ``base``, a VAE or an :class:`AutoencoderDA`, with the recipe's options."""
-    options = model.model_dump(exclude={"scale", "detail_channels", "start_from"})
+    options = model.model_dump(exclude={"scale", "detail_channels"})
     factor = 2 if isinstance(model.detail_channels, list) else model.scale
     return AutoencoderDA.from_base(base, scale=factor, detail_channels=detail_channels, **options)
 
@@ -66,11 +77,13 @@ def _channels(model: AutoencoderModelSettings) -> list[int]:
     return model.detail_channels if isinstance(model.detail_channels, list) else [model.detail_channels]
 
 
-def _start(model: AutoencoderModelSettings, base_vae: Any) -> AutoencoderDA | None:
+def _start(settings: AutoencoderSettings, base_vae: Any) -> AutoencoderDA | None:
     """The autoencoder that ``start_from`` names; its levels must be the recipe's first ones."""
-    if model.start_from is None:
+    start, model = settings.start_from, settings.model
+    if start is None:
         return None
-    vae = load_autoencoder(model.start_from)
+    inside = Path(start).expanduser() / "autoencoder"
+    vae = load_autoencoder(inside if inside.is_dir() else start)
     layout_over(base_vae, vae)  # the same base, or an error that names the difference
     levels = len(base_vae.levels) - 1 if isinstance(base_vae, AutoencoderDA) else 0
     found = [level.own_layout.detail_channels for level in vae.autoencoders()][levels:]
@@ -78,14 +91,17 @@ def _start(model: AutoencoderModelSettings, base_vae: Any) -> AutoencoderDA | No
     factor = 2 if isinstance(model.detail_channels, list) else model.scale
     if found != wanted[: len(found)] or vae.factor != factor:
         raise DavaeError(
-            f"autoencoder.model.start_from: the levels of {model.start_from} add {found} detail channels, the last "
+            f"autoencoder.start_from: the levels of {start} add {found} detail channels, the last "
             f"one at a factor of {vae.factor}; the recipe asks for {wanted} at a factor of {factor}"
         )
     return vae
 
 
-def _train(recipe: UpgradeRecipe, base: Any, vae: AutoencoderDA, out: Path) -> TrainResult:
-    """One training: images at the resolution that ``vae`` makes of the recipe's whole scale."""
+def _train(recipe: UpgradeRecipe, base: Any, vae: AutoencoderDA, out: Path, weights: Mapping[str, str]) -> TrainResult:
+    """One training: images at the resolution that ``vae`` makes of the recipe's whole scale.
+
+    ``weights`` are hashes of those that it stands on.
+    """
     data = recipe.data
     ratio = recipe.autoencoder.model.scale * getattr(base.vae, "scale", 1) // vae.scale
     if ratio > 1:
@@ -105,6 +121,7 @@ def _train(recipe: UpgradeRecipe, base: Any, vae: AutoencoderDA, out: Path) -> T
         timeout_s=data.timeout_s,
         cache_latents=data.cache_latents,
     )
+    stage.foundations = {**stage.foundations, **weights}
     stage.facts = base_facts(recipe, base) | data_facts(data, train_set)
     plain = recipe.model_dump(mode="json") | ({"level": len(vae.levels) - 1} if ratio > 1 else {})
     result = train(stage, out, plain)

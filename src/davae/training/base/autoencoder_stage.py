@@ -47,6 +47,9 @@ class BaseAutoencoderStage(Stage):
     """
 
     name = "base autoencoder"
+    section = "autoencoder"
+    other_sections = ("transformer",)
+    can_recompute = False
 
     def __init__(
         self,
@@ -63,10 +66,12 @@ class BaseAutoencoderStage(Stage):
         self.settings, self.loop = settings, settings.loop
         self.dataset, self.whole = as_item_dataset(dataset), as_item_dataset(whole)
         self.held_out = as_item_dataset(held_out)
+        self.measured_on = (self.held_out,)
         self.workers, self.timeout_s = workers, timeout_s
         self.objective, self.modules = plain_modules(
             self.autoencoder, [self.autoencoder], settings.reconstruction, settings.optimizer
         )
+        self.foundations = self.objective.reconstruction.foundations()
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
         """PSNR of held-out images."""

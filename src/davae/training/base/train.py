@@ -11,6 +11,7 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from davae.data import Mirrored
+from davae.data.cache import weights_hash
 from davae.data.images.protocol import ItemDataset
 from davae.data.in_memory import ImagesInMemory, MixedScales, Prepared
 from davae.errors import DavaeError
@@ -29,6 +30,8 @@ from davae.runtime.pictures import reduced
 from davae.runtime.processes import claimed_by_first, is_first, wait_for_everyone
 from davae.training.base.autoencoder_stage import BaseAutoencoderStage, build_kl
 from davae.training.cache.write import open_cache
+from davae.training.checkpoints.checkpoint import checkpoints, step_of
+from davae.training.checkpoints.foundations import model_hash
 from davae.training.checkpoints.run_directory import data_facts
 from davae.training.data import open_part
 from davae.training.diffusion import DiffusionStage
@@ -79,6 +82,9 @@ def _train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None) -
         workers=data.workers,
         timeout_s=data.timeout_s,
     )
+    diffusion.section = "transformer"
+    given = {} if base is None else {"the pipeline's transformer": weights_hash(base.transformer)}
+    diffusion.foundations = {"the autoencoder": model_hash(pipeline.vae), **given}
     diffusion.facts = data_facts(data, held_out)
     result = train(diffusion, out / "transformer", plain)
     assert result is not None
@@ -152,7 +158,7 @@ def _new_pipeline(
     check_divides(side, compression * shape.patch_size)
     reduce = partial(reduced, factor=recipe.downsample)
     vae_folder = out / "autoencoder" / "vae"
-    if not _is_saved(vae_folder):
+    if not (_is_saved(vae_folder) and _is_trained(out / "autoencoder", recipe.autoencoder.loop.steps)):
         workers, timeout_s = recipe.data.workers, recipe.data.timeout_s
         kept = full.unmirrored()
         if workers and isinstance(kept, ImagesInMemory):
@@ -176,6 +182,12 @@ def _new_pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         id2label=dict(enumerate(images.classes)),
     )
+
+
+def _is_trained(run: Path, steps: int) -> bool:
+    """Whether a run came as far as it shall, as far as its checkpoints are still there."""
+    found = checkpoints(run / "checkpoints")
+    return not found or step_of(found[-1]) >= steps
 
 
 def _is_saved(model: Path) -> bool:

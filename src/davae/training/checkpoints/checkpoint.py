@@ -126,6 +126,15 @@ def newest_whole(folder: Path, needed: Collection[str] = ()) -> tuple[Path, Tens
     return None
 
 
+def plain_values(path: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint without its tensors, unchecked; empty where they cannot be read."""
+    try:
+        found = json.loads((path / _STATE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def load_checkpoint(path: Path, needed: Collection[str] = ()) -> tuple[Tensors, dict[str, Any]]:
     """Read what :func:`save_checkpoint` wrote: tensors by file name, and the plain values.
 
@@ -174,7 +183,7 @@ def _full_message(folder: Path, step: int, tensors: Tensors) -> str:
         f"the disk is full: the checkpoint of step {step} needs {needed / 1e6:.0f} MB, "
         f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free in {folder}. "
         + (f"{kept[-1].name} is whole" if kept else "There is no older checkpoint")
-        + "; make room (or lower checkpoints_total_limit) and run the same command again"
+        + "; make room (or lower loop.checkpoints_total_limit) and run the same command again"
     )
 
 
@@ -216,16 +225,13 @@ class CheckpointWriter:
             return True
         return value < self.best["value"] if self.best_mode == "min" else value > self.best["value"]
 
-    def save(
-        self, step: int, tensors: Tensors, values: dict[str, Any], *, watched: float | None = None, copied: bool = False
-    ) -> None:
+    def save(self, step: int, tensors: Tensors, values: dict[str, Any], *, copied: bool = False) -> None:
         """Copy the state and begin to write it; returns before it is on the disk.
 
         Args:
             step: optimizer steps done.
             tensors: file name (without suffix) to named tensors.
             values: everything else, as JSON.
-            watched: the watched metric at this step, where it was measured.
             copied: the tensors are copies already, on the CPU, that nobody else will change.
 
         Raises:
@@ -236,8 +242,19 @@ class CheckpointWriter:
             tensors = {
                 name: {k: v.detach().to("cpu", copy=True) for k, v in named.items()} for name, named in tensors.items()
             }
-        is_best = watched is not None and self.is_best(watched)
-        self._pending = self._pool.submit(self._write, step, tensors, values, watched if is_best else None)
+        self._pending = self._pool.submit(self._write, step, tensors, values)
+
+    def keep_best(self, step: int, value: float) -> None:
+        """Keep the checkpoint of ``step``, the newest one, as the best so far, in place of the best before.
+
+        Raises:
+            DavaeError: it could not be written.
+        """
+        self.wait()
+        self.best = {"step": step, "value": value}
+        atomic_write(self._best_file, json.dumps(self.best))
+        # Only now may the best before go: until the line above the file named it.
+        remove_old(self.folder, step, keep=self.keep, protected={step})
 
     def check(self) -> None:
         """Raise what went wrong while writing, if it is known by now."""
@@ -250,15 +267,9 @@ class CheckpointWriter:
         if pending is not None:
             pending.result()
 
-    def _write(self, step: int, tensors: Tensors, values: dict[str, Any], best: float | None) -> Path:
-        before = {int(self.best["step"])} if self.best else set()
-        path = save_checkpoint(self.folder, step, tensors, values, keep=self.keep, protected=before)
-        if best is not None:
-            self.best = {"step": step_of(path), "value": best}
-            atomic_write(self._best_file, json.dumps(self.best))
-            # Only now may the best before go: until the line above the file named it.
-            remove_old(self.folder, step, keep=self.keep, protected={step})
-        return path
+    def _write(self, step: int, tensors: Tensors, values: dict[str, Any]) -> Path:
+        best = {int(self.best["step"])} if self.best else set()
+        return save_checkpoint(self.folder, step, tensors, values, keep=self.keep, protected=best)
 
 
 def _read_best(file: Path) -> dict[str, float] | None:

@@ -10,7 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -24,14 +24,19 @@ from davae.data import ItemDataset
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_names
 from davae.recipes.data import DataSettings
-from davae.recipes.read import differing_keys, resumable_keys, with_later_settings
+from davae.recipes.read import differing_keys, movable_keys, resumable_keys, with_later_settings
 from davae.recipes.settings import UpgradeRecipe
 from davae.runtime.atomic_files import atomic_json, atomic_write, set_aside
 from davae.runtime.places import check_place, claim
-from davae.training.checkpoints.checkpoint import checkpoints
+from davae.training.checkpoints.checkpoint import checkpoints, plain_values
+from davae.training.checkpoints.foundations import stands_on
 
 logger = logging.getLogger(__name__)
 _PACKAGES = ("davae", "torch", "diffusers", "accelerate", "peft", "transformers", "safetensors", "datasets")
+
+
+_PLACES = frozenset({"autoencoder_folder", "start"})
+"""What a recipe is kept with, that names a place as the settings marked ``MAY_MOVE`` do."""
 
 
 class RunDirectory:
@@ -43,14 +48,23 @@ class RunDirectory:
         path: the folder.
         recipe: the resolved recipe as plain values; kept in ``config.yaml``.
         facts: what ``environment.json`` says besides, such as where the base's weights came from.
+        other_sections: sections of the recipe that another stage reads: they may change.
 
     Raises:
         DavaeError: the folder is somebody else's, or holds a run that learns something else (each difference is named),
             or checkpoints of a run whose ``config.yaml`` cannot be read.
     """
 
-    def __init__(self, path: Path, recipe: dict[str, Any], *, facts: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        recipe: dict[str, Any],
+        *,
+        facts: dict[str, Any] | None = None,
+        other_sections: Sequence[str] = (),
+    ) -> None:
         self.path, self.recipe, self.facts = path, recipe, facts or {}
+        self.other_sections = other_sections
         self.config = path / "config.yaml"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
@@ -117,14 +131,35 @@ class RunDirectory:
             logger.warning("%s; nothing was saved yet, so it is written again", why)
             return []
         changed = differing_keys(self.recipe, with_later_settings(known))
-        allowed = resumable_keys(self.recipe.get("kind", "upgrade"))
+        changed = [c for c in changed if c.partition(".")[0].partition(":")[0] not in self.other_sections]
+        kind = self.recipe.get("kind", "upgrade")
+        allowed = resumable_keys(kind)
+        if self._knows_contents():
+            allowed |= movable_keys(kind) | _PLACES
         differing = [c for c in changed if c.partition(":")[0] not in allowed]
         if differing:
             raise DavaeError(
                 f"{self.path} holds a run with other settings ({'; '.join(differing[:5])}"
-                f"{' ...' if len(differing) > 5 else ''}); choose another --out, or remove the folder"
+                f"{' ...' if len(differing) > 5 else ''}); go on with those it had, or choose another --out"
+                f"{self._start_from()}"
             )
         return changed
+
+    def _knows_contents(self) -> bool:
+        """Whether what the run stands on is known by its contents, so that names may change: the newest checkpoint
+        says so, or there is none.
+        """
+        found = checkpoints(self.checkpoints)
+        return not found or stands_on(plain_values(found[-1])) is not None
+
+    def _start_from(self) -> str:
+        """How another run takes the weights of this one, where it is finished."""
+        if self.recipe.get("kind", "upgrade") != "upgrade":
+            return ""
+        for folder, section in (("pipeline", "diffusion"), ("autoencoder", "autoencoder")):
+            if (self.path / folder).is_dir():
+                return f"; {section}.start_from={self.path} begins there with the weights of this one"
+        return ""
 
 
 def read_config(file: Path) -> dict[str, Any] | None:

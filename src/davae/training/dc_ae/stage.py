@@ -107,18 +107,21 @@ class DcAeStage(Stage):
         self.autoencoder, self.phase, self.loop = autoencoder, phase, phase.loop
         self.dataset = as_item_dataset(dataset)
         self.held_out = {side: as_item_dataset(images) for side, images in held_out.items()}
+        self.measured_on = tuple(self.held_out.values())
         self.scaling_images, self.workers = scaling_images, workers
+        self.can_recompute = autoencoder._supports_gradient_checkpointing
         if phase.loop.gradient_checkpointing:
             if not autoencoder._supports_gradient_checkpointing:
                 raise DavaeError(
-                    f"loop.gradient_checkpointing: diffusers' {type(autoencoder).__name__} has none; lower "
-                    "loop.batch_size and raise loop.gradient_accumulation instead"
+                    f"loop.gradient_checkpointing of this phase: diffusers' {type(autoencoder).__name__} has none; set "
+                    "it to false, lower the phase's loop.batch_size and raise its loop.gradient_accumulation instead"
                 )
             autoencoder.enable_gradient_checkpointing()
         if phase.reconstruction.gan.weight:
             torch.manual_seed(phase.loop.seed)
         layers = trained_layers(autoencoder, phase)
         self.objective, self.modules = plain_modules(autoencoder, layers, phase.reconstruction, phase.optimizer)
+        self.foundations = self.objective.reconstruction.foundations()
         self.spectra: dict[int, dict[str, list[float]]] = {}
         """Of the last validation, by resolution: the rings' frequencies, and the power of images and of
         reconstructions on them."""

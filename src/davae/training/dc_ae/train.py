@@ -16,7 +16,8 @@ from davae.data.in_memory import ImagesInMemory, MixedScales
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_names
 from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC
-from davae.recipes.data import DataSettings
+from davae.recipes.checks import check_settings
+from davae.recipes.data import DataSettings, is_procedural
 from davae.recipes.dc_ae import DcAeRecipe, Phase
 from davae.recipes.read import differing_keys, dump_recipe, load_recipe
 from davae.runtime.atomic_files import atomic_json
@@ -24,8 +25,9 @@ from davae.runtime.model_files import open_model
 from davae.runtime.pictures import reduced_to
 from davae.runtime.places import check_place
 from davae.runtime.processes import everyone, is_first, start_processes
+from davae.training.checkpoints.foundations import model_hash
 from davae.training.checkpoints.run_directory import RunDirectory, data_facts
-from davae.training.data import open_part
+from davae.training.data import check_images, open_part
 from davae.training.dc_ae.stage import DcAeStage, build_autoencoder, trained_layers
 from davae.training.loop.loop import TrainResult, train
 
@@ -60,6 +62,7 @@ def run_dc_ae(
     if not isinstance(settings, DcAeRecipe):
         raise DavaeError(f"recipe '{recipe}' is of kind '{settings.kind}'; `davae train dc-ae` needs kind: dc-ae")
     find_phase(settings, phase)
+    _check(settings, phase, without_images=dry_run)
     if dry_run:
         return f"{dump_recipe(settings)}{_counted(settings, phase)}"
     stem = Path(recipe).stem
@@ -73,6 +76,17 @@ def run_dc_ae(
     result = train_dc_ae(settings, out or Path("runs") / f"{stem}-phase{phase}", phase=phase, start=start)
     figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     return f"{result.result}\n{figures}"
+
+
+def _check(recipe: DcAeRecipe, phase: int, *, without_images: bool) -> None:
+    """Find what a phase would fail on, before anything is trained; images may be missing in a dry run."""
+    settings = find_phase(recipe, phase)
+    check_settings(recipe, f"phase{phase}")
+    sides = {(settings.path, settings.windows_from or settings.resolution)}
+    for path, side in sides | {(recipe.measure.path, recipe.measure.resolutions[0])}:
+        data = _data(recipe, path, side)
+        if not without_images or is_procedural(data.path) or Path(data.path).expanduser().exists():
+            check_images(data)
 
 
 def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None = None) -> TrainResult:
@@ -95,6 +109,7 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
     torch.manual_seed(settings.loop.seed)
     autoencoder = _initial(recipe, phase, start)
     before = layer_hashes(autoencoder)
+    given = model_hash(autoencoder)
     learns = {id(p) for layer in trained_layers(autoencoder, settings) for p in layer.parameters()}
     trained = {_layer(n) for n, p in autoencoder.named_parameters() if id(p) in learns}
 
@@ -106,7 +121,9 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
         scaling_images=recipe.measure.scaling_images,
         workers=recipe.data.workers,
     )
-    stage.timeout_s = recipe.data.timeout_s
+    stage.section, stage.timeout_s = f"phase{phase}", recipe.data.timeout_s
+    if start is not None:
+        stage.foundations = {**stage.foundations, "the autoencoder of the phase before": given}
     stage.facts = data_facts(_data(recipe, settings.path, settings.resolution), stage.dataset)
     others = {f"phase{n}" for n in (1, 2, 3) if n != phase}  # may change without making this another run
     plain = recipe.model_dump(mode="json", exclude=others)
@@ -260,6 +277,8 @@ def _measured_before(stage: DcAeStage, out: Path, plain: dict[str, Any]) -> dict
 
 
 def _measured_or_known(stage: DcAeStage, directory: RunDirectory) -> dict[str, float]:
+    if not stage.can_measure:
+        return {}
     kept = directory.path / "before.json"
     known = everyone(_read_figures(kept))[0]  # what the first process sees
     if known is not None:

@@ -1,6 +1,7 @@
 """The diffusion stage: a widened transformer learns the structured latents, Eq. 12 and 13."""
 
 import logging
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from davae.data.in_memory import ENCODED_TOGETHER, LatentsInMemory, Prepared
 from davae.evaluation import sliced_wasserstein
 from davae.evaluation.metrics.names import SWD_FINEST
 from davae.latents import LatentLayout
-from davae.pipelines.families import family_of
+from davae.pipelines.families import ClassFamily, family_of
 from davae.pipelines.lora import merge_lora
 from davae.pipelines.saving.adapters import save_adapters
 from davae.recipes.settings import DiffusionSettings
@@ -52,7 +53,8 @@ class DiffusionStage(Stage):
         DavaeError: an unknown pipeline, no caption where one is needed, or settings that do not fit.
     """
 
-    name = "diffusion"
+    name = section = "diffusion"
+    other_sections: Sequence[str] = ("autoencoder",)
 
     def __init__(
         self,
@@ -71,7 +73,11 @@ class DiffusionStage(Stage):
         self.family = family_of(pipeline)
         self.before = before
         self.workers, self.timeout_s = workers, timeout_s
+        self.family.check_length(settings.prompts.max_length)
+        if isinstance(self.family, ClassFamily):
+            self.family.check_interval(settings.sample.guidance_interval)
         images, self.images = as_item_dataset(dataset), as_item_dataset(held_out)
+        self.measured_on = (self.images,)
         self.vae = pipeline.vae.eval().requires_grad_(False)
         self.device = device = start_processes().device
         self.vae.to(device)
@@ -166,7 +172,6 @@ class DiffusionStage(Stage):
                 step=self.loop.steps,
                 seed=self.loop.seed,
                 device=device,
-                draw=self.objective.process.draw,
             )
             count = self.loop.validation_images
             move_text_encoders(self.pipeline, device)

@@ -6,15 +6,20 @@ import torch
 from diffusers import DiffusionPipeline
 
 from davae.data import ItemDataset
+from davae.data.cache import weights_hash
 from davae.models.lightningdit import restarted
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.pipelines.upgrade import layout_over
 from davae.recipes.settings import UpgradeRecipe
+from davae.training.cache.fingerprint import pipeline_parts
 from davae.training.cache.write import open_cache
+from davae.training.checkpoints.checkpoint import checkpoints
+from davae.training.checkpoints.foundations import model_hash
 from davae.training.checkpoints.run_directory import base_facts, data_facts
 from davae.training.data import open_part, open_training_part
 from davae.training.diffusion.stage import DiffusionStage
+from davae.training.diffusion.tuning import started_from
 from davae.training.loop.loop import TrainResult, train
 
 
@@ -35,6 +40,12 @@ def train_transformer(recipe: UpgradeRecipe, base: DiffusionPipeline, out: Path,
         base.transformer = restarted(base.transformer, qk_norm=True)
     vae = load_autoencoder(autoencoder)
     pipeline = upgrade_pipeline(base, vae)
+    weights = {"the base's transformer": weights_hash(base.transformer), "the autoencoder": model_hash(vae)}
+    if not data.cache:  # which has hashes of its own
+        encoders = pipeline_parts(base, "text_encoder")
+        weights |= {f"the base's {name}": weights_hash(encoder) for name, encoder in encoders}
+    if settings.start_from is not None and not checkpoints(out / "checkpoints"):
+        pipeline = started_from(settings.start_from, pipeline, base, settings.tune.mode)
     if data.cache:
         train_set: ItemDataset = open_cache(data, vae, base, text_length=settings.prompts.max_length)
     else:
@@ -52,6 +63,7 @@ def train_transformer(recipe: UpgradeRecipe, base: DiffusionPipeline, out: Path,
         timeout_s=data.timeout_s,
         before=base,
     )
+    stage.foundations = weights
     stage.facts = base_facts(recipe, base) | data_facts(data, held_out)
     result = train(stage, out, recipe.model_dump(mode="json") | {"autoencoder_folder": str(autoencoder)})
     assert result is not None

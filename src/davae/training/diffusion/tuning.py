@@ -2,18 +2,76 @@
 
 import difflib
 import re
+from pathlib import Path
+from typing import TypeVar
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig
 from torch import Tensor
 
+from davae.choices import TuneMode
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.pipelines.families import PipelineFamily
-from davae.pipelines.lora import attach_lora
+from davae.pipelines.lora import attach_lora, attached_lora, merge_lora
+from davae.pipelines.saving.adapters import load_adapters
+from davae.pipelines.saving.opening import LAYERS_FILE, opening, pipeline_place
 from davae.recipes.settings import DiffusionSettings, LoraSettings, TuneSettings
+from davae.runtime.model_files import open_model
 from davae.warm_start import channel_parameters, new_channel_masks
+
+P = TypeVar("P", bound=DiffusionPipeline)
+
+
+def started_from(start: str, pipeline: P, base: P, mode: TuneMode) -> P:
+    """An upgraded pipeline with the weights of a transformer that was tuned before.
+
+    Where all weights learn they are those of the earlier pipeline, its LoRA merged. Otherwise the base's weights stay,
+    and what comes is the earlier adapters, which stay adapters.
+
+    Args:
+        start: as in ``diffusion.start_from``: the folder of a pipeline, or of adapters, or a run that has them.
+        pipeline: the base, just upgraded to its autoencoder.
+        base: the base itself.
+        mode: of the tuning that begins.
+
+    Raises:
+        DavaeError: there is no such folder, or its weights are of another transformer or autoencoder.
+    """
+    folder = Path(start).expanduser()
+    adapters = next((f for f in (folder, folder / "adapters") if (f / LAYERS_FILE).is_file()), None)
+    if mode != "full":
+        if adapters is None:
+            raise DavaeError(
+                f"diffusion.start_from: there are no adapters in {start}, with which alone tune.mode={mode} can begin, "
+                "since the base's weights stay; set diffusion.tune.mode=full to begin with its pipeline"
+            )
+        found = load_adapters(base, pipeline.vae, adapters)
+        if mode != "lora" and attached_lora(found.transformer) is not None:
+            raise DavaeError(
+                f"diffusion.start_from: the adapters in {start} hold a LoRA, which tune.mode={mode} has no place for: "
+                "set diffusion.tune.mode=lora"
+            )
+        return found
+    if adapters == folder:
+        found = load_adapters(base, pipeline.vae, adapters)
+        merge_lora(found.transformer)
+        return found
+    place = pipeline_place(start)
+    own = pipeline.transformer
+    with opening("pipeline", place):
+        earlier, _ = open_model(type(own).from_pretrained, place, subfolder="transformer", dtype=torch.float32)
+    ours, theirs = own.state_dict(), earlier.state_dict()
+    odd = [n for n in [*ours, *theirs] if n not in ours or n not in theirs or ours[n].shape != theirs[n].shape]
+    if odd:
+        raise DavaeError(
+            f"diffusion.start_from: the transformer in {start} is not the one that is tuned here: {len(set(odd))} "
+            f"tensors differ, such as '{odd[0]}'; the base and the autoencoder's channels must be the same"
+        )
+    own.load_state_dict(theirs)
+    return pipeline
 
 
 def select_trained(
@@ -43,13 +101,41 @@ def select_trained(
         _start_at_random(transformer, layout, settings.loop.seed)
     transformer.requires_grad_(mode == "full")
     if mode == "lora":
-        attach_lora(transformer, lora_config(transformer, family, tune.lora))
+        _attach(transformer, family, tune.lora)
     named = dict(transformer.named_parameters())
     for name in widened:
         named[name].requires_grad_(True)
     _cast(transformer, getattr(torch, tune.frozen_dtype))
     rate = tune.new_channels_learning_rate
     return {} if rate is None else dict.fromkeys(widened, rate)
+
+
+def _attach(transformer: ModelMixin, family: PipelineFamily, settings: LoraSettings) -> None:
+    """Attach a LoRA, or go on with the one that is there already.
+
+    Raises:
+        DavaeError: that one is of another kind.
+    """
+    attached = attached_lora(transformer)
+    if attached is None:
+        attach_lora(transformer, lora_config(transformer, family, settings))
+        return
+    there, targets = attached[1], settings.targets or family.lora_targets
+    found = there.target_modules if isinstance(there.target_modules, str) else sorted(there.target_modules or ())
+    pairs = {
+        "rank": (there.r, settings.rank),
+        "alpha": (there.lora_alpha, settings.alpha),
+        "targets": (found, sorted(targets)),
+    }
+    for name, (was, now) in pairs.items():
+        if was != now:
+            shown, said = (f"[{','.join(v)}]" if isinstance(v, list) else f"{v:g}" for v in (was, now))
+            raise DavaeError(
+                f"diffusion.start_from: the LoRA there has {name} {shown}, and the recipe says {said}: set "
+                f"diffusion.tune.lora.{name}={shown}"
+            )
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_("lora_" in name)
 
 
 def learning_masks(transformer: ModelMixin, layout: LatentLayout, tune: TuneSettings) -> dict[str, Tensor]:
@@ -85,7 +171,7 @@ def lora_config(transformer: ModelMixin, family: PipelineFamily, settings: LoraS
             suffixes = sorted({_suffix(name) for name in layers})
             near = difflib.get_close_matches(target, suffixes, n=3, cutoff=0.3)
             raise DavaeError(
-                f"tune.lora.targets: no layer of {type(transformer).__name__} is named '{target}'; "
+                f"diffusion.tune.lora.targets: no layer of {type(transformer).__name__} is named '{target}'; "
                 f"the nearest are {', '.join(near or suffixes[:5])}"
             )
     widened = sorted({name.rpartition(".")[0] for name in channel_parameters(transformer)})

@@ -1,5 +1,6 @@
 """What the diffusion stage measures and shows: a loss at fixed noise, and samples beside the base's."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,9 +13,11 @@ from davae.pipelines.families import ClassFamily, family_of
 from davae.recipes.settings import SampleSettings
 from davae.runtime.processes import gathered, share
 from davae.training.loop.loop import to_device
+from davae.training.loop.rng import DrawsByItem
 
 MEASURED = 256
 """Held-out items measured at most."""
+_SEED_STRIDE = 1_000_003
 
 
 @torch.no_grad()
@@ -26,34 +29,29 @@ def held_out_loss(
     step: int,
     seed: int,
     device: torch.device,
-    draw: Callable[[Tensor], object],
 ) -> dict[str, float]:
-    """The objective's named losses over held-out items, at the same noise every time.
+    """The objective's named losses over held-out items, each at the same noise every time.
 
-    Batches are shared out among the processes. All make the draws of every batch, so that each batch meets the noise
-    that it meets in a single process.
+    Batches are shared out among the processes. An item's noise follows from the seed and its number: neither the size
+    of batches nor the number of processes changes it.
 
     Args:
         objective: the stage's, in eval mode.
         items: with ``latent`` and what the objective needs besides.
-        batch_size: items together; part of what is measured, since the noise is drawn batch by batch.
+        batch_size: items together.
         step: for the schedule of the detail channels.
         seed: of the noise; torch's own state is left alone.
         device: of the objective.
-        draw: what the objective draws for latents ``[B, C, h, w]`` from torch's generators.
     """
     chosen = [items[i] for i in range(min(len(items), MEASURED))]
     parts = list(_parts(chosen, batch_size))
-    mine = share(len(parts))
+    firsts = [0, *itertools.accumulate(map(len, parts))]
     found: list[dict[str, float]] = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for number, part in enumerate(parts):
-            batch = to_device({k: v for k, v in collate(part).items() if k != "skipped"}, device)
-            if number not in mine:
-                draw(batch["latent"].contiguous())
-            for _ in range(mine.count(number)):  # the last one may stand in for one that is not there
-                found.append({name: float(value) for name, value in objective(batch, step).items()})
+    for number in share(len(parts)):  # the last one may stand in for one that is not there
+        batch = to_device({k: v for k, v in collate(parts[number]).items() if k != "skipped"}, device)
+        numbers = range(firsts[number], firsts[number + 1])
+        with DrawsByItem([seed * _SEED_STRIDE + item for item in numbers]):
+            found.append({name: float(value) for name, value in objective(batch, step).items()})
     sums: dict[str, float] = {}
     for part, losses in zip(parts, gathered(found, len(parts)), strict=True):
         for name, value in losses.items():

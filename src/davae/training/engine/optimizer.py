@@ -32,7 +32,8 @@ def make_optimizer(
         module: its parameters that require gradients are trained.
         settings: of AdamW.
         rates: learning rates of parameters by exact name, where they differ from the settings'; kept as
-            ``rate_factor`` of the parameter group, which multiplies the scheduled rate.
+            ``rate_factor`` of the parameter group, which multiplies the scheduled rate. The ``name`` of such a group is
+            ``widened`` (layers), of the others empty.
 
     Raises:
         DavaeError: no parameter requires gradients, or bitsandbytes is needed and not installed.
@@ -43,7 +44,14 @@ def make_optimizer(
     by_rate: dict[float, list[nn.Parameter]] = {}
     for parameter_name, parameter in named:
         by_rate.setdefault(rates.get(parameter_name, settings.learning_rate), []).append(parameter)
-    groups = [{"params": p, "rate_factor": rate / settings.learning_rate} for rate, p in by_rate.items()]
+    groups = [
+        {
+            "params": parameters,
+            "rate_factor": rate / settings.learning_rate,
+            "name": "" if rate == settings.learning_rate else "widened",
+        }
+        for rate, parameters in by_rate.items()
+    ]
     if settings.kind == "adamw8bit":
         return eight_bit_adamw(groups, settings)
     return torch.optim.AdamW(

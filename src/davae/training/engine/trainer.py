@@ -103,9 +103,18 @@ class ModuleTrainer:
         optimizer.step()
 
     @property
-    def learning_rate(self) -> float:
-        """Of the first parameter group, as the last step took it."""
-        return float(self.optimizer.param_groups[0]["lr"])
+    def learning_rates(self) -> dict[str, float]:
+        """As the last step took them: ``learning_rate``, and ``learning_rate_<group>`` of parameters with their own."""
+        groups = self.optimizer.param_groups
+        own = {f"learning_rate_{group['name']}": float(group["lr"]) for group in groups if group["name"]}
+        rest = [float(group["lr"]) for group in groups if not group["name"]]
+        return {"learning_rate": rest[0] if rest else groups[0]["lr"] / groups[0]["rate_factor"], **own}
+
+    @property
+    def order(self) -> list[str]:
+        """Names of the trained parameters in the order in which the optimizer counts them."""
+        names = {id(parameter): name for name, parameter in self.trained.module.named_parameters()}
+        return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
     def tensors(self) -> dict[str, Tensor]:
         """Trained weights and buffers, sharded ones as they are."""
@@ -115,9 +124,21 @@ class ModuleTrainer:
         """The optimizer's whole moments on the CPU as ``<parameter index>.<name>``; nothing unless ``keep``."""
         return full_state_on_cpu(optimizer_tensors(self.optimizer), keep=keep)
 
-    def restore(self, tensors: dict[str, Tensor], moments: dict[str, Tensor], where: Path) -> None:
-        """Put back what :meth:`tensors` and :meth:`moments` gave, from the checkpoint ``where``."""
+    def restore(
+        self, tensors: dict[str, Tensor], moments: dict[str, Tensor], where: Path, order: list[str] | None = None
+    ) -> None:
+        """Put back what :meth:`tensors` and :meth:`moments` gave, from the checkpoint ``where``.
+
+        Args:
+            tensors, moments: of the checkpoint.
+            where: for errors.
+            order: of the parameters then; other learning rates make other groups. None is today's.
+        """
         restore_module(self.trained.module, tensors, where)
+        if order is not None:
+            places = {name: number for number, name in enumerate(self.order)}
+            split = {key: key.partition(".") for key in moments}
+            moments = {f"{places[order[int(i)]]}.{name}": moments[key] for key, (i, _, name) in split.items()}
         restore_optimizer(self.optimizer, moments)
 
 

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from davae.data import as_item_dataset
 from davae.errors import DavaeError
 from davae.recipes.loop import LoopSettings
 from davae.runtime.atomic_files import atomic_json, make_folder
 from davae.runtime.processes import rank_and_world
 from davae.runtime.weight_files import atomic_tensors
+from davae.training.stage import Stage
 
 logger = logging.getLogger(__name__)
 _IDS_SHOWN = 8
@@ -39,6 +41,7 @@ class _Verdict:
     own: Tensor  # bool: good as far as this process sees
     good: Tensor  # bool: in all processes
     ids: list[str]
+    finite_latents: Tensor | None  # bool [ids]: of latents that were encoded beforehand
 
 
 @dataclass
@@ -54,11 +57,15 @@ class NonFiniteGuard:
     stage: str
     loop: LoopSettings
     folder: Path
+    section: str = ""
+    """The recipe's, for advice."""
     skipped: int = 0
     """Steps left out in the whole run."""
     in_a_row: int = 0
     overflows: int = 0
     """Steps in a row whose fp16 gradients overflowed; the first of them are the search for a scale."""
+    _skipped_here: int = 0
+    _bad_latents: bool = False
     _unread: list[_Verdict] = field(default_factory=list)
     _names: dict[str, list[str]] = field(default_factory=dict)
 
@@ -72,6 +79,7 @@ class NonFiniteGuard:
         norms: Tensor,
         norm: Tensor | None,
         agree: Callable[[Tensor], Tensor] = lambda good: good,
+        finite_latents: Tensor | None = None,
     ) -> Tensor:
         """Whether a step is good, as a boolean on the device.
 
@@ -84,6 +92,7 @@ class NonFiniteGuard:
             norms: of their gradients, ``[parameters]``.
             norm: norm of the whole gradient before it was clipped, where it was.
             agree: from this process's verdict to the one of all, which is counted and returned.
+            finite_latents: of images whose latents came with the batch: whether each is finite, boolean ``[ids]``.
         """
         self._names[trained] = names
         total = norms.norm() if norm is None else norm.detach()
@@ -95,7 +104,9 @@ class NonFiniteGuard:
         if self.loop.skip_grad_norm is not None:
             own = own & (total <= self.loop.skip_grad_norm)
         good = agree(own)
-        self._unread.append(_Verdict(step, trained, terms, finite_terms, norms.isfinite(), total, own, good, ids))
+        self._unread.append(
+            _Verdict(step, trained, terms, finite_terms, norms.isfinite(), total, own, good, ids, finite_latents)
+        )
         return good
 
     def read(self) -> None:
@@ -118,6 +129,7 @@ class NonFiniteGuard:
                 self._tell(verdict)
         for step, fine in by_step.items():
             self.skipped += not fine
+            self._skipped_here += not fine
             if fine:
                 self.in_a_row = self.overflows = 0
             elif step in overflown and self.overflows < _HALVINGS:
@@ -153,16 +165,48 @@ class NonFiniteGuard:
         atomic_json(failure / "batch.json", plain)
         raise DavaeError(
             f"{self.stage}: {self.in_a_row} steps in a row were not finite or too steep and were skipped. Each is "
-            f"told in {self._report()}, the last batch is in {failure}, the weights in the last "
-            "checkpoint. Lower the learning rate, set loop.max_grad_norm, or use loop.precision=no to find the cause"
+            f"told in {self._report()}, the last batch is in {failure}, the weights in the last checkpoint. "
+            f"{self._advice()}"
         )
+
+    def refuse_if_nothing_was_learnt(self, first: int, last: int) -> None:
+        """Refuse to call a run finished of which every step was skipped, from its beginning or since it went on.
+
+        Args:
+            first, last: the steps between which this process trained.
+
+        Raises:
+            DavaeError: it is so; says where the steps are told.
+        """
+        if (last > first and self._skipped_here >= last - first) or 0 < last <= self.skipped:
+            raise DavaeError(
+                f"{self.stage}: every one of the {last - first or last} steps was skipped, so nothing was learnt and "
+                f"nothing is written. Each is told in {self._report()}. {self._advice()}"
+            )
+
+    def _advice(self) -> str:
+        if self._bad_latents:
+            return "Latents that were made beforehand are not finite: make the cache again, into another folder"
+        dot = f"{self.section}." if self.section else ""
+        advice = [f"a lower {dot}optimizer.learning_rate", f"{dot}loop.max_grad_norm=1"]
+        if self.loop.skip_grad_norm is not None:
+            advice.insert(0, f"a {dot}loop.skip_grad_norm above {self.loop.skip_grad_norm:g}")
+        if self.loop.precision != "no":
+            advice.append(f"{dot}loop.precision=no, which computes in float32")
+        return f"The same command goes on from there with {', with '.join(advice[:-1])}, or with {advice[-1]}"
 
     def _tell(self, verdict: _Verdict) -> None:
         bad_terms = [n for n, fine in zip(verdict.terms, verdict.finite_terms.tolist()) if not fine]
         names = self._names[verdict.trained]
         layers = [n for n, fine in zip(names, verdict.finite_layers.tolist()) if not fine]
         norm = float(verdict.norm)
-        if bad_terms:
+        latents = [] if verdict.finite_latents is None else verdict.finite_latents.tolist()
+        bad_latents = [name for name, fine in zip(verdict.ids, latents) if not fine]
+        if bad_latents:
+            self._bad_latents = True
+            more = f" and {len(bad_latents) - 1} more" if len(bad_latents) > 1 else ""
+            what = f"the latent of {bad_latents[0]}{more}, made beforehand, is not finite"
+        elif bad_terms:
             what = f"loss '{bad_terms[0]}' is not finite"
         elif layers:
             what = f"the gradient of {layers[0]} is not finite"
@@ -217,19 +261,42 @@ class BatchNormSnapshot:
             buffer.copy_(torch.where(good, buffer, before))
 
 
-def out_of_memory_message(stage: str, loop: LoopSettings) -> str:
-    """One line: which settings make a step fit, the cheapest first."""
+def out_of_memory_message(stage: Stage, *, validating: bool = False) -> str:
+    """One line: which settings make a step, or a validation, fit, the cheapest first; a run may go on with all but the
+    last.
+
+    Args:
+        stage: what is trained.
+        validating: whether it was a validation.
+    """
+    loop, section = stage.loop, stage.section or stage.name
+    fixed = as_item_dataset(stage.dataset).bucket_of is not None  # buckets fix the images of a step
     advice = []
-    if not loop.gradient_checkpointing:
-        advice.append(f"{stage}.loop.gradient_checkpointing=true")
+    if validating:
+        if loop.validation_images > 1:
+            advice.append(f"{section}.loop.validation_images={loop.validation_images // 2}")
+        if loop.batch_size > 1 and not fixed:
+            half = loop.batch_size // 2
+            more = 2 * loop.gradient_accumulation
+            advice.append(f"{section}.loop.batch_size={half} with {section}.loop.gradient_accumulation={more}")
+        what = ", or with ".join(advice) or f"{section}.loop.validate_every=0, and on a larger device at the end"
+        return (
+            f"{section}: the device's memory is not enough for a validation. What was due is saved; run the same "
+            f"command again with {what}"
+        )
+    if not loop.gradient_checkpointing and stage.can_recompute:
+        advice.append(f"{section}.loop.gradient_checkpointing=true")
     if loop.precision == "no":
-        advice.append(f"{stage}.loop.precision=bf16")
-    if loop.batch_size > 1:
+        advice.append(f"{section}.loop.precision=bf16")
+    if loop.batch_size > 1 and not fixed:
         half = loop.batch_size // 2
         advice.append(
-            f"{stage}.loop.batch_size={half} with {stage}.loop.gradient_accumulation={2 * loop.gradient_accumulation}"
+            f"{section}.loop.batch_size={half} with "
+            f"{section}.loop.gradient_accumulation={2 * loop.gradient_accumulation}"
         )
-    advice += ["data.resolution lower", "data.cache (latents and text made beforehand)"]
-    return f"{stage}: the device's memory is not enough for a step. In this order: " + "; ".join(
+    if section in ("diffusion", "transformer"):
+        advice.append("data.cache=FOLDER, latents and text made beforehand by `davae cache`")
+    advice.append("another run, with a lower data.resolution")
+    return f"{section}: the device's memory is not enough for a step. In this order: " + "; ".join(
         f"({i}) {a}" for i, a in enumerate(advice[:3], 1)
     )

@@ -26,11 +26,13 @@ from davae.data import BatchStream, ItemDataset, SkipLedger, as_item_dataset
 from davae.data.loading.watchdog import dead_worker_message, is_of_a_dead_worker
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_name
+from davae.recipes.checks import check_trackers
 from davae.runtime.atomic_files import disk_full_as_error
 from davae.runtime.processes import LONGEST_WAIT, all_the_same, everyone, use_cpu
 from davae.runtime.progress import Progress
 from davae.training.checkpoints.checkpoint import CheckpointWriter
-from davae.training.checkpoints.run_directory import RunDirectory
+from davae.training.checkpoints.foundations import Foundations
+from davae.training.checkpoints.run_directory import RunDirectory, read_metrics
 from davae.training.engine.fsdp import begin_accelerator, unshard_for_good, unsharded
 from davae.training.engine.optimizer import learning_rate
 from davae.training.engine.trainer import prepare
@@ -73,15 +75,15 @@ def train(stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | 
         The result, or none when ``stop_after`` ended the run early.
 
     Raises:
-        DavaeError: the directory holds another run or one that is running, too many steps in a row were bad,
-            the disk or the memory is full, or most images are unreadable.
+        DavaeError: the directory holds another run or one that is running, what the run stands on has changed, too
+            many steps in a row were bad or all were, the disk or the memory is full, or most images are unreadable.
         TrainingStopped: a signal asked for it.
     """
     try:
         with disk_full_as_error(out, "Its checkpoints are whole"):
             return _Training(stage, out, recipe).run(stop_after)
     except torch.OutOfMemoryError as error:
-        raise DavaeError(out_of_memory_message(stage.name, stage.loop)) from error
+        raise DavaeError(out_of_memory_message(stage)) from error
     except RuntimeError as error:
         if not is_of_a_dead_worker(error):
             raise
@@ -116,6 +118,7 @@ class _Training:
     def __init__(self, stage: Stage, out: Path, recipe: dict[str, Any]) -> None:
         self.stage, self.loop, self.out = stage, stage.loop, out
         loop = self.loop
+        check_trackers(loop, stage.section)
         self.accelerator = begin_accelerator(
             mixed_precision=loop.precision,
             log_with=loop.report_to or None,
@@ -124,7 +127,7 @@ class _Training:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
         )
         self.main = self.accelerator.is_main_process
-        self.directory = RunDirectory(out, recipe, facts=stage.facts)
+        self.directory = RunDirectory(out, recipe, facts=stage.facts, other_sections=stage.other_sections)
         self.metrics: dict[str, float] = {}
 
     def run(self, stop_after: int | None) -> TrainResult | None:
@@ -175,7 +178,7 @@ class _Training:
             all_the_same("the images", _described(self.dataset), "the data")
         self.ledger = SkipLedger.for_dataset(self.dataset)
         self.means = RunningMeans(accelerator.device)
-        self.guard = NonFiniteGuard(stage.name, loop, self.out)
+        self.guard = NonFiniteGuard(stage.name, loop, self.out, section=stage.section)
         self.state = RunState(
             trainers=self.trainers,
             ema=self.ema,
@@ -183,6 +186,9 @@ class _Training:
             guard=self.guard,
             window=self.means,
             scaler=accelerator.scaler,
+            foundations=Foundations.of(stage.foundations, self.dataset),
+            held_out={images.id(i) for images in stage.measured_on or () for i in range(len(images))}
+            | {name for name, _ in self.dataset.skipped},
         )
 
     def _steps(self, start: int, stop_after: int | None) -> bool:
@@ -199,12 +205,12 @@ class _Training:
                     self._guard(done, batch)
                 if due:
                     progress.losses(self._log(done))
-                watched, best = None, False
-                if done == loop.steps or (loop.validate_every and done % loop.validate_every == 0):
-                    watched, best = self._validate(done)
-                if done % loop.checkpoint_every == 0 or done == loop.steps or stopping or best:
+                saved = done % loop.checkpoint_every == 0 or done == loop.steps or stopping
+                if saved:  # first, so that nothing is lost where the validation fails
                     self._guard(done, batch)
-                    self.state.save(self.writer, done, watched)
+                    self.state.save(self.writer, done)
+                if self._validates(done):
+                    self._validate(done, saved=saved)
                 self.writer.check()
                 progress.advance()
                 if stopping and done < loop.steps:
@@ -222,6 +228,7 @@ class _Training:
         kept = [BatchNormSnapshot(trained.module) for trained in self.stage.modules]
         losses: list[list[dict[str, Tensor]]] = [[] for _ in self.trainers]
         ids: list[str] = []
+        finite: list[Tensor] = []
 
         # Gradients of every module, summed over the micro-steps; equal random numbers for each module.
         for micro in range(loop.gradient_accumulation):
@@ -230,6 +237,8 @@ class _Training:
             ids += batch.get("id", [])
             last = micro == loop.gradient_accumulation - 1
             batch = to_device(batch, accelerator.device)
+            if "latent" in batch:
+                finite.append(batch["latent"].isfinite().flatten(1).all(1))
             for i, trainer in enumerate(self.trainers):
                 _seed_step(loop.seed, step, micro)
                 with self._draws():
@@ -244,12 +253,13 @@ class _Training:
             self.means.add({"gradient_norm": norms[0]})
 
         # The steps; one that is not finite changes nothing, in any process.
+        latents = torch.cat(finite) if finite else None
         for i, trainer in enumerate(self.trainers):
             trained = trainer.trained
             for part in losses[i]:
                 self.means.add(part, "" if i == 0 else trained.name)
             good = self.guard.check(
-                step + 1, trained.name, losses[i], ids, trainer.names, trainer.norms(), norms[i], self._agreed
+                step + 1, trained.name, losses[i], ids, trainer.names, trainer.norms(), norms[i], self._agreed, latents
             )
             kept[i].restore_unless(good)
             trainer.step(learning_rate(trained.optimizer, step, loop.steps), good)
@@ -277,7 +287,7 @@ class _Training:
     def _guard(self, done: int, batch: dict[str, Any]) -> None:
         self.guard.read()
         if self.guard.exhausted:
-            self.state.save(self.writer, done, None)
+            self.state.save(self.writer, done)
             self.writer.wait()
             self.guard.give_up(batch)
 
@@ -301,7 +311,7 @@ class _Training:
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, "sum")
         values = self.means.means(names, sums)
-        values["learning_rate"] = self.trainers[0].learning_rate
+        values |= self.trainers[0].learning_rates
         if self.guard.skipped:
             values["skipped_steps"] = self.guard.skipped
         if self.main:
@@ -309,22 +319,46 @@ class _Training:
             self.accelerator.log(values, step=done)
         return values
 
-    def _validate(self, done: int) -> tuple[float | None, bool]:
-        """Measure in all processes; returns the watched metric and whether it was never better."""
+    def _validates(self, done: int) -> bool:
+        """Whether the figures are due after a step."""
+        every = self.loop.validate_every
+        return self.stage.can_measure and (done == self.loop.steps or bool(every and done % every == 0))
+
+    def _validate(self, done: int, *, saved: bool) -> None:
+        """Measure in all processes; keep the checkpoint where the watched metric was never better.
+
+        Args:
+            done: steps.
+            saved: whether there is a checkpoint of them.
+        """
         self._evaluate(done)
         watched = self._measured(done) if self.main else None
-        found = [watched, watched is not None and self.writer.is_best(watched)]
+        found: list[Any] = [watched, watched is not None and self.writer.is_best(watched)]
         if self.accelerator.num_processes > 1 and self.loop.best_metric is not None:
             broadcast_object_list(found)  # all save the best, or none
-        return found[0], bool(found[1])
+        if found[1]:
+            if not saved:
+                self.state.save(self.writer, done)
+            if self.main:
+                self.writer.keep_best(done, found[0])
 
     def _evaluate(self, done: int) -> None:
-        """Validate with the averaged weights, as the result will be used."""
+        """Validate with the averaged weights, as the result will be used.
+
+        Raises:
+            DavaeError: the device's memory is not enough.
+        """
+        if not self.stage.can_measure:
+            logger.info("%s: no image is held out (data.hold_out), so nothing is measured", self.stage.name)
+            return
         model = self.stage.modules[0].module
         model.eval()
         averaged = self.ema.applied() if self.ema is not None else nullcontext()
         with averaged, unsharded(model), torch.no_grad():
-            self.metrics = self.stage.validate(self.directory.samples, done)
+            try:
+                self.metrics = self.stage.validate(self.directory.samples, done)
+            except torch.OutOfMemoryError as error:
+                raise DavaeError(out_of_memory_message(self.stage, validating=True)) from error
         model.train()
 
     def _measured(self, done: int) -> float | None:
@@ -336,7 +370,8 @@ class _Training:
         if best not in self.metrics:
             raise DavaeError(
                 f"loop.best_metric is '{best}', which {self.stage.name} does not measure; it measures "
-                f"{', '.join(self.metrics)}"
+                f"{', '.join(self.metrics)}. Set it to one of these, or to null, and run the same command again: "
+                "it goes on from the last checkpoint"
             )
         return self.metrics[best]
 
@@ -347,9 +382,18 @@ class _Training:
             logger.info("%s continues from step %d", self.stage.name, step)
         if self.main:  # also at step 0: a run may have been killed before its first checkpoint
             self.directory.forget_after(step)
+        self.first = step
+        if step and self._validates(step) and not self._was_measured(step):  # stopped between saving and measuring
+            self._validate(step, saved=True)
         return step
 
+    def _was_measured(self, step: int) -> bool:
+        """Whether ``metrics.jsonl`` has the figures of a step, which stand in a line without learning rate."""
+        lines = read_metrics(self.directory.metrics_file) if self.main else []
+        return everyone(any(line["step"] == step and "learning_rate" not in line for line in lines))[0]
+
     def _result(self) -> TrainResult:
+        self.guard.refuse_if_nothing_was_learnt(self.first, self.loop.steps)
         for entries in everyone(self.ledger.entries):  # every process met bad files of its own
             self.ledger.add(entries)
         result = self.out

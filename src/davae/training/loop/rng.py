@@ -2,11 +2,12 @@
 
 Noise, times and dropout of a sample come from torch's generators, which every process seeds alike for a step.
 With several processes each draw is made for the whole batch and a process keeps its own rows, so that a sample
-meets the same noise on one process with batch ``2 B`` as on two with batch ``B``.
+meets the same noise on one process with batch ``2 B`` as on two with batch ``B``. What is measured is drawn item by
+item, so that it does not depend on the batch at all.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,20 +18,21 @@ _BY_SHAPE = (torch.randn, torch.rand)
 _LIKE = {torch.randn_like: torch.randn, torch.rand_like: torch.rand}
 
 
-class RankInvariantDraws(TorchFunctionMode):
-    """Within this context draws whose first axis is the batch are a process's rows of the whole batch's draw.
+class _BatchDraws(TorchFunctionMode):
+    """Within this context draws whose first axis is the batch are made by :meth:`_batch`.
 
     Draws of another length on the first axis, and those from an explicit generator, are left alone.
 
     Args:
-        rank: this process.
-        world_size: number of processes.
-        batch_size: images of a process and micro-step.
+        batch_size: images of a batch.
     """
 
-    def __init__(self, rank: int, world_size: int, batch_size: int) -> None:
+    def __init__(self, batch_size: int) -> None:
         super().__init__()
-        self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
+        self.batch_size = batch_size
+
+    def _batch(self, draw: Callable[..., Tensor], shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor:
+        raise NotImplementedError
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -53,8 +55,43 @@ class RankInvariantDraws(TorchFunctionMode):
     def _rows(self, draw: Callable[..., Tensor], shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor:
         if not shape or shape[0] != self.batch_size:
             return draw(shape, **kwargs)
+        return self._batch(draw, shape, kwargs)
+
+
+class RankInvariantDraws(_BatchDraws):
+    """Within this context draws whose first axis is the batch are a process's rows of the whole batch's draw.
+
+    Args:
+        rank: this process.
+        world_size: number of processes.
+        batch_size: images of a process and micro-step.
+    """
+
+    def __init__(self, rank: int, world_size: int, batch_size: int) -> None:
+        super().__init__(batch_size)
+        self.rank, self.world_size = rank, world_size
+
+    def _batch(self, draw: Callable[..., Tensor], shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor:
         whole = draw((self.world_size * shape[0], *shape[1:]), **kwargs)
         return whole[self.rank * shape[0] : (self.rank + 1) * shape[0]].clone()
+
+
+class DrawsByItem(_BatchDraws):
+    """Within this context each item of a batch has draws of its own, made on the CPU: whatever stands beside it, and on
+    every device, it meets the same noise.
+
+    Args:
+        seeds: one for each item of the batch.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        super().__init__(len(seeds))
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def _batch(self, draw: Callable[..., Tensor], shape: tuple[int, ...], kwargs: dict[str, Any]) -> Tensor:
+        rest = {name: value for name, value in kwargs.items() if name not in ("device", "generator")}
+        rows = [draw((1, *shape[1:]), generator=generator, **rest) for generator in self.generators]
+        return torch.cat(rows).to(kwargs.get("device") or torch.get_default_device())
 
 
 def _seed_step(seed: int, step: int, micro: int) -> None:

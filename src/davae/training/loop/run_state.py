@@ -15,6 +15,7 @@ from torch import Tensor
 from davae.data import BatchStream
 from davae.runtime.processes import all_the_same, everyone, is_first, wait_for_everyone
 from davae.training.checkpoints.checkpoint import CheckpointWriter, newest_whole
+from davae.training.checkpoints.foundations import IMAGES, Foundations, stands_on
 from davae.training.engine.tensors import full_state_on_cpu
 from davae.training.engine.trainer import ModuleTrainer
 from davae.training.loop.averages import Ema, RunningMeans
@@ -34,6 +35,9 @@ class RunState:
         guard: counts of bad steps.
         window: losses since the last logged line.
         scaler: of the losses in fp16, or none.
+        foundations: what the run stands on; a checkpoint of others is refused.
+        held_out: names of the images that are held out, or cannot be used: of those that were learnt from none may be
+            gone for another reason.
     """
 
     trainers: list[ModuleTrainer]
@@ -42,14 +46,15 @@ class RunState:
     guard: NonFiniteGuard
     window: RunningMeans
     scaler: torch.amp.GradScaler | None
+    foundations: Foundations
+    held_out: set[str]
 
-    def save(self, writer: CheckpointWriter, done: int, watched: float | None) -> None:
+    def save(self, writer: CheckpointWriter, done: int) -> None:
         """Begin to write a checkpoint in the first process; all ranks must call this.
 
         Args:
             writer: writes it.
             done: optimizer steps done.
-            watched: the watched metric at this step, where it was measured.
         """
         if is_first():
             writer.wait()  # before the copy: two at a time would take twice the memory
@@ -63,11 +68,14 @@ class RunState:
                 if self.guard.exhausted
                 else self.guard.state_dict(),
             }
+            values["stands_on"] = dict(self.foundations.weights)
+            values["trained"] = {trainer.trained.name: trainer.order for trainer in self.trainers}
+            tensors[IMAGES] = dict(self.foundations.images)
             if self.ema is not None:
                 values["ema_updates"] = self.ema.updates
             if self.scaler is not None:
                 values["scaler"] = self.scaler.state_dict()
-            writer.save(done, tensors, values, watched=watched, copied=True)
+            writer.save(done, tensors, values, copied=True)
         wait_for_everyone()
 
     def restore(self, checkpoints: Path) -> int:
@@ -76,7 +84,7 @@ class RunState:
         Every process reads the files and keeps what is its own.
 
         Raises:
-            DavaeError: the processes did not find the same checkpoint.
+            DavaeError: the processes did not find the same checkpoint, or it stands on other weights or images.
         """
         modules = [trainer.trained.name for trainer in self.trainers]
         needed = [file for name in modules for file in (name, f"{name}_optimizer")]
@@ -85,12 +93,16 @@ class RunState:
         if found is None:
             return 0
         path, tensors, values = found
+        known, grown = stands_on(values), False
+        if known is not None and IMAGES in tensors:
+            grown = self.foundations.check(known, tensors[IMAGES], self.held_out, checkpoints.parent)
         for trainer in self.trainers:
             name = trainer.trained.name
-            trainer.restore(tensors[name], tensors[f"{name}_optimizer"], path)
+            order = values.get("trained", {}).get(name)
+            trainer.restore(tensors[name], tensors[f"{name}_optimizer"], path, order)
         if self.ema is not None:
             self.ema.restore(tensors["averages"], values["ema_updates"])
-        self.stream.load_state_dict(values["stream"])
+        self.stream.load_state_dict(values["stream"], grown=grown)
         self.guard.load_state_dict(values["guard"])
         self.window.load_state_dict(values.get("window", {}))  # absent in earlier versions, as the scaler is
         if self.scaler is not None and "scaler" in values:

@@ -10,13 +10,13 @@ from davae.data.cache import Format, verify_cache
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.saving.opening import load_autoencoder
-from davae.recipes.data import check_data_path
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe, UpgradeRecipe
 from davae.runtime.places import check_place
 from davae.runtime.processes import is_first
 from davae.training.cache.write import write_cache
-from davae.training.runs.train import cache_folder, trained_autoencoder, training_command
+from davae.training.data import check_images
+from davae.training.runs.train import cache_folder, check_upgrade, trained_autoencoder, training_command
 
 
 def run_cache(
@@ -40,7 +40,10 @@ def run_cache(
     if isinstance(settings, BaseRecipe) and autoencoder is not None:
         raise DavaeError(f"recipe '{recipe}' keeps its pipeline's autoencoder: leave out --autoencoder")
     out = out or cache_folder(settings, recipe)
-    check_data_path(settings.data.path, settings.data.revision)
+    if isinstance(settings, UpgradeRecipe):
+        check_upgrade(settings, "diffusion")
+    else:
+        check_images(settings.data)
     check_place(out, "cache")
     vae, base = _models(settings, recipe, autoencoder)
     made = write_cache(

@@ -8,14 +8,22 @@ import torch
 
 from davae.bases.open import load_base, load_recipe_base
 from davae.errors import DavaeError
+from davae.models import AutoencoderDA
+from davae.pipelines.families import ClassFamily, find_family
+from davae.pipelines.saving.opening import pipeline_place
+from davae.planner.architectures import Architecture, find_architecture
 from davae.planner.recipes import dry_run as describe_run
-from davae.recipes.data import check_data_path
+from davae.recipes.checks import check_settings, check_start
+from davae.recipes.data import check_data_path, is_procedural
+from davae.recipes.presets import find_preset
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe, UpgradeRecipe
 from davae.runtime.places import check_place
 from davae.training.autoencoder.train import train_levels
+from davae.training.base.train import check_divides, train_base
 from davae.training.base.train import dry_run_base as describe_base_run
-from davae.training.base.train import train_base
+from davae.training.checkpoints.checkpoint import checkpoints
+from davae.training.data import check_images
 from davae.training.diffusion.train import train_transformer
 from davae.training.loop.loop import TrainResult
 
@@ -28,8 +36,9 @@ def run_autoencoder(
     Raises:
         DavaeError: the recipe, the data or the base is wrong, or ``out`` holds another run.
     """
-    settings = _upgrade_recipe(recipe, overrides)
+    settings = _upgrade_recipe(recipe, overrides, "autoencoder")
     if dry_run:
+        check_upgrade(settings, "autoencoder", without_images=True)
         return describe_run(settings, "autoencoder")
     result = train_autoencoder(settings, out or run_folder(recipe, "autoencoder"))
     return _summary(result)
@@ -44,8 +53,9 @@ def run_diffusion(
     dry_run: bool = False,
 ) -> str:
     """Train stage 2 of a recipe on a trained autoencoder; returns a summary to print."""
-    settings = _upgrade_recipe(recipe, overrides)
+    settings = _upgrade_recipe(recipe, overrides, "diffusion")
     if dry_run:
+        check_upgrade(settings, "diffusion", without_images=True)
         return describe_run(settings, "diffusion")
     folder = trained_autoencoder(recipe, autoencoder)
     check_cache_is_there(settings, recipe, overrides, autoencoder)
@@ -60,10 +70,14 @@ def run_base(
     settings = load_recipe(recipe, overrides)
     if not isinstance(settings, BaseRecipe):
         raise DavaeError(f"recipe '{recipe}' upgrades a base; `davae train base` needs one of kind: base")
+    for section in ("autoencoder", "transformer"):
+        check_settings(settings, section)
+    if not dry_run:
+        check_cache_is_there(settings, recipe, overrides)
+    if _is_there(settings.data.path) or not dry_run:
+        check_images(settings.data)
     if dry_run:
         return describe_base_run(settings)
-    check_cache_is_there(settings, recipe, overrides)
-    check_data_path(settings.data.path, settings.data.revision)
     start, folder = settings.start_from, out or run_folder(recipe)
     check_place(folder, "base run")
     base = None if start is None else load_base(start.pipeline)
@@ -72,21 +86,74 @@ def run_base(
 
 def train_autoencoder(recipe: UpgradeRecipe, out: Path) -> TrainResult:
     """Stage 1 into ``out/autoencoder``. Continues from the newest checkpoint in ``out``."""
-    check_data_path(recipe.data.path, recipe.data.revision)  # before a base is loaded
+    check_upgrade(recipe, "autoencoder")
+    check_start(recipe.autoencoder.start_from, "autoencoder.start_from")
     check_place(out, "run")
     return train_levels(recipe, load_recipe_base(recipe), out)
 
 
 def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> TrainResult:
     """Stage 2 into ``out/pipeline``. Continues from the newest checkpoint in ``out``."""
-    check_data_path(recipe.data.path, recipe.data.revision)
+    check_upgrade(recipe, "diffusion")
+    if not checkpoints(out / "checkpoints"):  # a run that goes on has its own weights
+        check_start(recipe.diffusion.start_from, "diffusion.start_from")
     check_place(out, "run")
     base = load_recipe_base(recipe, transformer_dtype=getattr(torch, recipe.diffusion.tune.frozen_dtype))
     return train_transformer(recipe, base, out, autoencoder)
 
 
-def _upgrade_recipe(recipe: str | Path, overrides: Sequence[str]) -> UpgradeRecipe:
-    settings = load_recipe(recipe, overrides)
+def check_upgrade(recipe: UpgradeRecipe, section: str, *, without_images: bool = False) -> None:
+    """Find what a stage of an upgrade would fail on, before the base's weights are read for it.
+
+    Args:
+        recipe: the whole recipe.
+        section: the stage's.
+        without_images: whether the images may be somewhere else than here.
+
+    Raises:
+        DavaeError: settings that do not fit each other, the base or the images, or images that are missing or cannot be
+            used.
+    """
+    check_settings(recipe, section)
+    data = recipe.data
+    if not without_images:
+        check_data_path(data.path, data.revision)
+    architecture = _known_architecture(recipe.base)
+    captions_for = None
+    if architecture is not None:
+        family = find_family(architecture.pipeline)
+        side = recipe.autoencoder.model.scale * _compression(architecture)
+        if section == "diffusion":
+            side *= architecture.patch
+            captions_for = architecture.pipeline if family.conditioned_on == "text" else None
+            family.check_length(recipe.diffusion.prompts.max_length)
+            if isinstance(family, ClassFamily):
+                family.check_interval(recipe.diffusion.sample.guidance_interval)
+        check_divides(data.resolution, side)
+    if _is_there(data.path) or not without_images:
+        check_images(data, captions_for=captions_for)
+
+
+def _is_there(path: str) -> bool:
+    return is_procedural(path) or Path(path).expanduser().exists()
+
+
+def _known_architecture(base: str) -> Architecture | None:
+    """Of a base whose configuration is on this machine; none where it would have to be fetched."""
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        return find_architecture(pipeline_place(folder))
+    known = base in ("tiny", "debug") or base.startswith("debug-") or find_preset(base) is not None
+    return find_architecture(base) if known else None
+
+
+def _compression(architecture: Architecture) -> int:
+    vae = architecture.build_vae()
+    return vae.spatial_compression if isinstance(vae, AutoencoderDA) else architecture.base_compression
+
+
+def _upgrade_recipe(recipe: str | Path, overrides: Sequence[str], section: str) -> UpgradeRecipe:
+    settings = load_recipe(recipe, overrides, stage=section)
     if not isinstance(settings, UpgradeRecipe):
         raise DavaeError(
             f"recipe '{recipe}' is of kind '{settings.kind}': use `davae train {settings.kind} --recipe {recipe}`"

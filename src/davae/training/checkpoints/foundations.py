@@ -1,0 +1,116 @@
+"""What a run stands on: the weights it began with and the images it learns from, known by what they hold.
+
+A path says where something lay, not what it was. A checkpoint keeps hashes of the weights that a training was given and
+of the names and sizes of its images; a run goes on where they are the same, wherever they lie now.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from davae.data import ItemDataset
+from davae.data.cache import plain_config, value_hash, weights_hash
+from davae.errors import DavaeError
+
+logger = logging.getLogger(__name__)
+IMAGES = "images"
+"""The file of a checkpoint that knows the images."""
+_SCALES = ("_mean", "_std", "_factor")
+
+
+def model_hash(module: nn.Module) -> str:
+    """A hash of a model's weights, and of the numbers in its configuration that latents are scaled with."""
+    config = plain_config(getattr(module, "config", None) or {}) if hasattr(module, "register_to_config") else {}
+    scales = {key: value for key, value in config.items() if key.endswith(_SCALES) and value is not None}
+    return value_hash([weights_hash(module), scales]) if scales else weights_hash(module)
+
+
+@dataclass(frozen=True)
+class Foundations:
+    """What a run stands on.
+
+    Attributes:
+        weights: hashes by what people call the weights, such as ``the autoencoder``.
+        images: ``names`` and ``contents``, int64 ``[n]``: a hash of each training image's name, and one of name and
+            size, 0 where the size is not known.
+        names: the images in the same order.
+    """
+
+    weights: Mapping[str, str]
+    images: Mapping[str, Tensor]
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, weights: Mapping[str, str], dataset: ItemDataset) -> Foundations:
+        """The weights of a stage and the images of its data set."""
+        sizes = dataset.sizes_by_name()
+        names = [_number(name) for name in sizes]
+        contents = [_number(f"{name}\0{size}") if size else 0 for name, size in sizes.items()]
+        images = {"names": _int64(names), "contents": _int64(contents)}
+        return cls(dict(weights), images, tuple(sizes))
+
+    def check(
+        self, saved_weights: Mapping[str, str], saved: Mapping[str, Tensor], held_out: set[str], out: Path
+    ) -> bool:
+        """Compare with what a checkpoint says.
+
+        Args:
+            saved_weights, saved: of the checkpoint.
+            held_out: names of images that are held out now: not gone, where they were learnt from.
+            out: the run, for the error.
+
+        Returns:
+            Whether the images are others, in a way that the run may go on with: there are more of them.
+
+        Raises:
+            DavaeError: weights are others, or images are gone or changed; all are named.
+        """
+        found = [
+            f"{name}: other weights" for name, value in self.weights.items() if saved_weights.get(name, value) != value
+        ]
+        names = dict(zip(self.images["names"].tolist(), zip(self.names, self.images["contents"].tolist())))
+        away = {_number(name) for name in held_out}
+        changed, gone = [], 0
+        before = dict(zip(saved["names"].tolist(), saved["contents"].tolist()))
+        for number, content in before.items():
+            if number not in names:
+                gone += number not in away
+            elif content and names[number][1] and names[number][1] != content:
+                changed.append(names[number][0])
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            found.append(f"the images: {changed[0]}{more} of another size under the same name")
+        if gone:
+            found.append(f"the images: {gone} of {len(before)} are gone")
+        if found:
+            raise DavaeError(
+                f"{out} cannot go on: what it stands on is not what it began with ({'; '.join(found)}). Put that back, "
+                "or train anew with another --out"
+            )
+        grown = [name for name, _ in names.values() if _number(name) not in before]
+        if grown:
+            logger.info("%s goes on with %d more images, such as %s", out, len(grown), grown[0])
+        return names.keys() != before.keys()
+
+
+def _number(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+def _int64(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def stands_on(values: Mapping[str, Any]) -> Mapping[str, str] | None:
+    """The hashes of weights in a checkpoint's plain values; none in one of an earlier version."""
+    found = values.get("stands_on")
+    return found if isinstance(found, dict) else None
