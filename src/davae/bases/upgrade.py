@@ -6,6 +6,7 @@ from typing import Any
 
 from davae.bases.open import load_base
 from davae.latents import LatentLayout
+from davae.models.portable import remove_stale_indexes
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families.class_fixes import unguarded
 from davae.pipelines.saving.opening import load_autoencoder
@@ -86,6 +87,8 @@ def write_upgraded(
     with unguarded(upgraded.transformer):
         report = check_warm_start(base.transformer, upgraded.transformer, layout)
     upgraded.save_pretrained(out)
+    for part in Path(out).iterdir():
+        remove_stale_indexes(part)
     return WrittenUpgrade(
         pipeline=type(upgraded).__name__,
         folder=Path(out),

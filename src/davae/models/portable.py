@@ -1,6 +1,7 @@
 """Models that can be opened where davae is not installed."""
 
 import functools
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,14 @@ from davae.runtime.model_files import open_model
 
 #: Beside the weights. ``model_index.json`` names the library ``davae``, and diffusers looks for a file of that name.
 CODE_FILE = "davae.py"
+
+
+def remove_stale_indexes(folder: Path) -> None:
+    """Of a model's folder: an earlier save in shards leaves the list of its files behind, which loading would go by."""
+    for index in folder.glob("*.index.json"):
+        named = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        if not all((index.parent / name).is_file() for name in named):
+            index.unlink()
 
 
 class OpenedWhole(ModelMixin):
@@ -49,6 +58,7 @@ class Portable(OpenedWhole):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / CODE_FILE).write_text(custom_code(kind.__name__), encoding="utf-8")
         super().save_pretrained(save_directory, *args, **kwargs)
+        remove_stale_indexes(Path(save_directory))
 
     # Pipelines pass on what they find in the signature, which must be the family's.
     functools.update_wrapper(save_pretrained, ModelMixin.save_pretrained, assigned=(), updated=())

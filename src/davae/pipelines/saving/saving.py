@@ -8,9 +8,11 @@ from huggingface_hub import HfApi
 
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
+from davae.models.portable import remove_stale_indexes
 from davae.pipelines.lora import attached_lora, merge_lora
 from davae.pipelines.saving.licence import Licence, find_licence, read_front_matter
 from davae.pipelines.saving.model_card import CARD, Making, write_model_card
+from davae.warm_start.plain_state import unwrapped
 
 
 def save_pipeline(
@@ -40,19 +42,23 @@ def save_pipeline(
         The folder.
 
     Raises:
-        DavaeError: the licence is not known (nothing is written then), or the pipeline is not upgraded.
+        DavaeError: the licence is not known (nothing is written then), the pipeline is not upgraded, or its LoRA is
+            switched off or weighted differently in different layers.
     """
-    if not isinstance(getattr(pipe, "vae", None), AutoencoderDA):
+    if not isinstance(unwrapped(getattr(pipe, "vae", None)), AutoencoderDA):
         raise DavaeError(f"this {type(pipe).__name__} is not upgraded: save it with its own save_pretrained")
     licence = find_licence(base_model, license)
     tuned = pipe.transformer
     try:
         if attached_lora(tuned) is not None:
-            pipe.transformer = copy.deepcopy(tuned)
-            merge_lora(pipe.transformer)
+            merged = copy.deepcopy(unwrapped(tuned))
+            merge_lora(merged)
+            pipe.transformer = merged
         pipe.save_pretrained(folder)
     finally:
         pipe.transformer = tuned
+    for part in Path(folder).iterdir():
+        remove_stale_indexes(part)
     write_model_card(folder, base_model=base_model, license=licence, making=making, name=name)
     return Path(folder)
 
