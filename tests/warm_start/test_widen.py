@@ -215,14 +215,9 @@ class TestRefusals:
             widen(model)
 
     def test_a_model_that_cannot_be_run(self) -> None:
-        """diffusers' own small test configuration of PixArt: texts go past a projection that is not there."""
-        model = PixArtTransformer2DModel(
-            sample_size=8, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=3, in_channels=4,
-            cross_attention_dim=8, out_channels=8, norm_num_groups=1, use_additional_conditions=False,
-            caption_channels=None,
-        )  # fmt: skip
+        """Texts are projected to a width that the cross attention does not take."""
         with pytest.raises(WarmStartError, match=r"this PixArtTransformer2DModel cannot be run .*RuntimeError"):
-            widen(model)
+            widen(pixart(caption_channels=8))
 
     @pytest.mark.parametrize("make", [lightningdit, sd3])
     def test_a_forward_that_fails(self, make: type) -> None:
@@ -237,6 +232,18 @@ class TestRefusals:
     def test_no_detail_channels(self) -> None:
         with pytest.raises(DavaeError, match="detail_channels"):
             widen_channels(lightningdit(), base_channels=4, detail_channels=0)
+
+
+def pixart(**changes: Any) -> PixArtTransformer2DModel:
+    """As in diffusers' own tests: texts go to the cross attention as they are, without a projection."""
+    config = {"sample_size": 8, "num_layers": 1, "patch_size": 2, "attention_head_dim": 8, "num_attention_heads": 3}
+    config |= {"in_channels": 4, "out_channels": 8, "cross_attention_dim": 8, "norm_num_groups": 1}
+    config |= {"use_additional_conditions": False, "caption_channels": None}
+    return randomise(PixArtTransformer2DModel(**config | changes))
+
+
+def test_a_pixart_without_a_projection_of_its_texts() -> None:
+    assert widen(pixart()).config.in_channels == 16
 
 
 def test_memory_that_was_never_written_is_copied_as_it_is() -> None:
