@@ -24,6 +24,7 @@ from diffusers import (
     QwenImageControlNetModel,
     QwenImageControlNetPipeline,
     SanaControlNetModel,
+    SanaControlNetPipeline,
     SD3ControlNetModel,
     StableDiffusion3ControlNetPipeline,
 )
@@ -132,11 +133,11 @@ def test_an_autoencoder_computes_in_its_own_precision(own: torch.dtype, given: t
 
 # ---------------------------------------------------------------------- parts that read latents
 
-CONTROLS: dict[str, tuple[type[ModelMixin], type[DiffusionPipeline] | None]] = {
+CONTROLS: dict[str, tuple[type[ModelMixin], type[DiffusionPipeline]]] = {
     "sd3": (SD3ControlNetModel, StableDiffusion3ControlNetPipeline),
     "flux": (FluxControlNetModel, FluxControlNetPipeline),
     "qwenimage": (QwenImageControlNetModel, QwenImageControlNetPipeline),
-    "sana": (SanaControlNetModel, None),
+    "sana": (SanaControlNetModel, SanaControlNetPipeline),
 }
 MASKED = {"sd3": {"extra_conditioning_channels": 1}, "qwenimage": {"extra_condition_channels": 4}}
 
@@ -170,15 +171,16 @@ def test_a_widened_controlnet_gives_the_residuals_it_gave(name: str, masked: boo
             torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "qwenimage"])
+@pytest.mark.parametrize("name", CONTROLS)
 def test_controlnet_pipelines_are_upgraded_whole(name: str, tmp_path: Path) -> None:
     base = controlled(name, controlnet(name))
     pipe = upgrade_pipeline(base, autoencoder(name))
     assert pipe.controlnet is not base.controlnet
     assert base.controlnet.config.in_channels * 3 == pipe.controlnet.config.in_channels
-    control = torch.rand(1, 3, 64, 64, generator=generator())
+    side = call_arguments(name, scale=2)["height"]
+    control = torch.rand(1, 3, side, side, generator=generator())
     made = image(pipe, name, control_image=control)
-    assert made.shape == (1, 3, 64, 64)
+    assert made.shape == (1, 3, side, side)
     assert (made - image(pipe, name, control_image=1 - control)).abs().max() > 1e-3, "the control takes part"
     pipe.save_pretrained(tmp_path)
     torch.testing.assert_close(image(load_pipeline(tmp_path), name, control_image=control), made)
@@ -565,3 +567,13 @@ def test_a_save_over_a_sharded_folder_can_be_read(tmp_path: Path) -> None:
     pipe.vae.save_pretrained(tmp_path / "vae", max_shard_size="20KB")
     pipe.vae.save_pretrained(tmp_path / "vae")
     davae.AutoencoderDA.from_pretrained(tmp_path / "vae")
+
+
+@pytest.mark.parametrize("name", ["lumina2", "sana"])
+def test_pipelines_without_a_part_are_opened_as_those_of_diffusers(name: str, tmp_path: Path) -> None:
+    """People leave the transformer out to encode prompts alone."""
+    _, pipe = base_and_upgraded(name)
+    pipe.save_pretrained(tmp_path)
+    opened = load_pipeline(tmp_path, transformer=None)
+    assert opened.transformer is None
+    assert opened.vae_scale_factor == pipe.vae_scale_factor

@@ -393,8 +393,9 @@ def fit_to_autoencoder(pipe: P) -> P:
     if isinstance(vae, AutoencoderDA):
         fit_sizes(pipe, vae)
         check_sizes(pipe)
-        fit_base_loras(unwrapped(pipe.transformer), vae.layout)
-        find_family(pipe).mend(pipe, vae)
+        if isinstance(transformer := unwrapped(getattr(pipe, "transformer", None)), ModelMixin):
+            fit_base_loras(transformer, vae.layout)
+            find_family(pipe).mend(pipe, vae)
     return pipe
 
 
