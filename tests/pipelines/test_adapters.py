@@ -19,7 +19,7 @@ from davae.bases.debug_pipelines import SMALL_PIPELINES, call_arguments, small_p
 from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
 from davae.pipelines import attach_lora, attached_lora, merge_lora
-from davae.pipelines.saving.adapters import LORA_FILE, Samples
+from davae.pipelines.saving.adapters import LORA_FILE, Samples, lora_metadata
 from davae.pipelines.saving.opening import LAYERS_FILE
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -77,6 +77,24 @@ def test_the_files_say_what_they_are(tmp_path: Path) -> None:
     layers = load_file(tmp_path / LAYERS_FILE)
     assert layers["transformer.pos_embed.proj.weight"].shape[1] == 8
     assert sum(f.stat().st_size for f in tmp_path.iterdir()) < 200_000
+
+
+def test_the_lora_file_says_what_differs_from_the_defaults_alone(tmp_path: Path) -> None:
+    """Versions of peft hand every entry to their own LoraConfig, and older ones do not know the newer entries."""
+    for name in ("sd3", "pixart-sigma"):
+        davae.save_adapters(tuned(name), tmp_path / name)
+        with safe_open(tmp_path / name / LORA_FILE, framework="pt") as file:
+            said = json.loads(file.metadata()["lora_adapter_metadata"])
+        expected = {"r": 2, "lora_alpha": 6, "target_modules": sorted(TARGETS), "init_lora_weights": False}
+        assert {key.removeprefix("transformer."): value for key, value in said.items()} == expected
+    config = LoraConfig(target_modules=["to_q"], use_dora=True, rank_pattern={"to_q": 4}, base_model_name_or_path="x")
+    assert lora_metadata(config) == {
+        "r": 8,
+        "lora_alpha": 8,
+        "target_modules": ["to_q"],
+        "use_dora": True,
+        "rank_pattern": {"to_q": 4},
+    }
 
 
 def test_diffusers_reads_the_lora_file_itself(tmp_path: Path) -> None:

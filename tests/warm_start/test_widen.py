@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from davae.bases.debug_transformers import small_transformer
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models.lightningdit import LightningDiTTransformer2DModel
-from davae.warm_start import WarmStartError, structured_loss, widen_channels
+from davae.warm_start import WarmStartError, check_warm_start, structured_loss, widen_channels
 from tests.warm_start.models import VARIANTS, lightningdit, predict, randomise, sd3
 
 LAYOUT = LatentLayout(4, 12)
@@ -211,9 +214,63 @@ class TestRefusals:
         with pytest.raises(WarmStartError, match=r"to_qkv"):
             widen(model)
 
+    def test_a_model_that_cannot_be_run(self) -> None:
+        """Texts are projected to a width that the cross attention does not take."""
+        with pytest.raises(WarmStartError, match=r"this PixArtTransformer2DModel cannot be run .*RuntimeError"):
+            widen(pixart(caption_channels=8))
+
+    @pytest.mark.parametrize("make", [lightningdit, sd3])
+    def test_a_forward_that_fails(self, make: type) -> None:
+        class Broken(type(make())):  # type: ignore[misc]
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                return {}["nothing"]
+
+        model = make()
+        with pytest.raises(WarmStartError, match=r"this Broken cannot be run .*KeyError"):
+            widen(Broken.from_config(dict(model.config)))
+
     def test_no_detail_channels(self) -> None:
         with pytest.raises(DavaeError, match="detail_channels"):
             widen_channels(lightningdit(), base_channels=4, detail_channels=0)
+
+
+def pixart(**changes: Any) -> PixArtTransformer2DModel:
+    """As in diffusers' own tests: texts go to the cross attention as they are, without a projection."""
+    config = {"sample_size": 8, "num_layers": 1, "patch_size": 2, "attention_head_dim": 8, "num_attention_heads": 3}
+    config |= {"in_channels": 4, "out_channels": 8, "cross_attention_dim": 8, "norm_num_groups": 1}
+    config |= {"use_additional_conditions": False, "caption_channels": None}
+    return randomise(PixArtTransformer2DModel(**config | changes))
+
+
+def test_a_pixart_without_a_projection_of_its_texts() -> None:
+    assert widen(pixart()).config.in_channels == 16
+
+
+def test_memory_that_was_never_written_is_copied_as_it_is() -> None:
+    """LuminaNext's pad token is made with torch.empty: whatever it holds, not-a-number too, is equal to itself."""
+    model = small_transformer("LuminaNextDiT2DModel")
+    assert model.pad_token.requires_grad
+    with torch.no_grad():
+        model.pad_token[0] = float("nan")
+    widened = widen(model)
+    assert torch.equal(widened.pad_token.isnan(), model.pad_token.isnan())
+    with torch.no_grad():
+        widened.pad_token[0] = 0.0
+    with pytest.raises(WarmStartError, match="pad_token differ"):
+        check_warm_start(model, widened, LAYOUT)
+
+
+def test_hooks_of_the_class_itself_are_no_obstacle() -> None:
+    class Hooked(LightningDiTTransformer2DModel):
+        def _initialise(self) -> None:
+            super()._initialise()
+            self.register_forward_hook(lambda *_: None)
+
+    model = randomise(Hooked.from_config(dict(lightningdit().config)))
+    assert len(widen(model)._forward_hooks) == 1
+    model.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(WarmStartError, match=r"a hook on itself.*remove\(\)"):
+        widen(model)
 
 
 def test_a_new_model_with_a_zero_head_can_be_widened() -> None:

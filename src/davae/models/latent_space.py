@@ -75,7 +75,7 @@ def encode(model: ModelMixin, images: Tensor) -> Tensor:
         DavaeError: ``model.encode`` returns no latent that is known.
     """
     images = images.to(model.device, model.dtype)
-    if isinstance(model, AutoencoderDA):
+    if isinstance(model := getattr(model, "_orig_mod", model), AutoencoderDA):  # of torch.compile, too
         return model.encode(images).latent_dist.mode()
     return _adapter(model).encode(model, images)
 
@@ -84,7 +84,7 @@ def encode(model: ModelMixin, images: Tensor) -> Tensor:
 def decode(model: ModelMixin, latents: Tensor) -> Tensor:
     """Images ``[B, 3, H, W]``, about in [-1, 1], of raw latents as :func:`encode` gives them."""
     latents = latents.to(model.device, model.dtype)
-    if isinstance(model, AutoencoderDA):
+    if isinstance(model := getattr(model, "_orig_mod", model), AutoencoderDA):  # of torch.compile, too
         return model.decode(latents).sample
     return _adapter(model).decode(model, latents)
 
@@ -106,7 +106,7 @@ def from_model_space(model: ModelMixin, latent: Tensor, *, shifted: bool = True)
 
 
 def _affine(model: ModelMixin, shifted: bool) -> tuple[Tensor, Tensor]:
-    if isinstance(model, AutoencoderDA):
+    if isinstance(model := getattr(model, "_orig_mod", model), AutoencoderDA):  # of torch.compile, too
         shift, scale = model.adapter.normalisation(model.base)
         details = latent_affine(model.config, model.layout.channels)
         shift, scale = (torch.cat([a, b[len(a) :]]) for a, b in zip((shift, scale), details))

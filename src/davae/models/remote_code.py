@@ -5,12 +5,13 @@ imports stand one after another, without their imports from each other. Only thi
 """
 
 import ast
+import json
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from davae.errors import DavaeError
-from davae.runtime.atomic_files import allow_as_umask, atomic_write
+from davae.runtime.atomic_files import allow_as_umask, atomic_write, remove_file
 from davae.version import __version__
 
 PACKAGE = "davae"
@@ -88,8 +89,15 @@ def save_custom_code(name: str, file: Path) -> None:
 
 
 def after_saving(folder: Path) -> None:
-    """Give the weights in a folder the mode that the umask says."""
+    """Give the weights in a folder the mode that the umask says, and forget an earlier save in shards.
+
+    Its index names files that are no longer there, and loading would go by it.
+    """
     allow_as_umask(folder)
+    for index in folder.glob("*.index.json"):
+        named = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        if not all((index.parent / name).is_file() for name in named):
+            remove_file(index)
 
 
 @dataclass

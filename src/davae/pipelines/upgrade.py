@@ -20,7 +20,9 @@ from davae.models import AutoencoderDA
 from davae.pipelines.families import find_family, fit_to_autoencoder
 from davae.pipelines.families.family import SHIFT_LINE
 from davae.pipelines.sampling.previews import set_preview_decoder
-from davae.warm_start import widen_channels
+from davae.warm_start import WarmStartError, widen_channels
+from davae.warm_start.plain_state import require_no_hooks, require_plain, unwrapped
+from davae.warm_start.self_check import same_values
 
 P = TypeVar("P", bound=DiffusionPipeline)
 
@@ -37,6 +39,10 @@ def upgrade_pipeline(
     channels are silent until they are tuned. ``height`` and ``width`` then mean the full resolution. Where the
     schedule depends on the size, it stays by default the one that the base was trained with at this number of
     tokens; the scheduler is a copy that says so in its configuration.
+
+    Further parts that read latents are widened with the transformer: ControlNets, and a second transformer. What is
+    switched on for the base's parts (offloading, caches, hooks, adapters, quantised weights) is switched on for the
+    result instead; where it cannot be carried over it is refused, and never forgotten without a word.
 
     Args:
         pipe: a pipeline with a ``vae`` and a 2D ``transformer``, text-to-image, image-to-image or inpainting; it is
@@ -58,26 +64,29 @@ def upgrade_pipeline(
         DavaeError: the pipeline has no transformer or VAE, its weights or those of ``vae`` are offloaded, ``vae`` was
             made from another base, the choice of the shift does not fit the pipeline, or the preview decoder takes
             another number of channels.
-        WarmStartError: the transformer's channels are not the autoencoder's, or the widened transformer does not
-            start as the original (the layer is named).
+        WarmStartError: the transformer's channels are not the autoencoder's, the widened transformer does not
+            start as the original (the layer is named), a part carries what cannot be carried over, or a part that
+            reads latents cannot be widened (the part is named).
     """
     for part in ("vae", "transformer"):
         if not isinstance(getattr(pipe, part, None), nn.Module):
             raise DavaeError(f"{type(pipe).__name__} has no {part}: davae upgrades pipelines that have both")
+    vae = unwrapped(vae)
     if not isinstance(vae, AutoencoderDA):
         raise DavaeError(f"upgrade_pipeline takes an AutoencoderDA, not {type(vae).__name__}")
     _check_not_offloaded(pipe, vae)
-    layout = layout_over(pipe.vae, vae)
+    base_vae = unwrapped(pipe.vae)
+    require_plain(base_vae, "the pipeline's VAE")
+    require_no_hooks(base_vae, "the pipeline's VAE")
+    require_plain(vae, "the autoencoder")
+    layout = layout_over(base_vae, vae)
     scheduler = scheduler_for(
         pipe,
         timestep_shift,
-        scale=vae.scale // getattr(pipe.vae, "scale", 1),
+        scale=vae.scale // getattr(base_vae, "scale", 1),
         channels=(layout.base_channels, layout.channels),
     )
-    transformer = widen_channels(
-        pipe.transformer, base_channels=layout.base_channels, detail_channels=layout.detail_channels
-    )
-    replaced = {"vae": _placed_as(pipe.vae, vae), "transformer": transformer, "scheduler": scheduler}
+    replaced = {"vae": _placed_as(base_vae, vae), **_widened_parts(pipe, layout), "scheduler": scheduler}
     arguments = {**_constructor_arguments(pipe), **replaced}
     upgraded = fit_to_autoencoder(type(pipe)(**arguments))
     if "id2label" in arguments and "id2label" not in upgraded.config:  # else it would not be saved
@@ -86,12 +95,62 @@ def upgrade_pipeline(
         upgraded.set_progress_bar_config(**pipe._progress_bar_config)
     if preview_decoder is not None:
         set_preview_decoder(upgraded, preview_decoder)
+    _tell_what_is_off(pipe)
     return upgraded
+
+
+def _widened_parts(pipe: DiffusionPipeline, layout: LatentLayout) -> dict[str, nn.Module]:
+    """The transformer and whatever else reads latents, widened, by their names in the pipeline."""
+    channels = {"base_channels": layout.base_channels, "detail_channels": layout.detail_channels}
+    transformer = unwrapped(pipe.transformer)
+    widened: dict[str, nn.Module] = {"transformer": widen_channels(transformer, **channels)}
+    for name, part in pipe.components.items():
+        model = unwrapped(part)
+        if name in ("vae", "transformer") or not isinstance(model, ModelMixin) or not _reads_latents(model):
+            continue
+        try:
+            if model is transformer:
+                widened[name] = widened["transformer"]
+            elif isinstance(nets := getattr(model, "nets", None), nn.ModuleList):  # several ControlNets
+                require_no_hooks(model, f"the {name}")
+                widened[name] = type(model)([widen_channels(net, **channels) for net in nets]).train(model.training)
+            else:
+                widened[name] = widen_channels(model, **channels)
+        except WarmStartError as error:
+            raise WarmStartError(
+                f"the {name} of this {type(pipe).__name__}, a {type(model).__name__}, reads latents as the transformer "
+                f"does, and cannot be upgraded with it: {error}"
+            ) from error
+    return widened
+
+
+def _reads_latents(model: ModelMixin) -> bool:
+    """As far as class and configuration tell: a ControlNet, or a model that counts the channels that it takes."""
+    if "ControlNet" in type(model).__name__:
+        return True
+    return any(key.endswith(("in_channels", "in_dim")) for key in model.config)
+
+
+def _tell_what_is_off(pipe: DiffusionPipeline) -> None:
+    """Log what was switched on for the base's parts and works again once it is switched on for the result."""
+    off = []
+    for name, part in pipe.components.items():
+        model = unwrapped(part)
+        if name != "vae" and not (isinstance(model, ModelMixin) and _reads_latents(model)):
+            continue
+        if model is not part or any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
+            off.append(f"the {name} was compiled")
+    vae = unwrapped(pipe.vae)
+    off += [f"the VAE's {switch} was on" for switch in ("tiling", "slicing") if getattr(vae, f"use_{switch}", False)]
+    if "decode" in vars(vae):
+        off.append("the VAE's decode was replaced (as speed_up does)")
+    if off:
+        logger.warning("%s; for the upgraded pipeline switch it on again", ", ".join(off))
 
 
 def _check_not_offloaded(pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
     """Hooks of offloading belong to the weights of one model, and new models would not have them."""
-    parts = (pipe.vae, pipe.transformer, vae)
+    parts = (*(part for part in pipe.components.values() if isinstance(part, ModelMixin)), vae)
     if (
         getattr(pipe, "_all_hooks", None)  # enable_model_cpu_offload
         or any(parameter.is_meta for part in parts for parameter in part.parameters())
@@ -200,7 +259,7 @@ def _check_same_weights(ours: nn.Module, theirs: nn.Module, *, whole: bool) -> N
 def _equal(ours: Tensor, theirs: Tensor) -> bool:
     """Equal in the narrower of the two dtypes."""
     narrow = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(ours.to(narrow), theirs.to(device=ours.device, dtype=narrow))
+    return same_values(ours.to(narrow), theirs.to(device=ours.device, dtype=narrow))
 
 
 logger = logging.getLogger(__name__)

@@ -92,7 +92,7 @@ class ChannelDescription:
 
     Attributes:
         inputs: places through which latent channels enter.
-        outputs: places through which they leave.
+        outputs: places through which they leave; none in a ControlNet.
         dummy_inputs: makes small inputs for the self-check.
         sizes: the letters of the patterns: a configuration key to read, or a number.
         counts: what the configuration counts under each of its keys: ``"c"`` latent channels; ``"2 c"`` those
@@ -106,6 +106,7 @@ class ChannelDescription:
         packing: rows (and columns) of the latent that the pipeline packs into one position.
         passes: arguments to add to the dummy inputs, for classes whose forward takes one of several ways
             through the input and output layers; the self-check goes all of them.
+        residuals: of a ControlNet, the lists of layers that give its residuals: what enters them must stay.
         source: "described" by hand, or "probed".
     """
 
@@ -121,10 +122,11 @@ class ChannelDescription:
     tokens: tuple[int, int] = (2, 4)
     packing: int = 1
     passes: tuple[Mapping[str, Any], ...] = ({},)
+    residuals: tuple[str, ...] = ()
     source: Literal["described", "probed"] = "described"
 
     def __post_init__(self) -> None:
-        if not self.inputs or not self.outputs:
+        if not self.inputs or not (self.outputs or self.residuals):
             raise WarmStartError("a description needs at least one input place and one output place")
 
     @property

@@ -31,6 +31,7 @@ from davae.latents import LatentLayout
 from davae.warm_start.description import ChannelDescription, layer_names
 from davae.warm_start.observe import Trace, largest_difference, relative_difference, run_watched, undisturbed
 from davae.warm_start.patterns import split_axis
+from davae.warm_start.plain_state import unwrapped
 from davae.warm_start.registry import description_of
 
 #: Largest base difference that passes, relative to the largest value: about eight roundings.
@@ -97,6 +98,7 @@ def check_warm_start(
     Raises:
         WarmStartError: names the layer that leaks, or says why nothing can be concluded.
     """
+    original, widened = unwrapped(original), unwrapped(widened)
     description = description_of(original).fitted(original, layout.base_channels)
     _compare_weights(original, widened, description, layout)
 
@@ -135,12 +137,19 @@ def _compare_weights(
                     f"layer {places[name].layer} leaks: the new part of {name} is not zero "
                     f"(largest {detail.abs().max():.1e})"
                 )
-        if kept.shape != tensor.shape or not torch.equal(kept, tensor):
+        if not same_values(kept, tensor):
             where = "base channels of " if name in places else ""
             raise WarmStartError(
                 f"layer {name.rpartition('.')[0]} does not compute what it did: the {where}{name} differ "
                 "from the original's (other values, or channels in another order)"
             )
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype are equal; where both are not a number, they are (memory never written)."""
+    if a.shape != b.shape:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -194,6 +203,9 @@ class SideBySide:
         self.tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
         self.seed = seed
         self.inputs, self.outputs = layer_names(description.inputs), layer_names(description.outputs)
+        if not self.outputs:
+            lists = {name: original.get_submodule(name) for name in description.residuals}
+            self.outputs = tuple(f"{name}.{i}" for name, layers in lists.items() for i in range(len(layers)))
         self.like = original.get_parameter(description.inputs[0].parameter)  # device and dtype of latents
         self.grid, self.sizes = description.dummy_grid(original), description.resolve_sizes(original)
         self.base = self._latent(layout.base_channels, seed)
@@ -209,14 +221,29 @@ class SideBySide:
         traces = []
         for more in self.description.passes:
             generator = torch.Generator().manual_seed(self.seed + 2)  # same conditioning in every run
-            arguments = {**self.description.dummy_inputs(model, latent, generator), **more}
-            traces.append(run_watched(model, arguments, weights=weights, layers=layers, jittered=jittered))
+            try:
+                arguments = {**self.description.dummy_inputs(model, latent, generator), **more}
+                traces.append(run_watched(model, arguments, weights=weights, layers=layers, jittered=jittered))
+            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:
+                if isinstance(error, torch.OutOfMemoryError | WarmStartError):
+                    raise
+                which = "this" if model is self.original else "the widened"
+                raise WarmStartError(
+                    f"{which} {type(model).__name__} cannot be run on a small latent {tuple(latent.shape)}, so the "
+                    f"warm start cannot be verified ({type(error).__name__}: {error}). Its configuration is one that "
+                    "the forward of its class does not take, or one that the description of the class does not know: "
+                    f"run its forward once by hand, then see davae.warm_start.describe"
+                ) from error
         return Trace.joined(traces)
+
+    def _said(self, trace: Trace) -> Tensor:
+        """What a model makes of its latent: its sample, or what enters the last of a ControlNet's residual layers."""
+        return trace.sample if self.description.outputs else trace.entered[self.outputs[-1]][-1]
 
     def require_sensitivity(self, weights: Mapping[str, Tensor], tolerance: float) -> None:
         """Another latent must move the output by more than the tolerance, or agreement proves nothing."""
         other = self._latent(self.layout.base_channels, self.seed + 3)
-        first, second = (self.run(self.original, weights, latent).sample for latent in (self.base, other))
+        first, second = (self._said(self.run(self.original, weights, latent)) for latent in (self.base, other))
         if not relative_difference(second, first) > 2 * tolerance:
             raise WarmStartError(
                 f"{type(self.original).__name__} gives the same output for every latent, even with random "
@@ -227,12 +254,15 @@ class SideBySide:
     def compare(self, weights: Mapping[str, Tensor], widened_weights: Mapping[str, Tensor]) -> Difference:
         """Largest differences over all detail latents; raises at the first layer that differs."""
         before = self.run(self.original, weights, self.base)
-        _require_finite(before.sample)
+        _require_finite(self._said(before))
         result = Difference(self._output_tolerance(weights, before))
         for scale in DETAIL_SCALES:
             detail = scale * self._latent(self.layout.detail_channels, self.seed + 4)
             after = self.run(self.widened, widened_weights, torch.cat([self.base, detail], dim=1))
-            self._compare_layers(before, after, scale, result.tolerance)
+            kept = self._compare_layers(before, after, scale, result.tolerance)
+            if not self.description.outputs:
+                result.max_base_difference = max(result.max_base_difference, kept)
+                continue
             axis, pattern = self.description.sample_axis, self.description.sample_pattern
             base, new = split_axis(after.sample, axis, pattern, self.sizes, self.layout, name="the model's output")
             difference, largest = relative_difference(base, before.sample), float(new.abs().max())
@@ -246,12 +276,14 @@ class SideBySide:
             return self.given_tolerance
         moved = self.run(self.original, weights, self.base, jitter=True)
         rounding = max(
-            relative_difference(moved.sample, before.sample),
+            relative_difference(self._said(moved), self._said(before)),
             *(largest_difference(moved.entered, before.entered, name) for name in self.outputs),
         )
         return max(self.tolerance, min(ROUNDINGS * rounding, LARGEST_TOLERANCE))
 
-    def _compare_layers(self, before: Trace, after: Trace, scale: float, output_tolerance: float) -> None:
+    def _compare_layers(self, before: Trace, after: Trace, scale: float, output_tolerance: float) -> float:
+        """The largest difference of what enters the output layers."""
+        largest = 0.0
         for name in self.inputs:
             difference = largest_difference(after.left, before.left, name)
             if not difference <= self.tolerance:
@@ -269,6 +301,8 @@ class SideBySide:
                     f"features (differing by {difference:.1e}, tolerance {output_tolerance:.0e}) though the "
                     "tokens agree"
                 )
+            largest = max(largest, difference)
+        return largest
 
     def _judge_sample(self, difference: float, largest_detail: float, tolerance: float) -> None:
         name = ", ".join(self.outputs)

@@ -17,6 +17,7 @@ from davae.errors import WarmStartError
 from davae.latents import LatentLayout
 from davae.warm_start.description import ChannelDescription
 from davae.warm_start.patterns import pattern_count
+from davae.warm_start.plain_state import require_no_hooks, require_plain, unwrapped
 from davae.warm_start.registry import description_of
 from davae.warm_start.self_check import check_warm_start
 
@@ -36,21 +37,25 @@ def widen_channels(transformer: Transformer, *, base_channels: int, detail_chann
     not touched. The result is verified on the module itself before it is returned (`check_warm_start`).
 
     Args:
-        transformer: a described diffusers model (see `describe`).
+        transformer: a described diffusers model (see `describe`): a transformer, or a ControlNet, whose residuals then
+            stay what they were. Of one that is compiled the model inside is widened.
         base_channels: channels of the base latent, in the autoencoder's own counting.
         detail_channels: channels to add.
 
     Raises:
         DavaeError: a channel count is below 1.
         WarmStartError: the class is not described, its channels are not `base_channels`, the weights are not
-            loaded, adapters are attached, or the result does not start as the original; names the layer.
+            loaded or no plain tensors, adapters, hooks, caches or the like are attached, or the result does not start
+            as the original; names the layer.
     """
+    transformer = unwrapped(transformer)
     layout = LatentLayout(base_channels, detail_channels)
     if detail_channels < 1:
         raise WarmStartError(f"detail_channels must be at least 1, not {detail_channels}: nothing to widen")
     _check_widenable(transformer)
     description = description_of(transformer).fitted(transformer, base_channels)
     widened = _build(transformer, _widened_config(transformer, description, layout))
+    require_no_hooks(transformer, f"this {type(transformer).__name__}", widened)
     _copy_runtime_state(transformer, widened)
     _copy_weights(transformer, widened, description, layout)
     logger.info("%s: %s", type(transformer).__name__, check_warm_start(transformer, widened, layout))
@@ -61,8 +66,7 @@ def _check_widenable(transformer: ModelMixin) -> None:
     for name, parameter in transformer.named_parameters():
         if parameter.is_meta:
             raise WarmStartError(f"{name} holds no values (meta device): load the transformer, then widen it")
-        if not parameter.is_floating_point():
-            raise WarmStartError(f"{name} is quantised ({parameter.dtype}): widen first, then quantise")
+    require_plain(transformer, f"this {type(transformer).__name__}")
 
 
 def _widened_config(transformer: ModelMixin, description: ChannelDescription, layout: LatentLayout) -> dict[str, int]:

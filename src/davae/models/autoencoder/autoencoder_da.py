@@ -181,6 +181,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
             DavaeError: an unknown base (the message names the adapter's methods to write), sizes that do not
                 fit, or a base whose weights are offloaded, absent or not finite.
         """
+        base = getattr(base, "_orig_mod", base)  # of torch.compile
         model_class, _ = find_adapter(type(base).__name__)
         if any(parameter.is_meta for parameter in base.parameters()):
             if empty := never_filled(base):
@@ -551,7 +552,8 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
     def encode(self, x: Tensor, return_dict: bool = True) -> EncodedLatents | tuple[StructuredPosterior]:
         """Images ``[B, 3, H, W]`` in [-1, 1] to a posterior over a pipeline's latents ``[B, C + D, h, w]``.
 
-        Computed in the model's precision, whatever that of ``x`` is, but where autocast rules.
+        Computed in the model's precision, whatever that of ``x`` is, but where autocast rules. The latents are in the
+        lower one of both: an autoencoder may be more precise than its pipeline.
 
         As pipelines of video-derived bases call it, ``[B, 3 or 4, 1, H, W]`` is one frame (and opacity, which
         is dropped), and the latents are ``[B, C + D, 1, h, w]``; :meth:`decode` takes those.
@@ -559,13 +561,13 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             DavaeError: sides that are not multiples of ``s * f``.
         """
-        x = self._in_own_precision(without_alpha(x))
+        given, x = x.dtype, self._in_own_precision(without_alpha(x))
         z = self.encode_base(x)
         details = self.encode_details(x)
         mean, std = self._detail_affine(details.mean.device)
-        posterior = StructuredPosterior(
-            self.layout, z, ((details.mean.float() - mean) / std).to(z.dtype), (details.std.float() / std).to(z.dtype)
-        )
+        dtype = min(given, z.dtype, key=lambda d: d.itemsize)  # pipelines mix these latents with their own noise
+        parts = (z, (details.mean.float() - mean) / std, details.std.float() / std)
+        posterior = StructuredPosterior(self.layout, *(part.to(dtype) for part in parts))
         return EncodedLatents(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook

@@ -221,6 +221,7 @@ def find_adapter(name: str) -> tuple[type[ModelMixin], BaseAdapter]:
 
 def adapter_of(model: ModelMixin) -> BaseAdapter | None:
     """The adapter of a model's class, or of the nearest class that it inherits from; none where there is none."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     named = (_ADAPTERS.get(cls.__name__) for cls in type(model).__mro__)
     return next((found[1] for found in named if found is not None), None)
 

@@ -6,19 +6,25 @@ SANA), one divides by what is 0 while details are silent. This is mended on the 
 loading: nothing of it is part of a saved pipeline. Which family needs which mend is said in the family.
 """
 
+import functools
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import PixArtImageProcessor, VaeImageProcessor
 from diffusers.models.modeling_utils import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 
+from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
+from davae.warm_start import description_of
+from davae.warm_start.patterns import pattern_count
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +76,110 @@ def _image_processors(pipe: DiffusionPipeline) -> list[tuple[str, VaeImageProces
     return [(name, part) for name, part in vars(pipe).items() if isinstance(part, VaeImageProcessor)]
 
 
+def check_sizes(pipe: DiffusionPipeline) -> None:
+    """Have an upgraded pipeline look at ``height`` and ``width`` in its own pixels a latent position; idempotent.
+
+    Some classes refuse sizes that do not fit, but by a number that they write down (SANA 32, PixArt 8, CogView 16).
+    With more pixels a position, sizes between two steps would pass, and smaller images come out. They are refused too.
+    Classes that round a size and say so go on doing that.
+    """
+    if hasattr(type(pipe), "check_inputs"):
+        pipe.check_inputs = functools.partial(_check_inputs, pipe)
+
+
+def _check_inputs(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+    own = functools.partial(type(pipe).check_inputs, pipe)
+    checked = own(*args, **kwargs)
+    try:
+        given = inspect.signature(own).bind(*args, **kwargs)
+    except TypeError:
+        return checked
+    sizes = {name: given.arguments.get(name) for name in ("height", "width")}
+    patch = getattr(getattr(pipe.transformer, "config", None), "patch_size", 1)
+    unit = pipe.vae.spatial_compression * (patch if isinstance(patch, int) else 1)
+    odd = {name: int(size) for name, size in sizes.items() if isinstance(size, int | float) and size % unit}
+    for name, size in odd.items():
+        if _refuses(own, given, name, size + 1):  # a size that fits nowhere: the class is one of those that refuse
+            below, above = max(size // unit, 1) * unit, (size // unit + 1) * unit
+            raise DavaeError(
+                f"{name} {size} does not fit this {type(pipe).__name__}: upgraded, it makes images in steps of {unit} "
+                f"pixels. Ask for {below} or {above}"
+            )
+    return checked
+
+
+def _refuses(check: Any, given: inspect.BoundArguments, name: str, size: int) -> bool:
+    other = inspect.BoundArguments(given.signature, dict(given.arguments) | {name: size})
+    try:
+        check(*other.args, **other.kwargs)
+    except ValueError:
+        return True
+    return False
+
+
+def fit_base_loras(transformer: Any, layout: LatentLayout) -> None:
+    """Let a widened transformer load LoRAs that were trained on its base; idempotent.
+
+    On the token embedder or the head they have the base's channels. Zeros for the detail channels, as in the widened
+    weights, make them do what they did.
+    """
+    if hasattr(type(transformer), "load_lora_adapter"):
+        transformer.load_lora_adapter = functools.partial(_load_lora_adapter, transformer, layout)
+
+
+def _load_lora_adapter(
+    transformer: Any, layout: LatentLayout, lora: Any, prefix: str | None = "transformer", **options: Any
+) -> Any:
+    if isinstance(lora, Mapping):
+        lora = padded_lora(transformer, layout, lora, prefix=prefix)
+    return type(transformer).load_lora_adapter(transformer, lora, prefix=prefix, **options)
+
+
+# As peft, diffusers of old, and kohya call the two matrices.
+_LORA_IN = ("lora_A.weight", "lora.down.weight", "lora_down.weight")
+_LORA_OUT = ("lora_B.weight", "lora.up.weight", "lora_up.weight")
+
+
+def padded_lora(
+    transformer: Any, layout: LatentLayout, lora: Mapping[str, Tensor], *, prefix: str | None = None
+) -> dict[str, Tensor]:
+    """A LoRA's weights with zeros for the detail channels, where it has the base's channels.
+
+    Args:
+        transformer: widened.
+        layout: its base and detail channels.
+        lora: by name, ``LAYER.lora_A.weight`` ``[r, in, ...]`` and ``LAYER.lora_B.weight`` ``[out, r, ...]``.
+        prefix: of every name, in front of a dot.
+    """
+    description = description_of(transformer).fitted(transformer, layout.channels)
+    sizes, padded, start = description.resolve_sizes(transformer), dict(lora), f"{prefix}." if prefix else ""
+    for place in description.places:
+        if not place.parameter.endswith(".weight"):
+            continue
+        base = pattern_count(place.pattern, sizes, layout.base_channels)
+        for end in _LORA_IN if place.axis == 1 else _LORA_OUT:
+            weight = lora.get(f"{start}{place.layer}.{end}")
+            if weight is not None and weight.shape[place.axis] == base:
+                padded[f"{start}{place.layer}.{end}"] = place.widen(weight, sizes, layout)
+    return padded
+
+
+@dataclass
+class _OffZero:
+    """A forward hook; a class of its own, so that a guarded transformer can be copied and pickled."""
+
+    layout: LatentLayout
+    mends_a_class = True  # it belongs to the upgraded pipeline, which gets it anew
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
+        # In training the prediction is itself.
+        if torch.is_grad_enabled() or not module.zero_detail_guard:
+            return output
+        details = output[0][:, self.layout.detail]
+        details.masked_fill_(details == 0, _TINY.get(details.dtype, _TINY_ELSEWHERE))
+        return output
+
+
 def add_zero_detail_guard(transformer: ModelMixin, layout: LatentLayout) -> None:
     """Move details that are exactly 0 off zero where nothing learns; once, the weights stay as they are.
 
@@ -81,19 +191,9 @@ def add_zero_detail_guard(transformer: ModelMixin, layout: LatentLayout) -> None
         transformer: of an upgraded pipeline.
         layout: of its latent.
     """
-    if hasattr(transformer, "zero_detail_guard"):
-        return
-
-    def off_zero(module: nn.Module, arguments: Any, output: Any) -> Any:
-        # In training the prediction is itself.
-        if torch.is_grad_enabled() or not module.zero_detail_guard:
-            return output
-        details = output[0][:, layout.detail]
-        details.masked_fill_(details == 0, _TINY.get(details.dtype, _TINY_ELSEWHERE))
-        return output
-
-    transformer.register_forward_hook(off_zero)
-    transformer.zero_detail_guard = True
+    if not hasattr(transformer, "zero_detail_guard"):
+        transformer.register_forward_hook(_OffZero(layout))
+        transformer.zero_detail_guard = True
 
 
 @contextmanager

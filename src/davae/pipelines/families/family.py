@@ -25,8 +25,9 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.models.latent_space import encode, to_model_space
-from davae.pipelines.families.class_fixes import fit_sizes
+from davae.models.latent_space import encode, from_model_space, to_model_space
+from davae.pipelines.families.class_fixes import check_sizes, fit_base_loras, fit_sizes
+from davae.warm_start.plain_state import unwrapped
 
 P = TypeVar("P", bound=DiffusionPipeline)
 Conditioning = Mapping[str, Tensor]
@@ -155,6 +156,10 @@ class PipelineFamily(ABC):
         A random posterior gives its mode.
         """
         return to_model_space(vae, encode(vae, images), shifted=self.reads_shift)
+
+    def raw_base(self, base_vae: ModelMixin, base: Tensor) -> Tensor:
+        """Base latents ``[B, C, h, w]`` as the transformer sees them, to raw ones, as the base VAE decodes them."""
+        return from_model_space(base_vae, base)
 
     # The transformer
 
@@ -398,10 +403,13 @@ def fit_to_autoencoder(pipe: P) -> P:
     Returns:
         The same pipeline.
     """
-    vae = getattr(pipe, "vae", None)
+    vae = unwrapped(getattr(pipe, "vae", None))
     if isinstance(vae, AutoencoderDA):
         fit_sizes(pipe, vae)
-        find_family(pipe).mend(pipe, vae)
+        check_sizes(pipe)
+        if isinstance(transformer := unwrapped(getattr(pipe, "transformer", None)), ModelMixin):
+            fit_base_loras(transformer, vae.layout)
+            find_family(pipe).mend(pipe, vae)
     return pipe
 
 

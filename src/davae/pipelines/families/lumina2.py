@@ -7,6 +7,7 @@ from torch import Tensor
 from davae.models import AutoencoderDA
 from davae.pipelines.families.class_fixes import add_zero_detail_guard
 from davae.pipelines.families.family import Conditioning, PipelineFamily, register_family, scheduler_shift
+from davae.warm_start.plain_state import unwrapped
 
 
 class Lumina2(PipelineFamily):
@@ -47,7 +48,7 @@ class Lumina2(PipelineFamily):
 
     def mend(self, pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
         """Guided predictions are divided by their norm."""
-        add_zero_detail_guard(pipe.transformer, vae.layout)
+        add_zero_detail_guard(unwrapped(pipe.transformer), vae.layout)
 
 
 register_family(Lumina2())

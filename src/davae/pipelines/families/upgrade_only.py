@@ -1,18 +1,63 @@
 """Pipelines that davae upgrades without knowing how to train them, as far as they do something in their own way."""
 
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from davae.models import AutoencoderDA
 from davae.pipelines.families.family import UpgradeOnlyFamily, register_family
 
 
 class Flux2(UpgradeOnlyFamily):
-    """FLUX.2 and its distilled forms."""
+    """FLUX.2 and its distilled forms: latents are normalised by feature of the packed token."""
 
+    packed = True
     pipelines = ("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline")
     shift_rule = "has its own rule for the shift, which reads the number of tokens and of steps alone"
+
+    def raw_base(self, base_vae: ModelMixin, base: Tensor) -> Tensor:
+        """By the batch norm's statistics."""
+        mean, variance = (v.view(1, -1, 1, 1).to(base) for v in (base_vae.bn.running_mean, base_vae.bn.running_var))
+        std = (variance + base_vae.config.batch_norm_eps).sqrt()
+        return pixel_shuffle(pixel_unshuffle(base, 2) * std + mean, 2)
+
+
+class Packed(UpgradeOnlyFamily):
+    """Pipelines that pack latents two by two as FLUX.1 does."""
+
+    packed = True
+    pipelines = (
+        "BriaFiboEditPipeline",
+        "BriaFiboPipeline",
+        "BriaPipeline",
+        "ChromaImg2ImgPipeline",
+        "ChromaInpaintPipeline",
+        "ChromaPipeline",
+        "FluxControlImg2ImgPipeline",
+        "FluxControlInpaintPipeline",
+        "FluxControlNetImg2ImgPipeline",
+        "FluxControlNetInpaintPipeline",
+        "FluxControlNetPipeline",
+        "FluxControlPipeline",
+        "FluxFillPipeline",
+        "LongCatImageEditPipeline",
+        "LongCatImagePipeline",
+        "OvisImagePipeline",
+        "QwenImageControlNetInpaintPipeline",
+        "QwenImageControlNetPipeline",
+        "QwenImageEditInpaintPipeline",
+        "QwenImageEditPipeline",
+        "QwenImageEditPlusPipeline",
+        "VisualClozeGenerationPipeline",
+    )
 
 
 class FluxKontext(UpgradeOnlyFamily):
     """FLUX.1 Kontext, which changes an image as a text says."""
 
+    packed = True
     pipelines = ("FluxKontextPipeline", "FluxKontextInpaintPipeline")
     edits_images = True
 
@@ -30,6 +75,17 @@ class Ideogram4(UpgradeOnlyFamily):
     pipelines = ("Ideogram4Pipeline",)
     shift_rule = "has its own rule for the shift, which reads the height and width in pixels"
     shift_reads_pixels = True
+
+    def mend(self, pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
+        """A token holds the channels of one position after another, and so do the statistics of the batch norm."""
+        norm, base, layout = vae.bn, vae.base_vae.bn, vae.layout
+        for statistics, known, neutral in (
+            (norm.running_mean, base.running_mean, 0.0),
+            (norm.running_var, base.running_var, 1.0 - norm.eps),
+        ):
+            by_position = known.to(statistics).unflatten(0, (-1, layout.base_channels))
+            details = by_position.new_full((len(by_position), layout.detail_channels), neutral)
+            statistics.copy_(torch.cat([by_position, details], dim=1).flatten())
 
 
 class QwenImageLayered(UpgradeOnlyFamily):
@@ -60,5 +116,5 @@ class ListedSizes(UpgradeOnlyFamily):
     sizes = "listed"
 
 
-for _family in (Flux2, FluxKontext, HiDream, Ideogram4, QwenImageLayered, Lumina, ListedSizes):
+for _family in (Flux2, Packed, FluxKontext, HiDream, Ideogram4, QwenImageLayered, Lumina, ListedSizes):
     register_family(_family())

@@ -16,8 +16,9 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.models import find_adapter
 from davae.models.latent_space import decode, from_model_space
-from davae.pipelines.families import family_of
+from davae.pipelines.families import find_family
 from davae.pipelines.families.family import unpack
+from davae.warm_start.plain_state import unwrapped
 
 logger = logging.getLogger(__name__)
 OutputType = Literal["pil", "np", "pt"]
@@ -34,6 +35,7 @@ def set_preview_decoder(pipe: DiffusionPipeline, decoder: ModelMixin) -> None:
     Raises:
         DavaeError: the class is unknown, or it decodes another number of channels than the base has.
     """
+    decoder = unwrapped(decoder)
     _, adapter = find_adapter(type(decoder).__name__)
     found, expected = adapter.latent_channels(decoder), pipe.vae.layout.base_channels
     if found != expected:
@@ -69,7 +71,7 @@ class Previews:
         on_preview: called with the number of the step, from 0, and its images.
 
     Raises:
-        DavaeError: `every` is below 1, or the pipeline is none that davae knows.
+        DavaeError: `every` is below 1.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class Previews:
             raise DavaeError("give both height and width of the image, or neither")
         self.pipe, self.every, self.output_type, self.on_preview = pipe, every, output_type, on_preview
         self.size = None if height is None or width is None else (height, width)
-        self.family = family_of(pipe)
+        self.family = find_family(pipe)
         self.images: dict[int, Any] = {}
         self._last: Tensor | None = None  # latents after the step before
         if getattr(pipe, "preview_decoder", None) is None:
@@ -135,15 +137,24 @@ class Previews:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Any:
         """Images at base resolution from latents as the pipeline holds them, packed or not."""
-        vae = self.pipe.vae
-        if self.family.packed:
+        vae = unwrapped(self.pipe.vae)
+        if latents.ndim == 3 and self.family.packed:
             latents = unpack(latents, *self._grid(latents.shape[1]))
+        elif latents.ndim == 5 and 1 in latents.shape[1:3]:  # a single frame, in front of the channels or behind them
+            latents = latents.squeeze(2 if latents.shape[2] == 1 else 1)
+        elif latents.ndim == 4 and latents.shape[1] == 4 * vae.layout.channels:  # packed, still on their grid
+            latents = torch.nn.functional.pixel_shuffle(latents, 2)
+        if latents.ndim != 4 or latents.shape[1] != vae.layout.channels:
+            raise DavaeError(
+                f"latents of {type(self.pipe).__name__} have shape {tuple(latents.shape)}, and davae does not know how "
+                "it packs them: there are no previews of this pipeline"
+            )
         base = latents[:, : vae.layout.base_channels]
         decoder = getattr(self.pipe, "preview_decoder", None)
         known = vae.base_vae if decoder is None else decoder
         # The pipeline's own VAE computes where the latents are, also while its weights are kept elsewhere.
         base = base.to(device=latents.device if decoder is None else decoder.device, dtype=known.dtype)
-        raw = from_model_space(known, base)
+        raw = self.family.raw_base(vae.base_vae, base) if decoder is None else from_model_space(known, base)
         image = vae.decode_base(raw) if decoder is None else decode(decoder, raw)
         return VaeImageProcessor().postprocess(image, output_type=self.output_type)
 

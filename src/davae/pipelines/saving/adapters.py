@@ -18,19 +18,22 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.pipelines.lora import attach_lora, attached_lora
+from davae.pipelines.lora import acting_lora, attach_lora
 from davae.pipelines.saving.opening import LAYERS_FILE, load_autoencoder
 from davae.pipelines.upgrade import upgrade_pipeline
 from davae.runtime.model_files import not_finite
 from davae.runtime.places import claim
 from davae.runtime.weight_files import atomic_tensors
 from davae.warm_start import description_of
+from davae.warm_start.plain_state import unwrapped
+from davae.warm_start.self_check import same_values
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 FORMAT = 1
@@ -58,7 +61,9 @@ def save_adapters(pipe: DiffusionPipeline, folder: str | Path) -> Path:
     """Write what tuning has changed of an upgraded pipeline: LoRA and widened layers, not the base or the VAE.
 
     Pipelines with diffusers' LoRA methods write the LoRA file themselves; for others (PixArt, DiT) it is written in the
-    same layout. Its header holds rank, alpha and targets.
+    same layout. Its header holds rank, alpha and targets, and what else differs from the defaults of peft, so that
+    other versions of peft can read it. A weight given by ``set_adapters`` is part of alpha there: who loads the file
+    gets the LoRA as it acts now.
 
     Args:
         pipe: an upgraded pipeline, its transformer with one LoRA attached and not fused, or with none where only the
@@ -70,16 +75,23 @@ def save_adapters(pipe: DiffusionPipeline, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        DavaeError: the pipeline is not upgraded, has several adapters, or has a fused one; or the folder holds
-            something else.
+        DavaeError: the pipeline is not upgraded, has several adapters, or one that is fused, switched off, weighted
+            differently in different layers, or trained with whole modules beside it; or the folder holds something
+            else.
     """
     _, transformer = _upgraded_parts(pipe)
-    attached = attached_lora(transformer)
+    for name, module in transformer.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise DavaeError(
+                f"{name} was trained whole beside the LoRA (modules_to_save), and a LoRA file cannot carry it: save "
+                "the merged pipeline with davae.save_pipeline, which has it, or train without modules_to_save"
+            )
+    attached = acting_lora(transformer)
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in transformer.modules()):
         raise DavaeError("the LoRA is fused into the weights: call unfuse_lora() before saving it by itself")
     with claim(folder, "adapters") as inside:
         if attached is not None:
-            _write_lora(pipe, *attached, inside)
+            _write_lora(pipe, transformer, *attached, inside)
         tensors, header = _widened(pipe, attached and attached[0])
         atomic_tensors(inside / LAYERS_FILE, tensors, metadata=header)
     return Path(folder)
@@ -125,7 +137,7 @@ def load_adapters(base: P, vae: AutoencoderDA | str | Path, folder: str | Path) 
     """
     folder = Path(folder)
     header, tensors = _read(folder / LAYERS_FILE)
-    autoencoder = vae if isinstance(vae, AutoencoderDA) else load_autoencoder(vae)
+    autoencoder = load_autoencoder(vae) if isinstance(vae, str | Path) else unwrapped(vae)
     _check_kind(base, autoencoder, header)
     _check_samples("autoencoder", tensors["check.vae"], dict(autoencoder.named_parameters()))
     pipe = upgrade_pipeline(base, autoencoder)
@@ -143,7 +155,7 @@ def load_adapters(base: P, vae: AutoencoderDA | str | Path, folder: str | Path) 
 
 
 def _upgraded_parts(pipe: DiffusionPipeline) -> tuple[AutoencoderDA, nn.Module]:
-    vae, transformer = getattr(pipe, "vae", None), getattr(pipe, "transformer", None)
+    vae, transformer = (unwrapped(getattr(pipe, name, None)) for name in ("vae", "transformer"))
     if not isinstance(vae, AutoencoderDA) or not isinstance(transformer, nn.Module):
         raise DavaeError(f"this {type(pipe).__name__} is not upgraded: its VAE is a {type(vae).__name__}")
     return vae, transformer
@@ -223,7 +235,7 @@ def _read(file: Path) -> tuple[_Header, dict[str, Tensor]]:
 
 
 def _check_kind(base: DiffusionPipeline, vae: AutoencoderDA, header: _Header) -> None:
-    transformer = type(getattr(base, "transformer", None)).__name__
+    transformer = type(unwrapped(getattr(base, "transformer", None))).__name__
     for what, found, wanted in (
         ("the base's transformer is a", transformer, header.transformer),
         ("the autoencoder's scale is", vae.scale, header.scale),
@@ -287,30 +299,44 @@ def _taken(parameters: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether both are the same numbers, up to the precision that one of them was stored in."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        if (_fits(a, dtype) or _fits(b, dtype)) and torch.equal(a.to(dtype), b.to(dtype)):
+        if (_fits(a, dtype) or _fits(b, dtype)) and same_values(a.to(dtype), b.to(dtype)):
             return True
     halves = (torch.bfloat16, torch.float16)
     mixed = any(_fits(a, x) and _fits(b, y) for x, y in (halves, halves[::-1]))
-    return mixed and torch.allclose(a, b, rtol=_ROUNDING, atol=1e-6)
+    return mixed and torch.allclose(a, b, rtol=_ROUNDING, atol=1e-6, equal_nan=True)
 
 
 def _fits(values: Tensor, dtype: torch.dtype) -> bool:
-    return torch.equal(values.to(dtype).float(), values)
+    return same_values(values.to(dtype).float(), values)
 
 
 # ---------------------------------------------------------------------- LoRA
 
 
-def _write_lora(pipe: DiffusionPipeline, name: str, config: LoraConfig, folder: Path) -> None:
-    weights = get_peft_model_state_dict(pipe.transformer, adapter_name=name)
+def lora_metadata(config: LoraConfig) -> dict[str, Any]:
+    """What a LoRA file says of its configuration: rank, alpha, targets, and what differs from the defaults.
+
+    Older versions of peft do not know every entry of newer ones, and readers hand all that is there to peft.
+    """
+    said, defaults = config.to_dict(), LoraConfig().to_dict()
+    always = ("r", "lora_alpha", "target_modules")
+    kept = {key: said[key] for key in said if key in always or said[key] != defaults.get(key)}
+    return {key: sorted(v) if isinstance(v, set) else v for key, v in kept.items() if key not in _OF_A_FILE}
+
+
+_OF_A_FILE = ("peft_version", "base_model_name_or_path", "revision", "inference_mode")  # nothing of the LoRA itself
+
+
+def _write_lora(pipe: DiffusionPipeline, transformer: nn.Module, name: str, config: LoraConfig, folder: Path) -> None:
+    weights = get_peft_model_state_dict(transformer, adapter_name=name)
     weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-    metadata = config.to_dict()
+    metadata = lora_metadata(config)
     if hasattr(pipe, "save_lora_weights"):
         type(pipe).save_lora_weights(
             folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata
         )
         return
-    values = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
+    values = {f"transformer.{k}": v for k, v in metadata.items()}
     atomic_tensors(
         folder / LORA_FILE,
         {f"transformer.{key}": value for key, value in weights.items()},
@@ -339,5 +365,5 @@ def _load_lora(pipe: DiffusionPipeline, name: str, file: Path) -> None:
         odd = sorted(saved.keys() ^ taken.keys())
         raise DavaeError(f"{file}: {len(odd)} tensors do not fit the transformer, the first is {odd[0]}")
     for key, value in saved.items():
-        if value.shape != taken[key].shape or not torch.equal(value.to(taken[key]), taken[key]):
+        if not same_values(value.to(taken[key]), taken[key]):
             raise DavaeError(f"{file}: {key} has not found its place in the transformer")

@@ -14,6 +14,7 @@ from davae.pipelines.saving.licence import Licence, find_licence, read_front_mat
 from davae.pipelines.saving.model_card import CARD, Making, write_model_card
 from davae.pipelines.saving.publishing import cut_names
 from davae.runtime.places import claim
+from davae.warm_start.plain_state import unwrapped
 
 logger = logging.getLogger(__name__)
 _THE_HUBS_OWN = (".git", ".cache", ".gitattributes")
@@ -46,17 +47,19 @@ def save_pipeline(
         The folder.
 
     Raises:
-        DavaeError: the licence is not known, the pipeline is not upgraded, or the folder holds something else, such as
-            the base. Nothing is written then.
+        DavaeError: the licence is not known, the pipeline is not upgraded, its LoRA is switched off or weighted
+            differently in different layers, or the folder holds something else, such as the base. Nothing is written
+            then.
     """
-    if not isinstance(getattr(pipe, "vae", None), AutoencoderDA):
+    if not isinstance(unwrapped(getattr(pipe, "vae", None)), AutoencoderDA):
         raise DavaeError(f"this {type(pipe).__name__} is not upgraded: save it with its own save_pretrained")
     licence = find_licence(base_model, license)
     tuned = pipe.transformer
     try:
         if attached_lora(tuned) is not None:
-            pipe.transformer = copy.deepcopy(tuned)
-            merge_lora(pipe.transformer)
+            merged = copy.deepcopy(unwrapped(tuned))
+            merge_lora(merged)
+            pipe.transformer = merged
         with claim(folder, "pipeline") as inside:
             pipe.save_pretrained(inside)
             for config in inside.rglob("*.json"):

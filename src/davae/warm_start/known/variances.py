@@ -65,7 +65,7 @@ def _pixart(d: Dummy) -> dict[str, Any]:
     conditions = _pixart_conditions(d) if d.transformer.use_additional_conditions else {}
     return {
         "hidden_states": d.latent,
-        "encoder_hidden_states": d.text(d.config.caption_channels or inner),
+        "encoder_hidden_states": d.text(d.config.caption_channels or d.config.cross_attention_dim or inner),
         "encoder_attention_mask": d.text_mask(torch.int64),
         "timestep": d.integers(1000),
         "added_cond_kwargs": conditions or {"resolution": None, "aspect_ratio": None},

@@ -1,0 +1,107 @@
+"""What a model carries beside weights and configuration, as far as a model built anew would lack it.
+
+Hooks, caches, adapters and the storage of weights live in one module object. Copied halfway they would break, and not
+copied they would vanish. So there is one check in front of every upgrade, with one message: switch it off, upgrade,
+switch it on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from davae.errors import WarmStartError
+
+#: Precisions whose numbers can be copied and compared as they are.
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def unwrapped(module: Any) -> Any:
+    """The module inside the wrapper of ``torch.compile``; any other as it is."""
+    while isinstance(module, nn.Module) and "_orig_mod" in module._modules:
+        module = module._modules["_orig_mod"]
+    return module
+
+
+def require_plain(model: nn.Module, what: str) -> None:
+    """Refuse a model with state that an upgrade could not carry over.
+
+    Args:
+        model: its hooks are looked at by :func:`require_no_hooks`.
+        what: the model in words, such as ``the transformer``.
+
+    Raises:
+        WarmStartError: it has such state; says which, where, and how to switch it off.
+    """
+    _refuse(what, next(_states(model), None))
+
+
+def require_no_hooks(model: nn.Module, what: str, built: nn.Module | None = None) -> None:
+    """Refuse a model with hooks of its user.
+
+    Args:
+        model: the model.
+        what: in words.
+        built: the same class from its constructor, whose hooks do not count.
+
+    Raises:
+        WarmStartError: it has hooks; says where.
+    """
+    fresh = {} if built is None else dict(built.named_modules())
+    for name, module in model.named_modules():
+        for kind in _HOOKS:
+            hooks = [hook for hook in getattr(module, kind, {}).values() if not getattr(hook, "mends_a_class", False)]
+            if len(hooks) > len(getattr(fresh.get(name), kind, ())):
+                _refuse(what, (f"a hook on {name or 'itself'}", "take it away with the handle's remove()"))
+        forward = vars(module).get("forward")
+        if forward is not None and getattr(forward, "__self__", None) is not module:
+            _refuse(what, (f"another forward on {name or 'itself'}", "give it back its own (`del module.forward`)"))
+
+
+def _refuse(what: str, state: tuple[str, str] | None) -> None:
+    if state is not None:
+        raise WarmStartError(
+            f"{what} has {state[0]}, which belongs to its present layers: switch it off ({state[1]}), upgrade, then "
+            "switch it on for the result"
+        )
+
+
+def _states(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """What is there, and how it is switched off."""
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "config", {}).get("quantization_config"):
+        yield "quantised weights", "load it without quantization_config, and quantise the saved result"
+    for name, module in model.named_modules():
+        where = name or "itself"
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+        if hooks:
+            kinds = ", ".join(sorted(hooks))
+            yield (
+                f"hooks of diffusers on {where} ({kinds})",
+                "disable_cache() for a cache; for layerwise casting or offloading load it again without",
+            )
+        if hasattr(module, "_hf_hook"):
+            yield f"hooks of accelerate on {where}", "load it without offloading or device_map"
+        if "_orig_mod" in module._modules:
+            yield f"the compiled part {where}", "put the part itself back, `compiled._orig_mod`"
+        if any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
+            yield (
+                f"an adapter on {where}",
+                "remove adapters: fuse_lora and unload_lora, or merge_and_unload, or unload alone",
+            )
+        if nn.utils.parametrize.is_parametrized(module):
+            yield f"parametrizations on {where}", "torch.nn.utils.parametrize.remove_parametrizations"
+        if "IPAdapter" in type(module).__name__ or "IPAdapter" in type(getattr(module, "processor", None)).__name__:
+            yield f"an IP-Adapter on {where}", "pipe.unload_ip_adapter()"
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if type(tensor) not in (Tensor, nn.Parameter):
+            kind = type(tensor).__name__
+            yield f"weights that are no plain tensors ({name} is a {kind})", "load it as published, unquantised"
+        floating = tensor.is_floating_point() or tensor.is_complex()
+        if isinstance(tensor, nn.Parameter) and not tensor.is_meta and tensor.dtype not in PLAIN_DTYPES:
+            yield f"quantised weights ({name} is stored as {tensor.dtype})", "widen first, then quantise"
+        if floating and tensor.dtype not in PLAIN_DTYPES and not isinstance(tensor, nn.Parameter):
+            yield f"quantised buffers ({name} is stored as {tensor.dtype})", "widen first, then quantise"
