@@ -342,7 +342,7 @@ def test_text_from_outside(tmp_path: Path) -> None:
     with pytest.raises(DavaeError, match="more than 99 bytes"):
         read_text(tmp_path / "a", most_bytes=99)
     (tmp_path / "b.json").write_text("{", encoding="utf-16")
-    with pytest.raises(DavaeError, match=r"b\.json, is not JSON"):
+    with pytest.raises(DavaeError, match=r"b\.json is not JSON"):
         read_json(tmp_path / "b.json")
     assert whole_text("a\ud83d\ude00\ud800") == "a😀\ufffd"
     assert whole_name("caf\udce9") == "caf\\xe9"

@@ -52,7 +52,7 @@ def test_metadata_captions(tmp_path: Path) -> None:
     with pytest.raises(DavaeError, match=r"metadata.jsonl, line 1: no 'file_name'"):
         open_dataset(root, resolution=32)
     (root / "metadata.jsonl").write_text("{")
-    with pytest.raises(DavaeError, match="line 1, is not JSON"):
+    with pytest.raises(DavaeError, match="line 1 is not JSON"):
         open_dataset(root, resolution=32)
 
 
@@ -61,7 +61,7 @@ def test_metadata_captions(tmp_path: Path) -> None:
 def test_metadata_that_is_no_json_names_its_line(tmp_path: Path, line: str) -> None:
     root = image_folder(tmp_path, {"x": 1})
     (root / "metadata.jsonl").write_text("\n" + line)
-    with pytest.raises(DavaeError, match=r"metadata\.jsonl, line 2, is not JSON: \S"):
+    with pytest.raises(DavaeError, match=r"metadata\.jsonl, line 2 is not JSON: \S"):
         open_dataset(root, resolution=16)
 
 

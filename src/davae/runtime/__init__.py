@@ -1,1 +1,1 @@
-"""What every part stands on: files, processes, devices, pictures. It knows no diffusion."""
+"""What the rest of davae builds on: files, processes, devices, pictures. Nothing here is about diffusion."""

@@ -71,7 +71,7 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
 
 def atomic_json(path: Path, value: Any) -> None:
-    """Write plain values as JSON, one a line."""
+    """Write plain values as indented JSON."""
     atomic_write(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -135,7 +135,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that a kill in the middle leaves no half of it under its name."""
+    """Remove a folder; a kill halfway leaves no partial folder under its name."""
     removed = _beside(path, "removed")
     path.rename(removed)
     shutil.rmtree(removed)
@@ -203,7 +203,7 @@ def allow_as_umask(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Ask the operating system to put a file, or a folder's entries, on the disk now."""
+    """``fsync`` a file, or the entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -212,7 +212,7 @@ def flush(path: Path) -> None:
 
 
 def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
+    """SHA-256 of a file's bytes as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -235,7 +235,7 @@ def locked(file: Path, in_use: Callable[[], str], *, remove: bool = False) -> It
         remove: leave no file behind. For locks that nobody waits for.
 
     Raises:
-        DavaeError: another process holds it.
+        DavaeError: another process holds the lock.
     """
     lock = FileLock(file)
     try:
@@ -276,11 +276,11 @@ def system_error(error: BaseException) -> str | None:
 
 @contextmanager
 def disk_full_as_error(folder: Path, kept: str) -> Iterator[None]:
-    """Within the block a full disk is a :class:`DavaeError` that says how much is free.
+    """Turn a full disk in the block into a :class:`DavaeError` that says how much space is free.
 
     Args:
         folder: where files are written.
-        kept: what is not lost, a sentence without its full stop.
+        kept: what is not lost: a sentence without its full stop.
 
     Raises:
         DavaeError: the disk is full.

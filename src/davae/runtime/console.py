@@ -1,6 +1,6 @@
-"""What people read in a terminal: text from outside (names of files, classes, variants) is shown, never obeyed.
+"""Terminal output. Text from outside (names of files, classes, variants) is shown and never interpreted.
 
-It imports rich: code that answers quickly imports it inside its functions.
+This module imports rich; code that must start quickly imports it inside functions.
 """
 
 import logging
@@ -17,63 +17,63 @@ from rich.text import Text
 
 T = TypeVar("T")
 
-# Control characters but for tab and newline, line and paragraph separators, controls of direction, lone surrogates.
+# Control characters except tab and newline, line and paragraph separators, bidirectional controls, lone surrogates.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Text whose control characters are spelled out, ``\\x1b`` for ESC: a terminal does nothing but show it."""
+    """Escape control characters (``\\x1b`` for ESC), so that a terminal only displays the text."""
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
 def shown(name: object) -> str:
-    """A name from outside on one line: :func:`printable`, newlines and tabs spelled out too."""
+    """A name from outside on one line: :func:`printable`, with newlines and tabs escaped too."""
     return printable(str(name)).replace("\n", "\\n").replace("\t", "\\t")
 
 
 class PlainConsole(Console):
-    """A console that takes ``[red]`` and ``:smile:`` in a name for what they are, in tables too."""
+    """A console that prints ``[red]`` and ``:smile:`` literally, also in tables."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Text as it stands."""
+        """The text, without markup or emoji codes interpreted."""
         return super().render_str(printable(text), **options)
 
 
 def wide_console() -> PlainConsole:
-    """A console for tables of many columns; where it is no terminal, a file has room for all of them."""
+    """A console for wide tables: at least 140 columns where the output is not a terminal."""
     console = PlainConsole()
     return console if console.is_terminal else PlainConsole(width=max(140, console.width))
 
 
 def say(*texts: object) -> None:
-    """Texts on standard output, each with a newline; a path on one line whatever it is called."""
+    """Print texts to standard output, one per line; newlines in a path are escaped."""
     for text in texts:
         sys.stdout.write((shown(text) if isinstance(text, Path) else printable(str(text))) + "\n")
 
 
 def track(values: Iterable[T], name: str, *, total: int, disable: bool = False) -> Iterable[T]:
-    """The values one by one, under a bar that goes away at the end."""
+    """Iterate over values with a progress bar that disappears at the end."""
     label = escape(shown(name))
     return progress.track(values, label, total=total, transient=True, disable=disable, console=PlainConsole())
 
 
 def tell(text: str, *, style: str = "") -> None:
-    """A line on standard error, never broken to the terminal's width: a command in it is there to be copied."""
+    """Print a message to standard error without wrapping it, so that commands in it can be copied."""
     PlainConsole(stderr=True).print(f"davae: {indented(text)}", style=style, soft_wrap=True)
 
 
 def indented(text: str) -> str:
-    """Text whose further lines stand in a little, so that none of them passes for a message of its own."""
+    """Indent all lines but the first, so that none of them looks like a message of its own."""
     return text.replace("\n", "\n  ")
 
 
 class PlainFormatter(logging.Formatter):
-    """Log messages as :func:`printable` text, further lines :func:`indented`; tracebacks stay as they are."""
+    """Log messages made :func:`printable` and :func:`indented`; tracebacks are unchanged."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
+        """The formatted line of a record."""
         record.message = indented(printable(record.message))
         return super().formatMessage(record)

@@ -1,4 +1,4 @@
-"""On which device and in which precision models run: what was asked for, checked before anything is loaded."""
+"""The device and precision that models run in, checked before anything is loaded."""
 
 from pathlib import Path
 from typing import Literal
@@ -10,18 +10,18 @@ from davae.errors import DavaeError
 from davae.runtime.model_files import variant_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The precisions that have a name on the command line."""
+"""The precisions accepted on the command line."""
 _SAVED_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def chosen_device(device: str | None) -> str:
-    """The device that was asked for, else the GPU where there is one.
+    """The requested device; by default ``cuda`` if available, else ``cpu``.
 
     Args:
-        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``; none leaves the choice.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``, or ``None`` for the default.
 
     Raises:
-        DavaeError: no device of that name, or this machine does not have it.
+        DavaeError: the name is unknown, or this machine has no such device.
     """
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,10 +46,10 @@ _GIVE = "give cpu, or cuda where there is a GPU, or leave it out"
 
 
 def named_dtype(name: str) -> torch.dtype:
-    """The precision of that name.
+    """The dtype called ``name`` on the command line.
 
     Raises:
-        DavaeError: there is none.
+        DavaeError: the name is not in :data:`DTYPES`.
     """
     if name not in DTYPES:
         raise DavaeError(f"dtype must be {', '.join(DTYPES)}, not '{name}' (--dtype)")
@@ -72,16 +72,16 @@ def saved_dtype(folder: str | Path, *, variant: str | None = None) -> torch.dtyp
                     part = opened.get_slice(key)
                     if part.get_dtype() in numbers:
                         numbers[part.get_dtype()] += torch.Size(part.get_shape()).numel()
-        except SafetensorError:  # damaged: reading the model itself tells
+        except SafetensorError:  # damaged: loading the model reports it
             continue
     return _SAVED_AS[max(numbers, key=numbers.__getitem__)] if any(numbers.values()) else torch.float32
 
 
 def wanted_dtype(name: str | None, device: str) -> torch.dtype | Literal["saved"]:
-    """The named precision; where none is named, float32 on a CPU and elsewhere the one that was saved.
+    """The requested dtype; by default float32 on a CPU and ``"saved"``, the dtype of the weights, elsewhere.
 
     Args:
-        name: ``float32``, ``bfloat16`` or ``float16``; none leaves the choice.
+        name: ``float32``, ``bfloat16``, ``float16``, or ``None`` for the default.
         device: where the model will run.
 
     Raises:

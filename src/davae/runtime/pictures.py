@@ -1,4 +1,4 @@
-"""Images made larger or smaller, and pictures that show many of them."""
+"""Resizing of images, and picture sheets that show many of them."""
 
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ _GAP = 2  # pixels between tiles
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """``[..., H, W]`` in [-1, 1] to whole numbers 0..255, still float32: what an image file would hold."""
+    """``[..., H, W]`` in [-1, 1], clamped, to the 8-bit values 0..255 that an image file holds, as float32."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
 
 
 def resize_bicubic(images: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic with antialiasing, as Pillow does it; images of the right size stay as they are."""
+    """Resize ``[B, 3, h, w]`` bicubically with antialiasing, as Pillow does; unchanged if the size already fits."""
     if images.shape[-2:] == (height, width):
         return images
     return F.interpolate(images, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
@@ -32,13 +32,13 @@ def resize_bicubic(images: Tensor, height: int, width: int) -> Tensor:
 def upscaled(small: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
     """Images ``[B, 3, h, w]`` enlarged bicubically to ``size`` (height, width) and clamped to [-1, 1], float32.
 
-    Without antialiasing: torch's takes another kernel also where nothing is reduced.
+    Without antialiasing, with which torch uses another bicubic kernel even when enlarging.
     """
     return F.interpolate(small.float(), size=size, mode="bicubic", align_corners=False).clamp(-1, 1)
 
 
 def reduced(images: Tensor, factor: int) -> Tensor:
-    """``[B, 3, H, W]`` to ``[B, 3, H / factor, W / factor]`` as an upgrade's base sees it: bicubic, antialiased."""
+    """``[B, 3, H, W]`` to ``[B, 3, H // factor, W // factor]``, bicubic and antialiased."""
     return resize_bicubic(images, images.shape[-2] // factor, images.shape[-1] // factor)
 
 
@@ -52,8 +52,8 @@ def reduced_to(images: Tensor, side: int) -> Tensor:
 def image_grid(rows: list[Tensor]) -> Image.Image:
     """Tile rows of ``[N, 3, h, w]`` images in [-1, 1] into one picture.
 
-    Rows may differ in resolution; smaller ones are enlarged to the largest by repeating pixels, so that what is
-    seen is what was made.
+    Rows may differ in resolution; smaller images are enlarged to the largest side by nearest neighbour, which shows
+    their pixels as they are.
     """
     side = max(row.shape[-1] for row in rows)
     tiles = []
@@ -79,7 +79,7 @@ def save_image(image: Image.Image, path: Path, **options: Any) -> None:
 
 
 def save_shared_rows(path: Path, rows: dict[str, Tensor], count: int, *, at_most: int = PICTURES) -> None:
-    """:func:`save_rows` of the first of ``count`` images; each process gives its share of every row."""
+    """:func:`save_rows` of the first ``at_most`` of ``count`` images; every rank passes its share of each row."""
     mine = share(count)
     shown = {}
     for name, row in rows.items():
@@ -92,7 +92,7 @@ def save_shared_rows(path: Path, rows: dict[str, Tensor], count: int, *, at_most
 
 
 def save_rows(path: Path, rows: dict[str, Tensor]) -> None:
-    """Write a grid with one row an entry; the names are kept in the PNG's text."""
+    """Write a grid with one row per entry; the names of the rows are stored in the PNG's text."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()

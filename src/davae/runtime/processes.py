@@ -1,9 +1,8 @@
-"""The processes that a launcher started: rank and world, and work that they share.
+"""The processes that a launcher started: rank, world size, and how they divide work.
 
-Validation, encoding and measuring are shared. Every process takes equally many of the things to do, so that models
-whose weights are spread over the processes are called equally often by all; where the number does not divide, the last
-thing is done twice and counted once. Results are put together in the order of the things, so they do not depend on the
-number of processes.
+Validation, encoding and measuring are divided. Every process takes equally many items, so that all call a sharded model
+equally often; where the number of items does not divide, the last one is repeated and counted once. Results are
+gathered in the order of the items, so they do not depend on the number of processes.
 """
 
 import os
@@ -26,20 +25,20 @@ T = TypeVar("T")
 _SENT_TOGETHER = 256
 
 LONGEST_WAIT = timedelta(hours=2)
-"""For the slowest process, or the one that exports while the others wait. torch's own limit is ten minutes."""
+"""Time-out of collective operations: others wait while one process exports. torch's own limit is ten minutes."""
 
 
 LAUNCHER = "the accelerate configuration (--config_file)"
-"""What errors call the file that a launcher was given."""
+"""What errors call the configuration file of a launcher."""
 
 
 def start_processes(*, cpu: bool | None = None, timeout: timedelta = LONGEST_WAIT) -> PartialState:
-    """Let the processes that a launcher started find each other, and give each its device; once is enough.
+    """Connect the processes that a launcher started and assign each its device; later calls change nothing.
 
-    Training does it by itself. It must happen before anything is shared out or put on "the" GPU.
+    Training does this itself. It must happen before work is divided or a model is put on "the" GPU.
 
     Args:
-        cpu: stay on the CPU; by default where training knows no accelerator.
+        cpu: stay on the CPU; by default if training has no accelerator to use.
         timeout: how long one process waits for the others.
 
     Raises:
@@ -50,40 +49,40 @@ def start_processes(*, cpu: bool | None = None, timeout: timedelta = LONGEST_WAI
 
 
 def refuse_deepspeed() -> None:
-    """Fail before anything starts where the launcher asks for DeepSpeed.
+    """Refuse a launcher's configuration that asks for DeepSpeed.
 
     Raises:
-        DavaeError: naming the configurations that do the same with torch alone.
+        DavaeError: it does; the message names the configurations that do the same with torch alone.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise DavaeError(
-            f"{LAUNCHER} asks for DeepSpeed, which davae does not use. torch alone does the same: take "
+            f"{LAUNCHER} asks for DeepSpeed, which davae does not use. torch alone does the same: use "
             "configs/accelerate/fsdp2-zero2.yaml for ZeRO-2, configs/accelerate/fsdp2.yaml for ZeRO-3"
         )
 
 
 def use_cpu() -> bool:
-    """Whether there is no accelerator that training knows."""
+    """Whether there is no accelerator (CUDA or MPS) that training can use."""
     return not torch.cuda.is_available() and not torch.backends.mps.is_available()
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are; ``(0, 1)`` where no launcher started any."""
+    """This process's rank and the world size; ``(0, 1)`` without a launcher."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes."""
+    """Whether this is rank 0, the process that writes."""
     return rank_and_world()[0] == 0
 
 
 def share(count: int) -> list[int]:
-    """This process's positions of ``range(count)``, in order and equally many in every process.
+    """This process's positions in ``range(count)``, in order, equally many in every process.
 
-    Process ``r`` of ``W`` takes ``r n ... r n + n - 1`` with ``n = ceil(count / W)``; beyond the end the last position
-    stands in, which :func:`gathered` leaves out again.
+    Rank ``r`` of ``W`` takes ``r n, ..., r n + n - 1`` with ``n = ceil(count / W)``; positions beyond the end are
+    replaced by the last one, and :func:`gathered` drops the repetitions.
     """
     rank, world = rank_and_world()
     each = -(-count // world)
@@ -91,13 +90,13 @@ def share(count: int) -> list[int]:
 
 
 def gathered(own: Sequence[T], count: int) -> list[T]:
-    """The results of all positions of ``range(count)``, in every process.
+    """The results for all of ``range(count)``, in every process; all ranks must call this.
 
-    They are sent some at a time: what is on its way takes memory besides, several times over.
+    Results are sent in parts, since objects in transit take several times their memory.
 
     Args:
-        own: this process's results, one for each position of :func:`share`. Tensors should be on the CPU.
-        count: how many there are in all.
+        own: this process's results, one per position of :func:`share`. Tensors should be on the CPU.
+        count: number of results in all.
     """
     rank, world = rank_and_world()
     parts: list[list[T]] = [[] for _ in range(world)]
@@ -111,7 +110,7 @@ def gathered(own: Sequence[T], count: int) -> list[T]:
 
 
 def gathered_in_first(own: Sequence[T], count: int) -> list[T]:
-    """As :func:`gathered` in the first process, nothing in the others: for pictures, which are large."""
+    """:func:`gathered` in the first process only, an empty list in the others; for images, which are large."""
     rank, world = rank_and_world()
     if world == 1:
         return _put_together([own], count)
@@ -121,7 +120,7 @@ def gathered_in_first(own: Sequence[T], count: int) -> list[T]:
 
 
 def everyone(value: T) -> list[T]:
-    """A plain value of each process, in every process; all ranks must call this."""
+    """The value (picklable) of each process, in rank order, in every process; all ranks must call this."""
     _, world = rank_and_world()
     if world == 1:
         return [value]
@@ -131,15 +130,15 @@ def everyone(value: T) -> list[T]:
 
 
 def all_the_same(what: str, own: str, where: str) -> None:
-    """Make sure that the processes begin with the same thing, in all of them at once.
+    """Check that all processes found the same; all ranks must call this, and all raise if not.
 
     Args:
-        what: that is compared, for the error.
+        what: is compared, for the error.
         own: what this process found.
-        where: it was looked for.
+        where: this process looked, for the error.
 
     Raises:
-        DavaeError: they differ, as folders do that not all machines share.
+        DavaeError: the processes found different things, as with folders that not all machines share.
     """
     found = everyone(own)
     if len(set(found)) > 1:
@@ -166,7 +165,7 @@ def claimed_by_first(folder: Path, kind: KindName) -> Iterator[None]:
 
 
 def _compact(value: Any) -> Any:
-    """The same value for sending: a row of a batch would take the whole batch with it."""
+    """Copy tensors that are views of larger storage: pickling a row would send the whole batch."""
     if isinstance(value, Tensor):
         return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
     if isinstance(value, dict):

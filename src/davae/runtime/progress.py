@@ -1,4 +1,4 @@
-"""A progress bar with rate, remaining time and losses; plain log lines where there is no terminal."""
+"""A progress bar with rate, remaining time and losses; log lines where standard error is no terminal."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _SECONDS_BETWEEN_LINES = 20.0
 
 
 class Progress:
-    """Shows how far a training is.
+    """Shows the progress of a training or of another long loop.
 
     Args:
         name: what is running.
-        total: steps in all.
-        start: steps done before.
-        enabled: off on all but the main process.
+        total: number of steps.
+        start: steps done earlier.
+        enabled: show anything; turn it off in all but the main process.
     """
 
     def __init__(self, name: str, total: int, start: int = 0, *, enabled: bool = True) -> None:
@@ -56,12 +56,12 @@ class Progress:
             self._bar.stop()
 
     def losses(self, values: dict[str, float]) -> None:
-        """Show these values beside the bar."""
+        """Show the first four values, without learning rate and gradient norm, beside the bar."""
         shown = [(k, v) for k, v in values.items() if k not in {"learning_rate", "gradient_norm"}]
         self._losses = "  ".join(f"{k} {v:.4g}" for k, v in shown[:4])
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Count one more step as done."""
         self.done += 1
         now = time.monotonic()
         seconds = (now - self._began) / max(1, self.done - self._first)

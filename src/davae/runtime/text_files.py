@@ -1,8 +1,7 @@
-"""Text from outside: captions, tables of captions, prompts, configurations. One reader for all of it.
+"""The one reader for text from outside: captions, tables of captions, prompts, configurations.
 
-The encoding is UTF-8, or what a byte-order mark says (UTF-8, UTF-16, UTF-32: Windows' Notepad writes them). A line
-ends with a newline, with or without a carriage return, and with nothing else: other separators of Unicode belong to
-the text.
+The encoding is UTF-8, or what a byte-order mark says (UTF-8, UTF-16 or UTF-32, as Windows' Notepad writes them). Only a
+newline, optionally after a carriage return, ends a line; other Unicode separators are part of the text.
 """
 
 import codecs
@@ -15,11 +14,11 @@ from typing import Any, BinaryIO
 from davae.errors import DavaeError
 
 MOST_BYTES = 1 << 30
-"""Of a file with many lines; a caption or a configuration has a limit of its own."""
+"""Default limit of a file; captions have the lower one below."""
 
 CAPTION_BYTES = 1 << 20
 _MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is its beginning
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -28,11 +27,11 @@ _MARKS = (
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """A file open for reading its bytes. A pipe or a device, which may wait or give for ever, is refused.
+    """Open a regular file for reading bytes; a pipe or a device could block or never end.
 
     Raises:
-        DavaeError: it is no regular file.
-        OSError: as ``open``.
+        DavaeError: it is a pipe, a device or a socket.
+        OSError: it cannot be opened, or is a folder.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -47,8 +46,8 @@ def read_text(path: str | Path, *, most_bytes: int = MOST_BYTES) -> str:
     """The text of a file.
 
     Raises:
-        DavaeError: it is no regular file, longer than ``most_bytes``, or no text in a known encoding.
-        OSError: it is not there or cannot be read.
+        DavaeError: not a regular file, longer than ``most_bytes``, or not text in a known encoding.
+        OSError: it is absent or cannot be read.
     """
     with open_regular(path) as file:
         raw = file.read(most_bytes + 1)
@@ -56,18 +55,18 @@ def read_text(path: str | Path, *, most_bytes: int = MOST_BYTES) -> str:
 
 
 def decode_text(raw: bytes, name: str, *, most_bytes: int = CAPTION_BYTES) -> str:
-    """Bytes as text.
+    """Decode bytes by their byte-order mark, or as UTF-8.
 
     Args:
         raw: the bytes.
         name: of their file, for the error.
-        most_bytes: a text has.
+        most_bytes: maximum length.
 
     Raises:
-        DavaeError: more bytes, or no text in a known encoding.
+        DavaeError: more bytes than that, or not text in the encoding.
     """
     if len(raw) > most_bytes:
-        raise DavaeError(f"{name} is too long for a text of its kind: more than {most_bytes:,} bytes")
+        raise DavaeError(f"{name} is too long for text of its kind: more than {most_bytes:,} bytes")
     encoding = next((encoding for mark, encoding in _MARKS if raw.startswith(mark)), "utf-8")
     try:
         return raw.decode(encoding)
@@ -78,32 +77,32 @@ def decode_text(raw: bytes, name: str, *, most_bytes: int = CAPTION_BYTES) -> st
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines, without their ends."""
+    """The lines, without their line endings."""
     return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def parse_json(text: str, where: str) -> Any:
-    """What JSON text says.
+    """The value of JSON text.
 
     Args:
-        text: as read.
+        text: the JSON.
         where: file and line, for the error.
 
     Raises:
-        DavaeError: it is not JSON, or too deep.
+        DavaeError: it is not JSON, nested too deeply, or has a number with too many digits.
     """
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # bad JSON, numbers without end, deep nesting
+    except (ValueError, RecursionError) as error:  # ValueError: also integers of too many digits
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DavaeError(f"{where}, is not JSON: {reason}") from error
+        raise DavaeError(f"{where} is not JSON: {reason}") from error
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file says.
+    """The value of a JSON file.
 
     Raises:
-        DavaeError: as :func:`read_text`, or it is not JSON, or is not there.
+        DavaeError: it is absent, cannot be read as text (:func:`read_text`), or is not JSON.
     """
     try:
         text = read_text(path, most_bytes=MOST_BYTES)
@@ -113,9 +112,9 @@ def read_json(path: str | Path) -> Any:
 
 
 def whole_text(text: str) -> str:
-    """Text that can be written in any encoding: halves of a character that stand alone become U+FFFD.
+    """Text that can be encoded: surrogate pairs are joined, and lone surrogates become U+FFFD.
 
-    JSON may hold them (``"\\ud800"``), and so may names of files that are not UTF-8.
+    JSON may contain lone surrogates (``"\\ud800"``), and so may file names that are not UTF-8.
     """
     try:
         text.encode()
@@ -125,7 +124,7 @@ def whole_text(text: str) -> str:
 
 
 def whole_name(name: str) -> str:
-    """A file's name as text; bytes that are not UTF-8 are spelled out (``caf\\xe9.png``), so that no two names meet."""
+    """A file's name as text; bytes that are not UTF-8 are escaped (``caf\\xe9.png``), so that names stay distinct."""
     try:
         name.encode()
     except UnicodeEncodeError:

@@ -17,22 +17,22 @@ from davae.runtime.atomic_files import atomic_file
 from davae.runtime.model_files import not_finite
 
 logger = logging.getLogger(__name__)
-_WRAPPERS = ("module.", "_orig_mod.")  # put before every name by data parallelism and by torch.compile
+_WRAPPERS = ("module.", "_orig_mod.")  # prefixes of data parallelism and torch.compile
 
 
 def read_state_dict(path: str | Path, *, entries: Sequence[str] = ("ema", "model", "state_dict")) -> dict[str, Tensor]:
-    """Named tensors of a ``.safetensors`` file, or of a torch file (``.pt``) that holds tensors only.
+    """Read the state dict of a ``.safetensors`` file, or of a torch file (``.pt``) that holds only tensors.
 
     Args:
         path: the file.
-        entries: where a file nests several models under names, the first of these it has is taken, and said.
+        entries: names under which a file may nest state dicts; the first one present is read, and logged.
 
     Returns:
         Tensors by name on the CPU, without the prefixes of data parallelism and torch.compile.
 
     Raises:
-        DavaeError: no such file, a damaged one, a pickle that would have to run code, or no tensors where they
-            should be.
+        DavaeError: the file is absent or damaged, is a pickle that would execute code, or has no named tensors where
+            they are expected.
     """
     content = _read(Path(path))
     return strip_wrappers(_find_tensors(content, Path(path), entries))
@@ -40,7 +40,7 @@ def read_state_dict(path: str | Path, *, entries: Sequence[str] = ("ema", "model
 
 @contextmanager
 def about_file(path: str | Path) -> Iterator[None]:
-    """Errors about what a file holds begin with its name."""
+    """Prefix every :class:`DavaeError` in the block with the file's name."""
     try:
         yield
     except DavaeError as error:
@@ -48,7 +48,7 @@ def about_file(path: str | Path) -> Iterator[None]:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Named tensors that lie bare in a file of either kind, such as statistics.
+    """Named tensors at the top level of a file of either kind, such as statistics.
 
     Raises:
         DavaeError: as :func:`read_state_dict`.
@@ -80,20 +80,20 @@ def _read(path: Path) -> Any:
             begin = file.read(16)
         if not begin.startswith((b"PK", b"\x80")):
             raise DavaeError(
-                f"{path} is no checkpoint: it begins with {begin!r}. A page that a server sent in place of the file "
-                "begins with '<'; download the file itself"
+                f"{path} is no checkpoint: it begins with {begin!r}. A file that begins with '<' is a web page saved "
+                "in its place; download the file itself"
             ) from error
         raise DavaeError(
-            f"{path} holds more than tensors, and reading it would run code from the file. If you trust where it "
-            "comes from, write its weights alone with the program that made it, and convert that file: "
+            f"{path} holds more than tensors, and reading it would run code from the file. If you trust its source, "
+            "save its weights alone with the program that made it, and convert that file: "
             f'`content = torch.load("{path.name}", weights_only=False); torch.save({{"state_dict": '
-            'content["state_dict"]}, "weights.pt")`, with "ema" or "model" where the weights are under that name. '
+            'content["state_dict"]}, "weights.pt")`, with "ema" or "model" if the weights are under that name. '
             f"({str(error).splitlines()[0]})"
         ) from error
     except (RuntimeError, EOFError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DavaeError(
-            f"{path} cannot be read: it is damaged, or no checkpoint. Download it again. ({reason})"
+            f"{path} cannot be read: it is damaged or not a checkpoint. Download it again. ({reason})"
         ) from error
 
 
