@@ -86,7 +86,7 @@ def test_mistakes_end_with_status_2_and_write_nothing(
         assert davae_verb(monkeypatch, "export", *arguments) == 2
         assert message in capsys.readouterr().err
 
-    refused("holds files already", run, "--out", run)
+    refused("already holds files", run, "--out", run)
     refused("holds no pipeline", tmp_path, "--out", tmp_path / "out")
     (run / "config.yaml").write_text(yaml.safe_dump({"base": "someone/unknown"}))
     refused("--license", run, "--out", tmp_path / "out")

@@ -80,7 +80,7 @@ def test_losses_are_the_same_from_images_from_memory_and_from_a_cache(tmp_path: 
 def test_the_large_recipe_trains_from_a_cache_that_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(DavaeError, match=r"run `davae cache --recipe imagenet-512-native .*data\.cache=null"):
         run_base("imagenet-512-native", NATIVE, tmp_path)
-    with pytest.raises(DavaeError, match="leave out --autoencoder"):
+    with pytest.raises(DavaeError, match="remove --autoencoder"):
         run_cache("imagenet-small-native", NATIVE, tmp_path / "cache", tmp_path)
     with pytest.raises(DavaeError, match="'imagenet-small-base' trains an autoencoder first, from images"):
         run_cache("imagenet-small-base", [], tmp_path / "cache")
@@ -114,7 +114,7 @@ def test_loader_processes_and_their_time_are_those_of_the_recipe(
     [
         ("downsample=2 data.cache=caches/x", r"data\.cache and data\.cache_dtype need start_from"),
         ("downsample=2 data.cache_dtype=float16", r"data\.cache and data\.cache_dtype need start_from"),
-        ("data.buckets=true", "data.buckets: the training of a base has one size"),
+        ("data.buckets=true", "data.buckets: a base is trained at one image size"),
         ("data.crop=random", r"data\.crop=random .*data\.cache_latents"),
         ("full_resolution_crops=0.5", "full_resolution_crops are for training an autoencoder"),
     ],

@@ -215,7 +215,7 @@ def test_a_signal_after_the_last_step_keeps_the_next_stage_from_beginning(tmp_pa
         return work(*arguments)
 
     setattr(stage, during, interrupted)
-    with pytest.raises(TrainingStopped, match=r"after step 2 of 2; its result is written, .*what is left") as stopped:
+    with pytest.raises(TrainingStopped, match=r"after step 2 of 2; its result is written to .*what is left") as stopped:
         train(stage, tmp_path, {})
     assert stopped.value.signal == number
     assert (tmp_path / "unused").is_file()

@@ -282,7 +282,7 @@ def test_images_without_any_caption_are_an_error(caplog):
 def test_a_caption_that_came_later_is_named():
     pipe = small_pipeline("sd3")
     prompts = PromptEmbeddings(family_of(pipe), pipe, ["a fox"], torch.device("cpu"), 16)
-    with pytest.raises(DavaeError, match=r"the caption of b\.png came after the training had begun: 'a dog'"):
+    with pytest.raises(DavaeError, match=r"the caption of b\.png changed after the training had started: 'a dog'"):
         prompts.prepare({"id": "b.png", "caption": "a dog"})
 
 

@@ -1,1 +1,1 @@
-"""One training loop on accelerate, and one small file a stage."""
+"""One training loop on accelerate, and the stages that it trains."""

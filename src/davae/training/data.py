@@ -1,4 +1,4 @@
-"""The images of a recipe's data section."""
+"""The images of a recipe's ``data`` section."""
 
 import logging
 import math
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def open_part(
     data: DataSettings, part: Literal["train", "held_out"], unit: int | None = None, *, quiet: bool = False
 ) -> ImageDataset | RenderedDataset:
-    """The training or the held-out part; held-out images are never mirrored, cropped at random or put in buckets.
+    """Open the training or held-out part; held-out images are not mirrored, not cropped at random, not bucketed.
 
     Args:
         data: the recipe's section.
@@ -87,7 +87,7 @@ def check_images(data: DataSettings, *, captions_for: str | None = None) -> None
 
 
 def require_captions(captions: Sequence[str], pipe: Any) -> None:
-    """A pipeline that learns from captions needs some; says how many images have none.
+    """Check that a pipeline conditioned on text has captions to train on; warn of images without one.
 
     Raises:
         DavaeError: no image has a caption.
@@ -100,66 +100,66 @@ def require_captions(captions: Sequence[str], pipe: Any) -> None:
 
 
 def open_training_part(data: DataSettings, vae: AutoencoderDA, pipe: Any) -> ImageDataset | RenderedDataset:
-    """The training part for an upgrade: in buckets that suit the autoencoder and the transformer, where asked."""
+    """The training part for an upgrade, with ``data.buckets`` in sizes that fit the autoencoder and transformer."""
     return open_part(data, "train", token_side(vae, pipe) if data.buckets else None)
 
 
 def bucket_sizes(data: DataSettings, unit: int | None) -> list[Size] | None:
-    """The sizes that ``data.buckets`` means; none where it is off.
+    """The image sizes of ``data.buckets``; ``None`` if it is off.
 
     Raises:
-        DavaeError: sizes that are no multiples of a token, or a training that cannot have buckets.
+        DavaeError: sizes that are not multiples of a token's side, or a training that has no buckets (no ``unit``).
     """
     if data.buckets is False:
         return None
     if unit is None:
-        raise DavaeError("data.buckets: the training of a base has one size; set data.buckets=false")
+        raise DavaeError("data.buckets: a base is trained at one image size; set data.buckets=false")
     if data.buckets is True:
         return make_buckets(data.resolution, unit)
     return check_buckets(data.buckets, unit)
 
 
 def token_side(vae: AutoencoderDA, pipe: Any) -> int:
-    """Pixels of the full-resolution image that one token covers a side: ``s * f * patch``.
+    """Side of a token in pixels of the full-resolution image: scale x base compression x patch size.
 
     Args:
         vae: the upgraded autoencoder.
         pipe: the base or the upgraded pipeline.
     """
-    side = 240  # divided by every patch size in use
+    side = 240  # a multiple of every patch size in use
     probe = torch.empty(1, 1, side, side, device="meta")
     patch = side / math.sqrt(family_of(pipe).tokens(pipe.transformer, probe))
     return vae.spatial_compression * round(patch)
 
 
 def rank_share_of_images(dataset: ItemDataset, count: int) -> tuple[Tensor, int]:
-    """This process's share of the first ``count`` images, ``[n, 3, H, W]``, and how many all have together."""
+    """This process's share of the first ``count`` images, ``[n, 3, H, W]``, and the number over all processes."""
     count = min(count, len(dataset))
     return torch.stack([dataset[i]["image"] for i in share(count)]), count
 
 
 def stack_images(items: list[dict[str, Any]]) -> Tensor:
-    """The images of a batch's items, ``[B, 3, H, W]``: what a loader collates where nothing else is needed."""
+    """Collate the images of a batch of items, ``[B, 3, H, W]``, and nothing else of them."""
     return torch.stack([item["image"] for item in items])
 
 
 def mean_psnr(images: Tensor, made: Tensor, count: int | None = None) -> float:
-    """PSNR of images in [-1, 1], clamped, averaged over images; dB.
+    """PSNR in dB, averaged over images.
 
     Args:
-        images: ``[n, 3, H, W]``.
-        made: the same.
-        count: where each process has its :func:`rank_share_of_images`: how many all have together.
+        images: ``[n, 3, H, W]`` in [-1, 1].
+        made: reconstructions of the same shape; clamped to [-1, 1].
+        count: number of images over all processes, if each has its :func:`rank_share_of_images`.
     """
     values = psnr(images, made.float().clamp(-1, 1))
     return float(values.mean()) if count is None else mean_of_all(values, count)
 
 
 def mean_of_all(values: Tensor, count: int) -> float:
-    """The mean over the images of all processes, the same in each.
+    """The mean over the images of all processes, in every process; all ranks must call this.
 
     Args:
-        values: ``[n]``, of this process's images.
-        count: images in all.
+        values: ``[n]``, one per image of this process.
+        count: number of images over all processes.
     """
     return float(torch.tensor(gathered(values.tolist(), count)).mean())

@@ -1,4 +1,4 @@
-"""What a training brings to the loop: what learns, from which data, how it is measured and exported."""
+"""The interface between a training and the loop: what is trained, on which data, how it is measured and exported."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,36 +15,36 @@ from davae.recipes.loop import LoopSettings, OptimizerSettings
 
 @dataclass
 class TrainedModule:
-    """A module with its own optimizer. ``module(batch, step)`` gives named losses, among them ``total``."""
+    """A module with its own optimizer. ``module(batch, step)`` returns named scalar losses, among them ``total``."""
 
     name: str
     module: nn.Module
     optimizer: OptimizerSettings
     learning_rates: dict[str, float] = field(default_factory=dict)
-    """Learning rates of parameters by exact name, where they differ from the optimizer's."""
+    """Learning rates by exact parameter name, where they differ from the optimizer's."""
     gradient_masks: dict[str, Tensor] = field(default_factory=dict)
-    """By exact name of a parameter: where it learns. Elsewhere its gradient is set to zero."""
+    """Boolean masks by exact parameter name; the gradient is set to zero where the mask is false."""
     can_be_sharded: bool = True
-    """False where ``module`` takes gradients of single weights by itself, which FSDP has out of reach by then."""
+    """False if ``module`` itself computes gradients with respect to single weights, which FSDP does not support."""
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that learn."""
+        """The parameters that require gradients."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
 
 class Stage(ABC):
-    """What a training brings to the loop."""
+    """What the loop trains; see :func:`davae.training.loop.loop.train`."""
 
     name: str
     section: str = ""
     """The recipe's section that ``loop`` is of, for advice."""
     loop: LoopSettings
     modules: list[TrainedModule]
-    """The first is the model (averaged, validated); a discriminator may follow."""
+    """The first is the model, which is averaged and validated; discriminators may follow."""
     dataset: ItemDataset
-    """A stage of one's own may set any map-style torch data set of items."""
+    """The training data; a custom stage may set any map-style torch data set of items."""
     workers: int = 0
-    """Loader processes."""
+    """Data loader processes."""
     timeout_s: float = 0.0
     """Seconds to wait for a batch of images; 0 waits for ever."""
     facts: dict[str, Any] = {}  # replaced, never changed  # noqa: RUF012
@@ -66,10 +66,10 @@ class Stage(ABC):
 
     @abstractmethod
     def validate(self, samples: Path, step: int) -> dict[str, float]:
-        """Measure the model on held-out images and write a picture into ``samples``.
+        """Measure the model on held-out images after ``step`` steps and write a picture into the folder ``samples``.
 
         Called in every process, each of which takes its share (see :mod:`davae.runtime.processes`); the first one
-        writes, and its figures count.
+        writes the picture, and its metrics are logged.
         """
 
     @abstractmethod

@@ -1,1 +1,1 @@
-"""Stage 1: detail encoders and joint decoders."""
+"""Stage 1: detail encoders and joint decoders on a frozen base autoencoder."""

@@ -1,9 +1,10 @@
-"""Adaptive weights without a second way back through the decoder.
+"""Adaptive loss weights without further backward passes through the decoder.
 
-An adaptive weight compares gradients of two losses at one layer, so it must be known before the sum of the losses
-can go backward. Done plainly, each gradient is a backward pass of its own and the sum is one more. Here the graph is
-cut where the gradients meet: the losses go back to the decoded image, their weighted sum goes back through the decoder
-once, and what arrives at the latent and at the decoder's weights is kept and handed on when the total goes backward.
+An adaptive weight is the ratio of two losses' gradient norms at one layer, so it must be known before the weighted sum
+is back-propagated. Done plainly, each gradient takes a backward pass of its own and the sum one more. Here the graph is
+cut at the decoded image and at the latent: the losses are differentiated to the image, their weighted sum is
+back-propagated through the decoder once, and the gradients at the latent and at the decoder's weights are stored and
+passed on when ``backward`` is called on the total.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,10 +27,10 @@ class Decoded:
     """A decoded and measured latent.
 
     Attributes:
-        losses: the terms, the weighted adversarial one as ``gan``.
-        total: reconstruction and adversarial term; its backward hands on gradients that are known already.
-        at_details: gradient of the reconstruction at ``z_d``, ``[B, D, h, w]``; none where nobody asked.
-        scale: factor on ``at_details``.
+        losses: the scalar terms; the weighted adversarial one is ``gan``.
+        total: scalar, reconstruction plus adversarial term; its backward passes on the stored gradients.
+        at_details: gradient of the reconstruction loss at ``z_d``, ``[B, D, h, w]``; ``None`` if not requested.
+        scale: factor that ``at_details`` contains.
     """
 
     losses: dict[str, Tensor]
@@ -38,7 +39,7 @@ class Decoded:
     scale: float
 
     def alignment_ratio(self, z_d: Tensor, alignment: Tensor, weight: Tensor, *, maximum: float) -> Tensor:
-        """The adaptive weight of the alignment: both gradients at the layer that makes ``z_d``."""
+        """The adaptive weight of the alignment loss, from gradients at ``weight`` of the layer that outputs ``z_d``."""
         (reference,) = grad(z_d, weight, self.at_details, retain_graph=True)
         (gradient,) = grad(self.scale * alignment, weight, retain_graph=True)
         return gradient_ratio(reference, gradient, maximum=maximum, scale=self.scale)
@@ -55,17 +56,17 @@ def single_pass(
     *,
     at_details: bool,
 ) -> Decoded:
-    """Decode, measure, and go back through the decoder.
+    """Decode, compute the losses, and back-propagate them through the decoder.
 
     Args:
-        vae: whose ``decode_structured``.
-        latent, z_d: ``[B, C, h, w]`` and ``[B, D, h, w]``, with their graphs.
-        images: ``[B, 3, H, W]``, what is to come out.
-        measure: from images and reconstruction to losses, among them ``reconstruction``.
-        gan_loss: of this level, or none.
-        step: the loop's.
-        at_details: keep the reconstruction's own gradient at ``z_d``. With an active GAN that is one more pass
-            through the decoder, for its inputs only.
+        vae: the autoencoder whose ``decode_structured`` is called.
+        latent, z_d: ``[B, C, h, w]`` and ``[B, D, h, w]``, attached to their graphs.
+        images: targets, ``[B, 3, H, W]`` in [-1, 1].
+        measure: maps images and reconstruction to losses, among them ``reconstruction``.
+        gan_loss: of this level, or ``None``.
+        step: the loop's step.
+        at_details: keep the gradient of the reconstruction loss at ``z_d``. With an active GAN this takes one more
+            backward pass through the decoder, to its inputs only.
     """
     below, details = _leaf(latent), _leaf(z_d)
     made = vae.decode_structured(below, details)
@@ -102,7 +103,7 @@ def single_pass(
 def with_gradients(
     value: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor], *, scale: float = 1.0
 ) -> Tensor:
-    """A scalar ``value`` whose backward gives ``tensors`` their ``gradients / scale``, computed beforehand."""
+    """A scalar ``value`` whose backward passes the precomputed ``gradients / scale`` on to ``tensors``."""
     total: Tensor = _WithGradients.apply(value, scale, list(gradients), *tensors)
     return total
 
@@ -119,5 +120,5 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _leaf(tensor: Tensor) -> Tensor:
-    """The same numbers at the start of a graph of their own."""
+    """The same values as a leaf of a new graph."""
     return tensor.detach().requires_grad_(tensor.requires_grad)

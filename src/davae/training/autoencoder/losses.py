@@ -1,4 +1,4 @@
-"""The terms of the autoencoder stages: reconstruction, and the GAN loss with its discriminator."""
+"""Losses of the autoencoder stages: reconstruction, and the GAN loss with its discriminator."""
 
 from typing import Any
 
@@ -17,14 +17,14 @@ from davae.training.stage import TrainedModule
 
 
 def laplacian_l1(error: Tensor, levels: int = 3) -> Tensor:
-    """L1 of an error image on a Laplacian pyramid, mean over pixels and levels.
+    """L1 norm of an error image on a Laplacian pyramid, mean over pixels and levels, a scalar.
 
-    Each level holds what is lost by halving the resolution once more, so that errors in thin lines count as
-    much as errors in large areas (the Lap-1 distance of Ling and Okada, 2006, with equal level weights).
+    Each level holds what halving the resolution once more removes, so that errors in thin lines count as much as
+    errors in large areas (the Lap-1 distance of Ling and Okada, 2006, with equal level weights).
 
     Args:
         error: ``[B, 3, H, W]``, difference of two images.
-        levels: band-pass levels before the remainder.
+        levels: band-pass levels before the low-pass remainder.
     """
     total = error.new_zeros(())
     for _ in range(levels):
@@ -50,7 +50,7 @@ class ReconstructionLoss(nn.Module):
         return {name: weights_hash(network) for name, network in networks.items() if network is not None}
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """Named terms of ``[B, 3, H, W]`` images and ``reconstruction``, their weighted sum."""
+        """Unweighted scalar terms of two ``[B, 3, H, W]`` batches, and their weighted sum as ``reconstruction``."""
         error = (reconstruction - images).float()
         terms = {"l1": error.abs().mean()}
         total = self.settings.l1_weight * terms["l1"]
@@ -80,7 +80,7 @@ MAX_ADAPTIVE_GAN = 1e4  # official code
 
 
 class GanLoss(nn.Module):
-    """The GAN's part in a generator's loss, and the discriminator's own loss on what the generator made last."""
+    """The adversarial term of the generator, and the discriminator's loss on the generator's latest batch."""
 
     def __init__(self, settings: GanSettings) -> None:
         super().__init__()
@@ -89,10 +89,10 @@ class GanLoss(nn.Module):
         self._pair: tuple[Tensor, Tensor] | None = None
 
     def generator_term(self, images: Tensor, made: Tensor, reconstruction: Tensor, last: Tensor, step: int) -> Tensor:
-        """``weight * ratio * hinge`` for the generator; zero before ``start_step``.
+        """``weight * ratio * hinge`` for the generator, a scalar; zero before ``start_step``.
 
         Args:
-            images, made: ``[B, 3, H, W]``.
+            images, made: ``[B, 3, H, W]`` in [-1, 1].
             reconstruction: scalar reconstruction loss, the reference of the adaptive ratio.
             last: weight of the decoder's last layer.
             step: the loop's step.
@@ -107,9 +107,9 @@ class GanLoss(nn.Module):
         return weight * loss
 
     def hinge(self, images: Tensor, made: Tensor, step: int) -> Tensor | None:
-        """The generator's hinge loss without its weight; none before ``start_step``.
+        """The generator's unweighted hinge loss, a scalar; ``None`` before ``start_step``.
 
-        What was made is kept for the discriminator's turn.
+        Both batches are kept, detached, for the discriminator's loss.
         """
         self._pair = (images.detach(), made.detach())
         if step < self.settings.start_step:
@@ -129,7 +129,7 @@ class GanLoss(nn.Module):
 
 
 def make_gan_loss(settings: GanSettings, name: str = "discriminator") -> tuple[GanLoss | None, list[TrainedModule]]:
-    """The GAN loss and its discriminator as a trained module called ``name``; neither while the weight is 0."""
+    """The GAN loss, also as a trained module called ``name``; ``None`` and no module if its weight is 0."""
     if not settings.weight:
         return None, []
     gan_loss = GanLoss(settings)

@@ -1,4 +1,4 @@
-"""The loss of the autoencoder stage, level by level."""
+"""The loss of the autoencoder stage."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ MAX_ADAPTIVE_ALIGNMENT = 1e8  # official code
 
 
 class StructuredObjective(nn.Module):
-    """The loss of one step: reconstruction, KL, GAN and detail alignment, summed over the levels that learn.
+    """The loss of one step: reconstruction, KL, GAN and detail alignment, summed over the levels that are trained.
 
     Args:
-        autoencoder: what is trained. Levels learn together where it says so (``train_levels``), else the last alone.
+        autoencoder: what is trained: all levels after ``train_levels(together=True)``, otherwise the last one.
         alignment, reconstruction: the recipe's sections, the same for every level.
-        gan_losses: one for each level that learns, lowest first; none without a GAN.
+        gan_losses: one per trained level, lowest first; ``None`` without a GAN.
     """
 
     def __init__(
@@ -38,19 +38,19 @@ class StructuredObjective(nn.Module):
             AlignmentLoss(alignment_layout(level, alignment), alignment.form) for level in self._levels()
         )
         self.reconstruction = ReconstructionLoss(reconstruction)
-        self._gan_losses = gan_losses or [None] * len(self.learning)  # their weights are other modules'
+        self._gan_losses = gan_losses or [None] * len(self.learning)  # in a list: their weights belong to other modules
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Named losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is what is minimised.
+        """Named scalar losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is minimised.
 
-        With levels the names begin with the level, as in ``level2_l1``. A batch may hold :meth:`frozen_latent` of its
-        images as ``base_latent``.
+        With several levels the names begin with the level, as in ``level2_l1``. A batch may contain the
+        :meth:`frozen_latent` of its images as ``base_latent``.
         """
         levels = self._levels()
         images = self._images(batch["image"])
         cached = batch.get("base_latent")
         latent = self._encode(images[0]) if cached is None else cached
-        # [B, C, h, w]; grows by every level's details
+        # [B, C, h, w]; every level appends its details
         total = images[0].new_zeros(())
         named: dict[str, Tensor] = {}
         for i, (number, level) in enumerate(zip(self.learning, levels)):
@@ -63,25 +63,25 @@ class StructuredObjective(nn.Module):
 
     @torch.no_grad()
     def frozen_latent(self, images: Tensor) -> Tensor:
-        """What the levels that learn stand on, ``[B, C, h, w]``, of full-resolution images: it never changes."""
+        """The latent ``[B, C, h, w]`` below the trained levels, of full-resolution images; it stays fixed."""
         return self._encode(self._images(images)[0])
 
     def _images(self, images: Tensor) -> list[Tensor]:
-        """Those of each level that learns, lowest first."""
+        """The images at the resolution of each trained level, lowest first."""
         found = [images]
         for level in reversed(self._levels()[1:]):
             found.insert(0, level.reduce(found[0]))
         return found
 
     def _encode(self, images: Tensor) -> Tensor:
-        # What is aimed at is exact, as in stage 2; some bases (SDXL's) overflow in float16.
+        # Targets are exact, as in stage 2; some bases (SDXL's) overflow in float16.
         with torch.autocast(images.device.type, enabled=False):
             return self._levels()[0].encode_prefix(images)
 
     def _level(
         self, i: int, vae: AutoencoderDA, images: Tensor, latent: Tensor, step: int
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses of one level, and the details that it adds to the ``latent`` below it."""
+        """Losses of one level, and the details ``[B, D, h, w]`` that it appends to the ``latent`` below it."""
         posterior = vae.encode_own_details(images)
         z_d = posterior.sample()  # [B, D, h, w]
         target = latent[:, : alignment_layout(vae, self.alignment_settings).base_channels].detach()
@@ -122,7 +122,7 @@ class StructuredObjective(nn.Module):
         *,
         at_details: bool,
     ) -> Decoded:
-        """Decode and measure where a weight is adaptive."""
+        """Decode and compute the losses where a weight is adaptive."""
         return single_pass(vae, latent, z_d, images, self.reconstruction, gan_loss, step, at_details=at_details)
 
     def _levels(self) -> list[AutoencoderDA]:
@@ -130,13 +130,13 @@ class StructuredObjective(nn.Module):
 
 
 def levels_that_learn(vae: AutoencoderDA) -> list[int]:
-    """Their numbers, lowest first."""
+    """Numbers of the levels that are trained, lowest first."""
     last = vae.levels[-1].number
     return list(range(1, last + 1)) if vae.trains_below else [last]
 
 
 def alignment_layout(vae: AutoencoderDA, settings: AlignmentSettings) -> LatentLayout:
-    """What a level's own details are aligned with: the base latent, or all channels below the level."""
+    """The channels that a level's details are aligned with (the base latent, or all channels below), and its own."""
     if settings.target == "prefix":
         return vae.own_layout
     return LatentLayout(vae.layout.base_channels, vae.own_layout.detail_channels)

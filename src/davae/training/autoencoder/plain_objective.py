@@ -1,4 +1,4 @@
-"""The loss of a plain autoencoder: of a new base, and of every phase of a deep-compression one."""
+"""The loss of a plain autoencoder: of a new base, and of every DC-AE phase."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def plain_modules(
     settings: ReconstructionSettings,
     optimizer: OptimizerSettings,
 ) -> tuple[PlainObjective, list[TrainedModule]]:
-    """The objective, and the modules to train: the autoencoder's ``layers``, and the GAN's where there is one."""
+    """The objective, and the modules to train: the autoencoder's ``layers``, and the discriminator if there is one."""
     gan_loss, modules = make_gan_loss(settings.gan)
     objective = PlainObjective(autoencoder, layers, settings, gan_loss)
     adaptive = settings.gan.weight > 0 and settings.gan.adaptive
@@ -31,13 +31,13 @@ def plain_modules(
 
 
 class PlainObjective(nn.Module):
-    """Reconstruction, KL and GAN; its parameters are the whole autoencoder, of which ``layers`` learn.
+    """Reconstruction, KL and GAN losses; the module holds the whole autoencoder, of which ``layers`` are trained.
 
     Args:
         autoencoder: an ``AutoencoderDC``, or an ``AutoencoderKL`` (sampled, with the KL term).
-        layers: the parts that learn. The rest takes no gradient and stays in eval mode also after ``train()``.
+        layers: the parts to train. The rest takes no gradient and stays in eval mode even after ``train()``.
         settings: weights of the terms.
-        gan_loss: the GAN's part; none without.
+        gan_loss: the adversarial term, or ``None``.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class PlainObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.autoencoder, self.settings = autoencoder, settings
-        self._layers = list(layers)  # in a list: the autoencoder holds them already
-        self._gan_loss = [gan_loss]  # its weights are another module's
+        self._layers = list(layers)  # in a list, unregistered: the autoencoder holds them already
+        self._gan_loss = [gan_loss]  # in a list: its weights belong to another module
         self.reconstruction = ReconstructionLoss(settings)
         autoencoder.requires_grad_(False)
         for layer in self._layers:
@@ -61,7 +61,7 @@ class PlainObjective(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> PlainObjective:
-        """As in torch, for the layers that learn; the others keep their running averages."""
+        """As in torch, but frozen layers stay in eval mode, so that their running averages do not change."""
         super().train(mode)
         self.autoencoder.eval()
         for layer in self._layers:
@@ -69,7 +69,7 @@ class PlainObjective(nn.Module):
         return self
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Named losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is what is minimised."""
+        """Named scalar losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is minimised."""
         model, images = self.autoencoder, batch["image"]
         kl = None
         if isinstance(model, AutoencoderKL):
@@ -93,9 +93,9 @@ class PlainObjective(nn.Module):
 
 
 def _with_gradient(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """Let a group norm behind frozen layers compute its input's gradient, which nobody needs.
+    """Let a group norm after frozen layers compute the gradient of its input, though nothing uses it.
 
-    torch (2.13, CPU, channels-last) crashes in a group norm's backward pass when only its weights take a gradient.
+    torch (2.13, CPU, channels-last) crashes in a group norm's backward pass if only its weights require gradients.
     """
     if not torch.is_grad_enabled() or inputs[0].requires_grad:
         return None

@@ -1,4 +1,4 @@
-"""The autoencoder stage of an upgrade: detail encoders and joint decoders of a structured autoencoder."""
+"""The autoencoder stage of an upgrade: detail encoders and joint decoders of an :class:`AutoencoderDA`."""
 
 import logging
 from pathlib import Path
@@ -25,17 +25,17 @@ logger = logging.getLogger(__name__)
 
 
 class AutoencoderStage(Stage):
-    """Trains an :class:`AutoencoderDA`: all its levels together, or the last alone; its base stays as it is.
+    """Trains an :class:`AutoencoderDA`, all levels together or the last alone; the base is frozen.
 
     Args:
-        autoencoder: what is trained, in place.
-        settings: the recipe's section; ``settings.levels`` says what learns where there is more than one level.
+        autoencoder: trained in place.
+        settings: the recipe's section; with several levels, ``settings.levels`` says which are trained.
         dataset: training images at the last level's resolution.
         held_out: validation images.
-        workers: loader processes.
-        timeout_s: seconds to wait for a batch of images; 0 waits for ever.
-        cache_latents: encode what never changes, the latents below the levels that learn, once and keep them in memory,
-            those of mirrored images too. Images must not be cropped at random.
+        workers: data loader processes.
+        timeout_s: seconds to wait for a batch of images; 0 waits forever.
+        cache_latents: encode the frozen latents below the trained levels once and keep them in memory, those of
+            mirrored images too. Images must not be cropped at random.
     """
 
     name = section = "autoencoder"
@@ -86,16 +86,17 @@ class AutoencoderStage(Stage):
         return self.objective.frozen_latent(images.to(vae.device, vae.dtype))
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
-        """PSNR of every level enlarged to full resolution, of the base, without details; and the alignment.
+        """PSNR (dB) of the reconstruction, of the base and lower levels enlarged, and without the last level's details.
 
-        Without details means without those that the last level adds.
+        ``alignment`` is the mean squared error of the group-averaged details; ``alignment_relative`` divides it by the
+        mean square of the target.
         """
         vae = self.autoencoder
         images, count = rank_share_of_images(self.held_out, self.loop.validation_images)
         lower = [level.number for level in vae.levels[1:-1]]
         names = ["input", "base, upscaled", *(f"level {n}, upscaled" for n in lower)]
         rows: dict[str, list[Tensor]] = {name: [] for name in [*names, "reconstruction", "no details"]}
-        aligned, energy = [], []  # mean squares of each image
+        aligned, energy = [], []  # mean squares per image
         layout = alignment_layout(vae, self.settings.alignment)
         for part in images.split(self.loop.batch_size):
             part = part.to(vae.device, vae.dtype)
@@ -125,7 +126,7 @@ class AutoencoderStage(Stage):
         }
 
     def export(self, out: Path) -> Path:
-        """Measure the detail channels of the levels that learned, then write ``out/autoencoder``."""
+        """Measure the detail channels of the trained levels, then write ``out/autoencoder``; returns that folder."""
         self.autoencoder.eval()
         set_detail_statistics(
             self.autoencoder, self.dataset, self.settings.statistics_images, self.loop.batch_size, levels=self.learning
@@ -138,14 +139,14 @@ class AutoencoderStage(Stage):
 def set_detail_statistics(
     vae: AutoencoderDA, dataset: ItemDataset, most: int, batch_size: int, *, levels: list[int] | None = None
 ) -> None:
-    """Measure mean and standard deviation of each detail channel and keep them in the autoencoder's config.
+    """Measure mean and standard deviation of each detail channel and store them in the autoencoder's config.
 
     Args:
-        vae: whose details.
+        vae: changed in place.
         dataset: images at full resolution.
-        most: at most this many of them.
+        most: maximum number of images.
         batch_size: images at a time.
-        levels: the levels to measure; none measures all. A level that a transformer was tuned on must keep its own.
+        levels: the levels to set, by default all. A level that a transformer was tuned on must keep its statistics.
     """
     statistics = ChannelStatistics(vae.layout.detail_channels)
     count = min(most, len(dataset))
@@ -161,5 +162,5 @@ def set_detail_statistics(
 
 @torch.no_grad()
 def upscaled_base(vae: AutoencoderDA, images: Tensor) -> Tensor:
-    """What the base alone gives at full resolution: its own reconstruction, enlarged bicubically."""
+    """The base's own reconstruction of ``[B, 3, H, W]`` images, enlarged bicubically to ``[B, 3, H, W]``."""
     return upscaled(vae.decode_base(vae.encode_base(images)), images.shape[-2:])

@@ -1,4 +1,4 @@
-"""Stage 1 of an upgrade: one training, or one after another where the details have levels."""
+"""Stage 1 of an upgrade: one training, or one per level if the details have sequential levels."""
 
 import logging
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 def train_levels(recipe: UpgradeRecipe, base: Any, out: Path) -> TrainResult:
-    """Train the autoencoder of a recipe into ``out/autoencoder``; continues by itself.
+    """Train the autoencoder of a recipe into ``out/autoencoder``; an interrupted training continues.
 
-    Sequential levels are trained in ``out/level-1``, ``out/level-2`` ... and the last one in ``out``. Each starts
-    from the result of the one before, averaged weights and statistics included, and keeps it frozen.
+    Sequential levels are trained in ``out/level-1``, ``out/level-2``, ..., and the last one in ``out``, each on the
+    frozen result of the level below (averaged weights, with their statistics).
 
     Args:
         recipe: the whole recipe.
@@ -34,7 +34,7 @@ def train_levels(recipe: UpgradeRecipe, base: Any, out: Path) -> TrainResult:
         out: the run directory.
 
     Raises:
-        DavaeError: ``start_from`` does not fit the recipe, or ``out`` holds another run.
+        DavaeError: the levels or ``start_from`` do not fit the recipe or the base, or ``out`` holds another run.
     """
     model, together = recipe.autoencoder.model, recipe.autoencoder.levels == "together"
     channels = _channels(model)
@@ -107,8 +107,8 @@ def _train(recipe: UpgradeRecipe, base: Any, vae: AutoencoderDA, out: Path, weig
     if ratio > 1:
         if data.resolution % ratio or isinstance(data.buckets, list):
             raise DavaeError(
-                f"data: level {len(vae.levels) - 1} trains at 1/{ratio} of the resolution, which needs a "
-                f"data.resolution that divides by {ratio} and no list of data.buckets"
+                f"data: level {len(vae.levels) - 1} is trained at 1/{ratio} of the resolution, which needs a "
+                f"data.resolution that is a multiple of {ratio} and no list of data.buckets"
             )
         data = data.model_copy(update={"resolution": data.resolution // ratio})
     train_set, held_out = open_training_part(data, vae, base), open_part(data, "held_out")

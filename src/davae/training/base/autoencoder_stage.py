@@ -1,4 +1,4 @@
-"""The autoencoder stage of a new base: a plain ``AutoencoderKL`` from nothing."""
+"""The autoencoder stage of a new base: a plain ``AutoencoderKL``, trained from scratch."""
 
 from pathlib import Path
 
@@ -40,10 +40,10 @@ class BaseAutoencoderStage(Stage):
     Args:
         settings: the recipe's section.
         dataset: training images, at any scales.
-        whole: the images as the transformer will see them; the factors are measured on these.
+        whole: the images at the transformer's resolution; the factors are measured on these.
         held_out: validation images.
-        workers: loader processes.
-        timeout_s: seconds to wait for a batch of images; 0 waits for ever.
+        workers: data loader processes.
+        timeout_s: seconds to wait for a batch of images; 0 waits forever.
     """
 
     name = "base autoencoder"
@@ -74,7 +74,7 @@ class BaseAutoencoderStage(Stage):
         self.foundations = self.objective.reconstruction.foundations()
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
-        """PSNR of held-out images."""
+        """PSNR (dB) of held-out images."""
         images, count = rank_share_of_images(self.held_out, self.loop.validation_images)
         device, made = self.autoencoder.device, []
         for part in images.split(self.loop.batch_size):
@@ -86,7 +86,7 @@ class BaseAutoencoderStage(Stage):
 
     @torch.no_grad()
     def export(self, out: Path) -> Path:
-        """Set the scaling and shift factors so that latents have zero mean and unit variance; write ``out/vae``."""
+        """Write ``out/vae``, its scaling and shift factors set so that scaled latents have mean 0 and variance 1."""
         self.autoencoder.eval()
         channels = self.autoencoder.config.latent_channels
         statistics = ChannelStatistics(channels)

@@ -1,4 +1,4 @@
-"""Training a base pipeline from nothing: an autoencoder, then a class-conditional transformer on its latents."""
+"""Training a base pipeline from scratch: an autoencoder, then a class-conditional transformer on its latents."""
 
 import logging
 from functools import partial
@@ -43,14 +43,14 @@ logger = logging.getLogger(__name__)
 def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = None) -> TrainResult:
     """Train a base pipeline into ``out/pipeline`` (runs ``out/autoencoder`` and ``out/transformer``).
 
-    Both halves continue by themselves when the same call is made again. With ``data.cache_latents`` the latents stay in
-    memory, and for the first half the images too; with ``data.cache`` latents are read from there. Otherwise images are
-    read, and encoded, as training asks for them.
+    The same call continues an interrupted training. With ``data.cache_latents`` the latents stay in memory, and while
+    the autoencoder is trained the images too. With ``data.cache`` and a ``base``, latents are read from that folder.
+    Otherwise images are read, and encoded, on demand.
 
     Args:
         recipe: what to train.
         out: the folder.
-        base: the pipeline of ``recipe.start_from``; its autoencoder is kept, and only the second half is run.
+        base: the pipeline of ``recipe.start_from``; its autoencoder is kept and only the transformer is trained.
     """
     with claimed_by_first(out, "base run"):
         return _train_base(recipe, out, base)
@@ -97,10 +97,10 @@ def _train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None) -
 
 
 def native_pipeline(recipe: BaseRecipe, base: DiffusionPipeline) -> ClassConditionalPipeline:
-    """The start of a native fine-tune: the base at the recipe's resolution, with the options of ``start_from``.
+    """The initial pipeline of a native fine-tune: the base at the recipe's resolution, with ``start_from``'s options.
 
     Raises:
-        DavaeError: the base is of another kind, or its compression and patches do not divide the resolution.
+        DavaeError: the base is not class-conditional, or the resolution is not a multiple of compression times patch.
     """
     start = recipe.start_from
     assert start is not None
@@ -121,10 +121,10 @@ def native_pipeline(recipe: BaseRecipe, base: DiffusionPipeline) -> ClassConditi
 
 
 def check_divides(side: int, unit: int) -> None:
-    """The side of an image must be a multiple of a token's, both in pixels.
+    """Check that the side of an image is a multiple of the side of a token, both in pixels.
 
     Raises:
-        DavaeError: it is not; names the nearest that is.
+        DavaeError: it is not; the message names the nearest multiple.
     """
     if side % unit:
         nearest = max(unit, round(side / unit) * unit)
@@ -134,7 +134,7 @@ def check_divides(side: int, unit: int) -> None:
 
 
 def _training_images(recipe: BaseRecipe, *, keep: bool) -> tuple[ItemDataset, ItemDataset]:
-    """The training images at full resolution, and as the base sees them; made once and kept, or when asked for."""
+    """The training images at full and at the base's resolution; kept in memory if ``keep``, else read on demand."""
     found = open_part(recipe.data, "train")
     if not keep:
         if recipe.downsample == 1:
@@ -150,7 +150,7 @@ def _training_images(recipe: BaseRecipe, *, keep: bool) -> tuple[ItemDataset, It
 def _new_pipeline(
     recipe: BaseRecipe, out: Path, full: ItemDataset, images: ItemDataset, held_out: ImagesInMemory
 ) -> ClassConditionalPipeline:
-    """The first half, and a random transformer over it."""
+    """Train the autoencoder, unless its result exists, and put a random transformer on it."""
     shape = recipe.transformer.architecture
     assert recipe.autoencoder is not None and shape is not None  # noqa: PT018 (the recipe's validation)
     compression = 2 ** (len(recipe.autoencoder.architecture.block_out_channels) - 1)
@@ -191,7 +191,7 @@ def _is_trained(run: Path, steps: int) -> bool:
 
 
 def _is_saved(model: Path) -> bool:
-    """Whether a model's folder holds its weights to the last byte; an earlier version could leave part of it."""
+    """Whether a model's folder is complete; earlier versions could leave part of it."""
     weights = model / SAFETENSORS_WEIGHTS_NAME
     if not ((model / "config.json").is_file() and weights.is_file()):
         return False
@@ -209,11 +209,11 @@ def _reduced_item(item: dict[str, Any], factor: int) -> dict[str, Any]:
     return {**item, "image": reduced(item["image"][None], factor)[0]}
 
 
-_CLASSES = 1000  # of a transformer from nothing, whose data set need not be here
+_CLASSES = 1000  # assumed for a new transformer, whose data set need not be present
 
 
 def dry_run_base(recipe: BaseRecipe) -> str:
-    """Check a base recipe without weights; returns it as YAML with what was found in comments.
+    """Check a base recipe without loading weights; returns it as YAML, with sizes and costs as comments.
 
     Raises:
         DavaeError: the pipeline to start from is unknown, or sizes do not fit.
@@ -225,7 +225,7 @@ def dry_run_base(recipe: BaseRecipe) -> str:
     grid = side // compression
     tokens = (grid // config.patch_size) ** 2
     batch = loop.batch_size * loop.gradient_accumulation
-    passes = 4 if loop.gradient_checkpointing else 3  # forward, backward of twice its cost, forward again
+    passes = 4 if loop.gradient_checkpointing else 3  # forward, backward (twice its cost), recomputed forward
     step = passes * batch * _forward_flops(transformer, grid)
     device = find_gpu("H100")
     needed = hours(step * loop.steps, device, TRANSFORMER_UTILISATION)
@@ -235,17 +235,17 @@ def dry_run_base(recipe: BaseRecipe) -> str:
         f"image [3, {side}, {side}] -> latent [{config.in_channels}, {grid}, {grid}], patch {config.patch_size} -> "
         f"{tokens} tokens",
         f"transformer: {count / 1e6:.1f}M parameters",
-        f"transformer training: {step / 1e12:.3g} TFLOP a step of {batch} images, {needed:.3g} hours of one "
+        f"transformer training: {step / 1e12:.3g} TFLOP per step of {batch} images, {needed:.3g} hours on one "
         f"{device.name} for {loop.steps:,} steps",
     ]
     if not (recipe.data.cache or recipe.data.cache_latents):
         encoding = batch * _encoding_flops(recipe, side)
-        found.append(f"encoding images as training goes: {encoding / 1e12:.3g} TFLOP a step besides")
+        found.append(f"encoding images during training: {encoding / 1e12:.3g} TFLOP more per step")
     return dump_recipe(recipe) + "\n" + "\n".join(f"# {line}" for line in found)
 
 
 def _transformer(recipe: BaseRecipe) -> tuple[LightningDiTTransformer2DModel, int, str]:
-    """On the meta device, with the compression of its autoencoder and where both come from."""
+    """The transformer on the meta device, its autoencoder's compression, and a line on where both come from."""
     start = recipe.start_from
     if start is not None:
         architecture = find_architecture(start.pipeline)
@@ -269,11 +269,11 @@ def _transformer(recipe: BaseRecipe) -> tuple[LightningDiTTransformer2DModel, in
             num_classes=_CLASSES,
             **shape.model_dump(),
         )
-    return model, compression, f"from nothing: autoencoder (f{compression}), then transformer"
+    return model, compression, f"from scratch: autoencoder (f{compression}), then transformer"
 
 
 def _encoding_flops(recipe: BaseRecipe, side: int) -> int:
-    """Operations of encoding one image."""
+    """FLOPs of encoding one image."""
     with torch.device("meta"):
         if recipe.start_from is not None:
             vae = find_architecture(recipe.start_from.pipeline).build_vae()
@@ -285,7 +285,7 @@ def _encoding_flops(recipe: BaseRecipe, side: int) -> int:
 
 
 def _forward_flops(transformer: LightningDiTTransformer2DModel, grid: int) -> int:
-    """Operations of one image's forward."""
+    """FLOPs of one image's forward pass."""
     with torch.device("meta"):
         latent, time = torch.empty(1, transformer.config.in_channels, grid, grid), torch.empty(1)
         label = torch.empty(1, dtype=torch.long)

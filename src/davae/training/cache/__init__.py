@@ -1,1 +1,1 @@
-"""Writing latents and text embeddings to disk, once."""
+"""Precomputing latents and text embeddings on disk."""

@@ -1,4 +1,4 @@
-"""The fingerprint of a recipe's cache: what latents and embeddings follow from."""
+"""The fingerprint of a recipe's cache: everything that determines its latents and embeddings."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from davae.training.data import bucket_sizes, token_side
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-"""Raised when caches of an older davae can no longer be read."""
+"""Incremented when caches of an earlier davae can no longer be read."""
 
 
 def cache_fingerprint(
@@ -33,21 +33,21 @@ def cache_fingerprint(
     *,
     text_length: int | None = None,
 ) -> Fingerprint:
-    """What a cache of these images by these models is made of.
+    """The fingerprint of a cache of these images by these models.
 
     Args:
         data: the recipe's section.
         vae: the autoencoder, with its detail statistics in its configuration.
         pipe: the base or the upgraded pipeline, for its text encoders.
         images: the training part.
-        text_length: tokens of a prompt, where the recipe says so.
+        text_length: tokens of a prompt; by default the family's.
 
     Raises:
-        DavaeError: random crops, which are other images every time.
+        DavaeError: ``data.crop`` is ``random``: the crops differ every time.
     """
     if data.crop == "random":
         raise DavaeError(
-            "data.crop=random cuts another part out of an image each time, so random crops cannot be cached; "
+            "data.crop=random takes another crop of an image each time, so random crops cannot be cached; "
             "set data.crop=center, or train from images without data.cache"
         )
     family = family_of(pipe)
@@ -76,9 +76,9 @@ def cache_fingerprint(
 
 
 def without_touched(wanted: Fingerprint, folder: Path, images: ImageDataset | RenderedDataset) -> Fingerprint:
-    """What is wanted, as the cache in ``folder`` says it of files that were only touched.
+    """The wanted fingerprint, with the stamps of the cache in ``folder`` for files whose contents are unchanged.
 
-    Files that were copied have other times and the same bytes: where only the stamp differs, contents decide.
+    Copied files have new times of change and the same bytes: if only the stamp differs, contents are compared.
     """
     if isinstance(images, RenderedDataset):
         return wanted
@@ -86,7 +86,7 @@ def without_touched(wanted: Fingerprint, folder: Path, images: ImageDataset | Re
     differing = {n for n, fact in wanted.sources.items() if n in cached and cached[n].stamp != fact.stamp}
     if not differing:
         return wanted
-    logger.info("%d files have another time of change than the cache says: comparing contents", len(differing))
+    logger.info("%d files have another modification time than in the cache: comparing contents", len(differing))
     contents = {line["id"]: line.get("content") for line in read_index(folder).records if "id" in line}
     sources = dict(wanted.sources)
     for index in range(len(images)):
@@ -97,7 +97,7 @@ def without_touched(wanted: Fingerprint, folder: Path, images: ImageDataset | Re
 
 
 def pipeline_parts(pipe: DiffusionPipeline, prefix: str) -> Iterator[tuple[str, Any]]:
-    """The parts of a pipeline whose names begin so; of text encoders those that have weights."""
+    """Name and part for the parts of a pipeline whose names begin with ``prefix``; text encoders only if modules."""
     for name, part in sorted(pipe.components.items()):
         if name.startswith(prefix) and part is not None:
             if prefix == "text_encoder" and not isinstance(part, nn.Module):
@@ -119,7 +119,7 @@ def _text_facts(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    """Vocabulary, merges and normalisation, without what the last call left behind in a fast tokenizer."""
+    """Vocabulary, merges and normalisation, without the truncation and padding of a fast tokenizer's last call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return {"vocabulary": tokenizer.get_vocab()}

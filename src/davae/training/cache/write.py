@@ -1,4 +1,4 @@
-"""What ``davae cache`` does: latents and text embeddings of a recipe's images, once, and training from them."""
+"""Caches of latents and text embeddings: writing one, as ``davae cache`` does, and opening it for training."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CacheResult:
-    """What a cache holds."""
+    """What a cache holds: numbers of images, latents (mirrored ones too) and prompts, and the size of its shards."""
 
     folder: Path
     images: int
@@ -51,22 +51,22 @@ def write_cache(
     text_length: int | None = None,
     **writer_options: int,
 ) -> CacheResult:
-    """Encode the training images of a recipe, and their captions, into a folder; continues where a run stopped.
+    """Encode the training images of a recipe, and their captions, into a folder; continues an interrupted run.
 
-    Under a launcher (torchrun, accelerate) the work is shared out: each process writes shards of its own, and the
-    first one makes one index of them. A run may go on with another number of processes.
+    Under a launcher (torchrun, accelerate) the work is divided: each process writes its own shards, and the first one
+    merges their indices. A run may continue with another number of processes.
 
-    With ``data.flip`` each image is stored as it is and mirrored. A caption is stored once however many images
-    have it, and the empty prompt beside them for dropout.
+    With ``data.flip`` each image is stored as it is and mirrored. Captions are stored once however many images
+    have them, together with the empty prompt for dropout.
 
     Args:
         data: the recipe's section; ``data.cache`` is not read.
-        vae: the upgraded autoencoder, or the base's where that is trained on.
+        vae: the upgraded autoencoder, or the base's to train the base on.
         pipe: the base or the upgraded pipeline.
         out: the folder.
         form: ``safetensors`` or ``webdataset``.
         batch_size: images, or captions, encoded together.
-        text_length: tokens of a prompt; none takes the family's.
+        text_length: tokens of a prompt; by default the family's.
         writer_options: ``shard_bytes`` and ``shard_records`` of :class:`CacheWriter`.
 
     Raises:
@@ -80,7 +80,7 @@ def write_cache(
     fingerprint = cache_fingerprint(data, vae, pipe, images, text_length=text_length)
     if (Path(out) / "fingerprint.json").is_file():
         fingerprint = without_touched(fingerprint, Path(out), images)
-    wait_for_everyone()  # the first process may write another fingerprint now
+    wait_for_everyone()  # only now may the first process write another fingerprint
     about = {
         "classes": images.classes,
         "skipped": [list(entry) for entry in images.skipped],
@@ -123,10 +123,10 @@ def write_cache(
 def open_cache(
     data: DataSettings, vae: AutoencoderDA | AutoencoderKL, pipe: DiffusionPipeline, *, text_length: int | None = None
 ) -> LatentCache:
-    """The cache that ``data.cache`` names, if it was made of exactly these images by exactly these models.
+    """Open the cache at ``data.cache``, checking that it was made of exactly these images by exactly these models.
 
     Raises:
-        DavaeError: it was not, naming what differs; or it is unfinished or damaged.
+        DavaeError: it was not (the message names what differs), or it is unset, unfinished or damaged.
     """
     if data.cache is None:
         raise DavaeError("data.cache is not set: name the folder that `davae cache` wrote")
@@ -237,7 +237,7 @@ def _facts(images: ImageDataset | RenderedDataset, position: int, flip: bool, it
         "skipped": [list(entry) for entry in item["skipped"]],
     }
     if item["id"] != images.id(position):
-        facts["asked"] = images.id(position)  # another stands in for it
+        facts["asked"] = images.id(position)  # another image replaces an unreadable one
     elif isinstance(images, ImageDataset):
         facts["content"] = images.content_hash(position)
     return facts

@@ -1,1 +1,1 @@
-"""What a run keeps on disk."""
+"""Checkpoints and the other files of a run."""

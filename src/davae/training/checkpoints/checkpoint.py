@@ -1,9 +1,9 @@
-"""Checkpoints: everything a run needs to go on exactly, in safetensors and JSON.
+"""Checkpoints: everything a run needs to resume exactly, in safetensors and JSON.
 
 A checkpoint is a folder ``checkpoints/step-N`` with one ``<name>.safetensors`` for each part (weights, averages,
 optimizer moments), ``state.json`` for the plain values and ``manifest.json`` with the size and SHA-256 of each
 file. It is written under a temporary name, flushed to disk and then renamed, so a folder named ``step-N`` was
-whole when it got its name; the manifest shows whether it still is.
+complete when it got its name; the manifest shows whether it still is.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from davae.runtime.atomic_files import (
 
 logger = logging.getLogger(__name__)
 Tensors = dict[str, dict[str, Tensor]]
-"""Named tensors by file name without suffix."""
+"""Named tensors, by file name without suffix."""
 
 MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -53,13 +53,13 @@ def save_checkpoint(
     Args:
         folder: the run's ``checkpoints`` folder.
         step: optimizer steps done.
-        tensors: file name (without suffix) to named tensors.
-        values: everything else, as JSON.
-        keep: how many checkpoints stay.
-        protected: steps whose checkpoints stay besides.
+        tensors: named tensors by file name (without suffix).
+        values: everything else, serialisable as JSON.
+        keep: how many checkpoints to keep, at least 1.
+        protected: steps whose checkpoints are kept in addition.
 
     Raises:
-        DavaeError: the disk is full; the checkpoints before are untouched.
+        DavaeError: the disk is full; earlier checkpoints are untouched.
     """
     final = folder / f"step-{step}"
     try:
@@ -74,7 +74,7 @@ def save_checkpoint(
         if not is_disk_full(error):
             raise
         raise DavaeError(_full_message(folder, step, tensors)) from error
-    flush(folder.parent)  # which may be new, too
+    flush(folder.parent)  # may be new, too
     remove_old(folder, step, keep=keep, protected=protected)
     return final
 
@@ -82,8 +82,8 @@ def save_checkpoint(
 def remove_old(folder: Path, step: int, *, keep: int, protected: Collection[int] = ()) -> None:
     """Remove all but the newest ``keep`` checkpoints up to ``step`` and the ``protected`` ones.
 
-    Later ones are of a life that came further and were found broken, or the run would have gone on from them. They must
-    not take the place of whole ones.
+    Checkpoints of later steps are left alone and not counted: they come from an earlier start of the run and were found
+    broken, or the run would have resumed from them.
     """
     reached = [path for path in checkpoints(folder) if step_of(path) <= step]
     for old in reached[:-keep]:
@@ -92,7 +92,7 @@ def remove_old(folder: Path, step: int, *, keep: int, protected: Collection[int]
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first; see :func:`load_checkpoint` for whether they are whole."""
+    """The checkpoints in a folder, oldest first; :func:`load_checkpoint` checks whether they are complete."""
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)), key=step_of)
@@ -104,14 +104,17 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_whole(folder: Path, needed: Collection[str] = ()) -> tuple[Path, Tensors, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, with its content; broken ones are reported and skipped.
+    """Path, tensors and values of the newest whole checkpoint; broken ones are logged and skipped.
 
     Args:
         folder: the run's ``checkpoints`` folder.
-        needed: names of :data:`Tensors` without which a checkpoint is of no use.
+        needed: names of :data:`Tensors` that a checkpoint must have.
+
+    Returns:
+        ``None`` if there are no checkpoints.
 
     Raises:
-        DavaeError: there are checkpoints and none is whole. Starting again would overwrite what is left of them.
+        DavaeError: there are checkpoints and none is whole; starting again would overwrite what is left of them.
     """
     found = checkpoints(folder)
     for path in reversed(found):
@@ -140,10 +143,10 @@ def load_checkpoint(path: Path, needed: Collection[str] = ()) -> tuple[Tensors, 
 
     Args:
         path: the checkpoint.
-        needed: names of :data:`Tensors` that it must hold.
+        needed: names of :data:`Tensors` that it must have.
 
     Raises:
-        DavaeError: a file is missing, or is not what the manifest says, or the manifest itself cannot be read.
+        DavaeError: a file is missing or differs from the manifest, or the manifest itself cannot be read.
     """
     try:
         manifest = _manifest(path, needed)
@@ -156,13 +159,13 @@ def load_checkpoint(path: Path, needed: Collection[str] = ()) -> tuple[Tensors, 
         tensors = {Path(n).stem: load_file(path / n) for n in manifest if n.endswith(".safetensors")}
     except DavaeError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:  # ValueError: no JSON, no text, no file name
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: not JSON, not UTF-8, or not a file name
         raise DavaeError(f"checkpoint {path} is broken: it cannot be read ({error}); not used") from error
     return tensors, values
 
 
 def _manifest(path: Path, needed: Collection[str]) -> dict[str, Any]:
-    """Facts by file name; nothing but the manifest says which files there were."""
+    """Size and hash by file name, checked to list the state and the ``needed`` files."""
     manifest = json.loads((path / MANIFEST).read_text())
     if not isinstance(manifest, dict):
         raise DavaeError(f"checkpoint {path} is broken: its {MANIFEST} is no list of files; not used")
@@ -188,15 +191,15 @@ def _full_message(folder: Path, step: int, tensors: Tensors) -> str:
 
 
 class CheckpointWriter:
-    """Takes a copy of the state at once and writes it in a thread; keeps the newest ones and the best.
+    """Copies the state at once and writes it in a thread; keeps the newest checkpoints and the best one.
 
-    One checkpoint is written at a time: :meth:`save` waits for the one before. What goes wrong while writing is
-    raised by the next call. Used as a context, it finishes writing before it leaves.
+    One checkpoint is written at a time: :meth:`save` waits for the previous one. Errors while writing are raised by the
+    next call. As a context manager it finishes writing before it exits.
 
     Args:
         folder: the run's ``checkpoints`` folder.
-        keep: how many of the newest checkpoints stay.
-        best_mode: whether small or large values of the watched metric are good.
+        keep: how many of the newest checkpoints to keep.
+        best_mode: whether lower (``min``) or higher (``max``) values of the watched metric are better.
     """
 
     def __init__(self, folder: Path, *, keep: int, best_mode: BestMode = "min") -> None:
@@ -218,7 +221,7 @@ class CheckpointWriter:
             self._pool.shutdown()
 
     def is_best(self, value: float) -> bool:
-        """Whether a value of the watched metric beats every one before; one that is not finite never does."""
+        """Whether a value of the watched metric is the best so far; a value that is not finite never is."""
         if not math.isfinite(value):
             return False
         if self.best is None:
@@ -235,7 +238,7 @@ class CheckpointWriter:
             copied: the tensors are copies already, on the CPU, that nobody else will change.
 
         Raises:
-            DavaeError: the checkpoint before could not be written.
+            DavaeError: the disk was full when the previous checkpoint was written.
         """
         self.wait()
         if not copied:
@@ -257,12 +260,12 @@ class CheckpointWriter:
         remove_old(self.folder, step, keep=self.keep, protected={step})
 
     def check(self) -> None:
-        """Raise what went wrong while writing, if it is known by now."""
+        """Raise the error of the last checkpoint if it has failed by now; does not wait."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until the last checkpoint is on the disk; raises what went wrong."""
+        """Wait until the last checkpoint is on disk; raises its error if writing failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -273,13 +276,13 @@ class CheckpointWriter:
 
 
 def _read_best(file: Path) -> dict[str, float] | None:
-    """Step and value of the best checkpoint; none where the file is damaged, and that checkpoint is as all others."""
+    """Step and value of the best checkpoint; ``None`` if the file is damaged, so that no checkpoint is protected."""
     try:
         found = json.loads(file.read_text())
         best = {"step": int(found["step"]), "value": float(found["value"])}
         if not math.isfinite(best["value"]):
             raise ValueError(found)
     except (ValueError, TypeError, KeyError) as error:
-        logger.warning("%s cannot be read (%r): the next value of the watched metric is the best", file, error)
+        logger.warning("%s cannot be read (%r): the next value of the watched metric counts as the best", file, error)
         return None
     return best

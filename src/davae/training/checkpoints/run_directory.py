@@ -1,5 +1,4 @@
-"""The files of a run: resolved recipe, environment, metrics; the lock that keeps a second run out;
-and where weights, data and versions came from."""
+"""The files of a run: resolved recipe, environment (versions, hardware, origin of weights and data), metrics, lock."""
 
 import importlib.util
 import json
@@ -40,7 +39,7 @@ _PLACES = frozenset({"autoencoder_folder", "start"})
 
 
 class RunDirectory:
-    """A training's folder: opened for a first start or to continue, refused for another recipe.
+    """A training's folder, opened to start or to resume a run.
 
     Nothing is written before :meth:`locked`.
 
@@ -74,13 +73,13 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Within the block no other process may train here; a killed one leaves no lock behind.
+        """Hold the folder's lock for the duration of the block; a killed process leaves no lock behind.
 
         Makes the folder and writes ``config.yaml`` and ``environment.json``, as soon as they are nobody else's. A
         ``config.yaml`` that cannot be read is kept beside.
 
         Raises:
-            DavaeError: another process trains here, or one has begun a run with other settings in between.
+            DavaeError: another process trains here, or has started a run with other settings in the meantime.
         """
         with claim(self.path, "run"):
             changed = self._changed()
@@ -98,25 +97,25 @@ class RunDirectory:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines that a run going on from ``step`` writes again: metrics and skipped steps of all processes.
+        """Drop what a run resuming from ``step`` will write again: metrics and skipped steps of all processes.
 
-        What a kill cut short goes too: the next line would be joined to it. To be called before the first line. A run
-        that starts again keeps them as ``<file>.before``.
+        Lines that a kill cut short are dropped too, as the next line would be appended to them. Call this before the
+        first line is written. With ``step`` 0 the old files are kept as ``<file>.before``.
         """
         for file in (self.metrics_file, *self.path.glob("skipped_steps*.jsonl")):
             before = file.read_text(errors="replace") if file.is_file() else ""
             kept = [line for line in read_metrics(file) if line["step"] <= step]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             if text != before:
-                if not step:  # these lines may be all that is left of that run
+                if not step:  # these lines may be all that is left of the earlier run
                     atomic_write(file.with_name(f"{file.name}.before"), before)
                 atomic_write(file, text)
 
     def _changed(self) -> list[str]:
-        """The settings that a run here may change and that differ from those it had.
+        """The differences from the settings stored here, all in keys that may change on resume.
 
         Raises:
-            DavaeError: others differ, or the old ones cannot be read.
+            DavaeError: other keys differ, or there are checkpoints and the stored settings cannot be read.
         """
         if not self.config.is_file():
             return []
@@ -125,10 +124,11 @@ class RunDirectory:
             why = f"{self.config} is damaged, as a power cut may leave it"
             if checkpoints(self.checkpoints):
                 raise DavaeError(
-                    f"{why}, and there are checkpoints: nothing says that they are of a run with these settings. If "
-                    "they are, remove the file and run the same command again; otherwise choose another --out"
+                    f"{why}, and there are checkpoints, which may be of a run with other settings. If you know that "
+                    "they are of this run, remove the file and run the same command again; otherwise choose another "
+                    "--out"
                 )
-            logger.warning("%s; nothing was saved yet, so it is written again", why)
+            logger.warning("%s; there are no checkpoints yet, so it is written again", why)
             return []
         changed = differing_keys(self.recipe, with_later_settings(known))
         changed = [c for c in changed if c.partition(".")[0].partition(":")[0] not in self.other_sections]
@@ -163,7 +163,7 @@ class RunDirectory:
 
 
 def read_config(file: Path) -> dict[str, Any] | None:
-    """A run's resolved recipe; none where the file is damaged."""
+    """A run's resolved recipe; ``None`` if the file is damaged."""
     try:
         recipe = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError):
@@ -172,7 +172,7 @@ def read_config(file: Path) -> dict[str, Any] | None:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; one that a kill or a power cut damaged is left out."""
+    """The lines of a ``metrics.jsonl``, without damaged ones (a kill, a power cut); empty if there is no file."""
     lines = []
     for text in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         try:
@@ -185,7 +185,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit and hardware: what someone needs to repeat a figure."""
+    """Command, versions, commit and hardware, for reproducing a result."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "command": shlex.join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)),
@@ -209,7 +209,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree davae runs from; none where it was installed as a package."""
+    """The commit of the source tree that davae runs from; ``None`` for an installed package."""
     tree = Path(__file__).resolve().parents[3]
     if not (tree / ".git").exists():
         return None
@@ -221,28 +221,27 @@ _SNAPSHOT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\]|$)")
 
 
 def base_facts(recipe: UpgradeRecipe, pipe: Any) -> dict[str, Any]:
-    """``{"base": {"name", "revision", "commit"}}``; ``commit`` is none where it is not known (folders, embedded)."""
+    """``{"base": {"name", "revision", "commit"}}``; ``commit`` is ``None`` if unknown (folders, the embedded base)."""
     return {"base": {"name": recipe.base, "revision": recipe.base_revision, "commit": commit_of(pipe)}}
 
 
 def data_facts(data: DataSettings, images: ItemDataset) -> dict[str, Any]:
-    """``{"data": {"name", "revision", "commit"}}``; ``commit`` is none where images are not from the hub.
+    """``{"data": {"name", "revision", "commit"}}``; ``commit`` is ``None`` for images that are not from the hub.
 
     Args:
         data: the recipe's section.
-        images: a data set that was opened by it, or one around such a data set.
+        images: a data set opened from it, possibly wrapped.
     """
     return {"data": {"name": data.path, "revision": data.revision, "commit": images.commit}}
 
 
 def commit_of(pipe: Any) -> str | None:
-    """The commit on the hub that a pipeline was loaded from, 40 hexadecimal digits.
+    """The hub commit that a pipeline was loaded from, 40 hexadecimal digits; ``None`` if not from the hub's cache.
 
-    Parts remember the folder they were read from, and the hub's cache keeps each commit in a folder of its name. None
-    where no part lies in that cache.
+    Parts remember the folder they were read from, and the hub's cache has a folder named after each commit.
     """
     for part in pipe.components.values():
-        # diffusers' parts say it in their configuration, tokenizers in an attribute
+        # models have the folder in their configuration, tokenizers in an attribute
         places = (getattr(getattr(part, "config", None), "_name_or_path", None), _path_of(part))
         for place in places:
             found = _SNAPSHOT.search(str(place or ""))
@@ -259,12 +258,12 @@ _OPTIONAL = {
     "lpips": ("the LPIPS loss and metric", "pip install 'davae[lpips]'"),
     "torchvision": ("LPIPS", "install the build that matches your torch"),
     "efficientnet_lite_pytorch": ("feature distances without a download", "pip install 'davae[features]'"),
-    "bitsandbytes": ("AdamW with moments of 8 bits", "pip install 'davae[eight-bit]'"),
+    "bitsandbytes": ("AdamW with 8-bit moments", "pip install 'davae[eight-bit]'"),
 }
 
 
 def installation() -> dict[str, Any]:
-    """Versions, hardware, whether the embedded base is there, and which optional packages are."""
+    """:func:`environment`, and whether the embedded base and each optional package are present."""
     return environment() | {
         "embedded_base": (TINY / "model_index.json").is_file(),
         "optional": {name: importlib.util.find_spec(name) is not None for name in _OPTIONAL},
@@ -272,7 +271,7 @@ def installation() -> dict[str, Any]:
 
 
 def installation_text(facts: Mapping[str, Any]) -> str:
-    """What :func:`installation` found, with remedies."""
+    """The facts of :func:`installation` as text, with how to install what is missing."""
     lines = [
         f"python {facts['python']} on {facts['platform']}; {facts['device']}, {facts['cpu_count']} cores",
         "  ".join(f"{name} {version}" for name, version in facts["packages"].items()),

@@ -1,1 +1,1 @@
-"""Deep-compression autoencoders, in phases."""
+"""Deep compression autoencoders (DC-AE), trained in phases."""

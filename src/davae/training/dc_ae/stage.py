@@ -1,8 +1,7 @@
 """The DC-AE stage: one phase of decoupled high-resolution adaptation (Chen et al., 2024, section 3.3).
 
-A phase trains some layers of a whole autoencoder and leaves the others bit for bit as they were, their
-batch norm's running averages too. Which layers, at which resolution and with which loss is all that
-tells the phases apart:
+A phase trains some layers of the autoencoder and leaves the others bit-identical, including the running
+averages of their batch norms. Phases differ in layers, resolution and loss:
 
 ===== ================ ======================== ======================
 phase resolution       layers                   loss
@@ -43,7 +42,7 @@ _PICTURES = 6  # images in a validation picture
 
 
 def build_autoencoder(shape: DcArchitecture | KlArchitecture) -> DeepAutoencoder:
-    """The network of a recipe with random weights, on torch's default device."""
+    """The recipe's network with random weights, on torch's default device."""
     count = len(shape.block_out_channels)
     if isinstance(shape, KlArchitecture):
         return build_kl(shape)
@@ -78,18 +77,18 @@ def trained_layers(autoencoder: DeepAutoencoder, phase: Phase) -> list[nn.Module
 
 
 class DcAeStage(Stage):
-    """One phase on a whole autoencoder.
+    """One phase of training an autoencoder.
 
     Args:
         autoencoder: what the phase starts from; trained in place.
-        phase: the recipe's section; its class says which layers learn.
+        phase: the recipe's section; its class determines which layers are trained.
         dataset: training images at the phase's resolution.
-        held_out: images by resolution; each validation measures all of them.
-        scaling_images: most training images used to measure the latent's scale.
-        workers: loader processes.
+        held_out: validation images by resolution in pixels; each validation measures all resolutions.
+        scaling_images: maximum number of training images for measuring the latent's scale.
+        workers: data loader processes.
 
     Raises:
-        DavaeError: gradient checkpointing is asked of a network that has none.
+        DavaeError: gradient checkpointing is requested for a network that does not support it.
     """
 
     name = "dc-ae"
@@ -123,13 +122,13 @@ class DcAeStage(Stage):
         self.objective, self.modules = plain_modules(autoencoder, layers, phase.reconstruction, phase.optimizer)
         self.foundations = self.objective.reconstruction.foundations()
         self.spectra: dict[int, dict[str, list[float]]] = {}
-        """Of the last validation, by resolution: the rings' frequencies, and the power of images and of
-        reconstructions on them."""
+        """Radial power spectra of the last validation, by resolution: ``frequency``, and the mean power there of
+        ``images`` and ``reconstructions``."""
 
     @torch.no_grad()
     def validate(self, samples: Path, step: int) -> dict[str, float]:
-        """PSNR, SSIM and spectral distance at every resolution; a picture of each. Leaves eval mode on."""
-        self.objective.eval()  # batch norms must not learn from held-out images, whoever asks
+        """PSNR (dB), SSIM and spectral distance (dB), and a picture, at every resolution. Leaves eval mode on."""
+        self.objective.eval()  # batch norms must not update on held-out images, whoever the caller
         values: dict[str, float] = {}
         for side in self.held_out:
             images, made, count = self._reconstructed(side)
@@ -149,7 +148,7 @@ class DcAeStage(Stage):
 
     @torch.no_grad()
     def export(self, out: Path) -> Path:
-        """Set ``scaling_factor`` so that latents have unit variance; write ``out/autoencoder``."""
+        """Write ``out/autoencoder``; if the encoder was trained, set its scaling (and KL's shift) to unit variance."""
         model = self.autoencoder.eval()
         if any(p.requires_grad for p in model.encoder.parameters()):
             mean, std = self._latent_scale()
@@ -173,8 +172,8 @@ class DcAeStage(Stage):
         return float(mean), float(variance.sqrt())
 
     def _reconstructed(self, side: int) -> tuple[Tensor, Tensor, int]:
-        """This process's held-out images, their reconstructions ``[n, 3, side, side]``, clamped, on the CPU, and how
-        many images all processes have together.
+        """This process's held-out images and their clamped reconstructions, ``[n, 3, side, side]`` on the CPU, and the
+        number of images over all processes.
         """
         held_out, model = self.held_out[side], self.autoencoder
         images, count = rank_share_of_images(held_out, self.loop.validation_images)
@@ -186,7 +185,7 @@ class DcAeStage(Stage):
 
 
 def _mean_spectrum(images: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Frequencies ``[K]`` and mean power ``[K]`` of the images of all processes, ``count`` in all."""
+    """Frequencies ``[K]`` and mean power ``[K]`` over the ``count`` images of all processes."""
     spectra = [radial_power_spectrum(image[None]) for image in images]
     powers = gathered([power for _, power in spectra], count)
     return spectra[0][0], torch.stack(powers).mean(0)

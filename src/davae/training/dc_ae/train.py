@@ -1,4 +1,4 @@
-"""The three phases as runs: each starts from the last one's result and proves what it left alone."""
+"""The three phases as runs: each starts from the previous result and verifies that frozen layers did not change."""
 
 import hashlib
 import json
@@ -51,12 +51,12 @@ def run_dc_ae(
         overrides: ``section.key=value``.
         out: run directory; ``runs/RECIPE-phaseN`` by default.
         phase: 1, 2 or 3.
-        start: run directory or autoencoder folder that phase 2 or 3 starts from; the default run of the phase
-            before, where it is not given.
-        dry_run: build the network without memory for its weights, count, and leave.
+        start: run directory or autoencoder folder that phase 2 or 3 starts from; by default the default run
+            directory of the previous phase.
+        dry_run: only return the resolved recipe, with sizes counted on the meta device.
 
     Raises:
-        DavaeError: a mistake in the recipe, a phase without predecessor or after the wrong one.
+        DavaeError: the recipe is wrong, or the result of the previous phase is missing or does not fit.
     """
     settings = load_recipe(recipe, overrides)
     if not isinstance(settings, DcAeRecipe):
@@ -92,17 +92,18 @@ def _check(recipe: DcAeRecipe, phase: int, *, without_images: bool) -> None:
 def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None = None) -> TrainResult:
     """Train one phase into ``out/autoencoder``; continues from the newest checkpoint in ``out``.
 
-    ``out/summary.json`` holds the figures before and after, the spectra, and a hash of every layer before and
-    after: those of the layers that the phase does not train are equal.
+    ``out/summary.json`` holds the metrics before and after, the spectra, and a hash of every layer before and
+    after; the hashes of frozen layers are equal.
 
     Args:
         recipe: the whole recipe.
         out: run directory.
         phase: 1, 2 or 3.
-        start: run directory or autoencoder folder of the phase before; none for phase 1.
+        start: run directory or autoencoder folder of the previous phase; ``None`` for phase 1.
 
     Raises:
-        DavaeError: ``start`` is missing, of another phase or of another network.
+        DavaeError: ``start`` is missing, or of another phase or network.
+        RuntimeError: a frozen layer changed, which is a bug.
     """
     settings = find_phase(recipe, phase)
     check_place(out, "run")
@@ -125,7 +126,7 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
     if start is not None:
         stage.foundations = {**stage.foundations, "the autoencoder of the phase before": given}
     stage.facts = data_facts(_data(recipe, settings.path, settings.resolution), stage.dataset)
-    others = {f"phase{n}" for n in (1, 2, 3) if n != phase}  # may change without making this another run
+    others = {f"phase{n}" for n in (1, 2, 3) if n != phase}  # may change without making this a different run
     plain = recipe.model_dump(mode="json", exclude=others)
     plain |= {"phase": phase, "start": None if start is None else str(start)}
     figures_before = _measured_before(stage, out, plain)
@@ -162,19 +163,19 @@ def find_phase(recipe: DcAeRecipe, phase: int) -> Phase:
         raise DavaeError(f"there is no phase {phase}: phases are 1 (everything), 2 (latent) and 3 (head)")
     found: Phase | None = (recipe.phase1, recipe.phase2, recipe.phase3)[phase - 1]
     if found is None:
-        raise DavaeError(f"the recipe has no section phase{phase}; add one, or leave the phase out")
+        raise DavaeError(f"the recipe has no section phase{phase}; add one, or skip the phase")
     return found
 
 
 def start_folder(start: Path | None) -> Path:
     """The autoencoder's folder, from that folder or from its run directory."""
     if start is None:
-        raise DavaeError("phases 2 and 3 start from the result of the phase before; name its folder")
+        raise DavaeError("phases 2 and 3 start from the result of the previous phase; name its folder")
     return start / "autoencoder" if (start / "autoencoder").is_dir() else start
 
 
 def load_autoencoder(folder: Path) -> DeepAutoencoder:
-    """Load a result as the class that its config names.
+    """Load a trained autoencoder as the class that its config names.
 
     Raises:
         DavaeError: the folder holds no model, or one of another class.
@@ -189,7 +190,7 @@ def load_autoencoder(folder: Path) -> DeepAutoencoder:
 
 
 def layer_hashes(autoencoder: DeepAutoencoder) -> dict[str, str]:
-    """SHA-256 of every layer's weights and buffers; a stage of the network is one layer."""
+    """SHA-256 of every layer's weights and buffers, by layer; a stage of the network counts as one layer."""
     digests: dict[str, Any] = {}
     for name, tensor in autoencoder.state_dict().items():
         digest = digests.setdefault(_layer(name), hashlib.sha256())
@@ -199,13 +200,13 @@ def layer_hashes(autoencoder: DeepAutoencoder) -> dict[str, str]:
 
 
 def _layer(name: str) -> str:
-    """``encoder.down_blocks.2`` of ``encoder.down_blocks.2.0.conv1.weight``; ``encoder.conv_in`` of its bias."""
+    """``encoder.down_blocks.2`` for ``encoder.down_blocks.2.0.conv1.weight``; ``encoder.conv_in`` for its bias."""
     parts = name.split(".")
     return ".".join(parts[: 3 if parts[2].isdigit() else 2])
 
 
 def training_images(recipe: DcAeRecipe, phase: Phase) -> ItemDataset:
-    """The training images of a phase: whole ones, mixed with windows of larger ones where it asks for them."""
+    """The training images of a phase: whole images, mixed with crops of larger ones if ``windows_from`` is set."""
     data = _data(recipe, phase.path, phase.windows_from or phase.resolution)
     images: ItemDataset = open_part(data, "train")
     if recipe.data.in_memory:
@@ -216,7 +217,7 @@ def training_images(recipe: DcAeRecipe, phase: Phase) -> ItemDataset:
 
 
 def measured_images(recipe: DcAeRecipe) -> dict[int, ItemDataset]:
-    """Held-out images at each resolution that is measured; decoded once."""
+    """Held-out images by measured resolution, in memory."""
     return {
         side: ImagesInMemory(open_part(_data(recipe, recipe.measure.path, side), "held_out"))
         for side in recipe.measure.resolutions
@@ -224,7 +225,7 @@ def measured_images(recipe: DcAeRecipe) -> dict[int, ItemDataset]:
 
 
 def _data(recipe: DcAeRecipe, path: str | None, resolution: int) -> DataSettings:
-    """The recipe's section at one resolution; a revision belongs to the recipe's own path."""
+    """The recipe's section at one resolution; its revision applies to the recipe's own path only."""
     data = recipe.data
     return DataSettings(
         path=path or data.path,
@@ -238,14 +239,14 @@ def _data(recipe: DcAeRecipe, path: str | None, resolution: int) -> DataSettings
 
 
 def _initial(recipe: DcAeRecipe, phase: int, start: Path | None) -> DeepAutoencoder:
-    """Random weights for phase 1, the checked predecessor's for the others."""
+    """Random weights for phase 1; for the others the weights of the previous phase, checked to fit."""
     if phase == 1:
         if start is not None:
             raise DavaeError(f"phase 1 starts from random weights, not from {start}; leave --from out")
         return build_autoencoder(recipe.architecture)
     folder = start_folder(start)
     autoencoder = load_autoencoder(folder)
-    summary = folder.parent / "summary.json"  # a published autoencoder has none, and may be adapted as it is
+    summary = folder.parent / "summary.json"  # a published autoencoder has none and may be adapted
     if summary.is_file():
         made_by = json.loads(summary.read_text()).get("phase")
         if made_by != phase - 1:
@@ -263,15 +264,15 @@ def _initial(recipe: DcAeRecipe, phase: int, start: Path | None) -> DeepAutoenco
 
 
 def _shape(autoencoder: DeepAutoencoder) -> dict[str, Any]:
-    """The config entries that make the network, as plain values."""
+    """The config entries that define the network, as plain values."""
     config = {k: v for k, v in autoencoder.config.items() if not k.startswith("_") and k not in _MEASURED}
     return json.loads(json.dumps({"class": type(autoencoder).__name__, **config}))
 
 
 def _measured_before(stage: DcAeStage, out: Path, plain: dict[str, Any]) -> dict[str, float]:
-    """The figures of what the phase starts from, measured once a run."""
+    """The metrics of what the phase starts from, measured once per run."""
     start_processes()
-    directory = RunDirectory(out, plain)  # refuses a folder of other settings before all else
+    directory = RunDirectory(out, plain)  # first of all, refuses a folder of other settings
     with directory.locked() if is_first() else nullcontext():
         return _measured_or_known(stage, directory)
 
@@ -280,7 +281,7 @@ def _measured_or_known(stage: DcAeStage, directory: RunDirectory) -> dict[str, f
     if not stage.can_measure:
         return {}
     kept = directory.path / "before.json"
-    known = everyone(_read_figures(kept))[0]  # what the first process sees
+    known = everyone(_read_figures(kept))[0]  # what the first process found
     if known is not None:
         return known
     if torch.accelerator.is_available():
@@ -292,7 +293,7 @@ def _measured_or_known(stage: DcAeStage, directory: RunDirectory) -> dict[str, f
 
 
 def _read_figures(file: Path) -> dict[str, float] | None:
-    """Figures written before; none where there are none, or the file was damaged by a power cut."""
+    """Metrics written earlier; ``None`` if there is no file, or it is damaged."""
     try:
         return current_names(json.loads(file.read_text())) if file.is_file() else None
     except ValueError:
@@ -300,7 +301,7 @@ def _read_figures(file: Path) -> dict[str, float] | None:
 
 
 def _counted(recipe: DcAeRecipe, phase: int) -> str:
-    """Parameters and latent size as YAML comments, found on the meta device."""
+    """Parameter counts and latent size as YAML comments, from the meta device."""
     settings = find_phase(recipe, phase)
     with torch.device("meta"):
         autoencoder = build_autoencoder(recipe.architecture)

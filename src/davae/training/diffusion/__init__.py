@@ -1,6 +1,6 @@
 """The diffusion stage, for every family of pipelines.
 
-To be read in this order: `train`, `stage`, `objective`, and of `davae.diffusion` `noise`, `loss`, `detail_schedule`.
+Read in this order: `train`, `stage`, `objective`, then `noise`, `loss`, `detail_schedule` in `davae.diffusion`.
 """
 
 from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings

@@ -1,4 +1,4 @@
-"""What the transformer is conditioned on: the pipeline's labels, or embeddings of captions."""
+"""What the transformer is conditioned on: class labels of the pipeline, or embeddings of captions."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -17,14 +17,18 @@ _BATCH = 16  # captions encoded together
 
 
 class ClassMap:
-    """From the labels of a data set to those of a pipeline, by class name.
+    """Maps the labels of a data set to those of a pipeline by class name.
 
-    Images of a class that the pipeline does not know, or without a class, are trained without a label, as
-    classifier-free guidance does with a share of all images.
+    Images of a class that the pipeline does not know, or without a class, get the null label, as label dropout for
+    classifier-free guidance does. A pipeline without class names takes the data set's classes in order if their
+    numbers agree.
 
     Args:
         classes: the data set's class names.
-        pipeline: a class-conditional pipeline; names its own classes in ``id2label``.
+        pipeline: a class-conditional pipeline, with the names of its classes in ``id2label``.
+
+    Raises:
+        DavaeError: the pipeline is not class-conditional.
     """
 
     def __init__(self, classes: Sequence[str], pipeline: DiffusionPipeline) -> None:
@@ -34,11 +38,11 @@ class ClassMap:
         self.null = family.null_label(pipeline)
         self.numbers = [int(pipeline.labels.get(name, self.null)) for name in classes]
         if not pipeline.labels and len(classes) == self.null:  # converted checkpoints know no names
-            logger.info("the pipeline knows no class names: its %d classes are taken in their order", self.null)
+            logger.info("the pipeline has no class names: its %d classes are matched by number", self.null)
             self.numbers = list(range(self.null))
         elif not pipeline.labels and classes:
             logger.warning(
-                "the pipeline knows no class names, and the data set has %d of its %d classes: all images are trained "
+                "the pipeline has no class names, and the data set has %d classes, not %d: all images are trained "
                 "without a label",
                 len(classes),
                 self.null,
@@ -53,27 +57,27 @@ class ClassMap:
 
     @property
     def known(self) -> list[int]:
-        """The pipeline's labels that occur in the data set; "no class" where there is none."""
+        """The pipeline's labels of the data set's classes, sorted; the null label alone if there are none."""
         return sorted(set(self.numbers) - {self.null}) or [self.null]
 
     def __call__(self, label: int) -> int:
-        """The pipeline's label for a label of the data set (-1 is none)."""
+        """The pipeline's label for a label of the data set (-1: no class)."""
         return self.null if label < 0 else self.numbers[label]
 
     def prepare(self, item: dict[str, Any]) -> dict[str, Any]:
-        """An item with the pipeline's label."""
+        """The item, with the pipeline's label."""
         return {**item, "label": self(item["label"])}
 
 
 class PromptEmbeddings:
-    """Embeddings of captions in memory, as the family's pipeline makes them; each process encodes its share.
+    """Embeddings of captions, kept on the CPU, as the family's pipeline computes them; each process encodes its share.
 
     Args:
         family: how prompts are encoded.
-        pipe: its encoders are used here and not afterwards.
-        captions: what will be asked for; each distinct one is encoded once.
-        device: where the encoders run; they go back to the CPU.
-        max_length: tokens a prompt is cut or padded to.
+        pipe: its text encoders are used, and moved to the CPU afterwards.
+        captions: those that will be needed; each distinct one, and the empty prompt, is encoded once.
+        device: where the encoders run.
+        max_length: tokens that a prompt is cut or padded to; by default the family's.
     """
 
     def __init__(
@@ -101,26 +105,26 @@ class PromptEmbeddings:
 
     @property
     def unconditional(self) -> dict[str, Tensor]:
-        """The empty prompt's conditioning, first axis 1."""
+        """The empty prompt's conditioning, as a batch of 1."""
         return {name: value[None] for name, value in self.kept[""].items()}
 
     def prepare(self, item: dict[str, Any]) -> dict[str, Any]:
-        """An item with the ``conditioning`` of its caption.
+        """The item, with the ``conditioning`` of its caption.
 
         Raises:
-            DavaeError: the caption is not one of those that were asked for.
+            DavaeError: the caption is not one of those encoded.
         """
         known = self.kept.get(item["caption"])
         if known is None:
             raise DavaeError(
-                f"the caption of {item['id']} came after the training had begun: {item['caption'][:60]!r}. The same "
-                "command continues with it from the last checkpoint"
+                f"the caption of {item['id']} changed after the training had started: {item['caption'][:60]!r}. Run "
+                "the same command again to continue with it from the last checkpoint"
             )
         return {**item, "conditioning": known}
 
 
 def move_text_encoders(pipe: DiffusionPipeline, device: torch.device) -> None:
-    """Move the pipeline's text encoders; everything else stays."""
+    """Move the pipeline's text encoders, and nothing else."""
     for name, part in pipe.components.items():
         if name.startswith("text_encoder") and isinstance(part, nn.Module):
             part.to(device)

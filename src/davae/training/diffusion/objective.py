@@ -1,4 +1,4 @@
-"""The loss of one step of the diffusion stage, and the noise process that a pipeline's transformer learns by."""
+"""The loss of the diffusion stage, and the noise process that a pipeline's transformer is trained with."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,21 +18,21 @@ from davae.recipes.settings import FlowLossSettings, TimestepSettings
 
 
 class DiffusionObjective(nn.Module):
-    """Noise in, the family's prediction out, Eq. 12 and 13 between.
+    """The training loss: add noise, predict, and weight the error of base and detail channels by Eq. 12 and 13.
 
-    The draws of a step are, in this order: levels of noise, noise, and which prompts are dropped. They do not
-    depend on whether latents and embeddings come from a cache.
+    Random draws of a step are, in this order: noise levels, noise, and which prompts are dropped. They do not depend on
+    whether latents and embeddings come from a cache.
 
     Args:
         family: how the transformer is called.
         transformer: the (widened) transformer.
         layout: which channels are base and which are detail; no detail channels for a base model.
-        process: how noise is added and the prediction measured.
-        loss: the schedule of the detail channels.
-        encode: images to latents, where a batch holds no ``latent``.
-        unconditional: the empty prompt's conditioning, first axis 1; needed for prompt dropout.
-        dropout: share of samples trained with the empty prompt.
-        guidance: what a guidance-distilled transformer is told.
+        process: how noise is added and the prediction's error measured.
+        loss: the recipe's section, with the schedule of the detail weight.
+        encode: images to latents, for batches with images.
+        unconditional: the empty prompt's conditioning, as a batch of 1; needed for prompt dropout.
+        dropout: probability of training a sample with the empty prompt, in [0, 1].
+        guidance: guidance scale passed to guidance-distilled transformers.
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class DiffusionObjective(nn.Module):
         self.layout, self.settings = layout, loss
         self.dropout, self.guidance = dropout, guidance
         for name, value in (unconditional or {}).items():
-            # Moves with the module and stays out of checkpoints.
+            # A buffer moves with the module; a non-persistent one stays out of checkpoints.
             self.register_buffer(f"unconditional_{name}", value, persistent=False)
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """Named losses of a batch.
+        """Named scalar losses of a batch: ``total``, for the log its parts, and the ``detail_weight`` of Eq. 12.
 
         Args:
-            batch: ``latent`` ``[B, C + D, h, w]`` as the transformer sees it or ``image``; and ``label`` ``[B]``
-                or ``conditioning``, as the family is conditioned on classes or text.
-            step: optimizer step, for the schedule of the detail channels.
+            batch: ``latent`` ``[B, C + D, h, w]``, scaled for the transformer, or ``image`` ``[B, 3, H, W]``; and
+                ``label`` ``[B]`` or ``conditioning``, for families conditioned on classes or text.
+            step: optimizer step, for the schedule of the detail weight.
         """
         settings = self.settings
         if self.encode is not None and "image" in batch:
@@ -71,7 +71,7 @@ class DiffusionObjective(nn.Module):
         else:
             data = batch["latent"]
 
-        # Draws fill memory in its order: channels-last latents of an encoder would meet other noise than cached.
+        # Random draws follow memory order: channels-last latents of an encoder would get other noise than cached ones.
         sample = self.process.draw(data.contiguous())
         conditioning = self._conditioning(batch)
         prediction, variance = self.family.predict_with_variance(
@@ -91,12 +91,12 @@ class DiffusionObjective(nn.Module):
 
     @torch.no_grad()
     def _parts(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Mean squared errors of base and detail channels, the two parts of Eq. 13, for the log."""
+        """Mean squared errors of base and detail channels (the two parts of Eq. 13), for the log."""
         base, detail = self.layout.split((prediction.float() - target).square())
         return {"base": base.mean(), "detail": detail.mean()}
 
     def _conditioning(self, batch: dict[str, Any]) -> Mapping[str, Tensor]:
-        if self.family.conditioned_on == "class":  # these transformers drop labels themselves
+        if self.family.conditioned_on == "class":  # class-conditional transformers drop labels themselves
             return {"class_labels": batch["label"]}
         conditioning: Mapping[str, Tensor] = batch["conditioning"]
         if not (self.training and self.dropout):
@@ -118,10 +118,10 @@ def noise_process(
     loss: FlowLossSettings,
     timesteps: TimestepSettings,
 ) -> NoiseProcess:
-    """The process that a pipeline's transformer was trained with.
+    """The process that a pipeline's transformer was trained with: flow matching, or DDPM with its scheduler's betas.
 
     Raises:
-        DavaeError: the loss asks for a form of flow matching, and the pipeline predicts noise.
+        DavaeError: ``loss.form`` is one of flow matching, but the pipeline predicts noise.
     """
     weights: dict[str, Any] = {"min_snr_gamma": loss.min_snr_gamma, "cosine_weight": loss.cosine_weight}
     if family.kind == "ddpm":

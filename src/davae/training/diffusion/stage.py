@@ -1,4 +1,4 @@
-"""The diffusion stage: a widened transformer learns the structured latents, Eq. 12 and 13."""
+"""The diffusion stage: a widened transformer is tuned on structured latents (Eq. 12 and 13)."""
 
 import logging
 from collections.abc import Sequence
@@ -42,15 +42,15 @@ class DiffusionStage(Stage):
         pipeline: an upgraded pipeline (or a base one) of a known family.
         layout: its base and detail channels.
         settings: the recipe's section.
-        dataset: images with labels or captions; a cache has ``latent`` and ``conditioning`` in place of them.
-        held_out: the same for validation; always images.
+        dataset: images with labels or captions; a cache has ``latent`` and, for text, ``conditioning`` instead.
+        held_out: validation images with labels or captions.
         cache_latents: encode the images once and keep the latents in memory.
-        workers: loader processes.
-        timeout_s: seconds to wait for a batch of images; 0 waits for ever.
-        before: the pipeline before the upgrade, whose samples stand beside the new ones.
+        workers: data loader processes.
+        timeout_s: seconds to wait for a batch of images; 0 waits forever.
+        before: the pipeline before the upgrade, for samples to compare with.
 
     Raises:
-        DavaeError: an unknown pipeline, no caption where one is needed, or settings that do not fit.
+        DavaeError: the pipeline is unknown, captions are needed and missing, or settings do not fit.
     """
 
     name = section = "diffusion"
@@ -127,12 +127,12 @@ class DiffusionStage(Stage):
         self._base_row: Tensor | None = None
 
     def to(self, device: torch.device) -> None:
-        """Take the device; the autoencoder stays on the CPU where training does not need it."""
+        """Set the device; the autoencoder stays on the CPU unless training needs it."""
         self.device = device
         self._rest_autoencoder()
 
     def _rest_autoencoder(self) -> None:
-        """Off the GPU between validations, unless images are encoded as they come."""
+        """Move the autoencoder off the device between validations, unless images are encoded during training."""
         self.vae.to(self.device if self.encodes_while_training else "cpu")
 
     def _conditions(
@@ -141,9 +141,9 @@ class DiffusionStage(Stage):
         """What turns an item's label or caption into the transformer's conditioning.
 
         Args:
-            images: for training; those of a cache bring their own embeddings.
+            images: for training; a cache has its own text embeddings.
             measured: captions of the held-out images that are measured.
-            device: of the text encoders.
+            device: where the text encoders run.
         """
         if self.family.conditioned_on == "class":
             return ClassMap(images.classes, self.pipeline)
@@ -155,13 +155,13 @@ class DiffusionStage(Stage):
 
     @torch.no_grad()
     def _encode(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` images to latents as the transformer sees them, in the autoencoder's own precision."""
+        """Images ``[B, 3, H, W]`` to the transformer's (scaled) latents ``[B, C + D, h, w]``, without autocast."""
         with torch.autocast(self.vae.device.type, enabled=False):
             parts = [self.family.latents_of(self.vae, part) for part in images.split(ENCODED_TOGETHER)]
         return torch.cat(parts)
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
-        """Held-out loss at fixed noise, and a sheet of samples from fixed seeds (below: the base's, same seeds)."""
+        """Held-out loss at fixed noise, sliced Wasserstein distance of samples; a sheet of them and of the base's."""
         device = self.device
         self.vae.to(device)
         with self._precision():
@@ -195,9 +195,9 @@ class DiffusionStage(Stage):
         return values
 
     def _samples(self, pipeline: DiffusionPipeline, count: int, size: tuple[int, int]) -> Tensor:
-        """``[count, 3, H, W]`` in [-1, 1], of the data's classes or the validation prompts in turn.
+        """Samples ``[count, 3, H, W]`` in [-1, 1], cycling through the data's classes or the validation prompts.
 
-        Each process makes its share; the first one gets all, the others none.
+        Each process generates its share; the first one gets all, the others none.
         """
         sample, seed, mine = self.settings.sample, self.loop.seed, share(count)
         if isinstance(self.conditions, ClassMap):
@@ -217,7 +217,7 @@ class DiffusionStage(Stage):
         return torch.stack(found) if found else made[:0]
 
     def _base_samples(self, count: int) -> Tensor | None:
-        """The base pipeline's, at its own resolution; made once, since neither changes."""
+        """Samples of the base pipeline at its own resolution, generated once; ``None`` without a base."""
         if self.before is not None:
             height, width = self._size()
             scale = getattr(self.pipeline.vae, "scale", 1)
@@ -225,32 +225,32 @@ class DiffusionStage(Stage):
             for part in parts:
                 part.to(self.device)
             self._base_row = self._samples(self.before, count, (height // scale, width // scale))
-            for part in parts:  # the caller still holds it
+            for part in parts:  # the caller still refers to them
                 part.to("cpu")
             self.before = None
         return self._base_row
 
     def validation_prompts(self) -> list[str]:
-        """The recipe's, or the distinct captions of the held-out images, or of any image, in their order."""
+        """The recipe's distinct prompts, else the held-out images' captions, in order; the empty prompt if none."""
         found = self.settings.prompts.validation or self.images.captions()
         return list(dict.fromkeys(caption for caption in found if caption)) or [""]
 
     def _size(self) -> tuple[int, int]:
-        """Height and width of the validation images: those of the data."""
+        """Height and width of validation samples in pixels: those of the first held-out, else training, image."""
         item = self.images[0] if len(self.images) else self.dataset[0]
         height, width = item["image" if "image" in item else "latent"].shape[-2:]
         unit = 1 if "image" in item else self.pipeline.vae_scale_factor
         return height * unit, width * unit
 
     def _precision(self) -> AbstractContextManager[Any]:
-        """Frozen weights in bfloat16 meet float32 ones: autocast brings them together outside of training too."""
+        """Autocast for validation if frozen weights are bfloat16, since trained ones are float32."""
         mixed = self.settings.tune.frozen_dtype == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=mixed)
 
     def export(self, out: Path) -> Path:
-        """Write ``out/pipeline`` in diffusers format, with the LoRA merged.
+        """Write ``out/pipeline`` in diffusers format, with the LoRA merged; returns that folder.
 
-        What was tuned, where not everything was, is written by itself into ``out/adapters``.
+        Unless all weights were tuned, the tuned ones are also written by themselves into ``out/adapters``.
         """
         transformer = self.pipeline.transformer.eval()
         if self.settings.tune.mode != "full":

@@ -1,4 +1,4 @@
-"""Stage 2 of an upgrade: the base pipeline, widened to the trained autoencoder's latents, learns them."""
+"""Stage 2 of an upgrade: the base pipeline, widened to the trained autoencoder's latents, is tuned on them."""
 
 from pathlib import Path
 

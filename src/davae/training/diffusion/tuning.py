@@ -1,4 +1,4 @@
-"""Which weights learn, and in which precision."""
+"""Which weights are trained, and in which precision."""
 
 import difflib
 import re
@@ -77,21 +77,21 @@ def started_from(start: str, pipeline: P, base: P, mode: TuneMode) -> P:
 def select_trained(
     transformer: ModelMixin, family: PipelineFamily, layout: LatentLayout, settings: DiffusionSettings
 ) -> dict[str, float]:
-    """Freeze and free parameters as ``tune.mode`` says.
+    """Set which parameters are trained, as ``tune.mode`` says.
 
-    The widened input and output layers learn in every mode: LoRA cannot hold them.
+    The widened input and output layers are trained in every mode; LoRA cannot represent their new channels.
 
     Args:
         transformer: a widened transformer; changed in place (adapters, ``requires_grad``, frozen dtype).
-        family: names the usual targets of adapters.
+        family: gives the default targets of adapters.
         layout: base and detail channels.
         settings: mode, adapters and precision.
 
     Returns:
-        Learning rates of the widened layers by parameter name, where they have their own.
+        Learning rates of the widened layers by parameter name; empty unless ``new_channels_learning_rate`` is set.
 
     Raises:
-        DavaeError: no detail channels, or a LoRA target that no layer of the transformer answers to.
+        DavaeError: the mode needs detail channels and there are none, or no layer matches a LoRA target.
     """
     mode, tune = settings.tune.mode, settings.tune
     if mode != "full" and not layout.detail_channels:
@@ -139,16 +139,16 @@ def _attach(transformer: ModelMixin, family: PipelineFamily, settings: LoraSetti
 
 
 def learning_masks(transformer: ModelMixin, layout: LatentLayout, tune: TuneSettings) -> dict[str, Tensor]:
-    """Where the widened layers learn, by parameter name, boolean; empty where all of them does.
+    """Boolean masks of the new entries in the widened layers, by parameter name; empty unless mode ``new_channels``.
 
-    A gradient of zero leaves the base's entries exactly as they are.
+    Gradients outside them are set to zero.
     """
     return new_channel_masks(transformer, layout) if tune.mode == "new_channels" else {}
 
 
 @torch.no_grad()
 def _start_at_random(transformer: ModelMixin, layout: LatentLayout, seed: int) -> None:
-    """Give the new channels weights with the spread of the base's: what the warm start does not do."""
+    """Draw the new channels' weights with the standard deviation of the base's, in place of the warm start."""
     generator = torch.Generator().manual_seed(seed)
     named = dict(transformer.named_parameters())
     for name, mask in new_channel_masks(transformer, layout).items():
@@ -158,10 +158,10 @@ def _start_at_random(transformer: ModelMixin, layout: LatentLayout, seed: int) -
 
 
 def lora_config(transformer: ModelMixin, family: PipelineFamily, settings: LoraSettings) -> LoraConfig:
-    """The adapters' configuration; layers with latent channels are left out, whatever the targets say.
+    """The adapters' configuration; the widened layers are excluded even if targets match them.
 
     Raises:
-        DavaeError: a target that no linear layer or convolution answers to; names the nearest.
+        DavaeError: no linear layer or convolution matches a target; the message names the nearest.
     """
     targets = settings.targets or list(family.lora_targets)
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
@@ -186,12 +186,12 @@ def lora_config(transformer: ModelMixin, family: PipelineFamily, settings: LoraS
 
 
 def _answers(name: str, target: str) -> bool:
-    """Whether a layer is meant by a target, as peft understands targets."""
+    """Whether a target matches a layer's name, by peft's rule."""
     return name == target or name.endswith(f".{target}")
 
 
 def _cast(transformer: ModelMixin, frozen: torch.dtype) -> None:
-    """Weights that learn in float32, the others in the frozen dtype; modules that insist on float32 keep it."""
+    """Cast trained weights to float32 and the others to ``frozen``, except modules that must stay in float32."""
     keep = tuple(getattr(transformer, "_keep_in_fp32_modules", None) or ())
     for name, parameter in transformer.named_parameters():
         insists = any(part in keep for part in name.split("."))
@@ -201,7 +201,7 @@ def _cast(transformer: ModelMixin, frozen: torch.dtype) -> None:
 
 
 def _suffix(name: str) -> str:
-    """The part of a layer's name after the last number of a block."""
+    """The part of a layer's name after the last block number."""
     parts = name.split(".")
     last = max((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=-1)
     return ".".join(parts[last + 1 :])

@@ -1,4 +1,4 @@
-"""What the diffusion stage measures and shows: a loss at fixed noise, and samples beside the base's."""
+"""Validation of the diffusion stage: a loss at fixed noise, and samples from fixed seeds."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -60,7 +60,7 @@ def held_out_loss(
 
 
 def _parts(items: list[Item], size: int) -> list[list[Item]]:
-    """Runs of at most ``size`` items of one shape."""
+    """Batches of at most ``size`` consecutive items of one shape."""
     parts: list[list[Item]] = []
     for item in items:
         same = parts and parts[-1][0]["latent"].shape == item["latent"].shape
@@ -80,19 +80,22 @@ def generate_classes(
     seed: int,
     positions: Sequence[int] | None = None,
 ) -> Tensor:
-    """Samples of the given labels in turn, ``[count, 3, H, W]`` in [-1, 1], image ``i`` from seed ``seed + i``.
+    """Samples ``[count, 3, H, W]`` in [-1, 1], cycling through labels; image ``i`` is made from seed ``seed + i``.
 
     Args:
-        pipeline: a class-conditional one.
-        labels: the pipeline's own.
-        count: images.
+        pipeline: class-conditional.
+        labels: the pipeline's labels.
+        count: number of images.
         sample: steps and guidance.
         seed: of the first image.
-        positions: which of the images to make; none makes all.
+        positions: which of the images to make, in this order; by default all.
+
+    Raises:
+        DavaeError: the pipeline is not class-conditional.
     """
     family = family_of(pipeline)
     if not isinstance(family, ClassFamily):
-        raise DavaeError(f"{type(pipeline).__name__} makes images of prompts, not of classes")
+        raise DavaeError(f"{type(pipeline).__name__} generates images from prompts, not from classes")
 
     def make(indices: Sequence[int], generators: list[torch.Generator]) -> Tensor:
         return family.sample_labels(
@@ -117,16 +120,16 @@ def generate_prompts(
     max_length: int | None = None,
     positions: Sequence[int] | None = None,
 ) -> Tensor:
-    """One image a prompt, ``[len(prompts), 3, H, W]`` in [-1, 1], image ``i`` from seed ``seed + i``.
+    """One image per prompt, ``[len(prompts), 3, H, W]`` in [-1, 1]; image ``i`` is made from seed ``seed + i``.
 
     Args:
         pipeline: of a text family.
-        prompts: what to paint.
+        prompts: one per image.
         size: height and width in pixels.
         sample: steps and guidance.
         seed: of the first image.
-        max_length: tokens a prompt is cut or padded to.
-        positions: which of the images to make; none makes all.
+        max_length: tokens that a prompt is cut or padded to; by default the family's.
+        positions: which of the images to make, in this order; by default all.
     """
     family = family_of(pipeline)
 
@@ -152,7 +155,7 @@ def _in_batches(
     batch: int,
     seed: int,
 ) -> Tensor:
-    """What ``make`` makes of the positions with the transformer in eval mode, image ``i`` from seed ``seed + i``."""
+    """Call ``make`` on batches of positions with the transformer in eval mode; image ``i`` has seed ``seed + i``."""
     transformer = pipeline.transformer
     was_training = transformer.training
     transformer.eval()

@@ -1,9 +1,8 @@
-"""FSDP2: the weights, gradients and moments of a model spread over the processes (ZeRO-3; ZeRO-2 on request).
+"""FSDP2: weights, gradients and optimizer moments sharded over the processes (ZeRO-3; ZeRO-2 on request).
 
-accelerate shards, as its configuration says; here stands what a training needs around that: which blocks are sharded
-by themselves, whole tensors for checkpoints, and whole models for validation and export. Sharded tensors are
-``DTensor``; to make one whole is a collective operation, so **all ranks must call it**, also where only
-the first one writes.
+accelerate does the sharding, as its configuration says. This module adds what a training needs around it: which blocks
+are sharded separately, and whole models for validation and export. Sharded tensors are ``DTensor``; gathering one is a
+collective operation, so **all ranks must call it**, even if only the first one uses the result.
 """
 
 import logging
@@ -29,36 +28,35 @@ logger = logging.getLogger(__name__)
 
 
 def begin_accelerator(**options: Any) -> Accelerator:
-    """An accelerator for one training, sharding with FSDP2 where the launcher's configuration asks for it.
+    """Create the accelerator of one training; it shards with FSDP2 if the launcher's configuration asks for it.
 
-    One process may train several stages one after the other, each with its own precision.
+    One process may train several stages in sequence, each with its own precision.
 
     Args:
         options: of :class:`accelerate.Accelerator`.
 
     Raises:
-        DavaeError: the configuration asks for a form of FSDP that is not supported, for FSDP in float16, or for
-            DeepSpeed.
+        DavaeError: the configuration asks for an unsupported form of FSDP, for FSDP in float16, or for DeepSpeed.
     """
     refuse_deepspeed()
     _forget_the_training_before()
     plugin = _plugin()
     if plugin is not None and options.get("mixed_precision") == "fp16":
         raise DavaeError(
-            f"loop.precision=fp16, while {LAUNCHER} asks for FSDP: every process would scale its losses as its "
-            "own shards need it. Take loop.precision=bf16"
+            f"loop.precision=fp16 does not work with FSDP, which {LAUNCHER} asks for: every process would choose "
+            "a loss scale of its own. Set loop.precision=bf16"
         )
     accelerator = Accelerator(fsdp_plugin=plugin, **options)
     if plugin is not None and accelerator.use_distributed:
-        # Weights stay in float32 and autocast decides what is computed in half precision, as without sharding:
-        # FSDP's own policy would also cast latents, times and normalisation.
+        # Weights stay in float32 and autocast decides what is computed in half precision, as without sharding;
+        # FSDP's own policy would also cast latents, times and normalisation layers.
         plugin.mixed_precision_policy = MixedPrecisionPolicy()
         _engage(plugin)
     return accelerator
 
 
 def _forget_the_training_before() -> None:
-    """accelerate keeps what it is in a shared state, and finds neither another precision nor FSDP a second time."""
+    """Reset accelerate's shared state, which would neither take another precision nor find FSDP a second time."""
     AcceleratorState._reset_state()
     state = PartialState._shared_state
     if state.get("distributed_type") == DistributedType.FSDP:
@@ -67,18 +65,18 @@ def _forget_the_training_before() -> None:
 
 
 def _engage(plugin: FullyShardedDataParallelPlugin) -> None:
-    """accelerate turns FSDP on for GPUs and their like alone; torch's runs on the CPU as well, where it is tested."""
+    """Turn FSDP on also on the CPU, where torch supports it (and tests run) but accelerate does not."""
     for state in (PartialState, AcceleratorState):
         state._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
 
 
 def _plugin() -> FullyShardedDataParallelPlugin | None:
-    """What the launcher says about FSDP (``accelerate launch`` leaves it in the environment)."""
+    """The launcher's FSDP settings, which ``accelerate launch`` passes in the environment; ``None`` without FSDP."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
     if os.environ.get("FSDP_VERSION") != "2":
-        raise DavaeError(f"{LAUNCHER} asks for the first version of FSDP: set fsdp_version: 2")
+        raise DavaeError(f"{LAUNCHER} asks for FSDP version 1: set fsdp_version: 2")
     plugin = FullyShardedDataParallelPlugin()
     unsupported = {
         "fsdp_cpu_ram_efficient_loading": plugin.cpu_ram_efficient_loading,
@@ -88,26 +86,29 @@ def _plugin() -> FullyShardedDataParallelPlugin | None:
     }
     for key, value in unsupported.items():
         if value:
-            raise DavaeError(f"{LAUNCHER} sets {key}, which is not supported: leave it out")
+            raise DavaeError(f"{LAUNCHER} sets {key}, which is not supported: remove it")
     return plugin
 
 
 def is_sharding(accelerator: Accelerator) -> bool:
-    """Whether models are sharded in this training."""
+    """Whether this training shards its model."""
     return accelerator.distributed_type == DistributedType.FSDP
 
 
 def shard(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-    """Shard a module and point its optimizer at the shards; returns both, prepared.
+    """Shard a module in place and point its optimizer at the shards; returns both, prepared.
 
-    Each repeated block (see :func:`block_classes`) is gathered by itself when it is computed, the rest once a step. The
-    module itself is changed. With ``fsdp_activation_checkpointing`` the models' own gradient checkpointing is
-    turned on, which keeps the names of the weights as they are.
+    Each repeated block (see :func:`block_classes`) is gathered separately when it is computed, the rest once per step.
+    With ``fsdp_activation_checkpointing`` the models' own gradient checkpointing is enabled, which does not rename
+    weights.
 
     Args:
         accelerator: of :func:`begin_accelerator`.
-        module: its ``forward`` is the whole step; weights may be on the CPU.
+        module: its ``forward`` computes the whole loss; weights may be on the CPU.
         optimizer: over its trained parameters.
+
+    Raises:
+        DavaeError: activation checkpointing is requested, and no model in the module supports it.
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.activation_checkpointing:
@@ -119,17 +120,17 @@ def shard(accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Op
     module, optimizer = accelerator.prepare(module, optimizer)
     blocks = Counter(type(unit).__mro__[ORIGINAL].__name__ for unit in units_of(module))
     logger.info(
-        "%s spread over %d processes", ", ".join(f"{n} x {b}" for b, n in blocks.items()), accelerator.num_processes
+        "%s sharded over %d processes", ", ".join(f"{n} x {b}" for b, n in blocks.items()), accelerator.num_processes
     )
     plugin.transformer_cls_names_to_wrap = names
     return module, optimizer
 
 
 def block_classes(module: nn.Module) -> list[str]:
-    """Names of the classes of blocks that a model repeats.
+    """Class names of the blocks that a model repeats.
 
-    They are what diffusers' models name themselves (``_repeated_blocks``, else ``_no_split_modules``), as far as they
-    occur more than once; where a model names none, what its ``ModuleList`` repeat.
+    These are the classes that diffusers' models list (``_repeated_blocks``, else ``_no_split_modules``) and that occur
+    more than once; if there are none, classes that occur more than once in a ``ModuleList``.
     """
     count = Counter(type(m).__name__ for m in module.modules())
     named: set[str] = set()
@@ -145,9 +146,9 @@ def block_classes(module: nn.Module) -> list[str]:
 
 
 def make_contiguous(module: nn.Module) -> None:
-    """Put the weights into torch's plain memory order, the only one that can be sharded.
+    """Put the weights into torch's default memory format, the only one that can be sharded.
 
-    A channels-last weight of a 1 x 1 convolution calls itself contiguous, and is not in that order.
+    They are always copied: a channels-last weight of a 1 x 1 convolution reports itself contiguous with other strides.
     """
     for parameter in module.parameters():
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
@@ -157,22 +158,22 @@ def _checkpoint_activations(module: nn.Module) -> None:
     able: list[Any] = [m for m in module.modules() if getattr(m, "_supports_gradient_checkpointing", False)]
     if not able:
         raise DavaeError(
-            f"{LAUNCHER} sets fsdp_activation_checkpointing, but {type(module).__name__} holds no model that can "
-            "compute its activations again: set it to false"
+            f"{LAUNCHER} sets fsdp_activation_checkpointing, but no model in {type(module).__name__} supports "
+            "gradient checkpointing: set it to false"
         )
     for model in able:
         model.enable_gradient_checkpointing()
 
 
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
-    """A small module beside a sharded one (a discriminator): whole in every process, gradients averaged."""
+    """Wrap a small module beside a sharded one (a discriminator) in DDP: whole in every process, gradients averaged."""
     return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def unsynced(accelerator: Accelerator, module: nn.Module) -> AbstractContextManager[Any]:
-    """Within the context gradients are only summed up, not averaged over the processes.
+    """Context in which gradients are accumulated locally and not averaged over the processes.
 
-    A sharded model averages in every micro-step: to wait would hold whole gradients in memory.
+    A sharded model averages in every micro-step nevertheless: deferring it would keep whole gradients in memory.
     """
     if isinstance(module, FSDPModule):
         return nullcontext()
@@ -182,18 +183,18 @@ def unsynced(accelerator: Accelerator, module: nn.Module) -> AbstractContextMana
 
 
 ORIGINAL = 2
-"""Where a sharded module's own class stands among its classes: ``[FSDPBlock, FSDPModule, Block, ...]``."""
+"""Position of a sharded module's original class in its MRO: ``[FSDPBlock, FSDPModule, Block, ...]``."""
 
 
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
-    """Within the context a sharded module is an ordinary one with all its weights, in every process.
+    """Context in which a sharded module has all its weights in every process. All ranks must enter it.
 
-    Methods besides ``forward`` then work, and no rank waits for another. The weights must not be moved or cast
+    Methods other than ``forward`` then work, and no rank waits for another. The weights must not be moved or cast
     meanwhile. Does nothing to a module that is not sharded.
     """
     units = units_of(module)
-    if units:  # usually done by the first step; a run that is already at its end has none
+    if units:  # usually done by the first step; a run resumed at its end makes none
         module._get_fsdp_state()._lazy_init()  # type: ignore[operator]
     before = [_reshards(unit) for unit in units]
     for unit in units:
@@ -208,9 +209,9 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
 
 def unshard_for_good(module: nn.Module) -> None:
-    """Make a sharded module an ordinary one for good, with all its weights in every process.
+    """Undo the sharding of a module permanently; it then has all its weights in every process.
 
-    For what comes after training: export moves, casts and merges weights, which a sharded module does not allow.
+    For use after training: export moves, casts and merges weights, which a sharded module does not allow.
     All ranks must call this. Does nothing to a module that is not sharded.
     """
     units = units_of(module)
@@ -230,17 +231,17 @@ def unshard_for_good(module: nn.Module) -> None:
 
 
 def units_of(module: nn.Module) -> list[Any]:
-    """The parts of a module that are sharded by themselves, itself among them; none where it is not sharded."""
+    """The separately sharded parts of a module, itself included; empty if it is not sharded."""
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
 
 
 def _reshards(unit: Any) -> bool:
-    """Whether a unit frees its whole weights after ``forward``."""
+    """Whether a unit frees its gathered weights after ``forward``."""
     return any(group._reshard_after_forward for group in unit._get_fsdp_state()._fsdp_param_groups)
 
 
 def _leave_fsdp(unit: Any) -> None:
-    """Undo what ``fully_shard`` did to a module besides its parameters; torch has no function for it."""
+    """Undo what ``fully_shard`` did to a module other than its parameters; torch has no function for it."""
     from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
     from torch.distributed._composable_state import _module_state_mapping
 

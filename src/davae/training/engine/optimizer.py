@@ -1,4 +1,4 @@
-"""AdamW, fused or with moments of 8 bits, with a learning rate for each parameter, and its schedule."""
+"""AdamW, fused or with 8-bit moments, with per-parameter learning rates, and the learning rate schedule."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from davae.recipes.loop import OptimizerSettings
 
 
 def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
-    """Learning rate of a step: linear warm-up, then constant or a cosine down to ``lr_end``."""
+    """Learning rate of ``step`` in [0, ``steps``): linear warm-up, then constant or cosine decay to ``lr_end``."""
     peak, warmup = settings.learning_rate, settings.lr_warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -25,10 +25,10 @@ def learning_rate(settings: OptimizerSettings, step: int, steps: int) -> float:
 def make_optimizer(
     name: str, module: nn.Module, settings: OptimizerSettings, rates: dict[str, float]
 ) -> torch.optim.Optimizer:
-    """AdamW over a module's trained parameters: torch's fused one, or the one of 8 bits.
+    """AdamW over a module's trained parameters: torch's fused implementation, or bitsandbytes' with 8-bit moments.
 
     Args:
-        name: whose optimizer it is, for the error.
+        name: of the module, for the error.
         module: its parameters that require gradients are trained.
         settings: of AdamW.
         rates: learning rates of parameters by exact name, where they differ from the settings'; kept as
@@ -68,13 +68,13 @@ _WRAPPED = "__bnb_optimizer_quant_state__"
 
 
 def eight_bit_adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """The optimizer over parameter groups; it keeps its promises to the loop and to checkpoints.
+    """bitsandbytes' AdamW with 8-bit moments, adapted to the loop and to checkpoints.
 
-    Like torch's fused one it leaves out a step whose ``found_inf`` is set; its state is flat and plain tensors, so that
-    a checkpoint holds all of it and a resumed run goes on bit by bit.
+    Like torch's fused AdamW it skips a step if ``found_inf`` is set. Its state is a flat dictionary of plain tensors,
+    so that a checkpoint holds all of it and a resumed run is bit-identical.
 
     Raises:
-        DavaeError: bitsandbytes is not installed.
+        DavaeError: bitsandbytes is not installed; from ``step``, weights are sharded.
     """
     try:
         from bitsandbytes.optim import AdamW8bit
@@ -90,10 +90,10 @@ def eight_bit_adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -
         def step(self, closure: Any = None) -> Any:
             if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
                 raise DavaeError(
-                    "optimizer.kind=adamw8bit cannot update weights that are spread over processes (FSDP): "
-                    "set optimizer.kind=adamw, whose moments are spread with them"
+                    "optimizer.kind=adamw8bit cannot update weights that are sharded over processes (FSDP): "
+                    "set optimizer.kind=adamw, whose moments are sharded too"
                 )
-            if self.found_inf is not None and bool(self.found_inf):  # waits for the device
+            if self.found_inf is not None and bool(self.found_inf):  # synchronises with the device
                 return None
             return super().step(closure)
 
@@ -106,7 +106,7 @@ def eight_bit_adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -
             entries = {key: {**entry, "step": int(entry["step"])} for key, entry in state_dict["state"].items()}
             super().load_state_dict({**state_dict, "state": entries}, move_to_device)
 
-    for group in groups:  # blocks of moments follow memory, not channels: one order for new and resumed runs
+    for group in groups:  # quantisation blocks follow memory order: make it the same in new and resumed runs
         for parameter in group["params"]:
             parameter.data = parameter.data.contiguous()
     return GuardedAdamW8bit(
@@ -115,5 +115,5 @@ def eight_bit_adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -
 
 
 def _flat(entry: dict[str, Any]) -> dict[str, Any]:
-    """A parameter's state with what bitsandbytes wraps for FSDP taken out again."""
+    """A parameter's state without the nesting that bitsandbytes adds for FSDP."""
     return {name: value for name, value in entry.items() if name != _WRAPPED} | entry.get(_WRAPPED, {})

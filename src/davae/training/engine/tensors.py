@@ -1,7 +1,7 @@
-"""Tensors spread over processes (``DTensor``): whole ones for files, norms, clipping and masks of gradients.
+"""Sharded tensors (``DTensor``): gathering for files, gradient norms, clipping and masks.
 
-Everything here takes ordinary tensors as well. What makes a tensor whole or sums over shards is a collective
-operation: **all ranks must call it**, also where only the first one writes.
+Everything here takes ordinary tensors as well. Gathering a tensor or summing over shards is a collective operation:
+**all ranks must call it**, even if only the first one uses the result.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,12 +16,12 @@ from davae.errors import DavaeError
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor with all its elements, in every process; all ranks must call this for a sharded one."""
+    """The whole tensor, in every process; all ranks must call this for a sharded one."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def full_state_on_cpu(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Copies of whole tensors on the CPU where ``keep``, nothing elsewhere; no device holds the whole model at once.
+    """Copies of the whole tensors on the CPU if ``keep``, else an empty dictionary; gathers one tensor at a time.
 
     All ranks must call this, with the same names in the same order.
     """
@@ -35,7 +35,7 @@ def full_state_on_cpu(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str,
 
 
 def like(value: Tensor, model: Tensor) -> Tensor:
-    """A whole tensor spread, or ordered in memory, as ``model`` is; in its own dtype, on the model's device."""
+    """Give a whole tensor the device, and the sharding or memory format, of ``model``; it keeps its own dtype."""
     value = value.to(model.device)
     if isinstance(model, DTensor):
         return distribute_tensor(value, model.device_mesh, model.placements)
@@ -44,7 +44,7 @@ def like(value: Tensor, model: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gradient_norms(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm of each parameter's whole gradient, float32 ``[parameters]``; 0 where there is none."""
+    """The 2-norm of each parameter's whole gradient, float32 ``[parameters]``; 0 for a parameter without one."""
     gradients = [p.grad if p.grad is not None else p.new_zeros(()) for p in parameters]
     sharded = any(isinstance(g, DTensor) for g in gradients)
     own = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
@@ -57,11 +57,11 @@ def gradient_norms(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def spread_masks(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Boolean masks of whole parameters as :func:`mask_gradients` takes them; all ranks must call this.
+    """Convert boolean masks of whole parameters for :func:`mask_gradients`; all ranks must call this.
 
     Args:
-        module: whose parameters, sharded or not.
-        masks: by a parameter's exact name.
+        module: its parameters may be sharded.
+        masks: by exact parameter name, of the parameter's shape.
     """
     named = {name: module.get_parameter(name) for name in masks}
     return {name: like(mask.to(named[name].dtype), named[name].detach()) for name, mask in masks.items()}
@@ -69,7 +69,7 @@ def spread_masks(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Te
 
 @torch.no_grad()
 def mask_gradients(module: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Set gradients to zero where a mask of :func:`spread_masks` is zero."""
+    """Multiply gradients by the 0/1 masks of :func:`spread_masks`, in place."""
     for name, mask in masks.items():
         gradient = module.get_parameter(name).grad
         if gradient is not None:
@@ -77,12 +77,12 @@ def mask_gradients(module: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 def clip_gradients(parameters: list[nn.Parameter], most: float) -> Tensor:
-    """Scale gradients down to the 2-norm ``most``; returns the norm before."""
+    """Scale gradients down to a total 2-norm of ``most``; returns the norm before, a scalar tensor."""
     return whole_tensor(nn.utils.clip_grad_norm_(parameters, most))
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a module that training changes: trained parameters and buffers."""
+    """The tensors of a module that training changes: trained parameters and persistent buffers."""
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     frozen = {n for n, p in module.named_parameters() if not p.requires_grad}
     buffers = {n: b for n, b in module.state_dict().items() if n not in trained and n not in frozen}
@@ -91,12 +91,16 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_module(module: nn.Module, saved: dict[str, Tensor], where: Path) -> None:
-    """Copy saved tensors into a module; both must hold exactly the same names and shapes."""
+    """Copy the tensors of checkpoint ``where`` into a module.
+
+    Raises:
+        DavaeError: names or shapes differ from :func:`module_tensors`.
+    """
     current = module_tensors(module)
     if current.keys() != saved.keys():
         differing = sorted(current.keys() ^ saved.keys())
         raise DavaeError(
-            f"checkpoint {where} holds other weights than this run trains: "
+            f"checkpoint {where} does not hold the weights that this run trains: "
             f"{len(differing)} names differ, first '{differing[0]}'"
         )
     for name, tensor in current.items():
@@ -108,7 +112,7 @@ def restore_module(module: nn.Module, saved: dict[str, Tensor], where: Path) -> 
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's moments as ``<parameter index>.<name>``."""
+    """The optimizer's state (moments, step counts) by ``<parameter index>.<name>``."""
     state = optimizer.state_dict()["state"]
     return {
         f"{index}.{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items()
@@ -116,10 +120,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
-    """Put moments written by :func:`optimizer_tensors` back.
+    """Restore the state that :func:`optimizer_tensors` gave.
 
-    Files hold whole, contiguous tensors. Moments are spread and ordered as their parameter is, which fused optimizers
-    expect: a channels-last weight with contiguous moments would be updated wrongly.
+    Files hold whole, contiguous tensors. Moments get the sharding and memory format of their parameter, which fused
+    optimizers expect: a channels-last weight with contiguous moments would be updated wrongly.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}

@@ -1,7 +1,7 @@
-"""A module as the loop trains it: losses, gradients, a step, and what a checkpoint holds of it.
+"""A module as the loop trains it: losses, gradients, optimizer steps, and its part of a checkpoint.
 
-Weights and moments are whole in every process or sharded by FSDP2 (:mod:`davae.training.engine.fsdp`); tensor functions
-take both. With several processes all ranks must call every method.
+Weights and moments are whole in every process or sharded by FSDP2 (:mod:`davae.training.engine.fsdp`). With several
+processes all ranks must call every method.
 """
 
 from contextlib import nullcontext
@@ -31,13 +31,13 @@ from davae.training.stage import TrainedModule
 
 
 class ModuleTrainer:
-    """A trained module and its optimizer as accelerate prepared them.
+    """A trained module and its optimizer, as prepared by :func:`prepare`.
 
     Args:
         accelerator: of the training.
-        loop: its settings.
-        trained: the module and how it learns.
-        module: the module, its gradients synchronised between processes.
+        loop: settings of the training.
+        trained: the module, with its optimizer settings and masks.
+        module: the module wrapped to synchronise gradients between processes.
         optimizer: over the trained parameters.
     """
 
@@ -52,33 +52,33 @@ class ModuleTrainer:
         """The trained parameters, in the order of :meth:`norms`."""
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the step before."""
+        """Reset the gradients."""
         self.optimizer.zero_grad()
 
     def losses(self, batch: dict[str, Any], step: int, *, last: bool) -> dict[str, Tensor]:
-        """Named losses of a micro-step, among them ``total``.
+        """Named scalar losses of a micro-step, among them ``total``.
 
         Args:
             batch: on the device.
             step: optimizer steps done.
-            last: whether the gradients of this micro-step complete a step, and go to the other processes.
+            last: whether this is the step's last micro-step, whose backward synchronises gradients.
         """
         with nullcontext() if last else unsynced(self.accelerator, self.module), self.accelerator.autocast():
             losses: dict[str, Tensor] = self.module(batch, step)
         return losses
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-step's gradients."""
+        """Accumulate the gradients of a scalar loss."""
         self.accelerator.backward(loss)
 
     def mask(self) -> None:
-        """Set gradients to zero where the module's masks say that nothing learns."""
+        """Set gradients to zero where the module's masks are false."""
         mask_gradients(self.trained.module, self.masks)
 
     def clip(self) -> Tensor | None:
-        """Scale the gradients down to ``max_grad_norm``; returns their norm before, none without a limit.
+        """Scale the gradients down to ``max_grad_norm``; returns their norm before, ``None`` without a limit.
 
-        The scale of fp16 losses is taken out of them first; it must not change before all trainers are here.
+        fp16 gradients are unscaled first; the loss scale must not change before all trainers have called this.
         """
         self.accelerator.unscale_gradients(self.optimizer)
         if self.loop.max_grad_norm is None:
@@ -86,20 +86,20 @@ class ModuleTrainer:
         return clip_gradients(self.trained.parameters(), self.loop.max_grad_norm)
 
     def norms(self) -> Tensor:
-        """The 2-norm of each trained parameter's whole gradient, float32 ``[parameters]``, as :attr:`names`."""
+        """The 2-norm of each trained parameter's whole gradient, float32 ``[parameters]``, ordered as :attr:`names`."""
         return gradient_norms(self.trained.parameters())
 
     def step(self, rate: float, good: Tensor) -> None:
-        """An optimizer step, which changes nothing unless the step is good.
+        """Make an optimizer step; it changes nothing if the step is not good.
 
         Args:
-            rate: learning rate, multiplied by each group's ``rate_factor``.
-            good: a boolean on the device, the same in every process.
+            rate: learning rate, to be multiplied by each group's ``rate_factor``.
+            good: boolean scalar on the device, the same in every process.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
-        optimizer = self.optimizer.optimizer  # accelerate's lets the scaler judge, which sees gradients only
-        optimizer.found_inf = (~good).float()  # read by the fused optimizer, on the device
+        optimizer = self.optimizer.optimizer  # accelerate's wrapper asks the scaler, which sees gradients only
+        optimizer.found_inf = (~good).float()  # the fused optimizer reads it on the device
         optimizer.step()
 
     @property
@@ -117,11 +117,11 @@ class ModuleTrainer:
         return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Trained weights and buffers, sharded ones as they are."""
+        """Trained weights and buffers by name; sharded ones are not gathered."""
         return module_tensors(self.trained.module)
 
     def moments(self, *, keep: bool) -> dict[str, Tensor]:
-        """The optimizer's whole moments on the CPU as ``<parameter index>.<name>``; nothing unless ``keep``."""
+        """The optimizer's whole state on the CPU by ``<parameter index>.<name>``; empty unless ``keep``."""
         return full_state_on_cpu(optimizer_tensors(self.optimizer), keep=keep)
 
     def restore(
@@ -143,17 +143,17 @@ class ModuleTrainer:
 
 
 def prepare(accelerator: Accelerator, loop: LoopSettings, trained: TrainedModule, *, is_model: bool) -> ModuleTrainer:
-    """Put a trained module on its device, in the form the settings and the launcher ask for.
+    """Put a trained module on its device and prepare it as the settings and the launcher say.
 
     Args:
         accelerator: of :func:`davae.training.engine.fsdp.begin_accelerator`.
         loop: settings of the training.
         trained: its module is changed in place.
-        is_model: what is spread over processes, where the launcher asks for it; a discriminator is not.
+        is_model: whether it is the model, which may be sharded, and not a discriminator, which is replicated.
     """
     module, device = trained.module, accelerator.device
     sharded = is_sharding(accelerator) and is_model and trained.can_be_sharded
-    if not sharded:  # a model that must be sharded may not fit the device whole
+    if not sharded:  # a model to be sharded may not fit on the device whole
         module.to(device)
     module.train()  # loaded models come in eval mode
     keep_linear_attention_in_float32(module)

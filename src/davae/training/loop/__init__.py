@@ -1,1 +1,1 @@
-"""The training loop, one for every stage."""
+"""The training loop that all stages share."""

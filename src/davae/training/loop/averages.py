@@ -1,4 +1,4 @@
-"""Averages over steps: means of losses between two logged lines, and exponential moving averages of weights."""
+"""Averages over steps: means of losses between log lines, and exponential moving averages (EMA) of weights."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from davae.training.engine.tensors import like
 
 
 class RunningMeans:
-    """Sums of named values; what is not finite is left out (the guard reports it).
+    """Means of named values; values that are not finite are left out (:class:`NonFiniteGuard` reports them).
 
     Args:
         device: of the training, where the sums are kept.
@@ -22,7 +22,7 @@ class RunningMeans:
         self._counts: dict[str, Tensor] = {}
 
     def add(self, values: dict[str, Tensor], prefix: str = "") -> None:
-        """Add 0-dimensional values, under ``<prefix>_<name>`` where there is a prefix."""
+        """Add scalar tensors, under ``<prefix>_<name>`` if there is a prefix."""
         for name, value in values.items():
             key = f"{prefix}_{name}" if prefix else name
             value = value.detach().float().to(self.device)
@@ -37,29 +37,29 @@ class RunningMeans:
         return names, torch.stack(columns) if columns else torch.zeros(0, 2, device=self.device)
 
     def means(self, names: list[str], sums_and_counts: Tensor) -> dict[str, float]:
-        """The means of (possibly reduced) sums and counts; begins a new window."""
+        """The means for sums and counts (of this or of all processes); starts a new window."""
         self._sums, self._counts = {}, {}
-        rows = sums_and_counts.tolist()  # the one wait for the device
+        rows = sums_and_counts.tolist()  # the only synchronisation with the device
         return {name: total / count for name, (total, count) in zip(names, rows) if count}
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Sum and count by name, for a checkpoint between two lines; the window goes on."""
+        """Sum and count by name, for a checkpoint between two log lines; the window continues."""
         names, sums_and_counts = self.tensors()
         return dict(zip(names, sums_and_counts.tolist()))
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """Go on with a window that :meth:`state_dict` described."""
+        """Continue the window that :meth:`state_dict` describes."""
         self._sums = {n: torch.tensor(total, device=self.device) for n, (total, _) in state.items()}
         self._counts = {n: torch.tensor(count, device=self.device) for n, (_, count) in state.items()}
 
 
 class Ema:
-    """``average <- d average + (1 - d) weight`` after every step, kept in float32.
+    """Exponential moving average ``average <- d average + (1 - d) weight``, kept in float32.
 
     The decay is warmed up as ``d = min(decay, (1 + n) / (10 + n))`` for the n-th update, so that a short
     training is not dominated by its first weights.
 
-    Averages of sharded parameters are sharded alike: every process keeps its own part.
+    Averages of sharded parameters are sharded alike.
 
     Args:
         parameters: the trained parameters, in a fixed order.
@@ -74,7 +74,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the averages towards the weights as they are now."""
+        """Move the averages towards the current weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         current = [p.detach().float() for p in self.parameters]
@@ -82,7 +82,7 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the parameters hold the averages; afterwards their own values again."""
+        """Context in which the parameters hold the averages; their own values are restored afterwards."""
         own = [p.detach().clone() for p in self.parameters]
         self._write(self.averages)
         try:
@@ -91,11 +91,11 @@ class Ema:
             self._write(own)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The averages by number, as a checkpoint keeps them."""
+        """The averages by the parameter's index, as stored in checkpoints."""
         return {str(i): average for i, average in enumerate(self.averages)}
 
     def restore(self, saved: dict[str, Tensor], updates: int) -> None:
-        """Put whole averages written from :meth:`tensors` back, and the number of updates that made them."""
+        """Restore whole averages saved from :meth:`tensors`, and the number of updates that made them."""
         self.updates = updates
         self.averages = [like(saved[name], average) for name, average in self.tensors().items()]
 

@@ -1,8 +1,8 @@
-"""What keeps one bad step from ruining a run: it is found, skipped, counted and logged.
+"""Detecting, skipping, counting and logging bad steps, so that one does not ruin a run.
 
-A step is bad when a loss or a gradient is not finite, or the gradient's norm exceeds ``skip_grad_norm``. The
-verdict stays on the device, where the fused optimizer reads it, so that good steps never wait for it; it is
-read, and logged, when losses are logged anyway.
+A step is bad if a loss or a gradient is not finite, or the gradient norm exceeds ``skip_grad_norm``. The verdict stays
+on the device, where the fused optimizer reads it without synchronisation; the host reads and logs it when losses are
+logged anyway.
 """
 
 import json
@@ -25,12 +25,12 @@ from davae.training.stage import Stage
 
 logger = logging.getLogger(__name__)
 _IDS_SHOWN = 8
-_HALVINGS = 24  # of the scale of fp16 losses, which begins at 2^16
+_HALVINGS = 24  # of the fp16 loss scale, initially 2^16
 
 
 @dataclass
 class _Verdict:
-    """One step of one module, as tensors that have not been read yet."""
+    """The verdict on one step of one module, as tensors that the host has not read yet."""
 
     step: int
     trained: str
@@ -38,8 +38,8 @@ class _Verdict:
     finite_terms: Tensor  # bool [terms]
     finite_layers: Tensor  # bool [parameters]
     norm: Tensor  # of the whole gradient
-    own: Tensor  # bool: good as far as this process sees
-    good: Tensor  # bool: in all processes
+    own: Tensor  # bool: good in this process
+    good: Tensor  # bool: good in all processes
     ids: list[str]
     finite_latents: Tensor | None  # bool [ids]: of latents that were encoded beforehand
 
@@ -50,8 +50,8 @@ class NonFiniteGuard:
 
     Args:
         stage: the stage's name, for messages.
-        loop: limits.
-        folder: where ``skipped_steps.jsonl`` and, at the end of patience, ``failure/`` are written.
+        loop: settings of the training, with the limits.
+        folder: where ``skipped_steps.jsonl`` and, when the guard gives up, ``failure/`` are written.
     """
 
     stage: str
@@ -60,8 +60,9 @@ class NonFiniteGuard:
     section: str = ""
     """The recipe's, for advice."""
     skipped: int = 0
-    """Steps left out in the whole run."""
+    """Steps skipped in the whole run."""
     in_a_row: int = 0
+    """Consecutive skipped steps, without the overflows below."""
     overflows: int = 0
     """Steps in a row whose fp16 gradients overflowed; the first of them are the search for a scale."""
     _skipped_here: int = 0
@@ -81,10 +82,10 @@ class NonFiniteGuard:
         agree: Callable[[Tensor], Tensor] = lambda good: good,
         finite_latents: Tensor | None = None,
     ) -> Tensor:
-        """Whether a step is good, as a boolean on the device.
+        """Whether a step is good, as a boolean scalar on the device.
 
         Args:
-            step: steps done when this one is.
+            step: steps done after this one.
             trained: name of the module.
             losses: named losses of every micro-step.
             ids: the images of the step.
@@ -110,11 +111,7 @@ class NonFiniteGuard:
         return good
 
     def read(self) -> None:
-        """Wait for the verdicts so far; count and tell the bad ones.
-
-        Raises:
-            DavaeError: too many bad steps in a row.
-        """
+        """Read the verdicts so far (synchronises with the device); count and report the bad ones."""
         unread, self._unread = self._unread, []
         if not unread:
             return
@@ -138,22 +135,22 @@ class NonFiniteGuard:
                 self.in_a_row += 1
 
     def _is_overflow(self, verdict: _Verdict) -> bool:
-        """Whether fp16 gradients were too large for the scale of the losses, which is halved then.
+        """Whether fp16 gradients overflowed, upon which the loss scale is halved.
 
-        Gradients are the same in all processes, so that all count alike.
+        Gradients are the same in all processes, so all count alike.
         """
         return self.loop.precision == "fp16" and not verdict.finite_layers.all()
 
     @property
     def exhausted(self) -> bool:
-        """Whether as many steps in a row were bad as ``max_skipped_steps`` allows."""
+        """Whether ``max_skipped_steps`` consecutive steps were skipped."""
         return self.in_a_row >= self.loop.max_skipped_steps
 
     def give_up(self, batch: dict[str, Any]) -> None:
-        """Write the last batch beside the report of the bad steps.
+        """Write the last batch to ``failure/`` and end the run.
 
         Raises:
-            DavaeError: always; says where everything is.
+            DavaeError: always; the message says where to look.
         """
         failure = self.folder / "failure" / self._of_rank("")
         flat = {k: v for k, v in batch.items() if not isinstance(v, dict)}
@@ -213,7 +210,7 @@ class NonFiniteGuard:
         elif bool(verdict.own):
             what = "another process found it bad"
         else:
-            what = f"the gradient's norm {norm:.3g} exceeds skip_grad_norm"
+            what = f"the gradient norm {norm:.3g} exceeds skip_grad_norm"
         message = ", ".join(verdict.ids[:_IDS_SHOWN]) + (" ..." if len(verdict.ids) > _IDS_SHOWN else "")
         logger.warning("%s: step %d is skipped: %s (images %s)", self.stage, verdict.step, what, message)
         line = {
@@ -230,7 +227,7 @@ class NonFiniteGuard:
             file.write(json.dumps(line) + "\n")
 
     def _report(self) -> Path:
-        """``skipped_steps.jsonl``, and ``skipped_steps.rank-N.jsonl`` of the other processes."""
+        """``skipped_steps.jsonl``, or ``skipped_steps.rank-N.jsonl`` in processes other than the first."""
         return self.folder / f"skipped_steps{self._of_rank('.')}.jsonl"
 
     @staticmethod
@@ -239,16 +236,16 @@ class NonFiniteGuard:
         return f"{before}rank-{rank}" if rank else ""
 
     def state_dict(self) -> dict[str, int]:
-        """The counts."""
+        """The counts, for a checkpoint."""
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on counting."""
+        """Restore the counts."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
 
 class BatchNormSnapshot:
-    """Running statistics of batch norms as they were before a step, to be put back when the step was bad."""
+    """Running statistics of batch norms before a step, to be restored if the step is bad."""
 
     def __init__(self, module: nn.Module) -> None:
         norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
@@ -256,7 +253,7 @@ class BatchNormSnapshot:
         self._before = [b.clone() for b in self._buffers]
 
     def restore_unless(self, good: Tensor) -> None:
-        """Put the statistics back where ``good`` (a boolean on the device) is false."""
+        """Restore the statistics if ``good`` (a boolean scalar on the device) is false."""
         for buffer, before in zip(self._buffers, self._before):
             buffer.copy_(torch.where(good, buffer, before))
 

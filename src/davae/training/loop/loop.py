@@ -1,11 +1,11 @@
-"""The training loop, one for every stage.
+"""The training loop that all stages share.
 
-A :class:`Stage` says what is trained and what a step costs; :func:`train` does the rest: precision,
-accumulation, clipping, averages, learning rates, metrics, validation, checkpoints and going on after a stop.
+A :class:`Stage` defines modules, losses and data; :func:`train` does the rest: precision, gradient accumulation,
+clipping, averages, learning rates, metrics, validation, checkpoints and resuming.
 
-All randomness inside a step (noise, dropout, time) is drawn from generators seeded by
-``(seed, step, micro-step)``. A run that stops and continues therefore sees what an uninterrupted one
-would have seen, and ends with the same weights.
+Random numbers within a step (noise, time steps, dropout) come from torch's generators, seeded by
+``(seed, step, micro-step)``. A run that is stopped and resumed therefore draws the same numbers as an uninterrupted
+one, and ends with the same weights.
 """
 
 import itertools
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished training leaves."""
+    """A finished training: run directory, the result's folder, steps, metrics of the last validation, skipped files."""
 
     out: Path
     result: Path
@@ -58,7 +58,7 @@ class TrainResult:
 
 
 def train(stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | None = None) -> TrainResult | None:
-    """Train a stage in the run directory ``out``, from its newest whole checkpoint where there is one.
+    """Train a stage in the run directory ``out``, from its newest whole checkpoint if there is one.
 
     SIGINT, SIGTERM, SIGHUP and SIGUSR1 finish the step, save and raise :class:`TrainingStopped`; the same call
     continues. After the last step they finish the result and raise all the same, so that what would come next does not
@@ -67,12 +67,11 @@ def train(stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | 
     Args:
         stage: what to train.
         out: the run directory.
-        recipe: the resolved recipe as plain values, kept beside the result.
-        stop_after: leave after this many steps with a checkpoint and without a result, as an interrupted run
-            does.
+        recipe: the resolved recipe as plain values, stored in ``config.yaml``.
+        stop_after: stop once this many steps are done, with a checkpoint but without a result.
 
     Returns:
-        The result, or none when ``stop_after`` ended the run early.
+        The result, or ``None`` if ``stop_after`` ended the run early.
 
     Raises:
         DavaeError: the directory holds another run or one that is running, what the run stands on has changed, too
@@ -91,7 +90,7 @@ def train(stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | 
 
 
 def steps_of(stage: Stage, out: Path) -> Callable[[], None]:
-    """A call that makes the next step of a stage as :func:`train` does, data and all; nothing is logged or saved.
+    """A function that makes the next step of a stage as :func:`train` does, data loading included, without saving.
 
     For benchmarks and profiles.
 
@@ -113,7 +112,7 @@ def steps_of(stage: Stage, out: Path) -> Callable[[], None]:
 
 
 class _Training:
-    """A stage, prepared: what its steps need beside the model."""
+    """One training of a stage, and the state of its loop."""
 
     def __init__(self, stage: Stage, out: Path, recipe: dict[str, Any]) -> None:
         self.stage, self.loop, self.out = stage, stage.loop, out
@@ -131,7 +130,7 @@ class _Training:
         self.metrics: dict[str, float] = {}
 
     def run(self, stop_after: int | None) -> TrainResult | None:
-        """All steps that are left, then the result."""
+        """Make the remaining steps, then the result."""
         with ExitStack() as opened:
             if self.main:
                 opened.enter_context(self.directory.locked())
@@ -146,7 +145,7 @@ class _Training:
             self.writer.wait()
             result = self._result() if finished else None
         for tracker in self.accelerator.trackers:
-            tracker.finish()  # end_training would leave the other stages without processes
+            tracker.finish()  # accelerate's end_training would end the process group that later stages need
         if result is not None and self._signal() is not None:
             raise self._stopped(self.loop.steps, result.result)
         return result
@@ -192,7 +191,7 @@ class _Training:
         )
 
     def _steps(self, start: int, stop_after: int | None) -> bool:
-        """The loop. Returns whether it went to its end."""
+        """The loop. Returns whether it reached the last step."""
         loop = self.loop
         batches = iter(self.stream)
         with Progress(self.stage.name, loop.steps, start, enabled=self.main) as progress:
@@ -230,7 +229,7 @@ class _Training:
         ids: list[str] = []
         finite: list[Tensor] = []
 
-        # Gradients of every module, summed over the micro-steps; equal random numbers for each module.
+        # Gradients of every module, accumulated over the micro-steps; the same random numbers for each module.
         for micro in range(loop.gradient_accumulation):
             batch = next(batches)
             self.ledger.add(batch.pop("skipped", []))
@@ -245,7 +244,7 @@ class _Training:
                     losses[i].append(trainer.losses(batch, step, last=last))
                 trainer.backward(losses[i][-1]["total"] / loop.gradient_accumulation)
 
-        # Masks, clipping, and the means for the next logged line.
+        # Masks, clipping, and the gradient norm for the next log line.
         for trainer in self.trainers:
             trainer.mask()
         norms = [trainer.clip() for trainer in self.trainers]
@@ -264,7 +263,7 @@ class _Training:
             kept[i].restore_unless(good)
             trainer.step(learning_rate(trained.optimizer, step, loop.steps), good)
 
-        # What follows the weights: the scale of fp16 losses and the averages.
+        # The fp16 loss scale and the averages of the weights.
         if accelerator.scaler is not None:
             accelerator.scaler.update()
         if self.ema is not None:
@@ -278,7 +277,7 @@ class _Training:
         return RankInvariantDraws(self.accelerator.process_index, world, self.loop.batch_size)
 
     def _agreed(self, good: Tensor) -> Tensor:
-        """Whether a step is good in all processes: all leave it out, or none."""
+        """Whether a step is good in all processes; otherwise all skip it."""
         if self.accelerator.num_processes == 1:
             return good
         votes: Tensor = self.accelerator.reduce(good.float(), "sum")
@@ -293,11 +292,11 @@ class _Training:
 
     def _asked_to_stop(self, done: int) -> bool:
         if self.accelerator.num_processes > 1 and done % self.loop.log_every:
-            return False  # agreed where the processes meet anyway
+            return False  # processes agree only at log lines, where they synchronise anyway
         return self._signal() is not None
 
     def _signal(self) -> signal.Signals | None:
-        """What asked any of the processes to stop; all ranks must call this."""
+        """The signal that any process received, or ``None``; all ranks must call this."""
         if self.accelerator.num_processes == 1:
             return self.stop.received
         asked = torch.tensor(float(self.stop.received is not None), device=self.accelerator.device)
@@ -376,7 +375,7 @@ class _Training:
         return self.metrics[best]
 
     def _resume(self) -> int:
-        """Put the newest whole checkpoint back; returns its step, 0 where there is none."""
+        """Restore the newest whole checkpoint; returns its step, or 0 if there is none."""
         step = self.state.restore(self.directory.checkpoints)
         if step:
             logger.info("%s continues from step %d", self.stage.name, step)
@@ -397,7 +396,7 @@ class _Training:
         for entries in everyone(self.ledger.entries):  # every process met bad files of its own
             self.ledger.add(entries)
         result = self.out
-        if not self.metrics:  # the run had ended before: measure again rather than report nothing
+        if not self.metrics:  # resumed at its end: measure again rather than report nothing
             self._evaluate(self.loop.steps)
         with self.ema.applied() if self.ema is not None else nullcontext():
             unshard_for_good(self.stage.modules[0].module)
@@ -405,7 +404,7 @@ class _Training:
                 result = self.stage.export(self.out)
         facts: list[Any] = [result, self.metrics]
         if self.accelerator.num_processes > 1:
-            broadcast_object_list(facts)  # also keeps the others from reading what is not yet written
+            broadcast_object_list(facts)  # also makes the others wait until the result is written
         result, self.metrics = facts
         if self.ledger.count and self.main:
             logger.warning(self.ledger.summary())
@@ -413,7 +412,7 @@ class _Training:
 
 
 def _described(dataset: ItemDataset) -> str:
-    """How many images there are, and a checksum of their names."""
+    """The number of images and a checksum of their names."""
     checksum = 0
     for index in range(len(dataset)):
         checksum = zlib.crc32(dataset.id(index).encode(), checksum)
@@ -421,7 +420,7 @@ def _described(dataset: ItemDataset) -> str:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """A batch with its tensors, also those in dictionaries, on the device."""
+    """The batch with its tensors, also those in nested dictionaries, on the device."""
     if isinstance(value, dict):
         return {k: to_device(v, device) for k, v in value.items()}
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

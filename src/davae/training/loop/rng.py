@@ -1,4 +1,4 @@
-"""Random numbers that do not depend on how a batch is shared out among processes.
+"""Random numbers that do not depend on how a batch is divided among processes.
 
 Noise, times and dropout of a sample come from torch's generators, which every process seeds alike for a step.
 With several processes each draw is made for the whole batch and a process keeps its own rows, so that a sample
@@ -21,7 +21,7 @@ _LIKE = {torch.randn_like: torch.randn, torch.rand_like: torch.rand}
 class _BatchDraws(TorchFunctionMode):
     """Within this context draws whose first axis is the batch are made by :meth:`_batch`.
 
-    Draws of another length on the first axis, and those from an explicit generator, are left alone.
+    Draws of another length on the first axis, those from an explicit generator, and torch's dropout are unchanged.
 
     Args:
         batch_size: images of a batch.
@@ -37,7 +37,7 @@ class _BatchDraws(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Replace the draws; everything else goes its way."""
+        """Replace the draws; call everything else as it is."""
         kwargs = kwargs or {}
         if kwargs.get("generator") is None:
             if func in _BY_SHAPE:
@@ -95,10 +95,7 @@ class DrawsByItem(_BatchDraws):
 
 
 def _seed_step(seed: int, step: int, micro: int) -> None:
-    """Seed torch's generators so that a step's draws depend on nothing that came before it.
-
-    All processes seed alike; see :class:`RankInvariantDraws`.
-    """
+    """Seed torch's generators from step and micro-step, alike in all processes (see :class:`RankInvariantDraws`)."""
     mixed = torch.Generator().manual_seed(seed * 1_000_003 + step)
     base = int(torch.randint(2**62, (), generator=mixed))
     torch.manual_seed(base + 1_009 * micro)

@@ -1,7 +1,7 @@
-"""What a checkpoint holds of a run, put together and put back.
+"""The state of a run: collected for a checkpoint, and restored from one.
 
-Files hold whole tensors, named alike whether the run shards its weights or not: a run may go on with another number of
-processes, and with FSDP where it began without.
+Files hold whole tensors under the same names whether the run shards its weights or not: a run may resume with another
+number of processes, and with or without FSDP.
 """
 
 import logging
@@ -29,8 +29,8 @@ class RunState:
     """The stateful parts of a run.
 
     Args:
-        trainers: of each the trained weights, buffers and moments are kept.
-        ema: averages of the first module's weights.
+        trainers: their trained weights, buffers and optimizer states are saved.
+        ema: averages of the first module's weights, or ``None``.
         stream: position in the data.
         guard: counts of bad steps.
         window: losses since the last logged line.
@@ -53,11 +53,11 @@ class RunState:
         """Begin to write a checkpoint in the first process; all ranks must call this.
 
         Args:
-            writer: writes it.
+            writer: writes the checkpoint.
             done: optimizer steps done.
         """
         if is_first():
-            writer.wait()  # before the copy: two at a time would take twice the memory
+            writer.wait()  # before copying: two copies would take twice the memory
         tensors = self._tensors(keep=is_first())
         window = self._mean_window()
         if is_first():
@@ -79,9 +79,9 @@ class RunState:
         wait_for_everyone()
 
     def restore(self, checkpoints: Path) -> int:
-        """Put the newest whole checkpoint back; returns its step, 0 where there is none.
+        """Restore the newest whole checkpoint; returns its step, or 0 if there is none.
 
-        Every process reads the files and keeps what is its own.
+        Every process reads the files and keeps its own part.
 
         Raises:
             DavaeError: the processes did not find the same checkpoint, or it stands on other weights or images.
@@ -104,13 +104,13 @@ class RunState:
             self.ema.restore(tensors["averages"], values["ema_updates"])
         self.stream.load_state_dict(values["stream"], grown=grown)
         self.guard.load_state_dict(values["guard"])
-        self.window.load_state_dict(values.get("window", {}))  # absent in earlier versions, as the scaler is
+        self.window.load_state_dict(values.get("window", {}))  # earlier versions saved neither it nor the scaler
         if self.scaler is not None and "scaler" in values:
             self.scaler.load_state_dict(values["scaler"])
         return int(values["step"])
 
     def _tensors(self, *, keep: bool) -> dict[str, dict[str, Tensor]]:
-        """Whole tensors on the CPU by file name; nothing in them unless ``keep``."""
+        """Whole tensors on the CPU by file name; empty dictionaries unless ``keep``."""
         tensors = {}
         for trainer in self.trainers:
             name = trainer.trained.name
@@ -121,7 +121,7 @@ class RunState:
         return tensors
 
     def _mean_window(self) -> dict[str, list[float]]:
-        """Sums and counts of the losses in the mean of the processes, of which there may be others later."""
+        """Sums and counts of the losses averaged over processes, whose number may change on resume."""
         mean: dict[str, list[float]] = {}
         windows = everyone(self.window.state_dict())
         for own in windows:

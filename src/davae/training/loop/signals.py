@@ -16,19 +16,19 @@ from typing import Any
 
 
 class TrainingStopped(Exception):
-    """A run was asked to stop; it has saved and continues from there.
+    """A run was stopped by a signal; it has saved its state and can be resumed.
 
     Args:
         stage: the stage's name.
         step: steps done.
-        steps: of all.
+        steps: total number of steps.
         out: the run directory.
-        number: the signal that asked.
-        result: the stage's result, where it is written: the signal came too late to stop this stage, and keeps the next
-            from beginning.
+        number: the signal received.
+        result: the stage's result, if it is written: the signal came too late to stop this stage, and only keeps the
+            next one from starting.
 
     Attributes:
-        signal: the signal that asked.
+        signal: the signal received.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class TrainingStopped(Exception):
         self.signal = number
         saved = f"everything is saved in {out}, and the same command continues"
         if result is not None:
-            saved = f"its result is written, {result}, and the same command goes on with what is left"
+            saved = f"its result is written to {result}, and the same command continues with what is left"
         super().__init__(f"{stage} stopped by {number.name} after step {step} of {steps}; {saved}")
 
 

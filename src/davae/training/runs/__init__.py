@@ -1,1 +1,1 @@
-"""What the verbs around trainings do, callable from a script."""
+"""The commands around training (train, cache, export, reconstruct) as functions."""

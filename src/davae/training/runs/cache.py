@@ -1,4 +1,4 @@
-"""What the verb ``davae cache`` calls, callable from a script."""
+"""``davae cache`` as functions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,18 +27,21 @@ def run_cache(
     form: Format = "safetensors",
     batch_size: int = 8,
 ) -> str:
-    """Cache the training images of a recipe in ``out``, by default where the recipe's ``data.cache`` looks for it;
-    returns a summary to print (the first process's; empty in the others).
+    """Cache the training images of a recipe; returns a summary to print (empty in all processes but the first).
 
-    The recipe is an upgrade, whose trained ``autoencoder`` encodes, or a base recipe with ``start_from``, whose
-    pipeline brings its own.
+    Args:
+        recipe: name or YAML file of an upgrade, or of a base recipe with ``start_from``.
+        overrides: ``section.key=value``.
+        out: the folder; by default the recipe's ``data.cache``, else ``caches/RECIPE``.
+        autoencoder: folder of an upgrade's trained autoencoder; by default stage 1's result.
+        form, batch_size: see :func:`write_cache`.
 
     Raises:
         DavaeError: the recipe, the data or the autoencoder is wrong, or ``out`` holds something else.
     """
     settings = _cached_recipe(recipe, overrides)
     if isinstance(settings, BaseRecipe) and autoencoder is not None:
-        raise DavaeError(f"recipe '{recipe}' keeps its pipeline's autoencoder: leave out --autoencoder")
+        raise DavaeError(f"recipe '{recipe}' keeps its pipeline's autoencoder: remove --autoencoder")
     out = out or cache_folder(settings, recipe)
     if isinstance(settings, UpgradeRecipe):
         check_upgrade(settings, "diffusion")
@@ -66,15 +69,19 @@ def run_cache(
 
 
 def run_verify(folder: Path) -> str:
-    """Compare the shards of a cache with their hashes; returns a summary to print."""
+    """Compare the shards of a cache with their hashes; returns a summary to print.
+
+    Raises:
+        DavaeError: a shard differs, or ``folder`` holds no cache.
+    """
     return f"{verify_cache(folder)} shards as they were written: {folder}"
 
 
 def default_folder(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
-    """Where ``davae cache`` writes, and the recipe's training looks, if nobody says otherwise.
+    """The default folder of a recipe's cache.
 
     Raises:
-        DavaeError: the recipe is wrong, or has no cache.
+        DavaeError: the recipe is wrong, or its training cannot use a cache.
     """
     return cache_folder(_cached_recipe(recipe, overrides), recipe)
 
@@ -95,5 +102,5 @@ def _cached_recipe(recipe: str | Path, overrides: Sequence[str]) -> UpgradeRecip
     if isinstance(settings, BaseRecipe) and settings.start_from is not None:
         return settings
     if not isinstance(settings, UpgradeRecipe):
-        raise DavaeError(f"recipe '{recipe}' trains an autoencoder first, from images: there is no cache for it")
+        raise DavaeError(f"recipe '{recipe}' trains an autoencoder first, from images, and cannot use a cache")
     return settings

@@ -1,4 +1,4 @@
-"""From a run directory to a folder that can be handed on or published."""
+"""Exporting a run's result to a folder that can be shared or published."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from davae.runtime.places import check_place, claim
 from davae.training.checkpoints.run_directory import read_config, read_metrics
 
 _PORTABLE_CLASSES = ("AutoencoderDA", "LightningDiTTransformer2DModel")
-# Where a result lies in a run directory, or in one that holds the runs of both stages.
+# Locations of a result in a run directory, or in one that holds the runs of both stages.
 _PIPELINE = ("pipeline", "diffusion/pipeline")
 _ADAPTERS = ("adapters", "diffusion/adapters")
 _AUTOENCODER = ("autoencoder", "autoencoder/autoencoder")
@@ -33,23 +33,23 @@ def export_run(
     repo_id: str | None = None,
     private: bool | None = None,
 ) -> str:
-    """Copy the result of a run, write its model card, and publish it where asked.
+    """Copy the result of a run, write its model card, and publish it if ``repo_id`` is given.
 
     The result is the merged pipeline, or the autoencoder of a run that made only that. Of its folder only what the
     class reads is copied, links are refused, and paths of the disk are cut to their last part.
 
     Args:
-        run: a run directory of either stage, or one that holds both (as the demo's does).
-        out: a folder that does not exist, or is empty.
-        license: of the result; the base's own where None.
+        run: a run directory of either stage, or one that holds both (such as the demo's).
+        out: a folder that does not exist or is empty.
+        license: of the result; by default the base's own.
         license_name, license_link: of a licence that the hub has no id for, see
             :func:`davae.pipelines.saving.licence.find_licence`.
-        adapters: LoRA, widened layers and autoencoder in place of the merged pipeline.
-        repo_id: publish the folder under this name of the hub.
-        private: for a new repository.
+        adapters: export LoRA, widened layers and autoencoder instead of the merged pipeline.
+        repo_id: publish the folder under this name on the hub.
+        private: visibility of a new repository.
 
     Returns:
-        What to tell the person who asked.
+        A message to print.
 
     Raises:
         DavaeError: the run has no such result or one that is a link, the licence is not known, or ``out`` holds files.
@@ -87,7 +87,7 @@ def _find_result(run: Path, *, adapters: bool) -> Path:
 
 
 def _check_portable(result: Path) -> None:
-    """Whether people without davae can open it: the code lies beside each component that needs it."""
+    """Check that the result can be opened without davae: each component that needs code has it in its folder."""
     for config in filter(Path.is_file, (result / "config.json", *result.glob("*/config.json"))):
         ours = _json(config).get("_class_name") in _PORTABLE_CLASSES
         if ours and not (config.parent / CODE_FILE).is_file():
@@ -103,7 +103,7 @@ def _recipe(stage: Path) -> dict[str, Any]:
         raise DavaeError(f"{stage} is not a run directory: it has no config.yaml, which names the base")
     recipe = read_config(file)
     if recipe is None:
-        raise DavaeError(f"{file} is damaged: remove it and run the training's command again, which writes it again")
+        raise DavaeError(f"{file} is damaged: remove it and run the training's command again, which rewrites it")
     return recipe
 
 
@@ -111,7 +111,7 @@ def _autoencoder_of(stage: Path, recipe: dict[str, Any]) -> Path:
     for folder in (stage / "pipeline" / "vae", Path(recipe.get("autoencoder_folder", ""))):
         if _json(folder / "config.json").get("_class_name") == "AutoencoderDA":
             return folder
-    raise DavaeError(f"the autoencoder that goes with the adapters in {stage} is not there any more")
+    raise DavaeError(f"the autoencoder that belongs to the adapters in {stage} no longer exists")
 
 
 def _making(stage: Path, recipe: dict[str, Any]) -> Making:
@@ -133,7 +133,7 @@ def _making(stage: Path, recipe: dict[str, Any]) -> Making:
 
 
 def _commands(stage: Path, recipe: dict[str, Any]) -> list[str]:
-    """The commands of the run, that of its autoencoder first where its run is still there."""
+    """The commands of the run, preceded by that of its autoencoder's run if it still exists."""
     first = Path(recipe["autoencoder_folder"]).parent if recipe.get("autoencoder_folder") else None
     runs = [first, stage] if first is not None else [stage]
     found = [_json(run / "environment.json").get("command") for run in runs]
@@ -141,7 +141,7 @@ def _commands(stage: Path, recipe: dict[str, Any]) -> list[str]:
 
 
 def _last_figures(stage: Path) -> dict[str, float]:
-    """The newest held-out figures, and the step they are of."""
+    """The latest held-out metrics, with their step; empty if there are none."""
     for line in reversed(read_metrics(stage / "metrics.jsonl")):
         found = {key: value for key, value in line.items() if key not in ("step", "time", "detail_weight")}
         if any(key.startswith("held_out") or key == "psnr" for key in found):
@@ -150,10 +150,8 @@ def _last_figures(stage: Path) -> dict[str, float]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """A file of a run or of its result; nothing where there is none."""
+    """A JSON file of a run or of its result; an empty dictionary if it does not exist."""
     try:
         return json.loads(file.read_text()) if file.is_file() else {}
     except ValueError as error:
-        raise DavaeError(
-            f"{file} is damaged ({error}): run the training's command again, which writes it again"
-        ) from error
+        raise DavaeError(f"{file} is damaged ({error}): run the training's command again, which rewrites it") from error

@@ -1,4 +1,4 @@
-"""Images through a trained autoencoder, as one picture: what ``davae reconstruct`` does."""
+"""``davae reconstruct`` as a function: a picture of images reconstructed by a trained autoencoder."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from davae.training.autoencoder.stage import upscaled_base
 
 
 class Reconstructed(NamedTuple):
-    """The picture, and the mean PSNR of its images in dB."""
+    """The picture's file, and the mean PSNR (dB) of its images."""
 
     picture: Path
     psnr: float
     gain: float
-    """Over the base's reconstruction, enlarged."""
+    """PSNR minus that of the base's enlarged reconstruction, dB."""
     images: int
 
     def __str__(self) -> str:
@@ -40,18 +40,18 @@ def reconstruct_images(
     device: str | None = None,
     dtype: str | None = None,
 ) -> Reconstructed:
-    """Images through the autoencoder, beside what the base alone gives.
+    """Reconstruct images with an autoencoder, and with its base alone for comparison.
 
     Args:
         autoencoder: folder of a trained `AutoencoderDA`.
-        images: a folder or data set of images; the first ``count`` are taken.
+        images: a folder or data set of images; the first ``count`` are used.
         resolution: side of the square crop in pixels.
-        out: the picture with the rows input, base upscaled, reconstruction.
-        device: ``cpu``, ``cuda`` or ``cuda:1``; None takes the GPU where there is one.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; None is as saved on a GPU, float32 on a CPU.
+        out: the picture, with the rows input, base upscaled, reconstruction.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; by default the GPU if there is one.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; by default as saved on a GPU, float32 on a CPU.
 
     Raises:
-        DavaeError: there is no such autoencoder, or there are no images.
+        DavaeError: the autoencoder cannot be opened, or there are no images.
     """
     where = chosen_device(device)
     vae = load_autoencoder(autoencoder, dtype=wanted_dtype(dtype, where)).to(where).eval()

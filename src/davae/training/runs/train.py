@@ -1,4 +1,4 @@
-"""What the ``davae train`` verbs do, callable from a script: recipe in, run directory out."""
+"""The ``davae train`` commands as functions: recipe in, run directory out."""
 
 import shlex
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from davae.training.loop.loop import TrainResult
 def run_autoencoder(
     recipe: str | Path, overrides: Sequence[str] = (), out: Path | None = None, *, dry_run: bool = False
 ) -> str:
-    """Train stage 1 of a recipe; returns a summary to print.
+    """Train stage 1 of a recipe into ``out``, by default ``runs/RECIPE-autoencoder``; returns a summary to print.
 
     Raises:
         DavaeError: the recipe, the data or the base is wrong, or ``out`` holds another run.
@@ -66,7 +66,7 @@ def run_diffusion(
 def run_base(
     recipe: str | Path, overrides: Sequence[str] = (), out: Path | None = None, *, dry_run: bool = False
 ) -> str:
-    """Train a base pipeline; returns a summary to print."""
+    """Train a base pipeline into ``out``, by default ``runs/RECIPE``; returns a summary to print."""
     settings = load_recipe(recipe, overrides)
     if not isinstance(settings, BaseRecipe):
         raise DavaeError(f"recipe '{recipe}' upgrades a base; `davae train base` needs one of kind: base")
@@ -162,10 +162,10 @@ def _upgrade_recipe(recipe: str | Path, overrides: Sequence[str], section: str) 
 
 
 def trained_autoencoder(recipe: str | Path, given: Path | None) -> Path:
-    """The folder of a recipe's trained autoencoder: the given one, else where its first stage writes it.
+    """The folder of a recipe's trained autoencoder: the given one, else the default of stage 1.
 
     Raises:
-        DavaeError: there is no such folder.
+        DavaeError: the folder does not exist.
     """
     folder = given or run_folder(recipe, "autoencoder") / "autoencoder"
     if not folder.is_dir():
@@ -187,7 +187,7 @@ def _summary(result: TrainResult) -> str:
 
 
 def cache_folder(settings: UpgradeRecipe | BaseRecipe, recipe: str | Path) -> Path:
-    """Where the cache of a recipe lies: where its ``data.cache`` says, else ``caches/RECIPE``."""
+    """The folder of a recipe's cache: its ``data.cache``, else ``caches/RECIPE``."""
     return Path(settings.data.cache or Path("caches") / Path(recipe).stem)
 
 
@@ -202,7 +202,7 @@ def training_command(
 
     Args:
         settings: the resolved recipe.
-        recipe, overrides, autoencoder: as they were given to ``davae cache``.
+        recipe, overrides, autoencoder: as given to ``davae cache``.
         folder: of the cache.
     """
     named = settings.data.cache is not None and Path(settings.data.cache) == folder
@@ -217,11 +217,11 @@ def check_cache_is_there(
     overrides: Sequence[str] = (),
     autoencoder: Path | None = None,
 ) -> None:
-    """Refuse to train from a cache that nobody has written, before a base is loaded for it.
+    """Check, before a base is loaded, that the cache to train from exists.
 
     Args:
         settings: the resolved recipe.
-        recipe, overrides, autoencoder: as they were given to ``davae train``.
+        recipe, overrides, autoencoder: as given to ``davae train``.
 
     Raises:
         DavaeError: ``data.cache`` names a folder without a cache; the message has the command that writes it.
@@ -230,7 +230,7 @@ def check_cache_is_there(
     if folder is None or (Path(folder) / "fingerprint.json").is_file():
         return
     raise DavaeError(
-        f"there is no cache of latents in {folder}, from which the recipe '{recipe}' trains (data.cache): run "
+        f"there is no cache of latents in {folder}, which recipe '{recipe}' trains from (data.cache): run "
         f"`{_command(['cache'], recipe, overrides, autoencoder)}` first, or train from the images themselves with "
         "data.cache=null"
     )
