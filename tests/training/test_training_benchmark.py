@@ -198,7 +198,7 @@ def test_a_base_that_makes_films_takes_a_step_of_the_autoencoder_stage(tmp_path)
 def test_mistakes_are_told():
     with pytest.raises(DavaeError, match="34 pixels are not a multiple of 8"):
         bench_training("debug", resolution=34)
-    with pytest.raises(DavaeError, match="stages must be of autoencoder and diffusion, not both"):
+    with pytest.raises(DavaeError, match="stages must be among autoencoder, diffusion, not both"):
         bench_training("debug", resolution=32, stages=("both",))
     with pytest.raises(DavaeError, match="repeats must be"):
         bench_training("debug", resolution=32, repeats=0)

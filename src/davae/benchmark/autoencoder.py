@@ -1,4 +1,4 @@
-"""What the upgraded autoencoder costs beside the base VAE at the same resolution."""
+"""Speed and memory of the upgraded autoencoder and of the base VAE at the same resolution."""
 
 import inspect
 from collections.abc import Callable
@@ -21,13 +21,13 @@ from davae.runtime.devices import chosen_device, named_dtype
 
 @dataclass(frozen=True)
 class AutoencoderRow:
-    """One autoencoder.
+    """Measurements of one autoencoder.
 
     Attributes:
-        name: ``base``, ``upgraded``, and both again by tiles.
-        encode_images_per_second, decode_images_per_second: from medians.
-        decode_over_base: seconds of a decode over the base's, the median of the ratios round by round.
-        decode_memory_bytes: largest sum of tensors alive during a decode, weights not counted.
+        name: ``base`` or ``upgraded``; ``, tiled`` is appended for tiled ones.
+        encode_images_per_second, decode_images_per_second: from median times.
+        decode_over_base: decoding time relative to the base's (tiled to tiled), median of the ratios of all rounds.
+        decode_memory_bytes: peak memory of tensors allocated during a decode, without weights.
     """
 
     name: str
@@ -39,7 +39,7 @@ class AutoencoderRow:
 
 @dataclass(frozen=True)
 class AutoencoderBenchmark:
-    """A benchmark's rows and under which conditions they were measured."""
+    """A benchmark's rows and the conditions of measurement."""
 
     base: str
     resolution: int
@@ -70,22 +70,22 @@ def bench_autoencoder(
     dtype: str = "float32",
     compile: bool = False,
 ) -> AutoencoderBenchmark:
-    """Time encode and decode of the base VAE and of the upgraded one on images of one size, in turns.
+    """Time encoding and decoding by the base VAE and by the upgraded one, alternating, with random weights.
 
     Args:
         base: a preset, a name on the hub, or a pipeline folder.
         resolution: side of the images in pixels.
         scale: of the upgrade.
-        detail_channels: ``D``; none takes `default_detail_channels`.
+        detail_channels: ``D``; by default `default_detail_channels`.
         batch: images at a time.
-        repeats: rounds; medians are taken.
-        tile: both also by tiles of this side in pixels.
-        device: ``cpu``, ``cuda``; none takes the GPU where there is one.
-        dtype: for both.
-        compile: compile encoders and decoders of both.
+        repeats: number of rounds; medians are reported.
+        tile: measure both also with tiles of this side in pixels.
+        device: ``cpu`` or ``cuda``; by default the GPU if there is one.
+        dtype: of both.
+        compile: compile encoders and decoders of both, except tiled ones.
 
     Raises:
-        DavaeError: nothing of that name, sizes that do not divide, an unknown dtype or device.
+        DavaeError: an unknown base, dtype or device, or sizes that do not divide.
     """
     where, precision = chosen_device(device), named_dtype(dtype)
     _, native, upgraded = make_variants(
@@ -101,7 +101,7 @@ def bench_autoencoder(
     unit = upgraded.vae.spatial_compression
     if tile is not None and (tile % unit or tile < 2 * unit):
         raise DavaeError(
-            f"tile must be a multiple of {unit} pixels (a latent position), at least {2 * unit}, not {tile}"
+            f"tile must be a multiple of {unit} pixels (one latent position), at least {2 * unit}, not {tile}"
         )
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(batch, 3, resolution, resolution, generator=generator).to(native.latent) * 2 - 1
@@ -150,12 +150,12 @@ def _tiling(vae: ModelMixin, tile: int | None) -> None:
         vae.enable_tiling(tile_sample_min_size=tile)
     elif "tile_sample_min_height" in taken:
         unit = vae.spatial_compression_ratio
-        step = tile * 3 // 4 // unit * unit  # about a quarter of a tile lies over the next
+        step = tile * 3 // 4 // unit * unit  # tiles overlap by about a quarter
         vae.enable_tiling(tile, tile, step, step)
     else:
         vae.enable_tiling()
         vae.tile_sample_min_size = tile
-        if hasattr(vae, "tile_latent_min_size"):  # diffusers' KL: the latent's side follows the tile's
+        if hasattr(vae, "tile_latent_min_size"):  # AutoencoderKL has the latent's tile as a separate attribute
             vae.tile_latent_min_size = tile // 2 ** (len(vae.config.block_out_channels) - 1)
 
 

@@ -1,4 +1,4 @@
-"""How much faster the upgraded model makes an image, and how much of that the operations explain."""
+"""How much faster the upgraded model generates an image, and how much of that its FLOPs explain."""
 
 import platform
 from collections.abc import Sequence
@@ -18,24 +18,24 @@ from davae.runtime.devices import chosen_device, named_dtype
 
 @dataclass(frozen=True)
 class InferenceRow:
-    """What one variant costs for one image.
+    """Cost of one image for one variant.
 
     Attributes:
         name: ``base``, ``native`` or ``upgraded xS``.
         resolution: side of the image in pixels.
         tokens: image tokens.
         steps: denoising steps.
-        text_seconds, step_seconds, decode_seconds: medians, of one image; no text where the configuration describes no
-            encoder or none was asked for.
-        image_seconds: text, all steps and the decoder, added up.
-        whole_image_seconds: median of whole images made in one go, where asked for.
-        text_flops, step_flops, decode_flops: operations of one image.
-        achieved_flops: operations a second over the whole image.
-        peak_memory_bytes: of torch's allocations on the device, weights included; none on a CPU, where the
-            variants share a process.
-        speedup: over native, the median of the ratios round by round, of the parts added up.
-        whole_image_speedup: the same of whole images.
-        flop_limited_speedup: native's operations over these.
+        text_seconds, step_seconds, decode_seconds: medians, per image; no text if the configuration has no text
+            encoder or it was not requested.
+        image_seconds: median of the sum of text, all steps and the decoder.
+        whole_image_seconds: median of images generated end to end, if requested.
+        text_flops, step_flops, decode_flops: FLOPs per image.
+        achieved_flops: FLOPs per second over ``image_seconds``.
+        peak_memory_bytes: peak of a step and a decode on a CUDA device, with the weights of transformer and
+            autoencoder but not of the text encoders; ``None`` on other devices.
+        speedup: over native, the median of the ratios of all rounds, for the sum of the parts.
+        whole_image_speedup: the same for end-to-end images.
+        flop_limited_speedup: native's FLOPs per image over this variant's.
     """
 
     name: str
@@ -58,14 +58,14 @@ class InferenceRow:
 
     @property
     def share(self) -> float:
-        """The measured speed-up as a share of the FLOP-limited one; of whole images where they were made."""
+        """The measured speed-up (end to end if measured) as a fraction of the FLOP-limited one."""
         measured = self.speedup if self.whole_image_speedup is None else self.whole_image_speedup
         return measured / self.flop_limited_speedup
 
 
 @dataclass(frozen=True)
 class InferenceBenchmark:
-    """A benchmark's rows and under which conditions they were measured."""
+    """A benchmark's rows and the conditions of measurement."""
 
     base: str
     device: str
@@ -98,29 +98,29 @@ def bench_inference(
     text: bool = True,
     end_to_end: bool = False,
 ) -> InferenceBenchmark:
-    """Time base, native and upgraded models in one process, in turns, with random weights.
+    """Time base, native and upgraded models with random weights, alternating in one process.
 
-    Text encoding, a step and the decoder are timed apart and every round times all variants once, so that what slows
-    the machine for a while meets them alike. An image's seconds are its parts' added up, and, where asked for, also
+    Text encoding, a step and the decoder are timed separately, and every round times all variants once, so that drift
+    of the machine affects them alike. The time of an image is the sum of its parts and, with ``end_to_end``, also
     measured.
 
     Args:
         base: a preset, a name on the hub, or a pipeline folder (see `find_architecture`).
         resolution: side of the full image in pixels.
         scales: of the upgraded models.
-        detail_channels: ``D``; none takes `default_detail_channels`.
+        detail_channels: ``D``; by default `default_detail_channels`.
         batch: images at a time.
-        steps: denoising steps of an image; none takes the pipeline's.
-        repeats: rounds; medians are taken.
-        device: ``cpu``, ``cuda``; none takes the GPU where there is one.
+        steps: denoising steps per image; by default the pipeline's.
+        repeats: number of rounds; medians are reported.
+        device: ``cpu`` or ``cuda``; by default the GPU if there is one.
         dtype: ``float32``, ``bfloat16`` or ``float16``, for all variants.
         attention: backend of diffusers' attention dispatcher, for all variants.
-        compile: compile repeated blocks and decoders, of all variants.
-        text: with the text encoders, where the configuration describes some.
-        end_to_end: also time whole images: text, every step and the decoder in one go.
+        compile: compile repeated blocks and autoencoder stages, for all variants.
+        text: include the text encoders, if the configuration describes any.
+        end_to_end: also time whole images: text, every step and the decoder.
 
     Raises:
-        DavaeError: nothing of that name, sizes that do not divide, an unknown dtype or device, or too few rounds.
+        DavaeError: an unknown base, dtype or device, sizes that do not divide, or ``repeats`` below 1.
     """
     if repeats < 1:
         raise DavaeError(f"repeats must be at least 1, not {repeats}")
@@ -143,7 +143,7 @@ def bench_inference(
             set_attention(transformer, attention)
     if compile:
         compile_parts(variants)
-    encoded = None  # the same encoders and prompts for all: timed once a round
+    encoded = None  # encoders and prompts are the same for all variants
     if variants[0].text is not None:
         encoded = side_by_side({"text": variants[0].encode_text}, repeats).times["text"]
     timed = _Times(
@@ -178,7 +178,7 @@ class _Flops:
 
 @dataclass(frozen=True)
 class _Times:
-    """Seconds of a whole batch, round by round."""
+    """Seconds per batch, by round."""
 
     text: list[float]
     steps: SideBySide
@@ -220,7 +220,7 @@ def _row(
 
 
 def _peak(variant: Variant, device: str) -> int | None:
-    """Bytes that a step and a decode add at most, plus the variant's own weights."""
+    """Peak of what a step and a decode allocate, plus the weights of transformer and autoencoder, in bytes."""
     if not device.startswith("cuda"):
         return None
     torch.cuda.synchronize()
@@ -234,7 +234,7 @@ def _peak(variant: Variant, device: str) -> int | None:
 
 
 def device_name(device: str) -> str:
-    """What a figure was measured on."""
+    """The name of the GPU, or of the CPU with its number of threads."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""Wall-clock time and peak memory, measured so that two things can be compared fairly."""
+"""Wall-clock time and peak memory, measured for fair comparisons."""
 
 import sys
 import time
@@ -17,7 +17,7 @@ from davae.errors import DavaeError
 
 
 def synchronise() -> None:
-    """Wait until the accelerator, if there is one, has finished all it was asked to do."""
+    """Wait until the accelerator, if there is one, has finished its queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     elif torch.backends.mps.is_available():
@@ -34,10 +34,10 @@ def _seconds(fn: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Times of several functions, measured in turns.
+    """Times of several functions, measured alternately.
 
     Attributes:
-        times: all measured seconds by name, in order.
+        times: seconds of every round, by name.
     """
 
     times: dict[str, list[float]]
@@ -48,9 +48,12 @@ class SideBySide:
         return {name: median(times) for name, times in self.times.items()}
 
     def speedup(self, name: str, over: str) -> float:
-        """How many times as fast ``name`` is as ``over``: the median of the ratios round by round.
+        """How many times as fast ``name`` is as ``over``: the median of the ratios of all rounds.
 
-        Taking ratios inside a round cancels what slows the whole machine for a while.
+        Ratios within a round cancel slow drift of the machine.
+
+        Raises:
+            DavaeError: nothing of that name was timed.
         """
         for key in (name, over):
             if key not in self.times:
@@ -59,18 +62,15 @@ class SideBySide:
 
 
 def side_by_side(functions: Mapping[str, Callable[[], object]], repeats: int = 5, *, warmup: int = 1) -> SideBySide:
-    """Time several functions in alternation, so that drift (heat, other jobs) meets them all alike.
+    """Time several functions alternately, so that drift (heat, other jobs) affects them alike.
 
     Args:
-        functions: name to a call without arguments.
-        repeats: rounds; every function runs once a round, the order turning by one each time.
-        warmup: rounds before the first that counts.
-
-    Returns:
-        The times; see :class:`SideBySide`.
+        functions: callables without arguments, by name.
+        repeats: number of rounds; each runs every function once, in an order rotated by one each time.
+        warmup: rounds before the measured ones.
 
     Raises:
-        DavaeError: nothing to time, or counts that make no sense.
+        DavaeError: no functions, ``repeats`` below 1 or ``warmup`` below 0.
     """
     if repeats < 1 or warmup < 0:
         raise DavaeError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
@@ -89,7 +89,7 @@ def side_by_side(functions: Mapping[str, Callable[[], object]], repeats: int = 5
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident memory of this process so far, in bytes."""
+    """Peak resident memory of this process so far, in bytes."""
     if sys.platform == "win32":
         import psutil
 
@@ -101,13 +101,13 @@ def peak_memory_bytes() -> int:
 
 
 def peak_tensor_bytes(fn: Callable[[], object], device: str = "cpu") -> int:
-    """Largest number of bytes that tensors made during a call hold at one time.
+    """Peak memory, in bytes, of the tensors that a call allocates.
 
-    On a GPU it is what torch's allocator counts. Elsewhere the storages of all results are followed while they
-    live; scratch space inside one operation does not show.
+    On CUDA devices this is the peak of torch's allocator. Elsewhere the storages of all operators' results are tracked
+    over their lifetime; scratch memory inside an operator is not counted.
 
     Args:
-        fn: what to run; called once.
+        fn: the call to measure; called once.
         device: where it runs.
     """
     if device.startswith("cuda"):
@@ -123,7 +123,7 @@ def peak_tensor_bytes(fn: Callable[[], object], device: str = "cpu") -> int:
 
 
 class _Followed(TorchDispatchMode):
-    """Counts the storages of results from their making to their end."""
+    """Tracks the storages of operators' results over their lifetime."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class _Followed(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for storage in _storages(result):
             key = storage._cdata
-            if key not in self._known and key not in before:  # else a view, or written in place
+            if key not in self._known and key not in before:  # otherwise a view, or written in place
                 self._known.add(key)
                 size = storage.nbytes()
                 self.now += size

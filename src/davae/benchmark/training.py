@@ -1,4 +1,4 @@
-"""Seconds and memory of a training step, its fast forms beside the plain one; and where its time goes."""
+"""Time and memory of a training step, in fast forms and in the plain one, and a profile of where the time goes."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _MAKERS: dict[str, Callable[[Architecture, StepSettings, Form], Stage]] = {
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One form of a stage's step.
+    """Measurements of one form of a stage's training step.
 
     Attributes:
         stage: ``autoencoder`` or ``diffusion``.
         form: ``plain``, ``fast``, or ``fast, cached``.
         step_seconds: median of a whole step: data, forward, backward, clipping, optimizer, averages.
-        images_per_second: the batch over it.
-        memory_bytes: largest sum of tensors made during a step and alive at one time: activations and gradients;
-            weights and the optimizer's state, which are there before, are not in it.
-        speedup: over the plain form, the median of the ratios round by round.
-        memory_over_plain: of the bytes.
+        images_per_second: batch size over ``step_seconds``.
+        memory_bytes: peak memory of tensors allocated during a step (activations, gradients), without existing weights
+            and optimizer state.
+        speedup: over the plain form, the median of the ratios of all rounds.
+        memory_over_plain: ``memory_bytes`` over the plain form's.
     """
 
     stage: str
@@ -56,7 +56,7 @@ class TrainingRow:
 
 @dataclass(frozen=True)
 class TrainingBenchmark:
-    """A benchmark's rows, under which conditions they were measured, and profiles where asked for."""
+    """A benchmark's rows, the conditions of measurement, and profiles if requested."""
 
     base: str
     resolution: int
@@ -71,7 +71,7 @@ class TrainingBenchmark:
     torch: str
     rows: list[TrainingRow]
     profiles: dict[str, StepProfile] = field(default_factory=dict)
-    """Of the cached form, by stage."""
+    """Profiles of the cached form, by stage."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -93,35 +93,34 @@ def bench_training(
     repeats: int = 5,
     profile: bool = False,
 ) -> TrainingBenchmark:
-    """Time a step of both stages in three forms, in turns, with random weights, on the device that training takes.
+    """Time a training step of both stages in three forms, alternating, with random weights, on training's device.
 
-    The plain form has contiguous memory, compiles nothing, encodes images and prompts in every step and computes
-    adaptive weights by whole backward passes of their own. All forms take the same steps up to rounding. The three
-    forms of a stage are in memory together.
+    The plain form uses contiguous memory, compiles nothing, encodes images and prompts in every step and computes
+    adaptive weights by separate full backward passes. All forms make the same steps up to rounding. The three forms of
+    a stage are in memory together.
 
     Args:
-        base: a preset, a name on the hub, a pipeline folder, ``tiny``, ``debug`` and kin.
+        base: a preset, a name on the hub, a pipeline folder, ``tiny``, or a debug base such as ``debug``.
         resolution: side of the full image in pixels.
         scale: of the upgrade.
-        detail_channels: ``D``; none takes `default_detail_channels`.
-        batch: images a step.
-        stages: which.
-        gan: the autoencoder stage with its adversarial term, whose weight is adaptive as well.
-        tune: which weights of the transformer learn.
+        detail_channels: ``D``; by default `default_detail_channels`.
+        batch: images per step.
+        stages: which to measure.
+        gan: train the autoencoder with the adversarial term, whose weight is adaptive too.
+        tune: which weights of the transformer are trained.
         precision: as in ``loop.precision``.
-        compile: as in ``loop.compile``, of the fast forms.
-        repeats: rounds; medians are taken.
-        profile: also tell where the time of the cached form goes.
+        compile: as in ``loop.compile``, for the fast forms.
+        repeats: number of rounds; medians are reported.
+        profile: also profile the cached form.
 
     Raises:
-        DavaeError: nothing of that name, sizes that do not divide, a pipeline that cannot be trained, or too few
-            rounds.
+        DavaeError: an unknown base or stage, sizes that do not divide, an untrainable pipeline, or ``repeats`` below 1.
     """
     if repeats < 1:
         raise DavaeError(f"repeats must be at least 1, not {repeats}")
     unknown = sorted(set(stages) - set(STAGES))
     if unknown or not stages:
-        raise DavaeError(f"stages must be of {' and '.join(STAGES)}, not {', '.join(unknown) or 'none'}")
+        raise DavaeError(f"stages must be among {', '.join(STAGES)}, not {', '.join(unknown) or 'none'}")
     architecture = find_architecture(base)
     check_choice(scale, Scale, "scale")
     settings = StepSettings(
@@ -192,7 +191,7 @@ _DATA = "enumerate(DataLoader)#"
 
 @dataclass(frozen=True)
 class OperatorTime:
-    """One operator. Attributes: name; its own seconds; their share of all operators' own; how often it ran."""
+    """One operator: name, self time in seconds, its share of the total self time, and number of calls."""
 
     name: str
     seconds: float
@@ -205,9 +204,9 @@ class StepProfile:
     """Where the time of a step goes.
 
     Attributes:
-        parts: shares of ``forward``, ``backward``, ``optimizer`` and ``data``, 1 together. The optimizer's is AdamW's
-            alone; clipping, the average of weights and the check of gradients count as forward.
-        operators: the ten most expensive ones, the first one first.
+        parts: shares of ``forward``, ``backward``, ``optimizer`` and ``data``; they sum to 1. ``optimizer`` is AdamW
+            alone; clipping, weight averages and the check of gradients count as forward.
+        operators: the ten with the largest self time, in descending order.
     """
 
     parts: dict[str, float]
@@ -215,12 +214,12 @@ class StepProfile:
 
 
 def profile_step(step: Callable[[], None]) -> StepProfile:
-    """Profile one call, after one that is not counted.
+    """Profile one call, after a warm-up call.
 
-    On a GPU the times are the device's, but for the loading of data.
+    With CUDA, times are the device's, except for data loading.
 
     Args:
-        step: a training step, as `davae.training.loop.loop.steps_of` gives it.
+        step: a training step, from `davae.training.loop.loop.steps_of`.
     """
     step()
     cuda = torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""Both stages with random weights, from a configuration alone."""
+"""Both training stages with random weights, built from a configuration alone."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,7 +46,7 @@ from davae.warm_start import dummy_arguments
 Form = Literal["plain", "fast", "fast, cached"]
 FORMS: tuple[Form, ...] = ("plain", "fast", "fast, cached")
 _GAN_WEIGHT = 0.1
-_BATCHES = 2  # of images that are there
+_BATCHES = 2  # of distinct images
 _FROM_TRANSFORMER = {  # a transformer's argument -> its name in a family's conditioning
     "encoder_hidden_states": "prompt_embeds",
     "pooled_projections": "pooled_prompt_embeds",
@@ -57,16 +57,16 @@ _FROM_TRANSFORMER = {  # a transformer's argument -> its name in a family's cond
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a step is made of.
+    """Settings of the benchmarked step.
 
     Attributes:
         resolution: side of the full image in pixels.
         scale, detail_channels: of the upgrade.
-        batch: images a step.
-        gan: with the adversarial term, its weight adaptive.
-        tune: which weights of the transformer learn.
+        batch: images per step.
+        gan: include the adversarial term, with an adaptive weight.
+        tune: which weights of the transformer are trained.
         precision: as in ``loop.precision``.
-        compile: as in ``loop.compile``.
+        compile: as in ``loop.compile``; ignored in the plain form.
         learning_rate, eps: of AdamW.
     """
 
@@ -82,11 +82,11 @@ class StepSettings:
     eps: float = 1e-8
 
     def details(self, architecture: Architecture) -> int:
-        """``D``, the planner's default where none is given."""
+        """``D``, by default the planner's."""
         return self.detail_channels or default_detail_channels(architecture.base_channels, self.scale)
 
     def loop(self, form: Form) -> LoopSettings:
-        """The loop's settings in one form."""
+        """The loop's settings for one form."""
         return LoopSettings(
             steps=1_000_000,
             batch_size=self.batch,
@@ -104,10 +104,10 @@ class StepSettings:
 
 
 def autoencoder_stage(architecture: Architecture, settings: StepSettings, form: Form) -> AutoencoderStage:
-    """The autoencoder stage with adaptive alignment; the same weights and images in every form.
+    """The autoencoder stage with adaptive alignment; weights and images are the same in every form.
 
     Raises:
-        DavaeError: sizes that do not fit.
+        DavaeError: the resolution is not a multiple of compression times patch.
     """
     vae = _autoencoder(architecture, settings)
     images = RandomImages(_BATCHES * settings.batch, settings.resolution)
@@ -124,18 +124,17 @@ def autoencoder_stage(architecture: Architecture, settings: StepSettings, form: 
 
 
 class DiffusionBenchStage(Stage):
-    """One step of the diffusion stage; the same weights, latents and noise in every form.
+    """The diffusion stage; weights, latents and noise are the same in every form.
 
-    Uncached, images and prompts are encoded in every step; the embeddings that the transformer sees are the same random
-    ones either way.
+    Uncached forms encode images and prompts in every step; the transformer gets the same random embeddings in all.
 
     Args:
         architecture: what to build.
         settings: of the step.
-        form: cached or not, plain or not.
+        form: ``plain``, ``fast``, or ``fast, cached``.
 
     Raises:
-        DavaeError: a pipeline that cannot be trained, or sizes that do not fit.
+        DavaeError: the pipeline cannot be trained, or the resolution is not a multiple of compression times patch.
     """
 
     name = "diffusion"
@@ -173,22 +172,22 @@ class DiffusionBenchStage(Stage):
         self.modules = [TrainedModule("model", objective, recipe.optimizer, named)]
 
     def to(self, device: torch.device) -> None:
-        """Move the encoders."""
+        """Move the autoencoder and the text encoders."""
         self.vae.to(device)
         if self.text is not None:
             self.text.to(device)
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
-        """Nothing: random weights are not measured."""
+        """Measure nothing: the weights are random."""
         return {}
 
     def export(self, out: Path) -> Path:
-        """Nothing: random weights are not kept."""
+        """Write nothing: the weights are random."""
         return out
 
 
 class _WithText(DiffusionObjective):
-    """The stage's loss, with the prompts' encoding in front where it is not cached."""
+    """The stage's loss, preceded by encoding of prompts unless it is cached."""
 
     encode_text: Callable[[int], None] | None = None
 
@@ -215,7 +214,7 @@ def _process(family: PipelineFamily, layout: LatentLayout) -> NoiseProcess:
 
 
 def _conditioning(architecture: Architecture, transformer: nn.Module, latent: Tensor) -> dict[str, Tensor] | None:
-    """Random embeddings of one prompt, as the family names them; none of a class-conditional transformer."""
+    """Random embeddings of one prompt, under the family's names; ``None`` for a class-conditional transformer."""
     text = {"text_tokens": architecture.text_tokens} if architecture.text_tokens else {}
     arguments = dummy_arguments(transformer, latent, torch.Generator().manual_seed(0), **text)
     found = {name: arguments[key][0] for key, name in _FROM_TRANSFORMER.items() if key in arguments}
@@ -224,19 +223,19 @@ def _conditioning(architecture: Architecture, transformer: nn.Module, latent: Te
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Torch's random state of seed 0 inside, the caller's own afterwards."""
+    """Context in which torch's generator has seed 0; the caller's random state is restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
 
 
 class RandomImages(ItemDataset):
-    """Smooth random images in [-1, 1], the same at every call; one class, no captions.
+    """Smooth random images ``[3, side, side]`` in [-1, 1], the same every time; one class, empty captions.
 
     Args:
-        count: images.
+        count: number of images.
         side: in pixels.
-        conditioning: put beside each image, the embeddings of its caption.
+        conditioning: embeddings that every item gets as those of its caption.
     """
 
     def __init__(self, count: int, side: int, conditioning: Mapping[str, Tensor] | None = None) -> None:
@@ -260,11 +259,11 @@ class RandomImages(ItemDataset):
 
 
 class RandomLatents(ItemDataset):
-    """The same with latents in place of images, as a cache gives them.
+    """The items of :class:`RandomImages` with latents in place of images, as from a cache.
 
     Args:
-        images: what was encoded.
-        encode: ``[B, 3, H, W]`` to ``[B, C + D, h, w]``.
+        images: encoded on construction.
+        encode: maps ``[B, 3, H, W]`` to ``[B, C + D, h, w]``.
     """
 
     def __init__(self, images: RandomImages, encode: Callable[[Tensor], Tensor]) -> None:
@@ -290,14 +289,14 @@ class RandomLatents(ItemDataset):
 @dataclass(frozen=True)
 class _Decoded(Decoded):
     among: Sequence[Tensor] = ()
-    """Gradients are taken at all of these, as a whole backward pass does."""
+    """Gradients are computed for all of these, as in a full backward pass."""
 
     def alignment_ratio(self, z_d: Tensor, alignment: Tensor, weight: Tensor, *, maximum: float) -> Tensor:
         return _ratio(self.losses["reconstruction"], alignment, weight, self.among, maximum)
 
 
 class SeparatePassesObjective(StructuredObjective):
-    """Equal losses and gradients, one whole backward pass more for each adaptive weight's two gradients."""
+    """The same losses and gradients, with two more full backward passes for each adaptive weight."""
 
     def _decode(
         self,

@@ -1,6 +1,6 @@
-"""The models that an inference benchmark runs side by side: base, native and upgraded, with random weights.
+"""The models of an inference benchmark: base, native and upgraded, with random weights.
 
-Time and memory do not depend on the values of weights, so a configuration is enough; nothing is downloaded.
+Time and memory do not depend on the values of weights, so a configuration suffices; no weights are downloaded.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from davae.warm_start import dummy_arguments
 
 @dataclass
 class Variant:
-    """One way to make an image of some size: text encoders, a transformer, a decoder and a latent.
+    """One way to generate an image: text encoders, a transformer and an autoencoder, with inputs.
 
     Attributes:
         name: ``base``, ``native`` or ``upgraded xS``.
         resolution: side of the image in pixels.
         scale: of the upgrade; 1 for base and native.
         tokens: image tokens.
-        transformer, vae: in evaluation mode on the device.
-        latent: Gaussian ``[B, channels, h, w]``.
-        arguments: keyword arguments of the transformer's forward, both passes of guidance in one batch.
-        steps: denoising steps of an image.
+        transformer, vae: in eval mode on the device.
+        latent: standard normal ``[B, channels, h, w]``.
+        arguments: keyword arguments of the transformer's forward, with both passes of guidance in one batch.
+        steps: denoising steps per image.
         passes: 2 with classifier-free guidance, else 1.
-        text: the text encoders, which all variants share; none where the configuration describes none.
+        text: the text encoders, shared by all variants; ``None`` if there are none or they are not timed.
     """
 
     name: str
@@ -54,41 +54,41 @@ class Variant:
 
     @torch.inference_mode()
     def encode_text(self) -> None:
-        """The batch's prompts, and those that guidance needs besides, in one batch; once an image, not once a step."""
+        """Encode the prompts of the batch, and those for guidance, together; once per image, not per step."""
         if self.text is not None:
             self.text.encode(self.passes * len(self.latent))
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One denoising step of the batch, guidance included."""
+        """One forward pass of the transformer for the batch, guidance included."""
         self.transformer(**self.arguments)
 
     @torch.inference_mode()
     def decode(self) -> None:
-        """The batch's latents to images."""
+        """Decode the batch's latents, without gradients."""
         self.decoder()
 
     def decoder(self) -> Tensor:
-        """Images ``[B, 3, H, W]`` of the latents, also from a base that is a video model."""
+        """The decoded images ``[B, 3, H, W]``, also for a base that is a video model."""
         return decode(self.vae, self.latent)
 
     def image(self) -> None:
-        """A whole batch of images: text, every step, then the decoder."""
+        """The cost of a batch of images: text, every step, then the decoder."""
         self.encode_text()
         for _ in range(self.steps):
             self.step()
         self.decode()
 
     def text_flops(self) -> int:
-        """Operations of the text encoders for one image."""
+        """FLOPs of the text encoders per image."""
         return 0 if self.text is None else self.text.flops(self.passes * len(self.latent)) // len(self.latent)
 
     def step_flops(self) -> int:
-        """Operations of a step for one image."""
+        """FLOPs of a step per image."""
         return count_flops(lambda: self.transformer(**self.arguments), fake=True) // len(self.latent)
 
     def decode_flops(self) -> int:
-        """Operations of the decoder for one image."""
+        """FLOPs of the decoder per image."""
         return count_flops(self.decoder, fake=True) // len(self.latent)
 
 
@@ -104,17 +104,17 @@ def make_variants(
     dtype: torch.dtype = torch.float32,
     encode_text: bool = True,
 ) -> list[Variant]:
-    """Base at its share of the resolution, native at the full one, and one upgraded model a scale.
+    """The base at reduced resolution, the same model (native) at full resolution, and an upgraded one per scale.
 
     Args:
         architecture: what to build.
         resolution: side of the full image in pixels.
-        scales: of the upgraded models; the base makes images of ``resolution / scales[0]``.
-        detail_channels: ``D`` at every scale; none takes `default_detail_channels`.
+        scales: of the upgraded models; the base generates images of ``resolution // scales[0]`` pixels.
+        detail_channels: ``D`` at every scale; by default `default_detail_channels`.
         batch: images at a time.
-        steps: denoising steps; none takes the pipeline's.
-        device, dtype: where and in what precision.
-        encode_text: with the text encoders, where the architecture describes some.
+        steps: denoising steps; by default the pipeline's.
+        device, dtype: of all models.
+        encode_text: include the text encoders, if the architecture describes any.
 
     Raises:
         DavaeError: sizes that do not divide, or a text encoder of an unknown class.
@@ -162,14 +162,14 @@ def make_variants(
         autoencoder = AutoencoderDA.from_base(vae, scale=scale, detail_channels=details, warm_blocks=False)
         wide = architecture.build_transformer(details)
         wide_config = {**wide.config, "_class_name": type(wide).__name__}
-        nn.Module.to(autoencoder, device, dtype)  # every variant the same way, norms and memory format too
+        nn.Module.to(autoencoder, device, dtype)  # as _real does for the others, norms included
         order_channels_last(autoencoder)
         add(f"upgraded x{scale}", resolution, scale, _real(wide_config, device, dtype), autoencoder)
     return made
 
 
 def compile_parts(variants: Sequence[Variant]) -> None:
-    """Compile the transformers' repeated blocks and the autoencoders' stages, the same way for every variant."""
+    """Compile the transformers' repeated blocks and the autoencoders' stages, alike for every variant."""
     parts = [part for c in variants for part in (c.transformer, c.vae)]
     for part in {id(part): part for part in parts}.values():
         compile_regions(part, one_size=True)
@@ -189,12 +189,12 @@ class TextEncoders(nn.Module):
     """All text encoders of a pipeline, run on random tokens.
 
     Args:
-        architecture: whose ``text_encoders`` describe them.
-        length: tokens that prompts are padded to; CLIP's own length where it is shorter.
-        device, dtype: where and in what precision.
+        architecture: describes them in ``text_encoders``.
+        length: tokens that prompts are padded to, at most an encoder's maximum; CLIP always gets its full length.
+        device, dtype: of the encoders.
 
     Raises:
-        DavaeError: an encoder's class is unknown to transformers.
+        DavaeError: transformers does not know an encoder's class.
     """
 
     def __init__(
@@ -216,19 +216,19 @@ class TextEncoders(nn.Module):
 
     @torch.no_grad()
     def encode(self, prompts: int) -> None:
-        """Encode that many prompts in one batch, with every encoder."""
+        """Encode so many prompts in one batch with every encoder."""
         for name, encoder in self.encoders.items():
             encoder(input_ids=self.tokens[name].expand(prompts, -1), output_hidden_states=True)
 
     def flops(self, prompts: int) -> int:
-        """Operations of :meth:`encode`."""
+        """FLOPs of :meth:`encode`."""
         return count_flops(lambda: self.encode(prompts))
 
 
 def text_encoders_of(
     architecture: Architecture, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TextEncoders | None:
-    """The text encoders at the pipeline's prompt length; none where its configuration describes none."""
+    """The text encoders at the pipeline's prompt length; ``None`` if its configuration describes none."""
     if not architecture.text_encoders:
         return None
     return TextEncoders(architecture, architecture.prompt_length, device=device, dtype=dtype)
