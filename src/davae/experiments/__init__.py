@@ -1,1 +1,1 @@
-"""The method against its own parts, and autoencoders against each other."""
+"""Ablations of the method, and comparisons of autoencoders."""

@@ -1,7 +1,7 @@
-"""``davae ablate``: does each part of the method earn its place?
+"""``davae ablate``: what each part of the method contributes.
 
-Every variant is trained with every seed. Variants that differ in the diffusion stage alone share an autoencoder of
-the same seed. What is finished is never done again, so the same command continues.
+Every variant is trained with every seed. Variants that differ only in the diffusion stage share the autoencoder of
+the same seed. Finished work is not repeated, so the same command continues an interrupted ablation.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _BATCH = 32  # images at a time through the metrics
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over the seeds: its mean, sample standard deviation (0 for one seed) and values."""
+    """A metric over the seeds: its mean, sample standard deviation (0 for one seed) and values."""
 
     mean: float
     std: float
@@ -54,21 +54,21 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
-        """Of at least one value."""
+        """The spread of one or more values."""
         return cls(mean(values), stdev(values) if len(values) > 1 else 0.0, values)
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What the variants came to.
+    """Results of an ablation.
 
     Attributes:
-        seeds: of every variant.
-        samples: images behind a generation figure.
-        variants: name to metric to figure; metrics of the autoencoder begin with ``autoencoder_``, the others are
-            the losses on held-out images, and the distances to them (:mod:`davae.evaluation.metrics.names`).
-        real: the same distances of as many training images to the held-out ones of the first variant's data: what
-            no model can be expected to beat.
+        seeds: finished so far, the same for every variant.
+        samples: number of images behind each generation metric.
+        variants: spread by variant and metric. Metrics of the autoencoder begin with ``autoencoder_``; the others are
+            losses on held-out images, and distances of samples to them (:mod:`davae.evaluation.metrics.names`).
+        real: the same distances for as many training images (of the first variant's data), a reference that models
+            are not expected to beat.
         environment: versions and hardware.
     """
 
@@ -84,9 +84,9 @@ class Ablation:
 
 
 def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
-    """Train and measure every variant with every seed; continues what an interrupted call left.
+    """Train and measure every variant with every seed; continues an interrupted call.
 
-    Writes ``out/ablation.json``; runs lie in ``out/autoencoders`` and ``out/runs``.
+    Writes ``out/ablation.json`` after every seed; runs are in ``out/autoencoders`` and ``out/runs``.
 
     Raises:
         DavaeError: a variant is not a class-conditional upgrade recipe, or ``out`` holds another ablation.
@@ -121,7 +121,7 @@ def _ablate(
         return compare_sets(ImageSet(networks).extend(images.split(_BATCH)), held_out[key]).figures
 
     real = distances(first, real_images(first, "train", recipe.samples))
-    for seed in recipe.seeds:  # a whole comparison stands after every seed
+    for seed in recipe.seeds:  # outer loop: a complete comparison after every seed
         for name in recipe.variants:
             case = cases[name, seed]
             folder = out / "runs" / safe_name(name) / f"seed-{seed}"
@@ -167,7 +167,7 @@ def _foundations(cases: Iterable[UpgradeRecipe]) -> dict[str, str]:
 
 
 def _trained(recipe: UpgradeRecipe, folder: Path, out: Path, progress: str) -> dict[str, float]:
-    """What the two trainings measured of themselves; the pipeline lies in ``folder/pipeline``."""
+    """Validation metrics of both stages, trained unless finished; the pipeline is in ``folder/pipeline``."""
     done = folder / "result.json"
     if not done.is_file():
         logger.info("ablation: %s", progress)
@@ -179,7 +179,7 @@ def _trained(recipe: UpgradeRecipe, folder: Path, out: Path, progress: str) -> d
 
 
 def _autoencoder(recipe: UpgradeRecipe, out: Path) -> tuple[Path, dict[str, float]]:
-    """The autoencoder of these settings, trained where no other variant did."""
+    """The autoencoder of these settings, trained unless another variant did, and its metrics."""
     settings = recipe.model_dump(mode="json")
     asked = {key: settings[key] for key in ("base", "data", "autoencoder")}
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Autoencoders side by side on the same images, alone and under the same diffusion transformer."""
+"""Comparison of autoencoders on the same images, alone and as latent spaces of the same diffusion transformer."""
 
 from davae.experiments.compare.autoencoders import AutoencoderScore, Candidate, open_candidates, score_autoencoders
 from davae.experiments.compare.comparison import Comparison, compare_autoencoders

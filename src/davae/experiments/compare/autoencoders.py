@@ -1,4 +1,4 @@
-"""What autoencoders keep of the same images, and how fast they are."""
+"""Reconstruction quality and speed of autoencoders on the same images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from davae.evaluation.metrics.psnr_ssim import PairMeans, Perceptual
 from davae.models.latent_space import compression_of, decode, encode, open_autoencoder
 from davae.pipelines.saving.opening import opening
 
-_SMALLEST = 16  # pixels: of SSIM's window and the Wasserstein pyramid
+_SMALLEST = 16  # pixels, for SSIM's window and the Wasserstein pyramid
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Candidate:
     """One autoencoder in the comparison.
 
     Attributes:
-        name: what it is called in tables.
+        name: its title in tables.
         model: in eval mode on the device.
-        compression: pixels a latent position, a side.
+        compression: pixels per latent position, along a side.
         channels: of the latent.
-        patch: latent positions a token, a side.
-        tokens: of an image.
+        patch: latent positions per token, along a side.
+        tokens: per image.
     """
 
     name: str
@@ -51,9 +51,9 @@ class AutoencoderScore:
         kind: class of the model.
         compression, channels, patch, tokens: see :class:`Candidate`.
         parameters: of the whole model.
-        figures: means over the images, and distances of the reconstructions to them (``fid/NETWORK`` is rFID), by
-            the names of :mod:`davae.evaluation.metrics.names`.
-        encode_images_per_second, decode_images_per_second: medians, all autoencoders measured in turns.
+        figures: means over the images, and distances between images and reconstructions (``fid/NETWORK`` is rFID),
+            under the names of :mod:`davae.evaluation.metrics.names`.
+        encode_images_per_second, decode_images_per_second: from median times, measured alternately.
     """
 
     name: str
@@ -78,18 +78,18 @@ def open_candidates(
     """Open autoencoders for images of one size.
 
     Args:
-        autoencoders: name -> folder or model.
+        autoencoders: folder or model by name.
         resolution: side of the image in pixels.
-        tokens: one budget for all, reached by the patch size; None takes patch 1, so that the tokens follow the
-            compression.
+        tokens: tokens per image for all, reached by the patch size; by default patch size 1, so that the number of
+            tokens follows from the compression.
         device: where to measure.
 
     Raises:
-        DavaeError: an autoencoder that cannot be read, a compression that does not divide the resolution, or a budget
-            out of reach.
+        DavaeError: an autoencoder cannot be read, its compression does not divide the resolution, or no patch size
+            gives ``tokens``.
     """
     if not autoencoders:
-        raise DavaeError("there is no autoencoder to compare: give NAME=FOLDER")
+        raise DavaeError("no autoencoder to compare: give NAME=FOLDER")
     if resolution < _SMALLEST:
         raise DavaeError(f"a resolution of {resolution} is too small to compare at: at least {_SMALLEST} pixels")
     found = []
@@ -127,18 +127,18 @@ def _patch(name: str, grid: int, tokens: int | None) -> int:
         if grid % patch == 0 and (grid // patch) ** 2 == tokens:
             return patch
     raise DavaeError(
-        f"{name}: its latent of {grid} x {grid} cannot be cut into {tokens} tokens: with whole patches it has "
+        f"{name}: its latent of {grid} x {grid} cannot be divided into {tokens} tokens; possible are "
         f"{', '.join(str((grid // p) ** 2) for p in range(1, grid + 1) if grid % p == 0)}"
     )
 
 
 def encode_all(candidate: Candidate, images: Tensor, batch: int) -> Tensor:
-    """Raw latents of all images, on the CPU: [N, C, h, w]."""
+    """Raw (unscaled) latents of all images, float32 ``[N, C, h, w]`` on the CPU."""
     return torch.cat([encode(candidate.model, part).float().cpu() for part in images.split(batch)])
 
 
 def decode_all(candidate: Candidate, latents: Tensor, batch: int) -> Tensor:
-    """Images of raw latents, clamped, on the CPU: [N, 3, H, W]."""
+    """Images of raw latents, clamped to [-1, 1], float32 ``[N, 3, H, W]`` on the CPU."""
     made = [decode(candidate.model, part).float().cpu().clamp(-1, 1) for part in latents.split(batch)]
     return torch.cat(made)
 
@@ -152,18 +152,21 @@ def score_autoencoders(
     networks: Sequence[FeatureNetwork] = (),
     perceptual: Mapping[str, Perceptual] | None = None,
 ) -> tuple[list[AutoencoderScore], dict[str, Tensor]]:
-    """Reconstruct the same images with each and measure.
+    """Reconstruct the same images with each autoencoder and measure quality and speed.
 
     Args:
         candidates: see :func:`open_candidates`.
-        images: [N, 3, R, R] in [-1, 1].
-        batch: images at a time, also where time is taken.
-        repeats: rounds of the timing.
-        networks: for distances of features.
+        images: ``[N, 3, R, R]`` in [-1, 1].
+        batch: images at a time, also for timing.
+        repeats: rounds of timing.
+        networks: for feature distances.
         perceptual: further distances of each pair by name, such as LPIPS.
 
     Returns:
         One row each, and the reconstructions by name.
+
+    Raises:
+        DavaeError: an autoencoder's output has another size than its input.
     """
     real = ImageSet(networks).extend(images.split(batch))
     part = images[:batch]
@@ -176,8 +179,8 @@ def score_autoencoders(
         again = made[c.name] = decode_all(c, latents[c.name], batch)
         if again.shape != images.shape:
             raise DavaeError(
-                f"{c.name} gives images of {again.shape[-2]} x {again.shape[-1]} for {images.shape[-2]} x "
-                f"{images.shape[-1]}: its compression is not the {c.compression} that its configuration tells"
+                f"{c.name} returns images of {again.shape[-2]} x {again.shape[-1]} for {images.shape[-2]} x "
+                f"{images.shape[-1]}: its compression is not {c.compression}, as its configuration says"
             )
         rows.append(
             AutoencoderScore(

@@ -1,4 +1,4 @@
-"""The whole comparison: images in, rows and picture sheets out."""
+"""The whole comparison: from images to tables and picture sheets."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,18 +25,18 @@ from davae.runtime.places import check_place, claim
 
 @dataclass(frozen=True)
 class Comparison:
-    """Measurements of several autoencoders, and under which conditions they were made.
+    """Measurements of several autoencoders, and their conditions.
 
     Attributes:
         data: where the images come from.
         resolution: side of an image in pixels.
-        images: how many were reconstructed.
-        device: where.
+        images: number of images reconstructed.
+        device: name of the GPU, or ``CPU``.
         torch: version.
         autoencoders: one row each.
-        diffusion: one row each, empty where no transformer was trained.
+        diffusion: one row each; empty if no transformer was trained.
         options: of the diffusion part.
-        training_images: that the transformers learned from.
+        training_images: number of images that the transformers were trained on.
         networks: weights and preprocessing of the feature networks.
     """
 
@@ -72,26 +72,26 @@ def compare_autoencoders(
     features: Sequence[str] = (),
     lpips: Path | None = None,
 ) -> Comparison:
-    """Measure autoencoders on the same images, and with ``diffusion`` a transformer over each.
+    """Measure autoencoders on the same images and, with ``diffusion``, a transformer trained on each one's latents.
 
     Args:
-        autoencoders: name -> folder of an autoencoder or of a pipeline, or a model. The first is the reference.
+        autoencoders: by name, the folder of an autoencoder or of a pipeline, or a model. The first is the reference.
         data: a folder or data set of images, see docs/data.md.
-        resolution: side of the square image in pixels; every compression must divide it.
-        images: held-out images to reconstruct and to compare samples with.
-        tokens: one token budget for all transformers; None takes patch 1 everywhere.
-        diffusion: how to train and sample; None leaves that part out.
-        train_images: images that the transformers learn from, at most; all are kept in memory.
+        resolution: side of the square image in pixels, a multiple of every compression.
+        images: number of images to reconstruct; with ``diffusion`` they are held out of training.
+        tokens: tokens per image for all transformers; by default patch size 1 everywhere.
+        diffusion: how to train and sample; ``None`` skips that part.
+        train_images: maximum number of images to train transformers on; all are kept in memory.
         batch: images at a time through the autoencoders.
-        repeats: rounds of the timing of the autoencoders.
-        device: ``cpu``, ``cuda``; None takes the GPU where there is one.
+        repeats: rounds of timing of the autoencoders.
+        device: ``cpu`` or ``cuda``; by default the GPU if there is one.
         out: folder for ``comparison.json``, ``reconstructions.png`` and ``samples.png``.
-        features: networks for the distances of reconstructions (rFID) and of samples (FID), as in
+        features: networks for feature distances of reconstructions (rFID) and samples (FID), as in
             :func:`davae.evaluation.features.open_network`.
-        lpips: file of torchvision's VGG-16 weights; None leaves LPIPS out.
+        lpips: file of torchvision's VGG-16 weights; ``None`` skips LPIPS.
 
     Raises:
-        DavaeError: no images, an autoencoder that does not fit, or weights that are not there.
+        DavaeError: there are no images, an autoencoder does not fit, or weights are missing.
     """
     where = torch.device(chosen_device(device))
     if out is not None:
@@ -135,11 +135,11 @@ def compare_autoencoders(
 
 
 def _images(data: str, resolution: int, count: int, **part: Any) -> tuple[Tensor, Tensor, int]:
-    """Images [N, 3, R, R], labels [N] in which the number of classes means none, and that number."""
+    """Images ``[N, 3, R, R]``, labels ``[N]`` (``max(1, classes)``: no class), and the number of classes."""
     dataset = open_dataset(data, resolution=resolution, **part)
     items = [dataset[i] for i in range(min(count, len(dataset)))]
     if not items:
-        raise DavaeError(f"{data} has no image for this part of the comparison: give more, or ask for fewer")
+        raise DavaeError(f"{data} has no images left for this part of the comparison: add images, or ask for fewer")
     classes = len(dataset.classes)
     none = max(1, classes)
     labels = [none if item["label"] < 0 else item["label"] for item in items]

@@ -1,7 +1,7 @@
-"""The same diffusion transformer over the latents of different autoencoders: speed, and what it learns.
+"""The same diffusion transformer on the latents of different autoencoders: speed and quality.
 
-Every autoencoder gets a LightningDiT of one size, which differs in its first and last layer only, the same images,
-steps, batches, noise levels and learning rate. Fewer tokens make it faster; whether it learns as well is measured.
+Every autoencoder gets a LightningDiT of one size (only the first and last layer depend on the latent), and the same
+images, steps, batches, noise levels and learning rate. Fewer tokens make it faster; quality is measured.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from davae.training.loop.averages import Ema
 
 @dataclass(frozen=True)
 class DiffusionScore:
-    """What the transformer makes of one autoencoder.
+    """Speed and quality of the transformer on one autoencoder's latents.
 
     Attributes:
         name: of the autoencoder.
-        tokens: of an image.
+        tokens: per image.
         parameters: of the transformer.
         train_images_per_second: whole training steps (forward, backward, optimizer) on cached latents.
         sample_images_per_second: all steps with guidance, and the decoder.
-        train_speedup, sample_speedup: over the first autoencoder, medians of the ratios round by round.
-        train_flop_limited, sample_flop_limited: the ratios of the operations.
-        loss: mean of the last tenth of the training.
-        figures: ``swd/...`` and ``spectrum_db`` of decoded samples to held-out images, the samples' classes as in the
-            data; by feature networks distances to the training images, such as ``fid/inception``.
+        train_speedup, sample_speedup: over the first autoencoder, medians of the ratios of all rounds.
+        train_flop_limited, sample_flop_limited: the first autoencoder's FLOPs per image over this one's.
+        loss: mean over the last tenth of training.
+        figures: ``swd/...`` and ``spectrum_db`` between decoded samples, of the data's labels, and held-out images;
+            feature distances to the training images, such as ``fid/inception``.
     """
 
     name: str
@@ -77,16 +77,16 @@ def score_diffusion(
     classes: int,
     networks: Sequence[FeatureNetwork] = (),
 ) -> tuple[list[DiffusionScore], dict[str, Tensor]]:
-    """Time, train and sample the same transformer over each autoencoder.
+    """Train, sample and time the same transformer on the latents of each autoencoder.
 
     Args:
-        candidates: the first one is what the others are compared with.
-        images: training images, [N, 3, R, R] in [-1, 1].
-        labels: [N] int64 in [0, classes], where `classes` is no class.
-        held_out: images that samples are compared with, [M, 3, R, R].
-        options: alike for all.
+        candidates: the first one is the reference.
+        images: training images, ``[N, 3, R, R]`` in [-1, 1].
+        labels: ``[N]`` int64 in [0, ``classes``], where ``classes`` means no class.
+        held_out: images to compare samples with, ``[M, 3, R, R]`` in [-1, 1].
+        options: the same for all.
         classes: number of classes.
-        networks: for distances of features to the training images, as the published FID is measured.
+        networks: for feature distances to the training images, as published FIDs are measured.
 
     Returns:
         One row each, and the first samples by name.
@@ -119,7 +119,7 @@ def score_diffusion(
 
 
 def _gather(batches: Iterable[Tensor], networks: Sequence[FeatureNetwork]) -> tuple[ImageSet, Tensor]:
-    """What the metrics need of all the images, and the first of them."""
+    """What the metrics need of all images, and the first few images."""
     found = ImageSet(networks)
     shown: list[Tensor] = []
     for images in batches:
@@ -130,7 +130,7 @@ def _gather(batches: Iterable[Tensor], networks: Sequence[FeatureNetwork]) -> tu
 
 
 class _Cost:
-    """Seconds, measured in turns, and operations of training and sampling."""
+    """Seconds, measured alternately, and FLOPs of training and sampling."""
 
     def __init__(self, trials: dict[str, TinyRun], options: DiffusionOptions) -> None:
         self.options = options
@@ -142,12 +142,12 @@ class _Cost:
         self.flops = {name: trial.flops() for name, trial in trials.items()}
 
     def sample_seconds(self, name: str) -> list[float]:
-        """Of a batch, round by round: all steps and the decoder."""
+        """Seconds per batch (all steps and the decoder), by round."""
         denoise, decode = self.timed["denoise"].times[name], self.timed["decode"].times[name]
         return [self.options.sample_steps * a + b for a, b in zip(denoise, decode, strict=True)]
 
     def of(self, name: str, over: str) -> dict[str, float]:
-        """The fields of :class:`DiffusionScore` that tell of speed."""
+        """The fields of :class:`DiffusionScore` about speed."""
         seconds, reference = self.sample_seconds(name), self.sample_seconds(over)
         batch = self.options.batch
         return {
@@ -162,19 +162,19 @@ class _Cost:
 
 @dataclass(frozen=True)
 class DiffusionOptions:
-    """The training and sampling that all autoencoders get alike.
+    """Settings of training and sampling, the same for all autoencoders.
 
     Attributes:
-        steps: of the training.
-        batch: images a step.
+        steps: of training.
+        batch: images per step.
         size: of the transformer, see :func:`transformer_size`.
-        learning_rate: of AdamW, betas 0.9 and 0.95.
-        ema: decay of the running mean that is sampled with.
-        samples: images made for the metric.
-        sample_steps: Euler steps of a sample.
-        guidance: classifier-free guidance.
-        seed: of the weights, batches, noise and samples.
-        repeats: rounds of the timing.
+        learning_rate: of AdamW, with betas 0.9 and 0.95.
+        ema: decay of the averaged weights used for sampling.
+        samples: number of images for the metrics.
+        sample_steps: Euler steps per sample.
+        guidance: scale of classifier-free guidance; 1 is none.
+        seed: of weights, batches, noise and samples.
+        repeats: rounds of timing.
     """
 
     steps: int
@@ -190,10 +190,10 @@ class DiffusionOptions:
 
 
 def transformer_size(text: str) -> Size:
-    """``S``, ``B``, ``L``, ``XL`` and kin, or ``WIDTHxDEPTHxHEADS`` such as ``256x8x4``.
+    """Parse a name such as ``S``, ``B``, ``L``, ``XL``, or ``WIDTHxDEPTHxHEADS`` such as ``256x8x4``.
 
     Raises:
-        DavaeError: neither.
+        DavaeError: it is neither.
     """
     named = {name.lower(): size for name, size in SIZES.items()}
     if text.lower() in named:
@@ -214,7 +214,7 @@ class TinyRun:
         self.candidate, self.options, self.labels = candidate, options, labels
         self.device = candidate.model.device
         raw = encode_all(candidate, images, options.batch)
-        # As LightningDiT does: every channel to mean 0 and deviation 1, whatever the autoencoder's own scaling.
+        # As in LightningDiT: every channel to mean 0 and standard deviation 1, whatever the autoencoder's own scaling.
         self.mean = raw.mean((0, 2, 3), keepdim=True)
         self.std = raw.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
         self.latents = (raw - self.mean) / self.std  # [N, C, h, w]
@@ -237,7 +237,7 @@ class TinyRun:
         self.ema = Ema(self.transformer.parameters(), options.ema)
 
     def step(self, number: int) -> float:
-        """One training step; the batch and its noise depend on ``number`` alone."""
+        """One training step; returns its loss. The batch and its noise depend only on the seed and ``number``."""
         generator = torch.Generator().manual_seed(self.options.seed + number)
         chosen = torch.randint(len(self.latents), (self.options.batch,), generator=generator)
         batch = {"latent": self.latents[chosen].to(self.device), "label": self.labels[chosen].to(self.device)}
@@ -252,12 +252,12 @@ class TinyRun:
         return float(loss.detach())
 
     def velocity(self, latents: Tensor, sigma: float, labels: Tensor) -> Tensor:
-        """Guided, as in sampling."""
+        """The guided velocity of ``[B, C, h, w]`` latents, as in sampling."""
         with torch.no_grad():
             return guided_velocity(self.transformer, latents, sigma, labels, guidance_scale=self.options.guidance)
 
     def train(self) -> list[float]:
-        """All steps; the loss of each."""
+        """Make all steps; returns the loss of each."""
         losses = []
         with Progress(f"{self.candidate.name}, {self.candidate.tokens} tokens", self.options.steps) as progress:
             for number in range(self.options.steps):
@@ -267,11 +267,11 @@ class TinyRun:
         return losses
 
     def sampled(self, labels: Tensor) -> Tensor:
-        """Images of labels [N], in [-1, 1] on the CPU."""
+        """Samples ``[N, 3, R, R]`` in [-1, 1] of labels ``[N]``, on the CPU."""
         return torch.cat(list(self.batches(labels)))
 
     def batches(self, labels: Tensor) -> Iterator[Tensor]:
-        """The same batch by batch: ten thousand images of 512 pixels do not fit into memory."""
+        """:meth:`sampled` batch by batch: ten thousand images of 512 pixels do not fit into memory."""
         self.transformer.eval()
         with self.ema.applied():
             for first in range(0, len(labels), self.options.batch):
@@ -290,7 +290,7 @@ class TinyRun:
     def probes(self) -> dict[str, Callable[[], object]]:
         """What is timed: a training step, a denoising step with guidance, and a decode, of one batch each.
 
-        For after the training: they go on with it.
+        To be used after training and sampling: the training step changes the weights.
         """
         count = self.options.batch
         latents = self.latents[torch.arange(count) % len(self.latents)].to(self.device)
@@ -303,7 +303,7 @@ class TinyRun:
         }
 
     def flops(self) -> tuple[int, int]:
-        """Operations for one image: of a training step (three forwards), and of a sample with its decoding."""
+        """FLOPs per image: of a training step (three forward passes), and of a sample with its decoding."""
         probes, count = self.probes(), self.options.batch
         guided, decode = (count_flops(probes[name]) // count for name in ("denoise", "decode"))
         passes = 2 if self.options.guidance != 1 else 1
