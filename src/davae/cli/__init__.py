@@ -1,5 +1,5 @@
-"""The command line: one file a verb; each reads options, calls one public function and prints its result.
+"""The command line: one file per command; each parses options, calls one public function and prints its result.
 
-A verb imports that function when it is called, and the tables of its result after that: the help, the version and an
-answer to a mistyped word must not wait for torch. Nowhere else in davae do functions import.
+A command imports that function when it is called, and the tables of its result after that, so that the help, the
+version and errors about mistyped options do not wait for torch.
 """

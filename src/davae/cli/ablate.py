@@ -15,9 +15,9 @@ def ablate(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder (default runs/RECIPE).", callback=folder_of("ablation"))
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved file, then leave.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved file and exit.")] = False,
 ) -> None:
-    """Train every variant with every seed and compare them; the same command continues."""
+    """Train every variant with every seed and compare them; the same command continues an interrupted ablation."""
     from davae.recipes.read import dump_recipe, load_ablation
 
     settings = load_ablation(recipe, overrides or ())

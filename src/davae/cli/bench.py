@@ -12,9 +12,9 @@ app = typer.Typer(no_args_is_help=True)
 
 Base = Annotated[str, typer.Argument(help="A bundled configuration, a name on the hub, or a pipeline folder.")]
 Resolution = Annotated[int, typer.Option("--resolution", min=1, help="Side of the full image in pixels.")]
-Details = Annotated[int | None, typer.Option("--detail-channels", min=1, help="D.")]
+Details = Annotated[int | None, typer.Option("--detail-channels", min=1, help="D (default: by scale).")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")]
-Compile = Annotated[bool, typer.Option("--compile", help="torch.compile on both sides.")]
+Compile = Annotated[bool, typer.Option("--compile", help="torch.compile for all models.")]
 Stage = Literal["autoencoder", "diffusion"]
 Tune = Literal["full", "lora"]
 
@@ -23,11 +23,11 @@ Tune = Literal["full", "lora"]
 def inference(
     base: Base,
     resolution: Resolution = 1024,
-    scale: Annotated[list[int] | None, typer.Option("--scale", min=1, help="May be given twice (default 2).")] = None,
+    scale: Annotated[list[int] | None, typer.Option("--scale", min=1, help="Can be given again (default 2).")] = None,
     detail_channels: Details = None,
     batch: Batch = 1,
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Denoising steps (default the pipeline's).")
+        int | None, typer.Option("--steps", min=1, help="Denoising steps (default: the pipeline's).")
     ] = None,
     repeats: Repeats = 5,
     device: Device = None,
@@ -38,7 +38,7 @@ def inference(
     end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Also time whole images.")] = False,
     json_file: Json = None,
 ) -> None:
-    """Base, native and upgraded model with random weights: seconds, operations and memory of an image."""
+    """Seconds, FLOPs and memory per image of base, native and upgraded models with random weights."""
     from davae.benchmark.inference import bench_inference
 
     result = bench_inference(
@@ -70,13 +70,13 @@ def autoencoder(
     detail_channels: Details = None,
     batch: Batch = 1,
     repeats: Repeats = 5,
-    tile: Annotated[int | None, typer.Option("--tile", min=1, help="Also by tiles of this side in pixels.")] = None,
+    tile: Annotated[int | None, typer.Option("--tile", min=1, help="Also with tiles of this side in pixels.")] = None,
     device: Device = None,
     dtype: DType = "float32",
     compile: Compile = False,
     json_file: Json = None,
 ) -> None:
-    """Encode and decode of the upgraded autoencoder and of the base VAE at the same resolution."""
+    """Encoding and decoding speed of the upgraded autoencoder and of the base VAE at the same resolution."""
     from davae.benchmark.autoencoder import bench_autoencoder
 
     result = bench_autoencoder(
@@ -102,20 +102,22 @@ def training(
     base: Annotated[
         str, typer.Argument(help="tiny, a bundled configuration, a name on the hub, or a pipeline folder.")
     ],
-    resolution: Annotated[int, typer.Option("--resolution", min=1, help="Side of the full image.")] = 256,
+    resolution: Annotated[int, typer.Option("--resolution", min=1, help="Side of the full image in pixels.")] = 256,
     scale: Annotated[int, typer.Option("--scale", min=1)] = 2,
-    detail_channels: Annotated[int | None, typer.Option("--detail-channels", min=1, help="D.")] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images a step.")] = 4,
-    stage: Annotated[Stage | None, typer.Option("--stage", help="One of them alone (default both).")] = None,
+    detail_channels: Annotated[
+        int | None, typer.Option("--detail-channels", min=1, help="D (default: by scale).")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images per step.")] = 4,
+    stage: Annotated[Stage | None, typer.Option("--stage", help="One stage alone (default: both).")] = None,
     gan: Annotated[bool, typer.Option("--gan", help="With the adversarial term.")] = False,
-    tune: Annotated[Tune, typer.Option("--tune", help="Which weights of the transformer learn.")] = "full",
-    precision: Annotated[Precision, typer.Option("--precision", help="Of autocast.")] = "no",
+    tune: Annotated[Tune, typer.Option("--tune", help="Which weights of the transformer are trained.")] = "full",
+    precision: Annotated[Precision, typer.Option("--precision", help="Precision of autocast.")] = "no",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile in the fast forms.")] = False,
     repeats: Repeats = 5,
-    profile: Annotated[bool, typer.Option("--profile", help="Also what bounds a step.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also profile where a step's time goes.")] = False,
     json_file: Json = None,
 ) -> None:
-    """A training step of both stages with random weights: plain, fast, and from cached latents and text."""
+    """Time and memory of a training step with random weights: plain, fast, and from cached latents and text."""
     from davae.benchmark.training import bench_training
 
     result = bench_training(

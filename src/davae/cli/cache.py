@@ -23,7 +23,7 @@ def cache(
         Path | None,
         typer.Option(
             "--out",
-            help="Folder; an unfinished cache goes on (default: the recipe's data.cache, else caches/RECIPE).",
+            help="Folder; an unfinished cache is continued (default: the recipe's data.cache, else caches/RECIPE).",
             callback=_new_unless_verified,
         ),
     ] = None,
@@ -36,7 +36,7 @@ def cache(
         bool, typer.Option("--verify", is_eager=True, help="Only compare the shards in --out with their hashes.")
     ] = False,
 ) -> None:
-    """Latents and text embeddings of a recipe's images, for `davae train diffusion` to train from."""
+    """Precompute latents and text embeddings of a recipe's images, for `davae train` to train from."""
     if not verify:
         check_recipe(recipe, overrides)
     from davae.training.runs.cache import default_folder, run_cache, run_verify

@@ -1,4 +1,4 @@
-"""``davae compare autoencoder``: autoencoders side by side, alone and under one transformer."""
+"""``davae compare autoencoder``: autoencoders compared, alone and with a diffusion transformer on each."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.callback()
 def _group() -> None:
-    """Keeps ``autoencoder`` a word of its own while it is the only one."""
+    """Keeps ``autoencoder`` a subcommand although it is the only one."""
 
 
 @app.command()
@@ -24,24 +24,24 @@ def autoencoder(
         list[str], typer.Argument(help="NAME=FOLDER, an autoencoder's or a pipeline's; the first is the reference.")
     ],
     data: Annotated[str, typer.Option("--data", help="A folder or data set of images.", callback=some_images)],
-    resolution: Annotated[int, typer.Option("--resolution", min=1, help="Side of the square image.")],
+    resolution: Annotated[int, typer.Option("--resolution", min=1, help="Side of the square image in pixels.")],
     images: Annotated[int, typer.Option("--images", min=1, help="Images to reconstruct, held out of training.")] = 64,
     tokens: Annotated[
         int | None,
-        typer.Option("--tokens", min=1, help="One token budget for all, by the patch size (default patch 1)."),
+        typer.Option("--tokens", min=1, help="Tokens per image for all, by choice of patch size (default: patch 1)."),
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time through the autoencoders.")] = 8,
     diffusion_steps: Annotated[
-        int, typer.Option("--diffusion-steps", min=0, help="Train a transformer over each for this many steps.")
+        int, typer.Option("--diffusion-steps", min=0, help="Train a transformer on each for this many steps.")
     ] = 0,
     transformer: Annotated[
         str, typer.Option("--transformer", help="Its size: S, B, L, XL or WIDTHxDEPTHxHEADS.")
     ] = "S",
-    diffusion_batch: Annotated[int, typer.Option("--diffusion-batch", min=1, help="Images a training step.")] = 32,
-    train_images: Annotated[int, typer.Option("--train-images", min=1, help="Images to learn from, at most.")] = 2048,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Samples to make with each.")] = 32,
-    sample_steps: Annotated[int, typer.Option("--sample-steps", min=1, help="Euler steps of a sample.")] = 25,
-    guidance: Annotated[float, typer.Option("--guidance", help="Classifier-free guidance.")] = 2.0,
+    diffusion_batch: Annotated[int, typer.Option("--diffusion-batch", min=1, help="Images per training step.")] = 32,
+    train_images: Annotated[int, typer.Option("--train-images", min=1, help="Images to train on, at most.")] = 2048,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Samples to generate with each.")] = 32,
+    sample_steps: Annotated[int, typer.Option("--sample-steps", min=1, help="Euler steps per sample.")] = 25,
+    guidance: Annotated[float, typer.Option("--guidance", help="Guidance scale; 1 is none.")] = 2.0,
     repeats: Repeats = 5,
     device: Device = None,
     features: FeatureNames = None,
@@ -52,7 +52,7 @@ def autoencoder(
         typer.Option("--out", help="Folder for figures and picture sheets.", callback=folder_of("comparison")),
     ] = None,
 ) -> None:
-    """Compression, reconstruction and speed on the same images; with --diffusion-steps generation too."""
+    """Compression, reconstruction and speed on the same images; with --diffusion-steps, generation too."""
     folders = named_folders(autoencoders)
     from davae.experiments.compare import DiffusionOptions, compare_autoencoders
     from davae.experiments.compare.diffusion import transformer_size
@@ -90,10 +90,10 @@ def autoencoder(
 
 
 def named_folders(texts: Sequence[str]) -> dict[str, str]:
-    """``NAME=FOLDER`` pairs in their order.
+    """Parse ``NAME=FOLDER`` pairs, in order.
 
     Raises:
-        DavaeError: one is of another form, or a name is given twice.
+        DavaeError: one has another form, or a name is given twice.
     """
     found: dict[str, str] = {}
     for text in texts:

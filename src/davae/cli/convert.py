@@ -1,4 +1,4 @@
-"""``davae convert``: published files to diffusers folders."""
+"""``davae convert``: published checkpoints to folders in diffusers format."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,7 +20,7 @@ Out = Annotated[
 Resolution = Annotated[int, typer.Option("--resolution", min=1, help="Image side that the base was trained at.")]
 Weights = Annotated[Literal["ema", "model"], typer.Option("--weights", help="ema or model, where the file has both.")]
 Statistics = Annotated[
-    Path | None, typer.Option("--statistics", help="File of the latent's 'mean' and 'std', one value a channel.")
+    Path | None, typer.Option("--statistics", help="File with the latent's 'mean' and 'std' per channel.")
 ]
 
 
@@ -29,15 +29,15 @@ def lightningdit(
     file: File,
     out: Out,
     weights: Weights = "ema",
-    size: Annotated[str | None, typer.Option("--size", help="What it must be, for example XL/1.")] = None,
+    size: Annotated[str | None, typer.Option("--size", help="The expected size, for example XL/1.")] = None,
     heads: Annotated[
-        int | None, typer.Option("--heads", min=1, help="Attention heads, where the weights do not tell.")
+        int | None, typer.Option("--heads", min=1, help="Attention heads, if the weights do not tell.")
     ] = None,
     vae: Annotated[
-        Path | None, typer.Option("--vae", help="Folder of its autoencoder: write a whole pipeline.")
+        Path | None, typer.Option("--vae", help="Folder of its autoencoder, to write a whole pipeline.")
     ] = None,
 ) -> None:
-    """A LightningDiT transformer; with --vae a pipeline that `davae generate` and `davae upgrade` open."""
+    """Convert a LightningDiT transformer; with --vae, to a pipeline for `davae generate` and `davae upgrade`."""
     from davae.interop.conversion import convert_lightningdit_file
 
     made = convert_lightningdit_file(file, out, weights=weights, heads=heads, size=size, vae=vae)
@@ -46,7 +46,7 @@ def lightningdit(
 
 @app.command()
 def vavae(file: File, out: Out, resolution: Resolution = 256, statistics: Statistics = None) -> None:
-    """VA-VAE, or another LDM autoencoder, to an AutoencoderKL."""
+    """Convert VA-VAE, or another LDM autoencoder, to an AutoencoderKL."""
     from davae.interop.conversion import convert_vavae_file
 
     say(str(convert_vavae_file(file, out, resolution=resolution, statistics=statistics)))
@@ -62,7 +62,7 @@ def davae_imagenet(
     resolution: Resolution = 256,
     statistics: Statistics = None,
 ) -> None:
-    """The authors' ImageNet autoencoder to an AutoencoderDA."""
+    """Convert the authors' ImageNet autoencoder to an AutoencoderDA."""
     from davae.interop.conversion import convert_imagenet_file
 
     made = convert_imagenet_file(file, out, base=base, resolution=resolution, statistics=statistics)
@@ -79,16 +79,16 @@ def davae_sd3(
     statistics: Statistics = None,
     weights: Weights = "ema",
     lora: Annotated[
-        Path | None, typer.Option("--lora", help="The transformer's LoRA, where it is in a file of its own.")
+        Path | None, typer.Option("--lora", help="The transformer's LoRA, if it is in a separate file.")
     ] = None,
     vae: Annotated[
-        Path | None, typer.Option("--vae", help="Folder of the converted autoencoder: write a whole pipeline.")
+        Path | None, typer.Option("--vae", help="Folder of the converted autoencoder, to write a whole pipeline.")
     ] = None,
     order: Annotated[
-        ChannelOrder, typer.Option("--order", help="Channels of a transformer without branches.")
+        ChannelOrder, typer.Option("--order", help="Channel order of a transformer without branches.")
     ] = "detail_first",
 ) -> None:
-    """The authors' SD3 autoencoder to an AutoencoderDA, or their tuned SD3 transformer to diffusers' class."""
+    """Convert the authors' SD3 autoencoder to an AutoencoderDA, or their tuned SD3 transformer to diffusers' class."""
     from davae.interop.conversion import convert_sd3_file
 
     made = convert_sd3_file(

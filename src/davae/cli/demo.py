@@ -17,11 +17,11 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A few steps only: does it work here?")] = False,
     data: Annotated[
         str | None,
-        typer.Option(help="Your images instead of the procedural scenes: a folder or data set.", callback=some_images),
+        typer.Option(help="A folder or data set of images to use instead of procedural scenes.", callback=some_images),
     ] = None,
     recipe: Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")] = "tiny",
 ) -> None:
-    """The whole method on the embedded base: both stages, samples, report. No download, no GPU."""
+    """Run the whole method on the embedded base: both stages, samples, report. No download, no GPU needed."""
     check_recipe(recipe, (), images=data is None)
     from davae.demo import run_demo
 

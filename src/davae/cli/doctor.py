@@ -15,11 +15,11 @@ def doctor(
         bool, typer.Option("--transformers", help="Widen every known transformer class and print a table.")
     ] = False,
 ) -> None:
-    """Versions, devices, optional parts, and what to install for what is missing."""
+    """Show versions, hardware and optional packages, and how to install missing ones."""
     if transformers:
         from davae.bases.debug_transformers import transformer_table
 
-        logging.getLogger("davae.warm_start").setLevel(logging.WARNING)  # the table tells the same
+        logging.getLogger("davae.warm_start").setLevel(logging.WARNING)  # the table says the same
         say(transformer_table())
         return
     from davae.training.checkpoints.run_directory import installation, installation_text

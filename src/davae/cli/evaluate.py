@@ -1,4 +1,4 @@
-"""``davae evaluate reconstruction | generation``: how good the images are."""
+"""``davae evaluate reconstruction | generation``: image quality."""
 
 from pathlib import Path
 from typing import Annotated
@@ -28,24 +28,24 @@ def reconstruction(
     resolution: Annotated[
         int | None, typer.Option("--resolution", min=1, help="Side in pixels (default: the run's).")
     ] = None,
-    images: Annotated[int, typer.Option("--images", min=1, help="How many, evenly from the whole set.")] = 256,
+    images: Annotated[int, typer.Option("--images", min=1, help="How many, spaced evenly over the data set.")] = 256,
     crops: Annotated[
         list[str] | None,
-        typer.Option("--crops", help="NAME=FOLDER of crops told apart, such as lettering; can be given again."),
+        typer.Option("--crops", help="NAME=FOLDER of crops measured separately, such as text; can be given again."),
     ] = None,
     boxes: Annotated[
-        Path | None, typer.Option("--boxes", help="Table (.csv) of parts of image files told apart by name.")
+        Path | None, typer.Option("--boxes", help="Table (.csv) of named boxes in image files, measured separately.")
     ] = None,
     features: FeatureNames = None,
     lpips: Annotated[Path | None, typer.Option("--lpips", help="torchvision's VGG-16 weights, for LPIPS.")] = None,
     dino: Annotated[
-        Path | None, typer.Option("--dino", help="Folder of a DINO network, for its perceptual distance.")
+        Path | None, typer.Option("--dino", help="Folder of a DINO network, for the DINO distance.")
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")] = 8,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """An autoencoder beside its baselines: base upscaled, base at full resolution, and the reduced image."""
+    """Compare an autoencoder with baselines: base upscaled, base at full resolution, and the reduced image."""
     folders = named_values(crops, "--crops", "lettering=crops/lettering")
     from davae.cli.tables import print_figures
     from davae.evaluation.reconstruction.evaluate import evaluate_reconstruction
@@ -70,7 +70,7 @@ def reconstruction(
 
 
 def generation(
-    pipeline: Annotated[str, typer.Argument(help="A pipeline folder, a run, a hub name, or 'tiny'.")],
+    pipeline: Annotated[str, typer.Argument(help="A pipeline folder, a run, a name on the hub, or 'tiny'.")],
     reference: Annotated[str, typer.Option("--reference", help="Images, as in a recipe, or an .npz of statistics.")],
     out: Annotated[
         Path,
@@ -79,14 +79,14 @@ def generation(
         ),
     ] = Path("generation"),
     base: Annotated[
-        str | None, typer.Option("--base", help="The base pipeline, measured beside: upscaled, and native.")
+        str | None, typer.Option("--base", help="The base pipeline, to compare with: upscaled, and native.")
     ] = None,
     beside: Annotated[
         list[str] | None,
-        typer.Option("--beside", help="NAME=PIPELINE, such as another of equal tokens; can be given again."),
+        typer.Option("--beside", help="NAME=PIPELINE to compare with; can be given again."),
     ] = None,
     count: Annotated[
-        int | None, typer.Option("--count", min=1, help="Images (default: every prompt, or 50000 of classes).")
+        int | None, typer.Option("--count", min=1, help="Images (default: one per prompt, or 50000 for classes).")
     ] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="Text, MJHQ-30K .json or GenEval .jsonl.")] = None,
     features: FeatureNames = None,
@@ -98,17 +98,19 @@ def generation(
         Path | None,
         typer.Option("--save-statistics", help="Write the reference's mu and sigma to this .npz.", callback=new_file),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=LAST_SEED, help="Of image 0; the next count up.")] = 0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images in one call.")] = 1,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="The pipeline's own default.")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="The pipeline's own default.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=LAST_SEED, help="Of image 0; the others count up.")] = 0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")] = 1,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Sampling steps; default: the pipeline's.")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Scale (default: the pipeline's).")] = None,
     height: Annotated[int | None, typer.Option("--height", min=1, help="Pixels, full resolution.")] = None,
     width: Annotated[int | None, typer.Option("--width", min=1, help="Pixels, full resolution.")] = None,
     dtype: DType = "float32",
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """Generate, then measure. Stopped at any time, the same command continues; under torchrun work is shared."""
+    """Generate images, then measure them. The same command continues a stopped run; torchrun divides the work."""
     others = named_values(beside, "--beside", "equal-tokens=PIPELINE")
     from davae.cli.tables import print_figures
     from davae.evaluation.generation.evaluate import evaluate_generation

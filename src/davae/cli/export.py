@@ -16,19 +16,17 @@ def export(
     ],
     license: Annotated[
         str | None,
-        typer.Option(help="The result's licence, by the hub's id or by its name; default: the base's, from its card."),
+        typer.Option(help="The result's licence, by hub id or by name (default: the base's, from its card)."),
     ] = None,
-    license_name: Annotated[
-        str | None, typer.Option(help="What a licence is called that the hub has no id for.")
-    ] = None,
-    license_link: Annotated[str | None, typer.Option(help="Where that licence is written.")] = None,
+    license_name: Annotated[str | None, typer.Option(help="Name of a licence that the hub has no id for.")] = None,
+    license_link: Annotated[str | None, typer.Option(help="Link to that licence.")] = None,
     adapters: Annotated[
-        bool, typer.Option("--adapters", help="LoRA and widened layers in place of the merged pipeline.")
+        bool, typer.Option("--adapters", help="LoRA, widened layers and autoencoder instead of the merged pipeline.")
     ] = False,
     push_to_hub: Annotated[str | None, typer.Option(help="Publish the folder as user/name on the hub.")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository a private one.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:
-    """Copy a run's result to a folder with a model card, for others to open; publish it if asked."""
+    """Copy a run's result to a folder with a model card, to be shared; with --push-to-hub, publish it."""
     from davae.training.runs.export import export_run
 
     message = export_run(

@@ -29,22 +29,22 @@ def generate(
         float | None, typer.Option(help="Guidance scale; 1 is none. The pipeline's own default.")
     ] = None,
     negative: Annotated[str | None, typer.Option(help="A prompt to guide away from.")] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="Pixels; the pipeline's own default.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Pixels; the pipeline's own default.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels (default: the pipeline's).")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels (default: the pipeline's).")] = None,
     fast: Annotated[
-        bool, typer.Option("--fast", help="Every measure for speed that changes images by rounding alone.")
+        bool, typer.Option("--fast", help="All optimisations that change images only by rounding.")
     ] = False,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile repeated blocks: slow at first, with --fast.")
+        bool, typer.Option("--compile", help="With --fast: compile repeated blocks; slow at first.")
     ] = False,
     attention: Annotated[
-        str | None, typer.Option("--attention", help="diffusers' attention backend, with --fast.")
+        str | None, typer.Option("--attention", help="With --fast: diffusers' attention backend.")
     ] = None,
     device: Device = None,
     dtype: ModelDType = None,
     variant: Variant = None,
 ) -> None:
-    """Images of prompts or of classes, one PNG each."""
+    """Generate images from prompts or classes, one PNG each."""
     from davae.bases.generate import write_images
 
     written = write_images(

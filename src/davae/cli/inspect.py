@@ -1,4 +1,4 @@
-"""``davae inspect``: what a trained autoencoder's latent holds."""
+"""``davae inspect``: what a trained autoencoder's latent contains."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +17,7 @@ def inspect(
         str | None,
         typer.Option(
             "--data",
-            help="Images, as in a recipe (see docs/data.md; default: those the run held out).",
+            help="Images, as in a recipe (see docs/data.md; default: the run's held-out images).",
             callback=some_images,
         ),
     ] = None,
@@ -29,14 +29,14 @@ def inspect(
         Path,
         typer.Option("--out", help="Folder of the pictures and inspection.json.", callback=folder_of("inspection")),
     ] = Path("inspection"),
-    images: Annotated[int, typer.Option("--images", min=1, help="How many images, evenly from the whole set.")] = 256,
+    images: Annotated[int, typer.Option("--images", min=1, help="How many, spaced evenly over the data set.")] = 256,
     resolution: Annotated[
         int | None, typer.Option("--resolution", min=1, help="Side in pixels (default: the run's).")
     ] = None,
-    method: Annotated[Method, typer.Option("--method", help="How images are laid out in the plane.")] = "tsne",
+    method: Annotated[Method, typer.Option("--method", help="Projection of the class maps to the plane.")] = "tsne",
     device: Device = None,
 ) -> None:
-    """Class maps, spectra, channel statistics, and reconstruction with the details zeroed and shuffled."""
+    """Show class maps, spectra, channel statistics, and reconstructions with details zeroed and shuffled."""
     from davae.cli.tables import inspection_table
     from davae.evaluation.latent_space.inspect import inspect_latents
     from davae.report.inspection import write_inspection

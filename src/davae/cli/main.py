@@ -1,4 +1,4 @@
-"""``davae``: the verbs, and how their errors end."""
+"""``davae``: all commands, and how errors are reported."""
 
 import logging
 import signal
@@ -52,16 +52,16 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(demo.demo)
-app.add_typer(train.app, name="train", help="Train a stage by recipe; the same command continues a stopped run.")
+app.add_typer(train.app, name="train", help="Train a stage of a recipe; the same command continues a stopped run.")
 app.command()(plan.plan)
 app.command()(upgrade.upgrade)
 app.command()(cache.cache)
-app.add_typer(bench.app, name="bench", help="Native and upgraded, side by side in one process.")
-app.add_typer(compare.app, name="compare", help="Autoencoders side by side on the same images.")
-app.add_typer(convert.app, name="convert", help="Files that the authors published, to diffusers folders.")
+app.add_typer(bench.app, name="bench", help="Benchmark base and upgraded models side by side in one process.")
+app.add_typer(compare.app, name="compare", help="Compare autoencoders on the same images.")
+app.add_typer(convert.app, name="convert", help="Convert published checkpoints to diffusers folders.")
 app.command()(generate.generate)
 app.command()(reconstruct.reconstruct)
-app.add_typer(evaluate.app, name="evaluate", help="How good images are: reconstructed and generated.")
+app.add_typer(evaluate.app, name="evaluate", help="Measure the quality of reconstructed or generated images.")
 app.command()(inspect.inspect)
 app.command()(ablate.ablate)
 app.command()(export.export)
@@ -71,8 +71,8 @@ app.command()(doctor.doctor)
 
 @app.callback(invoke_without_command=True)
 def _options(
-    version: bool = typer.Option(False, "--version", help="Show the version and leave."),
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="Say more while working."),
+    version: bool = typer.Option(False, "--version", help="Show the version and exit."),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Log more."),
 ) -> None:
     if version:
         typer.echo(f"davae {__version__}")
@@ -92,8 +92,8 @@ def _options(
     logging.getLogger("davae").setLevel(logging.DEBUG if verbose else logging.INFO)
 
     def quiet(library: ModuleType) -> None:
-        """No progress bars of a second's loading. Without --verbose no warnings: transformers gives them of optional
-        parts that nothing here uses, diffusers of an autoencoder class that it does not know."""
+        """Turn off progress bars of loading and, without --verbose, warnings: transformers' about optional parts that
+        davae does not use, diffusers' about an autoencoder class that it does not know."""
         library.utils.logging.disable_progress_bar()
         if not verbose:
             library.utils.logging.set_verbosity_error()

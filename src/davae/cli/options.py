@@ -1,4 +1,4 @@
-"""Options that several verbs share, checks made before any work, and how the verbs that measure hand out figures."""
+"""Options that several commands share, checks made before any work, and writing of results as JSON."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from davae.runtime.places import KindName, check_place, check_writable
 
 
 def new_file(file: Path | None) -> Path | None:
-    """A file that can be written, seen before hours of work that would end without it.
+    """Check that a file can be written, before hours of work whose result would be lost.
 
     Raises:
-        DavaeError: it is a folder, or its place does not take files.
+        DavaeError: it is a folder, or no file can be created there.
     """
     if file is None:
         return None
@@ -44,10 +44,10 @@ def folder_of(kind: KindName) -> Callable[[Path | None], Path | None]:
 
 
 def named_values(texts: Sequence[str] | None, option: str, example: str) -> dict[str, str]:
-    """Values by name of an option of the form ``NAME=VALUE`` that can be given again.
+    """Parse the values of a repeatable option ``NAME=VALUE``, by name; the last of equal names counts.
 
     Raises:
-        DavaeError: one is not of that form; the option is named, with an example.
+        DavaeError: one has another form; the message names the option, with an example.
     """
     found: dict[str, str] = {}
     for text in texts or ():
@@ -59,7 +59,7 @@ def named_values(texts: Sequence[str] | None, option: str, example: str) -> dict
 
 
 def some_images(path: str | None) -> str | None:
-    """Where images can be.
+    """Check that a path of images exists.
 
     Raises:
         DavaeError: there is no such folder or file.
@@ -101,7 +101,7 @@ def check_recipe(
 
 
 def write_figures(file: Path | None, values: dict[str, Any]) -> None:
-    """Every figure as JSON, where a file was named."""
+    """Write results as JSON, if a file was given."""
     if file is not None:
         atomic_json(file, values)
 
@@ -122,10 +122,10 @@ FeatureNames = Annotated[
         "--features", help="inception, inception:FILE, efficientnet-lite0, or a transformers model; can be given again."
     ),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Write every figure here.", callback=new_file)]
+Json = Annotated[Path | None, typer.Option("--json", help="Write all results to this file.", callback=new_file)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides as section.key=value, e.g. data.path=photos/")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name, or a YAML file.")]
-Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Rounds; medians are shown.")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Rounds of timing; medians are shown.")]
 TrainedAutoencoder = Annotated[
     Path | None, typer.Option("--autoencoder", help="Folder of the trained autoencoder (default: stage 1's result).")
 ]

@@ -11,13 +11,13 @@ from davae.runtime.console import say
 
 
 def _new_picture(file: Path) -> Path:
-    """A file that can be written, of a kind that pictures are saved in."""
+    """Check that a file can be written, in an image format that Pillow can save."""
     from PIL import Image
 
     new_file(file)
     kind = Image.registered_extensions().get(file.suffix.lower())
     if kind not in Image.SAVE:
-        why = f"no kind of picture ends in '{file.suffix}'" if kind is None else f"{kind} can be read, not written"
+        why = f"'{file.suffix}' is no image format" if kind is None else f"{kind} can be read, not written"
         raise DavaeError(f"--out {file}: {why}; name it {file.stem}.png")
     return file
 
@@ -33,7 +33,7 @@ def reconstruct(
     device: Device = None,
     dtype: ModelDType = None,
 ) -> None:
-    """Images through the autoencoder, beside what the base alone gives."""
+    """Reconstruct images with an autoencoder, and with its base alone for comparison."""
     from davae.training.runs.reconstruct import reconstruct_images
 
     say(

@@ -9,7 +9,7 @@ from davae.runtime.console import say
 
 
 def report(run: Annotated[Path, typer.Argument(help="Directory of a finished run.")]) -> None:
-    """Rebuild the report of a run from its files."""
+    """Rebuild a run's report from its files."""
     from davae.report import build_report
 
     say(build_report(run))

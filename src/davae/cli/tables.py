@@ -1,4 +1,4 @@
-"""Results as tables and lines for people. It imports rich: verbs import it when they have a result."""
+"""Results as tables and lines of text. This module imports rich; commands import it late."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def print_plan(plan: Plan) -> None:
-    """What an image costs, memory, training; and what the figures rest on."""
+    """Print the cost of an image, memory and training hours of a plan, and its assumptions."""
     console = PlainConsole()
     for table in tables(plan):
         console.print(table)
@@ -30,7 +30,7 @@ def print_plan(plan: Plan) -> None:
 
 
 def print_demo(summary: Mapping[str, Any]) -> None:
-    """What an image costs, and how good images are: ``summary.json`` of a demo."""
+    """Print the cost and quality of images from a demo's ``summary.json``."""
     console = PlainConsole()
     table = Table("", "base", "native", "upgraded", title="what an image costs")
     for row, unit, scale in (("tokens", "", 1), ("flops_per_image", "GFLOP", 1e-9), ("seconds_per_image", "s", 1)):
@@ -47,7 +47,7 @@ def print_demo(summary: Mapping[str, Any]) -> None:
 
 
 def inference_table(result: InferenceBenchmark) -> Table:
-    """The rows for people."""
+    """An inference benchmark, one row per variant."""
     title = f"{result.base}: {result.device}, {result.dtype}, batch {result.batch}, {result.repeats} rounds"
     table = Table(title=title + (", compiled" if result.compiled else ""))
     whole = any(row.whole_image_seconds is not None for row in result.rows)
@@ -88,7 +88,7 @@ def inference_table(result: InferenceBenchmark) -> Table:
 
 
 def autoencoder_table(result: AutoencoderBenchmark) -> Table:
-    """The rows for people."""
+    """An autoencoder benchmark, one row per autoencoder."""
     table = Table(title=f"{result.base}: {result.device}, {result.dtype}, {result.resolution} px")
     for column in ("", "encode, images/s", "decode, images/s", "decode over base", "decode memory"):
         table.add_column(column, justify="left" if not column else "right")
@@ -104,14 +104,14 @@ def autoencoder_table(result: AutoencoderBenchmark) -> Table:
 
 
 def print_training(console: PlainConsole, result: TrainingBenchmark) -> None:
-    """The rows, then what bounds a step where that was asked for."""
+    """Print a training benchmark, and its profiles if there are any."""
     console.print(training_table(result))
     for name, found in result.profiles.items():
         console.print(profile_table(name, found))
 
 
 def training_table(result: TrainingBenchmark) -> Table:
-    """The rows for people."""
+    """A training benchmark, one row per stage and form."""
     title = (
         f"{result.base}: {result.device}, {result.resolution} px, batch {result.batch}, "
         f"precision {result.precision}, {result.repeats} rounds"
@@ -133,7 +133,7 @@ def training_table(result: TrainingBenchmark) -> Table:
 
 
 def profile_table(stage: str, found: StepProfile) -> Table:
-    """Where the time of the cached form goes."""
+    """A profile of a stage's cached form, one row per operator."""
     parts = ", ".join(f"{name} {share:.0%}" for name, share in found.parts.items())
     table = Table(title=f"{stage} step: {parts}")
     for column in ("operator", "ms", "share", "calls"):
@@ -144,7 +144,7 @@ def profile_table(stage: str, found: StepProfile) -> Table:
 
 
 def comparison_table(result: Comparison) -> Table:
-    """One table, an autoencoder a column, a measurement a row."""
+    """A comparison, one column per autoencoder and one row per measurement."""
     table = Table(title=f"{result.images} images of {result.resolution} px, {result.device}")
     table.add_column("")
     for row in result.autoencoders:
@@ -173,7 +173,7 @@ def comparison_table(result: Comparison) -> Table:
             **_figure_lines(result.diffusion, ("swd/finest",), "{} of samples"),
         }
     lines |= _figure_lines(result.autoencoders, ("fid",), "r{}")
-    lines |= _figure_lines(result.diffusion, ("fid", "kid"), "{} of samples")  # KID is without bias for few
+    lines |= _figure_lines(result.diffusion, ("fid", "kid"), "{} of samples")  # KID is unbiased for few samples
     for name, values in lines.items():
         table.add_row(name, *values)
     return table
@@ -182,7 +182,7 @@ def comparison_table(result: Comparison) -> Table:
 def _figure_lines(
     rows: Sequence[AutoencoderScore] | Sequence[DiffusionScore], metrics: Sequence[str], form: str
 ) -> dict[str, list[str]]:
-    """Lines of the metrics that were measured, of all networks; ``form`` is of their names."""
+    """Rows of those ``metrics`` that were measured, for all networks; ``form`` formats their names."""
     names = rows[0].figures if rows else ()
     found = [name for metric in metrics for name in names if name == metric or name.startswith(f"{metric}/")]
     labels = {name: metric_label(name).partition(", ") for name in found}
@@ -193,7 +193,7 @@ def _figure_lines(
 
 
 def print_figures(rows: Mapping[str, Mapping[str, float]], unavailable: Mapping[str, str]) -> None:
-    """A row a metric, a column a variant; below the table what is missing and why."""
+    """Print one row per metric and one column per variant, then what is missing and why."""
     table = Table()
     table.add_column("")
     for name in rows:
@@ -208,7 +208,7 @@ def print_figures(rows: Mapping[str, Mapping[str, float]], unavailable: Mapping[
 
 
 def inspection_table(found: dict[str, Inspection]) -> Table:
-    """The figures for people, a column an autoencoder."""
+    """An inspection, one column per autoencoder."""
     table = Table()
     table.add_column("")
     for title in found:

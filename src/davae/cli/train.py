@@ -16,7 +16,7 @@ Out = Annotated[
 BaseOut = Annotated[
     Path | None, typer.Option("--out", help="Run directory (default runs/RECIPE).", callback=folder_of("base run"))
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Read and print the resolved recipe, then leave.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and exit.")]
 
 
 @app.command()
@@ -64,7 +64,7 @@ def dc_ae(
         int, typer.Option("--phase", help="1: everything, 2: around the latent, 3: the decoder's head.")
     ] = 1,
     start: Annotated[
-        Path | None, typer.Option("--from", help="Run or autoencoder to start from (default: the phase before's run).")
+        Path | None, typer.Option("--from", help="Run or autoencoder to start from (default: the last phase's run).")
     ] = None,
     out: Out = None,
     dry_run: DryRun = False,

@@ -21,7 +21,7 @@ def upgrade(
     variant: Variant = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print sizes and the self-check's report as JSON.")] = False,
 ) -> None:
-    """Write the warm-started pipeline: same class, wider latent, base behaviour unchanged."""
+    """Write the warm-started pipeline: the same class with wider latents; base channels are predicted as before."""
     shift = _shift(timestep_shift)
     from davae.bases.upgrade import write_upgraded
 
