@@ -86,10 +86,8 @@ class AutoencoderStage(Stage):
         return self.objective.frozen_latent(images.to(vae.device, vae.dtype))
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
-        """PSNR (dB) of the reconstruction, of the base and lower levels enlarged, and without the last level's details.
-
-        ``alignment`` is the mean squared error of the group-averaged details; ``alignment_relative`` divides it by the
-        mean square of the target.
+        """PSNR (dB) of the reconstruction, of the enlarged base and lower levels, and without the last level's details;
+        ``alignment``, the mean squared error of group-averaged details, also relative to the target's mean square.
         """
         vae = self.autoencoder
         images, count = rank_share_of_images(self.held_out, self.loop.validation_images)

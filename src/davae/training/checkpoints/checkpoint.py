@@ -104,14 +104,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_whole(folder: Path, needed: Collection[str] = ()) -> tuple[Path, Tensors, dict[str, Any]] | None:
-    """Path, tensors and values of the newest whole checkpoint; broken ones are logged and skipped.
+    """Path, tensors and values of the newest whole checkpoint; ``None`` if there are no checkpoints.
 
-    Args:
-        folder: the run's ``checkpoints`` folder.
-        needed: names of :data:`Tensors` that a checkpoint must have.
-
-    Returns:
-        ``None`` if there are no checkpoints.
+    Broken ones are logged and skipped. ``needed`` names :data:`Tensors` that a checkpoint must have.
 
     Raises:
         DavaeError: there are checkpoints and none is whole; starting again would overwrite what is left of them.

@@ -91,11 +91,7 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_module(module: nn.Module, saved: dict[str, Tensor], where: Path) -> None:
-    """Copy the tensors of checkpoint ``where`` into a module.
-
-    Raises:
-        DavaeError: names or shapes differ from :func:`module_tensors`.
-    """
+    """Copy the tensors of checkpoint ``where`` into a module; :class:`DavaeError` if names or shapes differ."""
     current = module_tensors(module)
     if current.keys() != saved.keys():
         differing = sorted(current.keys() ^ saved.keys())

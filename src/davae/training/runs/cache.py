@@ -27,14 +27,11 @@ def run_cache(
     form: Format = "safetensors",
     batch_size: int = 8,
 ) -> str:
-    """Cache the training images of a recipe; returns a summary to print (empty in all processes but the first).
+    """Cache a recipe's training images in ``out``, by default where its ``data.cache`` or ``caches/RECIPE`` is; returns
+    a summary to print (empty in all processes but the first).
 
-    Args:
-        recipe: name or YAML file of an upgrade, or of a base recipe with ``start_from``.
-        overrides: ``section.key=value``.
-        out: the folder; by default the recipe's ``data.cache``, else ``caches/RECIPE``.
-        autoencoder: folder of an upgrade's trained autoencoder; by default stage 1's result.
-        form, batch_size: see :func:`write_cache`.
+    The recipe is an upgrade, encoded by its trained ``autoencoder`` (by default stage 1's result), or a base recipe
+    with ``start_from``.
 
     Raises:
         DavaeError: the recipe, the data or the autoencoder is wrong, or ``out`` holds something else.
@@ -69,11 +66,7 @@ def run_cache(
 
 
 def run_verify(folder: Path) -> str:
-    """Compare the shards of a cache with their hashes; returns a summary to print.
-
-    Raises:
-        DavaeError: a shard differs, or ``folder`` holds no cache.
-    """
+    """Compare the shards of a cache with their hashes; returns a summary to print, or raises a :class:`DavaeError`."""
     return f"{verify_cache(folder)} shards as they were written: {folder}"
 
 
