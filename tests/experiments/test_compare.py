@@ -119,7 +119,9 @@ def test_a_lossless_autoencoder_scores_perfectly_and_a_random_one_does_not() -> 
 def test_one_token_budget_is_reached_by_the_patch() -> None:
     found = open_candidates({"f2": kl(), "f8": dc()}, 32, tokens=16)
     assert [(c.patch, c.tokens) for c in found] == [(4, 16), (1, 16)]
-    with pytest.raises(DavaeError, match=r"f8: its latent of 4 x 4 cannot be divided into 64 tokens; possible are 16, 4, 1"):
+    with pytest.raises(
+        DavaeError, match=r"f8: its latent of 4 x 4 cannot be divided into 64 tokens; possible are 16, 4, 1"
+    ):
         open_candidates({"f2": kl(), "f8": dc()}, 32, tokens=64)
 
 

@@ -12,7 +12,7 @@ ShardFormat = Literal["safetensors", "webdataset"]
 
 
 def _new_unless_verified(context: typer.Context, folder: Path | None) -> Path | None:
-    """A cache that is only compared may lie where nobody can write."""
+    """With ``--verify`` the folder is only read, and need not be writable."""
     return folder if context.params.get("verify") else folder_of("cache")(folder)
 
 

@@ -13,12 +13,12 @@ app = typer.Typer(no_args_is_help=True)
 
 Which = Literal["ema", "model"]
 
-File = Annotated[Path, typer.Argument(help="The file as published: .safetensors, or .pt and .ckpt of tensors only.")]
+File = Annotated[Path, typer.Argument(help="The published file: .safetensors, or .pt and .ckpt with only tensors.")]
 Out = Annotated[
     Path, typer.Option("--out", help="Folder to write; must be new or empty.", callback=folder_of("result"))
 ]
-Resolution = Annotated[int, typer.Option("--resolution", min=1, help="Image side that the base was trained at.")]
-Weights = Annotated[Literal["ema", "model"], typer.Option("--weights", help="ema or model, where the file has both.")]
+Resolution = Annotated[int, typer.Option("--resolution", min=1, help="Side of the base's training images, in pixels.")]
+Weights = Annotated[Literal["ema", "model"], typer.Option("--weights", help="Which weights, if the file has both.")]
 Statistics = Annotated[
     Path | None, typer.Option("--statistics", help="File with the latent's 'mean' and 'std' per channel.")
 ]

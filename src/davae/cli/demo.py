@@ -13,8 +13,8 @@ from davae.runtime.console import say
 
 def demo(
     out: Annotated[Path, typer.Option(help="Run directory.", callback=folder_of("demo"))] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of the trainings and the samples.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="A few steps only: does it work here?")] = False,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of training and samples.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Only a few steps, to see whether it works.")] = False,
     data: Annotated[
         str | None,
         typer.Option(help="A folder or data set of images to use instead of procedural scenes.", callback=some_images),

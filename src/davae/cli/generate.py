@@ -20,14 +20,12 @@ def generate(
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt, of a text-to-image pipeline; can be given again.")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one a line.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A text file of prompts, one per line.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.", callback=folder_of("images"))] = Path("samples"),
-    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of the first image; the next count up.")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="Images of each.")] = 1,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the pipeline's own default.")] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Guidance scale; 1 is none. The pipeline's own default.")
-    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of the first image; the others count up.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Images per prompt or class.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps (default: the pipeline's).")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none (default: the pipeline's).")] = None,
     negative: Annotated[str | None, typer.Option(help="A prompt to guide away from.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels (default: the pipeline's).")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels (default: the pipeline's).")] = None,

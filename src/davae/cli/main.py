@@ -130,7 +130,7 @@ def _leave(text: str, status: int, error: BaseException | None = None) -> NoRetu
     from davae.runtime.console import tell
 
     if error is not None:
-        logging.getLogger("davae").debug("where it came up:", exc_info=error)  # for --verbose
+        logging.getLogger("davae").debug("raised at:", exc_info=error)  # for --verbose
     tell(text, style="red" if error is not None else "")
     sys.exit(status)
 

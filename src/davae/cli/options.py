@@ -23,7 +23,7 @@ def new_file(file: Path | None) -> Path | None:
     if file is None:
         return None
     if os.path.isdir(file):
-        raise DavaeError(f"{file} is a folder, and a file is to be written: add a name")
+        raise DavaeError(f"{file} is a folder, and a file is to be written: add a file name")
     check_writable(file)
     return file
 
@@ -74,11 +74,11 @@ def some_images(path: str | None) -> str | None:
 def check_recipe(
     recipe: str, overrides: Sequence[str] | None, *, images: bool = True, stages: Sequence[str] = ()
 ) -> None:
-    """Find the mistakes in a recipe before what trains from it is imported.
+    """Check a recipe before the (slow) import of what trains from it.
 
     Args:
         recipe, overrides: as given.
-        images: whether they must be there.
+        images: whether the images must exist.
         stages: the sections that are trained.
 
     Raises:

@@ -23,7 +23,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved reci
 def autoencoder(
     overrides: Overrides = None, recipe: RecipeName = "tiny", out: Out = None, dry_run: DryRun = False
 ) -> None:
-    """Stage 1: detail encoder and joint decoder on a frozen base autoencoder."""
+    """Train stage 1: detail encoder and joint decoder on a frozen base autoencoder."""
     check_recipe(recipe, overrides, images=not dry_run, stages=("autoencoder",))
     from davae.training.runs.train import run_autoencoder
 
@@ -38,7 +38,7 @@ def diffusion(
     autoencoder: TrainedAutoencoder = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Stage 2: the warm-started transformer on structured latents."""
+    """Train stage 2: the warm-started transformer on structured latents."""
     check_recipe(recipe, overrides, images=not dry_run, stages=("diffusion",))
     from davae.training.runs.train import run_diffusion
 
@@ -49,7 +49,7 @@ def diffusion(
 def base(
     overrides: Overrides = None, recipe: RecipeName = "tiny-base", out: BaseOut = None, dry_run: DryRun = False
 ) -> None:
-    """A small base pipeline from nothing, as the embedded one was made."""
+    """Train a base pipeline: from scratch, as the embedded one was, or a native fine-tune of another."""
     check_recipe(recipe, overrides, images=not dry_run, stages=("autoencoder", "transformer"))
     from davae.training.runs.train import run_base
 
@@ -69,7 +69,7 @@ def dc_ae(
     out: Out = None,
     dry_run: DryRun = False,
 ) -> None:
-    """A deep compression autoencoder in three phases: low resolution, high resolution, decoder's head."""
+    """Train one phase of a deep compression autoencoder: low resolution, high resolution, or decoder head."""
     check_recipe(recipe, overrides, images=not dry_run, stages=(f"phase{phase}",))
     from davae.training.dc_ae.train import run_dc_ae
 

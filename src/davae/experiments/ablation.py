@@ -93,7 +93,7 @@ def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
     """
     cases = {
         (name, seed): load_variant(recipe, name, seed) for name in recipe.variants for seed in recipe.seeds
-    }  # all are read before anything is trained
+    }  # read all before training any
     for case in cases.values():
         check_settings(case, "autoencoder")
         check_settings(case, "diffusion")
@@ -197,7 +197,7 @@ def _spreads(found: list[dict[str, float]]) -> dict[str, Spread]:
 
 
 def real_images(recipe: UpgradeRecipe, part: Literal["train", "held_out"], count: int | None = None) -> Tensor:
-    """The first ``count`` images of a part of the data, or all, ``[N, 3, H, W]`` in [-1, 1]."""
+    """The first ``count`` images (by default all) of a part of the data, ``[N, 3, H, W]`` in [-1, 1]."""
     images = open_part(recipe.data, "train") if part == "train" else open_held_out(recipe.data)
     return torch.stack([images[i]["image"] for i in range(min(len(images), count or len(images)))])
 

@@ -65,7 +65,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write text (UTF-8) or bytes as :func:`atomic_file` does."""
+    """Write text (as UTF-8) or bytes through :func:`atomic_file`."""
     with atomic_file(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -254,7 +254,7 @@ def locked(file: Path, in_use: Callable[[], str], *, remove: bool = False) -> It
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that the disk, or a person's share of it, is full."""
+    """Whether an error means that the disk or the user's quota is full."""
     return _number(error) in (errno.ENOSPC, errno.EDQUOT)
 
 

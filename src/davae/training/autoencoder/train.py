@@ -66,7 +66,7 @@ def train_levels(recipe: UpgradeRecipe, base: Any, out: Path) -> TrainResult:
 
 
 def new_level(base: Any, model: AutoencoderModelSettings, detail_channels: int) -> AutoencoderDA:
-    """One more level on ``base``, a VAE or an :class:`AutoencoderDA`, with the recipe's options."""
+    """Add one level to ``base``, a VAE or an :class:`AutoencoderDA`, with the recipe's options."""
     options = model.model_dump(exclude={"scale", "detail_channels"})
     factor = 2 if isinstance(model.detail_channels, list) else model.scale
     return AutoencoderDA.from_base(base, scale=factor, detail_channels=detail_channels, **options)
@@ -78,13 +78,13 @@ def _channels(model: AutoencoderModelSettings) -> list[int]:
 
 
 def _start(settings: AutoencoderSettings, base_vae: Any) -> AutoencoderDA | None:
-    """The autoencoder that ``start_from`` names; its levels must be the recipe's first ones."""
+    """The autoencoder of ``start_from``, or ``None``; its levels must be the first ones of the recipe."""
     start, model = settings.start_from, settings.model
     if start is None:
         return None
     inside = Path(start).expanduser() / "autoencoder"
     vae = load_autoencoder(inside if inside.is_dir() else start)
-    layout_over(base_vae, vae)  # the same base, or an error that names the difference
+    layout_over(base_vae, vae)  # raises if the base is another one
     levels = len(base_vae.levels) - 1 if isinstance(base_vae, AutoencoderDA) else 0
     found = [level.own_layout.detail_channels for level in vae.autoencoders()][levels:]
     wanted = _channels(model)

@@ -88,7 +88,7 @@ def _train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None) -
     diffusion.facts = data_facts(data, held_out)
     result = train(diffusion, out / "transformer", plain)
     assert result is not None
-    if is_first():  # the result holds the averaged weights, the pipeline in memory the last ones
+    if is_first():  # the result on disk has the averaged weights, the pipeline in memory the last ones
         averaged = load_pipeline(result.result)
         averaged.to(getattr(torch, recipe.save_dtype))
         save_whole(averaged, out / "pipeline")

@@ -216,7 +216,7 @@ def _write_texts(
 
 
 def _locked(folder: Path, *, first: bool) -> AbstractContextManager[object]:
-    """No other run writes this cache at the same time; the first of a run's processes answers for all of them."""
+    """Keep other runs from writing this cache; the first of a run's processes holds the lock for all of them."""
     if not first:
         return nullcontext()
     return claim(folder, "cache")

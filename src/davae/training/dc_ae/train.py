@@ -185,7 +185,7 @@ def load_autoencoder(folder: Path) -> DeepAutoencoder:
         raise DavaeError(f"no trained autoencoder in {folder}: there is no config.json")
     name = json.loads(config.read_text()).get("_class_name")
     if name not in _CLASSES:
-        raise DavaeError(f"{folder} holds a {name}; a DC-AE training goes on from {', '.join(_CLASSES)}")
+        raise DavaeError(f"{folder} holds a {name}; DC-AE training starts from {', '.join(_CLASSES)}")
     return open_model(_CLASSES[name].from_pretrained, folder)[0]
 
 

@@ -16,7 +16,7 @@ from davae.training.loop.loop import to_device
 from davae.training.loop.rng import DrawsByItem
 
 MEASURED = 256
-"""Held-out items measured at most."""
+"""Maximum number of held-out items for the loss."""
 _SEED_STRIDE = 1_000_003
 
 
@@ -47,7 +47,7 @@ def held_out_loss(
     parts = list(_parts(chosen, batch_size))
     firsts = [0, *itertools.accumulate(map(len, parts))]
     found: list[dict[str, float]] = []
-    for number in share(len(parts)):  # the last one may stand in for one that is not there
+    for number in share(len(parts)):  # 0, 1, or more where the last batch is repeated
         batch = to_device({k: v for k, v in collate(parts[number]).items() if k != "skipped"}, device)
         numbers = range(firsts[number], firsts[number + 1])
         with DrawsByItem([seed * _SEED_STRIDE + item for item in numbers]):

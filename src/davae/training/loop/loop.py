@@ -251,7 +251,7 @@ class _Training:
         if norms[0] is not None:
             self.means.add({"gradient_norm": norms[0]})
 
-        # The steps; one that is not finite changes nothing, in any process.
+        # The optimizer steps; a bad one changes nothing, in any process.
         latents = torch.cat(finite) if finite else None
         for i, trainer in enumerate(self.trainers):
             trained = trainer.trained
@@ -393,7 +393,7 @@ class _Training:
 
     def _result(self) -> TrainResult:
         self.guard.refuse_if_nothing_was_learnt(self.first, self.loop.steps)
-        for entries in everyone(self.ledger.entries):  # every process met bad files of its own
+        for entries in everyone(self.ledger.entries):  # every process has skipped files of its own
             self.ledger.add(entries)
         result = self.out
         if not self.metrics:  # resumed at its end: measure again rather than report nothing

@@ -52,7 +52,7 @@ def run_diffusion(
     autoencoder: Path | None = None,
     dry_run: bool = False,
 ) -> str:
-    """Train stage 2 of a recipe on a trained autoencoder; returns a summary to print."""
+    """Train stage 2 of a recipe into ``out``, by default ``runs/RECIPE-diffusion``; returns a summary to print."""
     settings = _upgrade_recipe(recipe, overrides, "diffusion")
     if dry_run:
         check_upgrade(settings, "diffusion", without_images=True)
