@@ -35,7 +35,7 @@ from davae.version import __version__
 
 
 class _Verbs(typer.core.TyperGroup):
-    """Ctrl-C is told as any other end: typer would leave without a word."""
+    """Reports Ctrl-C as other signals; typer would exit without a message."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -82,7 +82,7 @@ def _options(
     from davae.runtime.console import PlainConsole, PlainFormatter
 
     console = PlainConsole(stderr=True)
-    handler: logging.Handler = logging.StreamHandler()  # in a file a message is one line, however long
+    handler: logging.Handler = logging.StreamHandler()  # not a terminal: one line per message, not wrapped
     form = "%(asctime)s %(message)s"
     if console.is_terminal:
         handler = RichHandler(console=console, show_path=False, show_level=False, omit_repeated_times=False)
@@ -105,8 +105,8 @@ def _options(
 def main() -> None:
     """Run the command line.
 
-    Exit status 0: success; 2: a mistake in what was asked; 1: a failure; 128 and its number: a signal. An error of the
-    system is one line; one that is davae's own to mend shows where it came up.
+    Exit status: 0 success, 2 a user error, 1 a failure, 128 + number after a signal. System errors (files, memory) are
+    shown as one line, bugs with their traceback.
     """
     try:
         with ending_by_signals():

@@ -29,10 +29,10 @@ def new_file(file: Path | None) -> Path | None:
 
 
 def folder_of(kind: KindName) -> Callable[[Path | None], Path | None]:
-    """A callback for the folder of a kind of output: told before any work where it would not be taken.
+    """An option's callback that checks, before any work, whether a folder can take a kind of output.
 
     Raises:
-        DavaeError: when it is called with a file, a folder that cannot be written, or one that is somebody else's.
+        DavaeError: from the callback: a file, a folder that is not writable, or one that holds something else.
     """
 
     def check(folder: Path | None) -> Path | None:
@@ -79,11 +79,11 @@ def check_recipe(
     Args:
         recipe, overrides: as given.
         images: whether the images must exist.
-        stages: the sections that are trained.
+        stages: the sections to be trained.
 
     Raises:
-        DavaeError: no such recipe, an unknown key, a bad value, nothing at ``data.path``, or settings of a stage that
-            it would refuse later.
+        DavaeError: no such recipe, an unknown key, a bad value, nothing at ``data.path``, or unsuitable settings of a
+            stage.
     """
     from davae.recipes.checks import check_settings
     from davae.recipes.data import check_data_path

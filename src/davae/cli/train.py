@@ -11,10 +11,10 @@ from davae.runtime.console import say
 app = typer.Typer(no_args_is_help=True)
 
 Out = Annotated[
-    Path | None, typer.Option("--out", help="Run directory (default runs/RECIPE-STAGE).", callback=folder_of("run"))
+    Path | None, typer.Option("--out", help="Run directory (default: runs/RECIPE-STAGE).", callback=folder_of("run"))
 ]
 BaseOut = Annotated[
-    Path | None, typer.Option("--out", help="Run directory (default runs/RECIPE).", callback=folder_of("base run"))
+    Path | None, typer.Option("--out", help="Run directory (default: runs/RECIPE).", callback=folder_of("base run"))
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and exit.")]
 

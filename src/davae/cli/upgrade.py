@@ -15,7 +15,7 @@ def upgrade(
     pipeline: Annotated[str, typer.Argument(help="'tiny', a pipeline folder, or a name on the hub.")],
     autoencoder: Annotated[Path, typer.Option(help="Folder of an AutoencoderDA made from its VAE.")],
     out: Annotated[
-        Path, typer.Option(help="Where the warm-started pipeline goes; new or empty.", callback=folder_of("result"))
+        Path, typer.Option(help="Folder for the warm-started pipeline; new or empty.", callback=folder_of("result"))
     ],
     timestep_shift: Annotated[str, typer.Option(help="'base', 'native', or a number: see docs/pipelines.md.")] = "base",
     variant: Variant = None,

@@ -140,7 +140,7 @@ def _ablate(
 
 
 def _check_same(recipe: AblationRecipe, cases: dict[tuple[str, int], UpgradeRecipe], out: Path) -> None:
-    """Refuse to go on with other settings, another base or other images; what is finished would not belong to them."""
+    """Refuse to continue with other settings, another base or other images than those of the finished runs."""
     file, asked = out / "ablation.recipe.json", recipe.model_dump(mode="json")
     asked["stands_on"] = _foundations(cases.values())
     if file.is_file():
@@ -154,7 +154,7 @@ def _check_same(recipe: AblationRecipe, cases: dict[tuple[str, int], UpgradeReci
 
 
 def _foundations(cases: Iterable[UpgradeRecipe]) -> dict[str, str]:
-    """Hashes of the bases' weights and of the images, by what the recipes call them: a path says where, not what."""
+    """Hashes of the bases' weights and of the images, by what the recipes call them."""
     found: dict[str, str] = {}
     for case in cases:
         base, data = f"{case.base} {case.base_revision or ''}".strip(), case.data.model_dump_json()
@@ -203,10 +203,10 @@ def real_images(recipe: UpgradeRecipe, part: Literal["train", "held_out"], count
 
 
 def generated_images(recipe: UpgradeRecipe, pipeline: Path, count: int, folder: Path) -> Tensor:
-    """Samples of the held-out images' classes in turn, ``[count, 3, H, W]`` in [-1, 1], rounded to 8 bits.
+    """Samples ``[count, 3, H, W]`` in [-1, 1], rounded to 8 bits, cycling through the held-out images' classes.
 
-    They are kept in a file of ``folder`` that is named by the pipeline's contents, their number and the settings, and
-    read from there the next time.
+    They are stored in ``folder``, in a file named by a hash of pipeline, count and settings, and read from it if it
+    exists.
     """
     made_with = [
         folder_hash(pipeline),

@@ -1,10 +1,9 @@
 """Files and folders that are complete or absent, whatever ends the process: a kill, a full disk, a power cut.
 
-They are written beside under a hidden name, flushed to disk and then renamed: a rename may reach the disk before the
-bytes do, so a file that was only renamed can be empty after a power cut. Everything that davae makes, renames or
-removes on a disk is made, renamed and removed here, with the modes that the umask says; whose a folder is, and whether
-it may be written, is asked in :mod:`davae.runtime.places`. Here stand also locks, the SHA-256 of a file, and what the
-system's errors say in one line.
+They are written next to their destination under a hidden name, flushed to disk and then renamed. Without the flush, the
+rename may reach the disk before the data, and a power cut leaves an empty file. davae creates, renames and removes
+files and folders only here, with modes that follow the umask; :mod:`davae.runtime.places` decides whether a folder may
+be written. Also here: locks, SHA-256 hashes, and system errors as one line.
 """
 
 import contextlib
@@ -28,22 +27,22 @@ from safetensors import SafetensorError
 from davae.errors import DavaeError
 
 LOCK, MARK = ".davae.lock", ".davae"
-"""In folders that are written over time: the lock, and what kind they are of."""
+"""Files in folders that are written incrementally: the lock, and the folder's kind."""
 _INSIDE = ".davae.partial"
-"""Where an empty folder is filled that cannot be replaced; its file ``names`` says what had begun to move up."""
+"""Hidden folder in an empty folder that cannot be replaced; its file ``names`` lists what is being moved up."""
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux's renameat2
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A hidden path to be written within the block, which then takes the name ``path``.
+    """Yield a hidden path to write to; when the block ends, the file is renamed to ``path``.
 
-    Until then what was there before stays. An error within the block removes the hidden file; a kill leaves it. Its
-    name is this process's own, so that several may write the same file: whoever is last.
+    Until then an existing file stays as it is. An exception in the block removes the hidden file; a kill leaves it. Its
+    name contains the process id, so that several processes may write the same file; the last one wins.
 
     Args:
-        path: the file; its folder is made where absent. A link stays one. A device or a pipe (``/dev/stdout``) is
-            written to directly.
+        path: the file; its folder is created if absent. Symbolic links are followed. A device or a pipe
+            (``/dev/stdout``) is written to directly.
     """
     path = path.resolve()
     if path.exists() and not path.is_file():
@@ -53,7 +52,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     partial = _beside(path, f"{os.getpid()}.partial")
     try:
         partial.touch()
-        mode = partial.stat().st_mode  # as the umask says; what is written next may have its own idea
+        mode = partial.stat().st_mode  # by the umask; the writer may set another one
         yield partial
         partial.chmod(mode)
         flush(partial)
@@ -77,22 +76,22 @@ def atomic_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def atomic_folder(path: Path, *, replace: bool = True, keep: Callable[[], Collection[str]] = tuple) -> Iterator[Path]:
-    """A hidden folder to be filled within the block, which then takes the name ``path``.
+    """Yield a hidden folder to fill; when the block ends, the folder is renamed to ``path``.
 
-    What had the name before stays until then, so that both need room for a while; the two change places in one step
-    where the system can (Linux), else in two, the first of which is undone where the second fails. An error within the
-    block removes the new folder and leaves the old one; a kill leaves a hidden folder, which the next call removes.
-    Meanwhile nobody else writes it.
+    An existing folder stays until then, so both need disk space for a while. They are exchanged atomically if the
+    system can (Linux), else by two renames, the first of which is undone if the second fails. An exception in the block
+    removes the new folder and leaves the old one; a kill leaves a hidden folder, which the next call removes. A lock
+    keeps other processes from writing the folder meanwhile.
 
     Args:
-        path: the folder to write; made with its parents where absent. A link stays one. An empty folder is replaced,
-            but where it is a mount or this process stands in it: then what was made moves into it at the end, and a
-            kill meanwhile leaves a part of it, which the next call removes.
-        replace: whether a folder that holds something may be replaced.
-        keep: names at the top of the old folder that the new one has too, asked for at the end.
+        path: the folder to write, created with its parents if absent. Symbolic links are followed. An empty folder is
+            replaced unless it must stay (a mount, the working directory, an unwritable parent): then the entries are
+            moved into it at the end, and a kill meanwhile leaves some of them, which the next call removes.
+        replace: whether a folder that is not empty may be replaced.
+        keep: names in the old folder to carry over into the new one; called at the end.
 
     Raises:
-        DavaeError: another process writes it, or something is in it that may not be replaced.
+        DavaeError: another process writes the folder, or it is not empty and may not be replaced.
     """
     path = path.resolve()
     in_place = path.is_dir() and is_free(path) and (bool(os.listdir(path)) or _must_stay(path))
@@ -122,14 +121,14 @@ def atomic_folder(path: Path, *, replace: bool = True, keep: Callable[[], Collec
 
 
 def save_whole(model: Any, folder: Path) -> Path:
-    """``model.save_pretrained`` of diffusers or transformers into a folder that is whole or as before."""
+    """``model.save_pretrained`` through :func:`atomic_folder`; returns the folder."""
     with atomic_folder(folder) as inside:
         model.save_pretrained(inside)
     return folder
 
 
 def make_folder(folder: Path) -> Path:
-    """Make a folder and those above it where they are absent."""
+    """Create a folder and its parents if absent; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -142,18 +141,18 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a folder that nothing is in."""
+    """Remove a folder if it is empty."""
     with contextlib.suppress(OSError):
         folder.rmdir()
 
 
 def remove_file(file: Path) -> None:
-    """Remove a file where it is there."""
+    """Remove a file if it exists."""
     file.unlink(missing_ok=True)
 
 
 def set_aside(file: Path) -> Path:
-    """Give a file another name beside, ``NAME.damaged`` or with a number; returns it."""
+    """Rename a file to ``NAME.damaged``, or with a number appended; returns the new path."""
     for number in range(1, 1000):
         aside = file.with_name(f"{file.name}.damaged{'' if number == 1 else f'-{number}'}")
         if not aside.exists():
@@ -168,7 +167,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half-written in a folder that nobody else writes now."""
+    """Remove what killed processes left half-written in a folder; no other process may be writing it."""
     for entry in list(folder.iterdir()):
         if entry.name != LOCK and re.fullmatch(r"\..+\.(partial|lock)|\.step-\d+\.removed", entry.name):
             if entry.is_dir() and not entry.is_symlink():
@@ -178,7 +177,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def contents(folder: Path) -> set[str]:
-    """Names in a folder, without davae's own hidden files and what a killed process had begun to put there."""
+    """Names in a folder, without davae's own hidden files and what a killed process had started to move there."""
     names = set(os.listdir(folder)) - {LOCK, MARK, _INSIDE}
     journal = folder / _INSIDE / "names"
     begun = set(json.loads(journal.read_text())) if journal.is_file() else set()
@@ -186,12 +185,12 @@ def contents(folder: Path) -> set[str]:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a folder is absent, or there is nothing in it."""
+    """Whether a folder is absent or has no :func:`contents`."""
     return not folder.exists() or (folder.is_dir() and not contents(folder))
 
 
 def allow_as_umask(folder: Path) -> None:
-    """Give the weight files that were saved into a folder the mode that the umask says: safetensors makes them 0600."""
+    """Give the weight files in a folder the mode of the umask; safetensors creates them with 0600."""
     private = [file for file in folder.glob("*.safetensors") if stat.S_IMODE(file.stat().st_mode) == 0o600]
     if private:
         probe = _beside(private[0], f"{os.getpid()}.partial")
@@ -218,7 +217,7 @@ def file_hash(path: str | Path) -> str:
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256 over the names and bytes of all files in a folder and below."""
+    """SHA-256 over the relative names and bytes of all files in a folder, recursively, as hexadecimal digits."""
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{file.relative_to(folder).as_posix()} {file_hash(file)};".encode())
@@ -227,12 +226,12 @@ def folder_hash(folder: Path) -> str:
 
 @contextmanager
 def locked(file: Path, in_use: Callable[[], str], *, remove: bool = False) -> Iterator[None]:
-    """Within the block no other process holds the lock ``file``; a killed process holds none.
+    """Hold the lock ``file`` for the duration of the block; a killed process holds no lock.
 
     Args:
-        file: made where absent; its folder must exist.
-        in_use: what the error says where another process holds it.
-        remove: leave no file behind. For locks that nobody waits for.
+        file: created if absent; its folder must exist.
+        in_use: makes the error message if another process holds the lock.
+        remove: remove the file at the end; only for locks that no process waits for.
 
     Raises:
         DavaeError: another process holds the lock.
@@ -247,7 +246,7 @@ def locked(file: Path, in_use: Callable[[], str], *, remove: bool = False) -> It
     finally:
         try:
             if remove:
-                with contextlib.suppress(OSError):  # Windows removes no open file
+                with contextlib.suppress(OSError):  # Windows cannot remove an open file
                     file.unlink()
         finally:
             lock.release()
@@ -259,7 +258,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def system_error(error: BaseException) -> str | None:
-    """What an error of the system says, in one line: files, disks, networks, memory. None for any other error."""
+    """The message, in one line, of a system error (files, disks, networks, memory); ``None`` for any other error."""
     name = type(error).__name__
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in str(error):
         what = "the device's memory" if name == "OutOfMemoryError" else "the memory"
@@ -298,7 +297,7 @@ def disk_full_as_error(folder: Path, kept: str) -> Iterator[None]:
 
 
 def _number(error: BaseException) -> int | None:
-    """The system's number of an error; safetensors, which is written in Rust, has it in its text alone."""
+    """The ``errno`` of an error; safetensors, written in Rust, has it only in the message."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
@@ -310,7 +309,7 @@ def _one_line(text: str) -> str:
 
 
 def _must_stay(folder: Path) -> bool:
-    """Whether an empty folder cannot be replaced: a mount, one in a folder that is not ours, or where we stand."""
+    """Whether an empty folder cannot be replaced: a mount, one with an unwritable parent, or the working directory."""
     try:
         here = Path.cwd()
     except FileNotFoundError:
@@ -319,12 +318,12 @@ def _must_stay(folder: Path) -> bool:
 
 
 def _put(new: Path, path: Path, *, replace: bool) -> None:
-    """Give a finished folder its name, whatever had it before."""
+    """Rename a finished folder to ``path``, in place of an existing one."""
     if is_free(path):
         if path.exists() and os.name == "nt":
             path.rmdir()
         try:
-            new.rename(path)  # onto an empty folder too; never onto one that was filled meanwhile
+            new.rename(path)  # replaces an empty folder, never one that was filled meanwhile
             return
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -344,14 +343,14 @@ def _put(new: Path, path: Path, *, replace: bool) -> None:
 
 
 def _exchanged(new: Path, old: Path) -> bool:
-    """Let two folders change names in one step; False where the system or the disk cannot."""
+    """Exchange two folders atomically; false if the system or the file system cannot."""
     call = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     here = -100  # AT_FDCWD
     return call is not None and call(here, os.fsencode(new), here, os.fsencode(old), _EXCHANGE) == 0
 
 
 def _carry(old: Path, new: Path, names: Collection[str]) -> None:
-    """What the old folder holds besides, into the new one: the same bytes on the disk where it can be."""
+    """Carry ``names`` of the old folder over into the new one, as hard links if possible."""
     for name in sorted(set(names) - set(os.listdir(new))):
         source = old / name
         if source.is_dir() and not source.is_symlink():
@@ -368,7 +367,7 @@ def _same_bytes(source: str | Path, target: str | Path) -> None:
 
 
 def _tidy_beside(path: Path) -> None:
-    """Remove hidden folders of killed processes; a kill between two renames left the only whole one hidden."""
+    """Remove hidden folders of killed processes; restore the old one after a kill between two renames."""
     removed = _beside(path, "removed")
     if removed.exists() and not path.exists():
         removed.rename(path)
@@ -379,7 +378,7 @@ def _tidy_beside(path: Path) -> None:
 
 
 def _tidy_inside(path: Path) -> None:
-    """Remove what a killed process was putting into an empty folder."""
+    """Remove what a killed process had moved into an empty folder."""
     journal = path / _INSIDE / "names"
     for name in json.loads(journal.read_text()) if journal.is_file() else []:
         begun = path / name
@@ -392,7 +391,7 @@ def _tidy_inside(path: Path) -> None:
 
 
 def _move_up(partial: Path, path: Path) -> None:
-    """What was made, into the folder that must stay; what makes it one that opens comes last."""
+    """Move the entries into the folder that must stay; files last, ``model_index.json`` last of all."""
     entries = sorted(partial.iterdir(), key=lambda entry: (entry.is_file(), entry.name == "model_index.json"))
     atomic_json(partial / "names", [entry.name for entry in entries])
     for entry in entries:
@@ -401,7 +400,7 @@ def _move_up(partial: Path, path: Path) -> None:
 
 
 def _settle(folder: Path) -> None:
-    """Modes as the umask says, the folder's own being made by it, and everything on the disk."""
+    """Set the modes of the umask, taken from the folder's own, and flush everything to disk."""
     mode = folder.stat().st_mode & 0o666
     for written in folder.rglob("*"):
         if written.is_symlink():

@@ -57,11 +57,11 @@ def named_dtype(name: str) -> torch.dtype:
 
 
 def saved_dtype(folder: str | Path, *, variant: str | None = None) -> torch.dtype:
-    """The precision in which most numbers of a model's folder are saved; float32 where no header tells.
+    """The dtype of most elements in a model's saved weights; float32 if no readable header tells.
 
     Args:
-        folder: a model's, with its ``.safetensors`` files.
-        variant: of the files, where the folder has it; None means those without one, and where there are none any.
+        folder: the model's folder with its ``.safetensors`` files.
+        variant: of the files to look at, by default those without one; all files if the folder has none of these.
     """
     numbers = dict.fromkeys(_SAVED_AS, 0)
     files = list(Path(folder).glob("*.safetensors"))

@@ -1,7 +1,7 @@
-"""Opening models of diffusers and transformers: none with a weight missing, left over, misshapen or not a number.
+"""Opening models of diffusers and transformers with checks: no weight missing, unexpected, misshapen or not finite.
 
-Both libraries open such models all the same. They log a line, and leave the weight on the meta device, at random, or at
-what the memory held before. Everything that davae opens goes through :func:`open_model`.
+Both libraries only log such weights, and leave missing ones on the meta device, random or uninitialised. davae opens
+all models through :func:`open_model`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.(?P<new>\w[\w-]*?))?(?:-\d{5}-of-\d{5})?(?:\.(?P<old>\w[\w-]*))?\.safetensors"
 )
-# What stands beside the part of a language or vision model that a pipeline takes: its head, its other half.
+# Parts of a language or vision model that a pipeline may leave out: its head, its other half.
 _OTHER_PARTS = {
     "lm_head", "decoder", "vision_model", "visual", "vision_tower", "multi_modal_projector", "visual_projection",
     "text_projection", "logit_scale", "logit_bias", "score", "classifier", "cls", "pooler",
@@ -39,24 +39,24 @@ def open_model(
     only_variant: bool = True,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """A model from its folder or from the hub, complete and finite, or an error that names file and key.
+    """Open a model from a folder or from the hub, and check that its weights are complete and finite.
 
-    Keys are compared by the libraries' own account of what they read, so that tied weights, buffers that are made anew
-    and quantised layers count as they mean them. Of a sharded folder every file is looked at, not the index alone.
+    Keys are compared by the loading report of the libraries, which accounts for tied weights, rebuilt buffers and
+    quantised layers. Of a sharded model all files are checked, not only the index.
 
     Args:
         load: ``from_pretrained`` of a class of diffusers or transformers.
         path_or_repo: a folder, or ``user/name``.
-        optional: parts that may be missing, such as ``pooler``; they then hold random numbers.
-        only_variant: where no ``variant`` is asked for and the folder has one alone, that is taken, and said.
+        optional: parts that may be missing, such as ``pooler``; their weights are then random.
+        only_variant: without a ``variant`` option, choose one by :func:`chosen_variant`.
         options: for ``load``.
 
     Returns:
-        The model, and what ``load`` says of its keys.
+        The model, and the loading report of ``load``.
 
     Raises:
-        DavaeError: a weight is missing, left over, of another shape or not finite; statistics in the configuration
-            cannot be ones; or the folder has several variants, and none was chosen.
+        DavaeError: a weight is missing, unexpected, of another shape or not finite (the message names file and key);
+            statistics in the configuration are invalid; or there are several variants and none was chosen.
     """
     folder = Path(path_or_repo) / (options.get("subfolder") or "")
     where = str(folder if folder.is_dir() else path_or_repo)
@@ -66,7 +66,7 @@ def open_model(
     options["output_loading_info"] = True
     try:
         model, info = load(path_or_repo, **options)
-    except DavaeError as error:  # of the constructor, which knows no folder
+    except DavaeError as error:  # from the constructor, which does not know the folder
         raise DavaeError(f"{where}: {error}") from error
     except (ValueError, RuntimeError) as error:
         if "ignore_mismatched_sizes" not in str(error):
@@ -94,7 +94,7 @@ def _check(
 ) -> None:
     missing = sorted(key for key in info["missing_keys"] if not any(part in key for part in optional))
     unexpected = set(info["unexpected_keys"])
-    if not hasattr(type(model), "load_config"):  # of transformers, whose classes are opened from larger models too
+    if not hasattr(type(model), "load_config"):  # transformers: a class may be opened from a larger model
         parts = {name for name, _ in model.named_children()}
         unexpected = {key for key in unexpected if _top(model, key) in parts or _top(model, key) not in _OTHER_PARTS}
     stored = stored_keys(folder, variant)
@@ -145,12 +145,12 @@ def _some(keys: list[str]) -> str:
 
 
 def _top(model: nn.Module, key: str) -> str:
-    """The first name of a key below the model, with or without the prefix of a model with a head."""
+    """The first component of a key, after the base model's prefix if it has one."""
     return key.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.").split(".")[0]
 
 
 def never_filled(model: nn.Module) -> list[str]:
-    """Names of tensors without memory, but for those that accelerate holds elsewhere."""
+    """Names of tensors on the meta device, except in modules that accelerate offloads."""
     return [
         f"{name}.{key}" if name else key
         for name, module in model.named_modules()
@@ -161,23 +161,23 @@ def never_filled(model: nn.Module) -> list[str]:
 
 
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, as they are."""
+    """Parameters and persistent buffers by name."""
     return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
 
 
 @torch.no_grad()
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors with a value that is infinite or not a number, or of a variance below 0.
+    """Names of tensors with an infinite or NaN value, and of ``running_var`` buffers with a negative one.
 
-    One pass over the memory without a copy. Integers and quantised formats are left out.
+    One pass over memory without a copy. Integer and quantised tensors are skipped.
     """
     names, verdicts = [], []
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.itemsize < 2 or tensor.device.type == "meta" or not tensor.numel():
             continue
-        if type(tensor) not in (Tensor, nn.Parameter):  # a format of its own, such as torchao's
+        if type(tensor) not in (Tensor, nn.Parameter):  # tensor subclasses, such as torchao's
             continue
-        low, high = torch.aminmax(tensor.detach())  # NaN goes through both
+        low, high = torch.aminmax(tensor.detach())  # both propagate NaN
         verdict = low.isfinite() & high.isfinite()
         if name.endswith("running_var"):
             verdict = verdict & (low >= 0)
@@ -187,7 +187,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     for position, verdict in enumerate(verdicts):
         by_device.setdefault(verdict.device, []).append(position)
     bad = []
-    for positions in by_device.values():  # one transfer a device
+    for positions in by_device.values():  # one transfer per device
         finite = torch.stack([verdicts[position] for position in positions]).tolist()
         bad += [position for position, good in zip(positions, finite, strict=True) if not good]
     return [names[position] for position in sorted(bad)]
@@ -197,7 +197,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def stored_keys(folder: Path, variant: str | None = None) -> dict[str, Path]:
-    """The file of every tensor in a model's folder, from the headers alone; damaged files are left out."""
+    """The file of every tensor in a model's folder, read from the headers; damaged files are skipped."""
     found: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
         if _is_weights(file.name) and variant_of(file.name) == variant:
@@ -211,7 +211,7 @@ def stored_keys(folder: Path, variant: str | None = None) -> dict[str, Path]:
 
 
 def _outside_index(folder: Path, stored: Mapping[str, Path]) -> set[str]:
-    """Tensors of a sharded folder's files that its index does not name."""
+    """Tensors in the files of a sharded model that its index does not list."""
     surplus: set[str] = set()
     for index in folder.glob("*.safetensors.index*.json"):
         listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -225,7 +225,7 @@ def _in_file(stored: Mapping[str, Path], key: str) -> str:
 
 
 def by_component(files: Iterable[str]) -> dict[str, list[str]]:
-    """File names by folder, of paths relative to a pipeline's folder or a repository."""
+    """Group paths, relative to a pipeline's folder or repository, into file names by folder."""
     found: dict[str, list[str]] = {}
     for file in files:
         folder, _, name = file.rpartition("/")
@@ -234,21 +234,21 @@ def by_component(files: Iterable[str]) -> dict[str, list[str]]:
 
 
 def component_files(folders: Iterable[Path]) -> dict[str, list[str]]:
-    """:func:`by_component` of folders on this machine."""
+    """:func:`by_component` for local folders."""
     return {folder.name: [file.name for file in sorted(folder.iterdir())] for folder in folders}
 
 
 def chosen_variant(where: str | Path, files: Mapping[str, Iterable[str]], wanted: str | None) -> str | None:
-    """The variant to open models in; None for the files without one.
+    """The variant of weight files to open models with; ``None`` for files without a variant.
 
     Args:
-        where: what holds them, for messages.
-        files: names of each model's files, see :func:`by_component`.
-        wanted: what was asked for, such as ``fp16``; None takes the files without a variant, and where a model has none
-            of those the only variant that there is.
+        where: where the models are, for messages.
+        files: file names of each model, see :func:`by_component`.
+        wanted: the requested variant, such as ``fp16``; by default files without a variant, or, if a model has none of
+            these, the only variant that there is (logged).
 
     Raises:
-        DavaeError: none of the models has the variant, or there are several and none was chosen.
+        DavaeError: no model has the requested variant, or there are several and none was requested.
     """
     found = [variants for names in files.values() if (variants := set(map(variant_of, filter(_is_weights, names))))]
     known = sorted({variant for variants in found for variant in variants if variant is not None})
@@ -271,7 +271,7 @@ def chosen_variant(where: str | Path, files: Mapping[str, Iterable[str]], wanted
 
 
 def variant_of(file: str) -> str | None:
-    """``fp16`` of ``model.fp16.safetensors`` and kin; None of a file of weights without a variant."""
+    """``fp16`` for ``model.fp16.safetensors`` and similar names; ``None`` for other files."""
     match = _WEIGHTS.fullmatch(file)
     return match and (match["new"] or match["old"])
 

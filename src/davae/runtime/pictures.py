@@ -70,7 +70,11 @@ def image_grid(rows: list[Tensor]) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: Path, **options: Any) -> None:
-    """Write one picture, whole or not at all, in the format that its name ends in; its folder is made where absent."""
+    """Write an image atomically, in the format of its suffix; its folder is created if absent.
+
+    Raises:
+        DavaeError: the suffix is no image format.
+    """
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None:
         raise DavaeError(f"{path}: no kind of picture ends in '{path.suffix}'; name it {path.stem}.png")

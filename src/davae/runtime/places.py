@@ -1,7 +1,7 @@
-"""Whose a folder is: every verb claims the one it writes, and takes none that is somebody else's.
+"""Ownership of output folders: every command claims the folder it writes, and refuses folders with other contents.
 
-A folder is new, or empty, or of the kind that is written: a run goes on in a run, a cache in a cache. It is known by a
-hidden file, the mark, or by what earlier versions left in it. While it is written nobody else writes it.
+A folder may be new, empty, or of the same kind of output: a run continues in a run, a cache in a cache. The kind is
+known from a hidden file, the mark, or from what earlier versions wrote. A lock excludes concurrent writers.
 """
 
 import hashlib
@@ -39,23 +39,25 @@ KindName = Literal[
 ]  # fmt: skip
 
 
-_LOG = re.compile(r"(.+\.)?(log|out|err)")  # what a shell or a scheduler has begun to write beside what a verb will
-_LONGEST = 60  # letters of a text in its name
-_SPECIAL = re.compile(r"(.* )?[0-9a-f]{12}|con|prn|aux|nul|(com|lpt)[0-9]")  # looks told apart; Windows' devices
+_LOG = re.compile(r"(.+\.)?(log|out|err)")  # log files that a shell or a scheduler writes into the folder
+_LONGEST = 60  # characters of a text that its name keeps
+_SPECIAL = re.compile(
+    r"(.* )?[0-9a-f]{12}|con|prn|aux|nul|(com|lpt)[0-9]"
+)  # ends like a hashed name, or is a Windows device
 _ADAPTERS = ("davae_adapter.safetensors", "pytorch_lora_weights.safetensors")
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a verb writes.
+    """A kind of output.
 
     Attributes:
-        what: for errors.
-        whole: written in one go, the folder whole or as before; else over time and continued, with the mark in it.
+        what: name for errors.
+        whole: written atomically; otherwise incrementally, with the mark in the folder, and continued if interrupted.
         again: a folder of this kind may be written again.
-        known_by: whether a folder without a mark, of an earlier version or to be handed on, is of this kind.
+        known_by: whether a folder without a mark (of an earlier version, or to be shared) is of this kind.
         kept: what a full disk has not destroyed, for the error.
-        owns: names in such a folder that are written anew, or go; what else it holds stays. For what is whole.
+        owns: for whole kinds, names in the folder that are replaced or removed; other entries are kept.
     """
 
     what: str
@@ -67,7 +69,7 @@ class _Kind:
 
 
 def _says(file: Path, *keys: str) -> bool:
-    """Whether a JSON file is one of davae's by what it says; its name alone others may use too."""
+    """Whether a JSON file has all these keys; others may use the same file name."""
     return set(keys) <= _json(file).keys()
 
 
@@ -76,7 +78,7 @@ def _holds(name: str, *keys: str) -> Callable[[Path], bool]:
 
 
 def _is_run(folder: Path) -> bool:
-    """A training's folder: its environment names davae's version. One with levels holds runs."""
+    """Whether this is a run: its environment names davae's version, or it has such runs for levels."""
     packages = _json(folder / "environment.json").get("packages")
     return (isinstance(packages, dict) and "davae" in packages) or any(map(_is_run, folder.glob("level-*")))
 
@@ -86,7 +88,7 @@ def _holds_runs(*names: str) -> Callable[[Path], bool]:
 
 
 def _is_upgraded(folder: Path) -> bool:
-    """A pipeline with an autoencoder of davae: not its base."""
+    """Whether this is a pipeline with an :class:`AutoencoderDA`, and not a base."""
     return _json(folder / "vae" / "config.json").get("_class_name") == "AutoencoderDA"
 
 
@@ -140,19 +142,18 @@ _KINDS: dict[KindName, _Kind] = {
 
 @contextmanager
 def claim(folder: str | Path, kind: KindName) -> Iterator[Path]:
-    """Within the block the folder is this process's to write: yields where.
+    """Claim a folder for the duration of the block; yields the path to write to.
 
-    A kind that is written in one go is written in a hidden folder, which takes the name at the end; what else the old
-    one held is kept. A kind that is written over time is written in the folder itself, under its lock and with its
-    mark; where nothing was written in the end, nothing is left behind.
+    Kinds written atomically go to a hidden folder, which replaces the old one at the end; unrelated entries of the old
+    one are kept. Kinds written incrementally go to the folder itself, under its lock and with its mark; if nothing was
+    written, nothing is left behind.
 
     Args:
-        folder: of the output; made where absent.
-        kind: what is written.
+        folder: for the output; created if absent.
+        kind: of the output.
 
     Raises:
-        DavaeError: the folder is somebody else's or another kind's, is in use, or cannot be written; or the disk is
-            full.
+        DavaeError: the folder holds something else, is in use, or cannot be written; or the disk is full.
     """
     place, made = Path(folder), _KINDS[kind]
     check_place(place, kind)
@@ -169,7 +170,7 @@ def claim(folder: str | Path, kind: KindName) -> Iterator[Path]:
         with _telling(place):
             make_folder(place)
             opened.enter_context(locked(place / LOCK, lambda: _in_use(place)))
-            check_place(place, kind)  # another may have begun in between
+            check_place(place, kind)  # another process may have started in between
             remove_leftovers(place)
             _write_mark(place, kind)
         try:
@@ -183,10 +184,10 @@ def claim(folder: str | Path, kind: KindName) -> Iterator[Path]:
 
 
 def check_place(folder: str | Path, kind: KindName) -> None:
-    """Whether :func:`claim` would take a folder; for the time before models are loaded. Writes nothing.
+    """Check, before models are loaded, that :func:`claim` would accept a folder. Writes nothing.
 
     Raises:
-        DavaeError: it is a file, cannot be written, or is somebody else's or another kind's.
+        DavaeError: it is a file, cannot be written, or holds something else.
     """
     folder, made = Path(folder), _KINDS[kind]
     check_writable(folder / "any")
@@ -212,12 +213,12 @@ def check_place(folder: str | Path, kind: KindName) -> None:
 
 
 def check_writable(file: Path) -> None:
-    """Whether a file can be made there, with the folders above it.
+    """Check that a file can be created at this path, with its parent folders.
 
     Raises:
-        DavaeError: a folder above it is a file, or may not be written.
+        DavaeError: a folder above it is a file, or is not writable.
     """
-    # os.path is False below a folder that may not be entered, where Path raises PermissionError (Python 3.11)
+    # below a folder without permission os.path.exists is false, where Path.exists raises PermissionError (Python 3.11)
     above = next(parent for parent in file.absolute().parents if os.path.exists(parent))
     if not os.path.isdir(above):
         raise DavaeError(f"{file.parent} cannot be a folder: {above} is a file. Name another place")
@@ -226,10 +227,10 @@ def check_writable(file: Path) -> None:
 
 
 def safe_name(text: str) -> str:
-    """A name for a file or a folder: two texts never have the same one, whatever the disk thinks of upper case.
+    """A file or folder name for a text; distinct texts get distinct names, also where case is ignored.
 
-    Words of plain small letters and digits with a space between are joined by hyphens. Any other text (and one that
-    Windows keeps for devices) is told apart by the first digits of its SHA-256.
+    Words of lower-case ASCII letters, digits and underscores are joined by hyphens. To any other text (and to Windows'
+    device names) the first 12 digits of its SHA-256 are appended.
     """
     if re.fullmatch(r"[a-z0-9_]+( [a-z0-9_]+)*", text) and len(text) <= _LONGEST and not _SPECIAL.fullmatch(text):
         return text.replace(" ", "-")
@@ -240,7 +241,7 @@ def safe_name(text: str) -> str:
 
 @contextmanager
 def _telling(folder: Path) -> Iterator[None]:
-    """Errors of the system while a folder is claimed name the folder."""
+    """Turn system errors in the block into a :class:`DavaeError` that names the folder."""
     try:
         yield
     except OSError as error:
@@ -248,7 +249,7 @@ def _telling(folder: Path) -> Iterator[None]:
 
 
 def _others(folder: Path, kind: _Kind) -> set[str]:
-    """What a folder that is written anew holds besides."""
+    """Entries of a folder that are kept when it is written again."""
     return contents(folder) - set(kind.owns(folder)) if kind.again and folder.is_dir() else set()
 
 
@@ -266,7 +267,7 @@ def _in_use(folder: Path) -> str:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none or it cannot be read."""
+    """A JSON object; empty if there is none or it cannot be read."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

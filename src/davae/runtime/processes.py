@@ -156,9 +156,7 @@ def wait_for_everyone() -> None:
 
 @contextmanager
 def claimed_by_first(folder: Path, kind: KindName) -> Iterator[None]:
-    """Within the block the folder is that of these processes: the first one claims it, see
-    :func:`davae.runtime.places.claim`.
-    """
+    """Context in which the first process holds the folder's :func:`~davae.runtime.places.claim` for all of them."""
     start_processes()
     with claim(folder, kind) if is_first() else nullcontext():
         yield

@@ -1,4 +1,4 @@
-"""Reading other people's checkpoint files without running their code, and writing tensors."""
+"""Reading third-party checkpoint files without executing code from them, and writing tensors."""
 
 import logging
 import pickle
@@ -57,7 +57,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_finite(path: str | Path) -> dict[str, Tensor]:
-    """:func:`read_tensors` of a file that must hold finite numbers alone.
+    """:func:`read_tensors` of a file that must contain only finite numbers.
 
     Raises:
         DavaeError: as :func:`read_state_dict`, or a tensor is not finite.
@@ -123,7 +123,7 @@ def _find_tensors(content: Any, path: Path, entries: Sequence[str]) -> Mapping[s
 
 
 def atomic_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
-    """Write named tensors of any device as a safetensors file, whole or not at all; ``metadata`` is its header's."""
+    """Write named tensors, on any device, atomically as a safetensors file, with ``metadata`` in its header."""
     with atomic_file(path) as partial:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(plain, partial, metadata=metadata)

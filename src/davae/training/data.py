@@ -30,7 +30,7 @@ def open_part(
         data: the recipe's section.
         part: which.
         unit: side of a token in pixels, see :func:`token_side`; only buckets need it.
-        quiet: do not log what was found.
+        quiet: do not log what is found.
     """
     training = part == "train"
     return open_dataset(
@@ -48,10 +48,10 @@ def open_part(
 
 
 def open_held_out(data: DataSettings) -> ImageDataset | RenderedDataset:
-    """The held-out part, where figures are wanted of it.
+    """Open the held-out part for measuring.
 
     Raises:
-        DavaeError: nothing is held out.
+        DavaeError: no image is held out.
     """
     found = open_part(data, "held_out")
     if not len(found):
@@ -70,11 +70,11 @@ def _no_captions(count: int, pipeline: str) -> DavaeError:
 
 
 def check_images(data: DataSettings, *, captions_for: str | None = None) -> None:
-    """Open both parts of the data before a base is loaded for them, so that what is wrong with them is told at once.
+    """Check the data before a base is loaded.
 
     Args:
         data: the recipe's section.
-        captions_for: the pipeline's class, where it learns from captions.
+        captions_for: name of the pipeline's class if it is trained on captions.
 
     Raises:
         DavaeError: there are no images, most cannot be used, too many are to be held out, or none has a caption.

@@ -37,7 +37,7 @@ class Stage(ABC):
 
     name: str
     section: str = ""
-    """The recipe's section that ``loop`` is of, for advice."""
+    """The recipe's section that has ``loop``, for advice in messages."""
     loop: LoopSettings
     modules: list[TrainedModule]
     """The first is the model, which is averaged and validated; discriminators may follow."""
@@ -46,18 +46,18 @@ class Stage(ABC):
     workers: int = 0
     """Data loader processes."""
     timeout_s: float = 0.0
-    """Seconds to wait for a batch of images; 0 waits for ever."""
+    """Seconds to wait for a batch of images; 0 waits forever."""
     facts: dict[str, Any] = {}  # replaced, never changed  # noqa: RUF012
-    """What the run's ``environment.json`` says besides: where the base's weights came from."""
+    """Further entries of the run's ``environment.json``, such as the origin of the base's weights."""
     foundations: Mapping[str, str] = {}  # replaced, never changed
-    """Hashes of the weights that the training was given, by what people call them."""
+    """Hashes of the weights that the training was given, by a readable name."""
     measured_on: Sequence[ItemDataset] | None = None
-    """The sets that :meth:`validate` reads. Where all are empty, nothing is measured; none leaves it to the stage."""
+    """The data sets that :meth:`validate` reads; if all are empty it is not called. ``None``: it is always called."""
     other_sections: Sequence[str] = ()
-    """Sections of the recipe that another stage reads."""
+    """Sections of the recipe that only another stage reads."""
 
     can_recompute: bool = True
-    """Whether ``loop.gradient_checkpointing`` does anything."""
+    """Whether the model supports ``loop.gradient_checkpointing``."""
 
     @property
     def can_measure(self) -> bool:

@@ -45,7 +45,7 @@ class ReconstructionLoss(nn.Module):
         self.dino = _dino(settings.dino_backbone) if settings.dino_weight else None
 
     def foundations(self) -> dict[str, str]:
-        """Hashes of the networks that distances are measured with, by what people call them."""
+        """Hashes of the LPIPS and DINO networks in use, by a readable name."""
         networks = {"the LPIPS network": self.lpips, "the DINO network": self.dino}
         return {name: weights_hash(network) for name, network in networks.items() if network is not None}
 

@@ -57,7 +57,7 @@ def train_levels(recipe: UpgradeRecipe, base: Any, out: Path) -> TrainResult:
             if not (checkpoints(following / "checkpoints") and (folder / "autoencoder" / "config.json").is_file()):
                 logger.info("level %d of %d", below + number, below + len(channels))
                 _train(recipe, base, vae, folder, dict(weights))
-            # else the next level stands on it: it is not trained further
+            # else the next level has started from it: it is not trained further
             vae = load_autoencoder(folder / "autoencoder")
             weights["the levels below"] = model_hash(vae)
             torch.manual_seed(recipe.autoencoder.loop.seed)
@@ -98,10 +98,7 @@ def _start(settings: AutoencoderSettings, base_vae: Any) -> AutoencoderDA | None
 
 
 def _train(recipe: UpgradeRecipe, base: Any, vae: AutoencoderDA, out: Path, weights: Mapping[str, str]) -> TrainResult:
-    """One training: images at the resolution that ``vae`` makes of the recipe's whole scale.
-
-    ``weights`` are hashes of those that it stands on.
-    """
+    """One training, at the resolution of the last level of ``vae``; ``weights`` are hashes of what it starts from."""
     data = recipe.data
     ratio = recipe.autoencoder.model.scale * getattr(base.vae, "scale", 1) // vae.scale
     if ratio > 1:

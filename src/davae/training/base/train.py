@@ -185,7 +185,7 @@ def _new_pipeline(
 
 
 def _is_trained(run: Path, steps: int) -> bool:
-    """Whether a run came as far as it shall, as far as its checkpoints are still there."""
+    """Whether a run's newest checkpoint has reached ``steps``, or its checkpoints have been removed."""
     found = checkpoints(run / "checkpoints")
     return not found or step_of(found[-1]) >= steps
 

@@ -125,7 +125,7 @@ def newest_whole(folder: Path, needed: Collection[str] = ()) -> tuple[Path, Tens
 
 
 def plain_values(path: Path) -> dict[str, Any]:
-    """The plain values of a checkpoint without its tensors, unchecked; empty where they cannot be read."""
+    """The plain values of a checkpoint, unchecked; empty if they cannot be read."""
     try:
         found = json.loads((path / _STATE).read_text())
     except (OSError, ValueError):
@@ -224,7 +224,7 @@ class CheckpointWriter:
         return value < self.best["value"] if self.best_mode == "min" else value > self.best["value"]
 
     def save(self, step: int, tensors: Tensors, values: dict[str, Any], *, copied: bool = False) -> None:
-        """Copy the state and begin to write it; returns before it is on the disk.
+        """Copy the state and start writing it; returns before it is on disk.
 
         Args:
             step: optimizer steps done.
@@ -243,15 +243,15 @@ class CheckpointWriter:
         self._pending = self._pool.submit(self._write, step, tensors, values)
 
     def keep_best(self, step: int, value: float) -> None:
-        """Keep the checkpoint of ``step``, the newest one, as the best so far, in place of the best before.
+        """Keep the newest checkpoint, of ``step``, as the best so far instead of the previous best.
 
         Raises:
-            DavaeError: it could not be written.
+            DavaeError: the disk was full when it was written.
         """
         self.wait()
         self.best = {"step": step, "value": value}
         atomic_write(self._best_file, json.dumps(self.best))
-        # Only now may the best before go: until the line above the file named it.
+        # Only now may the previous best be removed: until the line above, the file named it.
         remove_old(self.folder, step, keep=self.keep, protected={step})
 
     def check(self) -> None:

@@ -1,7 +1,7 @@
-"""What a run stands on: the weights it began with and the images it learns from, known by what they hold.
+"""What a run depends on: the weights it started from and its training images, identified by content.
 
-A path says where something lay, not what it was. A checkpoint keeps hashes of the weights that a training was given and
-of the names and sizes of its images; a run goes on where they are the same, wherever they lie now.
+A path says where something is, not what it is. A checkpoint stores hashes of the given weights and of the names and
+sizes of the training images; a run resumes if they are the same, wherever they are now.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from davae.errors import DavaeError
 
 logger = logging.getLogger(__name__)
 IMAGES = "images"
-"""The file of a checkpoint that knows the images."""
+"""The checkpoint's file with the hashes of the images."""
 _SCALES = ("_mean", "_std", "_factor")
 
 
 def model_hash(module: nn.Module) -> str:
-    """A hash of a model's weights, and of the numbers in its configuration that latents are scaled with."""
+    """A hash of a model's weights and of the latent statistics and scales in its configuration."""
     config = plain_config(getattr(module, "config", None) or {}) if hasattr(module, "register_to_config") else {}
     scales = {key: value for key, value in config.items() if key.endswith(_SCALES) and value is not None}
     return value_hash([weights_hash(module), scales]) if scales else weights_hash(module)
@@ -35,13 +35,13 @@ def model_hash(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Foundations:
-    """What a run stands on.
+    """What a run depends on.
 
     Attributes:
-        weights: hashes by what people call the weights, such as ``the autoencoder``.
+        weights: hashes by a readable name, such as ``the autoencoder``.
         images: ``names`` and ``contents``, int64 ``[n]``: a hash of each training image's name, and one of name and
-            size, 0 where the size is not known.
-        names: the images in the same order.
+            file size, 0 if the size is unknown.
+        names: names of the images in the same order.
     """
 
     weights: Mapping[str, str]
@@ -50,7 +50,7 @@ class Foundations:
 
     @classmethod
     def of(cls, weights: Mapping[str, str], dataset: ItemDataset) -> Foundations:
-        """The weights of a stage and the images of its data set."""
+        """From the hashes of a stage's weights and its training images."""
         sizes = dataset.sizes_by_name()
         names = [_number(name) for name in sizes]
         contents = [_number(f"{name}\0{size}") if size else 0 for name, size in sizes.items()]
@@ -60,18 +60,18 @@ class Foundations:
     def check(
         self, saved_weights: Mapping[str, str], saved: Mapping[str, Tensor], held_out: set[str], out: Path
     ) -> bool:
-        """Compare with what a checkpoint says.
+        """Compare with a checkpoint.
 
         Args:
-            saved_weights, saved: of the checkpoint.
-            held_out: names of images that are held out now: not gone, where they were learnt from.
-            out: the run, for the error.
+            saved_weights, saved: ``weights`` and ``images`` of the checkpoint.
+            held_out: names of images that are held out now; these do not count as gone.
+            out: the run directory, for the error.
 
         Returns:
-            Whether the images are others, in a way that the run may go on with: there are more of them.
+            Whether the set of images differs in a way that the run may continue with (added or newly held out).
 
         Raises:
-            DavaeError: weights are others, or images are gone or changed; all are named.
+            DavaeError: weights differ, or images are gone or changed; the message lists what.
         """
         found = [
             f"{name}: other weights" for name, value in self.weights.items() if saved_weights.get(name, value) != value
@@ -111,6 +111,6 @@ def _int64(values: list[int]) -> Tensor:
 
 
 def stands_on(values: Mapping[str, Any]) -> Mapping[str, str] | None:
-    """The hashes of weights in a checkpoint's plain values; none in one of an earlier version."""
+    """The hashes of weights in a checkpoint's plain values; ``None`` if an earlier version wrote it."""
     found = values.get("stands_on")
     return found if isinstance(found, dict) else None

@@ -35,7 +35,7 @@ _PACKAGES = ("davae", "torch", "diffusers", "accelerate", "peft", "transformers"
 
 
 _PLACES = frozenset({"autoencoder_folder", "start"})
-"""What a recipe is kept with, that names a place as the settings marked ``MAY_MOVE`` do."""
+"""Entries stored beside the recipe that are paths, like the settings marked ``MAY_MOVE``."""
 
 
 class RunDirectory:
@@ -45,13 +45,13 @@ class RunDirectory:
 
     Args:
         path: the folder.
-        recipe: the resolved recipe as plain values; kept in ``config.yaml``.
-        facts: what ``environment.json`` says besides, such as where the base's weights came from.
-        other_sections: sections of the recipe that another stage reads: they may change.
+        recipe: the resolved recipe as plain values; stored in ``config.yaml``.
+        facts: further entries of ``environment.json``, such as the origin of the base's weights.
+        other_sections: sections of the recipe that only another stage reads; they may change.
 
     Raises:
-        DavaeError: the folder is somebody else's, or holds a run that learns something else (each difference is named),
-            or checkpoints of a run whose ``config.yaml`` cannot be read.
+        DavaeError: the folder holds something else, a run with other settings (the message names the first five
+            differences), or checkpoints of a run whose ``config.yaml`` cannot be read.
     """
 
     def __init__(
@@ -75,8 +75,8 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the folder's lock for the duration of the block; a killed process leaves no lock behind.
 
-        Makes the folder and writes ``config.yaml`` and ``environment.json``, as soon as they are nobody else's. A
-        ``config.yaml`` that cannot be read is kept beside.
+        Creates the folder; under the lock, writes ``config.yaml`` and ``environment.json``. A damaged ``config.yaml``
+        is kept under another name.
 
         Raises:
             DavaeError: another process trains here, or has started a run with other settings in the meantime.
@@ -146,14 +146,12 @@ class RunDirectory:
         return changed
 
     def _knows_contents(self) -> bool:
-        """Whether what the run stands on is known by its contents, so that names may change: the newest checkpoint
-        says so, or there is none.
-        """
+        """Whether paths may change, since contents are compared: the newest checkpoint has hashes, or there is none."""
         found = checkpoints(self.checkpoints)
         return not found or stands_on(plain_values(found[-1])) is not None
 
     def _start_from(self) -> str:
-        """How another run takes the weights of this one, where it is finished."""
+        """Advice on starting another run from the weights of this one, if it is finished."""
         if self.recipe.get("kind", "upgrade") != "upgrade":
             return ""
         for folder, section in (("pipeline", "diffusion"), ("autoencoder", "autoencoder")):

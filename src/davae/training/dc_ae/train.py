@@ -79,7 +79,7 @@ def run_dc_ae(
 
 
 def _check(recipe: DcAeRecipe, phase: int, *, without_images: bool) -> None:
-    """Find what a phase would fail on, before anything is trained; images may be missing in a dry run."""
+    """Check a phase's settings and images before training; in a dry run images may be missing."""
     settings = find_phase(recipe, phase)
     check_settings(recipe, f"phase{phase}")
     sides = {(settings.path, settings.windows_from or settings.resolution)}

@@ -41,7 +41,7 @@ def train_transformer(recipe: UpgradeRecipe, base: DiffusionPipeline, out: Path,
     vae = load_autoencoder(autoencoder)
     pipeline = upgrade_pipeline(base, vae)
     weights = {"the base's transformer": weights_hash(base.transformer), "the autoencoder": model_hash(vae)}
-    if not data.cache:  # which has hashes of its own
+    if not data.cache:  # a cache has hashes of its own
         encoders = pipeline_parts(base, "text_encoder")
         weights |= {f"the base's {name}": weights_hash(encoder) for name, encoder in encoders}
     if settings.start_from is not None and not checkpoints(out / "checkpoints"):

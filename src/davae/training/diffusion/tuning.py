@@ -26,19 +26,19 @@ P = TypeVar("P", bound=DiffusionPipeline)
 
 
 def started_from(start: str, pipeline: P, base: P, mode: TuneMode) -> P:
-    """An upgraded pipeline with the weights of a transformer that was tuned before.
+    """The upgraded pipeline with the weights of an earlier tuning.
 
-    Where all weights learn they are those of the earlier pipeline, its LoRA merged. Otherwise the base's weights stay,
-    and what comes is the earlier adapters, which stay adapters.
+    With ``mode`` ``full`` these are all weights of the earlier pipeline, its LoRA merged. Otherwise the base's weights
+    are kept, and the earlier adapters are loaded as adapters.
 
     Args:
-        start: as in ``diffusion.start_from``: the folder of a pipeline, or of adapters, or a run that has them.
-        pipeline: the base, just upgraded to its autoencoder.
-        base: the base itself.
-        mode: of the tuning that begins.
+        start: ``diffusion.start_from``: the folder of a pipeline or of adapters, or a run that has them.
+        pipeline: the freshly upgraded pipeline.
+        base: its base.
+        mode: of the tuning to start.
 
     Raises:
-        DavaeError: there is no such folder, or its weights are of another transformer or autoencoder.
+        DavaeError: there is no such folder, or its weights belong to another transformer, autoencoder or mode.
     """
     folder = Path(start).expanduser()
     adapters = next((f for f in (folder, folder / "adapters") if (f / LAYERS_FILE).is_file()), None)
@@ -111,10 +111,10 @@ def select_trained(
 
 
 def _attach(transformer: ModelMixin, family: PipelineFamily, settings: LoraSettings) -> None:
-    """Attach a LoRA, or go on with the one that is there already.
+    """Attach a LoRA, or continue with the one already attached.
 
     Raises:
-        DavaeError: that one is of another kind.
+        DavaeError: the attached one has another rank, alpha or targets.
     """
     attached = attached_lora(transformer)
     if attached is None:

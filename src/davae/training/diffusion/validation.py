@@ -30,24 +30,24 @@ def held_out_loss(
     seed: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """The objective's named losses over held-out items, each at the same noise every time.
+    """Means of the objective's losses over held-out items, as ``held_out_<name>``, with the same noise every time.
 
-    Batches are shared out among the processes. An item's noise follows from the seed and its number: neither the size
-    of batches nor the number of processes changes it.
+    Batches are divided among the processes. An item's noise depends on the seed and its index only, not on batch size
+    or number of processes.
 
     Args:
         objective: the stage's, in eval mode.
-        items: with ``latent`` and what the objective needs besides.
-        batch_size: items together.
-        step: for the schedule of the detail channels.
-        seed: of the noise; torch's own state is left alone.
+        items: with ``latent`` and what else the objective needs; the first :data:`MEASURED` are used.
+        batch_size: items per batch.
+        step: for the schedule of the detail weight.
+        seed: of the noise; torch's own random state is not used.
         device: of the objective.
     """
     chosen = [items[i] for i in range(min(len(items), MEASURED))]
     parts = list(_parts(chosen, batch_size))
     firsts = [0, *itertools.accumulate(map(len, parts))]
     found: list[dict[str, float]] = []
-    for number in share(len(parts)):  # 0, 1, or more where the last batch is repeated
+    for number in share(len(parts)):  # the last one may be repeated
         batch = to_device({k: v for k, v in collate(parts[number]).items() if k != "skipped"}, device)
         numbers = range(firsts[number], firsts[number + 1])
         with DrawsByItem([seed * _SEED_STRIDE + item for item in numbers]):

@@ -31,9 +31,9 @@ def make_optimizer(
         name: of the module, for the error.
         module: its parameters that require gradients are trained.
         settings: of AdamW.
-        rates: learning rates of parameters by exact name, where they differ from the settings'; kept as
-            ``rate_factor`` of the parameter group, which multiplies the scheduled rate. The ``name`` of such a group is
-            ``widened`` (layers), of the others empty.
+        rates: learning rates by exact parameter name, where they differ from the settings'; stored relative to it as
+            the parameter group's ``rate_factor``, which multiplies the scheduled rate. Such a group is named
+            ``widened``; other groups have an empty name.
 
     Raises:
         DavaeError: no parameter requires gradients, or bitsandbytes is needed and not installed.

@@ -104,7 +104,7 @@ class ModuleTrainer:
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """As the last step took them: ``learning_rate``, and ``learning_rate_<group>`` of parameters with their own."""
+        """Those of the last step: ``learning_rate``, and ``learning_rate_<group>`` of groups with their own rate."""
         groups = self.optimizer.param_groups
         own = {f"learning_rate_{group['name']}": float(group["lr"]) for group in groups if group["name"]}
         rest = [float(group["lr"]) for group in groups if not group["name"]]
@@ -112,7 +112,7 @@ class ModuleTrainer:
 
     @property
     def order(self) -> list[str]:
-        """Names of the trained parameters in the order in which the optimizer counts them."""
+        """Names of the trained parameters in the optimizer's order."""
         names = {id(parameter): name for name, parameter in self.trained.module.named_parameters()}
         return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
@@ -127,12 +127,12 @@ class ModuleTrainer:
     def restore(
         self, tensors: dict[str, Tensor], moments: dict[str, Tensor], where: Path, order: list[str] | None = None
     ) -> None:
-        """Put back what :meth:`tensors` and :meth:`moments` gave, from the checkpoint ``where``.
+        """Restore what :meth:`tensors` and :meth:`moments` gave.
 
         Args:
             tensors, moments: of the checkpoint.
-            where: for errors.
-            order: of the parameters then; other learning rates make other groups. None is today's.
+            where: the checkpoint, for errors.
+            order: :attr:`order` when it was saved, by default the current one; it changes with learning rates.
         """
         restore_module(self.trained.module, tensors, where)
         if order is not None:

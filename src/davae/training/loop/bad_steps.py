@@ -41,7 +41,7 @@ class _Verdict:
     own: Tensor  # bool: good in this process
     good: Tensor  # bool: good in all processes
     ids: list[str]
-    finite_latents: Tensor | None  # bool [ids]: of latents that were encoded beforehand
+    finite_latents: Tensor | None  # bool [ids]: of precomputed latents
 
 
 @dataclass
@@ -58,7 +58,7 @@ class NonFiniteGuard:
     loop: LoopSettings
     folder: Path
     section: str = ""
-    """The recipe's, for advice."""
+    """The recipe's section, for advice in messages."""
     skipped: int = 0
     """Steps skipped in the whole run."""
     in_a_row: int = 0
@@ -90,10 +90,10 @@ class NonFiniteGuard:
             losses: named losses of every micro-step.
             ids: the images of the step.
             names: the trained parameters.
-            norms: of their gradients, ``[parameters]``.
-            norm: norm of the whole gradient before it was clipped, where it was.
-            agree: from this process's verdict to the one of all, which is counted and returned.
-            finite_latents: of images whose latents came with the batch: whether each is finite, boolean ``[ids]``.
+            norms: 2-norms of their gradients, ``[parameters]``.
+            norm: 2-norm of the whole gradient before clipping; ``None`` if it was not clipped.
+            agree: maps this process's verdict to that of all processes, which is counted and returned.
+            finite_latents: whether each latent of the batch is finite, boolean ``[ids]``; ``None`` without latents.
         """
         self._names[trained] = names
         total = norms.norm() if norm is None else norm.detach()
@@ -167,13 +167,13 @@ class NonFiniteGuard:
         )
 
     def refuse_if_nothing_was_learnt(self, first: int, last: int) -> None:
-        """Refuse to call a run finished of which every step was skipped, from its beginning or since it went on.
+        """Refuse to finish a run if every step was skipped, since its start or since it was resumed.
 
         Args:
-            first, last: the steps between which this process trained.
+            first, last: steps done before and after training in this process.
 
         Raises:
-            DavaeError: it is so; says where the steps are told.
+            DavaeError: every step was skipped; the message says where they are logged.
         """
         if (last > first and self._skipped_here >= last - first) or 0 < last <= self.skipped:
             raise DavaeError(
@@ -259,12 +259,11 @@ class BatchNormSnapshot:
 
 
 def out_of_memory_message(stage: Stage, *, validating: bool = False) -> str:
-    """One line: which settings make a step, or a validation, fit, the cheapest first; a run may go on with all but the
-    last.
+    """The error for a step, or a validation, that does not fit in memory: settings that reduce it, cheapest first.
 
     Args:
         stage: what is trained.
-        validating: whether it was a validation.
+        validating: whether memory ran out in validation.
     """
     loop, section = stage.loop, stage.section or stage.name
     fixed = as_item_dataset(stage.dataset).bucket_of is not None  # buckets fix the images of a step

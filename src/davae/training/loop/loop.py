@@ -60,9 +60,9 @@ class TrainResult:
 def train(stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | None = None) -> TrainResult | None:
     """Train a stage in the run directory ``out``, from its newest whole checkpoint if there is one.
 
-    SIGINT, SIGTERM, SIGHUP and SIGUSR1 finish the step, save and raise :class:`TrainingStopped`; the same call
-    continues. After the last step they finish the result and raise all the same, so that what would come next does not
-    begin.
+    On SIGINT, SIGTERM, SIGHUP or SIGUSR1 the loop finishes the step (with several processes, the steps up to the next
+    log line), saves and raises :class:`TrainingStopped`; the same call resumes. After the last step it writes the
+    result first and raises nevertheless, so that a following training does not start.
 
     Args:
         stage: what to train.
@@ -74,8 +74,9 @@ def train(stage: Stage, out: Path, recipe: dict[str, Any], *, stop_after: int | 
         The result, or ``None`` if ``stop_after`` ended the run early.
 
     Raises:
-        DavaeError: the directory holds another run or one that is running, what the run stands on has changed, too
-            many steps in a row were bad or all were, the disk or the memory is full, or most images are unreadable.
+        DavaeError: the directory holds another run or is in use, the weights or images it depends on have changed, too
+            many steps in a row (or all) were bad, the disk or the device's memory is full, a data loader process died,
+            or most images are unreadable.
         TrainingStopped: a signal asked for it.
     """
     try:
@@ -205,7 +206,7 @@ class _Training:
                 if due:
                     progress.losses(self._log(done))
                 saved = done % loop.checkpoint_every == 0 or done == loop.steps or stopping
-                if saved:  # first, so that nothing is lost where the validation fails
+                if saved:  # first, so that nothing is lost if validation fails
                     self._guard(done, batch)
                     self.state.save(self.writer, done)
                 if self._validates(done):
@@ -319,16 +320,16 @@ class _Training:
         return values
 
     def _validates(self, done: int) -> bool:
-        """Whether the figures are due after a step."""
+        """Whether validation is due after a step."""
         every = self.loop.validate_every
         return self.stage.can_measure and (done == self.loop.steps or bool(every and done % every == 0))
 
     def _validate(self, done: int, *, saved: bool) -> None:
-        """Measure in all processes; keep the checkpoint where the watched metric was never better.
+        """Measure in all processes; keep the checkpoint if the watched metric is the best so far.
 
         Args:
-            done: steps.
-            saved: whether there is a checkpoint of them.
+            done: steps done.
+            saved: whether there is a checkpoint of this step.
         """
         self._evaluate(done)
         watched = self._measured(done) if self.main else None
@@ -342,10 +343,10 @@ class _Training:
                 self.writer.keep_best(done, found[0])
 
     def _evaluate(self, done: int) -> None:
-        """Validate with the averaged weights, as the result will be used.
+        """Validate with the averaged weights, which the result will have.
 
         Raises:
-            DavaeError: the device's memory is not enough.
+            DavaeError: the device runs out of memory.
         """
         if not self.stage.can_measure:
             logger.info("%s: no image is held out (data.hold_out), so nothing is measured", self.stage.name)
@@ -387,7 +388,7 @@ class _Training:
         return step
 
     def _was_measured(self, step: int) -> bool:
-        """Whether ``metrics.jsonl`` has the figures of a step, which stand in a line without learning rate."""
+        """Whether ``metrics.jsonl`` has a step's validation metrics (a line without learning rate)."""
         lines = read_metrics(self.directory.metrics_file) if self.main else []
         return everyone(any(line["step"] == step and "learning_rate" not in line for line in lines))[0]
 

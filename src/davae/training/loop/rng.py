@@ -1,9 +1,9 @@
 """Random numbers that do not depend on how a batch is divided among processes.
 
-Noise, times and dropout of a sample come from torch's generators, which every process seeds alike for a step.
-With several processes each draw is made for the whole batch and a process keeps its own rows, so that a sample
-meets the same noise on one process with batch ``2 B`` as on two with batch ``B``. What is measured is drawn item by
-item, so that it does not depend on the batch at all.
+Every process seeds torch's generators alike for a training step. With several processes, ``rand``, ``randn``, their
+``_like`` forms and ``randint`` draw for the whole batch and return the process's own rows, so that a sample gets the
+same noise and time on one process with batch ``2 B`` as on two with batch ``B``. In validation every item has its own
+generator, so that its noise does not depend on the batch at all.
 """
 
 import functools
@@ -19,12 +19,12 @@ _LIKE = {torch.randn_like: torch.randn, torch.rand_like: torch.rand}
 
 
 class _BatchDraws(TorchFunctionMode):
-    """Within this context draws whose first axis is the batch are made by :meth:`_batch`.
+    """Context in which draws whose first axis is the batch are made by :meth:`_batch`.
 
     Draws of another length on the first axis, those from an explicit generator, and torch's dropout are unchanged.
 
     Args:
-        batch_size: images of a batch.
+        batch_size: length of the first axis of such draws.
     """
 
     def __init__(self, batch_size: int) -> None:
@@ -59,12 +59,12 @@ class _BatchDraws(TorchFunctionMode):
 
 
 class RankInvariantDraws(_BatchDraws):
-    """Within this context draws whose first axis is the batch are a process's rows of the whole batch's draw.
+    """Context in which draws over a batch return this process's rows of a draw over the batch of all processes.
 
     Args:
-        rank: this process.
+        rank: of this process.
         world_size: number of processes.
-        batch_size: images of a process and micro-step.
+        batch_size: images per process and micro-step.
     """
 
     def __init__(self, rank: int, world_size: int, batch_size: int) -> None:
@@ -77,11 +77,11 @@ class RankInvariantDraws(_BatchDraws):
 
 
 class DrawsByItem(_BatchDraws):
-    """Within this context each item of a batch has draws of its own, made on the CPU: whatever stands beside it, and on
-    every device, it meets the same noise.
+    """Context in which each item of a batch draws from its own CPU generator: its noise depends neither on the other
+    items nor on the device.
 
     Args:
-        seeds: one for each item of the batch.
+        seeds: one per item of the batch.
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:

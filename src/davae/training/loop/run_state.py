@@ -35,9 +35,8 @@ class RunState:
         guard: counts of bad steps.
         window: losses since the last logged line.
         scaler: of the losses in fp16, or none.
-        foundations: what the run stands on; a checkpoint of others is refused.
-        held_out: names of the images that are held out, or cannot be used: of those that were learnt from none may be
-            gone for another reason.
+        foundations: what the run depends on; a checkpoint with others is refused.
+        held_out: names of images that are held out or unusable now; other images of the checkpoint must not be gone.
     """
 
     trainers: list[ModuleTrainer]
@@ -84,7 +83,7 @@ class RunState:
         Every process reads the files and keeps its own part.
 
         Raises:
-            DavaeError: the processes did not find the same checkpoint, or it stands on other weights or images.
+            DavaeError: none is whole, the processes found different ones, or it depends on other weights or images.
         """
         modules = [trainer.trained.name for trainer in self.trainers]
         needed = [file for name in modules for file in (name, f"{name}_optimizer")]

@@ -1,6 +1,6 @@
-"""Ending from outside: in a training Ctrl-C and a scheduler's signals finish the step, save and leave.
+"""Stopping from outside: on Ctrl-C or a scheduler's signal a training finishes the step, saves and exits.
 
-Everywhere else they end what is being done as an error would, so that nothing is left half-written.
+Elsewhere signals raise an exception, so that clean-up code runs and nothing is left half-written.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class TrainingStopped(Exception):
 
 
 class Stopped(BaseException):
-    """A signal came outside of a training's steps. No error: nothing but the end of the program takes it.
+    """A signal came outside of a training's steps. A ``BaseException``, so that no error handling catches it.
 
     Attributes:
-        signal: which.
+        signal: the signal received.
     """
 
     def __init__(self, number: signal.Signals) -> None:
@@ -54,15 +54,15 @@ class Stopped(BaseException):
 
 
 _WANTED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-"""Ctrl-C, the scheduler's end, a closed terminal, and Slurm's warning (``--signal=USR1@120``); Windows has two."""
+"""Ctrl-C, a scheduler's end, a closed terminal, Slurm's warning (``--signal=USR1@120``); Windows has the first two."""
 _Handler = Callable[[int, FrameType | None], None]
 
 
 @contextmanager
 def _heard(handler: _Handler, numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
-    """Within the block the signals call ``handler``, but those that whoever started us has said to ignore (nohup).
+    """Context in which the signals call ``handler``, except those that the parent process set to be ignored (nohup).
 
-    Signals reach the main thread only; elsewhere nothing is heard.
+    Python delivers signals to the main thread only; in another thread this does nothing.
     """
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
@@ -78,12 +78,12 @@ def _heard(handler: _Handler, numbers: tuple[signal.Signals, ...]) -> Iterator[N
 
 @contextmanager
 def ending_by_signals() -> Iterator[None]:
-    """Within the block the signals that end a program raise :class:`Stopped`; Ctrl-C is Python's own."""
+    """Context in which SIGTERM, SIGHUP and SIGUSR1 raise :class:`Stopped`; SIGINT keeps Python's own handler."""
 
     process = os.getpid()
 
     def end(number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != process:  # of a loader, which has our handlers and nothing to tidy up
+        if os.getpid() != process:  # a data loader process, which inherits the handlers and has nothing to clean up
             os._exit(128 + number)
         raise Stopped(signal.Signals(number))
 
@@ -92,12 +92,12 @@ def ending_by_signals() -> Iterator[None]:
 
 
 class StopRequest:
-    """Notes the signals that end a program instead of dying of them; a second SIGINT ends it at once.
+    """Context manager that records signals; a SIGINT after any of them raises ``KeyboardInterrupt``.
 
-    Used as a context. The first one is answered on standard error at once: a step may be long.
+    The first signal is acknowledged on standard error at once, since a step may take long.
 
     Args:
-        quiet: say nothing; for all processes but the first.
+        quiet: print nothing; for all processes but the first.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:

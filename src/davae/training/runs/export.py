@@ -35,8 +35,8 @@ def export_run(
 ) -> str:
     """Copy the result of a run, write its model card, and publish it if ``repo_id`` is given.
 
-    The result is the merged pipeline, or the autoencoder of a run that made only that. Of its folder only what the
-    class reads is copied, links are refused, and paths of the disk are cut to their last part.
+    The result is the merged pipeline, or the autoencoder of a run that trained only that. Only files that its class
+    reads are copied, links are refused, and local paths are reduced to their last component.
 
     Args:
         run: a run directory of either stage, or one that holds both (such as the demo's).

@@ -95,7 +95,7 @@ def train_autoencoder(recipe: UpgradeRecipe, out: Path) -> TrainResult:
 def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> TrainResult:
     """Stage 2 into ``out/pipeline``. Continues from the newest checkpoint in ``out``."""
     check_upgrade(recipe, "diffusion")
-    if not checkpoints(out / "checkpoints"):  # a run that goes on has its own weights
+    if not checkpoints(out / "checkpoints"):  # a resumed run has its own weights
         check_start(recipe.diffusion.start_from, "diffusion.start_from")
     check_place(out, "run")
     base = load_recipe_base(recipe, transformer_dtype=getattr(torch, recipe.diffusion.tune.frozen_dtype))
@@ -103,16 +103,15 @@ def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Trai
 
 
 def check_upgrade(recipe: UpgradeRecipe, section: str, *, without_images: bool = False) -> None:
-    """Find what a stage of an upgrade would fail on, before the base's weights are read for it.
+    """Check the settings and images of an upgrade's stage before the base's weights are loaded.
 
     Args:
         recipe: the whole recipe.
-        section: the stage's.
-        without_images: whether the images may be somewhere else than here.
+        section: of the stage, ``autoencoder`` or ``diffusion``.
+        without_images: whether the images may be absent.
 
     Raises:
-        DavaeError: settings that do not fit each other, the base or the images, or images that are missing or cannot be
-            used.
+        DavaeError: settings do not fit each other, the base or the images, or images are missing or unusable.
     """
     check_settings(recipe, section)
     data = recipe.data
@@ -139,7 +138,7 @@ def _is_there(path: str) -> bool:
 
 
 def _known_architecture(base: str) -> Architecture | None:
-    """Of a base whose configuration is on this machine; none where it would have to be fetched."""
+    """The architecture of a base whose configuration is on this machine; ``None`` if it would have to be downloaded."""
     folder = Path(base).expanduser()
     if folder.is_dir():
         return find_architecture(pipeline_place(folder))
@@ -177,7 +176,7 @@ def trained_autoencoder(recipe: str | Path, given: Path | None) -> Path:
 
 
 def run_folder(recipe: str | Path, stage: str = "") -> Path:
-    """Where a recipe's run goes if nobody says otherwise: ``runs/RECIPE-STAGE``."""
+    """The default run directory of a recipe: ``runs/RECIPE-STAGE``, or ``runs/RECIPE`` without a stage."""
     return Path("runs") / (f"{Path(recipe).stem}-{stage}" if stage else Path(recipe).stem)
 
 
