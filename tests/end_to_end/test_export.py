@@ -86,7 +86,7 @@ def test_mistakes_end_with_status_2_and_write_nothing(
         assert davae_verb(monkeypatch, "export", *arguments) == 2
         assert message in capsys.readouterr().err
 
-    refused("already holds files", run, "--out", run)
+    refused("holds files already", run, "--out", run)
     refused("holds no pipeline", tmp_path, "--out", tmp_path / "out")
     (run / "config.yaml").write_text(yaml.safe_dump({"base": "someone/unknown"}))
     refused("--license", run, "--out", tmp_path / "out")
@@ -168,7 +168,7 @@ def test_adapters_take_an_autoencoder_and_nothing_else(
     (run / "pipeline" / "vae").rename(tmp_path / "vae")
     arguments = ("export", run, "--out", tmp_path / "out", "--adapters")
     assert davae_verb(monkeypatch, *arguments) == 2
-    assert "is not there any more" in capsys.readouterr().err
+    assert "no longer exists" in capsys.readouterr().err
     (run / "config.yaml").write_text(yaml.safe_dump(recipe | {"autoencoder_folder": str(tmp_path / "vae")}))
     (tmp_path / "vae" / "id_rsa").write_text("key")
     assert davae_verb(monkeypatch, *arguments) == 0

@@ -113,7 +113,7 @@ def bucket_sizes(data: DataSettings, unit: int | None) -> list[Size] | None:
     if data.buckets is False:
         return None
     if unit is None:
-        raise DavaeError("data.buckets: a base is trained at one image size; set data.buckets=false")
+        raise DavaeError("data.buckets: the training of a base has one size; set data.buckets=false")
     if data.buckets is True:
         return make_buckets(data.resolution, unit)
     return check_buckets(data.buckets, unit)
