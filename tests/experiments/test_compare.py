@@ -13,8 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from davae.bases.tiny import debug_base
-from davae.cli.compare import named_folders
 from davae.cli.main import app
+from davae.cli.options import named_values
 from davae.cli.tables import comparison_table
 from davae.errors import DavaeError
 from davae.evaluation.features import Features
@@ -133,10 +133,10 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(DavaeError, match="holds a UNet2DModel"):
         open_autoencoder(tmp_path)
-    with pytest.raises(DavaeError, match="'a' is not of the form NAME=FOLDER"):
-        named_folders(["a"])
+    with pytest.raises(DavaeError, match="autoencoder a: write NAME="):
+        named_values(["a"], "autoencoder", "a=b")
     with pytest.raises(DavaeError, match="given twice"):
-        named_folders(["a=b", "a=c"])
+        named_values(["a=b", "a=c"], "autoencoder", "a=b")
     with pytest.raises(DavaeError, match="size '3x4' is unknown"):
         transformer_size("3x4")
     assert transformer_size("xl") == SIZES["XL"]

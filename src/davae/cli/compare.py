@@ -1,13 +1,11 @@
 """``davae compare autoencoder``: autoencoders compared, alone and with a diffusion transformer on each."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from davae.cli.options import Device, FeatureNames, Json, Repeats, folder_of, some_images, write_figures
-from davae.errors import DavaeError
+from davae.cli.options import Device, FeatureNames, Json, Repeats, folder_of, named_values, some_images, write_figures
 from davae.runtime.console import wide_console
 
 app = typer.Typer(no_args_is_help=True)
@@ -53,7 +51,7 @@ def autoencoder(
     ] = None,
 ) -> None:
     """Compression, reconstruction and speed on the same images; with --diffusion-steps, generation too."""
-    folders = named_folders(autoencoders)
+    folders = named_values(autoencoders, "autoencoder", "plain=runs/plain/autoencoder")
     from davae.experiments.compare import DiffusionOptions, compare_autoencoders
     from davae.experiments.compare.diffusion import transformer_size
 
@@ -87,20 +85,3 @@ def autoencoder(
 
     wide_console().print(comparison_table(result))
     write_figures(json_file, result.to_json())
-
-
-def named_folders(texts: Sequence[str]) -> dict[str, str]:
-    """Parse ``NAME=FOLDER`` pairs, in order.
-
-    Raises:
-        DavaeError: one has another form, or a name is given twice.
-    """
-    found: dict[str, str] = {}
-    for text in texts:
-        name, equals, folder = text.partition("=")
-        if not (equals and name and folder):
-            raise DavaeError(f"'{text}' is not of the form NAME=FOLDER")
-        if name in found:
-            raise DavaeError(f"the name '{name}' is given twice")
-        found[name] = folder
-    return found

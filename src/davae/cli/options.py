@@ -44,16 +44,18 @@ def folder_of(kind: KindName) -> Callable[[Path | None], Path | None]:
 
 
 def named_values(texts: Sequence[str] | None, option: str, example: str) -> dict[str, str]:
-    """Parse the values of a repeatable option ``NAME=VALUE``, by name; the last of equal names counts.
+    """Parse the values of a repeatable option ``NAME=VALUE``, by name.
 
     Raises:
-        DavaeError: one has another form; the message names the option, with an example.
+        DavaeError: one has another form, or a name is given twice; the message names the option, with an example.
     """
     found: dict[str, str] = {}
     for text in texts or ():
         name, _, value = text.partition("=")
         if not name or not value:
             raise DavaeError(f"{option} {text}: write NAME=..., such as {example}")
+        if name in found:
+            raise DavaeError(f"{option}: the name '{name}' is given twice")
         found[name] = value
     return found
 

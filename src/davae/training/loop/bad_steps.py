@@ -258,6 +258,15 @@ class BatchNormSnapshot:
             buffer.copy_(torch.where(good, buffer, before))
 
 
+def _smaller_batches(loop: LoopSettings, section: str) -> str:
+    """Settings that give the same images to a step in more parts."""
+    parts = next(n for n in range(2, loop.batch_size + 1) if loop.batch_size % n == 0)
+    return (
+        f"{section}.loop.batch_size={loop.batch_size // parts} with "
+        f"{section}.loop.gradient_accumulation={parts * loop.gradient_accumulation}"
+    )
+
+
 def out_of_memory_message(stage: Stage, *, validating: bool = False) -> str:
     """The error for a step, or a validation, that does not fit in memory: settings that reduce it, cheapest first.
 
@@ -272,9 +281,7 @@ def out_of_memory_message(stage: Stage, *, validating: bool = False) -> str:
         if loop.validation_images > 1:
             advice.append(f"{section}.loop.validation_images={loop.validation_images // 2}")
         if loop.batch_size > 1 and not fixed:
-            half = loop.batch_size // 2
-            more = 2 * loop.gradient_accumulation
-            advice.append(f"{section}.loop.batch_size={half} with {section}.loop.gradient_accumulation={more}")
+            advice.append(_smaller_batches(loop, section))
         what = ", or with ".join(advice) or f"{section}.loop.validate_every=0, and on a larger device at the end"
         return (
             f"{section}: the device's memory is not enough for a validation. What was due is saved; run the same "
@@ -285,11 +292,7 @@ def out_of_memory_message(stage: Stage, *, validating: bool = False) -> str:
     if loop.precision == "no":
         advice.append(f"{section}.loop.precision=bf16")
     if loop.batch_size > 1 and not fixed:
-        half = loop.batch_size // 2
-        advice.append(
-            f"{section}.loop.batch_size={half} with "
-            f"{section}.loop.gradient_accumulation={2 * loop.gradient_accumulation}"
-        )
+        advice.append(_smaller_batches(loop, section))
     if section in ("diffusion", "transformer"):
         advice.append("data.cache=FOLDER, latents and text made beforehand by `davae cache`")
     advice.append("another run, with a lower data.resolution")

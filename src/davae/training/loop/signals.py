@@ -73,7 +73,8 @@ def _heard(handler: _Handler, numbers: tuple[signal.Signals, ...]) -> Iterator[N
         yield
     finally:
         for number, handler_before in before.items():
-            signal.signal(number, handler_before)
+            if handler_before is not None:  # None: one that was not set from Python cannot be set again
+                signal.signal(number, handler_before)
 
 
 @contextmanager
