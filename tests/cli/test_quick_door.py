@@ -61,7 +61,7 @@ ANSWERS = [
     ("convert lightningdit a.pt --out o --weights emma", 2, "Invalid value for '--weights'"),
     ("convert davae-sd3 a.pt --out o --base b --order first", 2, "Invalid value for '--order'"),
     ("upgrade tiny --autoencoder a --out o --timestep-shift x", 2, "must be 'base', 'native' or a number"),
-    ("compare autoencoder a --data procedural:4 --resolution 32", 2, "'a' is not of the form NAME=FOLDER"),
+    ("compare autoencoder a --data procedural:4 --resolution 32", 2, "autoencoder a: write NAME="),
     ("demo --out file", 2, "file cannot be a folder"),
     ("train autoencoder data.pth=x", 2, "unknown key 'data.pth'; did you mean 'data.path'?"),
     ("train diffusion --recipe tinny", 2, "did you mean 'tiny'"),
