@@ -128,7 +128,7 @@ def test_one_token_budget_is_reached_by_the_patch() -> None:
 def test_mistakes_are_told(tmp_path: Path) -> None:
     with pytest.raises(DavaeError, match="f8: 36 pixels are not a multiple of its compression, 8; the nearest is 32"):
         open_candidates({"f8": dc()}, 36)
-    with pytest.raises(DavaeError, match="is no autoencoder's folder"):
+    with pytest.raises(DavaeError, match="holds no autoencoder"):
         open_candidates({"none": tmp_path}, 32)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(DavaeError, match="holds a UNet2DModel"):

@@ -224,9 +224,9 @@ def test_wrong_shapes_are_named() -> None:
     model = tiny(patch_size=2)
     with pytest.raises(DavaeError, match=r"latent has 4 channels, the transformer takes 3"):
         model(torch.randn(1, 4, 4, 4), torch.tensor(0.5), torch.tensor([0]))
-    with pytest.raises(DavaeError, match=r"4 x 5 cannot be cut into patches of 2"):
+    with pytest.raises(DavaeError, match=r"4 x 5 cannot be divided into patches of 2"):
         model(torch.randn(1, 3, 4, 5), torch.tensor(0.5), torch.tensor([0]))
     with pytest.raises(DavaeError, match=r"hidden_size 30"):
         tiny(hidden_size=30)
-    with pytest.raises(DavaeError, match=r"width divides by 4.* gives 2"):
+    with pytest.raises(DavaeError, match=r"width is a multiple of 4.* gives 2"):
         tiny(num_attention_heads=16)

@@ -61,7 +61,7 @@ def test_nothing_asked_gives_a_copy() -> None:
 def test_what_cannot_be_started_is_told() -> None:
     with pytest.raises(DavaeError, match="patch_size 3 is no multiple of the base's 2"):
         restarted(model(patch_size=2), patch_size=3)
-    with pytest.raises(DavaeError, match="only LightningDiT"):
+    with pytest.raises(DavaeError, match="only a LightningDiT"):
         restarted(nn.Linear(1, 1))  # type: ignore[arg-type]
-    with pytest.raises(DavaeError, match="cannot be taken out"):
+    with pytest.raises(DavaeError, match="cannot be removed"):
         restarted(model(qk_norm=True), qk_norm=False)

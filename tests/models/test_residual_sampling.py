@@ -61,7 +61,7 @@ def test_shortcut_can_be_left_out() -> None:
 
 
 def test_channels_that_do_not_unshuffle() -> None:
-    with pytest.raises(DavaeError, match="6 output channels do not divide by 2² = 4"):
+    with pytest.raises(DavaeError, match="6 output channels are not a multiple of 2² = 4"):
         ResidualDownsample(4, 6, 2)
 
 

@@ -162,12 +162,12 @@ def test_tiles_of_every_level_cover_the_same_latent() -> None:
         ({"tile_sample_min_size": True}, "not a multiple of 8"),
         ({"tile_sample_min_height": 0}, "must be at least 8"),
         ({"tile_sample_min_width": 60}, "not a multiple of 8"),
-        ({"tile_sample_min_size": 64, "tile_sample_min_height": 64}, "leave it or the height and width out"),
+        ({"tile_sample_min_size": 64, "tile_sample_min_height": 64}, "pass either it or the height and width"),
         ({"tile_sample_min_size": 64, "tile_sample_stride_height": 24}, "must be at least 32 and at most 64"),
         ({"tile_sample_min_size": 64, "tile_sample_stride_width": 72}, "must be at least 32 and at most 64"),
         ({"tile_sample_min_size": 64, "tile_sample_stride_width": 60}, "not a multiple of 8"),
         ({"tile_overlap_factor": float("nan")}, "must lie in"),
-        ({"tile_overlap_factor": 0.1, "tile_sample_stride_width": 64}, "say the same thing"),
+        ({"tile_overlap_factor": 0.1, "tile_sample_stride_width": 64}, "both set the overlap"),
     ],
 )
 def test_sizes_that_are_none(options: dict[str, Any], words: str) -> None:

@@ -230,8 +230,8 @@ def test_an_index_that_leaves_a_tensor_out(saved: Path, tmp_path: Path) -> None:
         ({"detail_std": [1.0] * 15}, "15 values, and there are 16 channels"),
         ({"detail_mean": [float("inf")] * 16}, "is inf"),
         ({"detail_mean": ["a"] * 16}, "must be a number"),
-        ({"scaling_factor": 0.3}, "config.json says scaling_factor 0.3, and of the base in its base_config it is 1.5"),
-        ({"shift_factor": None}, "config.json says shift_factor None"),
+        ({"scaling_factor": 0.3}, "config.json has scaling_factor 0.3, but the base in its base_config implies 1.5"),
+        ({"shift_factor": None}, "config.json has shift_factor None"),
         ({"latent_channels": 4}, "latent_channels 4"),
     ],
 )

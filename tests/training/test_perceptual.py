@@ -32,7 +32,7 @@ class Layers(nn.Module):
         ({"conv1.weight": torch.zeros(2)}, r"has no tensor 'features\.0\.weight', of shape \(4, 3, 3, 3\)"),
         (
             {"features.0.weight": torch.zeros(8, 3, 3, 3), "features.0.bias": torch.zeros(8)},
-            r"has another size \(\(8, 3, 3, 3\)\) of 'features\.0\.weight'",
+            r"has another shape \(\(8, 3, 3, 3\)\) of 'features\.0\.weight'",
         ),
     ],
 )

@@ -1,6 +1,6 @@
-"""What training a deep compression autoencoder needs to know of diffusers' models: their parts and shortcuts.
+"""What training a deep compression autoencoder needs to know about diffusers' models: their parts and shortcuts.
 
-The network of DC-AE (Chen et al., 2024) is diffusers' ``AutoencoderDC``; nothing of it is written again here.
+DC-AE (Chen et al. 2024, arXiv 2410.10733) itself is diffusers' ``AutoencoderDC``.
 """
 
 from functools import wraps
@@ -18,10 +18,9 @@ DeepAutoencoder: TypeAlias = AutoencoderDC | AutoencoderKL
 class PlainAutoencoderDC(OpenedWhole, AutoencoderDC):
     """``AutoencoderDC`` without residual autoencoding: the ablation of Figure 4 in the paper.
 
-    The same layers with the same parameters; only the shortcuts that have none (space-to-channel with a
-    channel mean on the way down, channel repetition with channel-to-space on the way up, and those at both ends
-    of the latent) are left out. Saved under this class's name: loaded as ``AutoencoderDC`` it would compute
-    something else, so load it with this class.
+    The layers and parameters are the same; only the parameter-free shortcuts (space-to-channel with a
+    channel mean in the encoder, channel repetition with channel-to-space in the decoder, and those on both sides
+    of the latent) are left out. Load it with this class: as ``AutoencoderDC`` it would compute something else.
     """
 
     # diffusers reads the arguments that a config may give from the signature
@@ -36,10 +35,11 @@ class PlainAutoencoderDC(OpenedWhole, AutoencoderDC):
 
 
 def latent_layers(model: DeepAutoencoder, stages: int) -> list[nn.Module]:
-    """The middle of the network: the encoder's last and the decoder's first ``stages``, and what lies between.
+    """The layers around the latent: the encoder's last and the decoder's first ``stages``, and those in between.
 
     Args:
-        stages: resolutions on each side of the latent, from 1.
+        model: the autoencoder.
+        stages: number of resolutions on each side of the latent, at least 1.
     """
     encoder, decoder = model.encoder, model.decoder
     down, up = _filled(encoder.down_blocks), _decoder_stages(model)
@@ -59,16 +59,16 @@ def head_layers(model: DeepAutoencoder, stages: int) -> list[nn.Module]:
 
 
 def last_decoder_weight(model: DeepAutoencoder) -> Tensor:
-    """Weight of the last convolution: the adaptive GAN weight compares gradients here."""
+    """Weight of the decoder's last convolution, where the adaptive GAN weight compares gradients."""
     return [m for m in model.decoder.conv_out.modules() if isinstance(m, nn.Conv2d)][-1].weight
 
 
 def _decoder_stages(model: DeepAutoencoder) -> list[nn.Module]:
-    """From the latent to the image; ``AutoencoderDC`` numbers them from the image."""
+    """Decoder stages from the latent to the image; ``AutoencoderDC`` numbers them from the image."""
     blocks = _filled(model.decoder.up_blocks)
     return blocks[::-1] if isinstance(model, AutoencoderDC) else blocks
 
 
 def _filled(blocks: nn.ModuleList) -> list[nn.Module]:
-    """Without the stages that hold no layer: published DC-AE begins with such a one."""
+    """Stages that have parameters; published DC-AE models begin with one that has none."""
     return [block for block in blocks if any(True for _ in block.parameters())]

@@ -5,11 +5,11 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches: images ``[B, 3, H, W]`` in [-1, 1] to logits ``[B, 1, h, w]``.
+    """Classifies overlapping patches: images ``[B, 3, H, W]`` in [-1, 1] to logits ``[B, 1, h, w]``.
 
     4x4 convolutions: ``layers`` of stride 2 with doubling width (at most 8 times ``filters``), one of stride
-    1, and one to a single channel; batch norm in between, leaky ReLU 0.2 (Isola et al. 2017, arXiv
-    1611.07004).
+    1, and one to a single channel; batch norm after all but the first and last, leaky ReLU of slope 0.2 (Isola et al.
+    2017, arXiv 1611.07004).
 
     Args:
         filters: width of the first layer.

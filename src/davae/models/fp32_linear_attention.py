@@ -1,8 +1,8 @@
 """Linear attention stays in float32 under mixed precision.
 
-Linear attention adds up ``relu(k) v`` over all positions and divides by the sum of ``relu(k)``. In float16 these sums
-overflow on large images, in bfloat16 they keep three digits. diffusers converts its inputs to float32, but under
-autocast ``torch.matmul`` converts them back; this module keeps it from doing so.
+Linear attention sums ``v relu(k)^T`` over all positions and normalises by the sum of ``relu(k)``. These sums overflow
+float16 on large images and keep fewer than three digits in bfloat16. diffusers converts its inputs to float32, but
+under autocast ``torch.matmul`` converts them back; this module prevents that.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from torch.overrides import TorchFunctionMode
 
 
 def keep_linear_attention_in_float32(module: nn.Module) -> int:
-    """Let the linear attentions inside a module (``AutoencoderDC``, SANA) multiply in float32 under autocast.
+    """Make the linear attention inside a module (``AutoencoderDC``, SANA) multiply in float32 under autocast.
 
-    Projections still run in half precision, and nothing changes where autocast is off. Calling it twice is the same as
-    once.
+    Projections still run in half precision, and nothing changes without autocast. A second call has no further
+    effect.
 
     Returns:
-        How many attentions there are.
+        The number of linear attention layers.
     """
     found = [part for part in module.modules() if _is_linear_attention(part)]
     for part in found:
@@ -44,7 +44,7 @@ def _with_exact_products(forward: Callable[..., Tensor], *args: Any, **kwargs: A
 
 
 class _ExactProducts(TorchFunctionMode):
-    """Within it ``torch.matmul`` takes and gives float32; layers (``F.linear``, convolutions) are left alone."""
+    """Makes ``torch.matmul`` compute in float32 under autocast; ``F.linear`` and convolutions are left alone."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -1,8 +1,8 @@
-"""The latent space of any image autoencoder, of diffusers or of davae: opened, encoded to, decoded from, scaled.
+"""The latent space of any image autoencoder of diffusers or davae: loading, encoding, decoding, scaling.
 
-Three kinds of numbers: images ``[B, 3, H, W]`` in [-1, 1]; *raw* latents ``[B, C, h, w]``, which the autoencoder
-encodes to and decodes from; and *model space*, ``(raw - shift) * scale``, which a diffusion model sees. Autoencoders of
-videos take and give single frames without their axis.
+There are images ``[B, 3, H, W]`` in [-1, 1]; *raw* latents ``[B, C, h, w]``, which the autoencoder
+encodes to and decodes from; and *model space*, ``(raw - shift) * scale``, which a diffusion model sees. For registered
+video autoencoders these are single frames, without the frame axis.
 """
 
 import json
@@ -26,15 +26,15 @@ _OURS = {cls.__name__: cls for cls in (AutoencoderDA, LDMAutoencoderKL, PlainAut
 
 
 def open_autoencoder(folder: str | Path) -> ModelMixin:
-    """The autoencoder of a folder, or of a pipeline's folder, in eval mode.
+    """Load the autoencoder in a folder, or in the ``vae`` subfolder of a pipeline, in eval mode.
 
     Raises:
-        DavaeError: there is none, its class is not known, or its weights are not complete and finite.
+        DavaeError: there is none, its class is unknown, or its weights are not complete and finite.
     """
     folder = Path(folder)
     path = folder if (folder / "config.json").is_file() else folder / "vae"
     if not (path / "config.json").is_file():
-        raise DavaeError(f"{folder} is no autoencoder's folder: there is no config.json in it, nor in its vae/")
+        raise DavaeError(f"{folder} holds no autoencoder: there is no config.json in it or in its vae/")
     name = str(json.loads((path / "config.json").read_text(encoding="utf-8")).get("_class_name"))
     model_class = autoencoder_class(name)
     if model_class is None:
@@ -43,17 +43,17 @@ def open_autoencoder(folder: str | Path) -> ModelMixin:
 
 
 def autoencoder_class(name: str) -> type[ModelMixin] | None:
-    """The autoencoder of davae or of diffusers with that class name; None where there is none."""
+    """The autoencoder class of davae or diffusers with that name; None if there is none."""
     if not name.startswith(("Autoencoder", *_OURS)):
         return None
     return _OURS.get(name) or getattr(diffusers, name, None)
 
 
 def compression_of(model: ModelMixin) -> int:
-    """Image pixels a latent position, a side.
+    """Image pixels per latent position along each side.
 
     Raises:
-        DavaeError: the configuration does not tell.
+        DavaeError: neither the model nor its configuration states it.
     """
     for name in ("spatial_compression", "spatial_compression_ratio"):
         if isinstance(getattr(model, name, None), int):
@@ -61,18 +61,18 @@ def compression_of(model: ModelMixin) -> int:
     config: Any = model.config
     widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     if not widths:
-        raise DavaeError(f"the configuration of {type(model).__name__} does not tell its compression")
+        raise DavaeError(f"the configuration of {type(model).__name__} does not state its spatial compression")
     return int(2 ** (len(widths) - 1))
 
 
 @torch.no_grad()
 def encode(model: ModelMixin, images: Tensor) -> Tensor:
-    """Raw latents ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in [-1, 1]: of a random posterior its mode.
+    """Raw latents ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in [-1, 1]: the mode of the posterior, if there is one.
 
-    Of an :class:`AutoencoderDA` they are ``[B, C + D, h, w]`` as pipelines hold them, details normalised.
+    For an :class:`AutoencoderDA` they are ``[B, C + D, h, w]`` in the pipelines' convention, details normalised.
 
     Raises:
-        DavaeError: ``model.encode`` returns no latent that is known.
+        DavaeError: ``model.encode`` returns no known kind of latent.
     """
     images = images.to(model.device, model.dtype)
     if isinstance(model := getattr(model, "_orig_mod", model), AutoencoderDA):  # of torch.compile, too
@@ -82,7 +82,7 @@ def encode(model: ModelMixin, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(model: ModelMixin, latents: Tensor) -> Tensor:
-    """Images ``[B, 3, H, W]``, about in [-1, 1], of raw latents as :func:`encode` gives them."""
+    """Images ``[B, 3, H, W]``, approximately in [-1, 1], from raw latents as :func:`encode` gives them."""
     latents = latents.to(model.device, model.dtype)
     if isinstance(model := getattr(model, "_orig_mod", model), AutoencoderDA):  # of torch.compile, too
         return model.decode(latents).sample
@@ -95,7 +95,7 @@ def to_model_space(model: ModelMixin, latent: Tensor, *, shifted: bool = True) -
     Args:
         model: the autoencoder.
         latent: raw.
-        shifted: False where the pipeline reads no ``shift_factor``; shift is then 0.
+        shifted: False for pipelines that do not read ``shift_factor``; the shift is then 0.
     """
     return to_scaled(latent, *_affine(model, shifted))
 
@@ -116,7 +116,7 @@ def _affine(model: ModelMixin, shifted: bool) -> tuple[Tensor, Tensor]:
 
 
 class _Undescribed(BaseAdapter):
-    """An autoencoder that nobody described: what every one of diffusers has in common."""
+    """For autoencoders without an adapter: only what all of diffusers' classes have in common."""
 
     def detail_encoder(self, base: Any) -> Any:
         raise DavaeError(f"{type(base).__name__} has no adapter")

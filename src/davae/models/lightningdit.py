@@ -1,7 +1,7 @@
 """LightningDiT: a class-conditional diffusion transformer for flow matching.
 
 A DiT (Peebles and Xie 2023, arXiv 2212.09748) with the changes of Yao et al. 2025 (arXiv 2501.01423):
-RMSNorm, SwiGLU, two-dimensional RoPE and optional QK-norm. The whole comes first, its parts follow.
+RMSNorm, SwiGLU, two-dimensional RoPE and optional QK-norm. The model comes first, then its parts.
 """
 
 from typing import Any, ClassVar, TypedDict
@@ -31,8 +31,8 @@ class Size(TypedDict):
     num_attention_heads: int
 
 
-#: Named sizes: ``LightningDiTTransformer2DModel(**SIZES["XL"], sample_size=16, ...)``. What papers call XL/1
-#: is XL with patch size 1. S comes from DiT; the others have published LightningDiT configurations.
+#: Named sizes: ``LightningDiTTransformer2DModel(**SIZES["XL"], sample_size=16, ...)``. XL/1 in papers
+#: is XL with patch size 1. S comes from DiT; the others are published LightningDiT configurations.
 SIZES: dict[str, Size] = {
     "S": Size(num_layers=12, hidden_size=384, num_attention_heads=6),
     "B": Size(num_layers=12, hidden_size=768, num_attention_heads=12),
@@ -47,25 +47,28 @@ class LightningDiTTransformer2DModel(Portable, ModelMixin, ConfigMixin, PeftAdap
     """Predicts the velocity of a latent on the straight path from noise to data.
 
     With ``x_t = t * data + (1 - t) * noise`` the output estimates ``data - noise``: ``t = 0`` is noise and
-    ``t = 1`` data. A new model predicts zero everywhere, because its head starts at zero.
+    ``t = 1`` data. A new model predicts zero everywhere, because its head is initialised to zero.
 
-    Any grid is accepted, not only `sample_size`: positions are computed, not learned.
+    Any latent size is accepted, not only `sample_size`: positions are computed, not learned.
 
     Args:
         sample_size: side of the latent grid the model is trained on.
         patch_size: side of a token, in latent positions.
         in_channels: latent channels in.
         out_channels: latent channels out; `in_channels` if None.
-        hidden_size: width of a token; divides by four and by `num_attention_heads`.
+        hidden_size: width of a token; a multiple of four and of `num_attention_heads`.
         num_layers: number of blocks.
-        num_attention_heads: heads of an attention; their width must divide by four for RoPE.
+        num_attention_heads: heads per block; with RoPE their width must be a multiple of four.
         num_classes: number of labels. Label `num_classes` itself is the null label of guidance.
         qk_norm: normalise queries and keys.
-        swiglu: gated feed-forward of width ``int(2/3 * 4 * hidden_size)``; else plain GELU.
-        rope: rotate queries and keys by position, beside the fixed sin-cos table.
-        rms_norm: RMSNorm with a weight; else LayerNorm without parameters.
+        swiglu: gated feed-forward of width ``int(2/3 * 4 * hidden_size)``; else GELU of width ``4 * hidden_size``.
+        rope: rotate queries and keys by position, in addition to the fixed sin-cos table.
+        rms_norm: RMSNorm with a weight; else LayerNorm, without parameters on tokens.
         adaln_shift: blocks are modulated by shift, scale and gate; else by scale and gate.
         class_dropout: in training, the probability that a label is replaced by the null label.
+
+    Raises:
+        DavaeError: `hidden_size` and `num_attention_heads` do not fit each other.
     """
 
     __module__ = "davae"  # the library by which saved pipelines know it
@@ -76,7 +79,7 @@ class LightningDiTTransformer2DModel(Portable, ModelMixin, ConfigMixin, PeftAdap
     @register_to_config
     def __init__(
         self,
-        *,  # given by position, diffusers takes a value for a default and forgets it when it rebuilds
+        *,  # diffusers takes positional values for defaults and loses them when it rebuilds a model
         sample_size: int,
         patch_size: int,
         in_channels: int,
@@ -95,12 +98,12 @@ class LightningDiTTransformer2DModel(Portable, ModelMixin, ConfigMixin, PeftAdap
         super().__init__()
         if hidden_size % num_attention_heads or hidden_size % 4:
             raise DavaeError(
-                f"hidden_size {hidden_size} must divide by num_attention_heads {num_attention_heads} and by 4"
+                f"hidden_size {hidden_size} must be a multiple of num_attention_heads {num_attention_heads} and of 4"
             )
         self.head_channels = hidden_size // num_attention_heads
         if rope and self.head_channels % 4:
             raise DavaeError(
-                f"rope needs heads whose width divides by 4; hidden_size {hidden_size} over "
+                f"rope needs heads whose width is a multiple of 4; hidden_size {hidden_size} over "
                 f"{num_attention_heads} heads gives {self.head_channels}"
             )
         self.out_channels = in_channels if out_channels is None else out_channels
@@ -127,19 +130,19 @@ class LightningDiTTransformer2DModel(Portable, ModelMixin, ConfigMixin, PeftAdap
         self._initialise()
 
     def _initialise(self) -> None:
-        # Xavier keeps the variance of activations and gradients about equal through linear layers; the patch
-        # convolution is one too, over the flattened patch.
+        # Xavier keeps the variance of activations and gradients about equal through linear layers, of which the
+        # patch convolution is one, over flattened patches.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 _zero(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.weight.flatten(1))
         _zero(self.patch_embed.bias)
-        # Small conditioning: it should be learned, not imposed by chance.
+        # Small, so that conditioning is learned rather than random.
         nn.init.normal_(self.class_embed.weight, std=0.02)
         nn.init.normal_(self.time_embed.linear_1.weight, std=0.02)
         nn.init.normal_(self.time_embed.linear_2.weight, std=0.02)
-        # adaLN-zero: every gate is closed, so each block starts as the identity, at any depth.
+        # adaLN-zero: every gate starts at zero, so every block starts as the identity.
         modulations = [m.modulation for m in self.modules() if isinstance(m, LightningDiTBlock)]
         for modulation in [*modulations, self.modulation_out]:
             _zero(modulation.weight, modulation.bias)
@@ -148,7 +151,7 @@ class LightningDiTTransformer2DModel(Portable, ModelMixin, ConfigMixin, PeftAdap
 
     @property
     def null_label(self) -> int:
-        """The label that means "no class"."""
+        """The label for "no class"."""
         return int(self.config.num_classes)
 
     def embed_tokens(self, hidden_states: Tensor) -> Tensor:
@@ -161,7 +164,7 @@ class LightningDiTTransformer2DModel(Portable, ModelMixin, ConfigMixin, PeftAdap
         return patches.flatten(2).transpose(1, 2) + table
 
     def embed_time(self, timestep: Tensor) -> Tensor:
-        """Times in [0, 1], [B] -> [B, hidden_size]. The sinusoid takes t as it is, cosines first."""
+        """Times in [0, 1], [B] -> [B, hidden_size]. The sinusoid takes t unscaled, cosines first."""
         return self.time_embed(self.time_sinusoid(timestep).to(self.patch_embed.weight.dtype))
 
     def embed_class(self, class_labels: Tensor) -> Tensor:
@@ -187,8 +190,8 @@ class LightningDiTTransformer2DModel(Portable, ModelMixin, ConfigMixin, PeftAdap
 
         Raises:
             DavaeError: the latent has another number of channels, `patch_size` does not divide its sides, or
-                a label is out of range. Labels are looked at on the CPU only: on an accelerator the look
-                would stall every step, so there the pipeline and the data set check them beforehand.
+                a label is out of range. Labels are checked on the CPU only: on an accelerator the check would
+                synchronise every step, so there the pipeline and the data set check them beforehand.
         """
         self._check_inputs(hidden_states, class_labels)
         batch, _, height, width = hidden_states.shape
@@ -197,7 +200,7 @@ class LightningDiTTransformer2DModel(Portable, ModelMixin, ConfigMixin, PeftAdap
 
         tokens = self.embed_tokens(hidden_states)  # [B, T, hidden]
         condition = self.embed_time(timestep.expand(batch)) + self.embed_class(class_labels)  # [B, hidden]
-        condition = F.silu(condition)  # every modulation begins with it
+        condition = F.silu(condition)  # shared by all modulations
         rotation = rope_table(rows, columns, self.head_channels, tokens.device) if self.config.rope else None
         for block in self.transformer_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -207,7 +210,7 @@ class LightningDiTTransformer2DModel(Portable, ModelMixin, ConfigMixin, PeftAdap
 
         shift, scale = self.modulation_out(condition).chunk(2, dim=1)
         patches = self.proj_out(_modulate(self.norm_out(tokens), shift, scale))  # [B, T, p * p * C]
-        # A token's features are ordered (row, column, channel), the channel fastest.
+        # A token's features are ordered (row, column, channel), channel fastest.
         patches = patches.view(batch, rows, columns, p, p, self.out_channels)
         sample = patches.permute(0, 5, 1, 3, 2, 4).reshape(batch, self.out_channels, height, width)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
@@ -220,8 +223,8 @@ class LightningDiTTransformer2DModel(Portable, ModelMixin, ConfigMixin, PeftAdap
         height, width = hidden_states.shape[-2:]
         if height % self.config.patch_size or width % self.config.patch_size:
             raise DavaeError(
-                f"a latent of {height} x {width} cannot be cut into patches of {self.config.patch_size}: "
-                "choose a size that divides"
+                f"a latent of {height} x {width} cannot be divided into patches of {self.config.patch_size}: "
+                "both sides must be multiples of the patch size"
             )
         shapes_only = torch.compiler.is_compiling() or detect_fake_mode(()) is not None
         if class_labels.device.type == "cpu" and not shapes_only:
@@ -251,7 +254,7 @@ class LightningDiTBlock(nn.Module):
         self.norm1 = _token_norm(hidden_size, rms_norm)
         self.attn = RotaryAttention(hidden_size, num_attention_heads, qk_norm=qk_norm, rms_norm=rms_norm)
         self.norm2 = _token_norm(hidden_size, rms_norm)
-        # Two thirds, since the gate is a third matrix: as many weights as a plain layer of width 4 * hidden.
+        # Two thirds of 4 * hidden, because the gate is a third matrix: as many weights as without a gate.
         self.ff = FeedForward(
             hidden_size,
             inner_dim=int(2 / 3 * 4 * hidden_size) if swiglu else 4 * hidden_size,
@@ -273,7 +276,7 @@ class LightningDiTBlock(nn.Module):
 class RotaryAttention(nn.Module):
     """Self-attention over all tokens with optional QK-norm and RoPE.
 
-    Its layers bear the names of diffusers' own attention, so that one list of LoRA targets serves all.
+    Its layers have the names of diffusers' attention, so that the same LoRA targets apply.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool, rms_norm: bool) -> None:
@@ -300,7 +303,7 @@ class RotaryAttention(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm that keeps torch's fused kernel under autocast, where the weight is wider than the input."""
+    """RMSNorm that keeps torch's fused kernel under autocast, where the weight has a wider dtype than the input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., channels] -> [..., channels]."""
@@ -347,7 +350,7 @@ def sincos_table(height: int, width: int, channels: int, device: torch.device | 
     """Fixed position table [height * width, channels], float32.
 
     The first half of the channels encodes the column, the second the row; each half is all sines, then all
-    cosines, of ``channels / 4`` frequencies from 1 down to 1/10000. `channels` must divide by four.
+    cosines, of the ``n = channels / 4`` frequencies ``10000^(-i / n)``. `channels` must be a multiple of four.
     """
     row, column = grid_positions(height, width, device)
     column_angle, row_angle = _angles(column, channels // 4), _angles(row, channels // 4)
@@ -359,8 +362,8 @@ def rope_table(
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotation angles, each [height * width, head_channels / 2], float32.
 
-    The first half of a head's channel pairs turns with the row, the second with the column, each through
-    ``head_channels / 4`` frequencies from 1 down. `head_channels` must divide by four.
+    The first half of a head's channel pairs rotates with the row, the second with the column, each with the
+    ``n = head_channels / 4`` frequencies ``10000^(-i / n)``. `head_channels` must be a multiple of four.
     """
     row, column = grid_positions(height, width, device)
     angle = torch.cat([_angles(row, head_channels // 4), _angles(column, head_channels // 4)], dim=1)
@@ -370,7 +373,7 @@ def rope_table(
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate neighbouring channel pairs of every token by its angles; keeps the dtype of `x`.
 
-    The product of a rotated query and a rotated key depends on their positions through the difference only:
+    The product of a rotated query and a rotated key depends on their positions only through the difference:
     (R(p) q) . (R(p') k) = q . R(p' - p) k   (Su et al. 2021, arXiv 2104.09864).
 
     Args:
@@ -390,23 +393,23 @@ def restarted(
     patch_size: int | None = None,
     qk_norm: bool | None = None,
 ) -> LightningDiTTransformer2DModel:
-    """A new model with the weights of ``model`` and other options; what is not given stays.
+    """A new model with the weights of ``model`` and other options; options that are None stay as they are.
 
-    Neither change keeps the function exactly, the weights are a start. New norms of queries and keys have weight 1. A
-    larger patch sees the mean of the old tokens inside it, ``W' = W / k^2`` at each of the ``k x k`` places, and
-    its head gives to each place what the old head gave.
+    New QK-norms (weight 1) and larger patches change the function: the weights are an initialisation. A patch larger by
+    a factor k embeds the mean of the old patches inside it, ``W' = W / k^2`` at each of the ``k x k`` places, and the
+    head predicts the old head's output at every place.
 
     Args:
-        model: is not changed.
-        sample_size: side of the latent that it will be trained on; positions are computed for any.
+        model: left unchanged.
+        sample_size: side of the latent that the new model will be trained on; any is accepted.
         patch_size: a multiple of the old one.
         qk_norm: normalise queries and keys.
 
     Raises:
-        DavaeError: not a LightningDiT, a patch size that is no multiple of the old one, or QK-norm taken out.
+        DavaeError: not a LightningDiT, a patch size that is not a multiple of the old one, or QK-norm removed.
     """
     if not isinstance(model, LightningDiTTransformer2DModel):
-        raise DavaeError(f"only LightningDiT can be started with other options, not {type(model).__name__}")
+        raise DavaeError(f"only a LightningDiT can be restarted with other options, not a {type(model).__name__}")
     changes: dict[str, Any] = {"sample_size": sample_size, "patch_size": patch_size, "qk_norm": qk_norm}
     arguments = {name: value for name, value in model.config.items() if not name.startswith("_")}
     arguments |= {name: value for name, value in changes.items() if value is not None}
@@ -414,7 +417,7 @@ def restarted(
     if rest or factor < 1:
         raise DavaeError(f"patch_size {arguments['patch_size']} is no multiple of the base's {model.config.patch_size}")
     if model.config.qk_norm and not arguments["qk_norm"]:
-        raise DavaeError("the base was trained with QK-norm, which cannot be taken out: leave qk_norm as it is")
+        raise DavaeError("the base was trained with QK-norm, which cannot be removed: leave qk_norm as it is")
     weights = model.state_dict()
     if factor > 1:
         weights = _larger_patches(weights, factor, model.config.patch_size)

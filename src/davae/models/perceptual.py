@@ -1,4 +1,4 @@
-"""Perceptual distances: LPIPS (Zhang et al., 2018), which needs two packages and a backbone, and DINO features."""
+"""Perceptual distances: LPIPS (Zhang et al. 2018, arXiv 1801.03924) and the distance of DINO features."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LpipsLoss(nn.Module):
             ``weights_only=True``).
 
     Raises:
-        DavaeError: the ``lpips`` extra is not installed, or the backbone file is missing or holds other weights.
+        DavaeError: the ``lpips`` extra is not installed, or the backbone file is missing, damaged or another network's.
     """
 
     def __init__(self, backbone: str | None) -> None:
@@ -35,13 +35,13 @@ class LpipsLoss(nn.Module):
             import lpips
         except ImportError as error:
             raise DavaeError(
-                "LPIPS is asked for, but not installed: pip install 'davae[lpips]'; a training can do without: "
-                "reconstruction.lpips_weight=0 and laplacian_weight, which needs nothing"
+                "LPIPS is not installed: pip install 'davae[lpips]', or train without it: "
+                "reconstruction.lpips_weight=0, perhaps with laplacian_weight, which has no requirements"
             ) from error
         if backbone is None or not Path(backbone).is_file():
             raise DavaeError(
                 f"LPIPS needs torchvision's VGG-16 weights: {backbone!r} (reconstruction.lpips_backbone, --lpips) is "
-                f"no file. Fetch {_BACKBONE_URL} where there is a network and give its path"
+                f"not a file. Download {_BACKBONE_URL} and give its path"
             )
         self.file = Path(backbone)
         weights = read_state_dict(backbone)
@@ -53,11 +53,11 @@ class LpipsLoss(nn.Module):
                 _check_layer(backbone, f"features.{key}", features.get(key), parameter)
                 parameter.copy_(features[key])
         if bad := not_finite(features):
-            raise DavaeError(f"{backbone}: features.{bad[0]} holds numbers that are not finite; fetch {_BACKBONE_URL}")
+            raise DavaeError(f"{backbone}: features.{bad[0]} has values that are not finite; download {_BACKBONE_URL}")
         self.network.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> LpipsLoss:
-        """LPIPS stays in evaluation mode."""
+        """Stays in eval mode: a distance has no dropout."""
         return super().train(False)
 
     def describe(self) -> dict[str, Any]:
@@ -75,14 +75,10 @@ class LpipsLoss(nn.Module):
 
 
 def _check_layer(file: str, key: str, found: Tensor | None, wanted: Tensor) -> None:
-    """Whether the file has a tensor of that name and size.
-
-    Raises:
-        DavaeError: naming both.
-    """
+    """Raise a :class:`DavaeError` unless the file has a tensor of that name and shape."""
     if found is not None and found.shape == wanted.shape:
         return
-    what = "has no tensor" if found is None else f"has another size ({tuple(found.shape)}) of"
+    what = "has no tensor" if found is None else f"has another shape ({tuple(found.shape)}) of"
     raise DavaeError(
         f"{file} {what} '{key}', of shape {tuple(wanted.shape)} in torchvision's VGG-16: it is another network's file. "
         f"LPIPS needs {_BACKBONE_URL}"
@@ -90,20 +86,20 @@ def _check_layer(file: str, key: str, found: Tensor | None, wanted: Tensor) -> N
 
 
 LARGEST_SIDE = 512
-"""Larger images are reduced to this longer side first."""
+"""Images with a longer side are first reduced to this one, in pixels."""
 _EXAMPLE = "facebook/dinov2-base"
 _WEIGHTS = "model.safetensors"
 
 
 class DinoDistance(nn.Module):
-    """Distance of image pairs as the package dino-perceptual defines it, for DINOv2, DINOv3 and other transformers.
+    """Distance of image pairs as in the package dino-perceptual, for DINOv2, DINOv3 and other vision transformers.
 
-    Of every layer l all tokens (class, register and patch tokens) are brought to length 1, and
+    The tokens of every layer l (class, register and patch tokens) are normalised to unit length, and
 
         d(x, y) = mean over layers, tokens and features of (f_l(x) - f_l(y))^2,   f_l = h_l / |h_l|
 
-    Values are small (a squared distance of unit vectors, divided by their width): as a loss next to L1, weights
-    of 250 to 1000 are usual. Pixels right and below of the last whole patch are not seen.
+    Values are small (a squared distance of unit vectors, divided by their width): as a loss beside L1, weights
+    of 250 to 1000 are usual. Pixels beyond the last whole patch are ignored.
 
     Args:
         backbone: folder of a transformers model (``config.json`` and ``model.safetensors``). Nothing is downloaded.
@@ -120,8 +116,8 @@ class DinoDistance(nn.Module):
         self.folder = Path(backbone) if backbone else None
         if self.folder is None or not (self.folder / _WEIGHTS).is_file():
             raise DavaeError(
-                f"the DINO distance needs a backbone: looked for {_WEIGHTS} in {backbone!r}. Fetch one where there is "
-                f"a network, such as `hf download {_EXAMPLE} --local-dir FOLDER`, and give the folder"
+                f"the DINO distance needs a backbone: there is no {_WEIGHTS} in {backbone!r}. Download one, such as "
+                f"by `hf download {_EXAMPLE} --local-dir FOLDER`, and give the folder"
             )
         try:
             self.network, _ = open_model(
@@ -156,11 +152,11 @@ class DinoDistance(nn.Module):
         }
 
     def train(self, mode: bool = True) -> DinoDistance:
-        """Stays in evaluation mode: a distance has no dropout."""
+        """Stays in eval mode: a distance has no dropout."""
         return super().train(False)
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        """Distances ``[B]`` of pairs ``[B, 3, H, W]`` in [-1, 1]; gradients reach ``reconstruction`` alone."""
+        """Distances ``[B]`` of pairs ``[B, 3, H, W]`` in [-1, 1]; gradients flow to ``reconstruction`` only."""
         with torch.no_grad():
             wanted = self._layers(images)
         found = self._layers(reconstruction)

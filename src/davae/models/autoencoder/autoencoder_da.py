@@ -49,44 +49,44 @@ class Level:
 class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
     """A diffusers autoencoder whose latent is ``[z, z_d]``: the base VAE's latent and ``D`` detail channels.
 
-    ``z`` (``C`` channels) is the base latent of the image at base resolution, untouched. ``z_d`` is encoded
-    from the full-resolution image, ``s`` times larger per side, onto the same grid. One decoder makes the
-    full-resolution image from both. Make one with :meth:`from_base`; afterwards it stands alone
+    ``z`` (``C`` channels) is the base VAE's latent of the image reduced to base resolution. ``z_d`` is encoded
+    from the full-resolution image, ``s`` times larger per side, onto the same grid. One decoder reconstructs the
+    full-resolution image from both. Create one with :meth:`from_base`; it is then self-contained
     (``save_pretrained``, ``from_pretrained``).
 
-    ``encode`` and ``decode`` speak the convention of the base's pipelines: the base part is the base VAE's
-    own latent, and the details are normalised so that ``(latent - shift_factor) * scaling_factor`` has unit
-    variance on them.
+    ``encode`` and ``decode`` follow the convention of the base's pipelines: the base part is the base VAE's
+    own latent, and the details are normalised so that ``(latent - shift_factor) * scaling_factor`` has zero mean
+    and unit variance on them.
 
-    The base never changes: its weights take no gradient and it stays in eval mode, also after ``train()``.
+    The base VAE never changes: its weights take no gradient and it stays in eval mode, even after ``train()``.
 
-    The base may be an ``AutoencoderDA`` itself. The latent then has levels, ``[z, z_d1, z_d2]``, and this one's
-    ``z_d`` is all of the details: ``layout``, ``scale``, ``encode``, ``decode``, ``encode_base``,
-    ``encode_details`` and ``decode_structured`` speak of the whole, ``own_layout``, ``factor``,
-    ``encode_prefix`` and ``encode_own_details`` of what this level adds. See :attr:`levels`.
+    The base may itself be an ``AutoencoderDA``. The latent then has levels, ``[z, z_d1, z_d2]``, and ``z_d`` stands
+    for the details of all of them: ``layout``, ``scale``, ``encode``, ``decode``, ``encode_base``,
+    ``encode_details`` and ``decode_structured`` refer to the whole latent; ``own_layout``, ``factor``,
+    ``encode_prefix`` and ``encode_own_details`` to this level. See :attr:`levels`.
 
     Args:
         base_class: class name of the base, see :func:`davae.models.find_adapter`.
         base_config: its config.
-        scale: 2, 4 or 8: ``s``, or on a base with levels the factor that this level adds to its scale.
-        detail_channels: ``D``, a multiple of ``s^2 / 2``; the channels that this level adds.
+        scale: 2, 4 or 8: ``s``, or on a base with levels the factor by which this level multiplies its scale.
+        detail_channels: ``D``, the channels that this level adds; a multiple of ``s^2 / 2`` for the total ``s``.
         antialias: antialias the bicubic reduction to base resolution.
         clamp_base_image: clamp the reduced image to [-1, 1].
-        base_latent_space: what alignment and joint decoder see: ``"scaled"``, ``(z - shift) * scale`` as the
-            diffusion model does, or ``"raw"``.
-        decoder_channel_order: order of the parts in front of the up block only; ``"detail_first"`` serves
+        base_latent_space: the space of ``z`` in the alignment loss and the joint decoder: ``"scaled"``,
+            ``(z - shift) * scale`` as in the diffusion model, or ``"raw"``.
+        decoder_channel_order: channel order at the input of the up block only; ``"detail_first"`` is for
             published weights. Latents are base first everywhere.
-        detail_dropout: probability of zeroing the whole detail latent of a sample in front of the decoder, in
-            training.
-        detail_mean, detail_std: per-channel statistics of ``z_d``; None is 0 and 1. See
+        detail_dropout: probability, in training, of zeroing a sample's whole detail latent before decoding;
+            kept ones are scaled by ``1 / (1 - p)``.
+        detail_mean, detail_std: per-channel statistics of ``z_d``; None means 0 and 1. See
             :meth:`set_detail_statistics`.
-        branch_config: config of the base class for the detail encoder and the joint decoder, where they are
-            built differently from the base (same compression).
-        has_base_decoder: False where the base's decoder is not known, as in some published files, or dropped
-            (:meth:`drop_base_decoder`). Everything works without it except :meth:`decode_base` and the lower levels.
+        branch_config: config of the base class for the detail encoder and the joint decoder, where their
+            architecture differs from the base's (same compression).
+        has_base_decoder: False if the base's decoder is missing, as in some published files, or dropped
+            (:meth:`drop_base_decoder`). Only :meth:`decode_base` and decoding the lower levels need it.
 
     Raises:
-        DavaeError: an unknown base, or sizes that do not fit.
+        DavaeError: an unknown base or option, or sizes that do not fit.
     """
 
     __module__ = "davae"  # the library by which saved pipelines know it
@@ -144,7 +144,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         self.use_tiling = False
         sample_size = self.config.sample_size or 0
         sample_size = max(sample_size) if isinstance(sample_size, (list, tuple)) else sample_size
-        # In pixels, as in diffusers; a tile overlaps the next one by a quarter.
+        # In pixels, as in diffusers; neighbouring tiles overlap by a quarter.
         side = max(int(sample_size), 32 * self.spatial_compression) // self.spatial_compression
         self.tile_sample_min_height = self.tile_sample_min_width = side * self.spatial_compression
         step = (side - round(0.25 * side)) * self.spatial_compression
@@ -231,7 +231,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         """As in diffusers.
 
         Raises:
-            DavaeError: an entry that follows from the base was edited: nothing would read it.
+            DavaeError: an entry that is derived from the base was edited; it would have no effect.
         """
         made = super().from_config(config, return_unused_kwargs, **kwargs)
         model = made[0] if return_unused_kwargs else made
@@ -239,15 +239,15 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
             stated, derived = (json.loads(json.dumps(values[key])) for values in (config, model.config))
             if stated != derived:
                 raise DavaeError(
-                    f"config.json says {key} {stated}, and of the base in its base_config it is {derived}: set it "
-                    "back. The details were trained over a base with that value, and another would not be read"
+                    f"config.json has {key} {stated}, but the base in its base_config implies {derived}: restore "
+                    "that value. It is derived from the base that the details were trained on; edits have no effect"
                 )
         return made
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
-        """Config entries that follow from the base are derived again by the constructor."""
-        # Without the list of defaulted arguments: statistics that were set later would count as not given.
+        """As in diffusers, without the entries that the constructor derives from the base."""
+        # Also without the list of defaulted arguments, or statistics set later would be reset to their defaults.
         dropped = DERIVED_KEYS | {"_use_default_values"}
         own = {key: value for key, value in config_dict.items() if key not in dropped}
         return super().extract_init_dict(own, **kwargs)
@@ -261,7 +261,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @property
     def spatial_compression(self) -> int:
-        """Pixels per latent position and side, ``s * f``."""
+        """Image pixels per latent position along each side, ``s * f``."""
         return self.scale * self.base_compression
 
     @property
@@ -279,7 +279,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         return self.base if self.below is None else self.below.base_vae
 
     def at_level(self, number: int) -> AutoencoderDA:
-        """The autoencoder of a level, 1 or higher. It is a part of this one, not a copy.
+        """The autoencoder of a level, 1 or higher: a submodule (or this model itself), not a copy.
 
         Raises:
             DavaeError: there is no such level.
@@ -299,7 +299,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @property
     def last_decoder_weight(self) -> Tensor:
-        """Weight of the joint decoder's last convolution: the adaptive GAN weight compares gradients here."""
+        """Weight of the joint decoder's last convolution, where the adaptive GAN weight compares gradients."""
         return [m for m in self.joint_decoder.modules() if isinstance(m, nn.Conv2d)][-1].weight
 
     @property
@@ -308,51 +308,51 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         return self.down.conv.weight
 
     def trained_parameters(self) -> Iterator[nn.Parameter]:
-        """Everything but the base, and of a base with levels everything but its own, where it learns too."""
+        """Parameters of this level, preceded by those of the levels below if they train too; never the base VAE's."""
         if self.below is not None and self.trains_below:
             yield from self.below.trained_parameters()
         for part in (self.detail_encoder, self.down, self.up, self.joint_decoder):
             yield from part.parameters()
 
     def train(self, mode: bool = True) -> AutoencoderDA:
-        """As in torch, but the base stays in eval mode."""
+        """As in torch, but the base stays in eval mode unless its levels train too (:meth:`train_levels`)."""
         super().train(mode)
         self.base.train(mode and self.trains_below)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> AutoencoderDA:
-        """As in torch, but the base stays frozen."""
+        """As in torch, but the base stays frozen unless its levels train too (:meth:`train_levels`)."""
         super().requires_grad_(requires_grad)
         self.base.requires_grad_(requires_grad and self.trains_below)
         return self
 
     def drop_base_decoder(self) -> None:
-        """Forget the decoders of all levels below: :meth:`decode` needs none of them.
+        """Remove the decoders of all levels below, which :meth:`decode` does not use.
 
-        Saves their memory and their place in saved files; previews and lower levels cannot be decoded any more.
+        This saves memory and disk space; previews and lower levels can no longer be decoded.
         """
         self.register_to_config(has_base_decoder=False)
         self.adapter.drop_decoder(self.base)
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
-        """As in diffusers: the networks that learn compute their stages again on the way back, and keep less.
+        """As in diffusers: detail encoder and joint decoder recompute activations in the backward pass.
 
         Raises:
-            DavaeError: an adapter's networks have no stages that can do so, which would leave everything as it is.
+            DavaeError: the adapter's networks do not support it, so the call would have no effect.
         """
         for name in ("detail_encoder", "joint_decoder"):
             if not any(hasattr(module, "gradient_checkpointing") for module in getattr(self, name).modules()):
                 raise DavaeError(
-                    f"{name} of {type(self.adapter).__name__} cannot checkpoint gradients: build it of "
+                    f"{name} of {type(self.adapter).__name__} does not support gradient checkpointing: build it with "
                     "davae.models.base_adapters.adapter.FeatureChain, or leave gradient_checkpointing off"
                 )
         super().enable_gradient_checkpointing(gradient_checkpointing_func)
 
     def train_levels(self, *, together: bool) -> None:
-        """Choose what learns: this level alone (the start), or all levels together. The base VAE never does.
+        """Choose what trains: this level alone (the default) or all levels together. The base VAE never trains.
 
         Raises:
-            DavaeError: all are to learn, but the lower levels' decoders were dropped.
+            DavaeError: ``together``, but the lower levels' decoders were dropped.
         """
         if self.below is not None:
             if together and not self.config.has_base_decoder:
@@ -368,7 +368,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         """``shift`` and ``scale``, float32 ``[C]``, of the space in which details are aligned and decoded.
 
         Args:
-            device: where they are to be: that of the latents or weights they meet.
+            device: device of the result.
         """
         shift, scale = (values.to(device) for values in self.adapter.normalisation(self.base))
         if self.config.base_latent_space == "raw":
@@ -383,7 +383,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         """
         self._check_sides(images)
         size = (images.shape[-2] // self.factor, images.shape[-1] // self.factor)
-        small = F.interpolate(  # in float32: bfloat16 has no antialiased resize on every device, and would blur
+        small = F.interpolate(  # in float32: not every device antialiases in bfloat16, whose rounding also blurs
             images.float(), size=size, mode="bicubic", align_corners=False, antialias=self.config.antialias
         )
         return (small.clamp(-1.0, 1.0) if self.config.clamp_base_image else small).to(images.dtype)
@@ -402,7 +402,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
     def encode_base(self, images: Tensor) -> Tensor:
         """Raw base latent ``[B, C, h, w]`` of full-resolution images.
 
-        It is the base VAE's own on ``downsample(images)``, bit for bit.
+        Bit-identical to the base VAE's own latent of ``downsample(images)`` (without tiling).
         """
         small = self.reduce(images)
         if self.below is not None:
@@ -412,7 +412,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @apply_forward_hook
     def encode_prefix(self, images: Tensor) -> Tensor:
-        """Raw latent of everything below this level, means, ``[B, own_layout.base_channels, h, w]``."""
+        """Raw latent of all levels below (posterior means), ``[B, own_layout.base_channels, h, w]``."""
         if self.below is None:
             return self.encode_base(images)
         small = self.reduce(images)
@@ -466,8 +466,8 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         """Images ``[B, 3, H, W]`` from raw ``z`` and raw ``z_d``, with detail dropout in train mode.
 
         Args:
-            z, z_d: ``[B, C, h, w]`` and ``[B, D, h, w]``; with levels below the border between the two may also
-                lie in front of this level's own channels. Dropout takes these alone.
+            z, z_d: ``[B, C, h, w]`` and ``[B, D, h, w]``; with levels, the split may also be the one of
+                ``own_layout``. Dropout zeroes this level's own channels only.
 
         Raises:
             DavaeError: another number of channels.
@@ -486,7 +486,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         return self._sliced(decode, latent)
 
     def _bounded(self, z: Tensor) -> Tensor:
-        """A raw latent as the base's decoder takes it; details below have no bounds."""
+        """A raw latent with the base decoder's own bound applied; details of lower levels are unbounded."""
         bound = self.adapter.network_adapter(self.base).bound
         if self.below is None:
             return bound(z)
@@ -495,27 +495,27 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
 
     # ------------------------------------------------------------------ the statistics of the details
 
-    # Every level keeps those of its own channels in its own config. Networks see raw details; the statistics apply
-    # where pipelines hand latents in and out, so that they may be measured again after a training.
+    # Every level stores those of its own channels in its own config. The networks see raw details; the statistics
+    # apply only in encode and decode, so they can be measured again after training.
 
     def set_detail_statistics(self, mean: Tensor, std: Tensor, *, level: int | None = None) -> None:
-        """Keep mean and standard deviation of raw ``z_d`` per channel; encode and decode normalise with them.
+        """Store the per-channel mean and standard deviation of raw ``z_d``, with which encode and decode normalise.
 
-        They stand in the config.
+        They are saved in the config.
 
         Args:
             mean, std: ``[D]``, of the channels that the level adds.
-            level: which level, 1 the lowest; None is the last one.
+            level: 1 for the lowest; None for the last.
 
         Raises:
-            DavaeError: another length, a value that is not finite, or a standard deviation that is not above 0, as of
-                a channel that is constant.
+            DavaeError: no such level, another length, a value that is not finite, or a standard deviation that is
+                not positive, as for a constant channel.
         """
         if level is not None and level != self._number():
             if self.below is None:
                 raise DavaeError(f"there is no level {level} of details: the lowest is {self._number()}")
             self.below.set_detail_statistics(mean, std, level=level)
-            # The config of this level holds the one below, and is what a saved model is made from.
+            # This level's config contains the one below, and a saved model is rebuilt from it.
             arguments = constructor_arguments(type(self.below), self.below.config)
             self.register_to_config(base_config=arguments)
             return
@@ -523,7 +523,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         self.register_to_config(detail_mean=mean.tolist(), detail_std=std.tolist())
 
     def detail_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of raw ``z_d``, float32 ``[D]`` each on the CPU, all levels."""
+        """Mean and standard deviation of raw ``z_d`` over all levels, float32 ``[D]`` each, on the CPU."""
         count, config = self.own_layout.detail_channels, self.config
         mean = torch.tensor(config.detail_mean or [0.0] * count, dtype=torch.float32)
         std = torch.tensor(config.detail_std or [1.0] * count, dtype=torch.float32)
@@ -536,7 +536,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         """``mean`` and ``std``, ``[D, 1, 1]``, with ``z_d = x_d * std + mean`` for a pipeline's ``x_d``.
 
         Args:
-            device: of ``x_d``; the model's own says nothing while its weights are offloaded.
+            device: that of ``x_d``; the model's own is not reliable while its weights are offloaded.
         """
         mean, std = (values.to(device) for values in self.detail_statistics())
         scaling, shift = self.config.scaling_factor or 1.0, self.config.shift_factor or 0.0
@@ -552,11 +552,11 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
     def encode(self, x: Tensor, return_dict: bool = True) -> EncodedLatents | tuple[StructuredPosterior]:
         """Images ``[B, 3, H, W]`` in [-1, 1] to a posterior over a pipeline's latents ``[B, C + D, h, w]``.
 
-        Computed in the model's precision, whatever that of ``x`` is, but where autocast rules. The latents are in the
-        lower one of both: an autoencoder may be more precise than its pipeline.
+        ``x`` is converted to the model's dtype, except under autocast. The latents have the narrower dtype of the two,
+        because an autoencoder may be more precise than its pipeline.
 
-        As pipelines of video-derived bases call it, ``[B, 3 or 4, 1, H, W]`` is one frame (and opacity, which
-        is dropped), and the latents are ``[B, C + D, 1, h, w]``; :meth:`decode` takes those.
+        Pipelines of video-derived bases pass a single frame ``[B, 3 or 4, 1, H, W]`` (an alpha channel is
+        dropped) and get latents ``[B, C + D, 1, h, w]``, which :meth:`decode` accepts.
 
         Raises:
             DavaeError: sides that are not multiples of ``s * f``.
@@ -577,8 +577,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
     ) -> DecoderOutput | tuple[Tensor]:
         """Latents ``[B, C + D, h, w]`` in the pipelines' convention to images ``[B, 3, H, W]``, not clamped.
 
-        Computed in the model's precision, as :meth:`encode`. ``generator`` is part of the family's signature; decoding
-        is deterministic.
+        The dtype is handled as in :meth:`encode`. ``generator`` is there for diffusers' signature and is not used.
         """
         z = self._in_own_precision(z)
         base, details = self.layout.split(z)
@@ -587,21 +586,21 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         return DecoderOutput(sample=images) if return_dict else (images,)
 
     def _in_own_precision(self, x: Tensor) -> Tensor:
-        """Pipelines hand in the precision of their other parts, which need not be the autoencoder's."""
+        """``x`` in the model's dtype, from which that of a pipeline's other components may differ."""
         return x if x.dtype == self.dtype or torch.is_autocast_enabled(x.device.type) else x.to(self.dtype)
 
     @apply_forward_hook
     def decode_level(self, latent: Tensor, level: int) -> Tensor:
         """The image of one level, ``[B, 3, h * f * scale, w * f * scale]`` with that level's scale.
 
-        Channels above the level are not looked at.
+        Channels of higher levels are ignored.
 
         Args:
             latent: in the pipelines' convention, ``[B, n, h, w]`` with at least the level's channels.
-            level: 0 decodes the base channels with the untouched base VAE, the last level everything.
+            level: 0 decodes the base channels with the base VAE, the last level the whole latent.
 
         Raises:
-            DavaeError: no such level, too few channels, or the model was made without the decoder.
+            DavaeError: no such level, too few channels, or a lower level of a model without base decoder.
         """
         levels = self.levels
         if not 0 <= level < len(levels):
@@ -613,7 +612,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         if level == levels[-1].number:
             return self.decode(latent).sample
         if not self.config.has_base_decoder:
-            raise DavaeError("this autoencoder was made without its base's decoder: only its last level can be decoded")
+            raise DavaeError("this autoencoder has no base decoder: only its last level can be decoded")
         if self.below is not None:
             return self.below.decode_level(latent, level)
         return self._decode_base(latent)
@@ -621,7 +620,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
     @apply_forward_hook
     @torch.no_grad()
     def decode_base(self, latent: Tensor) -> Tensor:
-        """A preview, ``[B, 3, H / s, W / s]``: the untouched base VAE on the first ``C`` channels.
+        """A preview, ``[B, 3, H / s, W / s]``: the base VAE's decoding of the first ``C`` channels.
 
         Args:
             latent: in the pipelines' convention, ``[B, C + D, h, w]``, or its base part ``[B, C, h, w]``.
@@ -642,7 +641,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Encode and decode images ``[B, 3, H, W]``."""
+        """Encode and decode images ``[B, 3, H, W]``, through the posterior's mode or a sample of it."""
         posterior = self.encode(sample).latent_dist
         latent = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(latent, return_dict=return_dict)
@@ -661,23 +660,23 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
     ) -> None:
         """Encode and decode larger images in overlapping tiles; see :func:`davae.models.autoencoder.tiling.tiled`.
 
-        All sizes are in pixels of the full-resolution image, multiples of ``s * f``. What is not given stays as it is;
-        a new size without a stride keeps the part that overlaps.
+        All sizes are in pixels of the full-resolution image, multiples of ``s * f``. Arguments left out keep their
+        values; a new size without a stride keeps the fraction of overlap.
 
         Args:
             tile_sample_min_size: side of a square tile.
-            tile_overlap_factor: part of a tile that overlaps its neighbour, in [0, 0.5].
+            tile_overlap_factor: fraction of a tile that overlaps its neighbour, in [0, 0.5].
             tile_sample_min_height, tile_sample_min_width: sides of a tile, as in diffusers.
-            tile_sample_stride_height, tile_sample_stride_width: from one tile to the next, from half a side to a whole.
+            tile_sample_stride_height, tile_sample_stride_width: distance between tiles, from half a side to a full one.
 
         Raises:
-            DavaeError: a value out of range, or the same thing said twice.
+            DavaeError: a value out of range, or arguments that contradict or repeat each other.
         """
         if tile_sample_min_size is not None and (tile_sample_min_height, tile_sample_min_width) != (None, None):
-            raise DavaeError("tile_sample_min_size says both sides of a tile: leave it or the height and width out")
+            raise DavaeError("tile_sample_min_size sets both sides of a tile: pass either it or the height and width")
         if tile_overlap_factor is not None:
             if (tile_sample_stride_height, tile_sample_stride_width) != (None, None):
-                raise DavaeError("tile_overlap_factor and strides say the same thing: leave one out")
+                raise DavaeError("tile_overlap_factor and the strides both set the overlap: pass only one of them")
             if not 0.0 <= tile_overlap_factor <= 0.5:
                 raise DavaeError(f"tile_overlap_factor must lie in [0, 0.5], not {tile_overlap_factor}")
         cell = self.spatial_compression
@@ -699,11 +698,11 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         self.use_tiling = True
         for name, size in chosen.items():
             setattr(self, name, size)
-        if self.below is not None:  # the same tiles, in latent positions
+        if self.below is not None:  # the same tiles in latent positions
             self.below.enable_tiling(**{name: size // self.factor for name, size in chosen.items()})
 
     def disable_tiling(self) -> None:
-        """Encode and decode in one step."""
+        """Encode and decode whole images at once."""
         self._switch("use_tiling", on=False)
 
     def enable_slicing(self) -> None:
@@ -711,7 +710,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         self._switch("use_slicing", on=True)
 
     def disable_slicing(self) -> None:
-        """Encode and decode whole batches."""
+        """Encode and decode whole batches at once."""
         self._switch("use_slicing", on=False)
 
     def _switch(self, name: str, *, on: bool) -> None:
@@ -722,7 +721,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
     def _tiled(
         self, function: Callable[[Tensor], Tensor], network: nn.Module, cell_in: int, cell_out: int
     ) -> Callable[[Tensor], Tensor]:
-        """``function``, which calls ``network``, by tiles where tiling is on and the input larger than one."""
+        """``function``, which calls ``network``, run in tiles if tiling is on and the input is larger than a tile."""
         tile, step = (
             tuple(
                 getattr(self, f"tile_sample_{what}_{side}") // self.spatial_compression for side in ("height", "width")
@@ -747,14 +746,14 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
         return apply
 
     def _sliced(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """``function(x)``, one sample at a time where slicing is on."""
+        """``function(x)``, one sample at a time if slicing is on."""
         if self.use_slicing and x.shape[0] > 1:
             return torch.cat([function(part) for part in x.split(1)])
         return function(x)
 
 
 def _check_tile(what: str, size: Any, cell: int, least: float, most: int | None) -> None:
-    """Raise a :class:`DavaeError` for pixels that are not so many or no multiple of ``cell``."""
+    """Raise a :class:`DavaeError` unless ``size`` is a multiple of ``cell`` in ``[least, most]``."""
     if isinstance(size, bool) or not isinstance(size, int) or size % cell:
         raise DavaeError(f"{what} is not a multiple of {cell} pixels")
     if size < least or (most is not None and size > most):
@@ -762,7 +761,7 @@ def _check_tile(what: str, size: Any, cell: int, least: float, most: int | None)
 
 
 def _check_options(scale: int, space: str, order: str, dropout: float) -> None:
-    """Raise a :class:`DavaeError` for a value that does not exist, in the order of the constructor."""
+    """Raise a :class:`DavaeError` for an invalid option, in the order of the constructor."""
     check_choice(scale, Scale, "scale")
     check_choice(space, LatentSpace, "base_latent_space")
     check_choice(order, ChannelOrder, "decoder_channel_order")
@@ -771,16 +770,16 @@ def _check_options(scale: int, space: str, order: str, dropout: float) -> None:
 
 
 def _check_image_channels(name: str, taken: int, given: int) -> None:
-    """Raise a :class:`DavaeError` for a base that is not one of colour images."""
+    """Raise a :class:`DavaeError` for a base that is not an RGB autoencoder."""
     if (taken, given) != (3, 3):
         raise DavaeError(
-            f"this {name} takes images of {taken} channels and gives {given}: only autoencoders of colour images, "
-            "3 channels in and out, can be the base"
+            f"this {name} takes images of {taken} channels and gives {given}: the base must be an autoencoder of "
+            "colour images, with 3 channels in and out"
         )
 
 
 def _check_detail_channels(detail_channels: int, scale: int) -> None:
-    """Raise a :class:`DavaeError` for a number that the down block of the whole ``scale`` cannot make."""
+    """Raise a :class:`DavaeError` for a channel count that the down block of factor ``scale`` cannot produce."""
     if detail_channels < 1 or 2 * detail_channels % scale**2:
         raise DavaeError(
             f"detail_channels must be a positive multiple of {scale**2 // 2} for scale {scale}, not {detail_channels}"

@@ -1,11 +1,11 @@
-"""Config entries by which unmodified diffusers pipelines find the upgraded autoencoder's sizes."""
+"""Config entries from which unmodified diffusers pipelines read the upgraded autoencoder's sizes."""
 
 from typing import Any
 
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 
-# All of these follow from the base; the constructor makes them again.
+# All of these are derived from the base by the constructor.
 DERIVED_KEYS = frozenset(
     {
         "in_channels",
@@ -30,15 +30,15 @@ DERIVED_KEYS = frozenset(
 def derived_config(
     base: Any, further: dict[str, Any], layout: LatentLayout, *, scale: int, compression: int
 ) -> dict[str, Any]:
-    """What an upgraded autoencoder's config says beyond its own settings.
+    """The entries of an upgraded autoencoder's config beyond its own settings.
 
-    Pipelines take ``2 ** (len(block_out_channels) - 1)`` as pixels per latent position, so that list gets
-    ``log2(s f) + 1`` entries; it counts levels and does not describe the network.
+    Pipelines compute the compression as ``2 ** (len(block_out_channels) - 1)``, so that list is given
+    ``log2(s f) + 1`` entries; only its length has a meaning.
 
     Args:
         base: config of the base.
         further: entries that only pipelines of this kind of base read.
-        layout: channel counts.
+        layout: channels of the base's latent and of the details that this level adds.
         scale: ``s``.
         compression: ``s * f``.
 
@@ -62,10 +62,10 @@ def derived_config(
     }
     mean, std = base.get("latents_mean"), base.get("latents_std")
     if mean is not None and std is not None:
-        # (x - mean) * scaling / std and (x - shift) * scaling both give unit variance on the details.
+        # On the details, (x - mean) * scaling / std and (x - shift) * scaling are then the same.
         derived["latents_mean"] = [*mean, *[shift or 0.0] * layout.detail_channels]
         derived["latents_std"] = [*std, *[1.0] * layout.detail_channels]
-    if base.get("temperal_downsample") is not None:  # autoencoders of videos: a level an entry
+    if base.get("temperal_downsample") is not None:  # video autoencoders: one entry per level
         derived["z_dim"] = layout.channels
         derived["temperal_downsample"] = (list(base["temperal_downsample"]) + [False] * levels)[: levels - 1]
     for key in ("block_out_channels", "encoder_block_out_channels"):

@@ -15,14 +15,14 @@ from davae.latents import LatentLayout
 
 
 class StructuredPosterior:
-    """``latent_dist`` of ``AutoencoderDA.encode``: latents ``[z, x_d]`` as pipelines have them.
+    """``latent_dist`` of ``AutoencoderDA.encode``: latents ``[z, x_d]`` in the pipelines' convention.
 
     The base part is the base VAE's posterior mean in every sample; only the details vary.
 
     Args:
         layout: channel counts.
         z: base latent ``[B, C, h, w]``.
-        detail_mean, detail_std: of the details in the pipeline's convention, ``[B, D, h, w]``.
+        detail_mean, detail_std: of the details, ``[B, D, h, w]``.
     """
 
     def __init__(self, layout: LatentLayout, z: Tensor, detail_mean: Tensor, detail_std: Tensor) -> None:
@@ -48,9 +48,9 @@ class StructuredPosterior:
 
 
 class EncodedLatents(AutoencoderKLOutput):
-    """What ``AutoencoderDA.encode`` returns, under every name by which pipelines of diffusers read latents.
+    """What ``AutoencoderDA.encode`` returns, under every name by which diffusers' pipelines read latents.
 
-    ``latent_dist`` is the posterior; ``latent`` (as of ``AutoencoderDC``) and ``latents`` (as of ``AutoencoderTiny``)
+    ``latent_dist`` is the posterior; ``latent`` (as in ``AutoencoderDC``) and ``latents`` (as in ``AutoencoderTiny``)
     are its mode.
     """
 
@@ -96,9 +96,9 @@ class SingleFramePosterior:
 
 
 def takes_single_frame(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of images ``[B, C, H, W]`` also takes ``[B, C, 1, H, W]``, and then gives everything with that axis.
+    """Let a method of ``[B, C, H, W]`` also take a frame ``[B, C, 1, H, W]``; its results then have that axis too.
 
-    A call with images passes through untouched.
+    Calls with four-dimensional input pass through unchanged.
 
     Raises:
         DavaeError: more than one frame.
@@ -109,7 +109,7 @@ def takes_single_frame(method: Callable[..., Any]) -> Callable[..., Any]:
         if x.ndim != 5:
             return method(self, x, *args, **kwargs)
         if x.shape[2] != 1:
-            raise DavaeError(f"{x.shape[2]} frames were given: this autoencoder makes single images")
+            raise DavaeError(f"{x.shape[2]} frames were given: this autoencoder takes single images")
         return _with_frame(method(self, x.squeeze(2), *args, **kwargs))
 
     return with_frames
@@ -130,5 +130,5 @@ def _with_frame(result: Any) -> Any:
 
 
 def without_alpha(images: Tensor) -> Tensor:
-    """Images ``[B, 3, H, W]`` from images with three channels, or with four, the last of which is opacity."""
+    """Images without the alpha channel, if they have one: ``[B, 3 or 4, ...]`` to ``[B, 3, ...]``."""
     return images[:, :3] if images.shape[1] == 4 else images

@@ -12,15 +12,15 @@ class ResidualDownsample(nn.Module):
     """From ``[B, in, H, W]`` to ``[B, out, H / f, W / f]``: a learned branch plus a shortcut.
 
     ``unshuffle(conv(x)) + mean_groups(unshuffle(x))``, with a 3x3 convolution to ``out / f^2`` channels. The
-    shortcut averages runs of ``in f^2 / out`` consecutive channels where that number is whole; elsewhere a
-    bias-free 1x1 convolution that starts at zero takes its place.
+    shortcut averages groups of ``in f^2 / out`` consecutive channels if that is an integer; otherwise it is a
+    bias-free 1x1 convolution of ``unshuffle(x)``, initialised to zero.
 
     Args:
         in_channels, out_channels: channel counts.
         factor: ``f``.
         method: ``"unshuffle"`` as above, or ``"stride"``: a 3x3 convolution of stride ``f`` in the learned
             branch.
-        shortcut: leave the shortcut out with False.
+        shortcut: whether there is a shortcut.
 
     Raises:
         DavaeError: ``out`` is not a multiple of ``f^2`` (method ``unshuffle``).
@@ -39,7 +39,7 @@ class ResidualDownsample(nn.Module):
         self.out_channels, self.factor, self.method, self.shortcut = out_channels, factor, method, shortcut
         cells = factor * factor
         if method == "unshuffle" and out_channels % cells:
-            raise DavaeError(f"{out_channels} output channels do not divide by {factor}² = {cells}")
+            raise DavaeError(f"{out_channels} output channels are not a multiple of {factor}² = {cells}")
         width = out_channels // cells if method == "unshuffle" else out_channels
         stride = 1 if method == "unshuffle" else factor
         self.conv = nn.Conv2d(in_channels, width, kernel_size=3, stride=stride, padding=1)
@@ -64,14 +64,14 @@ class ResidualUpsample(nn.Module):
     """From ``[B, in, h, w]`` to ``[B, out, f h, f w]``: a learned branch plus a shortcut.
 
     ``shuffle(conv(x)) + shuffle(repeat(x))``, with a 3x3 convolution to ``out f^2`` channels. The shortcut
-    repeats each channel ``out f^2 / in`` times in a row where that number is whole; elsewhere a bias-free 1x1
-    convolution that starts at zero takes its place. It maps channels by position, so their order matters.
+    repeats each channel ``out f^2 / in`` times in a row if that is an integer; otherwise it is a bias-free 1x1
+    convolution initialised to zero. It maps channels by position, so their order matters.
 
     Args:
         in_channels, out_channels: channel counts.
         factor: ``f``.
         method: ``"shuffle"`` as above, or ``"nearest"``: nearest-neighbour resize, then a 3x3 convolution.
-        shortcut: leave the shortcut out with False.
+        shortcut: whether there is a shortcut.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ResidualUpsample(nn.Module):
             return y
         if self.shortcut_proj is not None:
             x = self.shortcut_proj(x)
-        else:  # expand and flatten, not repeat_interleave, which exporters cannot follow
+        else:  # expand and flatten: exporters do not support repeat_interleave
             repeats = self.shortcut_channels // x.shape[1]
             x = x.unsqueeze(2).expand(-1, -1, repeats, -1, -1).flatten(1, 2)  # [B, out f^2, h, w]
         return y + F.pixel_shuffle(x, self.factor)

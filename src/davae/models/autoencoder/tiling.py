@@ -26,20 +26,20 @@ def tiled(
     """``function(x)``, computed tile by tile.
 
     Tiles all have the same size; the last one of a row or column is moved back to end with the input. Where tiles
-    overlap, their outputs are mixed with linear ramps. The outer quarter of an overlap gets no weight at all:
-    there the convolutions see the tile's zero padding instead of the image. Group norms take their statistics
+    overlap, their outputs are blended with linear ramps. The outer quarter of an overlap has weight zero, because
+    the convolutions there see the tile's zero padding instead of the image. Group norms take their statistics
     from the whole input, reduced to the size of a tile.
 
-    What stays different from ``function(x)``: attention looks no further than its tile, and the group norms'
-    statistics are estimates.
+    Two differences from ``function(x)`` remain: attention is confined to each tile, and the statistics of the
+    group norms are estimates.
 
     Args:
         function: maps ``[B, C, n * cell_in, m * cell_in]`` to ``[B, C', n * cell_out, m * cell_out]``.
         x: ``[B, C, H, W]``, sides multiples of ``cell_in``.
-        tile, overlap: in cells (latent positions), of rows and columns or one number for both; ``overlap < tile``.
+        tile, overlap: in cells (latent positions), for rows and columns or one number for both; ``overlap < tile``.
         cell_in, cell_out: side of one cell in the input and in the output.
-        networks: what ``function`` calls, searched for group norms, and for gradient checkpointing: where both are
-            there, a whole tile is what is computed again on the way back.
+        networks: the modules that ``function`` calls. If they have group norms and use gradient checkpointing, whole
+            tiles are checkpointed instead of their stages.
 
     Returns:
         ``[B, C', H / cell_in * cell_out, W / cell_in * cell_out]`` in the dtype of ``function``'s output.
@@ -53,7 +53,7 @@ def tiled(
         if norms:
             with _without_checkpointing(
                 networks
-            ):  # statistics that a hook takes would be missed when stages are computed again
+            ):  # recomputing stages would not reproduce the statistics that the hooks record
                 function(_reduced(x, tiles, cell_in))
             if torch.is_grad_enabled() and _checkpointing(networks):
                 compute = partial(
@@ -78,7 +78,7 @@ def tiled(
 
 
 class _Again:
-    """While a tile is computed again, as often as gradients go back: the norms' hooks, which are gone by then."""
+    """Restores the norms' hooks, removed by then, while a tile is recomputed; once per backward pass."""
 
     def __init__(self, norms: WholeImageNorms, networks: Sequence[nn.Module]) -> None:
         self._norms, self._networks, self._entered = norms, networks, ExitStack()
@@ -92,7 +92,7 @@ class _Again:
 
 
 def _checkpointing(networks: Iterable[nn.Module]) -> list[nn.Module]:
-    """Modules that compute their stages again on the way back."""
+    """Modules with gradient checkpointing switched on."""
     return [m for network in networks for m in network.modules() if getattr(m, "gradient_checkpointing", False)]
 
 
@@ -109,7 +109,7 @@ def _without_checkpointing(networks: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _reduced(x: Tensor, tile: tuple[int, int], cell: int) -> Tensor:
-    """``x`` at the size of a tile: images resampled, latents (cells of one position) thinned out."""
+    """``x`` reduced to fit a tile: images are resampled, latents (cells of one position) subsampled."""
     cells = [side // cell for side in x.shape[-2:]]
     fit, over = min(zip(tile, cells, strict=True), key=lambda pair: pair[0] / pair[1])
     size = [max(1, round(count * fit / over)) * cell for count in cells]
@@ -132,7 +132,7 @@ def _starts(size: int, tile: int, overlap: int) -> list[int]:
 
 
 def _ramps(start: int, size: int, tile: int, overlap: int, cell: int, device: torch.device) -> Tensor:
-    """Blending weights of one tile along one side, in output positions; 1 towards the border of the whole."""
+    """Blending weights of one tile along one side, in output positions; 1 at the borders of the whole image."""
     tile = min(tile, size)
     length, margin = overlap * cell, overlap * cell // 4
     position = torch.arange(tile * cell, device=device, dtype=torch.float32) + 0.5
@@ -145,14 +145,14 @@ def _ramps(start: int, size: int, tile: int, overlap: int, cell: int, device: to
 
 
 class WholeImageNorms:
-    """While active, group norms remember the statistics of the first input and apply them to every later one.
+    """While active, group norms record the statistics of their first input and apply them to all later ones.
 
-    A group norm takes mean and variance over all positions, so tiles of one image would each be normalised
-    differently and their colours and contrast would not meet. Here the first call is made with the whole image,
+    A group norm computes mean and variance over all positions, so each tile of an image would be normalised
+    differently, and colours and contrast would not match. Here the first call is made with the whole image,
     reduced to the size of a tile; the tiles then share its statistics.
 
     Args:
-        networks: where to look for group norms. Others (batch, RMS, none) look at single positions already.
+        networks: modules searched for group norms. Batch and RMS norms already work position by position.
     """
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
@@ -195,7 +195,7 @@ class WholeImageNorms:
 
 
 def _affine(norm: nn.GroupNorm, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Weight and bias in float32, brought back for a moment where offloading took them when ``forward`` ended."""
+    """Weight and bias in float32, loaded back briefly if offloading removed them after ``forward``."""
     hook = getattr(norm, "_hf_hook", None)  # accelerate's
     if (diffusers_hooks := getattr(norm, "_diffusers_hook", None)) is not None:
         hook = diffusers_hooks.get_hook("group_offloading")

@@ -1,18 +1,18 @@
-"""Start values for the new blocks that let the autoencoder begin with a sensible image.
+"""Initial values for the new blocks with which the autoencoder starts from a sensible image.
 
-Random blocks make the copied encoder and decoder useless for the first steps. Their place in the base was held
-by one convolution each, and that convolution fits into the new blocks:
+Random blocks would make the copied encoder and decoder useless for the first steps. In the base, a single convolution
+stands in place of each block, and that convolution fits into the new block:
 
-* down: the learned branch gives the base latent of the image at *full* resolution, unshuffled. Its grouped
-  mean is close to the base latent of the smaller image, so that alignment starts nearly satisfied.
-* up: ``conv + shortcut`` of :class:`ResidualUpsample` together give the base decoder's first features, of the
-  full-resolution latent that the details hold, or of the base latent enlarged where they hold less.
+* down: the learned branch computes the base latent of the image at *full* resolution, unshuffled. Its grouped
+  mean is close to the base latent of the reduced image, so the alignment loss starts small.
+* up: ``conv + shortcut`` of :class:`ResidualUpsample` together compute the base decoder's first features, from the
+  full-resolution latent in the details, or from the enlarged base latent if the details have another size.
 
 With zero details the autoencoder starts as a blurred enlargement of the base's reconstruction. With ``D = s^2 C`` the
 learned branches alone are the base VAE at full resolution; the down block's shortcut adds means of its features to the
-details, so that the start reconstructs worse than that.
+details, so the initial reconstruction is worse than the base VAE's.
 
-This is an initialisation only: nothing of it is in the config.
+This affects initialisation only and is not recorded in the config.
 """
 
 from itertools import product
@@ -31,17 +31,17 @@ START_LOGVAR = -6.0  # standard deviation 0.05: samples start close to their mea
 
 @torch.no_grad()
 def warm_up_block(block: ResidualUpsample, stem: Convolution, layout: LatentLayout, *, detail_first: bool) -> None:
-    """Make the block give ``stem`` of an estimate of the full-resolution base latent.
+    """Make the block compute ``stem`` of an estimate of the full-resolution base latent.
 
-    With ``D = s^2 C`` the details are that latent unshuffled, up to their group's mean, which is the base's to
-    tell: the estimate at sub-pixel k is ``z + z_d[k] - mean(z_d)``, and ``z`` alone where the details are zero.
-    With another D the estimate is ``z`` at every sub-pixel.
+    With ``D = s^2 C`` the details are that latent unshuffled, and the mean of each group is replaced by the base
+    latent: the estimate at sub-pixel k is ``z + z_d[k] - mean(z_d)``, which is ``z`` if the details are zero.
+    With any other D the estimate is ``z`` at every sub-pixel.
 
     Args:
-        block: its channels as the decoder sees them.
+        block: changed in place.
         stem: base channels to first features, ``[F, C, 3, 3]``.
         layout: channel counts.
-        detail_first: the block's input has the details in front.
+        detail_first: the details come first in the block's input.
     """
     cells, base, details = block.factor**2, layout.base_channels, layout.detail_channels
     estimate = torch.zeros(base * cells, layout.channels)  # [C s^2, C + D]
@@ -66,19 +66,19 @@ def warm_nested_up_block(
     *,
     detail_first: bool,
 ) -> None:
-    """Make the block of a further level give the first features of the level below, each repeated.
+    """Make the up block of a further level compute the first features of the level below, each repeated.
 
-    The start is an enlargement of what the level below makes, as it was trained. With ``D = s^2 C`` the new
-    details are the base latent at full resolution, unshuffled; what they hold beyond the level below, their
-    difference from the mean of a repeated cell, goes through the base's stem and is added.
+    The model then starts as an enlargement of the trained level below. With ``D = s^2 C`` the new
+    details are the base latent at full resolution, unshuffled; what they add to the level below, their
+    difference from the mean over each repeated cell, passes through the base's stem and is added.
 
     Args:
-        block: its channels as the decoder sees them.
-        below: the block below in front of its shuffle, ``[F t^2, C + D_below, 3, 3]``.
-        stem: base channels to first features, ``[F, C, 3, 3]``, where that is one convolution.
-        layout: channels below this level, and the ones that it adds.
+        block: changed in place.
+        below: the block below up to its shuffle, ``[F t^2, C + D_below, 3, 3]``.
+        stem: base channels to first features, ``[F, C, 3, 3]``; None if that is not a single convolution.
+        layout: channels below this level, and those it adds.
         factor_below: ``t``, the factor of the block below.
-        detail_first: the block's input has the details of this level in front.
+        detail_first: this level's details come first in the block's input.
     """
     repeats, cells = block.factor // factor_below, block.factor**2
     base, details = layout.base_channels, layout.detail_channels
@@ -97,16 +97,16 @@ def warm_nested_up_block(
 
 
 def _repeat_subpixels(channels: Tensor, factor: int, repeats: int) -> Tensor:
-    """Channels in front of a shuffle by ``f``, ``[F f^2, ...]``, for one by ``f r`` that repeats each pixel."""
+    """Channels before a shuffle by ``f``, ``[F f^2, ...]``, to those before one by ``f r`` that repeats each pixel."""
     grid = channels.unflatten(0, (-1, factor, factor))
     grid = grid.repeat_interleave(repeats, dim=1).repeat_interleave(repeats, dim=2)
     return grid.flatten(0, 2)
 
 
 def _set_up_block(block: ResidualUpsample, wanted: Convolution) -> None:
-    """Set the learned branch so that the whole block gives ``wanted`` in front of its shuffle."""
+    """Set the learned branch so that the whole block computes ``wanted`` before its shuffle."""
     weight = wanted.weight.clone()
-    if block.shortcut and block.shortcut_proj is None:  # what the shortcut adds is taken off again
+    if block.shortcut and block.shortcut_proj is None:  # subtract what the shortcut will add
         weight -= _shortcut(block).to(weight)
     block.conv.weight.copy_(weight)
     assert block.conv.bias is not None
@@ -115,7 +115,7 @@ def _set_up_block(block: ResidualUpsample, wanted: Convolution) -> None:
 
 @torch.no_grad()
 def folded_up_block(block: ResidualUpsample, layout: LatentLayout, *, detail_first: bool) -> Convolution:
-    """The block in front of its shuffle as one convolution, ``[F f^2, C + D, 3, 3]``, base channels first."""
+    """The block up to its shuffle as one convolution, ``[F f^2, C + D, 3, 3]``, base channels first."""
     assert block.conv.bias is not None
     weight = block.conv.weight.detach().float().clone()
     if block.shortcut_proj is not None:
@@ -136,7 +136,7 @@ def _shortcut(block: ResidualUpsample) -> Tensor:
 
 
 def _before_shuffle(weight: Tensor, factor: int) -> Tensor:
-    """The 3x3 convolution on an unshuffled grid that equals ``weight`` on the shuffled one, exactly.
+    """The 3x3 convolution on the unshuffled grid that exactly equals ``weight`` on the shuffled one.
 
     ``pixel_shuffle(conv(x, result)) = conv(pixel_shuffle(x), weight)``: the neighbour of sub-pixel ``a`` at offset
     ``d`` is sub-pixel ``(a + d) mod f`` of the cell ``(a + d) // f``, which is at most one cell away.
@@ -159,20 +159,20 @@ def _before_shuffle(weight: Tensor, factor: int) -> Tensor:
 
 @torch.no_grad()
 def warm_down_block(block: ResidualDownsample, head: Convolution, layout: LatentLayout) -> None:
-    """Make the learned branch give the full-resolution base latent as mean and a small variance.
+    """Make the learned branch give the full-resolution base latent as mean, with a small variance.
 
-    Every row of the convolution serves ``s^2`` consecutive latent channels. With ``D = s^2 C`` each row is
-    one base channel; elsewhere rows are the mixtures whose grouped mean is nearest to the base channels
-    (least squares).
+    Every row of the convolution makes ``s^2`` consecutive latent channels. With ``D = s^2 C`` each row is
+    one base channel; otherwise rows are the mixtures whose grouped mean is nearest to the base channels
+    in least squares.
 
     Args:
-        block: last features to mean and log-variance, ``2 D`` channels.
+        block: last features to mean and log-variance, ``2 D`` channels; changed in place.
         head: last features to the base channels, ``[C, F, 3, 3]``.
         layout: channel counts.
     """
     cells, details = block.factor**2, layout.detail_channels
     rows = block.conv.out_channels
-    means = details // cells  # rows that serve mean channels only
+    means = details // cells  # rows that make mean channels only
     first_logvar = -(-details // cells)
     weight = torch.zeros_like(block.conv.weight, dtype=torch.float32)
     bias = torch.zeros(rows, device=weight.device)
@@ -190,9 +190,9 @@ def warm_down_block(block: ResidualDownsample, head: Convolution, layout: Latent
 
 @torch.no_grad()
 def start_blocks_from_base(model: Any) -> None:
-    """Give the down block and the up block of an :class:`davae.AutoencoderDA` their start values.
+    """Initialise the down block and the up block of an :class:`davae.AutoencoderDA`.
 
-    A base whose layers at the latent are not single convolutions leaves torch's random start.
+    Where the base's layers at the latent are not single convolutions, torch's random initialisation stays.
     """
     base_channels, details = model.layout.base_channels, model.own_layout.detail_channels
     shift, scale = (values[:base_channels] for values in model.base_affine(model.device))
@@ -212,9 +212,9 @@ def start_blocks_from_base(model: Any) -> None:
 
 
 def _as_seen_above(model: Any, shift: Tensor, scale: Tensor) -> Convolution:
-    """The model's up block in front of its shuffle, for latents ``(raw - shift) * scale`` of all its channels."""
+    """The model's up block up to its shuffle, for latents ``(raw - shift) * scale`` of all its channels."""
     convolution = folded_up_block(model.up, model.own_layout, detail_first=_detail_first(model))
-    details = model.own_layout.detail_channels  # its own are raw in its decoder
+    details = model.own_layout.detail_channels  # its decoder takes its own details raw
     own_shift, own_scale = model.base_affine(shift.device)
     own_shift, own_scale = F.pad(own_shift, (0, details)), F.pad(own_scale, (0, details), value=1.0)
     return convolution.after(torch.diag(own_scale / scale), (shift - own_shift) * own_scale)

@@ -1,1 +1,1 @@
-"""How the base autoencoders of an upgrade are used: one adapter a class."""
+"""Adapters to base autoencoders, one for each class."""

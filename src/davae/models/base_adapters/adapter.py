@@ -1,7 +1,7 @@
 """What davae must know about a base: where its encoder's last and its decoder's first features are.
 
-The classes of :mod:`davae.models.base_adapters.image` are registered. Any other image autoencoder joins through a
-:class:`BaseAdapter` with two methods and :func:`register_adapter`.
+The classes of :mod:`davae.models.base_adapters.image` and ``video`` are registered. Any other image autoencoder needs a
+:class:`BaseAdapter` with two methods and a call of :func:`register_adapter`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torch.func import functional_call
 from davae.errors import DavaeError
 from davae.latents import LatentLayout, latent_affine
 
-_PROBE_SIDE = 256  # pixels; shows any compression up to 256, and costs nothing on the meta device
+_PROBE_SIDE = 256  # pixels; reveals any compression up to 256, and costs nothing on the meta device
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """A 3x3 convolution as numbers: ``weight`` ``[out, in, 3, 3]`` and ``bias`` ``[out]``."""
+    """The values of a convolution: ``weight`` ``[out, in, k, k]`` (3x3 unless stated) and ``bias`` ``[out]``."""
 
     weight: Tensor
     bias: Tensor
 
     def plus_centre(self, matrix: Tensor) -> Convolution:
-        """The same plus a 1x1 convolution with ``matrix`` ``[out, in]``."""
+        """The sum of this 3x3 convolution and the 1x1 convolution ``matrix``, ``[out, in]``."""
         weight = self.weight.clone()
         weight[:, :, 1, 1] += matrix.to(weight)
         return Convolution(weight, self.bias)
@@ -45,14 +45,14 @@ class Convolution:
     def after(self, matrix: Tensor, offset: Tensor) -> Convolution:
         """Preceded by ``x -> matrix x + offset``.
 
-        Exact except in the outermost ring, where zero padding takes the place of the offset.
+        Exact except at the border, where the zero padding lacks the offset.
         """
         bias = self.bias + torch.einsum("oihw,i->o", self.weight, offset)
         return Convolution(torch.einsum("oihw,ic->ochw", self.weight, matrix), bias)
 
 
 class BaseAdapter(ABC):
-    """Knowledge of one autoencoder class: two methods must be written, the rest has defaults."""
+    """Describes one autoencoder class to davae: two methods are abstract, the others have defaults."""
 
     @abstractmethod
     def detail_encoder(self, base: Any) -> nn.Module:
@@ -60,7 +60,7 @@ class BaseAdapter(ABC):
 
         It maps images ``[B, 3, H, W]`` to ``[B, F, H / f, W / f]``.
 
-        The layers after those features must not be in it, or they would stand in the state dict unused.
+        It must not contain the layers after those features, which would sit unused in the state dict.
         """
 
     @abstractmethod
@@ -71,7 +71,11 @@ class BaseAdapter(ABC):
         """
 
     def encode(self, base: Any, images: Tensor) -> Tensor:
-        """The base latent: the posterior's mean, or the latent itself of a base without posterior."""
+        """The raw base latent ``[B, C, h, w]``: the posterior's mode, or the latent of a deterministic base.
+
+        Raises:
+            DavaeError: ``base.encode`` returns neither.
+        """
         output = base.encode(images)
         for name in ("latent_dist", "latents", "latent"):
             if hasattr(output, name):
@@ -83,7 +87,7 @@ class BaseAdapter(ABC):
         )
 
     def decode(self, base: Any, z: Tensor) -> Tensor:
-        """Images from raw base latents."""
+        """Images ``[B, 3, f h, f w]`` from raw base latents ``[B, C, h, w]``."""
         return base.decode(z).sample
 
     def latent_channels(self, base: Any) -> int:
@@ -91,27 +95,27 @@ class BaseAdapter(ABC):
         return int(base.config.latent_channels)
 
     def image_channels(self, base: Any) -> tuple[int, int]:
-        """Channels of the images that the base takes and gives, once this adapter has filled up or cut what it must."""
+        """Channels of the images taken and given, after this adapter has added or dropped an alpha channel."""
         return int(base.config.get("in_channels", 3)), int(base.config.get("out_channels", 3))
 
     def latent_layout(self, base: Any) -> LatentLayout:
-        """Its base and detail channels: none of the latter but in a base that has levels itself."""
+        """The base's own base and detail channels; only a base with levels has detail channels."""
         return LatentLayout(self.latent_channels(base), 0)
 
     def scale(self, base: Any) -> int:
-        """Resolution of its images per side, as a multiple of the pretrained VAE's: 1 but with levels."""
+        """Resolution of its images per side as a multiple of the pretrained VAE's; 1 for a base without levels."""
         return 1
 
     def network_adapter(self, base: Any) -> BaseAdapter:
-        """The adapter that knows the networks: this one but with levels."""
+        """The adapter of the pretrained VAE, whose networks are copied; this one for a base without levels."""
         return self
 
     def drop_decoder(self, base: Any) -> None:
-        """Take the decoder out of the base."""
+        """Remove the decoder from the base."""
         base.decoder = base.post_quant_conv = None
 
     def probe_encoder(self, detail_encoder: nn.Module) -> tuple[int, int]:
-        """Feature channels ``F`` and compression ``f`` of the detail encoder, found without computing."""
+        """Feature channels ``F`` and compression ``f`` of the detail encoder, from a run on the meta device."""
         tensors = {**dict(detail_encoder.named_parameters()), **dict(detail_encoder.named_buffers())}
         dtype = next(detail_encoder.parameters()).dtype
         images = torch.empty(1, 3, _PROBE_SIDE, _PROBE_SIDE, device="meta", dtype=dtype)
@@ -121,7 +125,7 @@ class BaseAdapter(ABC):
         return features.shape[1], _PROBE_SIDE // features.shape[-1]
 
     def decoder_channels(self, joint_decoder: nn.Module) -> int:
-        """Feature channels that the joint decoder takes: those of its first layer that has weights."""
+        """Input channels of the joint decoder's first layer with weights; a :class:`DavaeError` if it has none."""
         for module in joint_decoder.modules():
             for name in ("in_channels", "num_channels", "in_features"):
                 if isinstance(getattr(module, name, None), int) and next(module.parameters(), None) is not None:
@@ -133,8 +137,8 @@ class BaseAdapter(ABC):
     def normalisation(self, base: Any) -> tuple[Tensor, Tensor]:
         """``shift`` and ``scale``, float32 ``[C]``: diffusion models see ``(z - shift) * scale``.
 
-        On any device: who uses them brings them to the latent's. The base's own device does not tell where it
-        computes while its weights are offloaded.
+        They may be on any device; callers move them to the latent's, because the base's own device is not
+        reliable while its weights are offloaded.
         """
         return latent_affine(base.config, self.latent_channels(base))
 
@@ -143,24 +147,24 @@ class BaseAdapter(ABC):
         return z
 
     def encoder_head(self, base: Any) -> Convolution | None:
-        """Last features to raw latent mean as one 3x3 convolution; None where that is not possible."""
+        """The map from last features to the raw latent's mean as one 3x3 convolution; None if it is not one."""
         return None
 
     def decoder_stem(self, base: Any) -> Convolution | None:
-        """Raw (bounded) latent to first features as one 3x3 convolution; None where that is not possible."""
+        """The map from raw (bounded) latent to first features as one 3x3 convolution; None if it is not one."""
         return None
 
     def pipeline_config(self, base: Any) -> dict[str, Any]:
-        """Further config entries that pipelines of this base read."""
+        """Additional config entries that pipelines of this base read."""
         return {}
 
     def pipeline_modules(self, base: Any, detail_channels: int) -> dict[str, nn.Module]:
-        """Further modules that pipelines of this base read."""
+        """Additional modules that pipelines of this base read."""
         return {}
 
 
 class Stages(nn.Module):
-    """A network that computes stages one after another, with gradient checkpointing for each."""
+    """A sequence of stages, each with gradient checkpointing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,7 +172,7 @@ class Stages(nn.Module):
         self._gradient_checkpointing_func: Callable[..., Tensor] | None = None
 
     def through(self, stages: Iterable[Callable[[Tensor], Tensor]], x: Tensor) -> Tensor:
-        """``x`` through the stages in their order."""
+        """Apply the stages to ``x`` in order."""
         for stage in stages:
             if self._gradient_checkpointing_func and self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(stage, x)
@@ -178,14 +182,14 @@ class Stages(nn.Module):
 
 
 class FeatureChain(Stages):
-    """Copies of stages, one after another."""
+    """Copies of the given stages, applied in order."""
 
     def __init__(self, stages: Iterable[nn.Module]) -> None:
         super().__init__()
         self.stages = nn.ModuleList(copy.deepcopy(stage) for stage in stages)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Through all stages."""
+        """Apply all stages."""
         return self.through(self.stages, x)
 
 
@@ -197,7 +201,7 @@ def register_adapter(base_class: type[ModelMixin], adapter: BaseAdapter) -> None
 
     Args:
         base_class: a diffusers image autoencoder, 3 channels in and out.
-        adapter: its description.
+        adapter: its adapter; replaces an earlier one of the same class name.
     """
     _ADAPTERS[base_class.__name__] = (base_class, adapter)
 
@@ -220,7 +224,7 @@ def find_adapter(name: str) -> tuple[type[ModelMixin], BaseAdapter]:
 
 
 def adapter_of(model: ModelMixin) -> BaseAdapter | None:
-    """The adapter of a model's class, or of the nearest class that it inherits from; none where there is none."""
+    """The adapter of a model's class or of its nearest registered ancestor; None if there is none."""
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     named = (_ADAPTERS.get(cls.__name__) for cls in type(model).__mro__)
     return next((found[1] for found in named if found is not None), None)
@@ -233,10 +237,10 @@ def constructor_arguments(base_class: type[ModelMixin], config: Any) -> dict[str
 
 
 def offloaded_blocks(base: ModelMixin) -> list[str]:
-    """Names of the base's parts that group offloading brings to the device one by one.
+    """Names of the base's submodules that are groups of their own in group offloading.
 
-    A group's weights follow the ``forward`` of its module, and a base is used through ``encode`` and ``decode``:
-    its parts must be groups of their own. Where its class does not name them, it is all of them.
+    Group offloading loads weights when a module's ``forward`` runs, but a base is called through ``encode`` and
+    ``decode``, so its submodules must be separate groups: all of them, unless its class names some.
     """
     named = getattr(base, "_group_offload_block_modules", None)
     return list(named or [name for name, _ in base.named_children()])

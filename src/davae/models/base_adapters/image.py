@@ -1,4 +1,4 @@
-"""Adapters of the base autoencoders of images that work out of the box, and the blocks and classes they need."""
+"""Adapters of the image autoencoders that work out of the box, and the blocks and classes they need."""
 
 import copy
 import math
@@ -65,7 +65,7 @@ class KLAdapter(BaseAdapter):
 
 
 class Flux2Adapter(KLAdapter):
-    """``AutoencoderKLFlux2``: ``AutoencoderKL`` whose pipelines normalise patches with its batch norm."""
+    """``AutoencoderKLFlux2``: an ``AutoencoderKL`` whose pipelines normalise latent patches with its batch norm."""
 
     def normalisation(self, base: Any) -> tuple[Tensor, Tensor]:
         """From the batch norm's statistics, averaged over the positions in a patch."""
@@ -75,7 +75,7 @@ class Flux2Adapter(KLAdapter):
         return mean.mean(dim=1), (variance.mean(dim=1) + base.config.batch_norm_eps).rsqrt()
 
     def pipeline_config(self, base: Any) -> dict[str, Any]:
-        """What the batch norm needs."""
+        """The batch norm's epsilon and patch size."""
         return {"batch_norm_eps": base.config.batch_norm_eps, "patch_size": list(base.config.patch_size)}
 
     def pipeline_modules(self, base: Any, detail_channels: int) -> dict[str, nn.Module]:
@@ -102,7 +102,7 @@ class DCAdapter(BaseAdapter):
         return FeatureChain([*reversed(decoder.up_blocks), *end])
 
     def encoder_head(self, base: Any) -> Convolution | None:
-        """``conv_out`` and the shortcut that averages consecutive features."""
+        """``conv_out`` plus the shortcut that averages consecutive features."""
         head = _numbers(base.encoder.conv_out)
         if base.encoder.out_shortcut:
             out, features = head.weight.shape[:2]
@@ -110,7 +110,7 @@ class DCAdapter(BaseAdapter):
         return head
 
     def decoder_stem(self, base: Any) -> Convolution | None:
-        """``conv_in`` and the shortcut that repeats channels in a row."""
+        """``conv_in`` plus the shortcut that repeats each channel."""
         stem = _numbers(base.decoder.conv_in)
         if base.decoder.in_shortcut:
             features, channels = stem.weight.shape[:2]
@@ -118,12 +118,12 @@ class DCAdapter(BaseAdapter):
         return stem
 
     def pipeline_config(self, base: Any) -> dict[str, Any]:
-        """SANA pipelines count ``encoder_block_out_channels``."""
+        """SANA pipelines derive the compression from the length of ``encoder_block_out_channels``."""
         return {"encoder_block_out_channels": list(base.config.encoder_block_out_channels)}
 
 
 class TinyAdapter(BaseAdapter):
-    """``AutoencoderTiny`` (TAESD): deterministic latent, softly clamped to (-3, 3); [0, 1] inside."""
+    """``AutoencoderTiny`` (TAESD): deterministic latent, softly clamped to (-3, 3); images in [0, 1] internally."""
 
     def detail_encoder(self, base: Any) -> nn.Module:
         """The encoder without its last convolution."""
@@ -158,20 +158,20 @@ def _matrix(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
 
 
 def _runs(few: int, many: int) -> Tensor:
-    """``[many, few]``: 1 where a row belongs to the run of ``many / few`` consecutive rows of that column."""
+    """``[many, few]``: 1 where a row is among the column's ``many / few`` consecutive rows, else 0."""
     return torch.eye(few).repeat_interleave(many // few, dim=0)
 
 
 class InPlaceSiLU(nn.SiLU):
-    """``x sigmoid(x)``, in place while gradients are off. For inputs that nobody reads afterwards."""
+    """``x sigmoid(x)``, in place while gradients are off; for inputs that are not used again."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Any shape."""
+        """SiLU of a tensor of any shape."""
         return F.silu(input, inplace=not torch.is_grad_enabled())
 
 
 class MemoryEfficientResnetBlock2D(ResnetBlock2D):
-    """A residual block of a KL autoencoder: no time, no change of resolution."""
+    """A residual block without time embedding or resampling that works in place while gradients are off."""
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """``[B, in, h, w]`` to ``[B, out, h, w]``."""
@@ -185,7 +185,7 @@ class MemoryEfficientResnetBlock2D(ResnetBlock2D):
 
 
 def with_memory_efficient_blocks(network: nn.Module) -> nn.Module:
-    """Let diffusers' ``Encoder`` or ``Decoder`` use these blocks; changed in place and returned."""
+    """Make diffusers' ``Encoder`` or ``Decoder`` use these blocks; it is changed in place and returned."""
     for module in network.modules():
         if _is_plain_block(module):
             module.__class__ = MemoryEfficientResnetBlock2D
@@ -207,10 +207,10 @@ def _is_plain_block(module: nn.Module) -> bool:
 
 
 class LDMAutoencoderKL(OpenedWhole, AutoencoderKL):
-    """An ``AutoencoderKL`` with ``stem_channels`` behind the encoder's first convolution.
+    """An ``AutoencoderKL`` whose encoder's first convolution has ``stem_channels`` output channels.
 
     LDM (``ch``, ``ch_mult``) starts with ``ch`` channels and widens in the first residual block;
-    ``AutoencoderKL`` starts with the width of its first level. The two agree where ``ch_mult`` begins with 1.
+    ``AutoencoderKL`` starts with the width of its first level. The two agree if ``ch_mult`` begins with 1.
 
     Args:
         stem_channels: ``ch``.

@@ -1,8 +1,8 @@
-"""Adapters of autoencoders that come from video models: Qwen-Image's, which sees an image as a video of one frame.
+"""Adapters of autoencoders derived from video models: Qwen-Image's, which treats an image as a video of one frame.
 
-Of a causal convolution over time a single frame meets the last slice of the kernel alone: the frames before it are
-zeros. The branches of the upgraded autoencoder are built from these slices, as networks of images; that is the
-same function with a third of the weights, and without the parts that only work on further frames.
+In a causal convolution over time a single frame meets only the last slice of the kernel, because the frames before it
+are zeros. The branches of the upgraded autoencoder are image networks built from these slices: the same function with
+about a third of the weights, without the parts that only act on later frames.
 """
 
 import copy
@@ -28,7 +28,7 @@ class FrameConv2d(nn.Conv2d):
 
 
 class FrameEncoder(Stages):
-    """An encoder of single frames as one of images; what lacks to its input channels is opacity, 1."""
+    """An encoder of single frames as one of images; a missing alpha channel is filled with 1 (opaque)."""
 
     def __init__(self, network: Any, channels: int) -> None:
         super().__init__()
@@ -45,12 +45,12 @@ class FrameEncoder(Stages):
 
 
 class FrameDecoder(Stages):
-    """A decoder of single frames as one of images; of its output the three colours."""
+    """A decoder of single frames as one of images; only the three colour channels of its output are kept."""
 
     def __init__(self, network: Any, **first: bool) -> None:
         super().__init__()
         self.network = network
-        self.first = first  # what says that there is no frame before
+        self.first = first  # block arguments that mark the first frame
 
     def forward(self, features: Tensor) -> Tensor:
         """``[B, F, h, w]`` to images ``[B, 3, H, W]``."""
@@ -61,7 +61,7 @@ class FrameDecoder(Stages):
 
 
 class QwenImageAdapter(BaseAdapter):
-    """``AutoencoderKLQwenImage``: f8, per-channel means and deviations of the latent in the config."""
+    """``AutoencoderKLQwenImage``: f8, with the latent's per-channel means and standard deviations in the config."""
 
     def detail_encoder(self, base: Any) -> nn.Module:
         """The encoder without ``conv_out``: after its norm and activation."""
@@ -74,7 +74,7 @@ class QwenImageAdapter(BaseAdapter):
         return FrameDecoder(_of_single_frames(base.decoder, without="conv_in"))
 
     def encode(self, base: Any, images: Tensor) -> Tensor:
-        """The posterior's mean, ``[B, C, h, w]``."""
+        """The posterior's mode, ``[B, C, h, w]``."""
         opaque = base.encoder.conv_in.in_channels - images.shape[1]
         if opaque:
             images = torch.cat([images, torch.ones_like(images[:, :opaque])], dim=1)
@@ -85,7 +85,7 @@ class QwenImageAdapter(BaseAdapter):
         return base.decode(z.unsqueeze(2)).sample.squeeze(2)[:, :3]
 
     def image_channels(self, base: Any) -> tuple[int, int]:
-        """Opacity, where the base has it, is filled up and cut here."""
+        """An alpha channel, if the base has one, is added and dropped by this adapter."""
         taken = int(base.encoder.conv_in.in_channels)
         return (3, 3) if taken == 4 else (taken, taken)
 
@@ -107,7 +107,7 @@ class QwenImageAdapter(BaseAdapter):
 
 
 class QwenImage21Adapter(QwenImageAdapter):
-    """``AutoencoderKLQwenImage21``: f16; with opacity as fourth channel, which the upgraded model leaves at 1."""
+    """``AutoencoderKLQwenImage21``: f16, with an alpha channel that the upgraded model sets to 1."""
 
     def joint_decoder(self, base: Any) -> nn.Module:
         """The decoder without ``conv_in``; its shortcuts drop the frames before the first."""
@@ -123,14 +123,14 @@ def _check_no_patches(base: Any) -> None:
 
 
 def _of_single_frames(network: nn.Module, *, without: str) -> Any:
-    """A copy that computes the same for a single frame and has no weights for others."""
+    """A copy without layer ``without`` that computes the same for a single frame and has no weights for others."""
     network = copy.deepcopy(network)
     setattr(network, without, nn.Identity())
     for module in list(network.modules()):
         if isinstance(module, QwenImageResample | QwenImage21Resample) and module.mode.endswith("3d"):
             module.mode = module.mode.replace("3d", "2d")
             del module.time_conv
-        if isinstance(module, nn.Upsample):  # by a whole number both are the same, and ONNX knows this one
+        if isinstance(module, nn.Upsample):  # the same for integer factors, and supported by ONNX
             module.mode = module.mode.removesuffix("-exact")
     for parent in list(network.modules()):
         for name, child in parent.named_children():
@@ -141,7 +141,7 @@ def _of_single_frames(network: nn.Module, *, without: str) -> Any:
 
 def _frame_convolution(conv: Any) -> FrameConv2d:
     weight = conv.weight[:, :, -1] if conv.weight.ndim == 5 else conv.weight
-    left, _, top, _ = conv._padding[:4]  # even in space, uneven in time alone
+    left, _, top, _ = conv._padding[:4]  # symmetric in space; only the padding in time is not
     frame = FrameConv2d(
         conv.in_channels,
         conv.out_channels,
