@@ -1,7 +1,7 @@
-"""The mathematics of stage 2, with one sign: ``sigma`` is the share of noise, a velocity is ``noise - data``.
+"""The mathematics of stage 2, with one convention: ``sigma`` is the noise level, a velocity is ``noise - data``.
 
-One object a file: `flow_matching` and `noise` (the ways to noise), `timesteps` (how levels are drawn), `loss` (Eq. 13),
-`detail_schedule` (Eq. 12), `variational_bound` (learned variances), `schedulers` (the walk back to data).
+Modules: `flow_matching` and `noise` (adding noise), `timesteps` (sampling noise levels), `loss` (Eq. 13),
+`detail_schedule` (Eq. 12), `variational_bound` (learned variances), `schedulers` (sampling from noise to data).
 """
 
 from davae.diffusion.detail_schedule import detail_weight

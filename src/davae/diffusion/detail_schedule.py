@@ -27,11 +27,11 @@ def detail_weight(
 
     Args:
         step: ``n``, at least 0.
-        warmup_steps: ``N``; 0 gives `end_weight` from `start_step`.
+        warmup_steps: ``N``; with 0 the weight jumps to `end_weight` at `start_step`.
         end_weight: after the warm-up.
         start_step: step at which the warm-up begins.
         start_weight: before the warm-up.
-        shape: of the transition.
+        shape: ``"cosine"``, ``"linear"`` or ``"constant"``.
 
     Raises:
         DavaeError: a step or weight that is negative or not finite, or an unknown shape.

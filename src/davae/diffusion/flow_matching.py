@@ -1,8 +1,8 @@
 """Flow matching: the straight path between data and noise, its velocity, and guidance.
 
-One convention: ``x_sigma = (1 - sigma) data + sigma noise``, so that 0 is data and 1 is noise, and the velocity is
-``dx / dsigma = noise - data``, as in the schedulers of diffusers. A transformer with another sign or time is turned
-where it is called (its family in `davae.pipelines.families`), and nowhere else.
+The convention: ``x_sigma = (1 - sigma) data + sigma noise``, so that 0 is data and 1 is noise, and the velocity is
+``dx / dsigma = noise - data``, as in diffusers' schedulers. A transformer with another sign or time is converted only
+where it is called (by its family in `davae.pipelines.families`).
 
     >>> import torch
     >>> data, noise, sigma = torch.tensor([[2.0]]), torch.tensor([[-1.0]]), torch.tensor([0.25])
@@ -30,11 +30,11 @@ def interpolate(data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     Args:
         data: clean latents, [B, ...].
         noise: the same shape.
-        sigma: share of noise in [0, 1], [B]. Outside it the line is followed further: values on a device are not looked
-            at, which would wait for it.
+        sigma: noise level in [0, 1], [B] or one for all. Values outside extrapolate; they are not checked, because
+            reading them would synchronise with the device.
 
     Raises:
-        DavaeError: the shapes differ, or there is another number of sigmas than samples.
+        DavaeError: the shapes differ, or the number of sigmas is neither 1 nor the batch size.
     """
     _check_shapes(noise, data)
     sigma = per_sample(sigma, data)
@@ -42,7 +42,7 @@ def interpolate(data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity_of(data: Tensor, noise: Tensor) -> Tensor:
-    """The path's velocity ``noise - data``, the same at every sigma: what a model learns to predict.
+    """The path's velocity ``noise - data``, the same at every sigma: the model's training target.
 
     Raises:
         DavaeError: the shapes differ.
@@ -57,7 +57,7 @@ def x0_from_velocity(velocity: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
     Args:
         velocity: predicted ``noise - data``, [B, ...].
         noisy: ``x_sigma``, the same shape.
-        sigma: share of noise in [0, 1], [B].
+        sigma: noise level in [0, 1], [B] or one for all.
 
     Raises:
         DavaeError: as :func:`interpolate`.
@@ -78,18 +78,18 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float, channels: in
     Args:
         conditional: velocity for the wanted label, [B, C, h, w].
         unconditional: velocity for the null label, [B, C, h, w].
-        scale: 1 changes nothing, more follows the label more closely.
-        channels: guide this many first channels and leave the others conditional; None guides all.
-            LightningDiT's own sampler guides three.
+        scale: 1 gives the conditional velocity; larger values follow the label more closely.
+        channels: guide only the first so many channels and leave the others conditional; None guides all.
+            LightningDiT's official sampler guides three.
 
     Raises:
-        DavaeError: shapes differ, the scale is not finite, or there are not so many channels.
+        DavaeError: shapes differ, the scale is not finite, or `channels` exceeds their number.
     """
     _check_shapes(unconditional, conditional)
     if not math.isfinite(scale):
         raise DavaeError(f"the guidance scale must be finite, not {scale}")
     if channels is not None and not 0 <= channels <= conditional.shape[1]:
-        raise DavaeError(f"guidance of {channels} channels was asked for, and there are {conditional.shape[1]}")
+        raise DavaeError(f"guidance of {channels} channels was asked for, but there are {conditional.shape[1]}")
     guided = unconditional + scale * (conditional - unconditional)
     if channels is None:
         return guided
@@ -109,7 +109,7 @@ def is_guided(t: float, interval: tuple[float, float]) -> bool:
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """One value a sample, [B], or one for all, to float32 [B, 1, ...] beside latents [B, ...], on their device.
+    """One value per sample, [B], or one for all, as float32 [B or 1, 1, ...] that broadcasts with `like` [B, ...].
 
     Raises:
         DavaeError: another number of values.
@@ -121,4 +121,4 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 def _check_shapes(one: Tensor, other: Tensor) -> None:
     if one.shape != other.shape:
-        raise DavaeError(f"tensors of one shape are needed, not {tuple(one.shape)} and {tuple(other.shape)}")
+        raise DavaeError(f"the tensors must have the same shape, not {tuple(one.shape)} and {tuple(other.shape)}")

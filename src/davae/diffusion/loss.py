@@ -31,8 +31,8 @@ def structured_loss(
 ) -> Tensor:
     """Eq. 13: ``(|u_hat - u|^2 + w |u_hat_d - u_d|^2) / (|B| + w |R|)`` per sample, then their mean.
 
-    ``|B| = C h w`` and ``|R| = D h w`` count the base and detail elements of a sample, so the loss is a mean
-    squared error at every weight, and the plain one at weight 1.
+    ``|B| = C h w`` and ``|R| = D h w`` count the base and detail elements of a sample, so the loss is a weighted
+    mean squared error, and at weight 1 the plain one.
 
     Args:
         prediction: [B, C + D, h, w], base first.
@@ -65,7 +65,7 @@ def structured_mean(errors: Tensor, layout: LatentLayout, weight: float) -> Tens
 
 
 def cosine_loss(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
-    """``1 - cos`` of the angle over all channels, averaged over positions: LightningDiT's second term.
+    """``1 - cos`` of the angle between the channel vectors, averaged over positions: LightningDiT's second term.
 
     It has no detail weight: in the official code it covers the detail channels from step 0.
 
@@ -83,11 +83,11 @@ def cosine_loss(prediction: Tensor, target: Tensor, *, reduction: Reduction = "m
 
 
 def min_snr_weight(noise_share: Tensor, gamma: float) -> Tensor:
-    """``min((1 - t) / t, gamma)``: keeps nearly clean samples from ruling the data form of the loss.
+    """``min((1 - t) / t, gamma)``: the official code's weight, which bounds that of nearly clean samples.
 
     Args:
-        noise_share: ``t`` in [0, 1], any shape; what lies outside counts as the nearer end. The official code takes the
-            truncated timestep over 1000.
+        noise_share: ``t`` in [0, 1], any shape; values outside are clamped. The official code takes the
+            truncated timestep divided by 1000.
         gamma: the cap, 5 in the official code; also the weight at ``t = 0``.
 
     Raises:
@@ -109,8 +109,8 @@ class FlowLoss:
         layout: base and detail channels.
         form: ``"velocity"`` compares ``noise - data``; ``"x0"`` the data it implies, that is ``sigma^2``
             times the velocity's error.
-        min_snr_gamma: weight samples by `min_snr_weight`, or not.
-        cosine_weight: weight of `cosine_loss` on the velocity, not scheduled.
+        min_snr_gamma: cap of `min_snr_weight`; None for no weighting.
+        cosine_weight: weight of `cosine_loss` on the velocity, the same at every step.
     """
 
     layout: LatentLayout
@@ -139,9 +139,9 @@ class FlowLoss:
             velocity: predicted ``noise - data``, [B, C + D, h, w].
             data: clean structured latent, the same shape.
             noise: Gaussian noise, the same shape.
-            sigma: share of noise of each sample, [B].
+            sigma: noise level of each sample, [B].
             weight: detail weight ``w(n)``.
-            noise_share: ``t`` of the min-SNR weight where it is not `sigma` itself, [B].
+            noise_share: ``t`` of the min-SNR weight, [B]; None for `sigma`.
             reduction: ``"mean"`` over samples, or ``"none"``.
 
         Returns:
@@ -162,7 +162,7 @@ class FlowLoss:
 
 
 def check_terms(min_snr_gamma: float | None, cosine_weight: float) -> None:
-    """Whether the numbers of the loss's further terms can be used.
+    """Check the settings of the loss's additional terms.
 
     Raises:
         DavaeError: a weight that is negative or not finite, or a cap that is not finite and above 0.

@@ -1,4 +1,4 @@
-"""The two ways of adding noise and what the transformer learns to predict: flow matching and DDPM.
+"""The two noise processes with their training targets: flow matching and DDPM.
 
 >>> process = FlowProcess(FlowLoss(LatentLayout(base_channels=1, detail_channels=3)))
 >>> sample = process.draw(torch.randn(2, 4, 8, 8))
@@ -25,21 +25,21 @@ from davae.diffusion.variational_bound import VariationalBound
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 
-# What a scheduler's configuration says of its betas.
+# The entries of a scheduler's configuration that define its betas.
 _BETAS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 
 
 @dataclass(frozen=True)
 class NoisySample:
-    """Latents on their way to noise.
+    """A batch of latents with added noise.
 
     Attributes:
         data: clean latents, [B, C + D, h, w].
         noise: standard normal, the same shape.
         noisy: the mixture, the same shape.
-        sigma_or_t: what the transformer's family takes, [B]: sigma, or the integer timestep (DDPM).
-        sigma: the factor of the noise in the mixture, in [0, 1], [B].
-        target: what the prediction is compared with, the same shape as the data.
+        sigma_or_t: the time given to the transformer's family, [B]: sigma, or the integer timestep (DDPM).
+        sigma: the coefficient of the noise in the mixture, in [0, 1], [B].
+        target: the velocity or the noise, the same shape as the data.
     """
 
     data: Tensor
@@ -51,11 +51,11 @@ class NoisySample:
 
 
 class NoiseProcess(ABC):
-    """Draws noisy samples, and measures a prediction on them."""
+    """Draws noisy samples and computes the loss of a prediction on them."""
 
     @abstractmethod
     def draw(self, data: Tensor) -> NoisySample:
-        """Noise for a batch ``[B, C + D, h, w]``: first the levels, then the noise, from torch's own state."""
+        """Add noise to a batch ``[B, C + D, h, w]``; levels, then noise, come from torch's global generators."""
 
     @abstractmethod
     def loss(self, prediction: Tensor, sample: NoisySample, weight: float) -> Tensor:
@@ -65,9 +65,9 @@ class NoiseProcess(ABC):
         """The loss of a learned variance, a float32 scalar.
 
         Raises:
-            DavaeError: the process knows none.
+            DavaeError: the process has no learned variance.
         """
-        raise DavaeError("a learned variance beside a velocity is not known: set loss.variance_weight=0")
+        raise DavaeError("flow matching has no loss for a learned variance: set loss.variance_weight=0")
 
 
 class FlowProcess(NoiseProcess):
@@ -75,11 +75,11 @@ class FlowProcess(NoiseProcess):
 
     Args:
         measure: Eq. 13 in the chosen form.
-        scheme: how sigma is drawn, with `mean` and `std`: see `sample_unit`.
+        scheme: distribution of sigma before the shift, see `sample_unit`.
         mean: of the logits.
         std: of the logits.
-        shift: of sigma, for a latent [B, C + D, h, w].
-        table: take levels from it instead of shifting them; the transformer is given the truncated timestep.
+        shift: gives the shift of sigma for a latent [B, C + D, h, w].
+        table: take levels from it instead of shifting; the transformer gets the truncated timestep over 1000.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class FlowProcess(NoiseProcess):
         self.drawn: dict[str, Any] = {"scheme": scheme, "mean": mean, "std": std}
 
     def draw(self, data: Tensor) -> NoisySample:
-        """Levels of noise as the settings say, then noise."""
+        """Noise levels by the scheme, then Gaussian noise."""
         sigma, sigma_or_t = (v.to(data.device) for v in self._levels(data))
         noise = torch.randn_like(data)
         noisy = interpolate(data, noise, sigma)
@@ -110,7 +110,7 @@ class FlowProcess(NoiseProcess):
         return sigma, sigma
 
     def loss(self, prediction: Tensor, sample: NoisySample, weight: float) -> Tensor:
-        """Eq. 13 in the chosen form; the min-SNR weight goes by the level that the transformer was given."""
+        """Eq. 13 in the chosen form; the min-SNR weight uses the level given to the transformer."""
         return self.measure(
             prediction,
             data=sample.data,
@@ -131,8 +131,8 @@ class DdpmProcess(NoiseProcess):
     Args:
         layout: base and detail channels.
         scheduler: configuration of the pipeline's scheduler.
-        min_snr_gamma: weight samples by ``min(SNR, gamma) / SNR``, or not.
-        cosine_weight: weight of `cosine_loss` on the noise, not scheduled.
+        min_snr_gamma: weight samples by ``min(SNR, gamma) / SNR``; None for no weighting.
+        cosine_weight: weight of `cosine_loss` on the noise, the same at every step.
 
     Raises:
         DavaeError: the scheduler's prediction is not the noise, or a weight or cap cannot be used.
@@ -151,13 +151,13 @@ class DdpmProcess(NoiseProcess):
             raise DavaeError(f"the scheduler predicts '{predicted}': only noise (epsilon) can be trained")
         names = ("num_train_timesteps", *_BETAS)
         known = {name: scheduler[name] for name in names if scheduler.get(name) is not None}
-        self.alphas_cumprod = DDPMScheduler(**known).alphas_cumprod  # a_t, float32 [T], falling
+        self.alphas_cumprod = DDPMScheduler(**known).alphas_cumprod  # a_t, float32 [T], decreasing
         check_terms(min_snr_gamma, cosine_weight)
         self.layout, self.min_snr_gamma, self.cosine_weight = layout, min_snr_gamma, cosine_weight
 
     @cached_property
     def bound(self) -> VariationalBound:
-        """Of a learned variance; a schedule that ends in pure noise has none."""
+        """The bound of a learned variance; undefined for a schedule that ends in pure noise."""
         return VariationalBound(self.alphas_cumprod)
 
     def draw(self, data: Tensor) -> NoisySample:
@@ -182,7 +182,7 @@ class DdpmProcess(NoiseProcess):
         return loss.mean()
 
     def variance_loss(self, prediction: Tensor, variance: Tensor, sample: NoisySample, weight: float) -> Tensor:
-        """The variational bound in bits an element, detail channels weighted as in Eq. 13."""
+        """The variational bound in bits per element, detail channels weighted as in Eq. 13."""
         t = sample.sigma_or_t
         terms = self.bound(prediction, variance, data=sample.data, noisy=sample.noisy, timestep=t)
         return structured_mean(terms, self.layout, weight).mean()

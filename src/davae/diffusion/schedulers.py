@@ -1,6 +1,6 @@
-"""diffusers' flow-matching schedulers, all walked in the same way: Euler, Heun, LCM, DPM-Solver++, UniPC.
+"""One interface to diffusers' flow-matching schedulers: Euler, Heun, LCM, DPM-Solver++, UniPC.
 
-A walk from noise to data by Euler steps, ``x <- x + (sigma' - sigma) velocity``; the true velocity leads to the data:
+Euler steps ``x <- x + (sigma' - sigma) velocity`` lead from noise to data; with the true velocity they arrive exactly:
 
     >>> from diffusers import FlowMatchEulerDiscreteScheduler
     >>> scheduler, data, noise = FlowMatchEulerDiscreteScheduler(), torch.ones(1, 1), torch.zeros(1, 1)
@@ -28,17 +28,17 @@ _OWN_GRID = ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
 
 
 def check_flow_scheduler(scheduler: SchedulerMixin) -> None:
-    """Refuse a scheduler that does not walk the straight path between noise and data.
+    """Reject a scheduler that is not for flow matching.
 
     Raises:
-        DavaeError: names the settings that make a solver of diffusers one for flow matching.
+        DavaeError: names the settings that configure one of diffusers' solvers for flow matching.
     """
     name, config = type(scheduler).__name__, scheduler.config
     if name.startswith("FlowMatch"):
         if config.get("use_dynamic_shifting"):
             raise DavaeError(
-                f"{name} shifts by the number of tokens (use_dynamic_shifting), which these models were not "
-                "trained with: set use_dynamic_shifting=False and a fixed shift"
+                f"{name} shifts by the number of tokens (use_dynamic_shifting), but these models were trained "
+                "without it: set use_dynamic_shifting=False and a fixed shift"
             )
         return
     if config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction":
@@ -51,7 +51,7 @@ def check_flow_scheduler(scheduler: SchedulerMixin) -> None:
 
 
 def shifted_scheduler(scheduler: SchedulerMixin, shift: float) -> SchedulerMixin:
-    """A scheduler of the same kind with another shift, counted in ``sigma``; the given one stays as it is.
+    """A scheduler of the same class with another shift of ``sigma``; the given one is left unchanged.
 
     Raises:
         DavaeError: a shift that is not finite and above 0.
@@ -62,11 +62,11 @@ def shifted_scheduler(scheduler: SchedulerMixin, shift: float) -> SchedulerMixin
 
 
 def set_sigmas(scheduler: SchedulerMixin, steps: int, device: torch.device) -> list[float]:
-    """Prepare a scheduler for a walk of ``steps`` steps.
+    """Prepare a scheduler for sampling in ``steps`` steps.
 
     Euler and LCM get a uniform grid of ``steps`` intervals from ``sigma = 1`` to 0, then the scheduler's shift: the
-    official samplers' grid, whose count is of points, one more. Others lay their own: Heun's asks the model twice a
-    step except in the last, DPM-Solver++ and UniPC begin just below ``sigma = 1``, where their logarithms end.
+    official samplers' grid, which they specify by its ``steps + 1`` points. Others use their own: Heun calls the model
+    twice a step except in the last, DPM-Solver++ and UniPC begin just below 1, where their log-SNR is still finite.
 
     Returns:
         ``sigma`` at each call of the model, one for each of ``scheduler.timesteps``.
@@ -75,13 +75,13 @@ def set_sigmas(scheduler: SchedulerMixin, steps: int, device: torch.device) -> l
         DavaeError: fewer than one step.
     """
     if steps < 1:
-        raise DavaeError(f"a walk needs at least one step, not {steps}")
+        raise DavaeError(f"sampling needs at least one step, not {steps}")
     if type(scheduler).__name__ in _OWN_GRID:
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device)
     else:
         scheduler.set_timesteps(steps, device=device)
     scheduler.set_begin_index(0)
-    # One transfer, before the loop; as Python's float64, which not every device has.
+    # One transfer before the loop; Python floats, because not every device has float64.
     sigmas: list[float] = scheduler.sigmas.tolist()
     return sigmas[: len(scheduler.timesteps)]
 
@@ -93,14 +93,14 @@ def scheduler_step(
     latents: Tensor,
     generator: torch.Generator | list[torch.Generator] | None,
 ) -> Tensor:
-    """One step; the generator is for schedulers that draw noise.
+    """One step from the latents at ``timestep`` to the next ones, the same shape.
 
     Args:
         scheduler: after :func:`set_sigmas`.
         prediction: ``noise - data``, float32.
-        timestep: of ``scheduler.timesteps``.
+        timestep: an entry of ``scheduler.timesteps``.
         latents: float32, the same shape.
-        generator: or None.
+        generator: for schedulers that draw noise, or None.
     """
     drawn: dict[str, Any] = {}
     if "generator" in inspect.signature(scheduler.step).parameters:

@@ -1,4 +1,4 @@
-"""Noise levels for training: how `sigma`, the share of noise, is drawn.
+"""Sampling of the noise level `sigma` for training.
 
 ``x_sigma = (1 - sigma) data + sigma noise``: 0 is data, 1 is noise. A model with ``t = 0`` at noise takes
 ``t = 1 - sigma``.
@@ -28,7 +28,7 @@ def sample_unit(
     mean: float = 0.0,
     std: float = 1.0,
 ) -> Tensor:
-    """Numbers in [0, 1): uniform, or the sigmoid of a Gaussian (`mean`, `std`), float32 [count].
+    """Random numbers in [0, 1): uniform, or the sigmoid of a Gaussian (`mean`, `std`), float32 [count].
 
     Drawn on the generator's device (the CPU without one).
 
@@ -45,20 +45,20 @@ def sample_unit(
     if not 0 < std < math.inf or not math.isfinite(mean):
         raise DavaeError(f"the logits' standard deviation must be positive, their mean finite, got {std} and {mean}")
     logits = mean + std * torch.randn(count, generator=generator, device=device)
-    return torch.sigmoid(logits).clamp(max=1 - 2**-24)  # far out it rounds to 1
+    return torch.sigmoid(logits).clamp(max=1 - 2**-24)  # large logits round to 1
 
 
 def shift_sigmas(sigma: Tensor, shift: float) -> Tensor:
-    """``shift sigma / (1 + (shift - 1) sigma)``: above 1 favours noise. The inverse is ``1 / shift``.
+    """``shift sigma / (1 + (shift - 1) sigma)``; a shift above 1 favours noise, and ``1 / shift`` is its inverse.
 
-    The same formula holds for ``t = 1 - sigma`` with the inverse shift: 0.3 in t is 1 / 0.3 in sigma.
+    The same formula applies to ``t = 1 - sigma`` with the inverse shift: 0.3 in t is 1 / 0.3 in sigma.
 
     Args:
         sigma: in [0, 1], any shape.
-        shift: finite and above 0; 1 changes nothing. Code that writes 0 for no shift means 1.
+        shift: finite and above 0; 1 for no shift (other code may write 0).
 
     Raises:
-        DavaeError: another shift.
+        DavaeError: the shift is not finite and above 0.
     """
     check_shift(shift)
     return shift * sigma / (1 + (shift - 1) * sigma)
@@ -79,17 +79,17 @@ def sample_sigmas(
     mean: float = 0.0,
     std: float = 1.0,
 ) -> Tensor:
-    """Shares of noise in [0, 1), float32 [count]: `sample_unit`, then `shift_sigmas`."""
+    """Noise levels, float32 [count]: `sample_unit`, then `shift_sigmas`; a shift above 1 may round some up to 1."""
     return shift_sigmas(sample_unit(count, scheme, generator=generator, mean=mean, std=std), shift)
 
 
 @dataclass(frozen=True)
 class SigmaTable:
-    """Discrete noise levels, from noise down to data.
+    """Discrete noise levels, from noise to data.
 
     Attributes:
-        sigmas: float32 [n], falling from 1.
-        timesteps: float32 [n], 1000 times as large up to rounding: what an SD3 transformer takes.
+        sigmas: float32 [n], decreasing from 1.
+        timesteps: float32 [n], ``1000 sigma`` up to rounding, as an SD3 transformer takes them.
     """
 
     sigmas: Tensor
@@ -99,12 +99,10 @@ class SigmaTable:
         return len(self.sigmas)
 
     def look_up(self, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """Sigmas and truncated timesteps of entries ``int(n u)``.
-
-        As in the official SD3 training; ``u`` near 0 is noise.
+        """Sigmas and truncated timesteps of entries ``int(n u)``, as in the official SD3 training.
 
         Args:
-            unit: in [0, 1), [B]; what lies outside takes the entry at that end.
+            unit: ``u`` in [0, 1), [B], where 0 is noise; values outside are clamped.
 
         Returns:
             sigmas float32 [B], timesteps int64 [B].
@@ -114,10 +112,10 @@ class SigmaTable:
 
 
 def sd3_sigma_table(config_shift: float = 3.0, train_shift: float = 4.0, steps: int = 1000) -> SigmaTable:
-    """The table of the official SD3 training: a scheduler made with one shift and then set to another.
+    """The table of the official SD3 training: a scheduler created with one shift and then set to another.
 
-    Its smallest sigma comes from the first shift and then gets the second on top (0.0119 for 3, 4 and 1000),
-    so the table is not the plain shift of a uniform grid.
+    Its smallest sigma results from the first shift and is then shifted again by the second (0.0119 for 3, 4 and 1000),
+    so the table is not simply a shifted uniform grid.
 
     Args:
         config_shift: shift in the base scheduler's configuration.

@@ -1,8 +1,8 @@
-"""The variational bound of learned variances, as DiT and PixArt have them.
+"""The variational bound that trains learned variances, as in DiT and PixArt.
 
-Source: Nichol and Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models".
+Source: Nichol and Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models", arXiv 2102.09672.
 
-The right noise and the lowest variance are the true reverse step, and cost nothing:
+The true noise and the lowest variance give the true reverse step, whose term is zero:
 
     >>> alphas_cumprod = torch.linspace(0.99, 0.01, 10)
     >>> data, noise, timestep = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1), torch.tensor([5])
@@ -21,18 +21,19 @@ from davae.errors import DavaeError
 
 
 class VariationalBound:
-    """One term of the bound for each element, in bits: what trains a variance that the noise's error does not see.
+    """One term of the bound per element, in bits; it trains the variance, on which the noise's error does not depend.
 
-    The transformer's second half ``v`` lies between the two extremes of the reverse step's variance (Eq. 15):
-    ``log s^2 = (v + 1) / 2 log beta_t + (1 - v) / 2 log beta~_t``. The term is the divergence of the true reverse step
-    ``q(x_{t-1} | x_t, x_0)`` from the model's, and at ``t = 0`` the likelihood of the data in bins of 1 / 127.5, as for
-    images of 8 bits; DiT uses it on latents too. The mean takes no gradient here: the noise's error trains it.
+    The transformer's second half ``v`` interpolates between the extremes of the reverse step's variance (Eq. 15):
+    ``log s^2 = (v + 1) / 2 log beta_t + (1 - v) / 2 log beta~_t``. The term is the KL divergence of the true reverse
+    step ``q(x_{t-1} | x_t, x_0)`` from the model's, and at ``t = 0`` the negative log-likelihood of the data in bins of
+    width 1 / 127.5, as for 8-bit images; DiT uses it on latents too. The mean gets no gradient: the noise's error
+    trains it.
 
     Args:
-        alphas_cumprod: cumulative products of ``1 - beta``, ``[T]``, falling, between 0 and 1.
+        alphas_cumprod: cumulative products of ``1 - beta``, ``[T]``, decreasing, in (0, 1).
 
     Raises:
-        DavaeError: they do not fall, or reach 0 or 1, where the bound has no value.
+        DavaeError: they do not decrease, or reach 0 or 1, where the bound is undefined.
     """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
@@ -40,27 +41,27 @@ class VariationalBound:
         falling = len(alphas_cumprod) > 1 and bool((alphas_cumprod.diff() < 0).all())
         if not falling or not 0 < alphas_cumprod[-1] < alphas_cumprod[0] < 1:
             raise DavaeError(
-                "a learned variance needs noise levels that grow from above 0 to below 1: alphas_cumprod must fall, "
-                f"and runs from {float(alphas_cumprod[0]):g} to {float(alphas_cumprod[-1]):g} (rescale_betas_zero_snr?)"
+                "a learned variance needs alphas_cumprod that decrease strictly between 1 and 0, but they run "
+                f"from {float(alphas_cumprod[0]):g} to {float(alphas_cumprod[-1]):g} (rescale_betas_zero_snr?)"
             )
         before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         beta = 1 - alphas_cumprod / before
         posterior = beta * (1 - before) / (1 - alphas_cumprod)
-        posterior = torch.cat([posterior[1:2], posterior[1:]])  # at t = 0 it is 0, whose logarithm is not
+        posterior = torch.cat([posterior[1:2], posterior[1:]])  # 0 at t = 0, so replaced before the logarithm
         of_data = before.sqrt() * beta / (1 - alphas_cumprod)
         of_noisy = (1 - beta).sqrt() * (1 - before) / (1 - alphas_cumprod)
         tables = torch.stack([alphas_cumprod, of_data, of_noisy, posterior.log(), beta.log()], dim=1).float()  # [T, 5]
         self._tables = {tables.device: tables}
 
     def __call__(self, noise: Tensor, variance: Tensor, *, data: Tensor, noisy: Tensor, timestep: Tensor) -> Tensor:
-        """The bound's term, float32 of the data's shape.
+        """The bound's terms in bits, float32 ``[B, C, h, w]``.
 
         Args:
             noise: predicted noise, ``[B, C, h, w]``.
             variance: ``v``, the same shape.
             data: clean latents, the same shape.
             noisy: latents at ``timestep``, the same shape.
-            timestep: ``[B]``, integers in ``[0, T)``; on a CPU that is checked, on another device it would wait for it.
+            timestep: ``[B]``, integers in ``[0, T)``; checked on the CPU only, to avoid a synchronisation.
 
         Raises:
             DavaeError: a timestep outside the schedule.
