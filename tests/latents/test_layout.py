@@ -27,7 +27,7 @@ def test_errors_name_both_numbers() -> None:
         layout.join(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))
     with pytest.raises(DavaeError, match="differ in batch or grid"):
         layout.join(torch.zeros(1, 4, 2, 2), torch.zeros(1, 12, 4, 4))
-    with pytest.raises(DavaeError, match="10 detail channels do not divide into 4"):
+    with pytest.raises(DavaeError, match="10 detail channels cannot be divided into 4"):
         _ = LatentLayout(4, 10).group_size
     with pytest.raises(DavaeError, match="base_channels must be at least 1, not 0"):
         LatentLayout(0, 4)

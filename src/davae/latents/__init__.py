@@ -1,4 +1,4 @@
-"""Tensor mathematics of structured latents: layout, alignment, statistics, posterior."""
+"""Tensor mathematics of structured latents: layout, alignment, KL term, statistics."""
 
 from davae.choices import AlignmentForm
 from davae.latents.alignment import (

@@ -15,18 +15,18 @@ _FLOAT16_SCALE = 4096.0
 
 
 def _group_edges(channels: int, groups: int) -> list[int]:
-    """Edges of ``groups`` runs of consecutive channels, ``round(k * channels / groups)``, halves to even.
+    """Edges of ``groups`` groups of consecutive channels, ``round(k * channels / groups)``, halves to even.
 
-    Rounding is done in float32 like the torch functions that published models were made with.
+    Rounded in float32, as in the official code.
     """
     return [int(edge) for edge in torch.linspace(0, channels, groups + 1).round()]
 
 
 def grouped_mean(z_d: Tensor, base_channels: int) -> Tensor:
-    """Mean of ``z_d`` over groups of consecutive channels (Eq. 3), without weights.
+    """Mean of ``z_d`` over groups of consecutive channels (Eq. 3), without parameters.
 
-    With ``D = r C``, base channel ``i`` gets the mean of detail channels ``i r ... i r + r - 1``. Where ``C``
-    does not divide ``D`` the groups run between ``round(k D / C)``; an empty group gives zeros.
+    With ``D = r C``, base channel ``i`` gets the mean of detail channels ``i r ... i r + r - 1``. If ``C``
+    does not divide ``D``, group k spans ``round(k D / C)`` to ``round((k + 1) D / C)``; an empty group gives zeros.
 
     Args:
         z_d: ``[B, D, h, w]``.
@@ -36,7 +36,7 @@ def grouped_mean(z_d: Tensor, base_channels: int) -> Tensor:
         ``[B, C, h, w]`` in the dtype of ``z_d``.
 
     Raises:
-        DavaeError: there are no channels on one side.
+        DavaeError: either latent has no channels.
     """
     channels = z_d.shape[1]
     if channels < 1 or base_channels < 1:
@@ -59,14 +59,13 @@ def self_similarity(latent: Tensor) -> Tensor:
 
 
 class AlignmentLoss(nn.Module):
-    """How far the detail latent is from the base latent (Eq. 4), always computed in float32.
+    """Distance of the detail latent from the base latent (Eq. 4), always computed in float32.
 
-    * ``mean``: mean squared error between the grouped mean of ``z_d`` and ``z``. No weights. The paper's
-      form.
+    * ``mean``: mean squared error between the grouped mean of ``z_d`` and ``z``, the paper's form.
     * ``relational``: mean squared error between the two matrices of cosine similarity among positions. It
-      asks for the same neighbourhoods and leaves the channels free. Costs ``(h w)^2``.
+      matches the spatial structure and leaves the channels free. Memory grows with ``(h w)^2``.
     * ``projection``: mean squared error between a learned 1x1 convolution of ``z_d`` and ``z``. The
-      convolution starts as the grouped mean.
+      convolution is initialised to the grouped mean.
 
     Args:
         layout: channel counts.
@@ -85,7 +84,7 @@ class AlignmentLoss(nn.Module):
         self.projection: nn.Conv2d | None = None
         if form == "projection":
             self.projection = nn.Conv2d(layout.detail_channels, layout.base_channels, kernel_size=1)
-            unit = torch.eye(layout.detail_channels)[:, :, None, None]  # each detail channel alone
+            unit = torch.eye(layout.detail_channels)[:, :, None, None]  # one detail channel each
             with torch.no_grad():
                 self.projection.weight.copy_(grouped_mean(unit, layout.base_channels).transpose(0, 1))
                 nn.init.zeros_(self.projection.bias)  # type: ignore[arg-type]
@@ -94,9 +93,9 @@ class AlignmentLoss(nn.Module):
         """Scalar loss of detail latent ``[B, D, h, w]`` against base latent ``[B, C, h, w]``.
 
         Raises:
-            DavaeError: channel counts are not the layout's, or the grids differ.
+            DavaeError: channel counts are not the layout's, or batch or grid differ.
         """
-        self.layout.join(z, z_d)  # names what does not fit
+        self.layout.join(z, z_d)  # raises if they do not fit
         with torch.autocast(z.device.type, enabled=False):
             z_d, z = z_d.float(), z.float()
             if self.form == "relational":
@@ -109,11 +108,11 @@ class AlignmentLoss(nn.Module):
 
 
 def adaptive_weight(reference_loss: Tensor, loss: Tensor, parameter: Tensor, *, maximum: float) -> Tensor:
-    """Weight that gives ``loss`` as large a gradient as ``reference_loss`` has, at one parameter.
+    """Weight that makes the gradient of ``loss`` as large as that of ``reference_loss`` at one parameter.
 
     ``|d reference / d parameter| / (|d loss / d parameter| + 1e-4)``, clamped to ``[0, maximum]``, with
-    Euclidean norms. The graph is kept, and no gradient flows through the weight. Under float16 autocast the losses are
-    scaled up on the way back: the gradient of a mean over an image's pixels lies below float16's smallest number.
+    Euclidean norms (as in VQGAN, arXiv 2012.09841). The graph is kept, and no gradient flows through the weight. Under
+    float16 autocast the losses are scaled up for it, because gradients of a mean over pixels would underflow.
 
     Args:
         reference_loss, loss: scalars that both depend on ``parameter``.
@@ -131,13 +130,13 @@ def adaptive_weight(reference_loss: Tensor, loss: Tensor, parameter: Tensor, *, 
 
 
 def gradient_ratio(reference: Tensor, gradient: Tensor, *, maximum: float, scale: float = 1.0) -> Tensor:
-    """``|reference| / (|gradient| + 1e-4)``, clamped to ``[0, maximum]``, of gradients times ``scale``.
+    """``|reference| / (|gradient| + 1e-4)``, clamped to ``[0, maximum]``, from gradients multiplied by ``scale``.
 
     Returns:
         Detached float32 scalar.
 
     Raises:
-        DavaeError: ``maximum`` is negative or not a number, or ``scale`` not above 0.
+        DavaeError: ``maximum`` is negative or NaN, or ``scale`` is not finite and above 0.
     """
     if not maximum >= 0 or not 0 < scale < math.inf:
         raise DavaeError(f"maximum must be at least 0 and scale above 0, not {maximum} and {scale}")
@@ -146,22 +145,22 @@ def gradient_ratio(reference: Tensor, gradient: Tensor, *, maximum: float, scale
 
 
 def gradient_scale(device: torch.device) -> float:
-    """Factor on a loss before it goes back by hand: above 1 under float16 autocast, see `adaptive_weight`."""
+    """Factor on a loss before ``torch.autograd.grad``: above 1 under float16 autocast, see `adaptive_weight`."""
     half = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
     return _FLOAT16_SCALE if half else 1.0
 
 
 def gaussian_kl(mean: Tensor, logvar: Tensor, *, reduction: Reduction = "sum") -> Tensor:
-    """KL divergence of ``N(mean, exp(logvar))`` from ``N(0, 1)``, computed in float32.
+    """KL divergence ``KL(N(mean, exp(logvar)) || N(0, 1))``, computed in float32.
 
     Args:
         mean, logvar: ``[B, D, h, w]``.
         reduction: ``"sum"`` is the divergence itself, ``1/2 sum(mean^2 + var - 1 - logvar)`` over a sample,
             then the mean over the batch. ``"mean"`` is the mean over all elements *without* the factor 1/2,
-            as the published ImageNet training has it.
+            as in the official ImageNet training.
 
     Returns:
-        Scalar.
+        Scalar, in nats.
 
     Raises:
         DavaeError: an unknown reduction.

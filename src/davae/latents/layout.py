@@ -1,4 +1,4 @@
-"""Where base and detail channels sit in a structured latent, and how many tokens it makes."""
+"""Where base and detail channels are in a structured latent, and how many tokens it makes."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class LatentLayout:
             alone.
 
     Raises:
-        DavaeError: a count is too small, or no integer.
+        DavaeError: a count is too small or not an integer.
     """
 
     base_channels: int
@@ -56,7 +56,7 @@ class LatentLayout:
         """
         if self.detail_channels % self.base_channels:
             raise DavaeError(
-                f"{self.detail_channels} detail channels do not divide into {self.base_channels} equal groups"
+                f"{self.detail_channels} detail channels cannot be divided into {self.base_channels} equal groups"
             )
         return self.detail_channels // self.base_channels
 

@@ -13,10 +13,10 @@ from davae.errors import DavaeError
 
 
 class ChannelStatistics:
-    """Exact running mean and variance per channel, in float64 on the CPU.
+    """Running mean and standard deviation per channel, in float64 on the CPU.
 
-    Batches are combined by the parallel form of Welford's method (Chan, Golub and LeVeque 1979), so neither
-    the order nor the size of the batches matters beyond rounding.
+    Batches are combined by the parallel form of Welford's method (Chan, Golub and LeVeque 1979), so the
+    order and size of the batches matter only to rounding.
 
     Args:
         channels: number of channels ``C``.
@@ -65,7 +65,7 @@ class ChannelStatistics:
         self._combine(values.shape[1], mean, (values - mean[:, None]).square().sum(dim=1))
 
     def merge(self, other: ChannelStatistics) -> None:
-        """Add everything that ``other`` has seen, e.g. in another process.
+        """Add everything that ``other`` has seen, for example in another process.
 
         Raises:
             DavaeError: the channel counts differ.
@@ -88,7 +88,7 @@ class ChannelStatistics:
             raise DavaeError("no latent has been measured yet: call update() first")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to continue."""
+        """Count, means and sums of squares, from which :meth:`load_state_dict` continues."""
         return {"count": torch.tensor(self.count), "mean": self._mean.clone(), "squares": self._squares.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -104,10 +104,10 @@ class ChannelStatistics:
 
 
 def check_statistics(config: Mapping[str, Any]) -> None:
-    """Whether the statistics of latents in an autoencoder's configuration can be ones.
+    """Check the latent statistics in an autoencoder's configuration.
 
     Args:
-        config: entries that it does not have, or that are None, are fine.
+        config: entries may be absent or None.
 
     Raises:
         DavaeError: a factor or a deviation that is not finite and above 0, a shift or mean that is not finite, or
@@ -131,12 +131,12 @@ def check_statistics(config: Mapping[str, Any]) -> None:
 
 
 def check_channel_statistics(mean_name: str, mean: Any, std_name: str, std: Any, channels: int | None) -> None:
-    """Whether means and standard deviations of channels can be ones; None is fine for either.
+    """Check per-channel means and standard deviations; either may be None.
 
     Args:
-        mean_name, std_name: what an error calls them.
-        mean, std: numbers, one a channel.
-        channels: how many there must be; None does not ask.
+        mean_name, std_name: their names in an error.
+        mean, std: numbers, one per channel.
+        channels: the required number; None for any.
 
     Raises:
         DavaeError: another number of values, one that is not finite, or a deviation that is not above 0.
@@ -151,7 +151,7 @@ def check_channel_statistics(mean_name: str, mean: Any, std_name: str, std: Any,
 
 
 def _flat(values: Any) -> list[Any]:
-    """Numbers in whatever lists and tensors they came; anything else as it is, for the error that names it."""
+    """The numbers in nested lists and tensors, flat; other values unchanged, for the error that names them."""
     if isinstance(values, Tensor):
         return values.flatten().tolist()
     return [one for part in values for one in _flat(part)] if isinstance(values, list | tuple) else [values]
@@ -170,11 +170,11 @@ def _check_values(name: str, values: Sequence[Any], *, above: float | None) -> N
 def latent_affine(config: Mapping[str, Any], channels: int) -> tuple[Tensor, Tensor]:
     """``shift`` and ``scale``, float32 ``[C]``, that an autoencoder's configuration states.
 
-    ``scaling_factor`` and ``shift_factor`` hold for all channels; where there are ``latents_mean`` and ``latents_std``,
-    they are the shift and one over the scale of each channel, times ``scaling_factor``.
+    ``shift = shift_factor`` and ``scale = scaling_factor`` for all channels; with ``latents_mean`` and ``latents_std``,
+    ``shift = latents_mean`` and ``scale = scaling_factor / latents_std``.
 
     Raises:
-        DavaeError: they cannot be statistics of that many channels, see :func:`check_channel_statistics`.
+        DavaeError: an entry is invalid for that many channels, see :func:`check_channel_statistics`.
     """
     check_statistics(config)
     scale = torch.full((channels,), _number(config, "scaling_factor", 1.0))
@@ -200,15 +200,15 @@ def to_raw(latent: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """``z / scale + shift``, the inverse of :func:`to_scaled`.
 
     Raises:
-        DavaeError: another number of channels, or a scale of 0, by which nothing can be divided.
+        DavaeError: another number of channels, or a scale of 0.
     """
     if not scale.all():
-        raise DavaeError(f"the scale of channel {int((scale == 0).nonzero()[0])} is 0: there is no raw latent for it")
+        raise DavaeError(f"the scale of channel {int((scale == 0).nonzero()[0])} is 0 and cannot be inverted")
     return latent / _of_channels(scale, latent) + _of_channels(shift, latent)
 
 
 def _of_channels(values: Tensor, latent: Tensor) -> Tensor | float:
-    """One number where all channels share it, which half precision does not round; else ``[C, 1, 1]``."""
+    """A Python float if all channels share the value, which half precision does not round; else ``[C, 1, 1]``."""
     if len(values) != latent.shape[1]:
         raise DavaeError(f"the latent has {latent.shape[1]} channels, its shift and scale {len(values)}")
     return float(values[0]) if (values == values[0]).all() else values.to(latent)[:, None, None]
