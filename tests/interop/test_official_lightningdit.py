@@ -113,7 +113,7 @@ def test_another_position_table_is_refused(table: str) -> None:
 
 def test_heads_must_be_told_where_the_weights_do_not() -> None:
     state = {k: v for k, v in official().items() if "feat_rope" not in k and "_norm.weight" not in k}
-    with pytest.raises(DavaeError, match="do not tell num_attention_heads"):
+    with pytest.raises(DavaeError, match="do not determine num_attention_heads"):
         convert(state)
     assert convert(state, num_attention_heads=4)[0]["num_attention_heads"] == 4
 

@@ -186,7 +186,7 @@ def test_statistics_of_other_channels(tmp_path: Path) -> None:
         case = kind(tmp_path)
         torch.save(case.state, tmp_path / "file.pt")
         convert = convert_vavae_file if kind is vavae else convert_imagenet_file
-        with pytest.raises(DavaeError, match=rf"file\.pt: statistics of 2 and 2 channels, {words}"):
+        with pytest.raises(DavaeError, match=rf"file\.pt: there are 2 means and 2 deviations, but {words}"):
             convert(tmp_path / "file.pt", tmp_path / "out", statistics=tmp_path / "s.json")
 
 

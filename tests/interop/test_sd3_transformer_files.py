@@ -135,7 +135,7 @@ def test_the_trained_weights_alone_with_a_lora_beside(
     assert_equal(made, expected)
     with caplog.at_level(logging.WARNING, "davae"):
         assert_equal(convert(tmp_path / "again.pt", content, upgraded), upgraded.state)
-    assert "no LoRA: the blocks of the transformer will be the base's" in caplog.text
+    assert "no LoRA: the transformer's blocks are taken unchanged" in caplog.text
 
 
 def test_running_means_hold_the_lora_and_come_first(upgraded: Upgraded, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_parts_that_do_not_fit(upgraded: Upgraded, tmp_path: Path) -> None:
         convert_sd3_file(tmp_path / "narrow" / "diffusion_pytorch_model.safetensors", out, base=upgraded.base)
     torch.save({"model_state_dict": upgraded.trained()}, file)
     (tmp_path / "narrow" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(DavaeError, match=r"holds the trained weights alone, and .* has no diffusion_pytorch_model"):
+    with pytest.raises(DavaeError, match=r"contains only the trained weights, and .* has no diffusion_pytorch_model"):
         convert_sd3_file(file, out, base=tmp_path / "narrow")
     torch.save({"dc_down.conv.weight": torch.zeros(1)}, file)
     with pytest.raises(DavaeError, match="is no transformer of SD3: --lora and --vae go with"):

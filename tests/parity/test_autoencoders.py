@@ -94,7 +94,7 @@ def test_a_converted_model_is_saved_and_loaded(path: Path, tmp_path: Path) -> No
     again = AutoencoderDA.from_pretrained(tmp_path)
     latent = again.encode(case.tensors["image"]).latent_dist.mode()
     check(case, reconstruction=again.decode(latent).sample)
-    with pytest.raises(DavaeError, match="without its base's decoder"):
+    with pytest.raises(DavaeError, match="has no base decoder"):
         again.decode_base(latent)
 
 
@@ -143,7 +143,7 @@ def test_sd3_autoencoder(path: Path) -> None:
 def test_sd3_base_supplies_the_decoder_and_is_compared(path: Path) -> None:
     case = load_case(path)
     base = AutoencoderKL(**case.info["config"]["vae"]).eval()
-    with pytest.raises(DavaeError, match="another VAE than the official file's"):
+    with pytest.raises(DavaeError, match="not the VAE in the official file"):
         convert_sd3(case.state_dict(), case.info["config"]["vae"], base=base)
     base.load_state_dict({**base.state_dict(), **case.state_dict("original_vae_model.vae.")})
     model, _ = convert_sd3(case.state_dict(), case.info["config"]["vae"], base=base)

@@ -1,13 +1,13 @@
-"""Weights published by the authors of DA-VAE and LightningDiT, read into davae's models.
+"""Converts the weights published by the authors of DA-VAE and LightningDiT to davae's models.
 
-* :mod:`~davae.interop.conversion`: from a published file to a diffusers folder, what ``davae convert`` does.
+* :mod:`~davae.interop.conversion`: from a published file to a diffusers folder, as in ``davae convert``.
 * :mod:`~davae.interop.official_vavae`: ``convert_vavae`` gives an ``AutoencoderKL``.
 * :mod:`~davae.interop.official_autoencoders`: ``convert_imagenet`` and ``convert_sd3`` give an ``AutoencoderDA``.
 * :mod:`~davae.interop.official_lightningdit`: ``load`` gives a ``LightningDiTTransformer2DModel``.
 * :mod:`~davae.interop.official_sd3_transformer`: ``load_transformer`` gives a widened ``SD3Transformer2DModel``;
   latents in the authors' detail-first order are reordered by ``from_official_order``.
-* :mod:`~davae.interop.sd3_transformer_files`: ``convert_transformer`` reads every form in which the authors write it.
+* :mod:`~davae.interop.sd3_transformer_files`: ``convert_transformer`` reads every form in which the authors save it.
 * :mod:`~davae.runtime.weight_files`: safetensors, and ``.pt`` or ``.ckpt`` through ``weights_only=True``.
 
-Every key is accounted for; one that is missing or unknown is an error that names it.
+Every key is accounted for; a missing or unknown key is an error that names it.
 """

@@ -1,4 +1,4 @@
-"""Every tensor accounted for: what is missing, unknown or of another shape is named before anything is loaded."""
+"""Accounts for every tensor: those missing, unknown or of another shape are named before anything is loaded."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ from davae.runtime.model_files import not_finite
 
 logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=nn.Module)
-_SHOWN = 20  # names of a kind in a message; a model of another size differs in hundreds
+_SHOWN = 20  # most names of a kind in a message; a model of another size differs in hundreds
 
 
 def listed(faults: Mapping[str, Sequence[str]]) -> str:
-    """Names by kind of fault in one line, the first of many."""
+    """Names by kind of fault in one line, at most the first ``_SHOWN`` of each."""
     return "; ".join(
         f"{kind}: {', '.join(names[:_SHOWN])}" + (f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN))
         for kind, names in faults.items()
@@ -25,15 +25,15 @@ def listed(faults: Mapping[str, Sequence[str]]) -> str:
 
 
 def require(weights: Mapping[str, Tensor], names: Sequence[str], what: str) -> None:
-    """The tensors from which a configuration is read must be there.
+    """Check that the tensors from which a configuration is read are present.
 
     Args:
         weights: by name.
-        names: what is needed.
+        names: the tensors needed.
         what: what the weights should be, for the message.
 
     Raises:
-        DavaeError: names what is absent.
+        DavaeError: names the missing ones.
     """
     absent = [name for name in names if name not in weights]
     if absent:
@@ -43,13 +43,13 @@ def require(weights: Mapping[str, Tensor], names: Sequence[str], what: str) -> N
 def check_keys(
     converted: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str, unknown: Sequence[str] = ()
 ) -> None:
-    """The converted tensors are exactly the model's, by name and shape.
+    """Check that the converted tensors are exactly the model's, by name and shape, and finite.
 
     Args:
-        converted: under our names.
+        converted: under davae's names.
         expected: the model's state dict; may be on the meta device.
         what: what the weights should be, for the message.
-        unknown: names for which there was no translation.
+        unknown: official names without a translation.
 
     Raises:
         DavaeError: lists what is missing, unexpected, of another shape or not finite.
@@ -70,7 +70,7 @@ def check_keys(
 
 
 def filled(model: ModelT, converted: Mapping[str, Tensor], what: str) -> ModelT:
-    """The model with these weights, in eval mode; errors as :func:`check_keys`."""
+    """The model with these weights, in eval mode; raises as :func:`check_keys`."""
     check_keys(converted, model.state_dict(), what)
     model.load_state_dict(dict(converted))
     return model.eval()
@@ -79,24 +79,24 @@ def filled(model: ModelT, converted: Mapping[str, Tensor], what: str) -> ModelT:
 def channel_statistics(
     given: tuple[Sequence[float], Sequence[float]], channels: int, what: str = "the latent"
 ) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel.
+    """The given means and standard deviations as lists of floats, checked.
 
     Raises:
-        DavaeError: there are more or fewer than ``what`` has channels, or they cannot be statistics.
+        DavaeError: not one per channel of ``what``, or a value that is not finite, or a deviation not above 0.
     """
     mean, std = (list(map(float, values)) for values in given)
     if len(mean) != channels or len(std) != channels:
-        raise DavaeError(f"statistics of {len(mean)} and {len(std)} channels, {what} has {channels}")
+        raise DavaeError(f"there are {len(mean)} means and {len(std)} deviations, but {what} has {channels} channels")
     check_channel_statistics("mean", mean, "std", std, channels)
     return mean, std
 
 
 def set_aside(state_dict: Mapping[str, Tensor], reasons: Mapping[str, str]) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights that are used, and names of those known to be of no use, logged with the reason.
+    """The weights that are used, and the names of those known to be unused, which are logged with the reason.
 
     Args:
         state_dict: by name.
-        reasons: beginnings of names -> why they are of no use.
+        reasons: prefixes of names -> why they are unused.
     """
     unused = {name for name in state_dict if name.startswith(tuple(reasons))}
     for start, reason in reasons.items():

@@ -1,9 +1,9 @@
-"""Official DA-VAE autoencoder weights into :class:`davae.AutoencoderDA`.
+"""Official DA-VAE autoencoder weights to :class:`davae.AutoencoderDA`.
 
 Two kinds were published: the ImageNet autoencoder ("detail" mode, LDM names) and the SD3 autoencoder ("diff"
-mode, diffusers names). They differ in their names and in a handful of options, listed in :class:`_Published`; the
-rest is one path. The configuration is read off the weights, every tensor is accounted for, and those that the
-official forward pass never uses are named.
+mode, diffusers names). They differ only in their names and in a few options, listed in :class:`_Published`. The
+configuration is inferred from the weights, every tensor is accounted for, and those that the official forward pass
+never uses are named.
 """
 
 import math
@@ -27,14 +27,14 @@ _DECODER_START = "bypassed: the joint decoder begins after it"
 
 @dataclass(frozen=True)
 class _Published:
-    """One published kind: its names, and what it does differently.
+    """The names and options of one published kind.
 
     Attributes:
-        parts: beginnings of official names -> ours.
+        parts: prefixes of official names -> davae's.
         down, up: official names of the new blocks.
-        unused: beginnings of names that the official forward never reads -> why.
-        needed: names without which nothing can be read off the weights.
-        ldm: inside encoders and decoders the names are LDM's.
+        unused: prefixes of names that the official forward never reads -> why.
+        needed: tensors from which the configuration is inferred.
+        ldm: encoders and decoders have LDM's names.
         options: arguments of :class:`AutoencoderDA`.
     """
 
@@ -61,7 +61,7 @@ _IMAGENET = _Published(
     unused={
         "da.encoder.conv_out.": _ENCODER_END,
         "da.decoder.conv_in.": _DECODER_START,
-        "loss.": "belongs to training",
+        "loss.": "used in training only",
     },
     needed=("base_encoder.conv_out.weight", "base_quant_conv.weight"),
     ldm=True,
@@ -106,15 +106,15 @@ def convert_imagenet(
 
     Args:
         state_dict: official names (``base_encoder.*``, ``base_quant_conv.*``, ``da.*``, perhaps ``loss.*``).
-        base: the base VAE with its decoder, which official files do not hold; without it ``decode_base``
+        base: the base VAE with its decoder, which official files do not contain; without it ``decode_base``
             raises. Its encoder must be the one in ``state_dict``.
-        base_resolution: image size of the base, for the config.
-        statistics: per-channel mean and standard deviation of all ``C + D`` channels, base first, as the
-            diffusion model was trained with them.
-        detail_dropout: for further training.
+        base_resolution: image size of the base in pixels, for the config.
+        statistics: per-channel mean and standard deviation of all ``C + D`` channels, base first, with which
+            the diffusion model was trained.
+        detail_dropout: probability, for further training.
 
     Returns:
-        The model in eval mode, and the names of official tensors that have no use in it.
+        The model in eval mode, and the names of official tensors that it does not use.
 
     Raises:
         DavaeError: tensors are missing, unknown or of another shape (all are listed), or ``base`` is another
@@ -163,17 +163,17 @@ def convert_sd3(
 ) -> tuple[AutoencoderDA, list[str]]:
     """The SD3 autoencoder, "diff" mode: scaled base latent, clamped base image, details first in the decoder.
 
-    Official images are in [0, 1]; ours in [-1, 1]: official = (ours + 1) / 2, clamped after decoding.
+    Official images are in [0, 1], davae's in [-1, 1]: official = (davae + 1) / 2, clamped after decoding.
 
     Args:
         state_dict: official names (``vae.*``, ``original_vae_model.vae.*``, ``dc_down.*``, ``dc_up.*``).
         vae_config: config of the SD3 VAE, an ``AutoencoderKL`` without quant convolutions.
-        base: the SD3 VAE, for its decoder where the file does not hold it; without either ``decode_base``
+        base: the SD3 VAE, for its decoder if the file does not contain it; without either ``decode_base``
             raises.
         statistics: per-channel mean and standard deviation of the ``D`` detail channels.
 
     Returns:
-        The model in eval mode, and the names of official tensors that have no use in it.
+        The model in eval mode, and the names of official tensors that it does not use.
 
     Raises:
         DavaeError: tensors are missing, unknown or of another shape (all are listed), or ``base`` is another
@@ -195,7 +195,7 @@ def convert_sd3(
 
 
 def _open(kind: _Published, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors that are used, and the names of the others."""
+    """The tensors that are used, and the names of the unused ones."""
     weights, unused = set_aside(state_dict, kind.unused)
     require(weights, (*kind.needed, f"{kind.up}.conv.weight", f"{kind.down}.conv.weight"), _WHAT)
     return weights, unused
@@ -209,7 +209,7 @@ def _assemble(
     base_config: dict[str, Any],
     **config: Any,
 ) -> AutoencoderDA:
-    """The model with these weights; the base's decoder comes from ``base`` where the weights lack it."""
+    """The model with these weights; the base's decoder comes from ``base`` if the weights lack it."""
     converted: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         start = next((start for start in kind.parts if name.startswith(start)), "")
@@ -217,7 +217,7 @@ def _assemble(
         if kind.ldm and start.endswith(("encoder.", "decoder.")):
             levels = len(config["branch_config"]["block_out_channels"])
             inner, tensor = translate_ldm(inner, tensor, levels)
-        converted[kind.parts.get(start, "") + inner] = tensor  # an unknown name stays: the check names it
+        converted[kind.parts.get(start, "") + inner] = tensor  # an unknown name stays, and the check reports it
     if base is not None:
         converted = _with_decoder_of(base, converted)
         base_config = base_config | {"use_post_quant_conv": base.config.use_post_quant_conv}
@@ -239,7 +239,7 @@ def _with_decoder_of(base: AutoencoderKL, converted: dict[str, Tensor]) -> dict[
         if name not in converted and name.startswith(("base.decoder.", "base.post_quant_conv.")):
             whole[name] = tensor
         elif name not in converted or not torch.equal(converted[name].to(tensor), tensor):
-            raise DavaeError(f"the given base is another VAE than the official file's: '{name}' differs")
+            raise DavaeError(f"the given base is not the VAE in the official file: '{name}' differs")
     return whole
 
 
@@ -272,10 +272,10 @@ _ATTENTION_NAMES = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v",
 
 
 def translate_ldm(name: str, tensor: Tensor, levels: int) -> tuple[str, Tensor]:
-    """One LDM tensor under its diffusers name; attention's 1x1 convolutions become linear layers.
+    """The diffusers name and value of one LDM tensor; attention's 1x1 convolutions become linear layers.
 
     Args:
-        name: inside the encoder or the decoder, for example ``mid.attn_1.q.weight``.
+        name: relative to the encoder or decoder, for example ``mid.attn_1.q.weight``.
         tensor: its value.
         levels: number of resolutions, ``len(ch_mult)``.
     """
@@ -292,7 +292,7 @@ def translate_ldm(name: str, tensor: Tensor, levels: int) -> tuple[str, Tensor]:
 
 
 def ldm_config(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    """``AutoencoderKL`` arguments of an LDM encoder (its decoder is built from the same numbers).
+    """``AutoencoderKL`` arguments of an LDM encoder, whose decoder has the same sizes.
 
     Raises:
         DavaeError: there is no encoder under ``prefix``.
@@ -316,12 +316,12 @@ def ldm_config(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
 
 
 def ldm_class(weights: Mapping[str, Tensor], configs: Mapping[str, dict[str, Any]]) -> str:
-    """``AutoencoderKL``, or the class for encoders whose stem is narrower than their first level.
+    """Class name: ``AutoencoderKL``, or ``LDMAutoencoderKL`` if a stem's width is not that of the first level.
 
     Args:
         weights: official names.
-        configs: prefix of an encoder -> its :func:`ldm_config`; gets ``stem_channels`` where one has another
-            stem.
+        configs: prefix of an encoder -> its :func:`ldm_config`, to all of which the latter case adds
+            ``stem_channels``.
     """
     stems = {prefix: len(weights[f"{prefix}conv_in.weight"]) for prefix in configs}
     if all(stems[prefix] == config["block_out_channels"][0] for prefix, config in configs.items()):

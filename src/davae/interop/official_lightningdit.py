@@ -1,7 +1,7 @@
-"""Official LightningDiT weights into :class:`davae.LightningDiTTransformer2DModel`.
+"""Official LightningDiT weights to :class:`davae.LightningDiTTransformer2DModel`.
 
-The configuration is read off the weights, every official tensor is accounted for, and the stored position
-tables are compared with the ones this package computes. Nothing is skipped, padded or guessed.
+The configuration is inferred from the weights, every official tensor is accounted for, and the stored position
+tables are compared with those that davae computes. Nothing is skipped, padded or guessed.
 """
 
 import math
@@ -17,7 +17,7 @@ from davae.interop.checking import check_keys, require
 from davae.models.lightningdit import SIZES, LightningDiTTransformer2DModel, rope_table, sincos_table
 from davae.runtime.weight_files import about_file, read_state_dict, strip_wrappers
 
-#: Official module -> ours. Modules of a block are listed without their ``blocks.N.``.
+#: Official module -> davae's. Modules of a block are listed without their ``blocks.N.``.
 _MODULES = {
     "x_embedder.proj": "patch_embed",
     "t_embedder.mlp.0": "time_embed.linear_1",
@@ -34,12 +34,12 @@ _BLOCK_MODULES = {
     "attn.k_norm": "attn.norm_k",
     "attn.proj": "attn.to_out.0",
     "adaLN_modulation.1": "modulation",
-    "mlp.w3": "ff.net.2",  # SwiGLU's way out
-    "mlp.fc1": "ff.net.0.proj",  # the plain GELU layer
+    "mlp.w3": "ff.net.2",  # SwiGLU's output projection
+    "mlp.fc1": "ff.net.0.proj",  # without gate, GELU
     "mlp.fc2": "ff.net.2",
 }
 _WHAT = "a LightningDiT state dict"
-_TABLE_TOLERANCE = 1e-4  # float32 rounding of the largest angles; another table differs by about 1
+_TABLE_TOLERANCE = 1e-4  # covers float32 rounding of the largest angles; another table differs by about 1
 
 
 def load(
@@ -48,8 +48,8 @@ def load(
     """A model in eval mode from an official checkpoint file.
 
     Args:
-        path: ``.safetensors``, or a ``.pt`` of tensors only.
-        weights: which weights to take where the file has both; the authors sample with the EMA.
+        path: ``.safetensors``, or a ``.pt`` that holds only tensors.
+        weights: which weights to take if the file has both; the authors sample with the EMA.
         num_attention_heads: needed only where :func:`convert` asks for it.
 
     Raises:
@@ -67,15 +67,15 @@ def load(
 def convert(
     state_dict: Mapping[str, Tensor], *, num_attention_heads: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and state dict of our model from an official state dict.
+    """Configuration and state dict of davae's model from an official state dict.
 
     Args:
-        state_dict: official names, with or without ``module.`` and ``_orig_mod.`` before them.
-        num_attention_heads: read off the weights where the model has RoPE or QK-norm; else it must be given.
+        state_dict: official names, with or without the prefixes ``module.`` and ``_orig_mod.``.
+        num_attention_heads: inferred from the weights if the model has RoPE or QK-norm; otherwise required.
 
     Raises:
-        DavaeError: tensors are missing, unexpected or of another shape (all are listed), or a position table
-            is not the one our model computes.
+        DavaeError: tensors are missing, unexpected or of another shape (named), a position table
+            is not the one davae's model computes, or `num_attention_heads` is required.
     """
     official = strip_wrappers(state_dict)
     config = _read_config(official, num_attention_heads)
@@ -96,7 +96,7 @@ def convert(
 
 
 def size_name(config: Mapping[str, Any]) -> str:
-    """What papers call a model of this configuration: ``XL/1``, or ``width 16, depth 1, 2 heads, patch 1``."""
+    """The name of this configuration in papers, ``XL/1``, or else ``width 16, depth 1, 2 heads, patch 1``."""
     shape = {key: config[key] for key in ("num_layers", "hidden_size", "num_attention_heads")}
     for name, size in SIZES.items():
         if shape == size:
@@ -108,7 +108,7 @@ def size_name(config: Mapping[str, Any]) -> str:
 
 
 def _translate(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    # Our names for one official tensor; none where the name is unknown.
+    # davae's names and tensors for one official tensor; empty if the name is unknown.
     module, _, kind = name.rpartition(".")
     prefix, modules = "", _MODULES
     if module.startswith("blocks."):
@@ -141,7 +141,7 @@ def _read_config(official: Mapping[str, Tensor], num_attention_heads: int | None
     elif qk_norm:
         num_attention_heads = hidden // len(official["blocks.0.attn.q_norm.weight"])
     elif num_attention_heads is None:
-        raise DavaeError("without RoPE and QK-norm the weights do not tell num_attention_heads: please give it")
+        raise DavaeError("without RoPE and QK-norm the weights do not determine num_attention_heads: please give it")
     return {
         "sample_size": math.isqrt(official["pos_embed"].shape[1]) * patch,
         "patch_size": patch,
@@ -160,12 +160,12 @@ def _read_config(official: Mapping[str, Tensor], num_attention_heads: int | None
 
 
 def _check_tables(official: Mapping[str, Tensor], config: Mapping[str, Any]) -> set[str]:
-    # The names of the stored tables, all of which are what our model computes.
+    # The names of the stored tables, once they are equal to those that davae's model computes.
     side, hidden = config["sample_size"] // config["patch_size"], config["hidden_size"]
     ours = {"pos_embed": sincos_table(side, side, hidden)[None]}
     if config["rope"]:
         cos, sin = rope_table(side, side, hidden // config["num_attention_heads"])
-        # Officially each angle stands twice, once for either channel of its pair.
+        # The official table holds each angle twice, once for each channel of its pair.
         ours |= {"feat_rope.freqs_cos": cos.repeat_interleave(2, 1), "feat_rope.freqs_sin": sin.repeat_interleave(2, 1)}
     for name, table in ours.items():
         if name not in official:
@@ -174,6 +174,6 @@ def _check_tables(official: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
         if stored.shape != table.shape or (stored - table).abs().max() > _TABLE_TOLERANCE:
             raise DavaeError(
                 f"the position table {name} {tuple(stored.shape)} is not the published one for "
-                f"{side} x {side} tokens: the model was trained with other positions and would not work here"
+                f"{side} x {side} tokens: the model was trained with other positions and cannot be converted"
             )
     return set(ours)

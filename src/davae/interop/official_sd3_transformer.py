@@ -1,13 +1,13 @@
 """The authors' widened SD3 transformer to a plain ``SD3Transformer2DModel`` with more channels, and back.
 
-The authors keep the new channels in branches beside the old layers. Both layers are linear, so each pair of
-branches is one wider layer:
+The authors keep the new channels in branches beside the old layers. The layers are linear, so each pair of
+branches is equivalent to one wider layer:
 
-* ``pos_embed.proj.base_conv`` and ``extra_conv``: their tokens add up, so the weights stand side by side on
+* ``pos_embed.proj.base_conv`` and ``extra_conv``: their outputs are added, so the weights are concatenated on
   the input axis and the biases are summed;
-* ``proj_out.base_linear`` and ``extra_linear``: their channels join inside each of the p * p positions.
+* ``proj_out.base_linear`` and ``extra_linear``: their channels are concatenated at each of the p * p positions.
 
-The weights are the same whatever order the authors' model takes its channels in; only latents must be
+The branches do not depend on the order in which the authors' model takes its channels; only latents must be
 reordered, see `from_official_order`.
 """
 
@@ -24,8 +24,6 @@ from davae.errors import DavaeError
 from davae.interop.checking import listed
 from davae.latents import LatentLayout
 
-#: ``"detail_first"`` is the authors' ``reverse=True``, which their SD3 autoencoder needs.
-
 _INPUT, _OUTPUT = "pos_embed.proj", "proj_out"
 _BRANCHES = {_INPUT: ("base_conv", "extra_conv"), _OUTPUT: ("base_linear", "extra_linear")}
 _OFFICIAL = tuple(
@@ -40,11 +38,11 @@ _OURS = tuple(f"{layer}.{kind}" for layer in _BRANCHES for kind in ("weight", "b
 def load_transformer(
     state_dict: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> tuple[SD3Transformer2DModel, LatentLayout]:
-    """A widened transformer in eval mode from official weights.
+    """The widened transformer in eval mode, and its channels, from official weights.
 
     Args:
         state_dict: official names.
-        config: of the pretrained transformer that was widened; its channel counts are replaced.
+        config: that of the pretrained transformer; its channel counts are replaced.
 
     Raises:
         DavaeError: see `from_official`, or other weights are missing, unexpected or of another shape.
@@ -74,7 +72,7 @@ def from_official(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
         state_dict: official names; layers other than the patch embedder and the head keep their names.
 
     Raises:
-        DavaeError: a branch is missing, is there twice over (as plain layer too), or its shapes disagree.
+        DavaeError: a branch is missing, there is a plain layer as well, or shapes do not fit.
     """
     _require(state_dict, present=_OFFICIAL, absent=_OURS)
     convolutions = [state_dict[f"{_INPUT}.{branch}.weight"] for branch in _BRANCHES[_INPUT]]  # [H, C, p, p]
@@ -86,7 +84,7 @@ def from_official(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
             if len(state_dict[name]) != patch**2 * channels:
                 raise DavaeError(
                     f"{name} has {len(state_dict[name])} rows, but {channels} channels in patches of {patch} "
-                    f"make {patch**2 * channels}"
+                    f"need {patch**2 * channels}"
                 )
 
     converted = {name: tensor for name, tensor in state_dict.items() if name not in _OFFICIAL}
@@ -101,7 +99,7 @@ def from_official(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
 
 
 def to_official(state_dict: Mapping[str, Tensor], layout: LatentLayout) -> dict[str, Tensor]:
-    """The inverse: official names. The patch embedder's bias goes to the base branch, the other gets zeros.
+    """The inverse of `from_official`. The base branch gets the patch embedder's bias, the other one zeros.
 
     Raises:
         DavaeError: the state dict is not that of an SD3 transformer with the layout's channels.
@@ -113,7 +111,7 @@ def to_official(state_dict: Mapping[str, Tensor], layout: LatentLayout) -> dict[
         raise DavaeError(
             f"the transformer takes {weight.shape[1]} channels and its head has "
             f"{len(state_dict[f'{_OUTPUT}.weight'])} rows; {layout.base_channels} base and "
-            f"{layout.detail_channels} detail channels ask for {layout.channels} and {rows}"
+            f"{layout.detail_channels} detail channels need {layout.channels} and {rows}"
         )
     sizes = [layout.base_channels, layout.detail_channels]
     bias = state_dict[f"{_INPUT}.bias"]
@@ -131,15 +129,15 @@ def to_official(state_dict: Mapping[str, Tensor], layout: LatentLayout) -> dict[
 
 
 def split_plain_layers(state_dict: Mapping[str, Tensor], base_channels: int, order: ChannelOrder) -> dict[str, Tensor]:
-    """Plain wider layers as branches, whose names tell the order of the channels; branches are left as they are.
+    """Plain wider layers as branches, whose names determine the channel order; branches are left unchanged.
 
     Args:
         state_dict: official names.
-        base_channels: of the transformer before it was widened.
-        order: of the channels in the layers.
+        base_channels: channels of the transformer before it was widened.
+        order: channel order in plain layers.
 
     Raises:
-        DavaeError: the layers are no wider than the base's.
+        DavaeError: the layers are not wider than the base's, or input and output layers do not fit each other.
     """
     if f"{_INPUT}.weight" not in state_dict:
         return dict(state_dict)
@@ -152,7 +150,7 @@ def split_plain_layers(state_dict: Mapping[str, Tensor], base_channels: int, ord
     layout = LatentLayout(base_channels, channels - base_channels)
     if len(state_dict[f"{_OUTPUT}.weight"]) % channels:
         raise DavaeError(
-            f"{_OUTPUT}.weight has {len(state_dict[f'{_OUTPUT}.weight'])} rows, which {channels} channels do not divide"
+            f"{_OUTPUT}.weight has {len(state_dict[f'{_OUTPUT}.weight'])} rows, not a multiple of {channels} channels"
         )
     reordered = dict(state_dict)
     reordered[f"{_INPUT}.weight"] = from_official_order(state_dict[f"{_INPUT}.weight"], layout, order)
@@ -163,7 +161,7 @@ def split_plain_layers(state_dict: Mapping[str, Tensor], base_channels: int, ord
 
 
 def from_official_order(latent: Tensor, layout: LatentLayout, order: ChannelOrder) -> Tensor:
-    """A latent or a prediction in the authors' channel order, base first: [B, C + D, ...] both."""
+    """[B, C + D, ...] in the authors' channel order to base first; ``"detail_first"`` is their ``reverse=True``."""
     if order == "base_first":
         return latent
     detail, base = latent.split([layout.detail_channels, layout.base_channels], dim=1)

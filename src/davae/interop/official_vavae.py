@@ -1,7 +1,7 @@
 """The published VA-VAE (LDM names) as diffusers' ``AutoencoderKL``.
 
 VA-VAE is an LDM autoencoder whose latent was aligned with a vision model in training (Yao et al. 2025,
-arXiv 2501.01423). That model, its projection and the losses lie in some of the files and are of no use afterwards.
+arXiv 2501.01423). Some files also contain that model, its projection and the losses, which only training needs.
 """
 
 import logging
@@ -21,9 +21,9 @@ _WHAT = "an LDM autoencoder"
 _EMA = "model_ema."
 _EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
 _UNUSED = {
-    "loss.": "belongs to training",
+    "loss.": "used in training only",
     "foundation_model.": "the vision model that the latent was aligned with in training",
-    "linear_proj.": "the projection of the alignment in training",
+    "linear_proj.": "the alignment's projection in training",
 }
 
 
@@ -38,11 +38,11 @@ def convert_vavae(
     Args:
         state_dict: official names (``encoder.*``, ``decoder.*``, ``quant_conv.*``, ``post_quant_conv.*``, perhaps
             ``model_ema.*``, ``loss.*``, ``foundation_model.*``, ``linear_proj.*``).
-        resolution: image size that it was trained at, for the config.
-        statistics: per-channel mean and standard deviation of the latent, by which LightningDiT's is normalised.
+        resolution: image size in pixels that it was trained at, for the config.
+        statistics: per-channel mean and standard deviation of the latent, with which LightningDiT normalises it.
 
     Returns:
-        The model, and the names of official tensors that have no use in it.
+        The model, and the names of official tensors that it does not use.
 
     Raises:
         DavaeError: tensors are missing, unknown or of another shape (all are listed).
@@ -73,7 +73,7 @@ def convert_vavae(
 
 
 def _prefer_ema(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Running means in place of the weights, where the file has them; LDM writes their names without dots."""
+    """EMA weights in place of the others, where the file has them; LDM writes their names without dots."""
     averaged = {name: tensor for name, tensor in weights.items() if name.startswith(_EMA)}
     if not averaged:
         return weights, []
@@ -83,5 +83,5 @@ def _prefer_ema(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str
     unknown = sorted(averaged.keys() - by_name.keys())
     if unknown:
         raise DavaeError(f"this is not {_WHAT} as published. unexpected: {', '.join(unknown)}")
-    logger.info("taking the running means of %d tensors (model_ema)", len(averaged))
+    logger.info("using the EMA weights of %d tensors (model_ema)", len(averaged))
     return kept | {by_name[name]: tensor for name, tensor in averaged.items()}, counters

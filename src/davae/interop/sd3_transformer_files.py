@@ -1,11 +1,11 @@
-"""The forms in which the authors' training writes its SD3 transformer, made one state dict under the official names.
+"""The forms in which the authors' training saves its SD3 transformer, merged into one official state dict.
 
-* A whole transformer, with branches (``pos_embed.proj.base_conv``, ``extra_conv``) or with plain wider layers.
-* A checkpoint of what was trained: patch embedder and head (``tokenizer_patch_embed.*``, ``project_out.*``), under
-  ``model_state_dict``; the LoRA lies in a file of its own. Its running means (``ema_state_dict``) hold the LoRA too.
+* A complete transformer, with branches (``pos_embed.proj.base_conv``, ``extra_conv``) or with plain wider layers.
+* A checkpoint of the trained weights: patch embedder and head (``tokenizer_patch_embed.*``, ``project_out.*``), under
+  ``model_state_dict``; the LoRA is in a file of its own. The EMA (``ema_state_dict``) includes the LoRA.
   The other weights are the base's.
 
-A LoRA is added to the weights, as ``W + B A``: the authors train with alpha equal to the rank.
+A LoRA is merged into the weights as ``W + B A``: the authors train with alpha equal to the rank.
 """
 
 import logging
@@ -39,14 +39,14 @@ def is_transformer(names: Mapping[str, Any]) -> bool:
 def convert_transformer(
     official: Mapping[str, Tensor], base: Path, *, lora: Path | None = None, order: ChannelOrder = "detail_first"
 ) -> tuple[SD3Transformer2DModel, LatentLayout]:
-    """A plain, wider transformer, base channels first, from what a file holds.
+    """A plain, wider transformer, base channels first, from the tensors of a file.
 
     Args:
         official: in one of the forms above.
         base: folder of the pretrained transformer, or of a pipeline with it. Its configuration is always read, its
-            weights only where the file holds the trained ones alone.
-        lora: file of the LoRA, where it is apart.
-        order: of the channels in plain wider layers; branches tell by themselves.
+            weights only if the file contains just the trained ones.
+        lora: file of the LoRA, if it is separate.
+        order: channel order in plain wider layers; for branches it is known.
 
     Returns:
         The transformer in eval mode in the file's dtype, and its channels.
@@ -61,7 +61,7 @@ def convert_transformer(
     if lora is not None:
         with about_file(lora):
             if pairs:
-                raise DavaeError("the transformer's file holds a LoRA already: leave out --lora")
+                raise DavaeError("the transformer's file already contains a LoRA: leave out --lora")
             separate = _renamed(read_state_dict(lora))
             pairs = _take_lora(separate)
             if separate or not pairs:
@@ -69,7 +69,7 @@ def convert_transformer(
     weights = split_plain_layers(weights, int(config["in_channels"]), order)
     if not any(name.startswith("transformer_blocks.") for name in weights):
         if not pairs:
-            logger.warning("no LoRA: the blocks of the transformer will be the base's, as they are in %s", place)
+            logger.warning("no LoRA: the transformer's blocks are taken unchanged from %s", place)
         weights = _completed(weights, place)
     _add_lora(weights, pairs)
     return load_transformer(weights, config)
@@ -79,11 +79,11 @@ def _folder(base: Path) -> Path:
     for place in (base / "transformer", base):
         if (place / "config.json").is_file():
             return place
-    raise DavaeError(f"{base} holds no transformer: there is no config.json in it, nor in its transformer/")
+    raise DavaeError(f"{base} holds no transformer: there is no config.json in it or in its transformer/")
 
 
 def _tidy(name: str) -> str:
-    """Without what wrappers put before and into a name."""
+    """The name without the prefixes and infixes of wrappers."""
     while name.startswith("transformer."):
         name = name.removeprefix("transformer.")
     for alias, ours in _ALIASES.items():
@@ -96,7 +96,7 @@ def _renamed(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in official.items():
         ours = _tidy(name)
-        # The authors' wrapper has its patch embedder and head under two names each.
+        # The authors' wrapper saves its patch embedder and head under two names each.
         if ours in found and not torch.equal(found[ours], tensor):
             raise DavaeError(f"'{ours}' is there twice, with different values (the second time as '{name}')")
         found[ours] = tensor
@@ -109,7 +109,7 @@ def _take_lora(weights: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     layers = {name.removesuffix(end) for end in ends for name in weights if name.endswith(end)}
     absent = [layer + end for layer in sorted(layers) for end in ends if layer + end not in weights]
     if absent:
-        raise DavaeError(f"a LoRA has two matrices a layer. missing: {', '.join(absent)}")
+        raise DavaeError(f"a LoRA has two matrices per layer. missing: {', '.join(absent)}")
     return {layer: (weights.pop(layer + _LORA_A), weights.pop(layer + _LORA_B)) for layer in layers}
 
 
@@ -117,7 +117,7 @@ def _add_lora(weights: dict[str, Tensor], pairs: Mapping[str, tuple[Tensor, Tens
     for layer, (a, b) in sorted(pairs.items()):
         name = f"{layer}.weight"
         if name not in weights:
-            raise DavaeError(f"the LoRA adapts '{layer}', which the transformer has not")
+            raise DavaeError(f"the LoRA adapts '{layer}', which the transformer does not have")
         weight = weights[name]
         if a.ndim != 2 or b.ndim != 2 or (len(b), a.shape[1]) != weight.shape or len(a) != b.shape[1]:
             raise DavaeError(
@@ -126,21 +126,21 @@ def _add_lora(weights: dict[str, Tensor], pairs: Mapping[str, tuple[Tensor, Tens
             )
         weights[name] = (weight.float() + b.float() @ a.float()).to(weight.dtype)
     if pairs:
-        logger.info("added the LoRA of %d layers", len(pairs))
+        logger.info("merged the LoRA of %d layers", len(pairs))
 
 
 def _completed(trained: Mapping[str, Tensor], place: Path) -> dict[str, Tensor]:
-    """With the base's weights for all but the patch embedder and the head."""
+    """The trained weights, completed by the base's (all but patch embedder and head), in the base's dtype."""
     base: dict[str, Tensor] = {}
     files = sorted(place.glob("diffusion_pytorch_model*.safetensors"))
     if not files:
         raise DavaeError(
-            f"the file holds the trained weights alone, and {place} has no diffusion_pytorch_model*.safetensors with "
-            "the others"
+            f"the file contains only the trained weights, and {place} has no diffusion_pytorch_model*.safetensors "
+            "with the others"
         )
     for file in files:
         base |= load_file(file)
     own = {name: tensor for name, tensor in base.items() if not name.startswith(("pos_embed.proj.", "proj_out."))}
-    logger.info("%d tensors of %s beside the %d trained ones", len(own), place, len(trained))
+    logger.info("added %d tensors of %s to the %d trained ones", len(own), place, len(trained))
     dtype = next(tensor.dtype for tensor in own.values() if tensor.is_floating_point())
     return own | {name: tensor.to(dtype) for name, tensor in trained.items()}
