@@ -28,19 +28,19 @@ LAYOUT = LatentLayout(4, 6)
 
 #: Known classes whose inputs cannot be guessed from the names of their arguments, with what the error names.
 NOT_PROBED = {
-    "BriaFibo2Transformer2DModel": "took none of the inputs",  # a text with layers
-    "BriaFiboTransformer2DModel": "took none of the inputs",  # a list of text layers
+    "BriaFibo2Transformer2DModel": "accepted none of the inputs",  # a text with layers
+    "BriaFiboTransformer2DModel": "accepted none of the inputs",  # a list of text layers
     "Flux3Transformer2DModel": "x_embedders.image_cond",  # an optional second image
     "GlmImageTransformer2DModel": "prior_token_id",
-    "HiDreamImageTransformer2DModel": "took none of the inputs",
-    "HunyuanDiT2DModel": "took none of the inputs",
+    "HiDreamImageTransformer2DModel": "accepted none of the inputs",
+    "HunyuanDiT2DModel": "accepted none of the inputs",
     "Ideogram4Transformer2DModel": "position_ids",
-    "JoyImageEditPlusTransformer3DModel": "took none of the inputs",  # patches on axes of their own
-    "Kandinsky5Transformer3DModel": "something stands beside the latent",
+    "JoyImageEditPlusTransformer3DModel": "accepted none of the inputs",  # patches on axes of their own
+    "Kandinsky5Transformer3DModel": "features that are not latent channels",
     "Krea2Transformer2DModel": "position_ids",
     "LuminaNextDiT2DModel": "image_rotary_emb",
     "OmniGenTransformer2DModel": "input_ids",
-    "QwenImage21Transformer2DModel": "took none of the inputs",
+    "QwenImage21Transformer2DModel": "accepted none of the inputs",
 }
 
 

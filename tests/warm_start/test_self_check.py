@@ -259,7 +259,7 @@ def test_damaged_weights() -> None:
 def test_a_class_is_described_once() -> None:
     known = description_of(sd3())
     describe("SD3Transformer2DModel", known)  # again the same is harmless
-    with pytest.raises(WarmStartError, match="described already"):
+    with pytest.raises(WarmStartError, match="already described"):
         describe("SD3Transformer2DModel", dataclasses.replace(known, tokens=(4, 4)))
 
 

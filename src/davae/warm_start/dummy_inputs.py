@@ -1,4 +1,4 @@
-"""Small random inputs for a transformer: what the self-check, the probe and the FLOP counter run it with."""
+"""Small random inputs for a transformer, used by the self-check, the probe and the FLOP counter."""
 
 import functools
 import math
@@ -17,12 +17,12 @@ TEXT_TOKENS = 8  # of a dummy prompt
 
 @dataclass(frozen=True)
 class Dummy:
-    """What a forward needs beside the latent, drawn on the CPU so that every device sees the same values.
+    """Makes the inputs of a forward besides the latent, drawn on the CPU so that every device gets the same values.
 
     Attributes:
         transformer: the model to run.
         latent: [B, C, h, w], in the autoencoder's channels.
-        generator: source of every random input; how much is drawn must not depend on C.
+        generator: source of all random inputs; the amount drawn must not depend on C.
         text_tokens: tokens of a prompt.
     """
 
@@ -50,7 +50,7 @@ class Dummy:
         return self.normal(self.text_tokens, features)
 
     def text_mask(self, dtype: torch.dtype = torch.bool) -> Tensor:
-        """Ones [B, text tokens]: every token counts."""
+        """Ones [B, text tokens]: no token is masked."""
         mask = torch.ones(self.batch, self.text_tokens, dtype=dtype, device=self.latent.device)
         return mask.as_subclass(_CountedMask) if mask.is_meta else mask
 
@@ -70,16 +70,16 @@ class Dummy:
         return drawn.to(self.latent.device)
 
     def packing(self, features: int) -> int:
-        """Side k of the squares packed into one position, from a count of ``C k k`` features."""
+        """Side k of the squares packed into one position that has ``C k k`` features."""
         return math.isqrt(max(features // self.latent.shape[1], 1))
 
     def packed(self, side: int, *, latents: int = 1) -> Tensor:
-        """The latent as tokens [B, n, C k k], channel slowest; `latents` - 1 more beside it on the last axis."""
+        """The latent as tokens [B, n, C k k], channel slowest, and `latents` - 1 others after it on the last axis."""
         tokens = [pack(latent, side) for latent in self.concatenated(latents)]
         return torch.cat(tokens, dim=2)
 
     def concatenated(self, latents: int) -> list[Tensor]:
-        """The latent and `latents` - 1 others; the same base channels give the same others."""
+        """The latent and `latents` - 1 spatial permutations of it, each [B, C, h, w]."""
         return [self.latent if i == 0 else self.latent.roll(i, -1).flip(-2) for i in range(latents)]
 
     def positions(self, side: int, axes: int = 3) -> Tensor:
@@ -101,12 +101,12 @@ class Dummy:
 
 
 class _CountedMask(Tensor):
-    """A mask of ones on the meta device that still tells its sums: some forwards read text lengths from it."""
+    """A mask of ones on the meta device whose sums have values: some forwards read text lengths from them."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def sum(self, dim: int = -1, **options: Any) -> Tensor:  # type: ignore[override]
-        """Sums over an axis, as numbers."""
+        """Sums over an axis, int64 on the CPU."""
         return torch.ones(self.shape, dtype=torch.int64).sum(dim, **options)
 
 

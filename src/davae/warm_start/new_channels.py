@@ -12,24 +12,24 @@ from davae.warm_start.registry import description_of
 
 
 def channel_parameters(transformer: nn.Module) -> list[str]:
-    """Names of the parameters on which latent channels sit: the input and output layers' own.
+    """Names of the parameters that have an axis of latent channels: those of the input and output layers.
 
     Raises:
-        WarmStartError: the class is not described, or an adapter sits on a layer with latent channels.
+        WarmStartError: the class is not described and cannot be probed, or a LoRA wraps one of these layers.
     """
     present = dict(transformer.named_parameters())
     return [place.parameter for place in _present(description_of(transformer).places, present)]
 
 
 def new_channel_masks(transformer: nn.Module, layout: LatentLayout) -> dict[str, Tensor]:
-    """For each parameter with channels, true where an entry belongs to the detail channels.
+    """For each parameter with latent channels, a mask of the entries that belong to the detail channels.
 
     Args:
         transformer: a widened transformer.
         layout: its base and detail channels.
 
     Returns:
-        Parameter name to a boolean tensor of the parameter's shape.
+        Parameter name to a boolean tensor of the parameter's shape, true for detail channels.
     """
     description = description_of(transformer).fitted(transformer, layout.channels)
     sizes = description.resolve_sizes(transformer)
@@ -42,15 +42,15 @@ def new_channel_masks(transformer: nn.Module, layout: LatentLayout) -> dict[str,
 
 
 def _present(places: Sequence[ChannelPlace], parameters: Mapping[str, Tensor]) -> list[ChannelPlace]:
-    """The places whose parameters are there.
+    """The places whose parameters are present.
 
     Raises:
-        WarmStartError: one that every model of the class has is missing.
+        WarmStartError: one that is not optional is missing.
     """
     missing = [p for p in places if p.parameter not in parameters and not p.optional]
     if missing:
         raise WarmStartError(
-            f"there is no parameter {missing[0].parameter}: if {missing[0].layer} carries a LoRA, take that layer "
-            "out of its targets (new channels are trained in full)"
+            f"there is no parameter {missing[0].parameter}: if {missing[0].layer} has a LoRA, remove that layer "
+            "from its targets (new channels are trained in full)"
         )
     return [p for p in places if p.parameter in parameters]

@@ -1,4 +1,4 @@
-"""Run a model once and see what passes through chosen layers, leaving the model as it was."""
+"""Run a model once and record the inputs and outputs of chosen layers, leaving the model unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from davae.errors import WarmStartError
 
 @dataclass
 class Trace:
-    """One forward: the sample, and what entered and left the watched layers, call by call."""
+    """One forward: the sample, and the inputs and outputs of the watched layers, call by call."""
 
     sample: Tensor
     entered: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -23,7 +23,7 @@ class Trace:
 
     @staticmethod
     def joined(traces: Sequence[Trace]) -> Trace:
-        """Several forwards as one: samples along the batch, calls after each other."""
+        """Several forwards as one: samples concatenated along the batch, calls in sequence."""
         joined = Trace(torch.cat([trace.sample for trace in traces]))
         for trace in traces:
             for into, calls in ((joined.entered, trace.entered), (joined.left, trace.left)):
@@ -40,14 +40,14 @@ def run_watched(
     layers: Sequence[str],
     jittered: Sequence[str] = (),
 ) -> Trace:
-    """One forward, watching `layers`.
+    """One forward that records `layers`.
 
     Args:
         model: the module to run.
         arguments: keyword arguments of its forward.
         weights: parameters replaced for this call only, by name.
         layers: modules to watch, by name.
-        jittered: modules whose output is moved by one rounding, up or down at random.
+        jittered: modules whose output is changed by one relative epsilon of its dtype, up or down at random.
     """
     trace = Trace(torch.empty(0))
 
@@ -81,7 +81,7 @@ def first_tensor(value: Any) -> Tensor:
         if hasattr(value, "sample"):
             value = value.sample
         elif isinstance(value, list) and all(isinstance(v, Tensor) for v in value):
-            value = torch.stack(value)  # a sample each
+            value = torch.stack(value)  # one sample each
         else:
             value = next(v for v in value if v is not None)
     return value
@@ -89,7 +89,7 @@ def first_tensor(value: Any) -> Tensor:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, autocast or TF32 convolutions; every module's mode is put back."""
+    """Eval mode without gradients, autocast or TF32 convolutions; every module's mode is restored."""
     modes = {module: module.training for module in model.modules()}
     cudnn = torch.backends.cudnn
     model.eval()
@@ -97,7 +97,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         with (
             torch.no_grad(),
             torch.autocast(next(model.parameters()).device.type, enabled=False),
-            # TF32 would be chosen for some channel counts and not for others.
+            # cuDNN would choose TF32 for some channel counts and not for others.
             cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False),
         ):
             yield
@@ -107,7 +107,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
-    """``max|a - b| / max|b|``; infinite where shapes differ, or where b is all zero and a is not."""
+    """``max|a - b| / max|b|``; infinite if the shapes differ, or if b is all zero and a is not."""
     if a.shape != b.shape:
         return float("inf")
     a, b = a.cpu().double(), b.cpu().double()  # not every device has float64
@@ -121,7 +121,7 @@ def largest_difference(after: Mapping[str, list[Tensor]], before: Mapping[str, l
     """The largest relative difference of a layer over its calls.
 
     Raises:
-        WarmStartError: the layer did not run, or not equally often.
+        WarmStartError: the layer did not run, or not equally often in both models.
     """
     counts = len(before.get(name, [])), len(after.get(name, []))
     if counts[0] != counts[1] or counts[0] == 0:

@@ -1,6 +1,6 @@
 """How one axis of a tensor factors into latent channels and everything else.
 
-A latent channel is rarely alone on its axis: a head that predicts a patch of ``p x p`` positions has
+An axis rarely holds latent channels alone: a head that predicts a patch of ``p x p`` positions has
 ``p * p * C`` features. A pattern names the factors of an axis, slowest first:
 
 * ``"c"`` channels alone, ``"p p c"`` a patch with the channel fastest, ``"c p p"`` with the channel slowest,
@@ -24,11 +24,11 @@ from davae.latents import LatentLayout
 
 @dataclass(frozen=True)
 class Pattern:
-    """A pattern taken apart: ``outer ( segment | segment )``.
+    """A parsed pattern: ``outer ( segment | segment )``.
 
     Attributes:
         outer: factors around the concatenation, slowest first.
-        segments: what stands side by side, each as its factors.
+        segments: the concatenated parts, each as its factors.
     """
 
     outer: tuple[str, ...]
@@ -44,7 +44,7 @@ class Pattern:
         return cls(tuple(outer.split()), tuple(tuple(segment.split()) for segment in segments))
 
     def substitute(self, values: Mapping[str, str]) -> Pattern:
-        """With names replaced by patterns; a concatenation in the place of a factor is multiplied out."""
+        """Replace names by patterns; a concatenation in place of a factor is multiplied out."""
         segments: list[tuple[str, ...]] = []
         outer = self.outer
         for segment in self.segments:
@@ -70,13 +70,13 @@ class Pattern:
         """The number of outer positions, and the factors of each segment.
 
         Raises:
-            WarmStartError: a letter that `sizes` does not name.
+            WarmStartError: a letter that `sizes` does not define.
         """
         named = (*self.outer, *(factor for segment in self.segments for factor in segment))
         unknown = [name for name in named if name != "c" and name not in sizes and not name.isdigit()]
         if unknown:
             raise WarmStartError(
-                f"pattern '{self}' uses {', '.join(unknown)}, which the description's sizes do not name"
+                f"pattern '{self}' uses {', '.join(unknown)}, which the description's sizes do not define"
             )
 
         def number(name: str) -> int:
@@ -87,10 +87,10 @@ class Pattern:
 
 
 def pattern_count(pattern: str, sizes: Mapping[str, int], channels: int) -> int:
-    """Features on an axis: ``"p p c | 1"`` with p = 2 and 16 channels is 65.
+    """Number of features on an axis: ``"p p c | 1"`` with p = 2 and 16 channels gives 65.
 
     Raises:
-        WarmStartError: a letter that `sizes` does not name.
+        WarmStartError: a letter that `sizes` does not define.
     """
     outer, segments = Pattern.parse(pattern).factors(sizes, channels)
     return outer * sum(map(math.prod, segments))
@@ -99,17 +99,17 @@ def pattern_count(pattern: str, sizes: Mapping[str, int], channels: int) -> int:
 def widen_axis(
     tensor: Tensor, axis: int, pattern: str, sizes: Mapping[str, int], layout: LatentLayout, *, name: str
 ) -> Tensor:
-    """Insert zeros for the detail channels behind the base channels on an axis.
+    """Insert zeros for the detail channels after the base channels on an axis.
 
     With pattern ``"p p c"``, ``[p * p * C, ...]`` becomes ``[p * p * (C + D), ...]``.
 
     Args:
-        tensor: holds base channels alone.
+        tensor: has base channels only.
         axis: the axis of the channels.
         pattern: how the axis factors.
-        sizes: the letters of the pattern.
+        sizes: the numbers of the pattern's letters.
         layout: base and detail channels.
-        name: what the tensor is, for the error.
+        name: the tensor's name in errors.
 
     Raises:
         WarmStartError: the axis does not factor as the pattern says.
@@ -127,9 +127,9 @@ def widen_axis(
 def split_axis(
     tensor: Tensor, axis: int, pattern: str, sizes: Mapping[str, int], layout: LatentLayout, *, name: str
 ) -> tuple[Tensor, Tensor]:
-    """The inverse: what belongs to base channels (in the original's shape) and what to detail channels.
+    """The inverse of `widen_axis`: the base channels' part, in the original shape, and the detail channels' part.
 
-    What is no channel at all (a mask) stays with the base.
+    Features that are not latent channels (a mask) go with the base.
 
     Raises:
         WarmStartError: the axis does not factor as the pattern says.
@@ -149,7 +149,7 @@ def split_axis(
 def _parts(
     tensor: Tensor, axis: int, pattern: str, sizes: Mapping[str, int], channels: int, name: str
 ) -> Iterator[tuple[Tensor, int | None]]:
-    """Each segment as [..., outer, *factors, ...], and which axis of it holds the channels."""
+    """Each segment as [..., outer, *factors, ...], with its axis of channels, None if it has none."""
     parsed = Pattern.parse(pattern)
     outer, factors = parsed.factors(sizes, channels)
     widths = [math.prod(numbers) for numbers in factors]
@@ -158,7 +158,7 @@ def _parts(
         message = f"{outer} x ({message})" if parsed.outer else message
         raise WarmStartError(
             f"{name} has shape {tuple(tensor.shape)}, but '{pattern}' on axis {axis} "
-            f"with {channels} channels asks for {message} = {outer * sum(widths)} there"
+            f"with {channels} channels needs {message} = {outer * sum(widths)} there"
         )
     split = tensor.unflatten(axis, (outer, sum(widths))).split(widths, dim=axis + 1)
     for part, segment, numbers in zip(split, parsed.segments, factors, strict=True):
@@ -167,7 +167,7 @@ def _parts(
 
 
 def _together(parts: list[Tensor], tensor: Tensor, axis: int) -> Tensor:
-    """Segments side by side again, on one axis."""
+    """The segments concatenated and flattened to one axis again."""
     behind = tensor.ndim - axis - 1
     flat = [part.flatten(axis + 1, part.ndim - 1 - behind) for part in parts]
     return torch.cat(flat, dim=axis + 1).flatten(axis, axis + 1)

@@ -1,4 +1,4 @@
-"""The described classes, and what happens where nobody described one."""
+"""The described transformer classes; others are probed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,24 +12,24 @@ from davae.warm_start.description import ChannelDescription, DummyInputs
 from davae.warm_start.dummy_inputs import TEXT_TOKENS, DummyBuilder, dummy
 from davae.warm_start.probing.probe import probed_description
 
-#: A description, or a function of the transformer where the places depend on its configuration.
+#: A description, or a function of the transformer if the places depend on its configuration.
 Describer = ChannelDescription | Callable[[ModelMixin], ChannelDescription]
 
 _DESCRIPTIONS: dict[str, Describer] = {}
 
 
 def describe(class_name: str, description: Describer) -> None:
-    """Teach the warm start a transformer class; its subclasses are known with it.
+    """Register the description of a transformer class, which also applies to its subclasses.
 
     Raises:
         WarmStartError: the class has another description already.
     """
     if _DESCRIPTIONS.setdefault(class_name, description) is not description:
-        raise WarmStartError(f"{class_name} is described already; a class has one description")
+        raise WarmStartError(f"{class_name} is already described; a class can have only one description")
 
 
 def described(*class_names: str, **description: Any) -> Callable[[DummyBuilder], DummyInputs]:
-    """Decorator of a function that makes the dummy inputs of classes: describes them with these and the rest."""
+    """Decorator of a function that makes dummy inputs: describes the classes with these and ``description``."""
 
     def with_inputs(build: DummyBuilder) -> DummyInputs:
         inputs = dummy(build)
@@ -41,10 +41,10 @@ def described(*class_names: str, **description: Any) -> Callable[[DummyBuilder],
 
 
 def description_of(transformer: ModelMixin) -> ChannelDescription:
-    """The description of the transformer's class, or of the nearest class it derives from; else a probed one.
+    """The description of the transformer's class or its nearest described ancestor; otherwise a probed one.
 
     Raises:
-        WarmStartError: nobody described it and probing does not find the places; says why, and how to describe.
+        WarmStartError: it is not described and probing fails; says why, and how to describe it.
     """
     for cls in type(transformer).__mro__:
         if cls.__name__ in _DESCRIPTIONS:
@@ -53,11 +53,11 @@ def description_of(transformer: ModelMixin) -> ChannelDescription:
     name = type(transformer).__name__
     try:
         if not isinstance(transformer, ModelMixin):
-            raise WarmStartError("it is no diffusers model that could be built again from its configuration")
+            raise WarmStartError("it is not a diffusers model that can be rebuilt from its configuration")
         return probed_description(transformer)
     except WarmStartError as error:
         raise WarmStartError(
-            f"{name} is not described, and probing did not find where its latent channels sit: {error}. "
+            f"{name} is not described, and probing did not find where its latent channels are: {error}. "
             f"Describe it with davae.warm_start.describe('{name}', ChannelDescription("
             "inputs=input_layer('...'), outputs=output_layer('...', 'p p c'), dummy_inputs=...)); the "
             "self-check then says whether the description is right"
@@ -72,14 +72,14 @@ def dummy_arguments(
     Image positions follow the latent's size. Works on any device, the meta device included.
 
     Args:
-        transformer: a described model.
-        latent: [B, C, h, w] in the autoencoder's channels; packed here where the class takes it packed.
+        transformer: a model whose class is described or can be probed.
+        latent: [B, C, h, w] in the autoencoder's channels; packed here if the class takes it packed.
         generator: on the CPU; the same seed gives the same conditioning.
         text_tokens: tokens of each prompt.
 
     Raises:
         WarmStartError: the class is not described and cannot be probed.
     """
-    # Only a caller who wants another length needs a description that knows how to give it.
+    # Passed only if another length is wanted, because not every `DummyInputs` takes it.
     options = {} if text_tokens == TEXT_TOKENS else {"text_tokens": text_tokens}
     return description_of(transformer).dummy_inputs(transformer, latent, generator, **options)

@@ -8,12 +8,12 @@ from davae.warm_start.description import ChannelDescription, DummyInputs, input_
 from davae.warm_start.dummy_inputs import Dummy, dummy, pack
 from davae.warm_start.registry import describe, described
 
-#: Ways to count the latent: unpacked, packed two by two, packed with as much control latent beside it.
+#: Ways to count the latent: unpacked, packed two by two, packed and concatenated with a control latent.
 PACKED = ("c", "c 2 2", "c 2 2 | c 2 2")
 
 
 def side_of(d: Dummy) -> tuple[int, int]:
-    """Side of the packed squares, and how many latents stand beside each other on the feature axis."""
+    """Side of the packed squares, and how many latents are concatenated on the feature axis."""
     features = d.config.in_channels
     out = d.config.get("out_channels") or features
     channels = d.latent.shape[1]
@@ -118,7 +118,7 @@ def _bria_fibo(d: Dummy) -> dict[str, Any]:
 def _tokens(
     inputs: DummyInputs, *keys: str, embedder: str = "x_embedder", head: str = "proj_out"
 ) -> ChannelDescription:
-    """Linear layers over packed features, in and out."""
+    """The description of a class with linear layers over packed features as input and output."""
     out = "out_channels" if "out_channels" in keys else "in_channels"
     return ChannelDescription(
         inputs=input_layer(embedder, "in_channels"),

@@ -1,4 +1,4 @@
-"""Classes that take the latent as an image, with text or a class label beside it."""
+"""Classes that take the latent as an image, with text or a class label as condition."""
 
 from typing import Any
 
@@ -181,7 +181,7 @@ def _sizes(d: Dummy, *names: str) -> dict[str, Any]:
     counts={"in_channels": ("c", "c | c"), "out_channels": "c"},
 )
 def _cogview(d: Dummy) -> dict[str, Any]:
-    latents = d.config.in_channels // d.latent.shape[1]  # a control latent stands beside the noisy one
+    latents = d.config.in_channels // d.latent.shape[1]  # perhaps a control latent after the noisy one
     return {
         "hidden_states": torch.cat(d.concatenated(latents), dim=1),
         "encoder_hidden_states": d.text(d.config.text_embed_dim),
@@ -197,7 +197,7 @@ def _cogview(d: Dummy) -> dict[str, Any]:
 )
 def _glm_image(d: Dummy) -> dict[str, Any]:
     rows, columns = d.grid(d.config.patch_size)
-    # The forward indexes by a mask; where a mask has no values, by no positions.
+    # The forward indexes by this mask; on the meta device, where it has no values, by an empty index.
     prior = d.integers(d.config.prior_vq_quantizer_codebook_size, rows * columns)
     return {
         "hidden_states": d.latent,

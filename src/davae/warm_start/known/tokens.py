@@ -1,4 +1,4 @@
-"""Classes that take latents in a shape of their own: lists, frames, one sequence with the text."""
+"""Classes that take latents in other forms: lists, frames, one sequence with the text."""
 
 from dataclasses import replace
 from typing import Any
@@ -56,7 +56,7 @@ def _bria_fibo2(d: Dummy) -> dict[str, Any]:
     counts={"in_channels": "c"},
 )
 def _omnigen(d: Dummy) -> dict[str, Any]:
-    # A prompt that holds an image of the latent's size, so that both embedders run.
+    # A prompt with an image of the latent's size, so that both embedders run.
     rows, columns = d.grid(d.config.patch_size)
     image, text = rows * columns, d.text_tokens
     length = text + image + 1 + image  # prompt with its image, time, the image to make
@@ -172,7 +172,7 @@ def _kandinsky5(d: Dummy) -> dict[str, Any]:
     rows, columns = d.grid(d.config.patch_size[-1])
     device = d.latent.device
     parts = d.concatenated(2 if d.config.visual_cond else 1)
-    if d.config.visual_cond:  # an image to keep and where it counts
+    if d.config.visual_cond:  # the conditioning latent, and a mask of where it applies
         parts.append(torch.ones_like(d.latent[:, :1]))
     return {
         "hidden_states": torch.cat(parts, dim=1).permute(0, 2, 3, 1)[:, None].contiguous(),  # [B, 1, h, w, C]

@@ -1,1 +1,1 @@
-"""Where channels sit in a transformer that nobody described, found by running it: see `probe`."""
+"""Finds where channels are in an undescribed transformer by running it: see `probe`."""

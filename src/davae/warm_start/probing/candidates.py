@@ -1,4 +1,4 @@
-"""Which parameters follow the channel counts of a configuration: the same class is built with other counts."""
+"""Finds the parameters that grow with a configuration's channel counts, by building the class with other counts."""
 
 import re
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class Candidate:
         layer: dotted name.
         axis: the axis of its weight that follows the channels.
         features: size of that axis.
-        takes: the layer is an input layer; else an output layer.
+        takes: true for an input layer, false for an output layer.
     """
 
     layer: str
@@ -35,10 +35,10 @@ class Candidate:
 
 
 def channel_counts(transformer: ModelMixin) -> dict[str, int | None]:
-    """Configuration keys that count channels, with what they say.
+    """Configuration keys that count channels, with their values.
 
     Raises:
-        WarmStartError: there is no ``in_channels``, or it is no number.
+        WarmStartError: no such key has a number.
     """
     counts = {
         key: value
@@ -46,15 +46,15 @@ def channel_counts(transformer: ModelMixin) -> dict[str, int | None]:
         if _CHANNEL_KEY.match(key) and (value is None or isinstance(value, int))
     }
     if not any(value for value in counts.values()):
-        raise WarmStartError("its configuration has no in_channels to count latent channels by")
+        raise WarmStartError("its configuration has no key such as in_channels that counts latent channels")
     return counts
 
 
 def find_candidates(transformer: ModelMixin, counts: Mapping[str, int | None]) -> list[Candidate]:
-    """Layers whose weights grow when the configuration counts more channels.
+    """Layers whose weights grow with the configuration's channel counts.
 
     Raises:
-        WarmStartError: names a parameter that grows but is no weight through which channels enter or leave.
+        WarmStartError: a parameter that grows cannot be widened (it is named), or no input or output layer grows.
     """
     grown = {key: 2 * value for key, value in counts.items() if value}
     before, after = _skeleton(transformer, {}), _skeleton(transformer, grown)
@@ -62,7 +62,7 @@ def find_candidates(transformer: ModelMixin, counts: Mapping[str, int | None]) -
     found: dict[str, Candidate] = {}
     for name, parameter in before.named_parameters():
         if name not in shapes:
-            raise WarmStartError(f"{name} is there with one number of channels and gone with another")
+            raise WarmStartError(f"{name} exists with one number of channels but not with another")
         changed = [i for i, (a, b) in enumerate(zip(parameter.shape, shapes[name], strict=True)) if a != b]
         layer, _, kind = name.rpartition(".")
         if changed and not (kind == "bias" and layer in found and not found[layer].takes):
@@ -94,13 +94,13 @@ def _candidate(model: nn.Module, name: str, changed: list[int], after: torch.Siz
     if isinstance(module, _CONVOLUTIONS) and tuple(module.kernel_size) != tuple(module.stride):
         raise WarmStartError(
             f"{message}, but it is a convolution of kernel {module.kernel_size} and stride {module.stride}, "
-            "so it does not cut the latent into tokens"
+            "which does not divide the latent into tokens"
         )
     before = model.get_parameter(name).shape[changed[0]]
     if after[changed[0]] != 2 * before:
         raise WarmStartError(
-            f"{message} from {before} to {after[changed[0]]} when the count doubles: something stands beside the "
-            "latent there"
+            f"{message} from {before} to {after[changed[0]]} when the count doubles: it also takes features that are "
+            "not latent channels"
         )
     takes = changed[0] == (0 if isinstance(module, _TRANSPOSED) else 1)
     return Candidate(layer, changed[0], before, takes)

@@ -1,8 +1,8 @@
-"""Inputs for a forward that nobody described: from the names of its arguments, and by trying.
+"""Guesses the inputs of an undescribed forward, from the names of its arguments and by trial.
 
-What an argument is, its name tells (`_KINDS`). How many features it has, the model tells: the argument first
-comes with a width that nothing else has, and the first layer that meets this width says which one it takes.
-The latent's form is tried: an image, tokens, frames, channels last, a list.
+An argument's name determines its kind (`_KINDS`), and the model its number of features: the argument is first
+given a unique width, and the weight of the first layer that receives this width shows the right one.
+The forms of the latent are tried in turn: an image, tokens, frames, channels last, a list.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from davae.errors import WarmStartError
 from davae.warm_start.dummy_inputs import Dummy
 from davae.warm_start.observe import first_tensor
 
-#: What a forward may raise when an input does not fit it.
+#: Exceptions that a forward may raise for an input that does not fit.
 MISFITS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 
-#: First pattern found in an argument's name decides what it is.
+#: The first pattern found in an argument's name determines its kind.
 _KINDS = (
     ("mask", r"mask"),
     ("time", r"^t$|timesteps?$|^time$|^sigmas?$"),
@@ -39,17 +39,17 @@ _KINDS = (
     ("length", r"lens?$|lengths?$"),
     ("text", r"^encoder_hidden_states$|text|prompt|caption|^cap_|^context|condition"),
 )
-#: Optional arguments that are given all the same: conditioning that a model may not do without.
+#: Optional arguments that are given nevertheless: conditioning that a model may require.
 _GIVEN = {"encoder_hidden_states", "timestep", "timesteps", "class_labels", "context", "t", "y"}
 _GIVEN |= {"pooled_projections", "img_ids", "txt_ids", "img_shapes"}
-_WIDTHS = (1009, 1013, 1019, 1021, 1031)  # primes that no layer is wide
+_WIDTHS = (1009, 1013, 1019, 1021, 1031)  # primes, which no layer has as its width
 
 
 def _image(d: Dummy, side: int) -> Tensor:
-    return pixel_unshuffle(d.latent, side)  # packed, where the configuration counts so many more channels
+    return pixel_unshuffle(d.latent, side)  # packed if the configuration counts that many more channels
 
 
-#: Forms of the latent, in the order of trying, and the axis of its channels.
+#: Forms of the latent, in the order of trial, and the axis of its channels.
 FORMS: dict[str, tuple[Callable[[Dummy, int], Any], int]] = {
     "image": (_image, 1),
     "tokens": (lambda d, side: d.packed(side), 2),
@@ -61,15 +61,15 @@ FORMS: dict[str, tuple[Callable[[Dummy, int], Any], int]] = {
 
 @dataclass
 class GuessedInputs:
-    """Dummy inputs by guess; callable as `DummyInputs`.
+    """Guessed dummy inputs; a `DummyInputs`.
 
     Attributes:
         latent: the argument that takes the latent.
         form: a key of `FORMS`.
-        kinds: the other arguments and what they are.
-        widths: features of those that have some.
+        kinds: the other arguments and their kinds.
+        widths: number of features of text and pooled arguments.
         tokens: rows and columns of tokens the guess was tried with.
-        patch: rows (and columns) of latent positions a token.
+        patch: rows (and columns) of latent positions per token.
         counted: the configuration key that counts the channels of the latent.
     """
 
@@ -117,13 +117,13 @@ class GuessedInputs:
 
 
 def guess_inputs(transformer: ModelMixin, counted: str) -> Iterator[GuessedInputs]:
-    """Every guess that the forward takes, likeliest first; `counted` is the key that counts latent channels.
+    """Every guess that the forward accepts, likeliest first; `counted` is the key that counts latent channels.
 
-    A forward may take a guess and mean something else by it (an image as wide as a token has features), so the
-    caller has to judge.
+    A forward may accept a guess but interpret it differently (an image as wide as a token has features), so the
+    caller has to check it.
 
     Raises:
-        WarmStartError: an argument whose name tells nothing, or no guess that the forward takes.
+        WarmStartError: an argument of unknown kind, or the forward accepts no guess.
     """
     first, *others = _arguments(transformer)
     required = {p.name: _kind(p) for p in others if p.default is p.empty}
@@ -140,7 +140,7 @@ def guess_inputs(transformer: ModelMixin, counted: str) -> Iterator[GuessedInput
             message.append(f"as {form}: {failure}")
     if not taken:
         raise WarmStartError(
-            f"its forward took none of the inputs guessed from its arguments ({first.name}, "
+            f"its forward accepted none of the inputs guessed from its arguments ({first.name}, "
             f"{', '.join(given)}): {message[0]}"
         )
 
@@ -149,7 +149,7 @@ def _arguments(transformer: ModelMixin) -> list[inspect.Parameter]:
     forward = inspect.signature(type(transformer).forward)
     found = [p for p in forward.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if len(found) < 2:
-        raise WarmStartError("its forward names no argument for the latent")
+        raise WarmStartError("its forward has no named argument for the latent")
     return found[1:]
 
 
@@ -157,7 +157,7 @@ def _kind(argument: inspect.Parameter) -> str:
     for kind, pattern in _KINDS:
         if re.search(pattern, argument.name):
             return kind
-    raise WarmStartError(f"its forward needs '{argument.name}', and what that is its name does not tell")
+    raise WarmStartError(f"its forward needs '{argument.name}', whose kind cannot be guessed from its name")
 
 
 def _wanted(transformer: ModelMixin, argument: inspect.Parameter) -> bool:
@@ -167,7 +167,7 @@ def _wanted(transformer: ModelMixin, argument: inspect.Parameter) -> bool:
 
 
 def _choices(*kinds: dict[str, str]) -> list[dict[str, str]]:
-    """Each set of arguments with times as real numbers, then as whole steps."""
+    """Each set of arguments with times as real numbers, then as integer steps, without repetitions."""
     stepped = [{name: "step" if k == "time" else k for name, k in choice.items()} for choice in kinds]
     choices = [*kinds, *stepped]
     return [choice for i, choice in enumerate(choices) if choice not in choices[:i]]
@@ -179,7 +179,7 @@ def _patch(transformer: ModelMixin) -> int:
 
 
 def guess_passes(transformer: ModelMixin) -> tuple[dict[str, Any], ...]:
-    """Arguments that choose among layers: those for which the configuration lists ``all_`` values."""
+    """Arguments that select layers: those whose values the configuration lists as ``all_<name>``."""
     named = [p.name for p in _arguments(transformer) if transformer.config.get(f"all_{p.name}")]
     if not named:
         return ({},)
@@ -188,7 +188,7 @@ def guess_passes(transformer: ModelMixin) -> tuple[dict[str, Any], ...]:
 
 
 def _fit_widths(transformer: ModelMixin, guess: GuessedInputs) -> str | None:
-    """Run until every width is known; None, or why the forward does not take the guess."""
+    """Run until every width is known; None, or why the forward does not accept the guess."""
     unknown = [name for name, kind in guess.kinds.items() if kind in ("text", "pooled")]
     markers = dict(zip(unknown, _WIDTHS, strict=False))
     guess.widths.update(markers)
@@ -206,12 +206,12 @@ def _fit_widths(transformer: ModelMixin, guess: GuessedInputs) -> str | None:
                 return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             guess.widths.update(learned)
             markers = {name: marker for name, marker in markers.items() if name not in learned}
-    return "the widths of its conditioning do not settle"
+    return "the widths of its conditioning could not be determined"
 
 
 @contextlib.contextmanager
 def _noting_widths(transformer: nn.Module, seen: dict[int, int]) -> Iterator[None]:
-    """Note, for each marked width that a layer meets, the width that the layer takes."""
+    """Record, for each marked width that a layer receives, the width that its weight needs."""
 
     def note(module: nn.Module, args: tuple) -> None:
         for value in args:
@@ -227,7 +227,7 @@ def _noting_widths(transformer: nn.Module, seen: dict[int, int]) -> Iterator[Non
 
 
 def probe_latent(transformer: ModelMixin, guess: GuessedInputs) -> Tensor:
-    """A latent of the channels that the configuration counts, [2, C, h, w]."""
+    """A random latent [2, C, h, w] with the configuration's channels."""
     side = 1 if guess.form == "tokens" else guess.patch
     shape = (2, transformer.config[guess.counted], guess.tokens[0] * side, guess.tokens[1] * side)
     return torch.randn(shape, generator=_generator()).to(next(transformer.parameters()))

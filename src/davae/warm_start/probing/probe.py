@@ -1,13 +1,13 @@
-"""Where channels sit in a transformer that nobody described, found by running it.
+"""Finds where channels are in an undescribed transformer by running it.
 
-1. The layers whose weights follow the configuration's channel counts are the candidates (`candidates`).
+1. The layers whose weights grow with the configuration's channel counts are the candidates (`candidates`).
 2. Inputs are guessed from the forward's arguments (`guess_inputs`).
 3. One latent channel is changed at a time: the features that change at an input layer are that channel's.
-4. The output of each head is replaced by the numbers of its features: where a number arrives in the sample tells
-   the channel it belongs to. Twice as many channels as came in are mean and variance.
-5. An order that reads ``(slower) c (faster)`` becomes a pattern. Whether it is right, the self-check decides.
+4. The output of each head is replaced by the indices of its features: the place of an index in the sample shows
+   the channel it belongs to. Twice as many output as input channels are mean and variance.
+5. An order ``(slower) c (faster)`` becomes a pattern, which the self-check then verifies.
 
-Neither weights nor their values matter, so a freshly initialised model is probed as well as a trained one.
+The values of the weights do not matter, so a newly initialised model can be probed as well as a trained one.
 """
 
 import contextlib
@@ -25,15 +25,15 @@ from davae.warm_start.observe import first_tensor, undisturbed
 from davae.warm_start.probing.candidates import Candidate, channel_counts, find_candidates
 from davae.warm_start.probing.guess_inputs import FORMS, GuessedInputs, guess_inputs, guess_passes, probe_latent
 
-_DIGIT = 128  # numbers below this are exact in every floating-point type
+_DIGIT = 128  # integers up to this are exact in every floating-point type of weights
 _PROBED: dict[str, ChannelDescription] = {}
 
 
 def probed_description(transformer: ModelMixin) -> ChannelDescription:
-    """A description found by running the transformer on a handful of tokens; remembered by configuration.
+    """A description found by running the transformer on a few tokens; cached by configuration.
 
     Raises:
-        WarmStartError: says which layer or argument stands in the way.
+        WarmStartError: probing fails; names the layer or argument that is the cause.
     """
     counts = channel_counts(transformer)
     key = _key(transformer, counts)
@@ -49,13 +49,13 @@ def _probe(transformer: ModelMixin, counts: dict[str, int | None]) -> ChannelDes
     for inputs in guess_inputs(transformer, _counted(counts)):
         try:
             return _Probe(transformer, counts, candidates, inputs).description()
-        except WarmStartError as error:  # the forward took the guess for something else, perhaps
+        except WarmStartError as error:  # perhaps the forward interprets the guess differently
             failures.append(error)
     raise failures[0]
 
 
 def _key(transformer: ModelMixin, counts: dict[str, int | None]) -> str:
-    # A widened transformer is its original with other counts: it keeps the description.
+    # Only ratios of the counts, so that a widened transformer has the description of its original.
     ratios = {name: value and value / (counts[_counted(counts)] or 1) for name, value in counts.items()}
     rest = {k: v for k, v in transformer.config.items() if k not in counts and not k.startswith("_")}
     cls = type(transformer)
@@ -69,7 +69,7 @@ def _counted(counts: dict[str, int | None]) -> str:
 
 
 class _Probe:
-    """One transformer under the probe."""
+    """The probing of one transformer with one guess of its inputs."""
 
     def __init__(
         self, transformer: ModelMixin, counts: dict[str, int | None], candidates: list[Candidate], inputs: GuessedInputs
@@ -104,7 +104,7 @@ class _Probe:
             sample_pattern=self._sample_pattern(sample, axis),
             sample_axis=axis,
             tokens=self.inputs.tokens,
-            packing=2,  # a latent packed two by two still has its tokens then
+            packing=2,  # leaves tokens even if the latent is packed two by two
             passes=self.passes,
             source="probed",
         )
@@ -116,7 +116,7 @@ class _Probe:
     # Input layers
 
     def _entering(self) -> dict[str, Tensor]:
-        """For each input layer, the channel of each feature [n], -1 where none of them is seen."""
+        """For each input layer, the channel of each feature [n], -1 if no channel changes it."""
         plain = self._features(self.latent)
         owners = {name: torch.full((features.shape[0],), -1) for name, features in plain.items()}
         for channel in range(self.channels):
@@ -126,14 +126,14 @@ class _Probe:
                 moved = (features != plain[name]).any(1).cpu()
                 if (owners[name][moved] != -1).any():
                     raise WarmStartError(
-                        f"layer {name}: a feature it takes depends on several latent channels: channels are "
-                        "mixed before it, so base and detail cannot be told apart in its weights"
+                        f"layer {name}: one of its input features depends on several latent channels: channels are "
+                        "mixed before it, so base and detail cannot be distinguished in its weights"
                     )
                 owners[name][moved] = channel
         return owners
 
     def _features(self, latent: Tensor) -> dict[str, Tensor]:
-        """What enters each input layer, features first [n, rest]."""
+        """The input of each input layer, features first [n, rest]."""
         names = [c.layer for c in self.candidates if c.takes]
         seen: dict[str, Tensor] = {}
 
@@ -156,7 +156,7 @@ class _Probe:
                     self._run(latent, more)
         for name in names:
             if name not in seen:
-                raise WarmStartError(f"layer {name} follows the channel counts but does not run")
+                raise WarmStartError(f"layer {name} grows with the channel counts but does not run")
         return seen
 
     # Output layers
@@ -172,8 +172,8 @@ class _Probe:
         exact = bool(((low.round() == low) & (high.round() == high)).all())
         if not exact or arrived.min() < 0 or arrived.max() >= head.features:
             raise WarmStartError(
-                f"layer {head.layer}: what it gives does not reach the model's output unchanged, so which of "
-                "its rows belong to which channel cannot be seen"
+                f"layer {head.layer}: its output does not reach the model's output unchanged, so the channels of "
+                "its rows cannot be determined"
             )
         for axis in (FORMS[self.inputs.form][1], *range(1, arrived.ndim)):
             size = arrived.shape[axis]
@@ -183,12 +183,12 @@ class _Probe:
             if owners is not None:
                 return silent, axis, owners % self.channels if size % self.channels == 0 else owners
         raise WarmStartError(
-            f"layer {head.layer}: no axis of the model's output {tuple(silent.shape)} holds the channels that "
-            f"the configuration counts ({self.channels})"
+            f"layer {head.layer}: no axis of the model's output {tuple(silent.shape)} holds the {self.channels} "
+            f"channels that the configuration counts"
         )
 
     def _owners(self, arrived: Tensor, features: int) -> Tensor | None:
-        """The row of `arrived` [channels, rest] in which each feature stands; None if one stands in several."""
+        """The row of `arrived` [channels, rest] that contains each feature; None if one is in several."""
         owners = torch.full((features,), -1)
         for channel, row in enumerate(arrived):
             found = row.unique()
@@ -198,7 +198,7 @@ class _Probe:
         return owners
 
     def _with_head(self, head: Candidate, numbers: Tensor) -> Tensor:
-        """The sample when a head gives the same numbers at every position."""
+        """The sample if a head outputs the same `numbers` at every position."""
         ran = False
 
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -216,12 +216,12 @@ class _Probe:
                     return sample
         finally:
             handle.remove()
-        raise WarmStartError(f"layer {head.layer} follows the channel counts but does not run")
+        raise WarmStartError(f"layer {head.layer} grows with the channel counts but does not run")
 
     # From orders to patterns
 
     def _pattern(self, candidate: Candidate, owners: Tensor) -> str:
-        """How features are ordered, as ``slower c faster``."""
+        """The order of the features as a pattern ``slower c faster``."""
         n, known = len(owners), owners >= 0
         channels = self.channels
         for faster in range(1, n // channels + 1):
@@ -234,7 +234,7 @@ class _Probe:
                 return " ".join(self.counted if f == "c" else f for f in factors)
         raise WarmStartError(
             f"layer {candidate.layer}: its {n} features hold the {channels} channels in the order "
-            f"{owners.tolist()[:16]}, which is no '(slower) c (faster)'"
+            f"{owners.tolist()[:16]}, which is not '(slower) c (faster)'"
         )
 
     def _counts(self) -> dict[str, str | tuple[str, ...]]:
