@@ -1,4 +1,4 @@
-"""Pipelines: the class-conditional one, the upgrade of any, saving and loading."""
+"""Pipelines: the class-conditional one, and upgrading, sampling, saving and loading of any."""
 
 from davae.pipelines.class_conditional import ClassConditionalPipeline
 from davae.pipelines.families import fit_to_autoencoder

@@ -1,4 +1,4 @@
-"""Images of a class from a flow-matching transformer and a VAE."""
+"""Class-conditional images from a flow-matching transformer and a VAE."""
 
 import difflib
 import math
@@ -25,18 +25,18 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Makes images of given classes by a walk from noise to data, in the user's words from t = 0 to t = 1.
+    """Generates images of given classes by flow matching, from noise (t = 0) to data (t = 1).
 
-    The same class serves a base model and its upgrade: the VAE's configuration says how large the image is
-    and how many channels a latent has. From one seed an upgraded pipeline starts at the base's own noise,
+    The same class serves a base model and its upgrade: the image size and the latent channels follow from the
+    VAE and the transformer. With the same seed an upgraded pipeline starts from the base's own noise,
     extended by noise for the detail channels.
 
     Args:
         vae: a diffusers image autoencoder or :class:`davae.AutoencoderDA`.
-        transformer: :class:`davae.LightningDiTTransformer2DModel`, or one that is called alike.
-        scheduler: of flow matching: Euler, Heun, LCM, or DPM-Solver++ and UniPC set up for it. Its `shift` is in
-            sigma = 1 - t; a shift of 0.3 in t is 1 / 0.3 here.
-        id2label: names of the classes by number, kept in the pipeline's configuration.
+        transformer: :class:`davae.LightningDiTTransformer2DModel`, or one with the same ``forward``.
+        scheduler: for flow matching: Euler, Heun, LCM, or DPM-Solver++ and UniPC configured for it. Its `shift` applies
+            to sigma = 1 - t; a shift of 0.3 in t is 1 / 0.3 here.
+        id2label: names of the classes by number, stored in the pipeline's configuration.
 
     Raises:
         DavaeError: the VAE and the transformer disagree about the latent's channels.
@@ -60,9 +60,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
             self._check_channels()
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As in diffusers, with ``pipeline.py`` beside it, the code of this class for people without davae.
+        """As in diffusers; also writes this class's code to ``pipeline.py``, for use without davae:
 
-        They say ``DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)``.
+        ``DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)``.
         """
         if type(self).__module__ == "davae":
             save_custom_code(type(self).__name__, Path(save_directory) / "pipeline.py")
@@ -70,14 +70,14 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     @property
     def vae_scale_factor(self) -> int:
-        """Image pixels per latent position, a side."""
+        """Image pixels per latent position along each side."""
         config = self.vae.config
         widths = config.get("block_out_channels") or config["encoder_block_out_channels"]
         return int(2 ** (len(widths) - 1))
 
     @property
     def labels(self) -> dict[str, int]:
-        """Class numbers by name; empty where the pipeline knows no names."""
+        """Class numbers by name; empty if the pipeline has no names."""
         return {name: int(number) for number, name in (self.config.id2label or {}).items()}
 
     @torch.no_grad()
@@ -103,18 +103,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
             class_labels: numbers or names: one, or one for each image. Number `num_classes` means no class.
             height: image height in pixels; the trained size if None.
             width: image width in pixels; the trained size if None.
-            num_inference_steps: steps of the scheduler. The official samplers count the points of the grid, one
+            num_inference_steps: steps of the scheduler. The official samplers count the grid's points, one
                 more: their 250 is 249 here.
-            guidance_scale: classifier-free guidance; 1 turns it off and halves the work.
+            guidance_scale: classifier-free guidance; 1 turns it off and halves the computation.
             guidance_interval: guide only while ``start <= t <= end``, where t = 0 is noise.
-            guidance_channels: guide this many first latent channels; None guides all.
-            timestep_shift: warp the grid by ``s t / (1 + (s - 1) t)``, 0.3 in the official samplers; None leaves
-                it to the scheduler.
+            guidance_channels: guide only the first so many latent channels; None guides all.
+            timestep_shift: warp the grid by ``s t / (1 + (s - 1) t)``, 0.3 in the official samplers; None uses
+                the scheduler's shift.
             generator: one for all images, or a list of one for each.
             latents: noise to start from, [B, C, h, w], instead of drawing it.
             output_type: "pil", "np" (float [B, H, W, 3] in [0, 1]), "pt" (float [B, 3, H, W] in [0, 1]) or
                 "latent" (float32 [B, C, h, w], scaled as the transformer sees it).
-            return_dict: return an output object with `.images`, else a tuple of one.
+            return_dict: return an output object with `.images`, else a tuple of one element.
             callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": latents})`` after
                 each step; a dictionary it returns may hold new `latents`.
 
@@ -174,7 +174,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         device: torch.device,
     ) -> Tensor:
-        # Base channels first and by themselves: the base pipeline draws the same from this generator.
+        # Base channels first and separately: the base pipeline draws the same from this generator.
         channels = int(self.transformer.config.in_channels)
         layout = getattr(self.vae, "layout", None)
         parts = [channels] if layout is None else [layout.base_channels, layout.detail_channels]
@@ -243,15 +243,15 @@ def guided_velocity(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     guidance_channels: int | None = None,
 ) -> Tensor:
-    """Guided velocity ``noise - data`` of a class-conditional transformer at one level of noise, in float32.
+    """Guided velocity ``noise - data`` of a class-conditional transformer at one noise level, in float32.
 
-    Where guidance acts, both predictions come from one pass over a doubled batch; elsewhere the label's own
-    prediction is all that is computed.
+    If guidance is active, both predictions come from one pass over a doubled batch; otherwise only the conditional
+    one is computed.
 
     Args:
         transformer: see :func:`predict_velocity`; its ``config.num_classes`` is the null label.
         latents: x_sigma, [B, C, h, w].
-        sigma: share of noise in [0, 1], the same for all.
+        sigma: noise level in [0, 1], the same for all.
         class_labels: [B] int64.
         guidance_scale: see :func:`davae.diffusion.guide`.
         guidance_interval: of ``t = 1 - sigma``, see :func:`davae.diffusion.is_guided`.
@@ -271,12 +271,12 @@ def guided_velocity(
 
 
 def predict_velocity(transformer: ModelMixin, noisy: Tensor, sigma: Tensor, class_labels: Tensor) -> Tensor:
-    """Velocity ``noise - data`` of LightningDiT, which predicts ``data - noise`` at ``t = 1 - sigma``: turned here.
+    """Velocity ``noise - data`` of LightningDiT, which itself predicts ``data - noise`` at ``t = 1 - sigma``.
 
     Args:
         transformer: called as ``transformer(noisy, t, class_labels).sample``.
         noisy: x_sigma, [B, C, h, w].
-        sigma: share of noise in [0, 1], [B].
+        sigma: noise level in [0, 1], [B].
         class_labels: [B] int64.
     """
     return -transformer(noisy, 1 - sigma, class_labels).sample

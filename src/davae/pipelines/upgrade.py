@@ -1,4 +1,4 @@
-"""From a pipeline and a structured autoencoder to a pipeline of the same class that makes larger images."""
+"""Upgrades a pipeline with a structured autoencoder to one of the same class that makes larger images."""
 
 from __future__ import annotations
 

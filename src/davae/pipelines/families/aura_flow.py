@@ -1,4 +1,4 @@
-"""AuraFlow: a T5 whose padded states are set to zero, times of sigma."""
+"""AuraFlow: a T5 encoder whose padded states are set to zero; the transformer's time is sigma."""
 
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
@@ -8,7 +8,7 @@ from davae.pipelines.families.family import Conditioning, PipelineFamily, regist
 
 
 class AuraFlow(PipelineFamily):
-    """The mask is applied to the embeddings by the pipeline; the transformer takes none."""
+    """The pipeline applies the mask to the embeddings; the transformer takes none."""
 
     pipelines = ("AuraFlowPipeline",)
     reads_shift = False

@@ -1,4 +1,4 @@
-"""FLUX.1: CLIP's pooled vector and T5, latents packed two by two, a guidance that the transformer is told."""
+"""FLUX.1: CLIP's pooled vector and T5, latents packed two by two, an embedded guidance scale."""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -9,7 +9,7 @@ from davae.pipelines.families.family import Conditioning, PipelineFamily, pack, 
 
 
 class Flux(PipelineFamily):
-    """Targets as in diffusers' FLUX example: attention of both streams, and their feed-forward layers."""
+    """LoRA targets as in diffusers' FLUX example: attention and feed-forward layers of both streams."""
 
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
     text_length = 512

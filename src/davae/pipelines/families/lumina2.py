@@ -1,4 +1,4 @@
-"""Lumina 2: Gemma with a system prompt, and time from noise: the transformer takes 1 - sigma and gives data - noise."""
+"""Lumina 2: Gemma with a system prompt; the transformer takes the time 1 - sigma and predicts data - noise."""
 
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
@@ -11,7 +11,7 @@ from davae.warm_start.plain_state import unwrapped
 
 
 class Lumina2(PipelineFamily):
-    """Prompts carry the pipeline's system prompt; the empty prompt of guidance does not, as in the pipeline."""
+    """Prompts include the pipeline's system prompt; the empty prompt for guidance does not, as in the pipeline."""
 
     pipelines = ("Lumina2Pipeline",)
     longest_text = 512
@@ -39,15 +39,15 @@ class Lumina2(PipelineFamily):
         )[0]
 
     def timestep_shift(self, pipe: DiffusionPipeline, tokens: int) -> float:
-        """As in the pipeline, which counts channels where others count tokens."""
+        """As in the pipeline, which derives the shift from the number of channels instead of tokens."""
         return scheduler_shift(pipe.scheduler.config, int(pipe.transformer.config.in_channels))
 
     def shift_line_factor(self, *, native: bool, scale: int, channels: tuple[int, int]) -> float:
-        """As much as the channels grew: wider latents must not look like longer ones."""
+        """The growth of the channel count, so that more channels do not change the shift."""
         return channels[1] / channels[0]
 
     def mend(self, pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
-        """Guided predictions are divided by their norm."""
+        """Keep details off zero, because the pipeline divides guided predictions by their norm."""
         add_zero_detail_guard(unwrapped(pipe.transformer), vae.layout)
 
 

@@ -1,4 +1,4 @@
-"""PixArt-Sigma: T5 with a mask, DDPM noise prediction, a variance head that its samplers do not read."""
+"""PixArt-Sigma: T5 with a mask, DDPM noise prediction, a variance head that its samplers ignore."""
 
 from typing import Any
 
@@ -54,7 +54,7 @@ class PixArtSigma(PipelineFamily):
 
 
 def _cleans_captions() -> bool:
-    """The pipeline cleans captions unless told otherwise, where the packages for it are installed."""
+    """Whether the packages with which the pipeline cleans captions by default are installed."""
     return bool(is_bs4_available() and is_ftfy_available())
 
 

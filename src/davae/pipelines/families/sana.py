@@ -1,4 +1,4 @@
-"""SANA: Gemma with an instruction in front of the prompt, deep-compression autoencoder without a shift."""
+"""SANA: Gemma with an instruction before the prompt, a deep-compression autoencoder without a shift."""
 
 import inspect
 
@@ -10,7 +10,7 @@ from davae.pipelines.families.family import Conditioning, PipelineFamily, regist
 
 
 class Sana(PipelineFamily):
-    """Prompts carry the pipeline's own instruction; the empty prompt of guidance does not, as in the pipeline."""
+    """Prompts include the pipeline's instruction; the empty prompt for guidance does not, as in the pipeline."""
 
     pipelines = ("SanaPipeline",)
     text_length = 300

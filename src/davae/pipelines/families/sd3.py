@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: two CLIPs and T5, times of 1000 sigma."""
+"""Stable Diffusion 3 and 3.5: two CLIPs and T5; the transformer's time is 1000 sigma."""
 
 import functools
 from typing import Any
@@ -14,7 +14,7 @@ from davae.pipelines.families.family import Conditioning, PipelineFamily, regist
 
 
 class StableDiffusion3(PipelineFamily):
-    """The targets are the official training's: image stream, second feed-forward layer, modulation."""
+    """LoRA targets as in the official training: image stream, second feed-forward layer, modulation."""
 
     pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
     longest_text = 512
@@ -44,7 +44,7 @@ class StableDiffusion3(PipelineFamily):
         )[0]
 
     def mend(self, pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
-        """The inpainting pipeline counts channels."""
+        """Exchange the class of an inpainting pipeline, which accepts only certain channel counts."""
         if type(pipe) is diffusers.StableDiffusion3InpaintPipeline:
             pipe.__class__ = StableDiffusion3InpaintPipeline
 
@@ -52,11 +52,11 @@ class StableDiffusion3(PipelineFamily):
 register_family(StableDiffusion3())
 
 
-_PLAIN = 16  # what the class takes for a transformer that is not told the mask
+_PLAIN = 16  # input channels by which the class recognises a transformer without mask input
 
 
 class _SeenAsPlain:
-    """A transformer whose configuration says 16 input channels; all else is the transformer's."""
+    """Stands for a transformer, but with 16 input channels in its configuration."""
 
     def __init__(self, transformer: ModelMixin) -> None:
         self.plain_transformer = transformer
@@ -70,7 +70,7 @@ class _SeenAsPlain:
 
 
 class StableDiffusion3InpaintPipeline(diffusers.StableDiffusion3InpaintPipeline):
-    """As in diffusers, whose name it keeps so that a saved pipeline says so; latents may have any channels."""
+    """As in diffusers, for latents with any number of channels; it keeps the class name for saved pipelines."""
 
     @functools.wraps(diffusers.StableDiffusion3InpaintPipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ class StableDiffusion3InpaintPipeline(diffusers.StableDiffusion3InpaintPipeline)
             self._unveil()
 
     def maybe_free_model_hooks(self) -> None:
-        """Called at the end, and then the transformer must be itself to be moved."""
+        """As in diffusers, after the original transformer is restored, which is the one to move."""
         self._unveil()
         super().maybe_free_model_hooks()
 

@@ -1,4 +1,4 @@
-"""Pipelines that davae upgrades without knowing how to train them, as far as they do something in their own way."""
+"""Pipelines that davae can upgrade but not train, and that deviate from the defaults."""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -55,7 +55,7 @@ class Packed(UpgradeOnlyFamily):
 
 
 class FluxKontext(UpgradeOnlyFamily):
-    """FLUX.1 Kontext, which changes an image as a text says."""
+    """FLUX.1 Kontext, which edits an image by a text."""
 
     packed = True
     pipelines = ("FluxKontextPipeline", "FluxKontextInpaintPipeline")
@@ -96,7 +96,7 @@ class QwenImageLayered(UpgradeOnlyFamily):
 
 
 class Lumina(UpgradeOnlyFamily):
-    """The first Lumina, Lumina-Next."""
+    """The first Lumina (Lumina-Next)."""
 
     pipelines = ("LuminaPipeline",)
     sizes = "fixed"

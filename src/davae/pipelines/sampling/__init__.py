@@ -1,1 +1,1 @@
-"""Images out of pipelines: of prompts and classes, previews on the way, and what makes it faster."""
+"""Sampling from pipelines: images of prompts and classes, previews, and speed."""

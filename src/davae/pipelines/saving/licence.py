@@ -1,4 +1,4 @@
-"""Under which licence a model is, as its card says; an upgraded model inherits its base's."""
+"""The licence of a model, as its card states it; an upgraded model inherits its base's."""
 
 import logging
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Licence:
 def find_licence(
     base_model: str | Path, given: str | Licence | None = None, *, name: str | None = None, link: str | None = None
 ) -> Licence:
-    """The licence to name: the given one, else the base's own from its model card.
+    """The licence for a model card: the given one, else that in the base's model card.
 
     The card is the ``README.md`` of a local folder, or of a hub model in the local cache; nothing is downloaded. A
     licence that the hub has no id for becomes ``other`` with its name, as the hub wants it; name and link that are not

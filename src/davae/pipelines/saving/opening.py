@@ -126,9 +126,9 @@ _ONE_AT_A_TIME = threading.RLock()
 
 @contextmanager
 def _models_checked() -> Iterator[None]:
-    """Within, what this thread opens with ``from_pretrained`` of diffusers and transformers goes through `open_model`.
+    """Within the context this thread's ``from_pretrained`` of diffusers and transformers goes through `open_model`.
 
-    A pipeline opens its models itself, and neither hands on what was said of their keys nor takes an option for it.
+    A pipeline loads its models itself, and neither passes on reports about their keys nor has an option for it.
     """
     from transformers import PreTrainedModel
 
@@ -325,7 +325,7 @@ def _without_fetch_errors() -> Iterator[None]:
 
 
 def _absence(error: BaseException) -> str | None:
-    """Why a name is not on the hub, in words; None where the error is about something else."""
+    """Why a name was not found on the hub, in words; None if the error has another reason."""
     chain: list[BaseException] = []
     found: BaseException | None = error
     while found is not None:
