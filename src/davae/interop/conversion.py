@@ -1,4 +1,4 @@
-"""From a published file to a diffusers folder: what ``davae convert`` does."""
+"""From a published file to a diffusers folder, as in ``davae convert``."""
 
 import logging
 from dataclasses import dataclass, field
@@ -38,13 +38,13 @@ SD3_SHIFT = 4.0  # of the authors' released SD3.5 configuration, in sigma
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written.
+    """The result of a conversion.
 
     Attributes:
         out: the folder.
-        kind: class name, with the size where it has one.
-        parameters: how many.
-        unused: official tensors of no use in it.
+        kind: class name, with the size if it has a name.
+        parameters: their number.
+        unused: official tensors that it does not use.
     """
 
     out: Path
@@ -72,9 +72,9 @@ def convert_lightningdit_file(
     Args:
         file: as published.
         out: a new or an empty folder.
-        weights: which, where the file has both.
-        heads: for weights that do not tell, see :func:`davae.interop.official_lightningdit.convert`.
-        size: what it must be, for example ``XL/1``.
+        weights: which to take if the file has both.
+        heads: if the weights do not determine it, see :func:`davae.interop.official_lightningdit.convert`.
+        size: the expected size, for example ``XL/1``.
         vae: folder of its autoencoder. The pipeline's scheduler gets the official shift, 0.3 in t.
 
     Raises:
@@ -98,7 +98,7 @@ def convert_vavae_file(file: Path, out: Path, *, resolution: int = 256, statisti
     Args:
         file: as published.
         out: a new or an empty folder.
-        resolution: image size that it was trained at.
+        resolution: image size in pixels that it was trained at.
         statistics: the file of the latent's statistics, see :func:`read_statistics`.
     """
     check_place(out, "result")
@@ -116,8 +116,8 @@ def convert_imagenet_file(
     Args:
         file: as published.
         out: a new or an empty folder.
-        base: folder of the VA-VAE, whose decoder the file does not hold; only ``decode_base`` needs it.
-        resolution: of the base.
+        base: folder of the VA-VAE, whose decoder the file does not contain; only ``decode_base`` needs it.
+        resolution: image size of the base in pixels.
         statistics: of all channels, see :func:`read_statistics`.
     """
     check_place(out, "result")
@@ -139,7 +139,7 @@ def convert_sd3_file(
     vae: Path | None = None,
     order: ChannelOrder = "detail_first",
 ) -> Converted:
-    """A file of the authors' SD3 track: the autoencoder, or the tuned transformer, told apart by their names.
+    """A file of the authors' SD3 track: the autoencoder or the tuned transformer, recognised by its tensors' names.
 
     Args:
         file: as published.
@@ -147,14 +147,14 @@ def convert_sd3_file(
             whole pipeline.
         base: folder of the SD3 VAE or of the pretrained transformer, as the file needs, or of a pipeline with both.
         statistics: of the detail channels, see :func:`read_statistics`; for the autoencoder.
-        weights: which, where the file has both.
-        lora: file of the transformer's LoRA, where it is apart.
+        weights: which to take if the file has both.
+        lora: file of the transformer's LoRA, if it is separate.
         vae: folder of the converted autoencoder: writes the upgraded pipeline, whose other parts are the base's and
             whose scheduler gets the authors' shift, 4.
-        order: of the channels in a transformer without branches.
+        order: channel order in a transformer without branches.
 
     Raises:
-        DavaeError: neither of the two as published, an option for the other of them, or parts that do not fit.
+        DavaeError: neither of the two as published, an option of the other kind, or parts that do not fit.
     """
     check_place(out, "result")
     state = read_state_dict(file, entries=_sd3_entries(weights))
@@ -202,10 +202,10 @@ def _sd3_pipeline(
 
 
 def read_statistics(file: Path | None) -> Statistics | None:
-    """Mean and standard deviation of each channel: ``mean`` and ``std`` of a JSON file, or of one with tensors.
+    """Mean and standard deviation of each channel: ``mean`` and ``std`` in a JSON file or a file of tensors.
 
     Raises:
-        DavaeError: no such file, or it holds something else.
+        DavaeError: no such file, or its contents are not such statistics.
     """
     if file is None:
         return None
@@ -246,7 +246,7 @@ def _pipeline(transformer: LightningDiTTransformer2DModel, folder: Path) -> Clas
 
 
 def _vae(folder: Path) -> AutoencoderKL | AutoencoderDA:
-    """An autoencoder's folder, or a pipeline's that has one."""
+    """The autoencoder in a folder, or that of the pipeline in it."""
     with opening("autoencoder", str(folder)):
         vae = open_autoencoder(folder)
     if not isinstance(vae, AutoencoderKL | AutoencoderDA):
@@ -264,7 +264,7 @@ def _count(model: ModelMixin) -> int:
 
 
 def _saved(model: Any, out: Path, unused: list[str]) -> Converted:
-    """An autoencoder in its folder, and what it is."""
+    """Save an autoencoder and describe the result."""
     _save(model, out)
     if isinstance(model, AutoencoderDA):
         compression, layout = model.spatial_compression, model.layout

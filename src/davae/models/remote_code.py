@@ -1,7 +1,7 @@
-"""A class of davae as one file that needs torch and diffusers only, for people who do not have davae.
+"""A class of davae as one file that needs only torch and diffusers, for use without davae.
 
-The file is made from davae's own modules, so there is one truth: the module of the class and every module that it
-imports stand one after another, without their imports from each other. Only this module is another there.
+The file is generated from davae's own modules: that of the class and all modules that it imports, one after another,
+without their imports from each other. Only this module is replaced there.
 """
 
 import ast
@@ -66,7 +66,7 @@ if __name__ != _OWN_MODULE:
 
 @cache
 def custom_code(name: str) -> str:
-    """Source of a public class of davae with everything of davae that it uses; the same at every call.
+    """Source of a public class of davae with everything of davae that it uses; deterministic.
 
     Args:
         name: such as ``"AutoencoderDA"``, as in ``davae.AutoencoderDA``.
@@ -125,7 +125,7 @@ def _is_ours(module: str | None) -> bool:
 
 
 def _find_home(module: str, name: str) -> tuple[str, str]:
-    """Where a name that ``module`` offers is defined, and its name there; through re-exports of packages."""
+    """The module that defines a name of ``module``, and its name there, following re-exports of packages."""
     file = _file(module)
     if file.name == "__init__.py":
         if _file(f"{module}.{name}").is_file():
@@ -139,7 +139,7 @@ def _find_home(module: str, name: str) -> tuple[str, str]:
 
 
 def _collect(name: str, modules: dict[str, _Module]) -> None:
-    """Read a module and, before it, those that it imports."""
+    """Add a module, preceded by those that it imports."""
     if name in modules or name == __name__:
         return
     text = _file(name).read_text(encoding="utf-8")
@@ -174,7 +174,7 @@ def _read_bindings(module: _Module) -> None:
 
 
 def _give_unique_names(modules: dict[str, _Module]) -> None:
-    """A name that two modules give to different things gets the module's name appended in the later one."""
+    """If two modules use one name for different things, append the module's name to it in the later one."""
     taken: dict[str, str] = {}
     for module in modules.values():
         for name, origin in module.external.items():
@@ -191,7 +191,7 @@ def _give_unique_names(modules: dict[str, _Module]) -> None:
 
 
 def _in_one_file(module: _Module, modules: dict[str, _Module]) -> str:
-    """The module's text without docstring and own imports, with names that are unique in the file."""
+    """The module's text without its docstring and its imports of davae, with names that are unique in the file."""
     lines = module.text.encode().splitlines()
     for position, old, new in sorted(_name_positions(module), reverse=True):
         line, column = position
@@ -223,7 +223,7 @@ def _is_dropped(node: ast.AST, module: _Module) -> bool:
 
 
 def _name_positions(module: _Module) -> list[tuple[tuple[int, int], str, str]]:
-    """Where names to change stand: (line, byte column), old name, new name."""
+    """The names to change: (line, byte column), old name, new name."""
     if not module.renamed:
         return []
     found = []

@@ -1,8 +1,8 @@
-"""Where latent channels sit in the weights of a transformer.
+"""Where latent channels are in the weights of a transformer.
 
-A latent channel enters through some axis of an input layer and leaves through some axis of an output layer; a
-pattern (see `davae.warm_start.patterns`) says how that axis factors. A class is described once; everything
-that widens or checks it reads the description.
+Latent channels enter through an axis of an input layer and leave through an axis of an output layer; a
+pattern (see `davae.warm_start.patterns`) states how that axis factors. A class is described once; everything
+that widens or checks it uses the description.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from davae.warm_start.patterns import Pattern, pattern_count, split_axis, widen_
 class DummyInputs(Protocol):
     """Builds the keyword arguments of a transformer's ``forward``.
 
-    The latent [B, C, h, w] is given in the autoencoder's channels, so a class that takes packed latents packs
-    it here. The other inputs come from the generator: the same seed must give the same values whatever the
-    number of channels. A function that also takes ``text_tokens`` serves callers who want another text length.
+    The latent [B, C, h, w] has the autoencoder's channels, so a class that takes packed latents packs
+    it here. The other inputs come from the generator: the same seed must give the same values for any
+    number of channels. A function may also take ``text_tokens``, for callers that need another text length.
     """
 
     def __call__(
@@ -37,7 +37,7 @@ class DummyInputs(Protocol):
 
 @dataclass(frozen=True)
 class ChannelPlace:
-    """One axis of one parameter on which latent channels sit.
+    """One axis of one parameter that holds latent channels.
 
     Attributes:
         parameter: dotted name, as in ``named_parameters()``.
@@ -88,7 +88,7 @@ def output_layer(name: str, pattern: str = "c") -> tuple[ChannelPlace, ...]:
 
 @dataclass(frozen=True)
 class ChannelDescription:
-    """Everything the warm start knows about a transformer class.
+    """Everything the warm start needs to know about a transformer class.
 
     Attributes:
         inputs: places through which latent channels enter.
@@ -101,11 +101,11 @@ class ChannelDescription:
             follows ``in_channels``.
         sample_pattern: how the channel axis of the model's output factors.
         sample_axis: the channel axis of the model's output.
-        tokens: rows and columns of tokens in the dummy latent, not square so that a swap shows;
-            a power of two, so that chunked feed-forwards divide it.
+        tokens: rows and columns of tokens in the dummy latent; not square, so that a transposition is noticed,
+            and powers of two, so that chunked feed-forwards divide them.
         packing: rows (and columns) of the latent that the pipeline packs into one position.
-        passes: arguments to add to the dummy inputs, for classes whose forward takes one of several ways
-            through the input and output layers; the self-check goes all of them.
+        passes: arguments to add to the dummy inputs, one set for each path that the forward can take
+            through the input and output layers; the self-check runs all of them.
         residuals: of a ControlNet, the lists of layers that give its residuals: what enters them must stay.
         source: "described" by hand, or "probed".
     """

@@ -1,8 +1,8 @@
-"""What a model carries beside weights and configuration, as far as a model built anew would lack it.
+"""State of a model besides weights and configuration, which a rebuilt model would lack.
 
-Hooks, caches, adapters and the storage of weights live in one module object. Copied halfway they would break, and not
-copied they would vanish. So there is one check in front of every upgrade, with one message: switch it off, upgrade,
-switch it on.
+Hooks, caches, adapters and quantised storage belong to one module object: copied in part they would break, and not
+copied they would be lost. So one check before every upgrade asks the user to switch them off, upgrade, and switch
+them on again.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def unwrapped(module: Any) -> Any:
-    """The module inside the wrapper of ``torch.compile``; any other as it is."""
+    """The module inside the wrapper of ``torch.compile``; other values unchanged."""
     while isinstance(module, nn.Module) and "_orig_mod" in module._modules:
         module = module._modules["_orig_mod"]
     return module
 
 
 def require_plain(model: nn.Module, what: str) -> None:
-    """Refuse a model with state that an upgrade could not carry over.
+    """Reject a model with state that an upgrade could not transfer.
 
     Args:
-        model: its hooks are looked at by :func:`require_no_hooks`.
+        model: the model; plain hooks are checked by :func:`require_no_hooks`.
         what: the model in words, such as ``the transformer``.
 
     Raises:
@@ -41,12 +41,12 @@ def require_plain(model: nn.Module, what: str) -> None:
 
 
 def require_no_hooks(model: nn.Module, what: str, built: nn.Module | None = None) -> None:
-    """Refuse a model with hooks of its user.
+    """Reject a model with hooks or a replaced ``forward`` that its user has added.
 
     Args:
         model: the model.
         what: in words.
-        built: the same class from its constructor, whose hooks do not count.
+        built: a new model of the same class, whose own hooks are not counted.
 
     Raises:
         WarmStartError: it has hooks; says where.
@@ -71,7 +71,7 @@ def _refuse(what: str, state: tuple[str, str] | None) -> None:
 
 
 def _states(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """What is there, and how it is switched off."""
+    """Each such state in words, and how to switch it off."""
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "config", {}).get("quantization_config"):
         yield "quantised weights", "load it without quantization_config, and quantise the saved result"
     for name, module in model.named_modules():

@@ -1,6 +1,6 @@
-"""Proof, on the real module, that a widened transformer starts as the original.
+"""Verifies on the real module that a widened transformer starts as the original.
 
-Three looks, each able to see what the others cannot:
+Three checks, each of which detects what the others cannot:
 
 1. *The weights.* Every weight that is not the detail channels' must equal the original's, and the detail
    channels' must be zero: exact, layer by layer.
@@ -42,7 +42,7 @@ ROUNDINGS = 4
 LARGEST_TOLERANCE = 0.1
 
 BATCH = 2
-#: Standard deviations of the detail latents tried: none, like a normalised latent, far outside.
+#: Standard deviations of the detail latents tried: zero, that of a normalised latent, far outside.
 DETAIL_SCALES = (0.0, 1.0, 100.0)
 
 

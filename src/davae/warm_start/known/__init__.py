@@ -1,3 +1,3 @@
-"""The described transformer classes, a file for each family of forward arguments."""
+"""The described transformer classes, one file for each kind of forward arguments."""
 
 from davae.warm_start.known import controlnets, packed, plain, tokens, variances  # noqa: F401  describe the classes

@@ -1,7 +1,7 @@
-"""ControlNets: a second reader of latents beside a transformer, whose first layers are the transformer's own.
+"""ControlNets, which read latents beside a transformer and have copies of its first layers.
 
 The control image is encoded by the pipeline's autoencoder and enters as another latent. With zero weights for the new
-channels both see what they saw: the base latent of the noise and of the control image at base resolution.
+channels a ControlNet sees what it saw before: the base latents of the noise and of the reduced control image.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ _BLOCKS = ("controlnet_blocks",)
 
 
 def _masked(transformer: ModelMixin, key: str, unit: int) -> bool:
-    """Whether a mask stands behind the control latent."""
+    """Whether a mask follows the control latent."""
     extra = transformer.config[key]
     if extra not in (0, unit):
         raise WarmStartError(f"config.{key} is {extra}: known are 0, and {unit} for the mask of inpainting")

@@ -1,4 +1,4 @@
-"""Classes from before flow matching: their heads may give variances beside the means."""
+"""Classes from before flow matching, whose heads may also predict variances."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from davae.warm_start.registry import Describer, describe
 
 
 def _patches(inputs: DummyInputs, head: str = "proj_out", **more: Any) -> ChannelDescription:
-    """A patch convolution in; out the patches, with variances where ``out_channels`` counts them."""
+    """A patch convolution as input, patches as output, with variances if ``out_channels`` counts them."""
     return ChannelDescription(
         inputs=input_layer("pos_embed.proj"),
         outputs=output_layer(head, "p p out_channels"),
@@ -25,7 +25,7 @@ def _patches(inputs: DummyInputs, head: str = "proj_out", **more: Any) -> Channe
 
 
 def _learned_variance(inputs: DummyInputs, patches: tuple[ChannelPlace, ...], head: str) -> Describer:
-    """Out the patches, with variances where the configuration says ``learn_sigma``."""
+    """Patches as output, with variances if the configuration has ``learn_sigma``."""
 
     def description(transformer: ModelMixin) -> ChannelDescription:
         variance = "2 c" if transformer.config.learn_sigma else "c"
@@ -50,7 +50,7 @@ def _dit(d: Dummy) -> dict[str, Any]:
     }
 
 
-# It gives square images only.
+# It makes square images only.
 describe("DiTTransformer2DModel", _patches(_dit, "proj_out_2", tokens=(4, 4)))
 
 
@@ -76,7 +76,7 @@ describe("PixArtTransformer2DModel", _patches(_pixart))
 
 
 def _legacy_places(transformer: ModelMixin) -> ChannelDescription:
-    # The class that DiT and PixArt were made of; a saved one comes back as the one or the other.
+    # The class that preceded DiT's and PixArt's; a saved one is loaded as one of these.
     config = transformer.config
     if config.patch_size is None:
         raise WarmStartError(
