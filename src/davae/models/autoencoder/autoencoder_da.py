@@ -577,7 +577,7 @@ class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
     ) -> DecoderOutput | tuple[Tensor]:
         """Latents ``[B, C + D, h, w]`` in the pipelines' convention to images ``[B, 3, H, W]``, not clamped.
 
-        ``z`` is converted to the model's dtype, except under autocast. ``generator`` is for diffusers' signature, unused.
+        ``z`` is converted to the model's dtype, except under autocast. ``generator`` is unused, for compatibility.
         """
         z = self._in_own_precision(z)
         base, details = self.layout.split(z)
