@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.conftest import load_case, parity_cases, relative_error
 from tests.parity.test_warm_start import layout_of, official_weights, original, predict, to_official_order
 from torch import Tensor
@@ -136,6 +138,27 @@ def test_the_trained_weights_alone_with_a_lora_beside(
     with caplog.at_level(logging.WARNING, "davae"):
         assert_equal(convert(tmp_path / "again.pt", content, upgraded), upgraded.state)
     assert "no LoRA: the transformer's blocks are taken unchanged" in caplog.text
+
+
+def test_the_base_s_other_files_are_not_mixed_in(upgraded: Upgraded, tmp_path: Path) -> None:
+    """A variant beside the weights, and one that is not finite."""
+    shutil.copytree(upgraded.base, tmp_path / "base")
+    weights = tmp_path / "base" / "transformer" / "diffusion_pytorch_model.safetensors"
+    half = {name: (tensor + 1).half() for name, tensor in load_file(weights).items()}
+    save_file(half, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    torch.save({"model_state_dict": upgraded.trained()}, tmp_path / "file.pt")
+    made = [tmp_path / "beside", tmp_path / "alone"]
+    for out, base in zip(made, (tmp_path / "base", upgraded.base), strict=True):
+        convert_sd3_file(tmp_path / "file.pt", out, base=base)
+    states = [SD3Transformer2DModel.from_pretrained(out).state_dict() for out in made]
+    for name, tensor in states[1].items():
+        assert torch.equal(states[0][name], tensor)
+    broken = load_file(weights)
+    name = next(name for name in broken if name.startswith("transformer_blocks"))
+    broken[name].view(-1)[0] = math.inf
+    save_file(broken, weights)
+    with pytest.raises(DavaeError, match=f"{name} holds numbers that are not finite"):
+        convert_sd3_file(tmp_path / "file.pt", tmp_path / "never", base=tmp_path / "base")
 
 
 def test_running_means_hold_the_lora_and_come_first(upgraded: Upgraded, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from davae.choices import ChannelOrder
 from davae.errors import DavaeError
 from davae.interop.checking import listed
 from davae.latents import LatentLayout
+from davae.runtime.model_files import not_finite
 
 _INPUT, _OUTPUT = "pos_embed.proj", "proj_out"
 _BRANCHES = {_INPUT: ("base_conv", "extra_conv"), _OUTPUT: ("base_linear", "extra_linear")}
@@ -45,7 +46,7 @@ def load_transformer(
         config: that of the pretrained transformer; its channel counts are replaced.
 
     Raises:
-        DavaeError: see `from_official`, or other weights are missing, unexpected or of another shape.
+        DavaeError: see `from_official`, or other weights are missing, unexpected, of another shape or not finite.
     """
     converted, layout = from_official(state_dict)
     with init_empty_weights(include_buffers=False):
@@ -59,8 +60,9 @@ def load_transformer(
         for name, tensor in converted.items()
         if tensor.shape != expected[name].shape
     ]
-    if reshaped:
-        raise DavaeError(f"the configuration does not fit the weights; {listed({'other shapes': reshaped})}")
+    faults = {"other shapes": reshaped, "not finite": not_finite(converted)}
+    if any(faults.values()):
+        raise DavaeError(f"the configuration does not fit the weights; {listed(faults)}")
     transformer.load_state_dict(converted, strict=True, assign=True)
     return transformer.eval(), layout
 

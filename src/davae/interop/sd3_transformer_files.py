@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
-from safetensors.torch import load_file
 from torch import Tensor
 
 from davae.choices import ChannelOrder
 from davae.errors import DavaeError
 from davae.interop.official_sd3_transformer import load_transformer, split_plain_layers
 from davae.latents import LatentLayout
-from davae.runtime.weight_files import about_file, read_state_dict
+from davae.runtime.model_files import chosen_variant, component_files, stored_keys
+from davae.runtime.weight_files import about_file, read_finite, read_state_dict
 
 logger = logging.getLogger(__name__)
 
@@ -132,14 +132,15 @@ def _add_lora(weights: dict[str, Tensor], pairs: Mapping[str, tuple[Tensor, Tens
 def _completed(trained: Mapping[str, Tensor], place: Path) -> dict[str, Tensor]:
     """The trained weights, completed by the base's (all but patch embedder and head), in the base's dtype."""
     base: dict[str, Tensor] = {}
-    files = sorted(place.glob("diffusion_pytorch_model*.safetensors"))
+    variant = chosen_variant(place, component_files([place]), None)
+    files = stored_keys(place, variant)
     if not files:
         raise DavaeError(
             f"the file contains only the trained weights, and {place} has no diffusion_pytorch_model*.safetensors "
             "with the others"
         )
-    for file in files:
-        base |= load_file(file)
+    for file in sorted(set(files.values())):
+        base |= read_finite(file)
     own = {name: tensor for name, tensor in base.items() if not name.startswith(("pos_embed.proj.", "proj_out."))}
     logger.info("added %d tensors of %s to the %d trained ones", len(own), place, len(trained))
     dtype = next(tensor.dtype for tensor in own.values() if tensor.is_floating_point())

@@ -125,7 +125,7 @@ def check_statistics(config: Mapping[str, Any]) -> None:
     for values in (mean, std):  # of videos they may stand for every channel and frame
         if values is not None and isinstance(channels, int) and len(_flat(values)) % channels:
             raise DavaeError(
-                f"latents_mean and latents_std have {len(values)} values, and there are {channels} channels"
+                f"latents_mean or latents_std has {len(_flat(values))} values, and there are {channels} channels"
             )
     check_channel_statistics("latents_mean", mean, "latents_std", std, None)
 

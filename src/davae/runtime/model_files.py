@@ -197,10 +197,14 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def stored_keys(folder: Path, variant: str | None = None) -> dict[str, Path]:
-    """The file of every tensor in a model's folder, read from the headers; damaged files are skipped."""
+    """The file of every tensor in a model's folder, read from the headers; damaged files are skipped.
+
+    If an index names the files of the variant, others are of an earlier save and do not count.
+    """
     found: dict[str, Path] = {}
+    named = {name for index in _indexes(folder) for name in index.values() if variant_of(name) == variant}
     for file in sorted(folder.glob("*.safetensors")):
-        if _is_weights(file.name) and variant_of(file.name) == variant:
+        if _is_weights(file.name) and variant_of(file.name) == variant and (not named or file.name in named):
             try:
                 with open(file, "rb") as opened:  # eight bytes of length, then JSON
                     header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
@@ -210,11 +214,16 @@ def stored_keys(folder: Path, variant: str | None = None) -> dict[str, Path]:
     return found
 
 
+def _indexes(folder: Path) -> list[dict[str, str]]:
+    """The file of every tensor by each index of a sharded model."""
+    files = sorted(folder.glob("*.safetensors.index*.json"))
+    return [json.loads(file.read_text(encoding="utf-8"))["weight_map"] for file in files]
+
+
 def _outside_index(folder: Path, stored: Mapping[str, Path]) -> set[str]:
     """Tensors in the files of a sharded model that its index does not list."""
     surplus: set[str] = set()
-    for index in folder.glob("*.safetensors.index*.json"):
-        listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    for listed in _indexes(folder):
         files = set(listed.values())
         surplus |= {key for key, file in stored.items() if file.name in files and key not in listed}
     return surplus
