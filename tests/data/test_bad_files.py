@@ -15,6 +15,7 @@ from davae.data.images import decode
 from davae.data.images.decode import UnreadableImage, patiently
 from davae.data.sources.folder import FolderSource
 from davae.errors import DavaeError
+from davae.runtime.atomic_files import MARK
 from tests.data.files import picture
 
 
@@ -114,7 +115,8 @@ def test_rows_without_an_image_are_told_and_are_no_bad_images(photos: Path, capl
 
 
 def test_runs_and_caches_below_the_folder_are_passed_over(photos: Path) -> None:
-    for below, marks in (("run", ("config.yaml", "environment.json")), ("c", ("fingerprint.json", "index.jsonl"))):
+    kinds = {"run": ("config.yaml", "environment.json"), "c": ("fingerprint.json", "index.jsonl"), "made": (MARK,)}
+    for below, marks in kinds.items():
         (photos / below / "samples").mkdir(parents=True)
         picture(9, (40, 40)).save(photos / below / "samples" / "step-1.png")
         assert len(open_dataset(photos, resolution=32)) == 5

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from davae.bases.open import load_base
 from davae.cli.main import app
-from davae.data.cache import LATENTS, TEXTS, LatentCache, caption_key
+from davae.data.cache import LATENTS, TEXTS, LatentCache, caption_key, weights_hash
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import family_of
@@ -385,3 +385,28 @@ def test_captions_are_asked_for_before_the_first_image(
         write_cache(settings("debug-sd3", folder).data, vae, base, tmp_path / "c")
     assert encoded.images == 0
     assert not (tmp_path / "c").exists()
+
+
+def test_a_base_saved_in_half_precision_from_end_to_end(pictures: Path, tmp_path: Path) -> None:
+    """Stage 1, cache and stage 2 read it in precisions of their own: the weights are the same ones."""
+    load_base("debug-sd3").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    recipe = settings(base, pictures, "autoencoder.loop.steps=1", "diffusion.loop.steps=1", "diffusion.tune.mode=lora")
+    stage1 = train_autoencoder(recipe, tmp_path / "autoencoder")
+    cached = [
+        f"base={base}", f"data.path={pictures}", "data.hold_out=2", "data.flip=true", f"data.cache={tmp_path / 'c'}",
+        "diffusion.tune.mode=lora", "diffusion.tune.frozen_dtype=bfloat16", "diffusion.loop.steps=1",
+        "diffusion.loop.batch_size=3", "diffusion.loop.validation_images=1", "diffusion.sample.num_inference_steps=1",
+    ]  # fmt: skip
+    run_cache("debug", cached, tmp_path / "c", stage1.result)
+    made = load_recipe("debug", cached)
+    assert isinstance(made, UpgradeRecipe)
+    train_diffusion(made, tmp_path / "diffusion", stage1.result)
+    assert (tmp_path / "diffusion" / "pipeline" / "model_index.json").is_file()
+
+
+def test_a_weight_s_hash_says_nothing_of_its_precision() -> None:
+    layer = torch.nn.Linear(3, 2).to(torch.bfloat16)
+    hashes = {weights_hash(layer), weights_hash(layer.float()), weights_hash(layer.to(torch.bfloat16))}
+    assert len(hashes) == 1
+    assert weights_hash(layer, by_dtype=True) != weights_hash(layer.float(), by_dtype=True)

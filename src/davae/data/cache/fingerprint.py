@@ -151,11 +151,21 @@ class _Absent:
 _ABSENT = _Absent()
 
 
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 of a module's parameters and buffers: names, types, shapes and values, whatever file they came from."""
+def weights_hash(module: nn.Module, *, by_dtype: bool = False) -> str:
+    """SHA-256 of a module's parameters and buffers: names, shapes and values, whatever file they came from.
+
+    Floating-point values count as float32, so that a model read in a wider precision than it was saved in is the same.
+
+    Args:
+        module: any.
+        by_dtype: the hash of caches of the first version, in which the precision counts.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        value = tensor.detach().cpu().contiguous()
+        value = tensor.detach()
+        if value.is_floating_point() and not by_dtype:
+            value = value.float()
+        value = value.cpu().contiguous()
         digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
         digest.update(value.flatten().view(torch.uint8).numpy() if value.numel() else b"")
     return f"sha256:{digest.hexdigest()}"

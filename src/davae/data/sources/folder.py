@@ -23,6 +23,7 @@ from davae.data.sources.facts import (
     match_rows,
 )
 from davae.errors import DavaeError
+from davae.runtime.atomic_files import MARK
 from davae.runtime.console import shown
 from davae.runtime.text_files import CAPTION_BYTES, open_regular, read_text, whole_name
 
@@ -38,7 +39,7 @@ _SPLIT_NAMES = frozenset(
     {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 )
 
-_RUN_OR_CACHE = ({"config.yaml", "environment.json"}, {"fingerprint.json", "index.jsonl"})
+_RUN_OR_CACHE = ({MARK}, {"config.yaml", "environment.json"}, {"fingerprint.json", "index.jsonl"})
 _NOT_OURS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "#recycle"})
 """Folders that systems and network storage put among people's files; they hold copies and thumbnails."""
 
@@ -58,7 +59,7 @@ class FolderSource:
       Hugging Face image folders (``metadata.jsonl``, ``.csv``, ``.parquet``), which comes first and may hold labels.
     * Where the first level holds nothing but splits (``train``, ``validation``, ...), ``split`` chooses one.
 
-    Hidden files and folders, those of other systems, and runs and caches of davae are passed over.
+    Hidden files and folders, those of other systems, and folders that davae wrote are passed over.
 
     Args:
         root: the folder.
@@ -200,7 +201,7 @@ class _Found:
 def _walk(root: Path) -> _Found:
     """What lies below a folder. Links are followed, circles are not.
 
-    Runs and caches of davae are passed over: their sample sheets are no photographs.
+    Folders that davae wrote (runs, caches, generated images) are passed over: these are no photographs.
     """
     found = _Found()
     seen: set[str] = set()
@@ -213,7 +214,7 @@ def _walk(root: Path) -> _Found:
         real = os.path.realpath(folder)
         ours = folder != str(root) and any(marks.issubset(files) for marks in _RUN_OR_CACHE)
         if ours:
-            found.others["runs and caches of davae"] += 1
+            found.others["folders that davae wrote"] += 1
         if ours or real in seen:
             below.clear()
             continue

@@ -21,8 +21,8 @@ from davae.training.data import bucket_sizes, token_side
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
-"""Incremented when caches of an earlier davae can no longer be read."""
+VERSION = 2
+"""Of fingerprints. In the first one a weight's hash depended on the precision in which it was read."""
 
 
 def cache_fingerprint(
@@ -32,6 +32,7 @@ def cache_fingerprint(
     images: ImageDataset | RenderedDataset,
     *,
     text_length: int | None = None,
+    version: int = VERSION,
 ) -> Fingerprint:
     """The fingerprint of a cache of these images by these models.
 
@@ -41,6 +42,7 @@ def cache_fingerprint(
         pipe: the base or the upgraded pipeline, for its text encoders.
         images: the training part.
         text_length: tokens of a prompt; by default the family's.
+        version: of the cache that it is compared with, see :func:`version_of`.
 
     Raises:
         DavaeError: ``data.crop`` is ``random``: the crops differ every time.
@@ -53,10 +55,10 @@ def cache_fingerprint(
     family = family_of(pipe)
     sizes = bucket_sizes(data, token_side(vae, pipe) if data.buckets else None)
     facts: dict[str, Any] = {
-        "version": VERSION,
+        "version": version,
         "pipeline family": family.name,
         "vae class": type(vae).__name__,
-        "vae weights": weights_hash(vae),
+        "vae weights": weights_hash(vae, by_dtype=version == 1),
         "vae config": plain_config(vae.config),
         "data": {
             "resolution": data.resolution,
@@ -67,12 +69,19 @@ def cache_fingerprint(
         "dtype": data.cache_dtype,
     }
     if family.conditioned_on == "text":
-        facts |= {"text length": text_length or family.text_length, **_text_facts(pipe)}
+        facts |= {"text length": text_length or family.text_length, **_text_facts(pipe, by_dtype=version == 1)}
     sources = {
         name: SourceFact(stamp, label, caption_key(caption))
         for name, (stamp, label, caption) in images.stamps().items()
     }
     return Fingerprint(facts, sources)
+
+
+def version_of(folder: Path) -> int:
+    """The version of the fingerprint of the cache in ``folder``; the current one if there is no cache."""
+    if not (folder / "fingerprint.json").is_file():
+        return VERSION
+    return int(Fingerprint.load(folder).facts.get("version", VERSION))
 
 
 def without_touched(wanted: Fingerprint, folder: Path, images: ImageDataset | RenderedDataset) -> Fingerprint:
@@ -105,14 +114,14 @@ def pipeline_parts(pipe: DiffusionPipeline, prefix: str) -> Iterator[tuple[str, 
             yield name, part
 
 
-def _text_facts(pipe: DiffusionPipeline) -> dict[str, Any]:
+def _text_facts(pipe: DiffusionPipeline, *, by_dtype: bool) -> dict[str, Any]:
     """Hashes of everything that turns a prompt into embeddings."""
     facts: dict[str, Any] = {}
     for name, module in pipeline_parts(pipe, "text_encoder"):
         config = plain_config(module.config.to_dict())
         for key in ("transformers_version", "torch_dtype", "dtype"):
             config.pop(key, None)
-        facts[name] = {"weights": weights_hash(module), "config": value_hash(config)}
+        facts[name] = {"weights": weights_hash(module, by_dtype=by_dtype), "config": value_hash(config)}
     for name, tokenizer in pipeline_parts(pipe, "tokenizer"):
         facts[name] = value_hash([type(tokenizer).__name__, _tokenizer_state(tokenizer)])
     return facts

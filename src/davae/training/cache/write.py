@@ -23,7 +23,7 @@ from davae.runtime.atomic_files import disk_full_as_error
 from davae.runtime.places import claim
 from davae.runtime.processes import everyone, rank_and_world, start_processes, wait_for_everyone
 from davae.runtime.progress import Progress
-from davae.training.cache.fingerprint import cache_fingerprint, pipeline_parts, without_touched
+from davae.training.cache.fingerprint import cache_fingerprint, pipeline_parts, version_of, without_touched
 from davae.training.data import open_training_part, require_captions
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def write_cache(
     images = open_training_part(data.model_copy(update={"flip": False}), vae, pipe)
     if family.conditioned_on == "text":
         require_captions(images.captions(), pipe)
-    fingerprint = cache_fingerprint(data, vae, pipe, images, text_length=text_length)
+    fingerprint = cache_fingerprint(data, vae, pipe, images, text_length=text_length, version=version_of(Path(out)))
     if (Path(out) / "fingerprint.json").is_file():
         fingerprint = without_touched(fingerprint, Path(out), images)
     wait_for_everyone()  # only now may the first process write another fingerprint
@@ -131,8 +131,9 @@ def open_cache(
     if data.cache is None:
         raise DavaeError("data.cache is not set: name the folder that `davae cache` wrote")
     images = open_training_part(data, vae, pipe)
-    wanted = cache_fingerprint(data, vae, pipe, images, text_length=text_length)
-    return LatentCache(data.cache, wanted=without_touched(wanted, Path(data.cache), images))
+    folder = Path(data.cache)
+    wanted = cache_fingerprint(data, vae, pipe, images, text_length=text_length, version=version_of(folder))
+    return LatentCache(data.cache, wanted=without_touched(wanted, folder, images))
 
 
 @torch.no_grad()
