@@ -266,7 +266,7 @@ def test_the_verb(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert CliRunner().invoke(app, [*arguments, "--verify"]).output.startswith("1 shards as they were written")
     with pytest.raises(DavaeError, match="davae train autoencoder"):
         run_cache("debug", [], out, tmp_path / "nothing")
-    with pytest.raises(DavaeError, match="there is no cache"):
+    with pytest.raises(DavaeError, match="cannot use a cache"):
         run_cache("tiny-base", [], out, tmp_path / "vae")
     assert LATENTS != TEXTS
 
@@ -395,7 +395,8 @@ def test_a_base_saved_in_half_precision_from_end_to_end(pictures: Path, tmp_path
     stage1 = train_autoencoder(recipe, tmp_path / "autoencoder")
     cached = [
         f"base={base}", f"data.path={pictures}", "data.hold_out=2", "data.flip=true", f"data.cache={tmp_path / 'c'}",
-        "diffusion.tune.mode=lora", "diffusion.tune.frozen_dtype=bfloat16", "diffusion.loop.steps=1",
+        "diffusion.tune.mode=lora", "diffusion.tune.frozen_dtype=bfloat16", "diffusion.loop.precision=bf16",
+        "diffusion.loop.steps=1",
         "diffusion.loop.batch_size=3", "diffusion.loop.validation_images=1", "diffusion.sample.num_inference_steps=1",
     ]  # fmt: skip
     run_cache("debug", cached, tmp_path / "c", stage1.result)
