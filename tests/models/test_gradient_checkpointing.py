@@ -58,5 +58,5 @@ def test_an_adapter_whose_networks_cannot_is_refused(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setitem(adapters._ADAPTERS, "AutoencoderTiny", (AutoencoderTiny, Plain()))
     model = AutoencoderDA.from_base(make_base("tiny"), detail_channels=16)
-    with pytest.raises(DavaeError, match="detail_encoder of Plain cannot checkpoint gradients"):
+    with pytest.raises(DavaeError, match="detail_encoder of Plain does not support gradient checkpointing"):
         model.enable_gradient_checkpointing()
