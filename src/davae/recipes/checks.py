@@ -1,4 +1,4 @@
-"""What a training would only find out at its end, found before its start: no torch, no weights, no images."""
+"""Checks of settings that would otherwise fail late in a training; they need no torch, weights or images."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from davae.recipes.loop import LoopSettings, OptimizerSettings
 from davae.recipes.settings import AutoencoderSettings, BaseRecipe, ReconstructionSettings, UpgradeRecipe
 
 _PACKAGES = {"comet_ml": "comet-ml"}
-"""What pip calls a tracker's package, where it differs."""
+"""Names of trackers' packages for pip, if different."""
 _DIFFUSION = ("held_out_total", "held_out_base", "held_out_detail", "held_out_variance", "swd/finest")
 
 
 def check_settings(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str) -> None:
-    """Refuse settings of a stage that only a later step, or the last one, would refuse.
+    """Check the settings of a stage that are used only in a later step, or after the last one.
 
     Args:
-        recipe: what is trained.
-        section: the stage's: ``autoencoder``, ``diffusion``, ``transformer``, or ``phase1`` to ``phase3``.
+        recipe: the whole recipe.
+        section: of the stage: ``autoencoder``, ``diffusion``, ``transformer``, or ``phase1`` to ``phase3``.
 
     Raises:
-        DavaeError: a metric that is not measured, or a package or a file that is not there.
+        DavaeError: ``best_metric`` is not measured, or a package or a file is missing.
     """
     settings = getattr(recipe, section)
     if settings is None:
@@ -38,14 +38,14 @@ def check_settings(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str
 
 
 def check_start(start: str | None, key: str) -> None:
-    """Refuse a folder to start from that is not there. What may be a name on the hub is looked up later.
+    """Check that the folder of a ``start_from`` setting exists; what may be a name on the hub is looked up later.
 
     Args:
-        start: as in the recipe.
-        key: the setting.
+        start: the setting's value.
+        key: its dotted name, for the error.
 
     Raises:
-        DavaeError: there is nothing.
+        DavaeError: there is no such folder.
     """
     if start is None or Path(start).expanduser().exists() or is_on_hub(start):
         return
@@ -53,10 +53,10 @@ def check_start(start: str | None, key: str) -> None:
 
 
 def check_trackers(loop: LoopSettings, section: str) -> None:
-    """Refuse a tracker whose package is not installed: it would log nothing, and say nothing.
+    """Check that the packages of all trackers are installed; without its package a tracker silently logs nothing.
 
     Raises:
-        DavaeError: names the package.
+        DavaeError: one is not; the message names it.
     """
     for name in loop.report_to:
         packages = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)
@@ -85,7 +85,7 @@ def _check_packages(optimizer: OptimizerSettings, section: str) -> None:
 
 
 def _check_backbones(settings: ReconstructionSettings, section: str) -> None:
-    """LPIPS and DINO say the rest themselves, once they are read."""
+    """Check that files exist; LPIPS and DINO check their contents when they are opened."""
     for weight, key in ((settings.lpips_weight, "lpips_backbone"), (settings.dino_weight, "dino_backbone")):
         place = getattr(settings, key)
         if weight and place is not None and not Path(place).expanduser().exists():
@@ -110,7 +110,7 @@ def _check_best_metric(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section:
 
 
 def measured_names(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str) -> list[str]:
-    """What a stage measures, by the names in ``metrics.jsonl``.
+    """Names in ``metrics.jsonl`` of the metrics that a stage measures.
 
     Some depend on the base: only transformers that predict variances have ``held_out_variance``.
     """

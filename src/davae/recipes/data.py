@@ -1,4 +1,4 @@
-"""The ``data`` section of a recipe: where images come from, checked early, and how they become tensors."""
+"""The ``data`` section of a recipe: where images come from, and how they become tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _share_or_number(hold_out: float) -> float:
 
 
 class ImageSettings(Section):
-    """Where images come from: what every training asks."""
+    """Where images come from: the settings of every training."""
 
     path: Annotated[str, MAY_MOVE] = "procedural"
     """A folder, a data set name or file, WebDataset shards, or ``procedural`` ([data.md](data.md))."""
@@ -81,7 +81,7 @@ def is_procedural(name: str) -> bool:
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether a name can only be one on the hub: what exists on disk, or lies beside what does, comes first."""
+    """Whether a name is one on the hub: not a path that exists, or whose parent folder exists."""
     path = Path(name).expanduser()
     local = path.exists() or name.endswith(".tar") or glob.has_magic(name)
     local = local or path.is_absolute() or name.startswith((".", "~")) or ("/" in name and path.parent.is_dir())
@@ -89,14 +89,14 @@ def is_on_hub(name: str) -> bool:
 
 
 def check_data_path(name: str, revision: str | None = None) -> None:
-    """Refuse a path where nothing is. What is there is opened later, and a name on the hub is looked up then.
+    """Check that a data path exists; a name on the hub is looked up when it is opened.
 
     Args:
         name: as in ``data.path``, see :func:`davae.data.open_dataset`.
         revision: as in ``data.revision``.
 
     Raises:
-        DavaeError: there is no such folder or file; or a revision of what has none.
+        DavaeError: there is no such folder or file; or a revision is given for what is not on the hub.
     """
     if is_on_hub(name):
         return

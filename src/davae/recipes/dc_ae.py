@@ -1,4 +1,4 @@
-"""The typed settings of a DC-AE training: one network, one set of images, three phases."""
+"""The typed settings of a DC-AE training: one network and data set, three phases."""
 
 from __future__ import annotations
 

@@ -20,25 +20,25 @@ class _MayChange:
 
 
 MAY_CHANGE: Final = _MayChange()
-"""Marks a setting with another value of which a run may continue: how long and how fast it learns, how steps are
-computed, measured and kept, but not what is learnt: ``workers: Annotated[int, MAY_CHANGE]``."""
+"""Marks a setting that may change when a run resumes (``workers: Annotated[int, MAY_CHANGE]``): how long and how fast
+it trains, how steps are computed, measured and saved, but not what is learned."""
 
 MAY_MOVE: Final = _MayChange()
-"""Marks a setting that names a place. A run may continue with another place where the same weights, or the same images
-and perhaps more, are found there: contents are compared, not names."""
+"""Marks a setting that is a path. A run may resume with another path if it leads to the same weights, or to the same
+images and perhaps more: contents are compared, not names."""
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, values never change after reading.
+    """A section of a recipe: unknown keys are errors, and values are immutable.
 
-    The docstring below a field is its description: the tables of docs/training.md are made of them.
+    The docstring below a field is its description, from which the tables in docs/training.md are generated.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 def _as_list(value: object) -> object:
-    """One name stands for a list of one; none for an empty list."""
+    """A single name becomes a list of one; ``None`` an empty list."""
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
@@ -48,7 +48,7 @@ class LoopSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _without_plain(cls, values: Any) -> Any:
-        """Earlier versions had ``plain``; False says what all do now."""
+        """Accept ``plain: false`` of earlier versions, which is what every run does now."""
         if not isinstance(values, dict) or "plain" not in values:
             return values
         if values["plain"] is not False:
@@ -81,7 +81,7 @@ class LoopSettings(Section):
     gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     seed: Seed = 0
-    """All random numbers of the run follow from it."""
+    """Determines all random numbers of the run."""
     log_every: Annotated[Positive, MAY_CHANGE] = 10
     """Steps between lines of ``metrics.jsonl``."""
     validate_every: Annotated[NotNegative, MAY_CHANGE] = 0
@@ -114,7 +114,7 @@ class OptimizerSettings(Section):
     eps: Annotated[PositiveFloat, MAY_CHANGE] = 1e-8
     """Added to the root of the second moment."""
     lr_scheduler: Annotated[LearningRateSchedule, MAY_CHANGE] = "constant"
-    """How the learning rate goes on after the warm-up."""
+    """Shape of the learning rate after the warm-up."""
     lr_warmup_steps: Annotated[NotNegative, MAY_CHANGE] = 0
     """Steps over which the learning rate rises linearly from 0."""
     lr_end: Annotated[Weight, MAY_CHANGE] = 0.0

@@ -1,4 +1,4 @@
-"""Reading recipes: YAML by name or file, overrides as ``key=value``, mistakes as one clear line."""
+"""Reading recipes: YAML by name or file, overrides as ``key=value``, errors in one line."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -35,12 +35,12 @@ def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = (), *, stag
     """Read a recipe by name (``tiny``) or from a YAML file and apply ``section.key=value`` overrides.
 
     Args:
-        name_or_file: which.
-        overrides: values are typed by the field: a text field takes the text as it is.
-        stage: the section that is trained, such as ``diffusion``: which of several like keys a hint means.
+        name_or_file: name of a bundled recipe, or a YAML file.
+        overrides: values are converted by the type of the field; a text field takes the text as it is.
+        stage: the section that is trained, such as ``diffusion``; hints prefer its keys.
 
     Raises:
-        DavaeError: no such recipe, a file that is no YAML, an unknown key (with the nearest right one), or a bad value.
+        DavaeError: no such recipe, not YAML, an unknown key (with the nearest known one), or a bad value.
     """
     path = Path(name_or_file)
     if path.suffix.lower() in {".yaml", ".yml"}:
@@ -63,10 +63,10 @@ def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = (), *, stag
 
 
 def load_ablation(name_or_file: str | Path, overrides: Sequence[str] = ()) -> AblationRecipe:
-    """:func:`load_recipe` of an ablation, whose variants are read too.
+    """:func:`load_recipe` for an ablation; its variants are read too.
 
     Raises:
-        DavaeError: as there, for the ablation or one of its variants, or it is of another kind.
+        DavaeError: as there, for the ablation or one of its variants, or the recipe is of another kind.
     """
     recipe = load_recipe(name_or_file, overrides)
     if not isinstance(recipe, AblationRecipe):
@@ -94,11 +94,11 @@ def parse_recipe(values: dict[str, Any], source: str, *, stage: str | None = Non
 
     Args:
         values: sections and keys.
-        source: what errors call them.
+        source: their name in errors.
         stage: as for :func:`load_recipe`.
 
     Raises:
-        DavaeError: in one line, the first mistake.
+        DavaeError: the first mistake, in one line.
     """
     kind = values.get("kind", "upgrade")
     if not isinstance(kind, str) or kind not in KINDS:
@@ -110,14 +110,14 @@ def parse_recipe(values: dict[str, Any], source: str, *, stage: str | None = Non
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, every default written out."""
+    """The resolved recipe as YAML, with all defaults."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
 def with_later_settings(dumped: dict[str, Any]) -> dict[str, Any]:
-    """A recipe that an earlier version dumped, with settings that came since at their defaults.
+    """A recipe dumped by an earlier version, with settings that were added since at their defaults.
 
-    What is no recipe of today (a setting was taken away, say) stays as it is, to be compared as it is.
+    If it is not valid today (because a setting was removed, for example), it is returned unchanged.
     """
     kind = KINDS.get(dumped.get("kind", "upgrade"))
     if kind is None:
@@ -134,7 +134,7 @@ def with_later_settings(dumped: dict[str, Any]) -> dict[str, Any]:
 
 
 def sections_of(model: type[Section], path: str = "") -> Iterator[tuple[str, type[Section]]]:
-    """A section and all below it, each with its dotted path (empty for the first)."""
+    """A section and all its subsections, each with its dotted path (empty for the first)."""
     yield path, model
     for name, field in model.model_fields.items():
         for part in _sections_in(field.annotation):
@@ -142,19 +142,19 @@ def sections_of(model: type[Section], path: str = "") -> Iterator[tuple[str, typ
 
 
 def resumable_keys(kind: str) -> set[str]:
-    """Dotted names of the settings that a run of such a recipe may continue with other values of."""
+    """Dotted names of the settings that may have other values when a run of such a recipe resumes."""
     model = KINDS.get(kind)
     return {key for key, field in _dotted_fields(model) if MAY_CHANGE in field.metadata} if model else set()
 
 
 def movable_keys(kind: str) -> set[str]:
-    """Dotted names of the settings that name a place, where a run may find the same contents elsewhere."""
+    """Dotted names of the settings that are paths; a resumed run may find the same contents elsewhere."""
     model = KINDS.get(kind)
     return {key for key, field in _dotted_fields(model) if MAY_MOVE in field.metadata} if model else set()
 
 
 def differing_keys(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the values in which two dumped recipes differ, with both values."""
+    """The values in which two dumped recipes differ, as ``key: theirs -> ours``."""
     found = []
     for key in [*ours, *(k for k in theirs if k not in ours)]:
         a, b = ours.get(key), theirs.get(key)
@@ -187,7 +187,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _annotation_of(values: dict[str, Any], key: str) -> Any:
-    """The type of the field that a dotted key names; none where there is no such field."""
+    """The type of the field with a dotted key; ``None`` if there is no such field."""
     model = KINDS.get(str(values.get("kind", "upgrade")))
     sections: list[type[Section]] = [] if model is None else [model]
     annotation = None
@@ -217,7 +217,7 @@ _SHOWN = 80
 
 
 def _shown(value: Any) -> str:
-    """A value for an error, cut where it is long."""
+    """A value for an error, truncated if long."""
     if isinstance(value, dict | list) and len(value) > _SHOWN:
         return f"{_kind_of(value)} of {len(value)}"
     text = repr(str(value) if isinstance(value, str) else value)
@@ -225,7 +225,7 @@ def _shown(value: Any) -> str:
 
 
 def _kind_of(value: Any) -> str:
-    """What a value is, for people."""
+    """The kind of a value, for errors."""
     if value is None:
         return "nothing"
     return "a list" if isinstance(value, list) else "sections" if isinstance(value, dict) else "a single value"
@@ -299,14 +299,14 @@ _MEANT = {
     "resume_from": "start_from",
     "init_from": "start_from",
 }
-"""What other trainers call a setting, and its name here."""
+"""Names of settings in other trainers, and their names here."""
 
 
 def _hint(where: str, value: Any, model: type[Section], stage: str | None) -> str:
-    """The keys that an unknown one may mean: of the same name, of the same meaning, or spelled alike.
+    """Suggest keys for an unknown one: those with the same name, the same meaning, or a similar spelling.
 
-    Of several those are named that share most sections with what was written, or are of the stage that is trained; the
-    main ones come before those of a part of a part.
+    Of several, those that share most sections with the unknown key, or belong to the stage that is trained, are chosen;
+    less nested ones first.
     """
     while isinstance(value, dict) and value:  # the first section is unknown: what was written in it says more
         name, value = next(iter(value.items()))

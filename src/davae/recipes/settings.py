@@ -1,7 +1,7 @@
-"""The typed settings of a training: what a recipe file may say, with defaults and limits.
+"""The typed settings of a recipe, with defaults and limits.
 
-Each class is one section of a recipe. The docstring below a field is its description: units, and the source of a
-default. `davae.recipes.read` reads files into these classes and turns mistakes into one clear line.
+Each class is one section. The docstring below a field is its description, with units and the source of the default.
+`davae.recipes.read` reads files into these classes and reports mistakes in one line.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ class AutoencoderSettings(Section):
 
     model: AutoencoderModelSettings
     start_from: Annotated[str | None, MAY_MOVE] = None
-    """An autoencoder trained before, whose weights are the start: its folder, or its run. Its levels are the first ones
-    here; where they are all, they are trained further."""
+    """A trained autoencoder to start from: its folder, or its run. Its levels must be the first ones here; if there are
+    no others, they are trained further."""
     alignment: AlignmentSettings = AlignmentSettings()
     reconstruction: ReconstructionSettings = ReconstructionSettings()
     levels: LevelOrder = "sequential"
@@ -148,7 +148,7 @@ class AutoencoderSettings(Section):
     @model_validator(mode="before")
     @classmethod
     def _start_of_the_model(cls, values: Any) -> Any:
-        """``model.start_from`` is where earlier versions had ``start_from``."""
+        """Accept ``model.start_from`` of earlier versions."""
         model = values.get("model") if isinstance(values, dict) else None
         if not isinstance(model, dict) or "start_from" not in model:
             return values
@@ -268,8 +268,7 @@ class DiffusionSettings(Section):
     """The diffusion stage: the warm-started transformer."""
 
     start_from: str | None = None
-    """A transformer tuned before, whose weights are the start: its pipeline's folder, that of its adapters, or its
-    run."""
+    """A tuned transformer to start from: the folder of its pipeline or adapters, or its run."""
     tune: TuneSettings = TuneSettings()
     prompts: PromptSettings = PromptSettings()
     timesteps: TimestepSettings = TimestepSettings()
@@ -301,10 +300,10 @@ class UpgradeRecipe(Section):
     """A name on the hub: the branch, tag or commit to take; none takes the newest. The run's environment.json says
     which commit it was, to be pinned here."""
     base_variant: Annotated[str | None, MAY_MOVE] = None
-    """Variant of the base's files, such as ``fp16`` in ``model.fp16.safetensors``; none takes those without one, and
-    where there are none of these the only variant that there is."""
+    """Variant of the base's files, such as ``fp16`` in ``model.fp16.safetensors``; none takes those without a variant,
+    or, if there are none, the only variant."""
     base_remote_code: Annotated[bool, MAY_CHANGE] = False
-    """Whether Python files that lie beside the base's weights may be executed."""
+    """Whether Python files beside the base's weights may be executed."""
     data: DataSettings = DataSettings()
     autoencoder: AutoencoderSettings
     diffusion: DiffusionSettings
@@ -446,4 +445,4 @@ class AblationRecipe(Section):
     features: str | None = None
     """A network for distances of features, as ``davae evaluate generation --features`` takes it."""
     variants: Annotated[dict[str, list[str]], Field(min_length=1)]
-    """Name to the overrides that make the variant. The first is what the others are compared with."""
+    """Overrides by name of the variant. The others are compared with the first."""

@@ -1,7 +1,7 @@
-"""YAML as people write it: read strictly, mistakes with their line, and scalars typed by the field they are for.
+"""Strict reading of YAML: errors have the line, and scalars are converted by the type of their field.
 
-YAML 1.1 makes a number of ``2024``, a truth value of ``no`` and a date of ``2024-01-15``. Here a plain scalar stays the
-text that was written until the field is known (:func:`typed`): a text field takes the text.
+YAML 1.1 reads ``2024`` as a number, ``no`` as a boolean and ``2024-01-15`` as a date. Here an unquoted scalar stays
+text until its field is known (:func:`typed`), and a text field takes it as it is written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Plain(str):
 
 
 class _Loader(yaml.SafeLoader):
-    """Keeps plain scalars as text; a key that is there twice is an error."""
+    """Keeps plain scalars as text; a key that occurs twice is an error."""
 
 
 def _plain_scalar(loader: _Loader, node: yaml.Node) -> Any:
@@ -54,7 +54,7 @@ def _mapping(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
                 f"'{key.value}' is there twice, in line {lines[key.value]} and line {line}; keep one of them",
             )
         lines[key.value] = line
-    loader.flatten_mapping(node)  # <<: what is written out comes after what is merged
+    loader.flatten_mapping(node)  # merge keys (<<): explicit keys override merged ones
     return {str(key.value): loader.construct_object(value, deep=True) for key, value in node.value}
 
 
@@ -65,10 +65,10 @@ for _kind in _SCALARS:
 
 
 def read_text(file: Path) -> str:
-    """A text file in UTF-8 or, with a byte order mark, UTF-16.
+    """The text of a file in UTF-8 or, with a byte-order mark, UTF-16.
 
     Raises:
-        DavaeError: there is none, it cannot be read, is too large to be a recipe, or is no text.
+        DavaeError: there is no such file, it cannot be read, is larger than 1 MB, or is not text.
     """
     try:
         if not file.is_file():
@@ -87,15 +87,15 @@ def read_text(file: Path) -> str:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The one document in ``text``, with :class:`Plain` scalars.
+    """Parse the single YAML document in ``text``; unquoted scalars come out as :class:`Plain`.
 
     Args:
         text: YAML.
-        source: what errors call it.
+        source: its name in errors.
 
     Raises:
-        DavaeError: in one line: no YAML, a key that is there twice, or aliases that stand for more than any recipe
-            holds.
+        DavaeError: in one line: it is not YAML, has a key twice, or has aliases that expand to more than 100,000
+            values.
     """
     loader = None
     try:
@@ -115,11 +115,11 @@ def parse_yaml(text: str, source: str) -> Any:
 
 
 def typed(value: Any, annotation: Any) -> Any:
-    """A value that was read, its plain scalars typed by the field it is for.
+    """Convert the plain scalars in a value by the type of its field.
 
     Args:
-        value: of :func:`parse_yaml`; values without :class:`Plain` come out as they are.
-        annotation: the field's.
+        value: from :func:`parse_yaml`; values without :class:`Plain` are returned unchanged.
+        annotation: the field's type.
     """
     kinds = _kinds(annotation)
     sections = [k for k in kinds if isinstance(k, type) and issubclass(k, Section)]
@@ -139,17 +139,17 @@ def typed(value: Any, annotation: Any) -> Any:
 
 
 def field_of(sections: list[type[Section]], key: str) -> FieldInfo | None:
-    """The field of a key in the first of several sections that has one."""
+    """The field of a key in the first section that has it; ``None`` if none has."""
     return next((s.model_fields[key] for s in sections if key in s.model_fields), None)
 
 
 def takes_text(annotation: Any) -> bool:
-    """Whether a field takes text as it is written."""
+    """Whether a field of this type takes text."""
     return any(kind is str for kind in _kinds(annotation))
 
 
 def _scalar(text: Plain, kinds: list[Any]) -> Any:
-    """Text where text is taken, else null, a truth value or a number as far as it is one."""
+    """Text if the field takes text, else null, a boolean or a number if it is one."""
     empty = text == "" or text == "~" or text.lower() == "null"
     choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
     if empty and (type(None) in kinds or text == ""):
@@ -167,7 +167,7 @@ def _scalar(text: Plain, kinds: list[Any]) -> Any:
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """The types of a union, without what is annotated to them."""
+    """The types of a union, without their annotations."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _kinds(get_args(annotation)[0])
@@ -177,7 +177,7 @@ def _kinds(annotation: Any) -> list[Any]:
 
 
 def _items(kinds: list[Any], container: type, index: int = 0) -> Any:
-    """The type of what a list (or tuple) or a mapping holds; text where none is known."""
+    """The type of the items of a list (or tuple) or a mapping; ``None`` if unknown."""
     for kind in kinds:
         origin, inner = get_origin(kind), get_args(kind)
         if container is dict and origin is dict:
@@ -188,10 +188,10 @@ def _items(kinds: list[Any], container: type, index: int = 0) -> Any:
 
 
 def _check_size(node: yaml.Node) -> None:
-    """Count the values that a document stands for, aliases written out.
+    """Count the values of a document with its aliases expanded.
 
     Raises:
-        yaml.YAMLError: there are more than any recipe has, or one holds itself.
+        yaml.YAMLError: there are too many, or an alias contains itself.
     """
     counted: dict[int, int] = {}
     open_nodes: set[int] = set()
@@ -221,7 +221,7 @@ def _check_size(node: yaml.Node) -> None:
 
 
 def _told(error: yaml.YAMLError) -> str:
-    """What is wrong and where, in one line."""
+    """The error and its line, in one line."""
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark
         what = " ".join(part for part in (error.problem, error.context) if part)

@@ -1,7 +1,7 @@
-"""Configurations of well-known pipelines, without weights: what `davae plan` and dry runs build offline.
+"""Configurations of well-known pipelines, without weights, for `davae plan` and dry runs without a network.
 
-One JSON file a pipeline. ``transformer``, ``vae`` and ``text_encoders`` are what the pipeline's ``config.json``
-files say, as far as they shape the model; ``parameters`` is checked against the built model by a test.
+One JSON file per pipeline. ``transformer``, ``vae`` and ``text_encoders`` are the entries of the pipeline's
+``config.json`` files that determine the model; a test checks ``parameters`` against the built model.
 """
 
 import json
@@ -13,12 +13,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class License:
-    """Under which terms a base may be used; what is derived from it inherits them.
+    """The licence of a base, which is inherited by what is derived from it.
 
     Attributes:
         id: as on the hub.
         name: in words.
-        link: where it is written.
+        link: address of its text.
     """
 
     id: str
@@ -41,8 +41,8 @@ class Preset:
         license: of the weights.
         source: where the values come from.
         transformer_parameters: number of parameters of the transformer.
-        published: the size that its authors give, in words.
-        steps: denoising steps, where the model is not sampled with the pipeline's default.
+        published: the size as its authors state it.
+        steps: denoising steps, if not the pipeline's default.
         transformer, vae: configurations with ``_class_name``.
         text_encoders: configurations in the form of transformers, by component name.
     """
@@ -68,7 +68,7 @@ def preset_names() -> list[str]:
 
 
 def find_preset(name: str) -> Preset | None:
-    """The preset of a short name or of a name on the hub (in any case); None where there is none."""
+    """The preset of a short name or of a name on the hub (in any case); None if there is none."""
     wanted = name.lower()
     for preset in _presets():
         if wanted in (preset.key, preset.name.lower()):
