@@ -1,4 +1,4 @@
-"""Images from wherever people keep them, as square tensors in an order that can be resumed."""
+"""Data sets of images from folders, tables, shards or the hub, and samplers whose order can be resumed."""
 
 from davae.data.cache import Fingerprint, LatentCache
 from davae.data.images.buckets import make_buckets

@@ -1,4 +1,4 @@
-"""Images and latents of a frozen encoder kept in memory, and items changed when they are asked for."""
+"""Images and latents kept in memory, and data sets that change items on access."""
 
 from collections.abc import Callable, Iterator
 
@@ -14,16 +14,16 @@ from davae.runtime.pictures import to_bytes
 from davae.runtime.processes import gathered, share
 
 ENCODED_TOGETHER = 32
-"""Images: a batch for the transformer may be too large for the autoencoder."""
+"""Default number of images per call of the encoder."""
 
 _READ_TOGETHER = 32
 
 
 class ImagesInMemory(DatasetWrapper):
-    """Each image is made once, changed by ``prepare`` and kept as 8-bit values.
+    """Each image is read once, changed by ``prepare`` and kept as 8-bit values.
 
-    Of a data set that mirrors or crops at random the first epoch is kept. :class:`davae.data.Mirrored` around this one
-    mirrors again in each.
+    Random mirroring and crops are those of the first epoch; wrap this in :class:`davae.data.Mirrored` to mirror anew in
+    every epoch.
 
     Args:
         source: a map-style data set of items with an ``image`` in [-1, 1].
@@ -45,11 +45,11 @@ class ImagesInMemory(DatasetWrapper):
         return item
 
     def unmirrored(self) -> ItemDataset:
-        """Itself: what is kept is not mirrored again."""
+        """This data set itself, which does not mirror."""
         return self
 
     def read_all(self, workers: int, timeout_s: float = 0.0) -> None:
-        """Make all images now, in loader processes, which would otherwise each keep their own."""
+        """Read all images now, with loader processes; otherwise each loader process would keep its own copies."""
         order = range(len(self))
         parts = read_items(self.source, order, batch_size=_READ_TOGETHER, workers=workers, timeout_s=timeout_s)
         for index, item in zip(order, (item for part in parts for item in part), strict=True):
@@ -65,9 +65,8 @@ class ImagesInMemory(DatasetWrapper):
 class MixedScales(DatasetWrapper):
     """Whole images at base resolution, and crops of the same size at full resolution.
 
-    A general autoencoder has seen edges and textures at every scale. One that saw whole small images only does
-    not: asked for twice the resolution, it fails. Which image becomes a crop, and which, follows from
-    ``(seed, epoch, index)``.
+    An autoencoder trained on small whole images only fails at twice the resolution, since it has not seen edges and
+    textures at other scales. Which images become crops, and which crops, depends on ``(seed, epoch, index)``.
 
     Args:
         source: a map-style data set of items with an ``image`` at full resolution.
@@ -88,7 +87,7 @@ class MixedScales(DatasetWrapper):
         image = item["image"]
         small = self.reduce(image[None])[0]
         random = item_generator(self.seed, epoch, index)
-        if self._source_draws:  # perhaps from the same seed: a draw must not decide on both
+        if self._source_draws:  # perhaps from the same seed: the draws must be independent
             random = random.spawn(1)[0]
         if random.random() < self.crops:
             side = small.shape[-1]
@@ -99,11 +98,11 @@ class MixedScales(DatasetWrapper):
 
 
 class Prepared(DatasetWrapper):
-    """The items of a data set with something added or changed when they are asked for.
+    """The items of a data set, changed by a function on access.
 
     Args:
         source: a map-style data set of items.
-        prepare: from an item to the one that training sees.
+        prepare: maps an item to the one for training.
     """
 
     def __init__(self, source: Dataset[Item], prepare: Callable[[Item], Item]) -> None:
@@ -116,17 +115,17 @@ class Prepared(DatasetWrapper):
 
 
 class LatentsInMemory(DatasetWrapper):
-    """The latents of all images of a data set, encoded once; each process encodes its share and holds all.
+    """The latents of all images of a data set, encoded once; each process encodes its share and keeps all of them.
 
-    Where the data set mirrors, both latents of an image are kept, and ``item(index, epoch)`` draws one of them as the
-    data set does: training sees what it would see from the images.
+    If the data set mirrors, both latents of an image are kept, and ``item(index, epoch)`` draws one of them as the
+    data set does, so that training is the same as from images.
 
     Args:
         source: a map-style data set of items with an ``image`` in [-1, 1].
         encode: ``[B, 3, H, W]`` to ``[B, C, h, w]``.
-        prepare: what is done to an item besides, for example the pipeline's label or its caption's embedding.
-        batch_size: images encoded together, as far as they have one size.
-        limit: at most this many of the first images.
+        prepare: further changes of an item, for example to add the pipeline's label or its caption's embedding.
+        batch_size: images encoded together, if they have the same size.
+        limit: use at most this many of the first images.
         workers: loader processes that read the images; 0 reads in this one.
         timeout_s: seconds that they may take for a batch; 0 waits for ever.
 
@@ -152,7 +151,7 @@ class LatentsInMemory(DatasetWrapper):
         found = _encoded_share(self.source, count, encode, batch_size, workers, timeout_s)
         every = gathered([{**item, "latent": latents} for item, latents in found], count)
         self._latents = [item["latent"] for item in every]
-        # Prepared here, not before: what items share (embeddings of a caption) must not be sent with each of them.
+        # Prepared after gathering: what items share (embeddings of a caption) must not be sent with each of them.
         self.items = [prepare({**item, "latent": item["latent"][0]}) for item in every]
 
     def __len__(self) -> int:
@@ -171,9 +170,9 @@ class LatentsInMemory(DatasetWrapper):
 
 
 class WithBaseLatents(DatasetWrapper):
-    """The images of a data set with the latents of a frozen encoder beside them, as ``base_latent``.
+    """The items of a data set with latents of a frozen encoder added as ``base_latent``.
 
-    As in `LatentsInMemory` each process encodes its share and holds all, mirrored ones too.
+    As in `LatentsInMemory`, each process encodes its share and keeps all latents, including those of mirrored images.
 
     Args:
         source: a map-style data set of items with an ``image`` in [-1, 1], not cropped at random.
@@ -207,10 +206,10 @@ class WithBaseLatents(DatasetWrapper):
 
 
 def _unaugmented(source: ItemDataset) -> ItemDataset:
-    """A data set whose images can be encoded once: not mirrored.
+    """The data set without mirroring, for encoding each image once.
 
     Raises:
-        DavaeError: each epoch would crop them otherwise.
+        DavaeError: images are cropped at random, differently in each epoch.
     """
     if source.crop == "random":
         raise DavaeError(
@@ -243,7 +242,7 @@ def _encoded_share(
 
 @torch.no_grad()
 def _encode_by_size(images: list[Tensor], encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Latents of images in their order, on the CPU; images of one size are encoded together."""
+    """Latents of images in the same order, on the CPU; images of equal size are encoded together."""
     places: dict[torch.Size, list[int]] = {}
     for i, image in enumerate(images):
         places.setdefault(image.shape, []).append(i)

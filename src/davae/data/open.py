@@ -1,4 +1,4 @@
-"""From what a person writes as ``data.path`` to a data set: what each kind of path is taken for."""
+"""Opening the data set that a ``data.path`` names."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def open_dataset(
         crop: ``center`` or ``random``, see :class:`SquareCrop`. Procedural scenes are rendered square.
         flip: mirror half of the images.
         seed: of crops and flips. It changes neither the order nor what is held out.
-        split: of several splits, which; ``None`` takes all images of a folder that is made of splits.
+        split: which of several splits; ``None`` takes all images of a folder that consists of splits.
         hold_out: share (below 1) or number of images kept for validation, chosen by a hash of their names.
         part: ``train`` or ``held_out``.
         min_size: images with a shorter side are skipped; by default a quarter of ``resolution``.
-        buckets: sizes (width, height) of which each image takes the nearest; by default all are square.
-            Procedural scenes are always square.
-        revision: of a name on the hub: branch, tag or commit; none takes the newest.
-        quiet: do not log what was found: the set is opened once more.
+        buckets: sizes (width, height); each image takes the one with the nearest aspect ratio. By default all are
+            square; procedural scenes always are.
+        revision: of a name on the hub: branch, tag or commit; by default the newest.
+        quiet: do not log what was found, for a set that is opened again.
 
     Returns:
         A map-style data set of items (see :mod:`davae.data.images.protocol`) with ``classes`` and ``skipped``, the
@@ -183,10 +183,10 @@ def choose_part(ids: Sequence[str], hold_out: float, part: Part) -> list[int]:
     """Positions of the ids that belong to ``part``, in their order.
 
     Args:
-        ids: one unique name an image.
+        ids: one unique name per image.
         hold_out: below 1 the share of held-out images, from 1 on their number (those with the smallest
-            hashes), 0 for none. Where a share comes to no image or to all of them, one image changes sides,
-            so that both parts hold something; one image alone is for training.
+            hashes), 0 for none. If a share selects no image or all of them, one image changes sides,
+            so that neither part is empty; a single image is used for training.
         part: which part to return.
 
     Raises:

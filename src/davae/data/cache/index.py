@@ -1,11 +1,11 @@
-"""The index of a cache, ``index.jsonl``: a journal that is only ever appended to, one JSON object a line.
+"""The index of a cache, ``index.jsonl``: a journal that is only ever appended to, one JSON object per line.
 
 Lines of records (``key``, ``shard``, facts) stand before the line that commits their shard (``commit`` with the
 shard's size and SHA-256). A shard without a commit line was not finished and does not count; its lines are cut
-off when a writer goes on. The last line, ``complete``, says that nothing is missing.
+off when a writer continues. The last line, ``complete``, says that nothing is missing.
 
 Several processes that write one cache have a journal each, ``.index-N.jsonl``, of the same form. The first process
-takes what they committed into the index, at the end or when a stopped run goes on.
+takes what they committed into the index, at the end or when a stopped run continues.
 """
 
 import json
@@ -103,7 +103,7 @@ def cut(folder: Path, end: int) -> None:
 
 
 def rewrite(folder: Path, index: Index) -> None:
-    """Put an index in the place of the one that is there, in one go; shards without a record are left out."""
+    """Put an index in the place of the one that is there, in one step; shards without a record are left out."""
     lines: list[dict[str, Any]] = []
     for name, shard in index.shards.items():
         inside = [line for line in index.records if line["shard"] == name]
@@ -120,7 +120,7 @@ def journal_of(rank: int, world_size: int) -> str:
 def merge_journals(folder: Path) -> None:
     """Take the shards that processes committed to journals of their own into the index, and remove the journals.
 
-    A kill in the middle does no harm: shards that the index knows already are passed over the next time.
+    A kill in the middle does no harm: shards that the index knows already are ignored the next time.
     """
     index = read_index(folder)
     cut(folder, index.end)

@@ -52,7 +52,7 @@ def write_shard(path: Path, records: Sequence[Record]) -> list[dict[str, Any]]:
     """Write a complete shard, or none.
 
     Returns:
-        One index line a record: ``key``, ``shard``, the record's facts, and in tar shards where its tensors are.
+        One index line per record: ``key``, ``shard``, the record's facts, and in tar shards where its tensors are.
     """
     lines = [{"key": r.key, "shard": path.name, **r.facts} for r in records]
     if path.suffix != ".tar":

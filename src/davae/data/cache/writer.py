@@ -1,4 +1,4 @@
-"""Writing a cache: records are gathered, written as whole shards and committed to the index; a second run goes on.
+"""Writing a cache: records are gathered, written as whole shards and committed to the index; a second run continues.
 
 Several processes may write one cache together: each has shards and a journal of its own.
 """
@@ -27,11 +27,11 @@ LATENTS, TEXTS = "latents", "texts"
 class CacheWriter:
     """Puts records into shards. Opening a folder that holds a part of the same cache continues it.
 
-    A cache of the same models and settings but of other images, labels or captions is brought up to date: records of
+    A cache of the same models and settings but of other images, labels or captions is updated: records of
     images that are still the same are kept, the others forgotten.
 
     Args:
-        folder: the cache; made where it does not exist.
+        folder: the cache; created if absent.
         fingerprint: what the cache is made of. Its ``dtype`` fact is the storage type.
         form: ``safetensors`` or ``webdataset`` (tar).
         about: plain values that readers need (class names, files left out).
@@ -196,7 +196,7 @@ class CacheWriter:
 
 
 def _fits(line: dict[str, Any], made_of: Fingerprint, names: list[str]) -> bool:
-    """Whether a latent that was kept when its cache was brought up to date belongs to what the cache is made of."""
+    """Whether a latent that was kept when its cache was updated belongs to what the cache is made of."""
     if "stamp" not in line:  # written for just this fingerprint
         return True
     name = line["id"]

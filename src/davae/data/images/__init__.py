@@ -1,1 +1,1 @@
-"""One image of a data set: how it is read, cut, mirrored, and what every data set of images offers."""
+"""Reading, cropping and mirroring images, and the interface of all data sets."""

@@ -1,8 +1,8 @@
 """Aspect-ratio buckets: a few sizes of nearly the same area, and the one that fits each image best.
 
-Images of a bucket are brought to one size with little cropping, so a batch of one bucket stacks into a tensor
-and costs what a square batch costs. Sizes are (width, height) in pixels and multiples of ``unit``, the side of
-one token in pixels: ``f * s * patch``.
+Images of a bucket are resized to one size with little cropping, so they stack into a batch that costs as much as
+a square one. Sizes are (width, height) in pixels and multiples of ``unit``, the side of one token in pixels:
+``f * s * patch``.
 """
 
 import logging
@@ -22,28 +22,28 @@ from davae.errors import DavaeError
 logger = logging.getLogger(__name__)
 
 AREA_TOLERANCE = 0.1
-"""Most that a bucket's area differs from the square's, as a share of it."""
+"""Maximum difference of a bucket's area from the square's, as a share of it."""
 
 MAX_BUCKET_ASPECT = 2.0
-"""Most times that one side of a bucket is longer than the other."""
+"""Maximum ratio of a bucket's longer side to its shorter."""
 
 
 def make_buckets(
     resolution: int, unit: int, *, max_aspect: float = MAX_BUCKET_ASPECT, tolerance: float = AREA_TOLERANCE
 ) -> list[Size]:
-    """The sizes around ``resolution`` x ``resolution``, from tall to wide.
+    """Sizes with about the area of ``resolution`` x ``resolution``, from tall to wide.
 
-    For every number of token rows the number of columns whose product is nearest to the square's number of
-    tokens, where that is near enough.
+    For every number of token rows, the number of columns that gives a token count nearest to the square's, if that
+    is within ``tolerance``.
 
     Args:
         resolution: side of the square in pixels.
         unit: side of a token in pixels; all sizes are multiples of it.
-        max_aspect: most times that one side is longer than the other.
-        tolerance: most that an area differs from the square's, as a share of it.
+        max_aspect: maximum ratio of the longer side to the shorter.
+        tolerance: maximum difference of an area from the square's, as a share of it.
 
     Raises:
-        DavaeError: the resolution is no multiple of ``unit``.
+        DavaeError: the resolution is not a multiple of ``unit``.
     """
     if unit < 1 or resolution < unit or resolution % unit:
         near = max(1, round(resolution / unit)) * unit if unit > 0 else resolution
@@ -57,12 +57,12 @@ def make_buckets(
         columns = max(1, round(side * side / rows))
         even = max(rows, columns) <= max_aspect * min(rows, columns)
         if even and abs(rows * columns - side * side) <= tolerance * side * side:
-            found |= {(columns, rows), (rows, columns)}  # both ways up
+            found |= {(columns, rows), (rows, columns)}  # both orientations
     return sorted(((w * unit, h * unit) for w, h in found), key=lambda size: (size[0] / size[1], size))
 
 
 def check_buckets(sizes: Sequence[Sequence[int]], unit: int) -> list[Size]:
-    """The sizes that a person wrote, as (width, height), once each.
+    """Check the sizes of a recipe; returns each distinct (width, height) once.
 
     Raises:
         DavaeError: a size is not two multiples of ``unit``, or there is none.
@@ -81,10 +81,10 @@ def check_buckets(sizes: Sequence[Sequence[int]], unit: int) -> list[Size]:
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
-    """The bucket that keeps most of an image of ``size``: the one of the nearest aspect ratio.
+    """The index of the bucket with the nearest aspect ratio, which keeps most of an image of ``size``.
 
     Scaled to cover a bucket, an image keeps the share ``min(a, b) / max(a, b)`` of its pixels, with ``a`` its
-    aspect ratio and ``b`` the bucket's. Of equals the larger bucket, then the first.
+    aspect ratio and ``b`` the bucket's. Ties go to the larger bucket, then to the first.
     """
     aspect = math.log(size[0] / size[1])
     return min(
@@ -96,8 +96,8 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
 def assign_buckets(source: Source, indices: Sequence[int], buckets: Sequence[Size]) -> list[int]:
     """The bucket of each image, from its header.
 
-    An image whose header cannot be read is met again, and replaced, when it is decoded; it takes the bucket
-    that is nearest to a square.
+    An image with an unreadable header gets the bucket nearest to a square; it is replaced by another image when it is
+    decoded.
     """
     if len(indices) > 20_000:
         logger.info("%s: reading the sizes of %d images for the buckets", source.name, len(indices))
@@ -123,7 +123,7 @@ def _size(source: Source, index: int) -> Size:
 
 
 def same_size_batches(dataset: Dataset[Item], indices: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Parts of ``indices`` that can be stacked: consecutive ones, or bucket by bucket where there are buckets."""
+    """Split ``indices`` into batches that can be stacked: of consecutive ones, or bucket by bucket."""
     numbers = as_item_dataset(dataset).bucket_of
     groups: dict[int, list[int]] = {}
     for index in indices:

@@ -1,4 +1,4 @@
-"""The data set that every trainer reads: a source of image files, a choice among them, and a crop."""
+"""The data set for training: a source of image files, a choice among them, and a crop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Facts(NamedTuple):
-    """What is known about an image besides its pixels."""
+    """Label and caption of an image."""
 
     label: int = -1
     caption: str = ""
@@ -33,30 +33,30 @@ class Source(Protocol):
     name: str
     classes: list[str]
     problems: list[Skip]
-    """What was wrong with the source itself: damaged archives, captions for files that are not there."""
+    """Problems of the source itself: damaged archives, captions for missing files."""
     summary: str
-    """One line for people: how many images, how many with a caption, what was read and what was passed over."""
+    """One line of text: the number of images and of captions, what was read and what was ignored."""
     commit: str | None
-    """Of images from the hub, where it is known."""
+    """The commit on the hub, if it is known."""
 
     def __len__(self) -> int:
-        """How many image files there are, readable or not."""
+        """The number of image files, readable or not."""
 
     def id(self, index: int) -> str:
-        """A name that is unique in the source and does not change when images are added."""
+        """A name that is unique in the source and stays the same when images are added."""
 
     def open(self, index: int) -> BinaryIO:
-        """The image file, from its beginning. May raise :class:`UnreadableImage` or ``OSError``."""
+        """Open the image file. May raise :class:`UnreadableImage` or ``OSError``."""
 
     def facts(self, index: int) -> Facts:
-        """Label and caption. May raise :class:`UnreadableImage` where they cannot be read."""
+        """Label and caption. May raise :class:`UnreadableImage`."""
 
     def stamp(self, index: int) -> str:
-        """What changes when the image file does, without reading it: its size and time of change."""
+        """Text that changes with the file, without reading it: its size and modification time."""
 
 
 def size_in(stamp: str) -> str:
-    """The size in bytes that a stamp begins with; empty where it says none."""
+    """The size in bytes at the start of a stamp, as text; empty if it has none."""
     size, known, _ = stamp.partition(" bytes")
     return size if known else ""
 
@@ -64,19 +64,19 @@ def size_in(stamp: str) -> str:
 class ImageDataset(ItemDataset):
     """Square image tensors of a source, map-style.
 
-    An image that turns out unreadable is replaced by the next readable one, always the same, and named in the
-    item's ``skipped``. One that a disk or a network does not give is tried again for some seconds, then replaced this
-    once. Labels and captions stay those of the first call of :meth:`captions`, where there was one. Crops and flips
-    follow ``(seed, epoch, index)``: see :meth:`set_epoch`.
+    An unreadable image is always replaced by the next readable one, and named in the item's ``skipped``. If the disk or
+    the network fails, reading is tried again for some seconds, and the image is then replaced this one time. Once
+    :meth:`captions` was called, labels and captions do not change. Crops and flips depend on ``(seed, epoch, index)``,
+    see :meth:`set_epoch`.
 
     Args:
         source: where image files come from.
         indices: which of the source's images belong to this data set.
         transform: crop and resolution.
-        seed: of the random crops and flips.
+        seed: for random crops and flips.
         min_size: shortest side accepted, in pixels.
         skipped: images that were left out when the data set was opened.
-        sizes: the sizes of the buckets, (width, height) in pixels; none for squares.
+        sizes: the sizes of the buckets, (width, height) in pixels; ``None`` for squares.
         bucket_of: the bucket of each image.
     """
 
@@ -100,11 +100,11 @@ class ImageDataset(ItemDataset):
         self.skipped = list(skipped)
         self.sizes = None if sizes is None else list(sizes)
         self.bucket_of = None if bucket_of is None else list(bucket_of)
-        self._bad: dict[int, str] = {}  # position -> reason; a shortcut only, never changes what comes out
-        self._facts: dict[int, Facts] = {}  # index in the source -> what was known when captions were asked for
+        self._bad: dict[int, str] = {}  # position -> reason; a cache that does not change results
+        self._facts: dict[int, Facts] = {}  # index in the source -> facts when captions() was called
 
     def unmirrored(self) -> ImageDataset:
-        """The same images as they are before mirroring."""
+        """The same images without mirroring."""
         plain = copy.copy(self)
         plain.transform, plain.flip = replace(self.transform, flip=False), False
         return plain
@@ -117,7 +117,7 @@ class ImageDataset(ItemDataset):
         return self.source.id(self.indices[index])
 
     def captions(self) -> list[str]:
-        """Of the images that can be read, without decoding them."""
+        """Captions of the images whose facts can be read; no image is decoded."""
         for index in self.indices:
             try:
                 self._facts.setdefault(index, self.source.facts(index))
@@ -126,24 +126,24 @@ class ImageDataset(ItemDataset):
         return [self._facts[index].caption for index in self.indices if index in self._facts]
 
     def has_captions(self) -> bool:
-        """Whether any image has a caption; reads no further than the first."""
+        """Whether any image has a caption; stops at the first one."""
         return any(self._caption(index) for index in self.indices)
 
     def _caption(self, index: int) -> str:
-        """That of one of the source's images; empty where another item stands in for it."""
+        """The caption of an image of the source; empty if it is unreadable."""
         try:
             return (self._facts.get(index) or self.source.facts(index)).caption
         except UnreadableImage:
             return ""
 
     def size(self, index: int) -> Size:
-        """(width, height) of image ``index`` as it comes out, whatever stands in for it."""
+        """(width, height) of item ``index``."""
         if self.sizes is None or self.bucket_of is None:
             return self.transform.resolution, self.transform.resolution
         return self.sizes[self.bucket_of[index]]
 
     def stamps(self) -> dict[str, tuple[str, int, str]]:
-        """Of each image by its id: what changes when its file does, its label and its caption."""
+        """The stamp, label and caption of each image, by id."""
         found = {}
         for index in self.indices:
             try:
@@ -155,7 +155,7 @@ class ImageDataset(ItemDataset):
         return found
 
     def sizes_by_name(self) -> dict[str, str]:
-        """Of each image by its id: its size in bytes; empty in tables, and where it cannot be read now."""
+        """The size in bytes of each image, by id; empty for tables and unreadable files."""
         found = {}
         for index in self.indices:
             try:
@@ -166,7 +166,7 @@ class ImageDataset(ItemDataset):
         return found
 
     def content_hash(self, index: int) -> str:
-        """SHA-256 of the image file's bytes, hexadecimal; empty where it cannot be opened."""
+        """SHA-256 of the image file's bytes as hexadecimal digits; empty if it cannot be opened."""
         try:
             return patiently(partial(self._hash, self.indices[index]))
         except UnreadableImage:
@@ -180,7 +180,7 @@ class ImageDataset(ItemDataset):
         """Item ``index`` as it looks in ``epoch``.
 
         Raises:
-            DavaeError: not one image of the data set can be read.
+            DavaeError: no image of the data set can be read.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
@@ -201,7 +201,7 @@ class ImageDataset(ItemDataset):
                     again = False  # its neighbours lie on the same disk
                     logger.warning("%s: %s this time; the next image stands in", self.id(position), error.reason)
                 continue
-            # The asked-for index draws the crop, so that a substitute is not the same picture twice an epoch.
+            # The requested index draws the crop, so that a substitute does not appear twice with the same crop.
             generator = item_generator(self.seed, epoch, index)
             item["image"] = self.transform.to_size(item["image"], generator, self.size(index))
             return item | {"skipped": skipped}

@@ -1,8 +1,8 @@
-"""One image file to RGB pixels, whatever way the file stores them.
+"""Decoding of one image file to RGB pixels.
 
-What comes out is what a person sees in a viewer: turned as EXIF says, transparency over white, 16-bit values
-scaled (not clipped), palettes and CMYK resolved. Everything that cannot be read, or that is better not read,
-raises :class:`UnreadableImage` with a reason in plain words.
+The result is what an image viewer shows: EXIF orientation applied, transparency over white, 16-bit values
+scaled (not clipped), palettes and CMYK converted. Files that cannot be read, or are unsafe to read,
+raise :class:`UnreadableImage` with a readable reason.
 """
 
 import errno
@@ -23,23 +23,23 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from davae.errors import DavaeError
 
-_ROWS = 64  # of deep grey pictures converted at a time
+_ROWS = 64  # rows of 16-bit or float grey images converted at a time
 
 Result = TypeVar("Result")
 ImageFile = bytes | str | Path | BinaryIO
-"""Where an image's bytes are: in memory, at a path, or in an open file."""
+"""An image's bytes in memory, its path, or an open file."""
 
 MAX_PIXELS = 178_956_970
-"""Most pixels an image may have (512 MiB as RGB): Pillow's own limit against decompression bombs."""
+"""Maximum number of pixels (512 MiB as RGB): Pillow's own limit against decompression bombs."""
 
 MAX_ASPECT = 20
-"""Most times that one side may be longer than the other."""
+"""Maximum ratio of the longer side to the shorter."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "QOI")
-"""Formats that are read (JPEG with its MPO form). Others of Pillow's call outside programs (EPS) or have no
-signature to know them by (TGA)."""
+"""Supported formats (JPEG includes MPO). Other formats of Pillow call external programs (EPS) or have no
+signature (TGA)."""
 
-# What Pillow raises on broken files, seen across its plugins. MemoryError is not among them on purpose.
+# What Pillow's plugins raise on broken files; deliberately without MemoryError.
 _BROKEN = (
     OSError,
     SyntaxError,
@@ -72,7 +72,7 @@ class UnreadableImage(DavaeError):
 
     Attributes:
         reason: why, without naming the file.
-        lasting: it is a fault of the file; otherwise one of the disk or the network, which may be gone the next time.
+        lasting: whether the file is at fault; otherwise the disk or the network is, and a later try may succeed.
     """
 
     def __init__(self, reason: str, *, lasting: bool = True) -> None:
@@ -108,7 +108,7 @@ def decode_image(file: ImageFile, *, min_size: int = 1) -> Image.Image:
     * EXIF orientation is applied. Of animations the first frame is taken.
     * Transparency is composited over white before anything is resized, so hidden colours never bleed in.
     * 16-bit grey is scaled by 255/65535 and rounded; 16-bit colour keeps its upper 8 bits.
-    * CMYK goes through its embedded colour profile where it has one, else through ``(1 - c)(1 - k)``; JPEG's
+    * CMYK goes through its embedded colour profile if it has one, else through ``(1 - c)(1 - k)``; JPEG's
       inverted CMYK (Adobe) is understood. Profiles of RGB and grey images are ignored, as is usual.
 
     Args:
@@ -220,11 +220,11 @@ def _orientation(image: Image.Image) -> int:
             warnings.simplefilter("ignore")
             return int(image.getexif().get(_EXIF_ORIENTATION, 1))
     except _BROKEN:
-        return 1  # metadata is damaged, the pixels are not: viewers show such a picture as stored
+        return 1  # only the metadata is damaged: viewers show such an image as stored
 
 
 PAUSES_S = (0.1, 0.5, 2.0, 5.0)
-"""How long to wait before a file is tried again that a disk or a network did not give."""
+"""Seconds to wait before each further try after a failure of the disk or the network."""
 
 _OF_THE_FILE = {
     errno.EACCES,
@@ -238,14 +238,14 @@ _OF_THE_FILE = {
 
 
 def patiently(read: Callable[[], Result], *, again: bool = True) -> Result:
-    """What ``read`` gives; where the disk or the network is at fault, after another try, up to some seconds later.
+    """Call ``read``, and again after failures of the disk or the network, for some seconds.
 
     Args:
         read: opens and reads a file.
-        again: try again at all.
+        again: whether to try more than once.
 
     Raises:
-        UnreadableImage: the file cannot be used, or could not be read this time; ``lasting`` tells which.
+        UnreadableImage: the file cannot be used, or could not be read this time; ``lasting`` says which.
     """
     for pause in (*PAUSES_S, None) if again else (None,):
         try:
@@ -262,7 +262,7 @@ def patiently(read: Callable[[], Result], *, again: bool = True) -> Result:
 
 
 def _unreadable(error: BaseException, what: str = "damaged") -> UnreadableImage:
-    """The error of a file that cannot be read. Only the system's errors have a number."""
+    """The :class:`UnreadableImage` for an error; only system errors have an ``errno``."""
     number = error.errno if isinstance(error, OSError) else None
     if number == errno.ENOENT:  # gone, or its whole folder is away with a disk
         name = getattr(error, "filename", None)

@@ -1,13 +1,13 @@
-"""What every data set offers, whether of images or of latents in their place, and what wrappers hand on.
+"""The interface of all data sets, of images or of latents, and a base class for wrappers.
 
 An item is a dict:
 
 ======== ============================================================================
 image    float32 ``[3, R, R]`` in [-1, 1]; with buckets ``[3, H, W]`` of the image's bucket
-label    class number, -1 where there is none
-caption  text, empty where there is none
+label    class number, -1 if there is none
+caption  text, empty if there is none
 id       the image's name within its source
-skipped  ``(id, reason)`` of unreadable files that were met while looking for this item
+skipped  ``(id, reason)`` of unreadable files found while reading this item
 ======== ============================================================================
 """
 
@@ -28,29 +28,29 @@ Skip = tuple[str, str]
 
 
 class ItemDataset(Dataset[Item], ABC):
-    """A map-style data set of items: what is known of it besides them, with the value of a data set without it.
+    """A map-style data set of items. Class attributes are the defaults of its properties.
 
-    What an item looks like in an epoch follows from ``(seed, epoch, index)`` alone.
+    An item depends on ``(seed, epoch, index)`` only.
     """
 
     classes: Sequence[str] = ()
-    """Names of the classes; ``label`` counts in this list."""
+    """Names of the classes; ``label`` is an index into this list."""
     skipped: Sequence[Skip] = ()
     """Files that could not be used when the data set was opened."""
     bucket_of: Sequence[int] | None = None
-    """The aspect-ratio bucket of each item; none where all items have one size."""
+    """The aspect-ratio bucket of each item; ``None`` if all items have one size."""
     flip: bool = False
-    """Whether half of the images come mirrored, in each epoch another half."""
+    """Whether images are mirrored at random in each epoch."""
     crop: str = "center"
-    """``center``, or ``random``: another part of an image in each epoch."""
+    """``center``, or ``random``: another crop in each epoch."""
     seed: int = 0
-    """Of the random crops and flips."""
+    """Seed of random crops and flips."""
     epoch: int = 0
-    """The epoch that ``dataset[index]`` shows."""
+    """The epoch of ``dataset[index]``."""
     holds_latents: bool = False
-    """Whether items have a ``latent`` in place of an ``image``."""
+    """Whether items have a ``latent`` instead of an ``image``."""
     commit: str | None = None
-    """Of images from the hub: the commit, 40 hexadecimal digits."""
+    """The commit of images from the hub, 40 hexadecimal digits."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -67,11 +67,11 @@ class ItemDataset(Dataset[Item], ABC):
         return self.item(index, self.epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that ``dataset[index]`` shows."""
+        """Set the epoch of ``dataset[index]``."""
         self.epoch = epoch
 
     def captions(self) -> list[str]:
-        """The captions of all images in order, without decoding images where they come from files."""
+        """The captions of all images in order; images in files are not decoded."""
         return [self[index]["caption"] for index in range(len(self))]
 
     def has_captions(self) -> bool:
@@ -79,16 +79,16 @@ class ItemDataset(Dataset[Item], ABC):
         return any(self.captions())
 
     def sizes_by_name(self) -> dict[str, str]:
-        """Of each image by its id: its size in bytes as text, empty where that is not known without reading it."""
+        """The size in bytes of each image as text, by id; empty if it is unknown without reading the image."""
         return {self.id(index): "" for index in range(len(self))}
 
     def unmirrored(self) -> ItemDataset:
-        """The same items before mirroring. A data set with ``flip`` must override this."""
+        """The same items without mirroring. A data set with ``flip`` must override this."""
         return self
 
 
 class DatasetWrapper(ItemDataset):
-    """A data set around another one, which answers for all that the wrapper does not change.
+    """A wrapper around another data set, with its properties unless overridden.
 
     Args:
         source: what is wrapped.
@@ -109,24 +109,24 @@ class DatasetWrapper(ItemDataset):
         return self.source.id(index)
 
     def captions(self) -> list[str]:
-        """As of the data set within."""
+        """The captions of the wrapped data set."""
         return self.source.captions()
 
     def sizes_by_name(self) -> dict[str, str]:
-        """As of the data set within."""
+        """The sizes of the wrapped data set."""
         return self.source.sizes_by_name()
 
     def unmirrored(self) -> ItemDataset:
-        """The same wrapper around the items before mirroring."""
+        """The same wrapper around the items without mirroring."""
         plain = copy.copy(self)
         plain.source, plain.flip = self.source.unmirrored(), False
         return plain
 
 
 def as_item_dataset(dataset: Dataset[Item]) -> ItemDataset:
-    """A data set of one's own, with no more than ``len`` and ``dataset[index]``, as one of ours; ours unchanged.
+    """Wrap a plain torch data set with ``len`` and ``dataset[index]``; an :class:`ItemDataset` is returned unchanged.
 
-    Where it has attributes of :class:`ItemDataset`, such as ``classes`` or ``bucket_of``, they count.
+    Attributes of :class:`ItemDataset` that it has, such as ``classes`` or ``bucket_of``, are used.
     """
     return dataset if isinstance(dataset, ItemDataset) else _PlainDataset(dataset)
 
@@ -163,7 +163,7 @@ def is_mirrored(seed: int, epoch: int, index: int) -> bool:
 
 
 class Mirrored(DatasetWrapper):
-    """The items of a data set, the images of half of them mirrored: which half is drawn again in each epoch.
+    """The items of a data set with their images mirrored at random, drawn anew in each epoch.
 
     Args:
         source: a map-style data set of items with an ``image``, the same in every epoch.
@@ -182,5 +182,5 @@ class Mirrored(DatasetWrapper):
         return item
 
     def unmirrored(self) -> ItemDataset:
-        """The items before mirroring."""
+        """The items without mirroring."""
         return self.source.unmirrored()

@@ -1,6 +1,6 @@
-"""Pictures to tensors of one size. All randomness comes from a generator made for one item.
+"""Conversion of images to tensors of one size. All randomness comes from a generator for one item.
 
-An item's generator depends on ``(seed, epoch, index)`` and on nothing else, so a resumed run, more loader
+An item's generator depends on ``(seed, epoch, index)`` only, so a resumed run, more loader
 workers or another order of reading give the same crops.
 """
 
@@ -15,14 +15,14 @@ from davae.choices import Crop, check_choice
 from davae.errors import DavaeError
 
 Size = tuple[int, int]
-"""(width, height) in pixels, as Pillow has it."""
+"""(width, height) in pixels, as in Pillow."""
 
 _ZOOM = 1.25
-"""Random crops see at least 1/1.25 = 80 % of the short side."""
+"""Random crops show at least 1/1.25 = 80 % of the short side."""
 
 
 def item_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The source of randomness of one item in one epoch."""
+    """The random generator of one item in one epoch."""
     return np.random.default_rng((seed % 2**63, epoch, index))
 
 
@@ -49,11 +49,11 @@ def image_to_tensor(image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class SquareCrop:
-    """Resize and cut to ``resolution`` x ``resolution``, then perhaps mirror.
+    """Resize and crop to ``resolution`` x ``resolution``, and mirror at random with ``flip``.
 
-    ``crop="center"``: short side to ``resolution``, middle square (ADM).
-    ``crop="random"``: short side to a random length from ``resolution`` to 1.25 times it, never enlarging for
-    that, and a random square. ``flip`` mirrors left and right half of the time.
+    ``crop="center"``: short side to ``resolution``, central square (ADM).
+    ``crop="random"``: short side to a random length from ``resolution`` to 1.25 times it, without enlarging the image
+    for that, and a random square. ``flip`` mirrors left and right with probability one half.
     """
 
     resolution: int
@@ -66,11 +66,11 @@ class SquareCrop:
         check_choice(self.crop, Crop, "crop")
 
     def __call__(self, image: Image.Image, generator: np.random.Generator) -> Tensor:
-        """A picture of mode RGB to ``[3, R, R]`` in [-1, 1]."""
+        """An image of mode RGB to ``[3, R, R]`` in [-1, 1]."""
         return self.to_size(image, generator, (self.resolution, self.resolution))
 
     def to_size(self, image: Image.Image, generator: np.random.Generator, size: Size) -> Tensor:
-        """The same for another shape than the square: ``[3, H, W]`` of ``size`` = (width, height)."""
+        """The same for any size (width, height): ``[3, H, W]``."""
         width, height = size
         if self.crop == "center":
             image = resize_to_cover(image, size)

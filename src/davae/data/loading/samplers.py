@@ -1,7 +1,7 @@
 """Endless orders of batches whose place can be saved: of images of one size, and bucket by bucket.
 
 Every epoch is a fresh permutation, made from ``(seed, epoch)``; epochs follow each other without a gap and a
-batch may straddle two, so each image comes exactly once an epoch and sets smaller than a batch work too. The
+batch may straddle two, so each image comes exactly once per epoch and sets smaller than a batch work too. The
 place in the stream is the number of images that the training has taken, not what loader processes have
 fetched ahead.
 """

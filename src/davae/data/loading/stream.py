@@ -21,7 +21,7 @@ class BatchStream:
     set with aspect-ratio buckets (a list ``bucket_of``) gives batches of one bucket each.
 
     Args:
-        dataset: map-style; its ``item(index, epoch)`` is used where it has one, else ``dataset[index]``.
+        dataset: map-style; its ``item(index, epoch)`` is used if it has one, else ``dataset[index]``.
         batch_size: images a batch and process.
         seed: of the order.
         workers: loader processes; 0 decodes in this one. The batches are the same either way.

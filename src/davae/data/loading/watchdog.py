@@ -32,7 +32,7 @@ class WatchedItems(Dataset[Item]):
     """A data set's items by (epoch, position), so that loader processes need no message about a new epoch.
 
     Args:
-        dataset: map-style; its ``item(index, epoch)`` is used where it has one, else ``dataset[index]``.
+        dataset: map-style; its ``item(index, epoch)`` is used if it has one, else ``dataset[index]``.
         workers: loader processes.
         timeout_s: seconds that reading a batch may take; 0 waits for ever.
     """
@@ -88,7 +88,7 @@ class WatchedItems(Dataset[Item]):
             raise
 
     def close(self) -> None:
-        """End the reading thread, where there is one."""
+        """End the reading thread, if there is one."""
         if self._thread is not None:
             self._thread.end()
             self._thread = None

@@ -61,7 +61,7 @@ def _size(source: Source, index: int, min_size: int) -> tuple[int, int]:
 
 
 def describe(skips: Sequence[Skip], *, one: str = "file was skipped", many: str = "files were skipped") -> str:
-    """For people: how many, the first twenty by name and reason, then how many more."""
+    """Readable text: how many, the first twenty by name and reason, then how many more."""
     if not skips:
         return f"no {one}"
     lines = [f"{len(skips)} {one if len(skips) == 1 else many}:"]
@@ -88,7 +88,7 @@ def refuse_if_mostly_bad(skips: Sequence[Skip], total: int, where: str = "the da
 class SkipLedger:
     """Which images a training skipped, each counted once.
 
-    It begins anew whenever a training starts or goes on: what was wrong with a file may have been mended.
+    It begins anew whenever a training starts or continues: what was wrong with a file may have been mended.
 
     Args:
         total: how many image files there are in all, the skipped ones included.
@@ -132,5 +132,5 @@ class SkipLedger:
         refuse_if_mostly_bad(self.entries, self.total)
 
     def summary(self) -> str:
-        """For people: the first twenty files by name and reason, then how many more."""
+        """Readable text: the first twenty files by name and reason, then how many more."""
         return describe(self.entries)
