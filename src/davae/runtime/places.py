@@ -69,7 +69,7 @@ class _Kind:
 
 
 def _says(file: Path, *keys: str) -> bool:
-    """Whether a JSON file has all these keys; others may use the same file name."""
+    """Whether a JSON file has all these keys; other programs may use the same file name."""
     return set(keys) <= _json(file).keys()
 
 
@@ -207,8 +207,8 @@ def check_place(folder: str | Path, kind: KindName) -> None:
     others = [k.what for name, k in _KINDS.items() if name == held or (not held and k.known_by(folder))]
     whose = others[0] if others else "files that are not davae's"
     raise DavaeError(
-        f"{folder} holds {whose} ({shown}), and {made.what} is written to a folder of its own: name a new or an empty "
-        "one with --out"
+        f"{folder} holds {whose} ({shown}), and the output is {made.what}, which needs a folder of its own: name a new "
+        "or an empty one with --out"
     )
 
 

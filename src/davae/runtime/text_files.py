@@ -1,4 +1,4 @@
-"""The one reader for text from outside: captions, tables of captions, prompts, configurations.
+"""Reading text from outside: captions, tables of captions, prompts, JSON.
 
 The encoding is UTF-8, or what a byte-order mark says (UTF-8, UTF-16 or UTF-32, as Windows' Notepad writes them). Only a
 newline, optionally after a carriage return, ends a line; other Unicode separators are part of the text.

@@ -93,7 +93,7 @@ class Foundations:
         if found:
             raise DavaeError(
                 f"{out} cannot go on: what it stands on is not what it began with ({'; '.join(found)}). Put that back, "
-                "or train anew with another --out"
+                "or start another run with another --out"
             )
         grown = [name for name, _ in names.values() if _number(name) not in before]
         if grown:
