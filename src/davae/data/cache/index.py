@@ -1,11 +1,11 @@
-"""The index of a cache, ``index.jsonl``: a journal that is only ever appended to, one JSON object per line.
+"""The index of a cache, ``index.jsonl``: an append-only journal, one JSON object per line.
 
-Lines of records (``key``, ``shard``, facts) stand before the line that commits their shard (``commit`` with the
-shard's size and SHA-256). A shard without a commit line was not finished and does not count; its lines are cut
-off when a writer continues. The last line, ``complete``, says that nothing is missing.
+Lines of records (``key``, ``shard``, facts) come before the line that commits their shard (``commit`` with the
+shard's size and SHA-256). A shard without a commit line is unfinished and does not count; its lines are removed
+when a writer continues. The last line, ``complete``, says that nothing is missing.
 
 Several processes that write one cache have a journal each, ``.index-N.jsonl``, of the same form. The first process
-takes what they committed into the index, at the end or when a stopped run continues.
+merges them into the index at the end, or when a stopped run continues.
 """
 
 import json
@@ -23,12 +23,12 @@ INDEX = "index.jsonl"
 
 @dataclass
 class Index:
-    """What an index says.
+    """The contents of an index.
 
     Attributes:
         records: the lines of records in committed shards.
-        shards: name -> ``entries``, ``bytes`` and ``sha256``.
-        complete: what the writer noted at the end; none where it did not come so far.
+        shards: ``entries``, ``bytes`` and ``sha256`` by name.
+        complete: the writer's notes at the end; ``None`` if the cache is unfinished.
         end: bytes of the index up to its last commit.
     """
 
@@ -39,11 +39,11 @@ class Index:
 
 
 def read_index(folder: Path, name: str = INDEX) -> Index:
-    """Read the committed part of an index, or of a process's journal, and check that its shards are there, whole by
-    their sizes.
+    """Read the committed part of an index, or of a process's journal, and check that its shards exist with the right
+    sizes.
 
     Raises:
-        DavaeError: a shard is missing, has another size, or lies outside the folder; a line is no JSON.
+        DavaeError: a shard is missing, has another size, or lies outside the folder; a line is not JSON.
     """
     index, at = Index(), 0
     waiting: list[dict[str, Any]] = []
@@ -87,7 +87,7 @@ def read_index(folder: Path, name: str = INDEX) -> Index:
 
 
 def append(folder: Path, lines: list[dict[str, Any]], name: str = INDEX) -> None:
-    """Add lines to the index, or to a process's journal, and put them on the disk."""
+    """Append lines to the index, or to a process's journal, and flush them to disk."""
     with (folder / name).open("ab") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
         file.flush()
@@ -95,7 +95,7 @@ def append(folder: Path, lines: list[dict[str, Any]], name: str = INDEX) -> None
 
 
 def cut(folder: Path, end: int) -> None:
-    """Remove what a stopped writer left behind the last commit."""
+    """Remove what a stopped writer left after the last commit."""
     path = folder / INDEX
     if path.is_file() and path.stat().st_size > end:
         with path.open("r+b") as file:
@@ -103,7 +103,7 @@ def cut(folder: Path, end: int) -> None:
 
 
 def rewrite(folder: Path, index: Index) -> None:
-    """Put an index in the place of the one that is there, in one step; shards without a record are left out."""
+    """Replace the index atomically; shards without a record are left out."""
     lines: list[dict[str, Any]] = []
     for name, shard in index.shards.items():
         inside = [line for line in index.records if line["shard"] == name]
@@ -113,14 +113,14 @@ def rewrite(folder: Path, index: Index) -> None:
 
 
 def journal_of(rank: int, world_size: int) -> str:
-    """The file that process ``rank`` of ``world_size`` commits its shards to: the index itself where it is alone."""
+    """The file that process ``rank`` of ``world_size`` commits its shards to; for a single process, the index."""
     return INDEX if world_size == 1 else f".index-{rank}.jsonl"
 
 
 def merge_journals(folder: Path) -> None:
-    """Take the shards that processes committed to journals of their own into the index, and remove the journals.
+    """Merge the shards committed to the processes' journals into the index, and remove the journals.
 
-    A kill in the middle does no harm: shards that the index knows already are ignored the next time.
+    A kill in between does no harm: shards that are already in the index are ignored the next time.
     """
     index = read_index(folder)
     cut(folder, index.end)

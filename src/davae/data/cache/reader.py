@@ -1,4 +1,4 @@
-"""Reading a cache: latents and text embeddings where a data set of images would give images and captions."""
+"""Reading a cache: a data set of latents and text embeddings in place of images and captions."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class LatentCache(ItemDataset):
     label, caption, id, skipped   as in :mod:`davae.data.images.protocol`
     ============ ==========================================================================
 
-    Where images were cached with mirroring, ``item(index, epoch)`` draws one of the two as the images' data
+    If images were cached with mirroring, ``item(index, epoch)`` draws one of the two as the images' data
     set does, so that the stream of batches is the same.
 
     Args:
         folder: the cache.
-        wanted: what it must have been made of; none does not ask.
+        wanted: the fingerprint that it must have; ``None`` accepts any.
         seed: of the mirroring, as given to ``open_dataset``.
 
     Raises:
-        DavaeError: there is no complete cache, it is damaged, or it was made of something else.
+        DavaeError: there is no complete cache, it is damaged, or it has another fingerprint.
     """
 
     holds_latents = True
@@ -67,7 +67,7 @@ class LatentCache(ItemDataset):
             self.bucket_of = [self._plain[i]["bucket"] for i in range(len(self))]
         self._reader = ShardReader(self.folder)
         self.empty_conditioning: dict[str, Tensor] | None = self.conditioning("") if self._texts else None
-        """The conditioning of the empty prompt, for dropout and guidance; none without text."""
+        """The conditioning of the empty prompt, for dropout and guidance; ``None`` without text."""
 
     def __len__(self) -> int:
         return len(self._plain)
@@ -77,7 +77,7 @@ class LatentCache(ItemDataset):
         return str(self._plain[index]["id"])
 
     def sizes_by_name(self) -> dict[str, str]:
-        """As of the images that were cached."""
+        """The sizes of the cached images' files."""
         return {name: size_in(fact.stamp) for name, fact in self.fingerprint.sources.items()}
 
     def captions(self) -> list[str]:
@@ -85,7 +85,7 @@ class LatentCache(ItemDataset):
         return [self._plain[index]["caption"] for index in range(len(self))]
 
     def unmirrored(self) -> LatentCache:
-        """The latents of the images as they are before mirroring."""
+        """The latents without mirroring."""
         plain = copy.copy(self)
         plain.flip = False
         return plain

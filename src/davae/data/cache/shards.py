@@ -1,8 +1,8 @@
 """Shards: named tensors in safetensors files or in tar archives (WebDataset), read one record at a time.
 
 A record is a key and a few named tensors. In a safetensors shard the tensors are called ``KEY.NAME``. In a tar
-shard a record is the members ``KEY.safetensors`` (its tensors) and ``KEY.json`` (what the index says of it), as
-WebDataset readers expect. Nothing is unpacked and nothing is unpickled.
+shard a record is the members ``KEY.safetensors`` (its tensors) and ``KEY.json`` (its line of the index), as
+WebDataset readers expect. Nothing is unpacked or unpickled.
 """
 
 import io
@@ -68,7 +68,7 @@ def write_shard(path: Path, records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def is_shard_name(name: str) -> bool:
-    """Whether davae gives such a name to shards."""
+    """Whether a name is of the form that davae gives to shards."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -142,9 +142,9 @@ class ShardReader:
 
 
 def stored(tensors: dict[str, Tensor], dtype: torch.dtype, *, widen: bool) -> dict[str, Tensor]:
-    """Tensors as a cache keeps them: on the CPU, floating ones as ``dtype``, masks and numbers as they are.
+    """Tensors as a cache stores them: on the CPU, floating-point ones as ``dtype``, others unchanged.
 
-    Without ``widen`` floating ones of fewer bytes than ``dtype`` stay as they are too.
+    Without ``widen``, floating-point tensors of fewer bytes than ``dtype`` are unchanged too.
     """
 
     def kept(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Writing a cache: records are gathered, written as whole shards and committed to the index; a second run continues.
+"""Writing a cache: records are collected, written as whole shards and committed to the index; a later run continues.
 
-Several processes may write one cache together: each has shards and a journal of its own.
+Several processes may write one cache together: each has its own shards and journal.
 """
 
 import json
@@ -21,23 +21,23 @@ logger = logging.getLogger(__name__)
 SHARD_BYTES = 256 * 2**20
 SHARD_RECORDS = 4096
 LATENTS, TEXTS = "latents", "texts"
-"""The two kinds of shards, by the beginning of their names."""
+"""The two kinds of shards, as prefixes of their names."""
 
 
 class CacheWriter:
-    """Puts records into shards. Opening a folder that holds a part of the same cache continues it.
+    """Writes records into shards; an unfinished cache in the folder is continued.
 
-    A cache of the same models and settings but of other images, labels or captions is updated: records of
-    images that are still the same are kept, the others forgotten.
+    A cache of the same models and settings but other images, labels or captions is updated: records of
+    unchanged images are kept, the others dropped from the index.
 
     Args:
         folder: the cache; created if absent.
-        fingerprint: what the cache is made of. Its ``dtype`` fact is the storage type.
+        fingerprint: of the cache; its ``dtype`` fact is the storage type.
         form: ``safetensors`` or ``webdataset`` (tar).
-        about: plain values that readers need (class names, files left out).
+        about: plain values for readers (class names, skipped files).
         shard_bytes: a shard is closed when its tensors reach this size.
-        shard_records: or when it holds this many records; a stopped run loses one shard's work at most.
-        captions: by image id, for those that changed.
+        shard_records: or when it has this many records; a stopped run loses at most one shard.
+        captions: returns captions by image id, to update changed ones.
         rank: number of this process. The first one, 0, must open the cache before the others do.
         world_size: number of processes that write it together.
 
@@ -77,7 +77,7 @@ class CacheWriter:
     def _prepare(
         self, fingerprint: Fingerprint, about: dict[str, Any], captions: Callable[[], Mapping[str, str]]
     ) -> None:
-        """Make the folder, or see that it is the same cache's, and tidy up after a run that was stopped."""
+        """Create the folder, or check that it holds the same cache, and clean up after a stopped run."""
         make_folder(self.folder)
         old = None
         if (self.folder / "fingerprint.json").is_file():
@@ -105,9 +105,9 @@ class CacheWriter:
     def _bring_up_to_date(
         self, old: Fingerprint, new: Fingerprint, about: dict[str, Any], captions: Callable[[], Mapping[str, str]]
     ) -> None:
-        """Keep the records of images that are the same, at their new positions and with their new captions.
+        """Keep the records of unchanged images, with their new positions and captions.
 
-        A kill leaves an index without its last line, which nobody trains from, and the next call does it again.
+        A kill leaves an index without its last line, which is not trained from, and the next call repeats this.
         """
         index, places = read_index(self.folder), {name: i for i, name in enumerate(new.sources)}
         found, before = old.differences(new), list(old.sources)
@@ -122,7 +122,7 @@ class CacheWriter:
             if stamp is None and before[line["position"] : line["position"] + 1] == [name]:
                 stamp = old.sources[name].stamp
             if fact is None or stamp != fact.stamp or "asked" in line:
-                continue  # gone, changed, or standing in for another
+                continue  # removed, changed, or a substitute for another image
             line |= {"position": places[name], "label": fact.label, "stamp": stamp}
             if line["caption_hash"] != fact.caption:
                 texts = captions() if texts is None else texts
@@ -142,7 +142,7 @@ class CacheWriter:
         new.save(self.folder)
 
     def key_for(self, position: int, flip: bool) -> str:
-        """A name for the latent of an image that no other record has."""
+        """A unique key for the latent of an image."""
         key = plain = f"{position:09d}{'-flip' if flip else ''}"
         number = 1
         while key in self.done[LATENTS]:
@@ -152,11 +152,11 @@ class CacheWriter:
 
     @property
     def complete(self) -> bool:
-        """Nothing is left to do."""
+        """Whether the cache is finished."""
         return self.index.complete is not None
 
     def add(self, kind: str, record: Record) -> None:
-        """Take a record; it is safe once its shard is full or :meth:`flush` was called."""
+        """Add a record; it is on disk once its shard is full or :meth:`flush` was called."""
         if record.key in self.done[kind]:
             raise DavaeError(f"the cache {self.folder} holds '{record.key}' already")
         self.done[kind].add(record.key)
@@ -171,9 +171,9 @@ class CacheWriter:
             self._write(kind)
 
     def finish(self, notes: dict[str, Any]) -> None:
-        """Write what is left and mark the cache as complete.
+        """Write the remaining records and mark the cache as complete.
 
-        Called in the first process alone, after the others have flushed.
+        Call it in the first process only, after the others have flushed.
         """
         self.flush()
         if not self.complete:
@@ -196,8 +196,8 @@ class CacheWriter:
 
 
 def _fits(line: dict[str, Any], made_of: Fingerprint, names: list[str]) -> bool:
-    """Whether a latent that was kept when its cache was updated belongs to what the cache is made of."""
-    if "stamp" not in line:  # written for just this fingerprint
+    """Whether a kept latent agrees with the fingerprint of the updated cache."""
+    if "stamp" not in line:  # written for this very fingerprint
         return True
     name = line["id"]
     fact = (line["stamp"], line["label"], line["caption_hash"])
@@ -205,13 +205,13 @@ def _fits(line: dict[str, Any], made_of: Fingerprint, names: list[str]) -> bool:
 
 
 def _first_free(shards: Iterable[str], kind: str) -> int:
-    """The number after those of a kind's shards."""
+    """The first unused shard number of a kind."""
     numbers = [int(Path(name).stem.partition("-")[2]) for name in shards if name.startswith(f"{kind}-")]
     return max(numbers, default=-1) + 1
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """``cache.json``: the format and what the writer was given about the data.
+    """Read ``cache.json``: the format, and the writer's ``about`` values.
 
     Raises:
         DavaeError: it is missing or damaged.

@@ -1,1 +1,1 @@
-"""Batches of a data set: in which order, read by whom, and what happens when reading stops."""
+"""Batches of a data set: their order, loader processes, and reads that stall."""

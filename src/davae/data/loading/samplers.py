@@ -1,9 +1,9 @@
-"""Endless orders of batches whose place can be saved: of images of one size, and bucket by bucket.
+"""Endless streams of batches whose position can be saved: for images of one size, and for buckets.
 
-Every epoch is a fresh permutation, made from ``(seed, epoch)``; epochs follow each other without a gap and a
-batch may straddle two, so each image comes exactly once per epoch and sets smaller than a batch work too. The
-place in the stream is the number of images that the training has taken, not what loader processes have
-fetched ahead.
+Every epoch is a new permutation, made from ``(seed, epoch)``; epochs follow each other without a gap and a
+batch may straddle two, so each image comes exactly once per epoch, and data sets smaller than a batch work too. The
+position in the stream is the number of images that the training has consumed, not what loader processes have
+prefetched.
 """
 
 import zlib
@@ -17,22 +17,21 @@ from davae.errors import DavaeError
 
 
 class Key(NamedTuple):
-    """Which item, in which epoch."""
+    """An item in an epoch."""
 
     epoch: int
     position: int
 
 
 class ResumableSampler(Sampler[list[Key]]):
-    """Batches of keys without end, starting at :attr:`samples`.
+    """Endless batches of keys, starting at :attr:`samples`.
 
-    The stream over all processes takes ``batch_size * world_size`` images at a time; process ``rank`` gets
-    its own stretch of them. Iterating does not move :attr:`samples`: whoever consumes batches calls
-    :meth:`advance`.
+    All processes together take ``batch_size * world_size`` images at a time; process ``rank`` gets a contiguous part
+    of them. Iterating does not change :attr:`samples`: the consumer of the batches calls :meth:`advance`.
 
     Args:
-        length: images in the data set.
-        batch_size: images a batch and process.
+        length: number of images.
+        batch_size: images per batch and process.
         seed: of the permutations.
         rank: this process.
         world_size: number of processes.
@@ -79,11 +78,11 @@ class ResumableSampler(Sampler[list[Key]]):
         """Continue where ``state`` was taken; batch size and number of processes may differ.
 
         Args:
-            state: of :meth:`state_dict`.
-            grown: the images are known to be those of then and more: the next epoch begins, with all of them.
+            state: from :meth:`state_dict`.
+            grown: images were added since; the stream then continues with the next epoch.
 
         Raises:
-            DavaeError: the data set or the seed is another one, so the stream cannot be the same.
+            DavaeError: the data set or the seed differs.
         """
         if "buckets" in state:
             raise DavaeError(
@@ -103,22 +102,21 @@ class ResumableSampler(Sampler[list[Key]]):
 
 
 class BucketSampler(Sampler[list[Key]]):
-    """Batches of keys without end, each of one bucket, starting at :attr:`samples`.
+    """Endless batches of keys, each from one bucket, starting at :attr:`samples`.
 
-    Each bucket has a stream of its own: one permutation of its images after the other. Batch ``j`` of a bucket is
+    Each bucket has its own stream: one permutation of its images after the other. Batch ``j`` of a bucket is
     its images ``j G .. (j + 1) G - 1``, with ``G`` the images that all processes take together, and belongs to the
-    epoch in which its first image lies. An epoch takes batches from its buckets in random turns.
+    epoch of its first image. Within an epoch the order of the buckets is random.
 
-    So nothing is dropped and nothing repeated: each image comes exactly once in each pass over its bucket. The
-    only irregularity is at the seam: a bucket's last batch of an epoch is filled up from its next permutation (up
-    to ``G - 1`` images come that much early), as with one size, where batches straddle epochs too.
+    No image is dropped or repeated: each comes exactly once in each pass over its bucket. A bucket's last batch of an
+    epoch is filled from its next permutation (up to ``G - 1`` images), as batches of one size straddle epochs too.
 
-    All processes get parts of the same round and so the same bucket. Iterating does not move
-    :attr:`samples`: whoever consumes batches calls :meth:`advance`.
+    All processes get parts of the same ``G`` images, so the same bucket. Iterating does not change
+    :attr:`samples`: the consumer of the batches calls :meth:`advance`.
 
     Args:
         buckets: the bucket number of each image.
-        batch_size: images a batch and process.
+        batch_size: images per batch and process.
         seed: of the permutations.
         rank: this process.
         world_size: number of processes.
@@ -135,7 +133,7 @@ class BucketSampler(Sampler[list[Key]]):
             raise DavaeError(f"rank {rank} is not one of {world_size} processes")
         numbers = np.asarray(buckets, dtype=np.int64)
         self.members = [np.flatnonzero(numbers == bucket) for bucket in np.unique(numbers)]
-        """Positions of the images of each bucket that has any."""
+        """Positions of the images of each bucket that is not empty."""
         self.length, self.batch_size, self.seed = len(numbers), batch_size, seed
         self.rank, self.round = rank, batch_size * world_size
         self.samples = 0
@@ -166,14 +164,14 @@ class BucketSampler(Sampler[list[Key]]):
         }
 
     def load_state_dict(self, state: dict[str, int], *, grown: bool = False) -> None:
-        """Continue where ``state`` was taken. Batches are made of rounds, so their size must be the same.
+        """Continue where ``state`` was taken; ``batch_size * world_size`` must be the same.
 
         Args:
-            state: of :meth:`state_dict`.
+            state: from :meth:`state_dict`.
             grown: as for :meth:`ResumableSampler.load_state_dict`.
 
         Raises:
-            DavaeError: data set, buckets, seed or round are others, so the stream cannot be the same.
+            DavaeError: data set, buckets, seed or ``batch_size * world_size`` differ.
         """
         names = {
             "length": "number of images",
@@ -206,7 +204,7 @@ class BucketSampler(Sampler[list[Key]]):
         return keys
 
     def _batches_of(self, epoch: int) -> list[tuple[int, int]]:
-        """(bucket, batch of that bucket) of an epoch: buckets in random turns, a bucket's batches in order."""
+        """(bucket, batch of that bucket) of an epoch: buckets in random order, a bucket's batches in order."""
         turns: list[int] = []
         waiting = []
         for bucket, members in enumerate(self.members):
@@ -221,12 +219,12 @@ class BucketSampler(Sampler[list[Key]]):
 
     def _epoch_of(self, number: int) -> int:
         """The epoch that batch ``number`` of the whole stream belongs to."""
-        # Before epoch e lie at least e n / G batches and at most as many buckets more.
+        # Before epoch e there are at least e n / G batches, and at most one more per bucket.
         epoch = max(0, (number - len(self.members)) * self.round // self.length - 1)
         while self._batches_before(epoch + 1) <= number:
             epoch += 1
         return epoch
 
     def _random(self, epoch: int, stream: int) -> np.random.Generator:
-        # Four words: an item's generator has three, the sampler of one size two.
+        # Four numbers, to be distinct from an item's generator (three) and the sampler of one size (two).
         return np.random.default_rng((self.seed % 2**63, epoch, stream, 0))

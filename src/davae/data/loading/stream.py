@@ -1,4 +1,4 @@
-"""An endless stream of batches whose place can be saved and found again to the image, and reading in a given order."""
+"""An endless stream of batches whose position can be saved and restored exactly, and reading in a given order."""
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,16 +15,16 @@ from davae.errors import DavaeError
 
 
 class BatchStream:
-    """Batches of a data set for the training loop; ``state_dict`` counts what the loop has taken.
+    """Batches of a data set for the training loop; ``state_dict`` counts what the loop has consumed.
 
-    Every ``iter(stream)`` begins at the current place. Iterating leaves torch's global random state alone. A data
-    set with aspect-ratio buckets (a list ``bucket_of``) gives batches of one bucket each.
+    Every ``iter(stream)`` starts at the current position. Iterating does not change torch's global random state. With
+    aspect-ratio buckets (a list ``bucket_of``) each batch is from one bucket.
 
     Args:
         dataset: map-style; its ``item(index, epoch)`` is used if it has one, else ``dataset[index]``.
-        batch_size: images a batch and process.
+        batch_size: images per batch and process.
         seed: of the order.
-        workers: loader processes; 0 decodes in this one. The batches are the same either way.
+        workers: loader processes; 0 decodes in this one. The batches are the same.
         rank: this process.
         world_size: number of processes.
         timeout_s: seconds to wait for a batch before a :class:`DavaeError` names what was being read; 0 waits
@@ -66,16 +66,16 @@ class BatchStream:
 
     @property
     def epoch(self) -> float:
-        """How often the data set has been seen, with the fraction of the current pass."""
+        """The number of passes over the data set so far, as a fraction."""
         return self.sampler.samples / self.sampler.length
 
     def state_dict(self) -> dict[str, int]:
-        """The place in the stream after the batches taken so far."""
+        """The position in the stream after the batches consumed so far."""
         return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, int], *, grown: bool = False) -> None:
-        """Continue from a saved place, or with the next epoch where the set has ``grown``; takes effect at the next
-        ``iter``.
+        """Continue from a saved position, or with the next epoch if images were added (``grown``); takes effect at the
+        next ``iter``.
         """
         self.sampler.load_state_dict(state, grown=grown)
 
@@ -83,12 +83,12 @@ class BatchStream:
 def read_items(
     dataset: Dataset[Item], positions: Sequence[int], *, batch_size: int, workers: int = 0, timeout_s: float = 0.0
 ) -> Iterator[list[Item]]:
-    """Items of a data set in a given order, ``batch_size`` at a time, as they look in the first epoch.
+    """Items of a data set in a given order, ``batch_size`` at a time, as in the first epoch.
 
     Args:
         dataset: map-style.
-        positions: which, in order.
-        batch_size: items a part.
+        positions: indices of the items, in order.
+        batch_size: items per part.
         workers: loader processes; 0 reads in this one.
         timeout_s: seconds that loader processes may take for a part before a :class:`DavaeError` names what was
             being read; 0 waits for ever.
@@ -110,7 +110,7 @@ def read_items(
 
 
 def _packed(items: list[Item]) -> tuple[list[Item], dict[str, torch.Tensor]]:
-    """Items with their tensors of equal size in one: each tensor that a loader process sends is an open file."""
+    """Stack tensors of equal size over items, since each tensor sent by a loader process uses an open file."""
     names = [name for name, value in items[0].items() if isinstance(value, torch.Tensor)]
     alike = [name for name in names if len({item[name].shape for item in items}) == 1]
     rest = [{name: value for name, value in item.items() if name not in alike} for item in items]
@@ -118,7 +118,7 @@ def _packed(items: list[Item]) -> tuple[list[Item], dict[str, torch.Tensor]]:
 
 
 def _unpacked(rest: list[Item], stacked: dict[str, torch.Tensor]) -> list[Item]:
-    # What stays in memory must not hold a file open.
+    # Tensors that stay in memory must not keep a file open.
     own = {name: tensor.clone() if tensor.is_shared() else tensor for name, tensor in stacked.items()}
     return [item | {name: tensor[i] for name, tensor in own.items()} for i, item in enumerate(rest)]
 
@@ -139,7 +139,7 @@ def _loader(
 
 
 def collate(items: Sequence[Item]) -> dict[str, Any]:
-    """Items to a batch.
+    """Make a batch of items.
 
     Tensors (``image`` ``[B, 3, R, R]``, or a cached ``latent``) are stacked, and so are those in dictionaries
     (``conditioning``); ``label`` is long ``[B]``, ``caption`` and ``id`` are lists of text, ``skipped`` holds
@@ -162,19 +162,19 @@ def collate(items: Sequence[Item]) -> dict[str, Any]:
 
 @contextmanager
 def frozen_objects(workers: int) -> Iterator[None]:
-    """Within the context the garbage collector leaves alone what exists at its beginning, here and in forks.
+    """Context in which the garbage collector, here and in forks, ignores the objects that exist at its start.
 
-    To be entered before ``workers`` processes are forked. Without any, and where objects are frozen already, nothing is
-    done.
+    Enter it before ``workers`` processes are forked. Without workers, or if objects are frozen already, it does
+    nothing.
 
-    A forked process shares its parent's pages until one of both writes to them. Python's garbage collector writes
-    into the head of every object it looks at: its first full collection, minutes after the start, would give each
-    loader process its own copy of all objects of the imported libraries, about 140 MB.
+    A forked process shares its parent's memory pages until one of the two writes to them. Python's garbage collector
+    writes to the header of every object that it visits: its first full collection, minutes after the start, would give
+    each loader process its own copy of all objects of the imported libraries, about 140 MB.
     """
     if not workers or gc.get_freeze_count():
         yield
         return
-    gc.collect()  # what is garbage now would stay
+    gc.collect()  # present garbage would otherwise be kept
     gc.freeze()
     try:
         yield

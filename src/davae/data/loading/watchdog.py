@@ -1,8 +1,8 @@
-"""A data source that stops answering: noticed after a time, and named.
+"""Time-outs for data sources that stop responding, with the names of the files being read.
 
-A network disk that hangs raises no error; a training on it waits for ever without saying for what. Whoever reads
-an image therefore writes down which one, in memory that all loader processes share, and whoever waits for the batch
-gives up after ``timeout_s`` and says what was being read.
+A network disk that hangs raises no error, and a training would wait for it silently and without end. So each reader
+records the image it reads in memory shared by all loader processes, and the process that waits for the batch stops
+after ``timeout_s`` and reports what was being read.
 """
 
 import os
@@ -24,7 +24,7 @@ from davae.errors import DavaeError
 _NAMED = 4
 _DEAD_WORKER = "a loader process was ended from outside, perhaps for want of memory"
 _WHAT_TO_DO = "Lower data.workers, or look in the system's log for what ended it"
-#: How torch wraps errors of loader processes.
+#: Torch's prefix for errors of loader processes.
 _FROM_A_WORKER = "Original Traceback (most recent call last)"
 
 
@@ -44,7 +44,7 @@ class WatchedItems(Dataset[Item]):
             raise DavaeError(f"timeout_s must be 0 (wait for ever) or more seconds, not {timeout_s:g}")
         self.workers, self.timeout_s = workers, timeout_s
         self._dataset = as_item_dataset(dataset)
-        # Position being read (-1: none) and when that began, of each loader process.
+        # For each loader process: the position being read (-1: none) and when that started.
         self._reading = torch.full((max(1, workers), 2), -1.0, dtype=torch.float64).share_memory_()
         self._thread: _ReadingThread | None = None
 
@@ -57,7 +57,7 @@ class WatchedItems(Dataset[Item]):
         return item
 
     def __getitems__(self, keys: list[Key]) -> list[Item]:
-        """A batch's items. Read in a thread where this process is also the one that waits."""
+        """A batch's items; read in a thread if there are no loader processes, so that this one can time out."""
         if self.timeout_s == 0 or get_worker_info() is not None:
             return [self[key] for key in keys]
         if self._thread is None:
@@ -69,10 +69,10 @@ class WatchedItems(Dataset[Item]):
 
     @contextmanager
     def stalls_as_errors(self) -> Iterator[None]:
-        """Within the block, what goes wrong in loader processes is raised as it would be in this one.
+        """Context that raises errors of loader processes as if they had occurred in this process.
 
         Raises:
-            DavaeError: the time is over or a loader process has died; says which images were being read.
+            DavaeError: the time-out expired or a loader process died; the message names the images being read.
         """
         try:
             yield
@@ -109,22 +109,22 @@ class WatchedItems(Dataset[Item]):
 
 
 def is_of_a_dead_worker(error: RuntimeError) -> bool:
-    """Whether torch says that a loader process has died; it may say so anywhere, as the news comes by a signal."""
+    """Whether torch reports that a loader process died; the error may come anywhere, since a signal triggers it."""
     return "DataLoader worker" in str(error) and any(
         words in str(error) for words in ("exited unexpectedly", "killed by signal")
     )
 
 
 def dead_worker_message() -> str:
-    """One line, where it is not known what was being read."""
+    """The message if it is not known what was being read."""
     return f"{_DEAD_WORKER}. {_WHAT_TO_DO}"
 
 
 def outlive_signals(_worker: int) -> None:
-    """Begin a loader process that does not end when all processes of a run are asked to stop.
+    """Make a loader process ignore the signals that ask a run to stop.
 
-    Ctrl-C and Slurm's SIGTERM and SIGUSR1 reach these too, and the training needs them to finish its step and save.
-    They end with the training, or at the second SIGTERM.
+    Ctrl-C and Slurm's SIGTERM and SIGUSR1 reach loader processes too, but the training needs them to finish its step
+    and save. They end with the training, or at the second SIGTERM.
     """
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
@@ -140,7 +140,7 @@ def outlive_signals(_worker: int) -> None:
 
 
 def end_workers(batches: Any) -> None:
-    """End the loader processes of a torch loader's iterator, also one that hangs and does not listen."""
+    """End the loader processes of a torch loader's iterator, even one that hangs."""
     workers = list(getattr(batches, "_workers", ()))
     if workers:
         batches._shutdown_workers()  # first: afterwards torch takes a killed process for no mistake
@@ -149,14 +149,14 @@ def end_workers(batches: Any) -> None:
 
 
 class _ReadingThread:
-    """A thread that may be left behind: a read that hangs cannot be ended, and must not keep the program."""
+    """A daemon thread for reads: one that hangs cannot be ended, and must not keep the program from exiting."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._work, name="reading", daemon=True).start()
 
     def call(self, job: Callable[[], Any], timeout_s: float) -> Any:
-        """The job's result; its errors are raised here.
+        """Run a job and return its result; its errors are raised here.
 
         Raises:
             queue.Empty: it takes longer than ``timeout_s``.
@@ -169,12 +169,12 @@ class _ReadingThread:
         return value
 
     def end(self) -> None:
-        """No more jobs."""
+        """End the thread; no more jobs follow."""
         self._jobs.put(None)
 
     def _work(self) -> None:
-        # Of this thread alone: OpenMP gives every thread that computes a team of its own, and two teams that wait
-        # for work on the same cores cost a training on a CPU a quarter of its speed.
+        # For this thread only: OpenMP gives every computing thread its own team, and two teams waiting for work on
+        # the same cores slow a training on a CPU down by a quarter.
         torch.set_num_threads(1)
         while (asked := self._jobs.get()) is not None:
             job, answer = asked

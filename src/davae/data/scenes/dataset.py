@@ -31,7 +31,7 @@ CLASSES: tuple[str, ...] = tuple(_PAINTERS)
 """Class names; a label is a position in this tuple."""
 
 SEED_STRIDE = 2**32
-"""How far apart the scenes of two data set seeds lie: no data set is longer than this."""
+"""Distance between the first scenes of two data set seeds; no data set is longer than this."""
 
 
 class SceneItem(TypedDict):
@@ -74,7 +74,7 @@ class ProceduralScenes(Dataset[SceneItem]):
     Item ``i`` shows class ``i % len(classes)``. Its scene has the seed ``seed * 2**32 + start + i``, so two
     data sets whose ``seed`` differs never share a scene, whatever their lengths: take ``seed=0`` for training
     and ``seed=1`` for a held-out set. ``start`` continues a set: ``(length=120, start=120)`` follows
-    ``(length=120, start=0)``; keep it a multiple of the number of classes, for the classes to continue in step.
+    ``(length=120, start=0)``; use a multiple of the number of classes, so that the order of classes continues.
 
     Args:
         length: number of items.

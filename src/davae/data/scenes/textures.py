@@ -222,5 +222,5 @@ def planks(base: Paint, seam: Array, grain: Array, *, board: float, period: floa
 
 
 def modulated(base: Paint, other: Array, amount: Callable[[Window], Array]) -> Texture:
-    """Any pattern of the user: ``amount(window)`` in [0, 1] says how much of ``other`` covers ``base``."""
+    """Any other pattern: ``amount(window)`` in [0, 1] says how much of ``other`` covers ``base``."""
     return lambda w: mix(resolve(base, w), other, amount(w))

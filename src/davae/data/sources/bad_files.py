@@ -1,7 +1,6 @@
-"""Files that cannot be used: found early where that is cheap, counted, and named at the end.
+"""Unusable image files: found early if that is cheap, counted, and listed at the end.
 
-A few bad files among many are normal and must not stop a training; a set of mostly bad files is a mistake and
-must. Both are decided here.
+A few bad files do not stop a training; if more than half are bad, that is an error.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from davae.runtime.console import shown
 logger = logging.getLogger(__name__)
 
 HEADER_CHECK_LIMIT = 20_000
-"""Sets with more images open without reading every header (some 0.1 ms each); bad files are met later."""
+"""Data sets with more images open without reading every header (about 0.1 ms each); bad files are found later."""
 
 _NAMED = 20
 
 
 def check_headers(source: Source, *, min_size: int, warn_below: int = 0) -> dict[int, str]:
-    """Find the images of a source whose headers already show that they cannot be used.
+    """Find the images of a source that are unusable according to their headers.
 
-    Says once, as a log line, how many of the others are smaller than ``warn_below`` and will be enlarged.
+    Logs how many of the others are smaller than ``warn_below`` and will be enlarged.
 
     Returns:
-        Position in the source -> reason.
+        Reasons by position in the source.
     """
     bad: dict[int, str] = {}
     if len(source) > HEADER_CHECK_LIMIT:
@@ -72,10 +71,10 @@ def describe(skips: Sequence[Skip], *, one: str = "file was skipped", many: str 
 
 
 def refuse_if_mostly_bad(skips: Sequence[Skip], total: int, where: str = "the data set") -> None:
-    """Raise when more than half of ``total`` files cannot be used.
+    """Raise an error if more than half of ``total`` files are unusable.
 
     Raises:
-        DavaeError: naming the first of them.
+        DavaeError: names the first of them.
     """
     if 2 * len(skips) > total:
         raise DavaeError(
@@ -86,13 +85,13 @@ def refuse_if_mostly_bad(skips: Sequence[Skip], total: int, where: str = "the da
 
 
 class SkipLedger:
-    """Which images a training skipped, each counted once.
+    """The images that a training skipped, each counted once.
 
-    It begins anew whenever a training starts or continues: what was wrong with a file may have been mended.
+    It starts empty when a training starts or resumes, since files may have been repaired.
 
     Args:
-        total: how many image files there are in all, the skipped ones included.
-        known: files already left out when the data set was opened.
+        total: number of image files, skipped ones included.
+        known: files skipped when the data set was opened.
     """
 
     def __init__(self, total: int, known: Iterable[Skip] = ()) -> None:
@@ -107,7 +106,7 @@ class SkipLedger:
 
     @property
     def count(self) -> int:
-        """How many different files were skipped."""
+        """Number of distinct skipped files."""
         return len(self._reasons)
 
     @property
@@ -116,10 +115,10 @@ class SkipLedger:
         return sorted(self._reasons.items())
 
     def add(self, skipped: Iterable[Sequence[str]]) -> None:
-        """Note the ``skipped`` entries of a batch, or those of another process.
+        """Add the ``skipped`` entries of a batch, or those of another process.
 
         Raises:
-            DavaeError: with these, more than half of the files are bad.
+            DavaeError: more than half of the files are now bad.
         """
         before = self.count
         for name, reason in skipped:
@@ -128,7 +127,7 @@ class SkipLedger:
             self.check()
 
     def check(self) -> None:
-        """Raise a DavaeError when more than half of the files are bad."""
+        """Raise a DavaeError if more than half of the files are bad."""
         refuse_if_mostly_bad(self.entries, self.total)
 
     def summary(self) -> str:

@@ -1,4 +1,4 @@
-"""What is written about images: captions and labels, by one rule for folders, tables and shards."""
+"""Captions and labels of images, read by one rule from folders, tables and shards."""
 
 import csv
 import io
@@ -18,14 +18,14 @@ CAPTION_KEYS = ("text", "caption", "captions", "prompt", "txt")
 LABEL_KEYS = ("label", "labels", "class", "cls", "fine_label")
 CAPTION_ENDINGS = (".txt", ".caption")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-"""As ``datasets`` takes them for image folders; column or key ``file_name`` says which image."""
+"""Metadata files of image folders, as in ``datasets``; column or key ``file_name`` names the image."""
 
 _MOST_CLASSES = 1_000_000
-"""Labels below are class numbers. Larger ones are names of classes (identifiers, say), numbered in their order."""
+"""Labels below this are class numbers. Larger ones are identifiers of classes, numbered in increasing order."""
 
 
 def caption_of(value: Any) -> str:
-    """A caption as it is trained on: of several the first that is not empty; nothing where there is no text."""
+    """A caption as text: of several the first that is not empty; empty if there is none."""
     if isinstance(value, list | tuple):
         return next(filter(None, map(caption_of, value)), "")
     if isinstance(value, bytes):
@@ -34,19 +34,19 @@ def caption_of(value: Any) -> str:
 
 
 def first_of(values: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    """The value under the first of the keys that has one; none where none has."""
+    """The value of the first key that has one; ``None`` if none has."""
     return next((values[key] for key in keys if values.get(key) is not None), None)
 
 
 def class_label(value: Any, where: str) -> int | str | None:
-    """One label as a number or a name: whole numbers in any spelling are numbers; -1 and nothing mean no class.
+    """One label as a number or a name: whole numbers in any spelling are numbers; -1 and empty values mean no class.
 
     Args:
-        value: as it stands in a table, a JSON object or a file of text.
-        where: for the error.
+        value: as it is in a table, a JSON object or a text file.
+        where: its place, for the error.
 
     Raises:
-        DavaeError: a fraction, a number below -1, or something that is no label.
+        DavaeError: a fraction, a number below -1, or a value of another type.
     """
     if isinstance(value, str):
         value = whole_text(value).strip()
@@ -70,10 +70,11 @@ def class_label(value: Any, where: str) -> int | str | None:
 def class_names(labels: Iterable[int | str | None], where: str) -> tuple[list[str], dict[int | str, int]]:
     """Names of the classes, and the class number of each label.
 
-    Numbers below a million are class numbers already; larger ones, and names, are numbered in their order.
+    If all numbers are below a million, they are class numbers already; otherwise, and for names, classes are numbered
+    in sorted order.
 
     Raises:
-        DavaeError: numbers and names together.
+        DavaeError: numbers and names are mixed.
     """
     found = {label for label in labels if label is not None}
     numbers = sorted(label for label in found if isinstance(label, int))
@@ -89,16 +90,16 @@ def class_names(labels: Iterable[int | str | None], where: str) -> tuple[list[st
 
 
 def caption_files(image: str) -> list[str]:
-    """Names, in lower case, of the text that may stand beside an image: ``a.txt``, ``a.caption``, ``a.jpg.txt``."""
+    """Lower-case names of an image's possible caption files: ``a.txt``, ``a.caption``, ``a.jpg.txt``."""
     stem = os.path.splitext(image)[0]
     return [(base + ending).lower() for ending in CAPTION_ENDINGS for base in (stem, image)]
 
 
 def metadata_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row of a metadata file stands, and what it says.
+    """The rows of a metadata file, each with its place for errors.
 
     Raises:
-        DavaeError: the file cannot be read, or a row names no file.
+        DavaeError: the file cannot be read, or a row has no ``file_name``.
     """
     for where, row in {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[file.suffix.lower()](file):
         if not isinstance(row, dict):
@@ -111,19 +112,19 @@ def metadata_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def match_rows(
     files: Sequence[Path], root: Path, known: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any], list[Skip]]:
-    """The rows of metadata files by the image that they speak of.
+    """Match the rows of metadata files with images.
 
-    A name is looked for from the metadata file's folder, then from the folders above where that leads back into it; an
-    absolute name, of another machine perhaps, by its longest end that is there. Backslashes and other compositions of
-    accents are understood.
+    A name is resolved from the metadata file's folder, then from the folders above it if the path leads back into it;
+    an absolute name, perhaps of another machine, by its longest suffix that exists. Backslashes and other Unicode
+    compositions of accents are supported.
 
     Args:
         files: metadata files in or above ``root``.
-        root: where the images are.
+        root: the folder of the images.
         known: their paths below it, with forward slashes.
 
     Returns:
-        Row by image; how many rows of each file found an image; rows that matched no file, by name and reason.
+        Rows by image; the number of matched rows of each file; names of unmatched rows, with the reason.
     """
     paths = {_plain(os.path.join(root, name)): name for name in known}
     rows: dict[str, dict[str, Any]] = {}
@@ -140,7 +141,7 @@ def match_rows(
                     rows[paths[_plain(path)]] = row
                     counts[str(file)] += 1
                     break
-                if os.path.lexists(path):  # of another split, or no image
+                if os.path.lexists(path):  # in another split, or not an image
                     break
             else:
                 folder = os.path.relpath(file.parent, root).replace(os.sep, "/")
@@ -152,8 +153,8 @@ def match_rows(
 def _places(name: str, folder: Path, shortest: int) -> Iterator[str]:
     """Absolute paths that a name in a metadata file of ``folder`` may mean, the likeliest first.
 
-    ``shortest`` is how many parts an end of an absolute name needs; one would not tell ``cat/1.png`` from
-    ``dog/1.png``.
+    ``shortest`` is the minimum number of parts of an absolute name's suffix; one part would not distinguish
+    ``cat/1.png`` from ``dog/1.png``.
     """
     folder = folder.absolute()
     inside = f"{folder}{os.sep}"
@@ -195,7 +196,7 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet
 
     try:
-        open_regular(file).close()  # no pipe, which would be waited for
+        open_regular(file).close()  # refuses pipes, which would block
         table = pyarrow.parquet.ParquetFile(file)
         wanted = [n for n in table.schema_arrow.names if n in {"file_name", *CAPTION_KEYS, *LABEL_KEYS}]
         number = 0

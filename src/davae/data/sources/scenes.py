@@ -1,4 +1,4 @@
-"""Rendered scenes behind the same face as images from files."""
+"""Rendered scenes with the interface of images from files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from davae.data.scenes.dataset import SEED_STRIDE
 
 
 class RenderedDataset(ItemDataset):
-    """Procedural scenes; ``flip`` mirrors half of them, which half follows ``(seed, epoch, index)``.
+    """Procedural scenes; ``flip`` mirrors them at random by ``(seed, epoch, index)``.
 
-    Scenes are rendered square at their resolution, so there is nothing to crop and nothing to skip.
+    Scenes are rendered square at their resolution, so nothing is cropped or skipped.
     """
 
     def __init__(self, scenes: ProceduralScenes, *, flip: bool = False, seed: int = 0) -> None:
@@ -32,13 +32,13 @@ class RenderedDataset(ItemDataset):
         return self.scenes.id(index)
 
     def unmirrored(self) -> RenderedDataset:
-        """The same scenes as they are before mirroring."""
+        """The same scenes without mirroring."""
         plain = copy.copy(self)
         plain.flip = False
         return plain
 
     def stamps(self) -> dict[str, tuple[str, int, str]]:
-        """As :meth:`ImageDataset.stamps`. A scene follows from its number; the first one stands for the painter."""
+        """As :meth:`ImageDataset.stamps`. A scene depends on its number; a hash of the first identifies the code."""
         if not len(self):
             return {}
         drawn = hashlib.sha256(self.scenes[0]["image"].numpy().tobytes()).hexdigest()

@@ -1,8 +1,8 @@
 """Tables of images through Hugging Face ``datasets``: a hub name, a saved set, parquet or arrow files.
 
 Columns are found by their type: the image column is the one of type ``Image`` (else bytes under a usual
-name), the label the one of type ``ClassLabel`` (else integers or text named ``label``), the caption text
-named ``text`` or ``caption``. Local files never touch the network.
+name), the label the one of type ``ClassLabel`` (else single values under one of ``LABEL_KEYS``), the caption the first
+of ``CAPTION_KEYS``. Local files never touch the network.
 """
 
 import io
@@ -27,7 +27,7 @@ TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 _IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
 _COMMIT = re.compile(r"[/\\]([0-9a-f]{40})[/\\]")
 _MOST_UNPACKED, _MOST_TIMES = 2**30, 200
-"""A parquet file that unpacks to more bytes, and to so many times its own, is no table of pictures."""
+"""A parquet file that unpacks to more bytes than this, and to more than so many times its size, is refused."""
 
 
 class TableSource:
@@ -36,8 +36,8 @@ class TableSource:
     Args:
         table: the data set.
         name: for messages.
-        folder: where files that rows name may lie; none takes only rows that hold their bytes.
-        commit: of the repository on the hub that the table was read from, where it was.
+        folder: files named by rows must lie in it; ``None`` accepts only rows that contain the bytes.
+        commit: of the repository on the hub, if the table was read from one.
 
     Raises:
         DavaeError: the table is empty or no column holds images.
@@ -57,7 +57,7 @@ class TableSource:
         self._caption = _named(features, CAPTION_KEYS)
         keep = [c for c in (self._image, self._label, self._caption) if c is not None]
         table = table.select_columns(list(dict.fromkeys(keep)))
-        # Bytes, not pictures: decoding, with its care for odd files, is ours.
+        # Bytes, not decoded images: davae decodes them itself.
         self._table = table.cast_column(self._image, datasets.Image(decode=False))
         with _table_errors(name):
             self.classes, self._numbers = _classes(table, self._label, name)
@@ -104,7 +104,7 @@ class TableSource:
         return str(self._fingerprint)
 
     def facts(self, index: int) -> Facts:
-        """The row's class and caption; of several captions the first."""
+        """The row's class and caption; of several captions, the first."""
         columns = [c for c in (self._label, self._caption) if c is not None]
         if not columns:
             return Facts()
@@ -153,7 +153,7 @@ def _refuse_bomb(file: Path) -> None:
 
 @contextmanager
 def _table_errors(name: str) -> Iterator[None]:
-    """What pyarrow and ``datasets`` raise of damaged tables, as one line that names the table."""
+    """Turn errors of pyarrow and ``datasets`` about damaged tables into one line that names the table."""
     import datasets
     import pyarrow
 
@@ -182,11 +182,11 @@ def open_hub(name: str, split: str | None, revision: str | None = None) -> Table
 
     Args:
         name: as above.
-        split: of several, which.
-        revision: branch, tag or commit; none takes the newest.
+        split: which of several splits.
+        revision: branch, tag or commit; by default the newest.
 
     Raises:
-        DavaeError: it is not there, or not at that revision.
+        DavaeError: it does not exist, or not at that revision.
     """
     import datasets
 
@@ -204,9 +204,9 @@ def open_hub(name: str, split: str | None, revision: str | None = None) -> Table
 
 
 def commit_of(table: Any) -> str | None:
-    """The commit on the hub that a table was made from, 40 hexadecimal digits; none where that is not known.
+    """The commit on the hub that a table was made from, 40 hexadecimal digits; ``None`` if unknown.
 
-    ``datasets`` keeps the tables of each commit in a folder of its name.
+    ``datasets`` keeps the tables of each commit in a folder named after it.
     """
     for file in table.cache_files:
         found = _COMMIT.search(str(file["filename"]))
@@ -228,7 +228,7 @@ def _one_split(table: Any, split: str | None, name: str) -> Any:
 
 
 def _find(features: Any, preferred: Sequence[str], wanted: Any) -> str | None:
-    """The column whose type is ``wanted``; of several, one with a preferred name, else the first."""
+    """The column whose type satisfies ``wanted``; of several, one with a preferred name, else the first."""
     columns = [name for name, feature in features.items() if wanted(feature)]
     return next((n for n in preferred if n in columns), columns[0] if columns else None)
 

@@ -1,10 +1,10 @@
 """WebDataset shards: plain tar archives whose members share a name up to the first dot.
 
 ``000123.jpg`` is an image, ``000123.cls`` its class (a number or a name), ``000123.txt`` its caption, and
-``000123.json`` may hold both, under the names that a table's columns may have. A further image of the same key
-(``000123.mask.png``) is none to train on; a name with dots of its own (``a.b.jpg``) finds its texts too. An index of
-offsets is made when the shards open; images are then read in any order straight from the archive. Nothing is ever
-written to disk, so a member's name, whatever it says, leads nowhere.
+``000123.json`` may hold both, under the names of a table's columns. Beside ``000123.jpg`` another image of the same key
+(``000123.mask.png``) is ignored; names with further dots (``a.b.jpg``) are matched with their texts too. Offsets are
+indexed when the shards open; images are then read directly from the archive, in any order. Nothing is
+written to disk, so members' names cannot cause harm.
 """
 
 import glob
@@ -26,12 +26,12 @@ from davae.errors import DavaeError
 from davae.runtime.text_files import CAPTION_BYTES, decode_text, parse_json, whole_name
 
 _BAD_ARCHIVE = (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError, MemoryError)
-"""What tarfile raises of headers that lie: about numbers, sizes, or what follows them."""
+"""Errors of tarfile for invalid headers."""
 
 
 @dataclass
 class _Sample:
-    """One image in a shard: where its bytes are, and what stands beside it."""
+    """One image in a shard: the position of its bytes, its label and its caption."""
 
     shard: int
     member: str
@@ -43,7 +43,7 @@ class _Sample:
 
 @dataclass
 class _Beside:
-    """What the small members of one name say."""
+    """Label and caption in the text members of one name."""
 
     label: int | str | None = None
     caption: str | None = None
@@ -52,7 +52,7 @@ class _Beside:
 class ShardSource:
     """Images inside tar files. An id is ``SHARD.tar/MEMBER``.
 
-    A shard that ends too early gives the images before its damage; the damage is listed in ``problems``.
+    Of a damaged shard the images before the damage are used; the damage is listed in ``problems``.
 
     Args:
         files: the shards, in order.
@@ -123,7 +123,7 @@ class ShardSource:
             with tarfile.open(path, "r:") as archive:
                 size = path.stat().st_size
                 for member in archive:
-                    # Not every Python refuses a size below zero: it leads back to members that were read before.
+                    # Not every Python refuses a negative size, which leads back to earlier members.
                     if member.size < 0 or member.offset_data <= before:
                         raise tarfile.ReadError(f"the header of {member.name} leads back in the archive")
                     count, before = count + 1, member.offset_data
@@ -177,7 +177,7 @@ class ShardSource:
 
 
 class _Slice(io.RawIOBase):
-    """A read-only file that is a stretch of another. Each has its own handle: forked workers share none."""
+    """A read-only file that is a part of another one, with its own handle, so that forked workers share none."""
 
     def __init__(self, path: Path, start: int, size: int) -> None:
         self._file = path.open("rb", buffering=0)
@@ -214,7 +214,7 @@ def find_shards(pattern: str) -> list[Path]:
     """
     found: list[Path] = []
     folder, last = os.path.split(pattern)
-    literal = bool(folder) and Path(folder).is_dir()  # its braces are its name
+    literal = bool(folder) and Path(folder).is_dir()  # braces are then part of the folder's name
     for name in (os.path.join(folder, n) for n in expand_braces(last)) if literal else expand_braces(pattern):
         found += matching_files(name) if glob.has_magic(name) else [Path(name)]
     if not found:
@@ -223,7 +223,7 @@ def find_shards(pattern: str) -> list[Path]:
 
 
 def matching_files(pattern: str) -> list[Path]:
-    """Files of a pattern with wildcards, sorted; what is there by just that name comes first (``photos[1]``)."""
+    """Files of a pattern with wildcards, sorted; a file with exactly that name (``photos[1]``) has precedence."""
     if Path(pattern).exists():
         return [Path(pattern)]
     folder, name = os.path.split(pattern)
@@ -233,7 +233,7 @@ def matching_files(pattern: str) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
-    """``a-{00..02}.tar`` to ``a-00.tar``, ``a-01.tar``, ``a-02.tar``; ``{x,y}`` to either; all combined."""
+    """Expand ``a-{00..02}.tar`` to ``a-00.tar``, ``a-01.tar``, ``a-02.tar``, and ``{x,y}`` to both, in combination."""
     parts = re.split(r"\{([^{}]*)\}", pattern)
     choices: list[list[str]] = []
     for i, part in enumerate(parts):
@@ -278,6 +278,6 @@ def _read_text(ending: str, text: str, beside: _Beside, place: str) -> None:
 
 
 def _short_names(files: Sequence[Path]) -> list[str]:
-    """File names, or whole paths where two shards of different folders have the same name."""
+    """File names, or whole paths if shards in different folders have the same name."""
     names = [f.name for f in files]
     return names if len(set(names)) == len(names) else [f.as_posix() for f in files]
