@@ -1,4 +1,4 @@
-"""How good the images and the latents are: reconstruction, generation, spectra, latent structure."""
+"""Measuring images and latents: reconstruction, generation, spectra, structure of the latent."""
 
 from davae.evaluation.latent_space.projection import PrincipalAxes, project_latents
 from davae.evaluation.latent_space.separability import linear_probe, linear_probe_accuracy, nearest_neighbour_accuracy

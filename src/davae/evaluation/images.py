@@ -1,4 +1,4 @@
-"""Which images an evaluation looks at."""
+"""Choosing the images of an evaluation."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from davae.errors import DavaeError
 
 
 def spread_batches(dataset: ItemDataset, count: int, size: int) -> Iterator[list[Item]]:
-    """``count`` items in batches of ``size``, evenly from the whole data set; all where it has no more."""
+    """``count`` items in batches of ``size``, spaced evenly over the data set; all items if it has no more."""
     count = min(count, len(dataset))
     for start in range(0, count, size):
         numbers = range(start, min(start + size, count))
@@ -19,10 +19,10 @@ def spread_batches(dataset: ItemDataset, count: int, size: int) -> Iterator[list
 
 
 def held_out_images(autoencoder: Path, resolution: int) -> ItemDataset:
-    """The images that the run of an autoencoder's folder did not learn from.
+    """The images that an autoencoder's run held out.
 
     Raises:
-        DavaeError: the folder is in no run, or the run held none out.
+        DavaeError: the folder is not in a run, or the run held out none.
     """
     settings = _run_data(autoencoder)
     if settings is not None and settings["hold_out"]:
@@ -36,10 +36,10 @@ def held_out_images(autoencoder: Path, resolution: int) -> ItemDataset:
 
 
 def trained_resolution(autoencoder: Path) -> int:
-    """Side in pixels of the images that the run of an autoencoder's folder was trained on.
+    """Side in pixels of the images that an autoencoder was trained on, from its run.
 
     Raises:
-        DavaeError: the folder is in no run.
+        DavaeError: the folder is not in a run.
     """
     settings = _run_data(autoencoder)
     if settings is None:
@@ -48,7 +48,7 @@ def trained_resolution(autoencoder: Path) -> int:
 
 
 def _run_data(autoencoder: Path) -> dict[str, Any] | None:
-    """The section ``data`` of the recipe of a folder's run; none where the folder is not in one."""
+    """The section ``data`` of the recipe of a folder's run; ``None`` if the folder is not in a run."""
     recipe = autoencoder.resolve().parent / "config.yaml"
     if not recipe.is_file():
         return None

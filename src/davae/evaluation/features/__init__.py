@@ -1,4 +1,4 @@
-"""Networks whose features stand for images: Inception, EfficientNet-Lite0, or any transformers model."""
+"""Feature networks: Inception, EfficientNet-Lite0, or any transformers model."""
 
 from davae.evaluation.features.network import FeatureNetwork, Features
 from davae.evaluation.features.open import open_network

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: ImageNet features from two small packages, without a download from elsewhere."""
+"""EfficientNet-Lite0: ImageNet features from two small packages, without any other download."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ _MEAN, _STD = (127 / 255,) * 3, (128 / 255,) * 3  # the Lite models' own (x - 12
 class EfficientNetLite0:
     """1280 pooled features and the logits of 1000 classes.
 
-    Its numbers are not comparable with those of Inception; they are good for comparing models with each other.
+    Its distances are not comparable with those of Inception, but can be used to compare models with each other.
 
     Raises:
         DavaeError: the packages are not installed.

@@ -20,11 +20,11 @@ _SIDE = 299
 
 
 class Inception:
-    """2048 pooled features and 1008 logits of the TensorFlow network of December 2015, as torch-fidelity has it.
+    """2048 pooled features and 1008 logits of the TensorFlow network of December 2015, as in torch-fidelity.
 
     Args:
-        file: the weights; none looks where torch-fidelity leaves them, in torch's hub folder.
-        device: where it computes.
+        file: the weights; by default torch-fidelity's, in torch's hub folder.
+        device: to compute on.
 
     Raises:
         DavaeError: no such file, or other weights.
@@ -218,7 +218,7 @@ class InceptionNetwork(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled features and logits; the logits leave the bias out, as the Inception Score has them."""
+        """Pooled features and logits; the logits are without bias, as in the Inception Score."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # [B, 64, 147, 147]
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(_halve(x)))  # [B, 192, 71, 71]
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(_halve(x))))  # [B, 288, 35, 35]

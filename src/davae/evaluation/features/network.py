@@ -44,6 +44,6 @@ def resize_tensorflow1(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def standardise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """0..255 to ``(x / 255 - mean) / std`` a channel."""
+    """0..255 to ``(x / 255 - mean) / std`` per channel."""
     centre, spread = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (mean, std))
     return (images / 255 - centre) / spread

@@ -1,4 +1,4 @@
-"""Feature networks by name, and what to do where one is missing."""
+"""Opening feature networks by name, with reasons for those that are unavailable."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +20,7 @@ def open_network(name: str, *, device: str | torch.device = "cpu") -> FeatureNet
 
     Args:
         name: ``inception`` or ``inception:FILE``, ``efficientnet-lite0``, or a transformers model by folder or name.
-        device: where it computes.
+        device: to compute on.
 
     Raises:
         DavaeError: weights or a package are missing; the message names the file, where it was looked for, and how to
@@ -34,13 +34,13 @@ def open_network(name: str, *, device: str | torch.device = "cpu") -> FeatureNet
 
 
 def open_networks(names: Sequence[str], device: str, unavailable: dict[str, str]) -> list[FeatureNetwork]:
-    """The feature networks that can be had; of the others the reason is noted under ``fid/NAME``."""
+    """The available feature networks; for the others the reason is added to ``unavailable`` as ``fid/NAME``."""
     opened = [or_unavailable(f"fid/{name}", partial(open_network, name, device=device), unavailable) for name in names]
     return [network for network in opened if network is not None]
 
 
 def or_unavailable(name: str, make: Callable[[], Part], unavailable: dict[str, str]) -> Part | None:
-    """A part that may be missing: then the reason is noted under ``name``, and the other metrics still run."""
+    """The result of ``make``; on a :class:`DavaeError` ``None``, with the reason added to ``unavailable``."""
     try:
         return make()
     except DavaeError as error:

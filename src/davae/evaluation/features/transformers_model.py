@@ -24,13 +24,13 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 class TransformersFeatures:
     """Pooled features of a transformers model.
 
-    The features are ``image_embeds`` of a model that knows texts too (CLIP, SigLIP), else the pooler's output, else,
-    where there is none or the weights have none for it, the mean over positions. Images are resized to the model's
-    side, whole; mean and standard deviation are the model's own.
+    The features are the image embedding of a text-image model (CLIP, SigLIP), else the pooler's output, else,
+    if there is no pooler or its weights are missing, the mean over positions. Whole images are resized to the model's
+    side; mean and standard deviation are the model's own.
 
     Args:
         name: a folder, or a name on the hub.
-        device: where it computes.
+        device: to compute on.
 
     Raises:
         DavaeError: nothing can be loaded, or weights other than the pooler's are missing.
@@ -94,11 +94,11 @@ class TransformersFeatures:
 
 
 def preprocessing(config: Any, stored: Mapping[str, Any]) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Side in pixels, mean and standard deviation a channel that a network was trained with.
+    """Side in pixels, and mean and standard deviation per channel, that a network was trained with.
 
     Args:
-        config: the model's; timm's own settings stand in its ``pretrained_cfg``.
-        stored: content of ``preprocessor_config.json``, empty where there is none.
+        config: the model's; timm's own settings are in its ``pretrained_cfg``.
+        stored: content of ``preprocessor_config.json``, empty if there is none.
     """
     timm = getattr(config, "pretrained_cfg", None) or {}
     config = getattr(config, "vision_config", config)
@@ -113,12 +113,12 @@ def preprocessing(config: Any, stored: Mapping[str, Any]) -> tuple[int, tuple[fl
 
 
 def embedding(output: Any) -> Tensor:
-    """``[B, F]``; newer transformers wrap what older ones return as a tensor."""
+    """``[B, F]``; newer versions of transformers wrap the tensor that older ones return."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def _beside(name: str, file: str) -> Path | None:
-    """A file of a model's folder or, of a hub model, of the local cache."""
+    """A file in a model's folder or, for a hub model, in the local cache."""
     found = cached_file(
         name, file, local_files_only=True, _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
@@ -134,7 +134,7 @@ class TextImageNetwork(TransformersFeatures):
     """A transformers model with ``get_image_features`` and ``get_text_features`` (CLIP, SigLIP) and its tokenizer.
 
     Raises:
-        DavaeError: it cannot be loaded, or knows no texts.
+        DavaeError: it cannot be loaded, or has no text encoder or tokenizer.
     """
 
     def __init__(self, name: str, *, device: str | torch.device = "cpu") -> None:
@@ -148,7 +148,7 @@ class TextImageNetwork(TransformersFeatures):
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """``[B, F]`` of texts; longer ones than the model takes are cut."""
+        """Embeddings ``[B, F]`` of texts; texts that are too long for the model are truncated."""
         limit = self._model.config.text_config.max_position_embeddings
         tokens = self._tokenizer(
             list(texts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"

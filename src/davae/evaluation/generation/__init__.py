@@ -1,1 +1,1 @@
-"""Generated images: made, and measured beside their baselines."""
+"""Generating images, and measuring them beside their baselines."""

@@ -20,16 +20,16 @@ from davae.runtime.processes import rank_and_world, wait_for_everyone
 
 UPGRADED, BASE_UPSCALED, BASE_NATIVE = "upgraded", "base, upscaled", "base, native"
 CLASS_IMAGES = 50_000
-"""Images of a class-conditional model where no number is given: what published distances use."""
+"""Default number of images of a class-conditional model, as in published distances."""
 
 
 Progress = Callable[[Iterable[int], str, int], Iterable[int]]
-"""Wraps the numbers of images as they are made; called with what they are for and how many are missing."""
+"""Wraps the iterator over image numbers; called with it, the name of the variant, and the number of missing images."""
 
 
 @dataclass
 class Variants:
-    """Runs by folder name, models by the name they are reported under, and the baselines that cannot be had."""
+    """Runs by folder name, models by the name they are reported under, and reasons for unavailable baselines."""
 
     prompts: PromptSet
     count: int
@@ -49,24 +49,24 @@ def generate_variants(
     count: int | None = None,
     progress: Progress = lambda made, _name, _missing: made,
 ) -> Variants:
-    """Make all images that are missing, shared among the processes that a launcher started.
+    """Generate all missing images, divided among the processes of a launcher.
 
-    All ranks must call this.
+    All processes must call this.
 
     Args:
-        open_pipeline: a pipeline by name.
-        settings: of the upgraded pipeline; the baselines follow it.
-        out: one folder each for ``upgraded``, ``base`` (at base resolution) and ``native`` (at full), and for others.
-        base: name of the base pipeline; none leaves the baselines out.
-        others: further pipelines by the name they are reported under, such as one of equal tokens on another
-            autoencoder; asked for the full resolution, and resized to it where they make another.
+        open_pipeline: opens a pipeline by name.
+        settings: of the upgraded pipeline, also used for the baselines.
+        out: gets a folder each for ``upgraded``, ``base`` (at base resolution), ``native`` (at full) and the others.
+        base: name of the base pipeline; ``None`` for no baselines.
+        others: further pipelines by the name they are reported under, such as one with as many tokens but another
+            autoencoder; they generate at full resolution, or are resized to it.
         prompts: file of prompts, for pipelines that take them.
-        count: images of each; none takes every prompt once (GenEval: four times), or 50 000 of classes.
-        progress: shows how far this process is.
+        count: images of each; by default one per prompt (GenEval: four), or 50,000 for classes.
+        progress: displays the progress of this process.
 
     Raises:
         DavaeError: prompts for a class-conditional pipeline or none for the other kind, a folder of another run, or
-            two models of one name.
+            two models with one name.
     """
     out = Path(out)
     _check_names(others or {})
@@ -133,10 +133,10 @@ def _check_names(others: Mapping[str, str]) -> None:
 
 
 def find_subjects(pipe: DiffusionPipeline, prompts: str | Path | None) -> PromptSet:
-    """What the images are of: the file's prompts, or every class the transformer knows.
+    """The subjects of the images: the file's prompts, or all classes of the transformer.
 
     Raises:
-        DavaeError: the file and the kind of pipeline do not go together.
+        DavaeError: the pipeline takes classes and a file was given, or the other way round.
     """
     if takes_prompts(pipe):
         if prompts is None:

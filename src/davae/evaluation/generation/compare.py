@@ -1,4 +1,4 @@
-"""Generated images of several models against one reference, with everything that another needs to repeat it."""
+"""Comparison of several models' images with one reference, with all settings needed to reproduce it."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,17 +21,17 @@ from davae.evaluation.metrics.names import CLIP_SCORE
 from davae.runtime.atomic_files import file_hash
 
 Batches = Callable[[], Iterable[Tensor]]
-"""Starts again at every call: images ``[B, 3, H, W]`` in [-1, 1], in the order of their numbers."""
+"""Returns a new iterator at every call: images ``[B, 3, H, W]`` in [-1, 1], in the order of their numbers."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What generated images are compared with: real images, or the moments of their features alone.
+    """The reference of a comparison: real images, or only the moments of their features.
 
     Attributes:
-        name: as it was given.
-        moments: of a file of statistics.
-        limit: at most this many images, evenly from the whole set; none takes all.
+        name: as given.
+        moments: from a file of statistics.
+        limit: maximum number of images, spaced evenly over the whole set; ``None`` for all.
     """
 
     name: str
@@ -41,10 +41,10 @@ class Reference:
     def gather(
         self, networks: list[FeatureNetwork], height: int, width: int, *, spatial: bool = True
     ) -> ImageSet | Gaussian:
-        """The moments, or the images cut to ``height`` x ``width`` as the metrics see them.
+        """The moments, or the images, cropped to ``height`` x ``width``, as an :class:`ImageSet`.
 
         Raises:
-            DavaeError: no images there.
+            DavaeError: there are no images.
         """
         if self.moments is not None:
             return self.moments
@@ -54,7 +54,7 @@ class Reference:
         return found
 
     def batches(self, height: int, width: int, *, size: int = 32) -> Iterator[tuple[Tensor, list[str]]]:
-        """Images ``[B, 3, H, W]`` in [-1, 1], resized as in ADM, the middle cut out; and their classes' names."""
+        """Images ``[B, 3, H, W]`` in [-1, 1], resized and centre-cropped as in ADM, with the names of their classes."""
         buckets = None if height == width else [(width, height)]
         dataset = open_dataset(self.name, resolution=min(height, width), buckets=buckets)
         for items in spread_batches(dataset, self.limit or len(dataset), size):
@@ -88,16 +88,16 @@ def open_reference(name: str, *, limit: int | None = None) -> Reference:
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """Everything that :func:`compare_generation` found.
+    """The result of :func:`compare_generation`.
 
     Attributes:
         count: images of each model.
-        reference: which, with its hash or its preprocessing.
+        reference: its description, with hash or preprocessing.
         rows: figures by model.
-        categories: how many images of each model have a category, by its name.
+        categories: number of each model's images in each category, by name.
         networks: preprocessing and weights of each feature network.
-        settings: of the metrics themselves.
-        runs: folder and settings of the images by model, where davae made them.
+        settings: of the metrics.
+        runs: folder and settings of the images by model, if davae generated them.
     """
 
     count: int
@@ -113,7 +113,7 @@ class GenerationReport:
         return asdict(self)
 
     def figures(self) -> dict[str, dict[str, float]]:
-        """Of every model its figures, then of its categories the Fréchet distance and the CLIP score."""
+        """The figures of each model, followed by Fréchet distance and CLIP score of its categories."""
         shown: dict[str, dict[str, float]] = {}
         for model, row in self.rows.items():
             shown[model] = dict(row.figures)
@@ -126,7 +126,7 @@ class GenerationReport:
         return shown
 
     def missing(self) -> dict[str, str]:
-        """What could not be measured of some model, with the reason."""
+        """Reasons for the metrics that are missing for some model."""
         reasons: dict[str, str] = {}
         for row in self.rows.values():
             reasons |= row.unavailable
@@ -148,12 +148,12 @@ def compare_generation(
     """Measure the images of every model.
 
     Args:
-        models: name to images; all of one size and number.
-        reference: what they are compared with.
+        models: images by name, all of one size and number.
+        reference: to compare with.
         networks: for the distances of features.
         clip: for the CLIP score, with ``prompts``.
-        prompts: what image ``i`` is of.
-        unavailable: metrics that were asked for and cannot be had, with the reason; in every row.
+        prompts: subjects of the images.
+        unavailable: reasons for requested metrics that are unavailable, added to every row.
         save_statistics_to: ``.npz`` for the moments of the reference's features, with one network only.
 
     Raises:
@@ -209,7 +209,7 @@ def compare_generation(
 def _score_by_category(
     scores: defaultdict[str, ClipScore], groups: Sequence[str], images: Tensor, texts: Tensor
 ) -> None:
-    """Add pairs of embeddings ``[B, F]`` to the score of all, under an empty name, and to their categories'."""
+    """Add pairs of embeddings ``[B, F]`` to the overall score (with an empty name) and to those of their categories."""
     scores[""].update(images, texts)
     for category in {group for group in groups if group}:
         chosen = [i for i, group in enumerate(groups) if group == category]
@@ -258,5 +258,5 @@ def compare_categories(found: ImageSet, reference: ImageSet | Gaussian, *, seed:
 
 
 def categories_of(images: ImageSet) -> list[str]:
-    """Names in the order of their first image; images without one do not count."""
+    """Names of categories in the order of their first image."""
     return [name for name in dict.fromkeys(images.groups) if name]

@@ -1,4 +1,4 @@
-"""A pipeline's images beside its baselines, from names and folders: what ``davae evaluate generation`` does."""
+"""``davae evaluate generation`` as a function."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,7 +48,7 @@ def evaluate_generation(
     dtype: str = "float32",
     device: str | None = None,
 ) -> GenerationReport | None:
-    """Generate, then measure. Called again it makes what is missing; under torchrun all ranks must call this.
+    """Generate images, then measure them. A repeated call generates what is missing; all processes must call this.
 
     Args:
         pipeline: a folder, a run, a name on the hub, ``tiny`` or ``debug``.
@@ -56,20 +56,20 @@ def evaluate_generation(
         out: folder of the images.
         base: the base pipeline, measured upscaled and at full resolution.
         beside: further pipelines by the name they are reported under.
-        count: images of each; None takes every prompt once, or 50,000 of classes.
+        count: images of each; by default one per prompt (GenEval: four), or 50,000 for classes.
         prompts: text, MJHQ-30K ``.json`` or GenEval ``.jsonl``.
-        features: feature networks (:func:`davae.evaluation.features.open_network`); None takes ``inception``.
+        features: feature networks (:func:`davae.evaluation.features.open_network`); by default ``inception``.
         clip: a CLIP model, for the CLIP score.
-        reference_images: at most this many of the reference; None takes all.
+        reference_images: maximum number of reference images; by default all.
         save_statistics: ``.npz`` for the moments of the reference's features.
         seed: of image 0; the next ones count up.
         batch: images in one call.
-        steps, guidance, height, width: the pipeline's own where None.
+        steps, guidance, height, width: the pipeline's own by default.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
-        device: ``cpu``, ``cuda`` or ``cuda:1``; None takes the GPU where there is one.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; by default the GPU, if any.
 
     Returns:
-        Every figure, and what could not be measured with the reason; None in all processes but the first.
+        All figures, and reasons for the missing ones; ``None`` in all processes but the first.
 
     Raises:
         DavaeError: a pipeline or the reference cannot be opened, prompts do not fit the pipeline, or ``out`` holds

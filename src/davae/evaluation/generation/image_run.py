@@ -1,8 +1,8 @@
-"""A run that makes many images: shared among processes, stopped and continued at will, each image made once.
+"""Generation of many images, divided among processes; it can be stopped and continued at any time.
 
-Image ``i`` is the file ``images/000000i.png``. It is written beside and then renamed, so a file that is there is whole,
-and the set of files is all the state there is. An image depends on its number and on the settings alone: on its seed
-``seed + i``, and on the batch it belongs to, which is cut by number too, never by what is still missing.
+Image ``i`` is the file ``images/000000i.png``. Files are written atomically, so every existing file is whole, and there
+is no other state. An image depends on its number and the settings only: on its seed ``seed + i``, and on its batch,
+which is determined by number, not by what is missing.
 """
 
 import json
@@ -31,15 +31,15 @@ _SAYS_NOTHING = ("transformers_version", "torch_dtype", "dtype", "name_or_path")
 
 @dataclass(frozen=True)
 class RunSettings:
-    """All that decides what image ``i`` looks like; a folder keeps to those it was begun with.
+    """Everything that determines the images; it is fixed for a folder.
 
     Attributes:
-        pipeline: its name or folder, for who reads the settings: what it is, ``weights`` says.
-        weights: :func:`contents_hash` of the pipeline. A folder of images belongs to them, not to a path.
-        prompts: as `PromptSet.describe` tells.
+        pipeline: its name or folder, for readers only; it is identified by ``weights``.
+        weights: :func:`contents_hash` of the pipeline.
+        prompts: from `PromptSet.describe`.
         seed: of image 0; image ``i`` has ``seed + i``.
-        batch: images made in one call.
-        steps, guidance, height, width: the pipeline's own where None.
+        batch: images per call of the pipeline.
+        steps, guidance, height, width: the pipeline's own by default.
         dtype: of the pipeline.
     """
 
@@ -56,7 +56,7 @@ class RunSettings:
 
     @classmethod
     def differing(cls, found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-        """What keeps images of other settings from going on, for an error; none where nothing does."""
+        """The first difference of two settings, for an error; ``None`` if they agree."""
         if "weights" not in found:
             return "its images are of an earlier davae, which did not note the weights that made them"
         if found["weights"] != wanted["weights"]:
@@ -68,7 +68,7 @@ class RunSettings:
 
 
 def contents_hash(pipe: DiffusionPipeline) -> str:
-    """SHA-256 of a pipeline's class, weights, configurations and vocabularies, wherever it was loaded from."""
+    """SHA-256 of a pipeline's class, weights, configurations and vocabularies, independent of its path."""
     parts: dict[str, Any] = {"class": type(pipe).__name__, "options": plain_config(pipe.config)}
     for name, part in pipe.components.items():
         config: Any = getattr(part, "config", None)
@@ -86,11 +86,11 @@ class ImageRun:
     """The folder of a run.
 
     Args:
-        folder: made where it is missing.
+        folder: created if absent.
         settings: of this run.
 
     Raises:
-        DavaeError: the folder was begun with other weights or settings; the first that differs is named.
+        DavaeError: the folder has images of other weights or settings; the first difference is named.
     """
 
     def __init__(self, folder: str | Path, settings: RunSettings) -> None:
@@ -118,32 +118,32 @@ class ImageRun:
         return self.folder / "images" / f"{index:07d}.png"
 
     def missing(self, count: int) -> list[int]:
-        """Those of the first ``count`` images that are not there yet."""
+        """Numbers of the missing images among the first ``count``."""
         there = {entry.name for entry in os.scandir(self.folder / "images")}
         return [i for i in range(count) if self.path(i).name not in there]
 
     def share_missing(self, count: int, rank: int, world: int) -> list[int]:
-        """Those of :meth:`missing` that process ``rank`` of ``world`` makes: batches go to processes in turn."""
+        """The part of :meth:`missing` for process ``rank`` of ``world``: batches are assigned in turn."""
         return [i for i in self.missing(count) if i // self.settings.batch % world == rank]
 
     def size(self) -> tuple[int, int]:
-        """Height and width of the images; the first one must be there."""
+        """Height and width of the images; the first one must exist."""
         height, width = self._read(0).shape[-2:]
         return height, width
 
     def make(
         self, pipe: DiffusionPipeline, prompts: PromptSet, count: int, *, rank: int = 0, world: int = 1
     ) -> Iterator[int]:
-        """Make what is missing of this process's share; yields the number of each image once it is on disk.
+        """Generate the missing images of this process's share; yields the number of each image once it is on disk.
 
-        A batch that was interrupted is made again as a whole, and only the images
-        that are missing are written: its arithmetic is that of an undisturbed run, bit for bit.
+        An interrupted batch is generated again as a whole, and only its missing images are written, so the results are
+        those of an uninterrupted run, bit for bit.
 
         Args:
             pipe: the pipeline.
-            prompts: what the images are of.
-            count: images of the whole run. A larger one than before extends the run.
-            rank, world: number of this process, and of all.
+            prompts: subjects of the images.
+            count: images of the whole run; a larger number than before extends the run.
+            rank, world: number of this process, and of all processes.
         """
         size = self.settings.batch
         for block in sorted({i // size for i in self.share_missing(count, rank, world)}):
@@ -184,7 +184,7 @@ class ImageRun:
 
 
 def write_geneval_folder(run: ImageRun, prompts: PromptSet, count: int, out: str | Path) -> Path:
-    """Lay images out as GenEval's scorer reads them: ``00000/metadata.jsonl`` and ``00000/samples/00000.png``."""
+    """Copy images to the layout of GenEval's scorer: ``00000/metadata.jsonl`` and ``00000/samples/00000.png``."""
     out = Path(out)
     for index in range(count):
         prompt, sample = index % len(prompts.subjects), index // len(prompts.subjects)

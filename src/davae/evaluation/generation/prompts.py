@@ -1,4 +1,4 @@
-"""What a generation run makes images of: prompts from files that benchmarks publish, or classes."""
+"""Subjects of generated images: prompts from benchmarks' files, or classes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from davae.runtime.atomic_files import file_hash
 from davae.runtime.text_files import lines_of, parse_json, read_text
 
 GENEVAL_SAMPLES = 4
-"""Images of each prompt that GenEval asks for."""
+"""Images per prompt in GenEval."""
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Subjects in a fixed order; image ``i`` of a run is of subject ``i % len(subjects)``.
+    """Subjects in a fixed order; image ``i`` of a run has subject ``i % len(subjects)``.
 
     Attributes:
-        kind: where they come from.
+        kind: their origin.
         subjects: prompts, or class numbers as text.
-        metadata: one entry a prompt, of GenEval files.
-        categories: of each prompt, reported apart; empty, or an empty name, where a file has none.
+        metadata: one entry per prompt, of GenEval files.
+        categories: of each prompt, reported separately; empty, or with empty names, if there are none.
         sha256: of the file; empty for classes.
     """
 
@@ -37,7 +37,7 @@ class PromptSet:
         return self.subjects[index % len(self.subjects)]
 
     def category(self, index: int) -> str:
-        """Category of image ``index``; empty where there is none."""
+        """Category of image ``index``; empty if there is none."""
         return self.categories[index % len(self.categories)] if self.categories else ""
 
     def describe(self) -> dict[str, Any]:
@@ -51,12 +51,12 @@ def class_set(classes: int) -> PromptSet:
 
 
 def open_prompt_set(file: str | Path) -> PromptSet:
-    """Read a file of prompts; its form is seen from its ending.
+    """Read a file of prompts; its format is known from its extension.
 
     * ``.json``: ``{"name": {"prompt": ..., "category": ...}, ...}``, as MJHQ-30K's ``meta_data.json``;
-    * ``.jsonl``: an object a line with ``prompt``, as GenEval's ``evaluation_metadata.jsonl``; its ``tag``, the
+    * ``.jsonl``: one object per line with ``prompt``, as GenEval's ``evaluation_metadata.jsonl``; its ``tag``, the
       task, is the category;
-    * else text, a prompt a line; empty lines and lines that begin with # do not count.
+    * else text, one prompt per line; empty lines and lines that begin with # do not count.
 
     Raises:
         DavaeError: the file cannot be read, or is not of its form.

@@ -1,4 +1,4 @@
-"""What a structured latent holds: statistics, spectra, classes, and what the details are worth."""
+"""Inspection of a structured latent: statistics, spectra, separability of classes, contribution of the details."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +29,7 @@ from davae.runtime.devices import chosen_device
 from davae.runtime.pictures import upscaled
 
 _BAND_IMAGES = 32
-"""Spectra of what each detail group adds are taken of this many images: each group costs one decoding of them."""
+"""Number of images for the spectra of what each detail group adds; each group needs one decoding of them."""
 _EXAMPLES = 6
 
 
@@ -39,11 +39,11 @@ class Part:
 
     Attributes:
         channels: how many.
-        linear_probe, linear_probe_std: held-out accuracy, mean and standard deviation over splits; none without
+        linear_probe, linear_probe_std: held-out accuracy, mean and standard deviation over splits; ``None`` without
             labels.
-        nearest_neighbours: accuracy of the five nearest others.
+        nearest_neighbours: accuracy of a vote of the five nearest other images.
         high_frequency_share, local_distant_similarity: see `davae.evaluation.latent_space.spectra`.
-        projection: ``[N, 2]``, where the images lie in the plane.
+        projection: ``[N, 2]``, positions of the images in the map.
     """
 
     channels: int
@@ -62,7 +62,7 @@ class Inspection:
     Attributes:
         images: how many were looked at.
         scale, base_channels, detail_channels: of the autoencoder.
-        labels: class of each image, -1 where there is none.
+        labels: class of each image, -1 if there is none.
         parts: ``base``, ``detail`` and ``structured``.
         chance: share of the most frequent class.
         alignment_error: mean square of grouped detail mean minus ``z``, over the mean square of ``z``; Eq. 3.
@@ -109,21 +109,21 @@ def inspect_latents(
     method: Method = "tsne",
     device: str | None = None,
 ) -> dict[str, Inspection]:
-    """Look at trained autoencoders through the same images: what ``davae inspect`` does, before it draws.
+    """Inspect trained autoencoders with the same images, as ``davae inspect`` does before it draws.
 
     :func:`davae.report.inspection.write_inspection` makes pictures of the result.
 
     Args:
         autoencoder: folder of a trained one.
-        data: images, as in a recipe's ``data.path``; None takes those that the run held out.
+        data: images, as in a recipe's ``data.path``; by default those that the run held out.
         beside: folders of others, such as one without alignment.
-        images: how many, evenly from the whole set.
-        resolution: side in pixels; None takes the run's.
-        method: how images are laid out in the plane.
-        device: ``cpu``, ``cuda`` or ``cuda:1``; None takes the GPU where there is one.
+        images: how many, spaced evenly over the whole set.
+        resolution: side in pixels; by default the run's.
+        method: of the map.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; by default the GPU, if any.
 
     Returns:
-        By title: a run's name, or the folder's; of equal titles the later ones are numbered.
+        Inspections by title: the run's name, or the folder's; equal titles are numbered.
 
     Raises:
         DavaeError: an autoencoder or the images cannot be read, or there are fewer than 8.
@@ -132,7 +132,7 @@ def inspect_latents(
     folder = Path(autoencoder)
     folders = _titled([folder, *map(Path, beside)])
     side = resolution or trained_resolution(folder)
-    # One set for all: an autoencoder beside was trained on other images perhaps.
+    # One data set for all: the others may have been trained on other images.
     dataset = held_out_images(folder, side) if data is None else open_dataset(data, resolution=side)
     items = [item for batch in spread_batches(dataset, images, images) for item in batch]
     pictures = torch.stack([item["image"] for item in items])
@@ -163,13 +163,13 @@ def inspect_autoencoder(
     batch: int = 8,
     seed: int = 0,
 ) -> Inspection:
-    """Look at a trained autoencoder through images it has not seen.
+    """Inspect a trained autoencoder with images that it was not trained on.
 
     Args:
         vae: in any mode; used in evaluation mode.
         images: ``[N, 3, H, W]`` in [-1, 1], on any device.
         labels: ``[N]``, -1 for none; accuracies need at least two classes with two images each.
-        method: how images are laid out in the plane.
+        method: of the map.
         batch: images at a time.
         seed: of the shuffle, the probe's split and t-SNE.
 
@@ -235,7 +235,7 @@ def _map(function: Callable[[Tensor], Tensor], vae: AutoencoderDA, x: Tensor, ba
 
 
 def _derangement(order: Tensor) -> Tensor:
-    """A permutation that leaves nothing in its place: each image of a random cycle takes its neighbour's."""
+    """A permutation without fixed points: each image of a random cycle gets its neighbour's details."""
     target = torch.empty_like(order)
     target[order] = order.roll(1)
     return target

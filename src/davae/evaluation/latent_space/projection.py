@@ -1,4 +1,4 @@
-"""What a latent space looks like: principal axes and two-dimensional maps."""
+"""Principal axes and two-dimensional maps of a latent space."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PrincipalAxes:
 
     Attributes:
         mean: [F].
-        axes: [K, F], orthonormal, by falling variance; the largest entry of each is positive.
+        axes: [K, F], orthonormal, by decreasing variance; the largest entry of each is positive.
         explained: [K], share of the total variance along each axis.
     """
 
@@ -63,13 +63,13 @@ class PrincipalAxes:
 
 
 def project_latents(latents: Tensor, method: Method = "pca", *, seed: int = 0, perplexity: float = 30.0) -> Tensor:
-    """Lay latents out in the plane.
+    """Map latents to two dimensions.
 
     Args:
         latents: [N, C, h, w] or [N, F].
         method: ``"pca"`` (linear, fast) or ``"tsne"`` (van der Maaten and Hinton 2008; up to 2000 points).
         seed: for t-SNE.
-        perplexity: for t-SNE, the effective number of neighbours; lowered where there are few points.
+        perplexity: for t-SNE, the effective number of neighbours; lowered if there are few points.
 
     Returns:
         [N, 2] float32.
@@ -111,7 +111,7 @@ def _affinities(squared: Tensor, perplexity: float) -> Tensor:
 
 
 def tsne(rows: Tensor, *, perplexity: float = 30.0, steps: int = 750, seed: int = 0) -> Tensor:
-    """Lay rows out in the plane so that neighbours stay neighbours.
+    """Map rows to two dimensions so that neighbours stay neighbours.
 
     Gradient descent on ``KL(P | Q)`` with momentum, per-coordinate gains and early exaggeration; starts from
     the two first columns (principal axes, when the rows come from PCA), so the layout is reproducible.

@@ -1,4 +1,4 @@
-"""How well classes can be told apart in a latent space: linear probes and nearest neighbours."""
+"""Separability of classes in a latent space: linear probes and nearest neighbours."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,16 +23,16 @@ class Probe(NamedTuple):
 def linear_probe(
     latents: Tensor, labels: Tensor, *, splits: int = 5, strengths: Sequence[float] = STRENGTHS, seed: int = 0
 ) -> Probe:
-    """Accuracy of a ridge classifier on latents that it has not seen.
+    """Held-out accuracy of a ridge classifier.
 
-    Base and detail latents have different numbers of channels, and one regularisation does not suit both. So each
-    split (half to fit, half to score, the share of each class kept) chooses its own: the strength that scores best when
-    the first half is split once more.
+    Base and detail latents have different numbers of channels, and need different regularisation. So each stratified
+    split (half to fit, half to score) chooses its own: the strength that scores best when the first half is split
+    again.
 
     Args:
         latents: [N, ...].
-        labels: [N], whole numbers; at least two latents a class.
-        splits: how many, with different draws.
+        labels: [N], whole numbers; at least two latents per class.
+        splits: number of random splits.
         strengths: of the regularisation, relative to the mean square of a feature, which is one.
         seed: of the splits.
 
@@ -61,7 +61,7 @@ def _chosen(rows: Tensor, labels: Tensor, classes: int, strengths: Sequence[floa
 def ridge_accuracies(
     rows: Tensor, labels: Tensor, classes: int, train: Tensor, strengths: Sequence[float]
 ) -> list[float]:
-    """Share of the rows outside ``train`` that are put in the right class, for each strength.
+    """Share of the rows outside ``train`` that are classified correctly, for each strength.
 
     ``W = (X'X + r n I)^-1 X'Y`` on standardised features and centred one-hot targets, through the eigenvectors of the
     smaller Gram matrix, which serve every strength.
@@ -91,10 +91,10 @@ def ridge_accuracies(
 
 
 def labelled_rows(latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Latents ``[N, ...]`` as float64 rows ``[N, F]``, labels counted from 0, and how many classes there are.
+    """Latents ``[N, ...]`` as float64 rows ``[N, F]``, labels renumbered from 0, and the number of classes.
 
     Raises:
-        DavaeError: not one label a latent, or fewer than two classes.
+        DavaeError: not one label per latent, or fewer than two classes.
     """
     rows = latent_rows(latents, 2)
     labels = labels.detach().cpu().long()
@@ -107,7 +107,7 @@ def labelled_rows(latents: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]
 
 
 def stratified_split(labels: Tensor, classes: int, fraction: float, seed: int) -> Tensor:
-    """``[N]``, true for the latents to fit: a random ``fraction`` of each class, one at least, not all.
+    """``[N]``, true for the latents to fit: a random ``fraction`` of each class, at least one, but not all.
 
     Raises:
         DavaeError: a class with a single latent.
@@ -127,7 +127,7 @@ def stratified_split(labels: Tensor, classes: int, fraction: float, seed: int) -
 def linear_probe_accuracy(
     latents: Tensor, labels: Tensor, *, train_fraction: float = 0.5, regularisation: float = 0.1, seed: int = 0
 ) -> float:
-    """Share of held-out latents that a ridge classifier puts in the right class.
+    """Share of held-out latents that a ridge classifier classifies correctly.
 
     The split is random but keeps the share of each class; see :func:`ridge_accuracies`.
 
@@ -157,7 +157,7 @@ def nearest_neighbour_accuracy(latents: Tensor, labels: Tensor, *, neighbours: i
     Args:
         latents: [N, ...].
         labels: [N], whole numbers.
-        neighbours: votes a latent.
+        neighbours: votes per latent.
 
     Returns:
         Accuracy in [0, 1].
@@ -168,7 +168,7 @@ def nearest_neighbour_accuracy(latents: Tensor, labels: Tensor, *, neighbours: i
     features = (rows - rows.mean(0)) / rows.std(0, correction=0).clamp_min(1e-8)
     distance = torch.cdist(features, features).fill_diagonal_(float("inf"))
     nearest = labels[distance.topk(neighbours, largest=False).indices]  # [N, k], nearest first
-    # A vote is worth a hair less the farther it comes from, which only matters in a tie.
+    # Votes of farther neighbours count slightly less, which only matters for ties.
     worth = 1 - 1e-3 * torch.arange(neighbours, dtype=torch.float64) / neighbours
     votes = F.one_hot(nearest, classes).double() * worth[None, :, None]
     return float((votes.sum(1).argmax(1) == labels).double().mean())

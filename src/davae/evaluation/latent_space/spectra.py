@@ -1,4 +1,4 @@
-"""Radial power spectra of the parts of a structured latent, and of what each of them adds to the image."""
+"""Radial power spectra of the parts of a structured latent, and of their contributions to the image."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -12,14 +12,14 @@ from davae.evaluation.metrics.spectrum import NYQUIST, radial_bins, radial_power
 from davae.models import AutoencoderDA
 
 Spectrum = tuple[list[float], list[float]]
-"""Frequencies in cycles a sample, and powers."""
+"""Frequencies in cycles per sample, and powers."""
 
 
 def detail_groups(vae: AutoencoderDA) -> dict[str, slice]:
     """Groups of the detail channels, as slices of ``z_d``.
 
-    Of one level: group i is what Eq. 3 averages and ties to base channel i. Of nested levels: each level. Where the
-    channels do not divide into groups, all of them.
+    With one level, group i is what Eq. 3 averages and aligns with base channel i; with nested levels, each level is a
+    group. If the channels do not divide into groups, there is one group of all.
     """
     base = vae.layout.base_channels
     if len(vae.levels) > 2:  # the base is the lowest
@@ -32,7 +32,7 @@ def detail_groups(vae: AutoencoderDA) -> dict[str, slice]:
 
 
 def latent_spectra(vae: AutoencoderDA, latents: Tensor) -> dict[str, Spectrum]:
-    """Of ``z`` and of each detail group, from latents ``[N, C + D, h, w]``."""
+    """Spectra of ``z`` and of each detail group, from latents ``[N, C + D, h, w]``."""
     z, details = vae.layout.split(latents)
     groups = {name: details[:, channels] for name, channels in detail_groups(vae).items()}
     return {name: _spectrum(signal) for name, signal in ({"z": z} | groups).items()}
@@ -41,15 +41,15 @@ def latent_spectra(vae: AutoencoderDA, latents: Tensor) -> dict[str, Spectrum]:
 def image_spectra(
     vae: AutoencoderDA, latents: Tensor, images: Tensor, made: dict[str, Tensor], decode: Callable[[Tensor], Tensor]
 ) -> dict[str, Spectrum]:
-    """Of the images, of their reconstructions, and of the bands that the details add.
+    """Spectra of the images, of their reconstructions, and of the bands that the details add.
 
-    A group's band is the reconstruction minus the one made with this group zeroed. The bands do not sum to that of all
-    details, for the decoder is not linear.
+    A group's band is the reconstruction minus the one with this group zeroed. The bands do not sum to that of all
+    details, since the decoder is not linear.
 
     Args:
-        vae: whose latents they are.
-        latents: ``[n, C + D, h, w]``; one decoding of all a group is made.
-        images: ``[n, 3, H, W]`` that they stand for.
+        vae: of the latents.
+        latents: ``[n, C + D, h, w]``; decoded once per group.
+        images: ``[n, 3, H, W]``, which they encode.
         made: the reconstructions ``whole``, and ``zeroed`` without any details.
         decode: latents to images.
     """
@@ -69,9 +69,9 @@ def _spectrum(signal: Tensor) -> Spectrum:
 
 
 def high_frequency_share(x: Tensor) -> float:
-    """Share of a signal's variance in the upper half of its frequencies, means left out.
+    """Share of a signal's variance in the upper half of its frequencies, without the means.
 
-    Latents with more of it than images have are harder to learn for a diffusion model, which works from coarse
+    Latents with a higher share than images are harder to learn for a diffusion model, which works from coarse
     to fine (Skorokhodov et al. 2025, "Improving the Diffusability of Autoencoders", arXiv 2502.14831; there with
     a cosine transform in blocks, here with the Fourier transform of the whole).
 
@@ -94,7 +94,7 @@ def high_frequency_share(x: Tensor) -> float:
 
 
 def local_distant_similarity(latents: Tensor, *, near: int = 1) -> float:
-    """How much more alike neighbouring positions are than distant ones, by cosine.
+    """Difference of the cosine similarity of neighbouring positions and that of distant ones.
 
     A strong spatial structure, not the separation of classes, was found to predict how much a representation
     helps a generator (Singh et al. 2025, "What matters for Representation Alignment: Global Information or Spatial

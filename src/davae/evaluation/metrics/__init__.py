@@ -1,1 +1,1 @@
-"""Metrics: one module each, and the two bundles that everything measures with."""
+"""Metrics, one module each, and two bundles of them, for pairs and for sets of images."""

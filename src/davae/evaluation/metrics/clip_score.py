@@ -1,4 +1,4 @@
-"""CLIP score (Hessel et al. 2021): does an image show what its text says?"""
+"""CLIP score (Hessel et al. 2021): similarity of images and their texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from davae.errors import DavaeError
 
 
 class ClipScore:
-    """Mean of ``100 max(cos(image, text), 0)`` over pairs that come in batches."""
+    """Mean of ``100 max(cos(image, text), 0)`` over pairs, added in batches."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,7 +1,7 @@
-"""Fréchet distance between two sets of features, each seen as a Gaussian (Heusel et al. 2017).
+"""Fréchet distance between two sets of features, each modelled as a Gaussian (Heusel et al. 2017).
 
-Its value follows from means and covariances alone, so a set of images can be handed on as a small file: the
-``.npz`` with ``mu`` and ``sigma`` that guided diffusion (ADM) publishes for ImageNet.
+It depends on means and covariances only, so a set of images can be shared as a small file: an
+``.npz`` with ``mu`` and ``sigma``, as published by guided diffusion (ADM) for ImageNet.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Gaussian:
     Attributes:
         mean: ``[F]`` float64.
         covariance: ``[F, F]`` float64, divided by N - 1.
-        count: N; none where a file does not tell.
+        count: N; ``None`` if unknown (read from a file).
     """
 
     mean: Tensor
@@ -37,7 +37,7 @@ class Gaussian:
 
     @cached_property
     def factor(self) -> Tensor:
-        """``A`` ``[F, rank]`` with ``A A^T`` the covariance; eigenvalues that are rounding alone are left out."""
+        """``A`` ``[F, rank]`` with ``A A^T`` the covariance; eigenvalues as small as rounding errors are dropped."""
         values, vectors = torch.linalg.eigh(self.covariance.double())
         rounding = len(values) * torch.finfo(torch.float64).eps * values.abs().max()
         kept = values > rounding
@@ -51,10 +51,10 @@ class Gaussian:
 
 
 class GaussianStatistics:
-    """Mean and covariance of rows that come in batches, in float64.
+    """Mean and covariance, in float64, of rows added in batches.
 
-    Batches are merged by the update of Chan, Golub and LeVeque (1979), which subtracts means before it squares, so
-    that large offsets cost no digits and the split into batches does not show.
+    Batches are merged by the update of Chan, Golub and LeVeque (1979), which subtracts means before squaring, so
+    that large offsets lose no digits and the result does not depend on the split into batches.
     """
 
     def __init__(self) -> None:
@@ -103,9 +103,9 @@ class GaussianStatistics:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """``|mu_a - mu_b|^2 + tr(S_a) + tr(S_b) - 2 sum_i sqrt(l_i)``, with ``l_i`` the eigenvalues of ``S_a S_b``.
 
-    The roots of these eigenvalues are the singular values of ``A^T B`` where ``S_a = A A^T`` and ``S_b = B B^T``. Taken
-    so, rounding is not magnified by a square root, no eigenvalue comes out complex where a covariance is singular, and
-    fewer images than features make it fast.
+    The roots of these eigenvalues are the singular values of ``A^T B``, where ``S_a = A A^T`` and ``S_b = B B^T``. This
+    way rounding errors are not amplified by a square root, singular covariances give no complex eigenvalues, and it is
+    fast for fewer images than features.
 
     Raises:
         DavaeError: the numbers of features differ.
@@ -133,7 +133,7 @@ def save_statistics(gaussian: Gaussian, file: str | Path) -> str:
 
 
 def load_statistics(file: str | Path) -> Gaussian:
-    """Read the moments of an ``.npz`` with ``mu`` ``[F]`` and ``sigma`` ``[F, F]``; other entries are passed over.
+    """Read the moments of an ``.npz`` with ``mu`` ``[F]`` and ``sigma`` ``[F, F]``; other entries are ignored.
 
     Raises:
         DavaeError: no such file, no ``.npz``, or entries that are missing or misshapen.

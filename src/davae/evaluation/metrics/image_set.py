@@ -1,4 +1,4 @@
-"""What is gathered of a set of images, batch by batch, and every distance between two such sets."""
+"""Sets of images, collected batch by batch, and all distances between two sets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from davae.evaluation.metrics.spectrum import SpectrumMean
 from davae.runtime.pictures import to_bytes
 
 PATCH_IMAGES = 8192
-"""Patches are cut from this many first images of a set; more would only fill the memory."""
+"""Patches are cut from at most this many first images of a set, to limit memory."""
 
 KID_SUBSET = 1000
 NEIGHBOURS = 3
@@ -30,7 +30,7 @@ _STATISTICS_ONLY = "the reference is a file of statistics: images are needed"
 
 
 class FeatureSet:
-    """Features of a set by one network: the rows, and their moments as they come."""
+    """Features of a set by one network: the rows, and their moments."""
 
     def __init__(self) -> None:
         self._rows: list[Tensor] = []
@@ -52,14 +52,14 @@ class FeatureSet:
 
     @property
     def logits(self) -> Tensor | None:
-        """``[N, K]``, none where the network knows no classes."""
+        """``[N, K]``; ``None`` if the network has no classes."""
         return torch.cat(self._logits) if self._logits else None
 
     def part(self, numbers: Sequence[int]) -> FeatureSet:
         """The features of some of the images, without logits.
 
         Raises:
-            DavaeError: fewer than two are asked of: they have no covariance.
+            DavaeError: fewer than two images, which have no covariance.
         """
         if len(numbers) < 2:
             raise DavaeError(f"a distance needs at least 2 images, got {len(numbers)}")
@@ -68,18 +68,18 @@ class FeatureSet:
         return chosen
 
     def gaussian(self) -> Gaussian:
-        """Their moments; the same object until more are added, for its factor is dear."""
+        """Their moments; the same object until more are added, since it caches its expensive factor."""
         if self._gaussian is None or self._gaussian.count != self._statistics.count:
             self._gaussian = self._statistics.gaussian()
         return self._gaussian
 
 
 class ImageSet:
-    """A set of images as the metrics see it.
+    """A set of images: features, patches, power spectrum and a hash of the pixels.
 
     Args:
-        networks: whose features are wanted.
-        spatial: also gather patches and the power spectrum; the images must be of one size then.
+        networks: to compute features with.
+        spatial: also collect patches and the power spectrum; the images must then have one size.
         seed: of the patches.
     """
 
@@ -89,12 +89,12 @@ class ImageSet:
         self.patches = PatchSet(seed=seed) if spatial else None
         self.spectrum = SpectrumMean() if spatial else None
         self.groups: list[str] = []
-        """Class or category of each image, empty where it has none."""
+        """Class or category of each image; empty if it has none."""
         self._pixels = hashlib.sha256()
         self.count = 0
 
     def update(self, images: Tensor, groups: Sequence[str] | None = None) -> ImageSet:
-        """Add images ``[B, 3, H, W]`` in [-1, 1], with a class or category each; returns itself."""
+        """Add images ``[B, 3, H, W]`` in [-1, 1], with their classes or categories; returns itself."""
         for network in self.networks:
             self.features[network.name].update(network(images))
         if self.patches is not None and self.patches.count < PATCH_IMAGES:
@@ -107,14 +107,14 @@ class ImageSet:
         return self
 
     def numbers_of(self, group: str) -> list[int]:
-        """Which images are of a class or category."""
+        """Numbers of the images of a class or category."""
         return [i for i, name in enumerate(self.groups) if name == group]
 
     def hashes(self) -> dict[str, Any]:
         """SHA-256 of the 8-bit pixels ``[N, 3, H, W]`` in their order, and of each network's moments.
 
-        The first is the same wherever the images are. The last digits of moments depend on the machine, and their hash
-        with them; those that must stay the same are saved and handed on as a file.
+        The first does not depend on where the images are stored. The last digits of moments, and so their hashes,
+        depend on the machine; to share moments exactly, save them to a file.
         """
         moments = {name: features.gaussian().sha256() for name, features in self.features.items()}
         return {"pixels_sha256": self._pixels.hexdigest()} | ({"moments_sha256": moments} if moments else {})
@@ -128,11 +128,11 @@ class ImageSet:
 
 @dataclass
 class Distances:
-    """Figures by name, and for each figure that could not be had the reason.
+    """Figures by name, and the reasons for unavailable ones.
 
     Attributes:
         figures: such as ``fid/inception``, see :mod:`davae.evaluation.metrics.names`.
-        unavailable: name to reason.
+        unavailable: reasons by name.
         categories: the same of parts of the set, by name.
     """
 
@@ -142,7 +142,7 @@ class Distances:
 
 
 def compare_sets(found: ImageSet, reference: ImageSet | Gaussian, *, seed: int = 2020) -> Distances:
-    """Every distance of a set of images to a reference set, and the Inception Score of the first.
+    """All distances of a set of images to a reference set, and its Inception Score.
 
     Args:
         found: generated or reconstructed images.
@@ -161,7 +161,7 @@ def compare_sets(found: ImageSet, reference: ImageSet | Gaussian, *, seed: int =
 
 
 def spatial_distances(found: ImageSet, reference: ImageSet) -> dict[str, float]:
-    """Sliced Wasserstein and spectral distance of two sets; nothing where one was gathered without them."""
+    """Sliced Wasserstein and spectral distance of two sets; empty if one was collected without patches and spectrum."""
     if found.patches is None or reference.patches is None:
         return {}
     assert found.spectrum is not None
@@ -180,7 +180,7 @@ def swd_figures(levels: Mapping[int, float]) -> dict[str, float]:
 def feature_distances(
     result: Distances, name: str, features: FeatureSet, reference: FeatureSet | Gaussian, seed: int
 ) -> None:
-    """Add what one network's features tell, under ``metric/name``, to ``result``."""
+    """Add the distances of one network's features to ``result``, as ``metric/name``."""
     rows, logits = features.rows, features.logits
     moments = reference if isinstance(reference, Gaussian) else reference.gaussian()
     try:
@@ -201,6 +201,6 @@ def feature_distances(
             reason = f"needs more than {NEIGHBOURS} images"
             result.unavailable |= {f"{m}/{name}": reason for m in ("precision", "recall")}
     if logits is not None:
-        # Ten parts as published; fewer where a part would have less than ten images, and say nothing.
+        # Ten parts as published; fewer if a part would have less than ten images, too few for a score.
         score = inception_score(logits, splits=min(10, max(1, len(logits) // 10)), seed=seed)
         result.figures |= {f"inception_score/{name}": score.mean, f"inception_score_std/{name}": score.std}

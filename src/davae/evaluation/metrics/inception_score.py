@@ -1,4 +1,4 @@
-"""Inception Score (Salimans et al. 2016): are images surely of some class, and of all classes?"""
+"""Inception Score (Salimans et al. 2016): high if each image has a clear class and all classes occur."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from davae.errors import DavaeError
 
 
 class InceptionScore(NamedTuple):
-    """Mean and standard deviation over the parts; 1 at least, the number of classes at most."""
+    """Mean and standard deviation over the parts, between 1 and the number of classes."""
 
     mean: float
     std: float
@@ -20,7 +20,7 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> In
     """``exp(mean_x KL(p(y|x) | p(y)))``, over equal parts of the shuffled images.
 
     Args:
-        logits: ``[N, K]`` before the softmax; logarithms of probabilities serve as well.
+        logits: ``[N, K]`` before the softmax; log-probabilities work as well.
         splits: parts; 10 is the published choice. The score grows with the size of a part.
         seed: of the shuffle, as torch-fidelity's.
 
@@ -29,7 +29,7 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 2020) -> In
     """
     if logits.ndim != 2 or not 1 <= splits <= len(logits):
         raise DavaeError(f"{splits} parts need as many rows of class logits [N, K], got {list(logits.shape)}")
-    random = np.random.RandomState(seed)  # torch-fidelity draws so
+    random = np.random.RandomState(seed)  # as torch-fidelity draws
     shuffled = logits.double().cpu()[torch.from_numpy(random.permutation(len(logits)))]
     logs = shuffled.log_softmax(dim=1)
     scores = []

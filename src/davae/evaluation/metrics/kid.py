@@ -1,6 +1,6 @@
-"""Kernel distance (KID, Binkowski et al. 2018): squared maximum mean discrepancy of features, without bias.
+"""Kernel inception distance (KID, Binkowski et al. 2018): unbiased squared maximum mean discrepancy of features.
 
-A Fréchet distance of few images is too large by an amount that depends on their number; this one is not, and is the
+A Fréchet distance of few images is too large by an amount that depends on their number. KID is not, and is the
 better measure below a few thousand images.
 """
 
@@ -54,7 +54,7 @@ def kid(a: Tensor, b: Tensor, *, subsets: int = 100, subset_size: int = 1000, se
         raise DavaeError(f"features must be rows of one length, got {list(a.shape)} and {list(b.shape)}")
     if not 2 <= subset_size <= min(len(a), len(b)):
         raise DavaeError(f"subsets of {subset_size} cannot be drawn from {len(a)} and {len(b)} images")
-    random = np.random.RandomState(seed)  # torch-fidelity draws so
+    random = np.random.RandomState(seed)  # as torch-fidelity draws
     a, b = a.double(), b.double()
     found = []
     for _ in range(subsets):

@@ -1,4 +1,4 @@
-"""What metrics are called: one name a quantity, wherever it is measured, written or shown.
+"""Names of metrics: one per quantity, wherever it is measured, written or shown.
 
 * means over pairs of images: ``psnr``, ``ssim``, ``lpips``, ``dino`` (see :mod:`davae.evaluation.metrics.psnr_ssim`);
 * between two sets of images (see :mod:`davae.evaluation.metrics.image_set`): ``swd/finest``, ``swd/levelN``,
@@ -23,18 +23,18 @@ _EARLIER = {
     "swd_base_upscaled": "swd_finest_base_upscaled",
     "swd_real": "swd_finest_real",
 }
-"""Names in ``metrics.jsonl``, recipes and summaries of earlier runs. (The JSON of an earlier evaluation, which nothing
-reads, says ``swd`` for ``swd/mean``; that of an ablation ``frechet`` for ``fid``, ``kernel`` for 1000 ``kid``.)"""
+"""Names in ``metrics.jsonl``, recipes and summaries of earlier runs. (In the JSON of earlier evaluations, which is not
+read, ``swd`` is ``swd/mean``; in that of ablations ``frechet`` is ``fid`` and ``kernel`` is 1000 ``kid``.)"""
 _SIDE = re.compile(r"_\d+$")
 Value = TypeVar("Value")
 
 
 def current_name(name: str) -> str:
-    """Today's name of a metric in a file of an earlier run; all other names as they are."""
+    """The current name of a metric in a file of an earlier run; other names are unchanged."""
     stem, side = _SIDE.sub("", name), _SIDE.search(name)
     return _EARLIER.get(stem, stem) + ("" if side is None else side[0])
 
 
 def current_names(figures: Mapping[str, Value]) -> dict[str, Value]:
-    """Figures under today's names."""
+    """Figures under their current names."""
     return {current_name(name): value for name, value in figures.items()}

@@ -1,6 +1,6 @@
-"""Improved precision and recall (Kynkäänniemi et al. 2019): fidelity and variety apart.
+"""Improved precision and recall (Kynkäänniemi et al. 2019): fidelity and diversity separately.
 
-Each set is seen as the union of balls around its features, as wide as the distance to the k-th nearest neighbour.
+Each set is represented by balls around its features, with the distance to the k-th nearest neighbour as radius.
 Precision is the share of generated images inside the real set's balls, recall the share of real images inside the
 generated set's.
 """
@@ -45,7 +45,7 @@ def precision_recall(real: Tensor, generated: Tensor, *, neighbours: int = 3, ch
 
 def _radii(rows: Tensor, neighbours: int, chunk: int) -> Tensor:
     """Distance of every row to its k-th nearest other row, ``[N]``."""
-    # The nearest of all is the row itself, hence k + 1. Exact differences: a matrix product loses small distances.
+    # The nearest one is the row itself, hence k + 1. Exact differences: a matrix product loses small distances.
     return torch.cat([_distances(part, rows).kthvalue(neighbours + 1, dim=1).values for part in rows.split(chunk)])
 
 

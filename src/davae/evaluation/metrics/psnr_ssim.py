@@ -1,4 +1,4 @@
-"""Metrics of pairs of images, one value a pair. Images are [B, C, H, W] in [-1, 1], so the data range is 2."""
+"""Metrics of pairs of images, one value per pair. Images are [B, C, H, W] in [-1, 1], so the data range is 2."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
         b: images of the same shape.
 
     Returns:
-        [B] in dB; infinite where two images are equal.
+        [B] in dB; infinite for equal images.
 
     Raises:
         DavaeError: the shapes differ.
@@ -48,11 +48,11 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of each pair of images (Wang et al. 2004, Gaussian window, sigma 1.5).
 
     Args:
-        a: images [B, C, H, W] in [-1, 1], at least 11 pixels a side.
+        a: images [B, C, H, W] in [-1, 1], at least 11 pixels per side.
         b: images of the same shape.
 
     Returns:
-        [B], 1 where two images are equal.
+        [B], 1 for equal images.
 
     Raises:
         DavaeError: the shapes differ or the images are smaller than the window.
@@ -70,13 +70,13 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 PairDistance = Callable[[Tensor, Tensor], Tensor]
-"""Images and reconstructions ``[B, 3, H, W]`` in [-1, 1] to one value a pair, ``[B]``."""
+"""Images and reconstructions ``[B, 3, H, W]`` in [-1, 1] to one value per pair, ``[B]``."""
 
 
 def pair_metrics(
     images: Tensor, reconstruction: Tensor, perceptual: Mapping[str, PairDistance] | None = None
 ) -> dict[str, Tensor]:
-    """Every metric of pairs by name, ``[B]`` each on the CPU: what is measured wherever images are reconstructed.
+    """All metrics of pairs by name, ``[B]`` each on the CPU, as measured wherever images are reconstructed.
 
     Args:
         images: ``[B, 3, H, W]`` in [-1, 1].
@@ -88,7 +88,7 @@ def pair_metrics(
 
 
 class PairMeans:
-    """Means of :func:`pair_metrics` over pairs that come in batches.
+    """Means of :func:`pair_metrics` over pairs, added in batches.
 
     Args:
         perceptual: further distances by name.

@@ -1,13 +1,13 @@
-"""Sliced Wasserstein distance between two sets of images, one value a level of their Laplacian pyramids.
+"""Sliced Wasserstein distance between two sets of images, one value per level of their Laplacian pyramids.
 
 The measure of Karras et al. 2018 (Progressive Growing of GANs, section 5): small patches of each pyramid
-level are taken as points, normalised a colour channel, projected on random directions, and the
-one-dimensional distances along these directions are averaged. The finest level looks at the finest structure
-only, so it tells sharp textures from blurred or noisy ones even where the images agree at a glance.
+level are treated as points, normalised per colour channel and projected on random directions, and the
+one-dimensional distances along these directions are averaged. The finest level contains the finest structure
+only, so it distinguishes sharp textures from blurred or noisy ones even in otherwise similar images.
 
-One deviation, on purpose: the published measure normalises each set by its own mean and standard
-deviation, so that a set with all its fine contrast halved scores as perfect. By default both sets are
-normalised by their pooled moments here; ``normalise="each"`` gives the published form.
+One difference: the published measure normalises each set by its own mean and standard deviation, so a set
+with all its fine contrast halved gets a perfect score. By default both sets are normalised by their pooled
+moments here; ``normalise="each"`` gives the published form.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def laplacian_pyramid(images: Tensor, levels: int) -> list[Tensor]:
 
 
 class PatchSet:
-    """Random patches of every pyramid level of a set of images, gathered batch by batch.
+    """Random patches of every pyramid level of a set of images, collected batch by batch.
 
-    Gather the real images once and compare as many generated sets with them as needed. The i-th image of
-    every set is cut at the same places, so a set has distance zero to itself and the result does not
-    depend on how the images are split into batches.
+    Collect the real images once and compare any number of generated sets with them. The i-th image of
+    every set is cut at the same places, so a set has distance zero to itself, and the result does not
+    depend on the split into batches.
 
     Args:
-        levels: pyramid levels; None takes all down to 16 pixels.
+        levels: pyramid levels; by default all down to 16 pixels.
         patch: side of a patch in pixels.
         patches_per_image: patches cut from each image at each level.
         seed: decides where patches are cut.
@@ -195,7 +195,7 @@ class PatchSet:
 
 
 def _normalised(a: Tensor, b: Tensor, how: Normalisation) -> tuple[Tensor, Tensor]:
-    """Zero mean and unit variance a channel, then flat points: [N, C, k] -> [N, C * k]."""
+    """Zero mean and unit variance per channel, then flat points: [N, C, k] -> [N, C * k]."""
     mean_a, mean_b = (x.double().mean((0, 2), keepdim=True) for x in (a, b))
     var_a, var_b = (x.double().var((0, 2), keepdim=True, correction=0) for x in (a, b))
     if how == "pooled":
@@ -215,7 +215,7 @@ def wasserstein_1d(a: Tensor, b: Tensor, *, order: Literal[1, 2] = 1) -> Tensor:
     """Wasserstein distance of two samples of numbers, column by column.
 
     ``W_p = (integral over u in [0, 1] of |F_a^-1(u) - F_b^-1(u)|^p)^(1/p)``. The quantile functions of
-    samples are steps, so the integral is an exact finite sum also where the sizes differ.
+    samples are step functions, so the integral is an exact finite sum, also for different sizes.
 
     Args:
         a: [n, k].

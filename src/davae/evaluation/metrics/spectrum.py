@@ -1,4 +1,4 @@
-"""Radial power spectra: how the energy of images or latents is spread over spatial frequency."""
+"""Radial power spectra: the distribution of the energy of images or latents over spatial frequency."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from davae.errors import DavaeError
 
 NYQUIST = 0.5
-"""Highest frequency along an axis, in cycles a pixel. Rings above it exist in the corners only."""
+"""Highest frequency along an axis, in cycles per pixel. Rings above it exist in the corners only."""
 
 
 def radial_bins(height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -17,7 +17,7 @@ def radial_bins(height: int, width: int) -> tuple[Tensor, Tensor]:
     Rings are one cycle per shorter side wide; ring 0 holds the mean alone.
 
     Returns:
-        ring index [H, W] (int64) and the centre frequency of each ring [K] in cycles a pixel.
+        ring index [H, W] (int64) and the centre frequency of each ring [K] in cycles per pixel.
     """
     side = min(height, width)
     fy = torch.fft.fftfreq(height, dtype=torch.float64)
@@ -38,7 +38,7 @@ def radial_power_spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
         x: images or latents [B, C, H, W].
 
     Returns:
-        frequency [K] in cycles a pixel (or latent cell) from 0 to the corner's 0.71, and power [K], float64.
+        frequency [K] in cycles per pixel (or latent cell) from 0 to the corner's 0.71, and power [K], float64.
     """
     if x.ndim != 4 or x.shape[0] == 0:
         raise DavaeError(f"a spectrum needs a batch [B, C, H, W] that is not empty, got {list(x.shape)}")
@@ -62,7 +62,7 @@ def log_spectral_distance(a: Tensor, b: Tensor) -> float:
         b: images [M, C, H, W] of the same height and width.
 
     Returns:
-        dB; 0 where the spectra agree, 3.01 where one has twice the power of the other everywhere.
+        dB; 0 for equal spectra, 3.01 if one has twice the power of the other at all frequencies.
     """
     if a.shape[-2:] != b.shape[-2:]:
         raise DavaeError(f"spectra of different sizes cannot be compared: {list(a.shape)}, {list(b.shape)}")
@@ -79,7 +79,7 @@ def spectra_distance(frequency: Tensor, power_a: Tensor, power_b: Tensor) -> flo
 
 
 class SpectrumMean:
-    """Radial power spectrum of a set of images that comes in batches, all of one size."""
+    """Radial power spectrum of a set of images of one size, added in batches."""
 
     def __init__(self) -> None:
         self.count = 0

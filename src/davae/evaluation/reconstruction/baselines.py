@@ -1,4 +1,4 @@
-"""An autoencoder's reconstructions beside the baselines that a reader asks for."""
+"""An autoencoder's reconstructions compared with baselines."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -29,11 +29,11 @@ class Row:
     """One way to reconstruct images.
 
     Attributes:
-        meaning: what it is.
-        positions: latent positions of an image, relative to the autoencoder; 0 where nothing is encoded.
+        meaning: description.
+        positions: latent positions of an image, relative to the autoencoder; 0 if nothing is encoded.
         figures: means by metric, and distances between the sets.
-        crops: name of a set of crops to means by metric.
-        unavailable: metric to the reason why it is missing.
+        crops: means by metric, by name of the set of crops.
+        unavailable: reasons for missing metrics, by name.
     """
 
     meaning: str
@@ -45,17 +45,17 @@ class Row:
 
 @dataclass(frozen=True)
 class ReconstructionReport:
-    """Everything that :func:`compare_reconstructions` found.
+    """The result of :func:`compare_reconstructions`.
 
     Attributes:
-        images: how many; ``crops``: how many of each name.
+        images: their number; ``crops``: the number of crops by name.
         scale: full over base resolution.
         rows: by name; the first is the autoencoder.
         networks: preprocessing and weights of each feature network.
         perceptual: the same of each perceptual distance, by name.
         reference: hashes of the images' 8-bit pixels and of the moments of their features.
-        autoencoder, data, resolution: what was measured on what, where they were given by name.
-        unavailable: metric to the reason why it is missing from some row.
+        autoencoder, data, resolution: what was measured, if given by name.
+        unavailable: reasons for metrics that are missing in some row.
     """
 
     images: int
@@ -75,7 +75,7 @@ class ReconstructionReport:
         return asdict(self)
 
     def figures(self) -> dict[str, dict[str, float]]:
-        """Of every row its figures, then those of its crops."""
+        """The figures of each row, followed by those of its crops."""
         shown: dict[str, dict[str, float]] = {}
         for name, row in self.rows.items():
             shown[name] = {"latent positions, relative": row.positions} | row.figures
@@ -101,7 +101,7 @@ def compare_reconstructions(
     Args:
         vae: in any mode; used in evaluation mode, with the mean of its posterior.
         batches: images ``[B, 3, H, W]`` in [-1, 1], all of one size.
-        crops: name to images ``[1, 3, H, W]`` of any sizes, reported apart.
+        crops: name to images ``[1, 3, H, W]`` of any sizes, reported separately.
         networks: for Fréchet and kernel distances.
         perceptual: further distances of each pair by name, such as LPIPS.
 
@@ -179,6 +179,6 @@ def reconstruct_all_ways(vae: AutoencoderDA, images: Tensor | None) -> dict[str,
 
 
 def native_reconstruction(vae: AutoencoderDA, images: Tensor) -> Tensor:
-    """What the pretrained base autoencoder makes of ``[B, 3, H, W]`` at full resolution, ``s^2`` times the tokens."""
+    """Reconstructions of ``[B, 3, H, W]`` by the base autoencoder at full resolution, with ``s^2`` times the tokens."""
     lowest = next(iter(vae.autoencoders()))
     return lowest.adapter.decode(lowest.base, lowest.adapter.encode(lowest.base, images))

@@ -1,6 +1,6 @@
-"""Parts of images that are looked at apart, because people leave high compression when they break.
+"""Crops of images that are measured separately, because high compression damages them first.
 
-Lettering and faces are named by whoever measures: as a folder of crops, or as boxes in a file. Fine texture is found.
+Lettering and faces are given by the user, as a folder of crops or as boxes in a file. Fine texture is found.
 """
 
 import csv
@@ -17,7 +17,7 @@ from davae.errors import DavaeError
 
 FINE_TEXTURE = "fine texture"
 SMALLEST_SIDE = 16
-"""A measured crop has at least this many pixels a side: SSIM's window is 11 wide."""
+"""Minimum side of a measured crop in pixels; SSIM's window has 11."""
 _COLUMNS = ("file", "name", "left", "top", "right", "bottom")
 
 
@@ -36,17 +36,17 @@ def busiest_crop(image: Tensor, side: int) -> tuple[slice, slice]:
     grey = image.detach().float().cpu().mean(0)[None, None]  # [1, 1, H, W]
     kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]).view(1, 1, 3, 3)
     energy = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), kernel).square()
-    # One strong edge, such as a horizon, would win over a whole texture: roots tame it.
+    # Roots keep one strong edge, such as a horizon, from outweighing a texture.
     score = F.avg_pool2d(energy.sqrt(), side, stride=1)[0, 0]
     row, column = divmod(int(score.argmax()), score.shape[1])
     return slice(row, row + side), slice(column, column + side)
 
 
 def fine_texture(images: Tensor) -> Callable[[Tensor], Tensor]:
-    """Where each of ``images`` ``[B, 3, H, W]`` is busiest: a square of a quarter of the shorter side, 16 px at least.
+    """Find the busiest square of each of ``images`` ``[B, 3, H, W]``, a quarter of the shorter side, at least 16 px.
 
     Returns:
-        A function that cuts these squares, ``[B, 3, S, S]``, out of the images or of their reconstructions.
+        A function that crops these squares, ``[B, 3, S, S]``, from the images or their reconstructions.
     """
     side = max(min(images.shape[-2:]) // 4, SMALLEST_SIDE)
     places = [busiest_crop(image, side) for image in images]
@@ -77,7 +77,7 @@ def folder_crops(folder: Path, unit: int) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Box:
-    """A part of an image file, in its pixels; ``right`` and ``bottom`` are the first that do not belong to it."""
+    """A part of an image file, in pixels; ``right`` and ``bottom`` are exclusive."""
 
     file: Path
     left: int
@@ -110,7 +110,7 @@ class Box:
 def read_boxes(file: str | Path) -> dict[str, list[Box]]:
     """Boxes by name, from a table of comma-separated values.
 
-    Its first line names the columns ``file,name,left,top,right,bottom``; other columns are passed over. Files are
+    Its first line names the columns ``file,name,left,top,right,bottom``; other columns are ignored. Files are
     looked for beside the table; ``name`` is what the box shows, such as ``lettering``.
 
     Raises:
@@ -154,7 +154,7 @@ def _grown(low: int, high: int, limit: int, unit: int) -> slice | None:
     """``[low, high)`` grown evenly to a multiple of ``unit`` and moved inside ``[0, limit)``; none without room."""
     length = max(-(-(high - low) // unit) * unit, -(-SMALLEST_SIDE // unit) * unit)
     if length > limit:
-        length = limit // unit * unit  # the image ends first: then as much of it as has whole positions
+        length = limit // unit * unit  # the largest multiple that fits the image
     if length < unit:
         return None
     start = min(max((low + high - length) // 2, 0), limit - length)

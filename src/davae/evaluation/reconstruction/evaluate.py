@@ -1,4 +1,4 @@
-"""An autoencoder beside its baselines, from folders: what ``davae evaluate reconstruction`` does."""
+"""``davae evaluate reconstruction`` as a function."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -34,23 +34,23 @@ def evaluate_reconstruction(
     batch: int = 8,
     device: str | None = None,
 ) -> ReconstructionReport:
-    """An autoencoder beside its baselines: base upscaled, base at full resolution, and the reduced image.
+    """Compare an autoencoder with baselines: base upscaled, base at full resolution, and the reduced image.
 
     Args:
-        autoencoder: folder of a trained one.
+        autoencoder: folder of a trained autoencoder.
         data: images, as in a recipe's ``data.path``.
-        resolution: side in pixels; None takes the run's.
-        images: how many, evenly from the whole set.
-        crops: name to folder of crops that are reported apart, such as lettering.
-        boxes: table (``.csv``) of parts of image files that are reported apart by name.
+        resolution: side in pixels; by default the run's.
+        images: how many, spaced evenly over the whole set.
+        crops: name to folder of crops that are reported separately, such as lettering.
+        boxes: table (``.csv``) of parts of image files that are reported separately by name.
         features: feature networks (:func:`davae.evaluation.features.open_network`).
         lpips: file of torchvision's VGG-16 weights, for LPIPS.
         dino: folder of a DINO network, for its perceptual distance.
         batch: images at a time.
-        device: ``cpu``, ``cuda`` or ``cuda:1``; None takes the GPU where there is one.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; by default the GPU, if any.
 
     Returns:
-        Every figure, and what could not be measured with the reason.
+        All figures, and reasons for the missing ones.
 
     Raises:
         DavaeError: the autoencoder, the images or the crops cannot be read, or their sizes do not fit.
