@@ -1,7 +1,7 @@
-"""Small pipelines of real diffusers classes with random weights: made in a moment, from nothing.
+"""Small pipelines of real diffusers classes with random weights, built in code.
 
-They behave as the published ones do (the same calls, schedulers, packing, guidance and text encoding) and serve the
-tests, a first try of a recipe, and bug reports. What they paint is noise.
+They behave like the published ones (the same calls, schedulers, packing, guidance and text encoding) and are used for
+tests, trying recipes, and bug reports. Their images are noise.
 """
 
 import inspect
@@ -50,7 +50,7 @@ def small_pipeline(name: str, seed: int = 0) -> DiffusionPipeline:
 
     Args:
         name: one of `SMALL_PIPELINES`.
-        seed: of the weights; torch's own random state is left alone.
+        seed: of the weights; torch's own random state is not changed.
 
     Raises:
         DavaeError: an unknown name.
@@ -74,12 +74,12 @@ def call_arguments(name: str, *, scale: int = 1, prompt: str = "a red fox in sno
     Args:
         name: one of `SMALL_PIPELINES`.
         scale: `s` of an upgraded pipeline, whose sizes are s times as large.
-        prompt: what to paint; where a pipeline takes a class instead, its length chooses one.
+        prompt: the prompt; for class-conditional pipelines its length chooses the class.
     """
     small = _SMALL[name]
     arguments = {"num_inference_steps": 2, "output_type": "pt", **small.call}
     if small.of_classes:
-        return arguments | {"class_labels": [len(prompt)]}  # its size is not for the caller to say
+        return arguments | {"class_labels": [len(prompt)]}  # its size cannot be chosen
     return arguments | {"prompt": prompt, "height": scale * small.side, "width": scale * small.side}
 
 
@@ -90,7 +90,7 @@ def base_resolution(name: str) -> int:
 
 @torch.no_grad()
 def _louder(part: nn.Module, factor: float = 2.0) -> None:
-    """Larger weights: with torch's own, a prompt or a latent would hardly show in what this part makes."""
+    """Scale up the weights: with torch's own, the output would hardly depend on prompt or latent."""
     for module in part.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
             module.weight *= factor
@@ -112,12 +112,12 @@ def _kl(levels: int = 3, **further: Any) -> AutoencoderKL:
 
 
 def _kl_16_channels_style(levels: int = 3) -> AutoencoderKL:
-    """As SD3's and FLUX's: with a shift, without quant convolutions."""
+    """Like those of SD3 and FLUX: with a shift, without quant convolutions."""
     return _kl(levels, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def _transformer(kind: type[ModelMixin], **further: Any) -> ModelMixin:
-    """Two layers of two heads, latents in patches of two by two; as far as the class has a word for it."""
+    """Two layers, two heads and 2 x 2 patches, as far as the class has such options."""
     sizes = {"patch_size": 2, "in_channels": CHANNELS, "num_layers": 2, "attention_head_dim": 8}
     sizes |= {"num_attention_heads": 2, "joint_attention_dim": text.WIDTH, "sample_size": 8}
     known = inspect.signature(kind).parameters
@@ -262,7 +262,7 @@ def _lumina2() -> DiffusionPipeline:
     return Lumina2Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
-        vae=_kl_16_channels_style(levels=4),  # the pipeline takes 8 pixels a latent position for granted
+        vae=_kl_16_channels_style(levels=4),  # the pipeline assumes 8 pixels per latent position
         **text.gemma(),
     )
 

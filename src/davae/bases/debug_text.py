@@ -52,7 +52,7 @@ _SENTENCES = (
 
 
 def clip(suffix: str = "", *, projection: bool) -> dict[str, Any]:
-    """CLIP's text model (with projection, as the pipelines with two of them have it); byte pairs, lower case."""
+    """CLIP's text model (with projection for pipelines that have two of them); byte pairs, lower case."""
     config = CLIPTextConfig(
         vocab_size=VOCABULARY,
         hidden_size=CLIP_WIDTH,
@@ -82,7 +82,7 @@ def umt5() -> dict[str, Any]:
 
 
 def gemma() -> dict[str, Any]:
-    """Gemma 2 without its head; byte pairs with a start token, bytes where nothing else fits."""
+    """Gemma 2 without its head; byte pairs with a start token and byte fallback."""
     bytes_ = (f"<0x{byte:02X}>" for byte in range(256))
     vocabulary, merges = _characters(("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *bytes_))
     tokenizer = GemmaTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=2048)
@@ -90,7 +90,7 @@ def gemma() -> dict[str, Any]:
 
 
 def qwen() -> dict[str, Any]:
-    """Qwen2.5-VL, its vision tower hardly anything; byte pairs with the chat's own tokens."""
+    """Qwen2.5-VL with a minimal vision tower; byte pairs with the chat's special tokens."""
     text = {**_DECODER, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
     vision = {
         "depth": 1,

@@ -1,4 +1,4 @@
-"""Images in a folder, from the name of a pipeline: what ``davae generate`` does."""
+"""``davae generate`` as a function."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,25 +46,25 @@ def write_images(
     dtype: str | None = None,
     variant: str | None = None,
 ) -> WrittenImages:
-    """Images of prompts or of classes, one PNG each.
+    """Generate images of prompts or classes, one PNG each.
 
     Args:
         pipeline: ``tiny``, a pipeline's folder or a run, or a name on the hub; base or upgraded.
         labels: class names or numbers, of a class-conditional pipeline.
         prompt: prompts, of a text-to-image pipeline.
-        prompts: a text file of more prompts, one a line.
+        prompts: a text file of more prompts, one per line.
         out: folder for the images: new, empty, or one of generated images.
         count: images of each.
         seed, steps, guidance, height, width: see :func:`davae.pipelines.sampling.generate.generate_images`.
         negative: a prompt to guide away from.
-        fast: every measure for speed that changes images by rounding alone.
+        fast: all optimisations that change images only by rounding, see :func:`davae.speed_up`.
         compile, attention: see :func:`davae.speed_up`; with ``fast`` only.
-        device: ``cpu``, ``cuda`` or ``cuda:1``; None takes the GPU where there is one.
+        device: ``cpu``, ``cuda`` or ``cuda:1``; by default the GPU, if any.
         variant: of the weights' files, see :func:`davae.bases.open.load_base`.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None is as saved on a GPU, float32 on a CPU.
 
     Raises:
-        DavaeError: the pipeline cannot be opened, or it does not take what it is given.
+        DavaeError: the pipeline cannot be opened or does not take these arguments, or ``out`` holds something else.
     """
     if (compile or attention) and not fast:
         raise DavaeError("--compile and --attention belong to --fast: give it too")
@@ -91,7 +91,7 @@ def write_images(
         width=width,
     )
     files = []
-    with claim(out, "images") as folder:  # where nothing can be made, none is left behind
+    with claim(out, "images") as folder:  # removed again if nothing is written
         for made in track(images, "generating", total=count * len(subjects)):
             save_image(made.image, folder / made.file_name)
             files.append(folder / made.file_name)
@@ -99,7 +99,7 @@ def write_images(
 
 
 def _subjects(pipe: DiffusionPipeline, labels: Sequence[str], texts: Sequence[str]) -> Sequence[str]:
-    """What the pipeline makes images of: texts or classes, never both."""
+    """The subjects that the pipeline takes: texts or classes."""
     subjects, wrong = (texts, labels) if takes_prompts(pipe) else (labels, texts)
     if wrong or not subjects:
         wanted = "prompts: give --prompt or --prompts" if takes_prompts(pipe) else "classes: give their names"

@@ -1,4 +1,4 @@
-"""One way to open a base pipeline by name: embedded, random, a folder, a finished run, or on the hub."""
+"""Opening base pipelines by name: embedded, random, from a folder, a finished run, or the hub."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -33,24 +33,24 @@ def load_base(
     transformer_dtype: torch.dtype | None = None,
     dtype: torch.dtype | Literal["saved"] | None = None,
 ) -> DiffusionPipeline:
-    """The base pipeline of a recipe, or another one that is made in code, in a folder, a finished run's, or on the hub.
+    """Open a pipeline by name: embedded, built in code, from a folder, a finished run, or the hub.
 
     Args:
-        name: ``tiny``, ``debug``, ``debug-sd3`` and kin, a folder, or a hub name.
-        revision: of a hub name: branch, tag or commit; none takes the newest.
-        variant: of the weights' files, such as ``fp16`` in ``model.fp16.safetensors``; None takes the files without
-            one, and where there are none of those the only variant that there is.
-        remote_code: whether Python files beside the weights may be executed, as a recipe says; None is no, where no
-            recipe can say so.
-        transformer_dtype: of the transformer alone, where it is not to be float32. Read so from the start: a large
-            one would not fit twice.
-        dtype: of all parts; ``saved`` is that in which the transformer was saved. None is float32, with text encoders
+        name: ``tiny``, ``debug``, ``debug-sd3`` and similar, a folder, or a hub name.
+        revision: of a hub name: branch, tag or commit; by default the newest.
+        variant: of the weights' files, such as ``fp16`` in ``model.fp16.safetensors``; by default the files without
+            one, or, if there are none, the only variant.
+        remote_code: whether Python files beside the weights may be executed, from the recipe; ``None`` means no, for
+            callers without a recipe.
+        transformer_dtype: of the transformer alone; it is loaded in this type directly, since a large one would not
+            fit twice.
+        dtype: of all parts; ``saved`` is that of the saved transformer. By default float32, with text encoders
             as they were saved.
 
     Raises:
-        DavaeError: there is none of that name, or files of it are missing, damaged or incomplete; its weights are there
-            in several variants, and none was chosen; the base brings code and
-            ``remote_code`` is off, its weights are pickles, or a folder is to have a revision.
+        DavaeError: there is none of that name; files are missing, damaged or incomplete; there are several variants
+            and none was chosen; the base has code and ``remote_code`` is off; its weights are pickles; or a revision
+            is given for a folder.
     """
     if name == "tiny" or name == "debug" or name.startswith("debug-"):
         if name == "tiny":

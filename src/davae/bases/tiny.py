@@ -1,7 +1,7 @@
 """The embedded base pipeline: class-conditional, 64 x 64 images from 8 x 8 tokens, no download.
 
-The model card says how it was made, and stands beside the weights (``pipeline/README.md``). Beside it, a random base
-that is made in no time, for the ``debug`` recipe and for tests.
+Its model card (``pipeline/README.md``) says how it was made. Also here: a random base for the ``debug`` recipe and for
+tests.
 """
 
 from pathlib import Path

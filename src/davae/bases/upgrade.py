@@ -1,4 +1,4 @@
-"""An upgraded pipeline in a folder, from the names of a pipeline and of an autoencoder: what ``davae upgrade`` does."""
+"""``davae upgrade`` as a function."""
 
 import dataclasses
 from pathlib import Path
@@ -78,10 +78,10 @@ def write_upgraded(
 
     Raises:
         DavaeError: one of them cannot be opened, they do not belong together, or ``out`` holds files.
-        WarmStartError: the upgraded transformer does not do what the base does. Nothing is written then.
+        WarmStartError: the upgraded transformer does not reproduce the base. Nothing is written then.
     """
     check_place(out, "result")
-    vae = load_autoencoder(autoencoder)  # what is quick to refuse comes first
+    vae = load_autoencoder(autoencoder)  # first, since errors in it are found quickly
     base = load_base(pipeline, variant=variant)
     upgraded = upgrade_pipeline(base, vae, timestep_shift=timestep_shift)
     layout = layout_over(base.vae, vae)

@@ -1,1 +1,1 @@
-"""What an upgrade costs, computed without weights: tokens, operations, memory, hours."""
+"""The cost of an upgrade, computed without weights: tokens, operations, memory, hours."""

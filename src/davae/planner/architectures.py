@@ -1,4 +1,4 @@
-"""The architecture of a pipeline without its weights: found by name, built on the meta device."""
+"""The architecture of a pipeline without its weights, found by name and built on the meta device."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class Architecture:
     """A pipeline's configurations.
 
     Attributes:
-        name: what it was found by.
+        name: that it was found by.
         pipeline: class name of the pipeline.
         transformer, vae: configurations with ``_class_name``.
         text_encoders: configurations in the form of transformers (``architectures``, ``model_type``), by name.
-        resolution: side of the image in pixels that the base was published for, where known.
-        license: of the weights, where known.
+        resolution: side of the image in pixels that the base was published for, if known.
+        license: of the weights, if known.
         source: where the values come from, in words.
-        steps: denoising steps, where they differ from the pipeline's default.
+        steps: denoising steps, if they differ from the pipeline's default.
     """
 
     name: str
@@ -94,10 +94,10 @@ class Architecture:
         return model
 
     def text_encoder_sizes(self) -> list[TextEncoderSize]:
-        """How large each text encoder is."""
+        """The sizes of the text encoders."""
         return [_text_encoder_size(name, config) for name, config in self.text_encoders.items()]
 
-    # What pipelines do with them.
+    # Facts of the pipeline.
 
     @property
     def base_channels(self) -> int:
@@ -106,19 +106,19 @@ class Architecture:
 
     @property
     def base_compression(self) -> int:
-        """``f``: pixels a side of one latent position."""
+        """``f``: pixels per side of one latent position."""
         _, adapter = find_adapter(str(self.vae["_class_name"]))
         return adapter.probe_encoder(adapter.detail_encoder(self.build_vae()))[1]
 
     @property
     def patch(self) -> int:
-        """Latent positions a side of one token, packing by the pipeline included."""
+        """Latent positions per side of one token, packing by the pipeline included."""
         packing = math.isqrt(int(self.transformer["in_channels"]) // self.base_channels)
         return packing if packing > 1 else int(self.transformer.get("patch_size") or 1)
 
     @property
     def text_tokens(self) -> int:
-        """Tokens of a prompt as the transformer sees it, at the pipeline's default length."""
+        """Tokens of a prompt in the transformer, at the pipeline's default length."""
         return self.text_tokens_at(self.prompt_length)
 
     @property
@@ -127,19 +127,19 @@ class Architecture:
         return int(_defaults(self.pipeline).get("max_sequence_length") or 256)
 
     def text_tokens_at(self, length: int) -> int:
-        """Tokens that the transformer sees of prompts padded to `length`; 0 without prompts."""
+        """Tokens in the transformer for prompts padded to `length`; 0 without prompts."""
         if not self.text_encoders:
             return 0
         return length + find_family(self.pipeline).extra_text_tokens
 
     @property
     def denoising_steps(self) -> int:
-        """Steps of an image: the model's own, else the pipeline's default."""
+        """Denoising steps of an image: the model's own, else the pipeline's default."""
         return self.steps or int(_defaults(self.pipeline).get("num_inference_steps") or 50)
 
     @property
     def passes(self) -> int:
-        """Transformer passes a step: 2 with classifier-free guidance at the pipeline's default, else 1."""
+        """Transformer passes per step: 2 with classifier-free guidance at the pipeline's default, else 1."""
         defaults = _defaults(self.pipeline)
         if "true_cfg_scale" in defaults:
             return 2 if (defaults["true_cfg_scale"] or 0) > 1 else 1
@@ -150,8 +150,8 @@ class Architecture:
 
 @dataclass(frozen=True)
 class TextEncoderSize:
-    """Attributes: component name; class; kind of model (transformers' ``model_type``); parameters; those that a token
-    of a prompt is multiplied with.
+    """Attributes: component name; class; ``model_type`` of transformers; number of parameters; number of those used for
+    each token of a prompt.
     """
 
     name: str
@@ -182,14 +182,14 @@ def widened_config(transformer: ModelMixin, layout: LatentLayout) -> dict[str, i
     """The entries of the transformer's configuration that change when it is widened.
 
     Raises:
-        WarmStartError: its channels are not those of the layout's base, or nobody described its class.
+        WarmStartError: its channels are not those of the layout's base, or its class has no description.
     """
     description = description_of(transformer).fitted(transformer, layout.base_channels)
     sizes = description.resolve_sizes(transformer)
     return {
         key: pattern_count(str(pattern), sizes, layout.channels)
         for key, pattern in description.counts.items()
-        if transformer.config[key] is not None  # else it follows another key
+        if transformer.config[key] is not None  # else it depends on another key
     }
 
 
@@ -326,7 +326,7 @@ def build_text_encoder(name: str, config: Mapping[str, Any], device: str = "meta
 
 @contextmanager
 def _built_on(device: str) -> Iterator[None]:
-    """Tensors are made there, and nothing is drawn from the global generator; on the meta device nothing at all."""
+    """Context that creates tensors on the device without changing the global generator; on meta nothing is drawn."""
     values = ShapesOnly() if device == "meta" else nullcontext()
     with torch.random.fork_rng(devices=[]), torch.device(device), values:
         yield
@@ -349,7 +349,7 @@ _MEASURED = 2  # blocks of each run in the shortest model
 
 @dataclass(frozen=True)
 class BlockRun:
-    """Consecutive blocks of one list that are built alike. Attributes: the list's name, first index, number."""
+    """Consecutive equal blocks of one list. Attributes: the list's name, first index, number."""
 
     name: str
     first: int
@@ -357,9 +357,9 @@ class BlockRun:
 
 
 def block_runs(model: nn.Module) -> list[BlockRun]:
-    """The runs of equal blocks in the model's lists; none where blocks are wired to each other by number.
+    """The runs of equal blocks in the model's lists; empty if blocks are connected to each other by number.
 
-    Blocks are equal where their parameters have the same names and shapes.
+    Blocks are equal if their parameters have the same names and shapes.
     """
     if any("skip" in name for name, _ in model.named_parameters()):
         return []  # a U-shape pairs its blocks
@@ -379,7 +379,7 @@ def block_runs(model: nn.Module) -> list[BlockRun]:
 def cost_by_depth(measure: Callable[[Callable[[nn.Module], nn.Module]], Cost], runs: list[BlockRun]) -> Cost:
     """The cost of a deep model from those of short ones, each measured by ``measure(shorten)``.
 
-    Operations are exact. So is the memory where every block of a run keeps as much; the peak of checkpointed
+    Operations are exact. So is the memory if all blocks of a run keep the same amount; the peak of checkpointed
     blocks lies within one run, whose interior counts once.
 
     Args:

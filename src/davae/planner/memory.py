@@ -1,7 +1,7 @@
-"""What a computation costs, watched while only shapes flow: operations, and bytes alive at once.
+"""The cost of a computation, measured with shapes only: operations, and peak memory.
 
-Every operator that torch dispatches is seen. The bytes of a storage count from the operator that makes it until
-the last reference dies, as a caching allocator's would, without its rounding and its fragments.
+Every operator that torch dispatches is counted. The bytes of a storage count from the operator that creates it until
+its last reference is gone, as in a caching allocator without rounding and fragmentation.
 """
 
 import weakref
@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 @dataclass(frozen=True)
 class Cost:
-    """Attributes: floating point operations; largest number of bytes alive beside what was there before."""
+    """Attributes: floating-point operations; peak of the bytes allocated in addition to what existed before."""
 
     flops: int
     peak_bytes: int
@@ -35,14 +35,14 @@ def cost_of(
 ) -> Cost:
     """Operations and peak memory of one call, forward or forward and backward.
 
-    Attention is taken as the fused kernel of a GPU: its score matrix is never stored, and its backward computes
+    Attention is counted as a fused GPU kernel: its score matrix is never stored, and its backward computes
     the scores again.
 
     Args:
         fn: what to measure; its tensors are on the meta device.
         given: tensors that exist before, such as weights, and do not count.
-        watch: follow the memory as well; without it only operations are counted, several times faster.
-        autocast: 16-bit mixed precision, as on a GPU. Gradient checkpointing must be told apart
+        watch: also track memory; without it only operations are counted, several times faster.
+        autocast: 16-bit mixed precision, as on a GPU. Gradient checkpointing must be told separately
             (:func:`checkpointing`).
     """
     meter = Meter(given, watch)
@@ -52,14 +52,14 @@ def cost_of(
 
 
 class Meter(TorchDispatchMode):
-    """Counts operations, by torch's own formulas, and the bytes of all tensors that are alive, each storage once.
+    """Counts operations, by torch's own formulas, and the bytes of all live tensors, each storage once.
 
-    Torch's ``FlopCounterMode`` follows modules with hooks that keep activations alive, so it cannot be on while
-    memory is watched.
+    Torch's ``FlopCounterMode`` uses module hooks that keep activations alive, so it cannot be used while
+    memory is tracked.
 
     Args:
         given: tensors that exist before and do not count.
-        watch: follow the memory.
+        watch: track memory.
     """
 
     def __init__(self, given: Iterable[Tensor] = (), watch: bool = True) -> None:
@@ -95,7 +95,7 @@ class Meter(TorchDispatchMode):
 
 
 class ShapesOnly(TorchFunctionMode):
-    """Leaves out the drawing of initial values, most of the time that it takes to build a large model on meta."""
+    """Skips drawing initial values, which takes most of the time of building a large model on the meta device."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -111,10 +111,10 @@ _WIDE = {F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.softm
 
 
 class GpuKernels(TorchFunctionMode):
-    """Computes as a GPU does what the meta device would do otherwise; for shapes only.
+    """Makes the meta device compute shapes as a GPU does.
 
-    Attention goes to the fused kernels, which keep no score matrix. With ``autocast`` the operators that CUDA's
-    autocast runs in 16 bit or in float32 are cast as there; weights that learn are cast once.
+    Attention goes to the fused kernels, which keep no score matrix. With ``autocast``, operators run in 16 bit or
+    float32 as under CUDA's autocast; trained weights are cast once.
     """
 
     def __init__(self, autocast: bool = False) -> None:
@@ -170,10 +170,10 @@ def _fused_attention(
 
 
 def checkpointing(autocast: bool) -> Callable[..., Any]:
-    """What to hand to ``enable_gradient_checkpointing`` of a model on the meta device."""
+    """The function for ``enable_gradient_checkpointing`` of a model on the meta device."""
 
     def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
-        # Recomputation runs in the backward, where function modes are off: switch this one on again.
+        # Recomputation runs in the backward pass, where function modes are off: enable this one again.
         return checkpoint(
             function,
             *args,
@@ -186,7 +186,7 @@ def checkpointing(autocast: bool) -> Callable[..., Any]:
 
 
 def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Let a gradient vanish as soon as it is complete, so that a peak holds activations only."""
+    """Free each gradient as soon as it is complete, so that the peak consists of activations only."""
 
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
@@ -202,7 +202,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def count_flops(fn: Callable[[], object], *, fake: bool = False) -> int:
-    """Floating point operations of the matrix products, convolutions and attentions in one call.
+    """Floating-point operations of the matrix products, convolutions and attentions in one call.
 
     A multiply-add counts as two. Element-wise work (normalisation, activations) is not counted, as is usual.
     Attention counts both of its matrix products, ``4 B H N M d``, on every device: the fused CPU kernel
@@ -210,7 +210,7 @@ def count_flops(fn: Callable[[], object], *, fake: bool = False) -> int:
 
     Args:
         fn: what to count; called once, without gradients.
-        fake: let shapes flow instead of numbers, so that a model of any size is counted in moments and
+        fake: use fake tensors, so that a model of any size is counted quickly and
             without memory. Not for a function that reads values (``.item()``, schedulers, pipelines) or
             that keeps tensors from one call to the next, since it would keep fake ones.
 

@@ -1,4 +1,4 @@
-"""The plan of an upgrade, before anything is trained: tokens, operations, memory, speed-up and hours."""
+"""The plan of an upgrade, without training: tokens, operations, memory, speed-up and hours."""
 
 import dataclasses
 import difflib
@@ -41,16 +41,16 @@ class Plan:
     Attributes:
         base: name of the base.
         pipeline: class name.
-        license: of the base, in words, where known.
+        license: of the base, in words, if known.
         source: where the architecture comes from.
         resolution: side of the full-resolution image.
         scale: ``s``.
         base_channels, detail_channels: ``C`` and ``D``; several levels of details are added up.
-        compression: pixels a side of a latent position, by variant.
+        compression: pixels per side of a latent position, by variant.
         tokens: image tokens, by variant.
         text_tokens: tokens of a prompt.
         steps: denoising steps of an image.
-        passes: transformer passes a step (2 with guidance).
+        passes: transformer passes per step (2 with guidance).
         parameters: of the transformer, the widened one, the autoencoder and the text encoders.
         flops_per_step: of the transformer, all passes of a step, one image, by variant.
         flops_per_image: of the transformer, all steps, by variant.
@@ -118,18 +118,18 @@ def plan(
     autoencoder: AutoencoderRun | None = None,
     diffusion: DiffusionRun | None = None,
 ) -> Plan:
-    """Plan an upgrade without weights: real architectures, built and run while only shapes flow.
+    """Plan an upgrade without weights, from the real architectures on the meta device.
 
     Args:
         base: a bundled configuration, a pipeline or its folder, or a name on the hub (its configuration files
             are fetched); see :func:`davae.planner.architectures.find_architecture`.
         resolution: side of the full-resolution image in pixels.
         scale: full resolution over base resolution, 2, 4 or 8.
-        detail_channels: ``D``, one number a level; none takes :func:`default_detail_channels`.
+        detail_channels: ``D``, one number per level; by default :func:`default_detail_channels`.
         gpu: a name in the table of :mod:`davae.planner.plan`.
         batch: images at a time when sampling.
-        text_tokens: tokens of a prompt; none takes the pipeline's default length.
-        autoencoder, diffusion: how the stages are trained; none takes :class:`AutoencoderRun` with 20,000 steps
+        text_tokens: tokens of a prompt; by default the pipeline's default length.
+        autoencoder, diffusion: how the stages are trained; by default :class:`AutoencoderRun` with 20,000 steps
             of 8 images, and LoRA of rank 256 for 20,000 steps of 96 images.
 
     Raises:
@@ -345,9 +345,9 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-#: Shares of a GPU's peak that training reaches, where kernels are PyTorch's own. Transformers: the paper's 0.25
+#: Shares of a GPU's peak that training reaches with PyTorch's own kernels. Transformers: the paper's 0.25
 #: images/s of SD3.5-medium at 1024 pixels on an A100 are 45 to 55 % of its peak (28 to 30 steps, guidance); a
-#: backward with checkpointing stays a little behind. Convolutions at full resolution wait for memory more.
+#: backward with checkpointing is slightly less efficient. Convolutions at full resolution are bound by memory more.
 TRANSFORMER_UTILISATION = 0.4
 AUTOENCODER_UTILISATION = 0.25
 
@@ -358,9 +358,9 @@ class Gpu:
 
     Attributes:
         name: short name.
-        peak_flops: bfloat16 operations a second with float32 accumulation, dense (without sparsity).
+        peak_flops: bfloat16 operations per second with float32 accumulation, dense (without sparsity).
         memory_bytes: of the device.
-        source: where the numbers stand.
+        source: of the numbers.
     """
 
     name: str
@@ -373,7 +373,7 @@ def _gpu(name: str, teraflops: float, gigabytes: int, source: str) -> Gpu:
     return Gpu(name, teraflops * 1e12, gigabytes * 10**9, source)
 
 
-#: Sparse figures of datasheets are halved.
+#: Datasheets' figures with sparsity are halved.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -396,7 +396,7 @@ def find_gpu(name: str) -> Gpu:
     """A GPU by name, in any case.
 
     Raises:
-        DavaeError: an unknown name; lists the known ones.
+        DavaeError: an unknown name; the message lists the known ones.
     """
     known = {key.lower(): gpu for key, gpu in GPUS.items()}
     wanted = name.lower().removeprefix("rtx").strip(" -")

@@ -64,7 +64,7 @@ def plan_upgrade(
     """:func:`davae.planner.plan.plan` with the training of a recipe.
 
     Args:
-        recipe: name or file; none takes the bundled recipe for this base, resolution and scale, where there is
+        recipe: name or file; by default the bundled recipe for this base, resolution and scale, if there is
             one, else the planner's defaults.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What one step of each training stage costs, run on the real architecture while only shapes flow."""
+"""The cost of one step of each training stage, from the real architecture on the meta device."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -21,16 +21,16 @@ _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 
 
 @dataclass(frozen=True)
 class Run:
-    """How a stage is trained, as far as its cost depends on it.
+    """The training settings that the cost of a stage depends on.
 
     Attributes:
         steps: optimizer steps.
-        batch_size: images a process and a micro-step.
-        gradient_accumulation: micro-steps a step.
+        batch_size: images per process and micro-step.
+        gradient_accumulation: micro-steps per step.
         precision: autocast, as in ``loop.precision``.
         gradient_checkpointing: activations of blocks are computed again in the backward.
         ema: a float32 average of the trained weights is kept.
-        optimizer_bytes: of the optimizer's state, for each trained parameter; AdamW keeps two float32 numbers.
+        optimizer_bytes: of the optimizer's state, per trained parameter; AdamW keeps two float32 numbers.
     """
 
     steps: int
@@ -65,12 +65,12 @@ class DiffusionRun(Run):
     """The diffusion stage.
 
     Attributes:
-        mode: which weights learn.
+        mode: which weights are trained.
         lora_rank: of the adapters.
         lora_targets: module name suffixes of the adapters.
-        frozen_dtype: of the weights that do not learn.
+        frozen_dtype: of the weights that are not trained.
         cached: latents and text embeddings come from a cache, so that nothing is encoded.
-        prompt_length: tokens a prompt is padded to, where it is not the pipeline's default.
+        prompt_length: tokens a prompt is padded to, if not the pipeline's default.
     """
 
     mode: TuneMode = "lora"
@@ -158,7 +158,7 @@ def diffusion_stage(
         resolution: side of the training image.
         run: how it is trained.
         text_tokens: of a prompt.
-        encoding_flops: operations to encode an image and its prompt; spent where nothing is cached.
+        encoding_flops: operations to encode an image and its prompt; counted without a cache.
     """
     layout = vae.layout
     side = resolution // vae.spatial_compression
@@ -189,10 +189,10 @@ def diffusion_stage(
 
 
 def select_trained(transformer: ModelMixin, run: DiffusionRun) -> list[nn.Parameter]:
-    """Freeze, add adapters and set dtypes as the diffusion stage does, on the meta device; what learns.
+    """Freeze, add adapters and set dtypes as the diffusion stage does; returns the trained parameters.
 
     Raises:
-        DavaeError: adapters have no place in this transformer.
+        DavaeError: a LoRA target matches no layer of this transformer.
     """
     widened = channel_parameters(transformer)
     transformer.requires_grad_(run.mode == "full")

@@ -1,4 +1,4 @@
-"""A plan in words and tables."""
+"""A plan as text and tables."""
 
 from rich.table import Table
 
@@ -8,7 +8,7 @@ STAGES = ("autoencoder", "diffusion")
 
 
 def stage_line(plan: Plan, stage: str) -> str:
-    """One line on a training stage: what learns, memory and hours. Recipes carry it as a comment."""
+    """One line on a training stage: trained weights, memory and hours. Recipes have it as a comment."""
     run = plan.runs[stage]
     return (
         f"{stage}: {plan.trained_parameters[stage] / 1e6:.0f}M of the weights learn, "
@@ -27,7 +27,7 @@ def inference_line(plan: Plan) -> str:
 
 
 def notes(plan: Plan) -> list[str]:
-    """What the figures rest on, and what does not fit."""
+    """The assumptions behind the figures, and what does not fit."""
     lines = [f"architecture: {plan.source}"]
     if plan.license:
         lines.append(f"license of the base: {plan.license}; what you train from it inherits these terms")
