@@ -1,4 +1,4 @@
-"""The one-file HTML report of a run: what to record, and how the page is made from it."""
+"""The HTML report of a run, in one file: recording its contents, and building the page."""
 
 from davae.report.build import build_report
 from davae.report.recorder import FigureRecorder

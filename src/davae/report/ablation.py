@@ -1,4 +1,4 @@
-"""An ablation with its picture and table: every variant's figures, with the values of the single seeds."""
+"""Picture and table of an ablation: the figures of all variants and seeds."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ _SHOWN = ("swd/finest", "swd/mean", "spectrum_db", "fid", "kid", "autoencoder_ps
 
 
 def shown_metrics(result: Ablation) -> dict[str, str]:
-    """The metrics that are shown, of those that every variant has, with a label each."""
+    """Labels of the metrics to show, by name, among those that all variants have."""
     first, *others = result.variants.values()
     everywhere = [m for m in first if all(m in figures for figures in others)]
     names = [m for shown in _SHOWN for m in everywhere if m == shown or m.startswith(f"{shown}/")]
@@ -23,14 +23,14 @@ def shown_metrics(result: Ablation) -> dict[str, str]:
 
 
 def run_ablation(recipe: AblationRecipe, out: Path) -> Ablation:
-    """:func:`davae.experiments.ablation.ablate`, and the picture ``out/ablation.png`` of what it found."""
+    """:func:`davae.experiments.ablation.ablate`, and the picture ``out/ablation.png`` of its result."""
     result = ablate(recipe, out)
     draw_ablation(result, out / "ablation.png")
     return result
 
 
 def draw_ablation(result: Ablation, file: Path) -> Path:
-    """Write one picture: a panel a metric, a row a variant, dots for the seeds and a bar for their mean."""
+    """Write one picture: one panel per metric, one row per variant, dots for the seeds and a bar for their mean."""
     names = list(result.variants)
     shown = shown_metrics(result)
     figure = Figure(figsize=(2.6 * len(shown) + 1.6, 0.45 * len(names) + 1.4), layout="constrained")
@@ -51,7 +51,7 @@ def draw_ablation(result: Ablation, file: Path) -> Path:
 
 
 def ablation_table(result: Ablation) -> Table:
-    """Mean and spread of the shown metrics, a row a variant."""
+    """Mean and spread of the shown metrics, one row per variant."""
     seeds = f"{len(result.seeds)} seed{'s' if len(result.seeds) > 1 else ''}, {result.samples} samples each"
     table = Table(title=f"mean (standard deviation) over {seeds}")
     table.add_column("variant")

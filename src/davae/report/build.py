@@ -1,4 +1,4 @@
-"""From a run directory to ``report.html``: one file that needs nothing beside it."""
+"""Building ``report.html``, a self-contained file, from a run directory."""
 
 import html
 import math
@@ -32,7 +32,7 @@ def build_report(run_dir: Path | str) -> Path:
         Path of ``report.html``.
 
     Raises:
-        DavaeError: a file is missing or does not hold what it should; the message names it.
+        DavaeError: a file is missing or invalid; the message names it.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -126,7 +126,7 @@ def _legend(names: list[str]) -> list[dict[str, Any]]:
 
 
 def _curve(run_dir: Path, index: int, curve: Curve) -> dict[str, Any]:
-    """One stage's losses; a stage without a metrics file says so in the page."""
+    """One stage's losses; for a stage without a metrics file the page says so."""
     path = run_dir / curve.file
     if not path.is_file():
         return {**curve.model_dump(), "svg": None, "legend": []}

@@ -1,4 +1,4 @@
-"""Pictures of an inspection: where images lie, spectra, channels, and what the details are worth."""
+"""Pictures of an inspection: class maps, spectra, channels, and the contribution of the details."""
 
 import re
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _COLOURS["added by all details"] = "tab:orange"
 
 
 def write_inspection(inspections: Mapping[str, Inspection], folder: Path) -> list[Path]:
-    """The pictures of :func:`draw_inspection`, and every figure in ``inspection.json``; returns the files."""
+    """Write the pictures of :func:`draw_inspection`, and all figures to ``inspection.json``; returns the files."""
     with claim(folder, "inspection") as inside:
         drawn = draw_inspection(inspections, inside)
         atomic_json(inside / "inspection.json", {title: found.to_json() for title, found in inspections.items()})
@@ -34,12 +34,12 @@ def write_inspection(inspections: Mapping[str, Inspection], folder: Path) -> lis
 def draw_inspection(inspections: Mapping[str, Inspection], folder: Path) -> list[Path]:
     """Write the pictures, the autoencoders side by side.
 
-    ``map.png`` shows the images in the plane, ``spectra.png`` and ``channels.png`` the latents, ``details.png`` what
-    the details are worth, ``examples.png`` a few images themselves.
+    ``map.png`` shows the class maps, ``spectra.png`` and ``channels.png`` the latents, ``details.png`` the contribution
+    of the details, ``examples.png`` a few images.
 
     Args:
-        inspections: title to inspection, of the same images.
-        folder: made where absent.
+        inspections: by title, of the same images.
+        folder: created if absent.
     """
     files = []
     for name, figure in (
@@ -77,7 +77,7 @@ def _spectra(inspections: Mapping[str, Inspection]) -> Figure:
 
 
 def _lines(axes: Axes, spectra: Mapping[str, Spectrum], title: str) -> None:
-    """One line a signal; those of the detail groups shade from dark to light and share what the legend says."""
+    """One line per signal; those of the detail groups range from dark to light and share a legend entry."""
     groups = [name for name in spectra if _GROUP.search(name)]
     for name, (frequency, power) in spectra.items():
         inside = [(f, p) for f, p in zip(frequency, power) if 0 < f <= NYQUIST]

@@ -1,7 +1,7 @@
-"""Plots as inline SVG that take their colours from the page, so that they fit light and dark alike.
+"""Plots as inline SVG with the page's colours, for light and dark themes.
 
-matplotlib draws with placeholder colours; afterwards each becomes a CSS variable. Legends are left to the
-page, where they wrap, can be read aloud and are escaped with everything else.
+matplotlib draws with placeholder colours, which are then replaced by CSS variables. Legends are part of the
+page, where they wrap, are accessible and are escaped with everything else.
 """
 
 import io
@@ -22,7 +22,7 @@ from davae.runtime.atomic_files import atomic_file
 COLOURS = 8
 """Distinct series colours, the CSS variables --s1 to --s8."""
 SHAPES = ("o", "s", "^")
-"""Markers by which classes that share a colour differ."""
+"""Markers that distinguish classes of the same colour."""
 
 _INK = "#0a0a01"
 _LINE = "#0a0a02"
@@ -30,7 +30,7 @@ _Point = tuple[Sequence[float], Sequence[float]]
 
 
 def save_figure(figure: Figure, file: Path, *, dpi: int) -> None:
-    """Write a figure as a picture of the kind that the file's name ends in, whole or not at all."""
+    """Write a figure atomically, in the format of the file's extension."""
     with atomic_file(file) as partial:
         figure.savefig(partial, format=file.suffix.removeprefix("."), dpi=dpi)
 
@@ -108,7 +108,7 @@ def _log_y(axes: Axes, values: np.ndarray) -> None:
 
 
 def loss_plot(name: str, curves: Mapping[str, _Point], smooth: Mapping[str, _Point], *, description: str) -> str:
-    """Losses over steps: what was logged, pale, and smoothed on top.
+    """Losses over steps: logged values in pale colours, with smoothed ones on top.
 
     The y axis is logarithmic unless a value is zero or negative.
     """

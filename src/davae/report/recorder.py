@@ -1,4 +1,4 @@
-"""Recording what a report shows, and its pictures, while the tensors are at hand."""
+"""Recording the contents of a report, and its pictures, during a run."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -28,14 +28,14 @@ STAGES = (
         text="The widened transformer learns to predict the detail channels beside the base ones.",
     ),
 )
-"""The two stages of the method, where the demo keeps their metrics."""
+"""The two stages of the method, with the demo's metrics files."""
 
 
 class FigureRecorder:
-    """Collects pictures, latent maps and spectra of a run; :meth:`write` leaves them in its directory.
+    """Collects pictures, latent maps and spectra of a run; :meth:`write` saves them to its directory.
 
     Args:
-        run_dir: the run directory; made where absent.
+        run_dir: the run directory; created if absent.
         classes: class names, in the order of the labels.
         curves: losses to draw.
     """
@@ -61,19 +61,19 @@ class FigureRecorder:
         zoom: int | None = None,
         zoom_from: str | None = None,
     ) -> None:
-        """Add a section that sets the same pictures of several sources side by side.
+        """Add a section with the same pictures from several sources side by side.
 
         Args:
-            section_id: lower-case name, part of file names and of the section's address in the page.
+            section_id: lower-case name, part of file names and of the section's anchor in the page.
             title: heading.
             text: what to look at.
             columns: label to images [N, 3, h, w] in [-1, 1]. Smaller ones are upscaled to the largest.
-            captions: one a row.
+            captions: one per row.
             zoom: side of a magnified part in pixels; None for none.
             zoom_from: label of the column whose busiest part is magnified in all; the first by default.
 
         Raises:
-            DavaeError: the columns or captions do not have one length.
+            DavaeError: there are no columns, or the lengths of columns and captions differ.
         """
         if not columns:
             raise DavaeError(f"section {section_id!r} was given no columns")
@@ -103,13 +103,13 @@ class FigureRecorder:
     def add_reconstructions(
         self, images: Tensor, base_previews: Tensor, reconstructions: Tensor, captions: Sequence[str]
     ) -> None:
-        """Input, preview of the base, and reconstruction, side by side with a magnified part.
+        """Add input, preview of the base, and reconstruction, side by side with a magnified part.
 
         Args:
             images: [N, 3, H, W] in [-1, 1], held out of the training.
-            base_previews: [N, 3, h, w], what the base autoencoder keeps (``decode_base``).
+            base_previews: [N, 3, h, w], decoded from the base latent (``decode_base``).
             reconstructions: [N, 3, H, W].
-            captions: one an image.
+            captions: one per image.
         """
         self.add_comparison(
             "reconstruction",
@@ -124,12 +124,12 @@ class FigureRecorder:
         )
 
     def add_samples(self, base: Tensor, upgraded: Tensor, captions: Sequence[str]) -> None:
-        """Samples of the base, upscaled, beside those of the upgraded pipeline from the same seeds.
+        """Add samples of the base, upscaled, beside those of the upgraded pipeline from the same seeds.
 
         Args:
             base: [N, 3, h, w] in [-1, 1].
             upgraded: [N, 3, H, W].
-            captions: one a sample, such as its class and seed.
+            captions: one per sample, such as its class and seed.
         """
         self.add_comparison(
             "samples",
@@ -146,7 +146,7 @@ class FigureRecorder:
     def add_latents(
         self, base: Tensor, detail: Tensor, labels: Tensor, *, method: Literal["pca", "tsne"] = "pca", seed: int = 0
     ) -> dict[str, float]:
-        """Maps of base and detail latents in the plane, with their radial spectra.
+        """Add two-dimensional maps of base and detail latents, and their radial spectra.
 
         Args:
             base: [N, C, h, w].
@@ -156,7 +156,7 @@ class FigureRecorder:
             seed: of the probe's split and of t-SNE.
 
         Returns:
-            ``linear_probe_base`` and ``linear_probe_detail``, shares of classes read right by a linear probe.
+            ``linear_probe_base`` and ``linear_probe_detail``, held-out accuracies of a linear probe.
         """
         if len(self.classes) <= int(labels.max()):
             raise DavaeError(f"label {int(labels.max())} has no name: there are {len(self.classes)} classes")
@@ -173,7 +173,7 @@ class FigureRecorder:
         return probes
 
     def add_spectra(self, group: Literal["images", "latents"], sets: Mapping[str, Tensor]) -> None:
-        """Radial power spectra, one line a set.
+        """Add radial power spectra, one line per set.
 
         Args:
             group: lines of one group share a plot.
@@ -187,7 +187,7 @@ class FigureRecorder:
             self._spectra.append(Spectrum(label=label, group=group, key=key))
 
     def write(self) -> Figures:
-        """Write ``figures.json`` and ``figures.safetensors``; the pictures are there already."""
+        """Write ``figures.json`` and ``figures.safetensors``; the pictures are already written."""
         atomic_tensors(self.run_dir / TENSOR_FILE, self._tensors or {"labels": torch.zeros(0, dtype=torch.long)})
         figures = Figures(
             sections=self._sections,
@@ -217,13 +217,13 @@ def save_png(image: Tensor, path: Path) -> Path:
 
 
 def enlarged(images: Tensor, height: int, width: int) -> Tensor:
-    """Images ``[B, 3, h, w]`` in [-1, 1] at ``[B, 3, height, width]``; those of that size stay as they are."""
+    """Upscale images ``[B, 3, h, w]`` in [-1, 1] to ``[B, 3, height, width]``; equal sizes are unchanged."""
     images = images.detach().float()
     return images if images.shape[-2:] == (height, width) else upscaled(images, (height, width))
 
 
 def data_uri(run_dir: Path, file: str) -> str:
-    """A PNG of the run directory as a ``data:`` address.
+    """A PNG of the run directory as a ``data:`` URI.
 
     Raises:
         DavaeError: the file is absent, lies outside the run directory or is not a PNG.

@@ -1,9 +1,9 @@
-"""What a run directory must hold so that its report can be (re)built.
+"""The files in a run directory from which its report is built.
 
-* ``summary.json``: every number, a :class:`Summary`.
+* ``summary.json``: all numbers, a :class:`Summary`.
 * ``figures.json``: what is shown beside the numbers, a :class:`Figures`; pictures are files next to it,
   arrays lie in ``figures.safetensors``.
-* the ``metrics.jsonl`` files that ``figures.json`` names, one JSON object a logged step.
+* the ``metrics.jsonl`` files that ``figures.json`` names, one JSON object per logged step.
 """
 
 import json
@@ -28,7 +28,7 @@ class _Record(BaseModel):
 
 
 class _File(_Record):
-    """A record that lies as one JSON file in a run directory."""
+    """A record stored as one JSON file in a run directory."""
 
     @classmethod
     def file_name(cls) -> str:
@@ -36,7 +36,7 @@ class _File(_Record):
         raise NotImplementedError
 
     def write(self, run_dir: Path | str) -> Path:
-        """Write the file, whole or not at all; returns its path."""
+        """Write the file atomically; returns its path."""
         path = Path(run_dir) / self.file_name()
         atomic_write(path, self.model_dump_json(indent=2) + "\n")
         return path
@@ -80,7 +80,7 @@ class Reconstruction(_Record):
     ssim_upgraded: float | None = None
     ssim_base_upscaled: float | None = None
     images: int | None = None
-    """How many images were compared."""
+    """Number of compared images."""
 
 
 class Generation(_Record):
@@ -89,7 +89,7 @@ class Generation(_Record):
     swd_finest_upgraded: float
     swd_finest_base_upscaled: float
     swd_finest_real: float | None = None
-    """The same distance between two sets of real images: the floor that sampling alone sets."""
+    """The same distance between two sets of real images, as a lower bound."""
     swd_levels_upgraded: list[float] = []
     """All pyramid levels, finest first."""
     swd_levels_base_upscaled: list[float] = []
@@ -112,7 +112,7 @@ class Alignment(_Record):
     loss_start: float | None = None
     """The same before training."""
     linear_probe_base: float | None = None
-    """Share of classes a linear probe reads from the base latent, in [0, 1]."""
+    """Accuracy of a linear probe of classes on the base latent, in [0, 1]."""
     linear_probe_detail: float | None = None
 
 
@@ -124,13 +124,13 @@ class WarmStart(_Record):
 
 
 class Summary(_File):
-    """Every number of a run; ``summary.json``."""
+    """All numbers of a run; ``summary.json``."""
 
     title: str
     created: str
     """ISO 8601."""
     command: str
-    """What to type to run it again."""
+    """The command of the run."""
     hardware: dict[str, Scalar]
     image_size: ThreeWay[int]
     """Side in pixels."""
@@ -172,7 +172,7 @@ class Picture(_Record):
     file: str
     """Relative to the run directory, inside it."""
     alt: Public
-    """What the picture shows, for who cannot see it."""
+    """Alternative text of the picture."""
     label: Public = ""
     """A few words below the picture."""
 
@@ -201,7 +201,7 @@ class Curve(_Record):
     file: str
     """A metrics.jsonl, relative to the run directory."""
     terms: list[str] | None = None
-    """Which values to draw; None draws everything that is not bookkeeping (rates, times, norms)."""
+    """Values to draw; by default all but learning rates, times and norms."""
     text: str = ""
 
 

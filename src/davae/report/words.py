@@ -1,4 +1,4 @@
-"""Numbers as a person reads them, and the sentence that says what happened."""
+"""Formatting of numbers, and the sentence that summarises a run."""
 
 import json
 import math
@@ -31,7 +31,7 @@ _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def metric_label(name: str) -> str:
-    """A metric for people (:mod:`davae.evaluation.metrics.names`): ``fid/NETWORK`` as ``FID, NETWORK``."""
+    """A readable label of a metric (:mod:`davae.evaluation.metrics.names`): ``FID, NETWORK`` for ``fid/NETWORK``."""
     family, _, network = name.partition("/")
     return _METRICS.get(name) or (f"{_METRICS[family]}, {network}" if family in _METRICS else name)
 
@@ -42,7 +42,7 @@ def better(name: str) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """A number with that many significant digits, without an exponent where it stays readable."""
+    """A number with that many significant digits, without an exponent if it is readable so."""
     if not math.isfinite(value):
         return str(value)
     if value == 0:
@@ -109,12 +109,12 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, o
 
 
 def speed_up(summary: Summary) -> float:
-    """How many times as fast the upgraded pipeline is as the base at full resolution."""
+    """Speed-up of the upgraded pipeline over the base at full resolution."""
     return summary.seconds_per_image.native / summary.seconds_per_image.upgraded
 
 
 def headline(summary: Summary) -> str:
-    """One sentence with the run's own numbers, whichever way they came out."""
+    """One sentence with the run's figures, good or bad."""
     size, tokens = summary.image_size.upgraded, summary.tokens
     ratio = speed_up(summary)
     pace = (
@@ -143,8 +143,8 @@ Series = dict[str, tuple[list[int], list[float]]]
 def read_metrics(path: Path) -> Series:
     """All numeric terms of a metrics file, each over the steps it was logged at.
 
-    A step that appears twice (a run that was stopped and went on from a checkpoint) counts once, with what
-    was written last. A last line without its newline, cut short by a kill, is left out.
+    A step that appears twice (in a run that was resumed from a checkpoint) counts once, with its last values.
+    A last line without a newline, truncated by a kill, is ignored.
 
     Raises:
         DavaeError: a line is not a JSON object with a whole-numbered ``step``.
@@ -182,7 +182,7 @@ def smoothed(values: list[float]) -> list[float]:
     reach = len(values) // 40
     result = []
     for i in range(len(values)):
-        side = min(reach, i, len(values) - 1 - i)  # the same on both sides, so that a slope is kept
+        side = min(reach, i, len(values) - 1 - i)  # equal on both sides, which preserves slopes
         window = [v for v in values[i - side : i + side + 1] if math.isfinite(v)]
         result.append(sum(window) / len(window) if window else math.nan)
     return result
