@@ -1,7 +1,7 @@
 """A small random instance of every image transformer class that diffusers ships, and the table of them in docs.
 
-Sizes differ from each other where the class lets them, so that no axis can be taken for another, and no weight
-is zero: a head of zeros would agree with everything.
+Sizes differ from each other if the class allows it, so that no axis can be mistaken for another, and no weight
+is zero, since a check of a zero head would prove nothing.
 """
 
 import inspect
@@ -25,7 +25,7 @@ from davae.warm_start import (
     widen_channels,
 )
 
-#: Arguments of the constructors, by value: every class is given those that it takes.
+#: Arguments of the constructors; every class gets those that it accepts.
 _SIZES: dict[str, Any] = {
     name: size
     for names, size in (
@@ -70,7 +70,7 @@ _SIZES: dict[str, Any] = {
 
 _PACKED = {"in_channels": 16}  # latents packed two by two
 
-#: What a class takes besides, or instead.
+#: Further or other arguments of single classes.
 _CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "SD3Transformer2DModel": {
         "sample_size": 16,
@@ -190,11 +190,11 @@ SMALL_CHANNELS = 4
 
 
 def small_transformer(class_name: str, *, seed: int = 0, **changes: Any) -> ModelMixin:
-    """A small instance with every weight random.
+    """A small instance with all weights random.
 
     Args:
         class_name: a key of `SMALL_TRANSFORMERS`.
-        seed: of the weights; torch's own random state is left alone.
+        seed: of the weights; torch's own random state is not changed.
         changes: configuration to change.
     """
     with torch.random.fork_rng(devices=[]):
@@ -206,7 +206,7 @@ def small_transformer(class_name: str, *, seed: int = 0, **changes: Any) -> Mode
 
 
 def randomise(model: nn.Module, seed: int = 0) -> Any:
-    """Every weight random by its fan-in, also those that start at zero. The model itself, in evaluation mode."""
+    """Draw all weights at random by fan-in, also those that start at zero; returns the model in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

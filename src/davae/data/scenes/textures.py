@@ -1,8 +1,8 @@
-"""Textures that filter themselves: each knows how much of it a pixel averages away.
+"""Anti-aliased textures: patterns averaged over each pixel.
 
-A fine texture sampled at pixel centres would shimmer with the resolution. Here a periodic pattern is
-integrated over the pixel in closed form, so at a low resolution it fades into its mean, as it would in a
-photograph, and a scene at two resolutions stays the same scene. Lengths are in scene units: the side is 1.
+A fine texture sampled at pixel centres would change with the resolution. Here a periodic pattern is
+integrated over the pixel in closed form, so at a low resolution it fades into its mean, as in a photograph, and
+a scene at two resolutions stays the same scene. Lengths are in scene units: the side is 1.
 """
 
 from collections.abc import Callable
