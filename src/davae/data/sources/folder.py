@@ -1,4 +1,4 @@
-"""A folder of images, at any depth: class from the parent folder, caption from a text file beside."""
+"""A folder of images, at any depth: classes from parent folders, captions from text files or metadata."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".png", ".apng", ".webp", ".avif"}
     | {".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".qoi"}
 )
-"""Endings (in lower case) that make a file a candidate; other files are none of our business."""
+"""Extensions of image files, in lower case; other files are ignored."""
 
 _SPLIT_NAMES = frozenset(
     {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
@@ -41,13 +41,13 @@ _SPLIT_NAMES = frozenset(
 
 _RUN_OR_CACHE = ({MARK}, {"config.yaml", "environment.json"}, {"fingerprint.json", "index.jsonl"})
 _NOT_OURS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "#recycle"})
-"""Folders that systems and network storage put among people's files; they hold copies and thumbnails."""
+"""Folders that operating systems and network storage create; they hold copies and thumbnails."""
 
 _PASSED_OVER = frozenset(
     {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".hdr", ".tga", ".eps", ".pdf"}
     | {".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
 )
-"""Pictures of kinds that are not read: counted when the folder opens."""
+"""Extensions of unsupported image formats; such files are counted when the folder opens."""
 
 
 class FolderSource:
@@ -63,7 +63,7 @@ class FolderSource:
 
     Args:
         root: the folder.
-        split: a folder name of the first level, where that level is made of splits.
+        split: a folder of the first level, if that level consists of splits.
 
     Raises:
         DavaeError: no such folder or split, no image in it, or a damaged metadata file.
@@ -112,11 +112,11 @@ class FolderSource:
         return open_image(self.root / self._files[index])
 
     def stamp(self, index: int) -> str:
-        """The file's size in bytes and time of change in nanoseconds."""
+        """The file's size in bytes and modification time in nanoseconds."""
         return file_stamp(self.root / self._files[index])
 
     def facts(self, index: int) -> Facts:
-        """Class and caption; a caption that cannot be read is told once, and is empty."""
+        """Class and caption; an unreadable caption is logged once, and is empty."""
         name = self._files[index]
         caption = caption_of(first_of(self._rows.get(name, {}), CAPTION_KEYS))
         if not caption and name in self._beside:
@@ -131,7 +131,7 @@ class FolderSource:
         return Facts(self._labels[index], caption)
 
     def _find_classes(self) -> tuple[list[str], list[int]]:
-        """Those of the metadata where it has any, else the folders' names."""
+        """Classes and labels from the metadata if it has any, else from the folders' names."""
         given = {name: first_of(row, LABEL_KEYS) for name, row in self._rows.items()}
         if any(value is not None for value in given.values()):
             labels = {name: class_label(value, f"{self.name}: {name}") for name, value in given.items()}
@@ -146,7 +146,7 @@ class FolderSource:
 
 
 def open_image(path: Path) -> BinaryIO:
-    """An image file's bytes.
+    """Open an image file.
 
     Raises:
         UnreadableImage: it is a pipe or a device.
@@ -159,7 +159,7 @@ def open_image(path: Path) -> BinaryIO:
 
 
 def file_stamp(path: Path) -> str:
-    """Size in bytes and time of change in nanoseconds: cheap to read, and changed by every usual way of writing."""
+    """Size in bytes and modification time in nanoseconds, which change whenever a file is written normally."""
     status = path.stat()
     return f"{status.st_size} bytes, changed {status.st_mtime_ns}"
 
@@ -193,7 +193,7 @@ class _Found:
     others: Counter[str] = field(default_factory=Counter)
 
     def passed_over(self) -> str:
-        """In words; empty where there is nothing."""
+        """What was ignored, as text; empty if nothing was."""
         found = ", ".join(f"{count} {what}" for what, count in sorted(self.others.items()))
         return f"; passed over: {found}" if found else ""
 
@@ -237,7 +237,7 @@ def _walk(root: Path) -> _Found:
 
 
 def _captions_beside(images: list[str], texts: list[str]) -> dict[str, str]:
-    """The text that stands beside an image, by the image's path."""
+    """The caption file of each image that has one, by the image's path."""
     there = {(os.path.dirname(text), os.path.basename(text).lower()): text for text in texts}
     beside = {}
     for image in images:
