@@ -49,6 +49,8 @@ def captions(folder: Path, **options: Any) -> dict[str, str]:
         (b" a ", "a"),
         ([["", "b"], "c"], "b"),
         ({"en": "a"}, ""),
+        (np.nan, ""),
+        (True, ""),
         (["b", "c"], "b"),
         ([None, "c"], "c"),
         ([], ""),

@@ -306,3 +306,21 @@ def test_folders_of_earlier_versions_are_known(tmp_path: Path) -> None:
         folder = tmp_path / f"{kind} {file}".replace("/", " ")
         atomic_write(folder / file, text)
         check_place(folder, kind)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', '["../outside", "/tmp", "..", ".", ""]', b"\xff"])
+def test_a_journal_from_elsewhere_removes_nothing(content: str | bytes, tmp_path: Path) -> None:
+    """Of a folder from somebody else, whose hidden files say what a killed process had begun."""
+    atomic_write(tmp_path / "outside" / "kept", "text")
+    folder = tmp_path / "folder"
+    atomic_write(folder / atomic_files._INSIDE / "names", content)
+    with claim(folder, "result") as inside:
+        atomic_write(inside / "new", "text")
+    assert tree(tmp_path) == {"outside/kept": "text", "folder/new": "text"}
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "[]", '{"a": [1]}', "{"])
+def test_another_program_s_inspection_is_no_error_of_ours(content: str, tmp_path: Path) -> None:
+    (tmp_path / "inspection.json").write_text(content)
+    with pytest.raises(DavaeError, match="files that are not davae's"):
+        check_place(tmp_path, "run")

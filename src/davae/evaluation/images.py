@@ -28,7 +28,12 @@ def held_out_images(autoencoder: Path, resolution: int) -> ItemDataset:
     if settings is not None and settings["hold_out"]:
         hold_out = settings["hold_out"]
         found = open_dataset(
-            settings["path"], resolution=resolution, split=settings["split"], hold_out=hold_out, part="held_out"
+            settings["path"],
+            resolution=resolution,
+            split=settings["split"],
+            hold_out=hold_out,
+            part="held_out",
+            revision=settings.get("revision"),
         )
         if len(found):
             return found

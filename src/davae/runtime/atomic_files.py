@@ -179,9 +179,17 @@ def remove_leftovers(folder: Path) -> None:
 def contents(folder: Path) -> set[str]:
     """Names in a folder, without davae's own hidden files and what a killed process had started to move there."""
     names = set(os.listdir(folder)) - {LOCK, MARK, _INSIDE}
-    journal = folder / _INSIDE / "names"
-    begun = set(json.loads(journal.read_text())) if journal.is_file() else set()
-    return {name for name in names - begun if not re.fullmatch(r"\..+\.\d+\.partial", name)}
+    return {name for name in names - _begun(folder) if not re.fullmatch(r"\..+\.\d+\.partial", name)}
+
+
+def _begun(folder: Path) -> set[str]:
+    """Names of what a killed process had started to move into an empty folder; a name that leads elsewhere is none."""
+    try:
+        found = json.loads((folder / _INSIDE / "names").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    names = found if isinstance(found, list) else []
+    return {name for name in names if isinstance(name, str) and name not in ("", ".", "..") and name == Path(name).name}
 
 
 def is_free(folder: Path) -> bool:
@@ -379,10 +387,9 @@ def _tidy_beside(path: Path) -> None:
 
 def _tidy_inside(path: Path) -> None:
     """Remove what a killed process had moved into an empty folder."""
-    journal = path / _INSIDE / "names"
-    for name in json.loads(journal.read_text()) if journal.is_file() else []:
+    for name in _begun(path):
         begun = path / name
-        if begun.is_dir():
+        if begun.is_dir() and not begun.is_symlink():
             shutil.rmtree(begun)
         else:
             begun.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from davae.errors import DavaeError
 from davae.latents.statistics import check_statistics
+from davae.runtime.text_files import read_json
 
 _logger = logging.getLogger(__name__)
 _WEIGHTS = re.compile(
@@ -217,7 +218,13 @@ def stored_keys(folder: Path, variant: str | None = None) -> dict[str, Path]:
 def _indexes(folder: Path) -> list[dict[str, str]]:
     """The file of every tensor by each index of a sharded model."""
     files = sorted(folder.glob("*.safetensors.index*.json"))
-    return [json.loads(file.read_text(encoding="utf-8"))["weight_map"] for file in files]
+    found = []
+    for file in files:
+        listed = read_json(file)
+        if not isinstance(listed, dict) or not isinstance(listed.get("weight_map"), dict):
+            raise DavaeError(f"{file} is damaged: it has no 'weight_map'. Copy or save the model again")
+        found.append(listed["weight_map"])
+    return found
 
 
 def _outside_index(folder: Path, stored: Mapping[str, Path]) -> set[str]:

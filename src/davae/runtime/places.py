@@ -118,7 +118,9 @@ _KINDS: dict[KindName, _Kind] = {
     "inspection": _Kind(
         "an inspection",
         whole=True,
-        known_by=lambda f: any("psnr" in found for found in _json(f / "inspection.json").values()),
+        known_by=lambda f: any(
+            isinstance(found, dict) and "psnr" in found for found in _json(f / "inspection.json").values()
+        ),
         owns=lambda f: (
             "inspection.json",
             *(f"{n}.png" for n in ("map", "spectra", "channels", "details", "examples")),

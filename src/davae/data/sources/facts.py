@@ -30,7 +30,9 @@ def caption_of(value: Any) -> str:
         return next(filter(None, map(caption_of, value)), "")
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
-    return whole_text(str(value)).strip() if isinstance(value, str | int | float) else ""
+    if isinstance(value, bool) or value != value or not isinstance(value, str | int | float):
+        return ""  # an empty cell of a table may come as NaN
+    return whole_text(str(value)).strip()
 
 
 def first_of(values: Mapping[str, Any], keys: Sequence[str]) -> Any:
