@@ -118,7 +118,7 @@ def _copy_weights(
     parameters = dict(original.named_parameters(remove_duplicate=False))
     missing = [p.parameter for p in description.places if not p.optional and p.parameter not in parameters]
     if missing:
-        raise WarmStartError(f"{type(original).__name__} lacks {', '.join(missing)}, described as having channels")
+        raise WarmStartError(f"{type(original).__name__} has no {', '.join(missing)}, described as having channels")
 
     tied: dict[int, nn.Parameter] = {}  # a parameter shared by two names stays shared
     for name, parameter in parameters.items():
@@ -132,7 +132,7 @@ def _copy_weights(
 
     empty = [name for name, parameter in widened.named_parameters() if parameter.is_meta]
     if empty:
-        raise WarmStartError(f"the original lacks {', '.join(empty)}, which its configuration requires")
+        raise WarmStartError(f"the original has no {', '.join(empty)}, which its configuration requires")
 
 
 def _place(widened: nn.Module, name: str, tensor: Tensor) -> None:
@@ -147,6 +147,6 @@ def _place(widened: nn.Module, name: str, tensor: Tensor) -> None:
     if home[key].shape != tensor.shape:
         raise WarmStartError(
             f"{name}: the wider configuration gives shape {tuple(home[key].shape)}, the description "
-            f"{tuple(tensor.shape)}: the description of the class lacks this place or has it wrong"
+            f"{tuple(tensor.shape)}: the description of the class misses this place or has it wrong"
         )
     home[key] = tensor

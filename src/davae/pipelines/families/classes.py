@@ -115,7 +115,7 @@ class DiT(ClassFamily):
 
 def _number(pipe: DiffusionPipeline, name: str) -> int:
     if name not in pipe.labels:
-        raise DavaeError(f"the pipeline knows no class '{name}'")
+        raise DavaeError(f"the pipeline has no class '{name}'")
     return int(pipe.labels[name])
 
 

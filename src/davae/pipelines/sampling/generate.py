@@ -147,7 +147,7 @@ def _given_options(
     given = {key: value for key, value in options.items() if value is not None}
     missing = sorted(given.keys() - _parameters(pipe).keys())
     if missing:
-        raise DavaeError(f"{type(pipe).__name__} takes no {', '.join(missing)}: leave it out")
+        raise DavaeError(f"{type(pipe).__name__} has no option {', '.join(missing)}: leave it out")
     return given
 
 
@@ -170,7 +170,7 @@ def _subject(pipe: DiffusionPipeline, subject: str) -> dict[str, Any]:
         return {"class_labels": [_number(pipe, int(subject))]}
     labels, family = getattr(pipe, "labels", {}), find_family(pipe)
     if subject not in labels and not (isinstance(family, ClassFamily) and family.takes_names):
-        raise DavaeError(f"the pipeline knows no class '{subject}': give its number, or one of its names")
+        raise DavaeError(f"the pipeline has no class '{subject}': give its number, or one of its names")
     return {"class_labels": [labels.get(subject, subject)]}
 
 

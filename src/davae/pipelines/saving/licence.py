@@ -103,7 +103,7 @@ def find_licence(
             looked = f"{card} names {'several' if entries.get('license') else 'none'}"
         raise DavaeError(
             f"the licence of the base '{base_model}' is not known ({looked}), and a model card must name one: "
-            "give it, such as license='apache-2.0' (--license), as the base's page names it"
+            "give it as license='apache-2.0' (--license), as the base's page names it"
         )
     if own is not None and own.title != "other" and named.casefold() in (own.id.casefold(), own.title.casefold()):
         return _as_the_base(own, link)
