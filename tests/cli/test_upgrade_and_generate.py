@@ -89,10 +89,10 @@ def test_upgrade_as_json(autoencoder, monkeypatch, capsys, tmp_path) -> None:
         (["generate", "debug-sd3", "cat"], "makes images of prompts: give --prompt"),
         (["generate", "debug-sd3"], "makes images of prompts: give --prompt"),
         (["generate", "debug-dit", "--prompt", "cat"], "makes images of classes: give their names"),
-        (["generate", "debug-dit", "cat"], "knows no class 'cat'"),
+        (["generate", "debug-dit", "cat"], "has no class 'cat'"),
         (["generate", "debug-dit", "1001"], "class 1001 is out of range: the model knows 0 to 999"),
         (["generate", "debug", "99"], "class label 99 is out of range"),
-        (["generate", "debug-dit", "7", "--height", "64"], "DiTPipeline takes no height"),
+        (["generate", "debug-dit", "7", "--height", "64"], "DiTPipeline has no option height"),
         (["generate", "debug-sd3", "--prompts", "absent.txt"], "cannot read the prompts in absent.txt"),
         (["generate", "debug-sd3", "--prompt", "cat", "--count", "0"], "greater than or equal to 1"),
         (

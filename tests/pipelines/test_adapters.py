@@ -171,7 +171,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
     layer = next(key for key in load_file(tmp_path / LAYERS_FILE) if key.startswith("transformer."))
     change(LAYERS_FILE, lambda tensors, _: tensors.pop(layer))
-    refused("do not have the same widened layers: " + layer.removeprefix("transformer."))
+    refused("have different widened layers: " + layer.removeprefix("transformer."))
     change(LAYERS_FILE, lambda tensors, _: tensors.update({layer: tensors[layer][..., :1].contiguous()[:3]}))
     refused("has shape")
     change(LORA_FILE, lambda tensors, _: tensors.pop(next(iter(tensors))))
@@ -193,7 +193,7 @@ def test_a_fused_lora_or_a_base_pipeline_is_not_saved(tmp_path: Path) -> None:
         davae.save_adapters(base("classes"), tmp_path)
     with pytest.raises(DavaeError, match="has an adapter already"):
         attach_lora(pipe.transformer, LoraConfig(r=1, target_modules=TARGETS))
-    with pytest.raises(DavaeError, match="takes no such adapter"):
+    with pytest.raises(DavaeError, match="does not accept this adapter"):
         attach_lora(base("dit").transformer, LoraConfig(r=1, target_modules=["nothing_of_it"]))
 
 

@@ -189,7 +189,7 @@ def test_mistakes_are_told(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_name_without_names_and_channels_that_differ() -> None:
-    with pytest.raises(DavaeError, match="knows no class names, so 'lake' must be given by number"):
+    with pytest.raises(DavaeError, match="has no class names, so 'lake' must be given by number"):
         pipeline_around(LinearField(), id2label=None)("lake")
     with pytest.raises(DavaeError, match=r"VAE's latent has 8 channels, the transformer takes 4"):
         pipeline_around(LinearField(), vae=small_vae(8))

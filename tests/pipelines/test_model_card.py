@@ -98,7 +98,7 @@ def test_card_of_classes_says_that_the_pipeline_is_custom_too(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("lumina2", "takes 8 pixels for a latent position"),
+        ("lumina2", "assumes 8 pixels per latent position"),
         ("pixart-sigma", "pass `use_resolution_binning=False`"),
         ("sana", "pass `use_resolution_binning=False`"),
         ("sd3", None),

@@ -48,7 +48,7 @@ def test_other_mistakes_of_value_go_through() -> None:
     ("message", "words"),
     [
         ("We couldn't connect to the hub.", "the hub was not reached$"),
-        ("no file of safetensors: connect to get one", r"the hub does not give it \(no file of safetensors"),
+        ("no file of safetensors: connect to get one", r"the hub does not provide it \(no file of safetensors"),
     ],
 )
 def test_names_that_the_hub_does_not_give(message: str, words: str) -> None:

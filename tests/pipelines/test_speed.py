@@ -74,7 +74,7 @@ def test_decoding_in_float32_is_exact_where_the_weights_are_half():
 
 def test_an_attention_that_would_not_be_used_is_refused():
     """Some classes of diffusers call torch's attention and never ask the dispatcher."""
-    with pytest.raises(DavaeError, match="SD3Transformer2DModel does not ask diffusers for a backend"):
+    with pytest.raises(DavaeError, match="SD3Transformer2DModel does not use diffusers' attention dispatcher"):
         set_attention(small_pipeline("sd3").transformer, "_native_math")
     transformer = small_pipeline("flux").transformer
     set_attention(transformer, "_native_math")

@@ -279,9 +279,9 @@ def compiled_block(part: Any) -> None:
 
 
 STATES = {
-    "no plain tensors": quantised_weight,
+    "not plain tensors": quantised_weight,
     "a hook on": user_hook,
-    "another forward": other_forward,
+    "a replaced forward": other_forward,
     "hooks of diffusers": cast_layerwise,
     "the compiled part": compiled_block,
     "parametrizations": lambda part: torch.nn.utils.parametrizations.weight_norm(

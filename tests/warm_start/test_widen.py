@@ -198,7 +198,7 @@ class TestRefusals:
     def test_weights_that_are_not_loaded(self) -> None:
         with torch.device("meta"):
             model = lightningdit()
-        with pytest.raises(WarmStartError, match=r"patch_embed\.weight holds no values"):
+        with pytest.raises(WarmStartError, match=r"patch_embed\.weight has no values"):
             widen(model)
 
     @pytest.mark.parametrize("make", [lightningdit, sd3])

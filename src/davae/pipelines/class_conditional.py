@@ -28,18 +28,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
     """Generates images of given classes by flow matching, from noise (t = 0) to data (t = 1).
 
     The same class serves a base model and its upgrade: the image size and the latent channels follow from the
-    VAE and the transformer. With the same seed an upgraded pipeline starts from the base's own noise,
-    extended by noise for the detail channels.
+    VAE and the transformer. With the same seed an upgraded pipeline starts from the base's noise, followed by
+    noise for the detail channels.
 
     Args:
         vae: a diffusers image autoencoder or :class:`davae.AutoencoderDA`.
         transformer: :class:`davae.LightningDiTTransformer2DModel`, or one with the same ``forward``.
         scheduler: for flow matching: Euler, Heun, LCM, or DPM-Solver++ and UniPC configured for it. Its `shift` applies
-            to sigma = 1 - t; a shift of 0.3 in t is 1 / 0.3 here.
+            to sigma = 1 - t: a shift of 0.3 in t is 1 / 0.3 here.
         id2label: names of the classes by number, stored in the pipeline's configuration.
 
     Raises:
-        DavaeError: the VAE and the transformer disagree about the latent's channels.
+        DavaeError: the VAE's latent and the transformer have different numbers of channels.
     """
 
     __module__ = "davae"
@@ -54,7 +54,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
-        # Text keys, as JSON has them, so that the configuration is the same before saving and after loading.
+        # String keys, as in JSON, so that the configuration is the same before saving and after loading.
         self.register_to_config(id2label=id2label and {str(k): v for k, v in id2label.items()})
         if vae is not None and transformer is not None:
             self._check_channels()
@@ -107,19 +107,19 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 more: their 250 is 249 here.
             guidance_scale: classifier-free guidance; 1 turns it off and halves the computation.
             guidance_interval: guide only while ``start <= t <= end``, where t = 0 is noise.
-            guidance_channels: guide only the first so many latent channels; None guides all.
+            guidance_channels: guide only this many latent channels, the first ones; None guides all.
             timestep_shift: warp the grid by ``s t / (1 + (s - 1) t)``, 0.3 in the official samplers; None uses
                 the scheduler's shift.
-            generator: one for all images, or a list of one for each.
+            generator: one for all images, or a list with one for each.
             latents: noise to start from, [B, C, h, w], instead of drawing it.
             output_type: "pil", "np" (float [B, H, W, 3] in [0, 1]), "pt" (float [B, 3, H, W] in [0, 1]) or
                 "latent" (float32 [B, C, h, w], scaled as the transformer sees it).
-            return_dict: return an output object with `.images`, else a tuple of one element.
+            return_dict: return an output object with `.images`; otherwise a tuple of one element.
             callback_on_step_end: called as ``callback(pipeline, step, timestep, {"latents": latents})`` after
                 each step; a dictionary it returns may hold new `latents`.
 
         Raises:
-            DavaeError: an unknown label, a size that does not fit, or parts that do not belong together.
+            DavaeError: an unknown label, an invalid argument or size, or parts that do not fit together.
         """
         if output_type not in OUTPUT_TYPES:
             raise DavaeError(f"output_type '{output_type}' is unknown: choose one of {', '.join(OUTPUT_TYPES)}")
@@ -174,7 +174,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         device: torch.device,
     ) -> Tensor:
-        # Base channels first and separately: the base pipeline draws the same from this generator.
+        # Base channels first and separately: the base pipeline draws the same noise from this generator.
         channels = int(self.transformer.config.in_channels)
         layout = getattr(self.vae, "layout", None)
         parts = [channels] if layout is None else [layout.base_channels, layout.detail_channels]
@@ -212,7 +212,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if isinstance(label, str):
             name, numbers = label.lower(), {name.lower(): number for name, number in self.labels.items()}
             if not numbers:
-                raise DavaeError(f"this pipeline knows no class names, so '{label}' must be given by number")
+                raise DavaeError(f"this pipeline has no class names, so '{label}' must be given by number")
             if name not in numbers:
                 near = difflib.get_close_matches(name, numbers, n=3, cutoff=0.5) or sorted(numbers)[:5]
                 raise DavaeError(f"class '{label}' is unknown; the nearest names are {', '.join(near)}")
@@ -229,7 +229,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if latent != transformer:
             raise DavaeError(
                 f"the VAE's latent has {latent} channels, the transformer takes {transformer}: an upgraded "
-                "VAE goes with a transformer widened for it, see davae.upgrade_pipeline"
+                "VAE needs a transformer widened for it, see davae.upgrade_pipeline"
             )
 
 
@@ -251,7 +251,7 @@ def guided_velocity(
     Args:
         transformer: see :func:`predict_velocity`; its ``config.num_classes`` is the null label.
         latents: x_sigma, [B, C, h, w].
-        sigma: noise level in [0, 1], the same for all.
+        sigma: noise level in [0, 1], the same for the whole batch.
         class_labels: [B] int64.
         guidance_scale: see :func:`davae.diffusion.guide`.
         guidance_interval: of ``t = 1 - sigma``, see :func:`davae.diffusion.is_guided`.

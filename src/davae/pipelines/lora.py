@@ -1,4 +1,4 @@
-"""LoRA on any transformer: also on classes that diffusers gives no adapter methods (PixArt, DiT)."""
+"""LoRA on any transformer, also on classes without adapter methods in diffusers (PixArt, DiT)."""
 
 import dataclasses
 from typing import Any
@@ -14,18 +14,18 @@ from davae.warm_start.plain_state import unwrapped
 
 
 def attach_lora(transformer: Any, config: LoraConfig, adapter_name: str = "default") -> None:
-    """Add an adapter to the transformer, in place; its own weights stay as they are.
+    """Add an adapter to the transformer, in place; the transformer's own weights do not change.
 
     Raises:
-        DavaeError: an adapter is attached already, none of the targets is part of the transformer, or the
-            configuration asks for whole modules to be trained beside the LoRA.
+        DavaeError: an adapter is attached already, no module matches the targets, or the configuration also trains
+            whole modules (``modules_to_save``) or token embeddings.
     """
     transformer = unwrapped(transformer)
     for option in ("modules_to_save", "trainable_token_indices"):
         if getattr(config, option, None):
             raise DavaeError(
-                f"the LoRA's configuration has {option} {getattr(config, option)}: what is trained whole has no place "
-                "in a LoRA file. Leave it out: the widened layers are trained in full and saved without it, and other "
+                f"the LoRA's configuration has {option} {getattr(config, option)}: a LoRA file cannot hold what is "
+                "trained in full. Leave it out: the widened layers are trained and saved in full anyway, and other "
                 "modules can be target_modules"
             )
     if attached_lora(transformer) is not None:
@@ -36,11 +36,11 @@ def attach_lora(transformer: Any, config: LoraConfig, adapter_name: str = "defau
         else:
             inject_adapter_in_model(config, transformer, adapter_name=adapter_name)
     except ValueError as error:  # peft's, with the targets' names
-        raise DavaeError(f"{type(transformer).__name__} takes no such adapter: {error}") from error
+        raise DavaeError(f"{type(transformer).__name__} does not accept this adapter: {error}") from error
 
 
 def attached_lora(transformer: nn.Module) -> tuple[str, LoraConfig] | None:
-    """Name and configuration of the adapter of a transformer; None where there is none.
+    """Name and configuration of the adapter attached to a transformer; None if there is none.
 
     Raises:
         DavaeError: more than one adapter is attached.
@@ -57,11 +57,11 @@ def attached_lora(transformer: nn.Module) -> tuple[str, LoraConfig] | None:
 
 
 def acting_lora(transformer: nn.Module) -> tuple[str, LoraConfig] | None:
-    """As :func:`attached_lora`, but as the adapter acts: its ``lora_alpha`` times the weight of ``set_adapters``.
+    """As :func:`attached_lora`, with ``lora_alpha`` multiplied by the weight that ``set_adapters`` gave the adapter.
 
     Raises:
-        DavaeError: more than one adapter is attached, or it is switched off, or weighted differently in different
-            layers: no LoRA file says that.
+        DavaeError: more than one adapter is attached, or the adapter is switched off in a layer or weighted
+            differently in different layers, which a LoRA file cannot store.
     """
     attached = attached_lora(transformer)
     if attached is None:
@@ -72,7 +72,7 @@ def acting_lora(transformer: nn.Module) -> tuple[str, LoraConfig] | None:
     if off:
         raise DavaeError(
             f"the LoRA '{name}' is switched off in {len(off)} of {len(wrapped)} layers, such as {off[0]}: switch it on "
-            "(enable_lora(), enable_adapters() or set_adapters) to save it, or take it away (unload_lora_weights(), "
+            "(enable_lora(), enable_adapters() or set_adapters) to save it, or remove it (unload_lora_weights(), "
             "unload_lora()) to save without it"
         )
     weights = {n: m.scaling[name] / _own_scaling(m, name) for n, m in wrapped.items() if m.lora_alpha[name]}
@@ -97,7 +97,7 @@ def _holds(module: nn.Module, name: str) -> bool:
 
 
 def _own_scaling(module: Any, name: str) -> float:
-    """What the configuration says: ``alpha / r``, or ``alpha / sqrt(r)``."""
+    """The scaling of the configuration: ``alpha / r``, or ``alpha / sqrt(r)`` with rank-stabilised LoRA."""
     rank = module.r[name] ** 0.5 if _by_root(module, name) else module.r[name]
     return float(module.lora_alpha[name] / rank)
 
@@ -108,9 +108,9 @@ def _by_root(module: Any, name: str) -> bool:
 
 
 def merge_lora(transformer: Any) -> None:
-    """Add the adapter to the weights it adapts and remove it, in place; without an adapter nothing happens.
+    """Add the adapter to the weights it adapts and remove it, in place; without an adapter do nothing.
 
-    Modules that were trained whole beside the LoRA (``modules_to_save``) take the place of the original ones.
+    Modules trained in full beside the LoRA (``modules_to_save``) replace the original ones.
 
     Raises:
         DavaeError: as :func:`acting_lora`.

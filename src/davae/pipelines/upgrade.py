@@ -1,4 +1,4 @@
-"""Upgrades a pipeline with a structured autoencoder to one of the same class that makes larger images."""
+"""Upgrade a pipeline to one of the same class that makes larger images with a structured autoencoder."""
 
 from __future__ import annotations
 
@@ -30,31 +30,30 @@ P = TypeVar("P", bound=DiffusionPipeline)
 def upgrade_pipeline(
     pipe: P, vae: AutoencoderDA, *, timestep_shift: TimestepShift = "base", preview_decoder: ModelMixin | None = None
 ) -> P:
-    """Swap the autoencoder and widen the transformer; everything else is kept and shared with ``pipe``.
+    """Replace the autoencoder and widen the transformer; everything else is kept and shared with ``pipe``.
 
-    The new VAE is on the device and in the precision of ``pipe.vae``, the new transformer on those of
-    ``pipe.transformer``: the result runs as ``pipe`` does. Switch offloading on after the upgrade.
+    The new VAE has the device and dtype of ``pipe.vae``, the new transformer those of ``pipe.transformer``. Switch
+    offloading on after the upgrade.
 
-    The result starts as the pretrained model: its base channels follow the base pipeline exactly and its detail
-    channels are silent until they are tuned. ``height`` and ``width`` then mean the full resolution. Where the
-    schedule depends on the size, it stays by default the one that the base was trained with at this number of
-    tokens; the scheduler is a copy that says so in its configuration.
+    The result starts as the pretrained model: its base channels follow the base pipeline up to rounding, and the
+    predicted details are zero until they are tuned. ``height`` and ``width`` are in pixels of the full resolution. A
+    schedule that depends on the size is by default the one that the base was trained with at the same number of
+    tokens; the scheduler is a copy that has it in its configuration.
 
-    Further parts that read latents are widened with the transformer: ControlNets, and a second transformer. What is
-    switched on for the base's parts (offloading, caches, hooks, adapters, quantised weights) is switched on for the
-    result instead; where it cannot be carried over it is refused, and never forgotten without a word.
+    Other models that read latents are widened with the transformer: ControlNets, and a second transformer. Parts with
+    offloading, caches, hooks, adapters or quantised weights are refused: switch these on for the result instead.
+    Compilation, tiling, slicing and a replaced ``vae.decode`` are not carried over either, and a warning names them.
 
     Args:
-        pipe: a pipeline with a ``vae`` and a 2D ``transformer``, text-to-image, image-to-image or inpainting; it is
+        pipe: a text-to-image, image-to-image or inpainting pipeline with a ``vae`` and a 2D ``transformer``; it is
             not changed.
         vae: made from ``pipe.vae`` by :meth:`AutoencoderDA.from_base`; may add several levels. ``pipe`` may itself be
             an upgraded pipeline, whose autoencoder is then the lower levels of ``vae``. It is not changed: it becomes
-            part of the result where it has the device and precision of ``pipe.vae``, and elsewhere a copy does. For
-            a VAE that is to be more precise than its pipeline, say ``result.vae.to(torch.float32)`` afterwards.
-        timestep_shift: ``"base"``, ``"native"`` (the schedule that the base model would have used if it had been
-            asked for the full resolution) or a number (a fixed shift); see
-            :mod:`davae.pipelines.upgrade`.
-        preview_decoder: a small decoder of the base's latents (TAESD and kin) for
+            part of the result if it has the device and dtype of ``pipe.vae``, otherwise a copy does. For a VAE that
+            is more precise than the rest of the pipeline, call ``result.vae.to(torch.float32)`` afterwards.
+        timestep_shift: ``"base"``, ``"native"`` (the schedule that the base model would use for the full
+            resolution) or a number above 0 (a fixed shift); see :func:`scheduler_for`.
+        preview_decoder: a small decoder of the base's latents (such as TAESD) for
             :class:`davae.pipelines.sampling.previews.Previews`; it is not part of the saved pipeline.
 
     Returns:
@@ -62,11 +61,11 @@ def upgrade_pipeline(
 
     Raises:
         DavaeError: the pipeline has no transformer or VAE, its weights or those of ``vae`` are offloaded, ``vae`` was
-            made from another base, the choice of the shift does not fit the pipeline, or the preview decoder takes
-            another number of channels.
+            made from another base, the timestep shift does not suit the pipeline, or the preview decoder has another
+            number of channels.
         WarmStartError: the transformer's channels are not the autoencoder's, the widened transformer does not
-            start as the original (the layer is named), a part carries what cannot be carried over, or a part that
-            reads latents cannot be widened (the part is named).
+            start as the original (the layer is named), a part has state that cannot be carried over, or a model that
+            reads latents cannot be widened (it is named).
     """
     for part in ("vae", "transformer"):
         if not isinstance(getattr(pipe, part, None), nn.Module):
@@ -89,7 +88,7 @@ def upgrade_pipeline(
     replaced = {"vae": _placed_as(base_vae, vae), **_widened_parts(pipe, layout), "scheduler": scheduler}
     arguments = {**_constructor_arguments(pipe), **replaced}
     upgraded = fit_to_autoencoder(type(pipe)(**arguments))
-    if "id2label" in arguments and "id2label" not in upgraded.config:  # else it would not be saved
+    if "id2label" in arguments and "id2label" not in upgraded.config:  # otherwise it would not be saved
         upgraded.register_to_config(id2label=arguments["id2label"])
     if hasattr(pipe, "_progress_bar_config"):
         upgraded.set_progress_bar_config(**pipe._progress_bar_config)
@@ -100,7 +99,7 @@ def upgrade_pipeline(
 
 
 def _widened_parts(pipe: DiffusionPipeline, layout: LatentLayout) -> dict[str, nn.Module]:
-    """The transformer and whatever else reads latents, widened, by their names in the pipeline."""
+    """The transformer and the other models that read latents, widened, by their names in the pipeline."""
     channels = {"base_channels": layout.base_channels, "detail_channels": layout.detail_channels}
     transformer = unwrapped(pipe.transformer)
     widened: dict[str, nn.Module] = {"transformer": widen_channels(transformer, **channels)}
@@ -119,20 +118,20 @@ def _widened_parts(pipe: DiffusionPipeline, layout: LatentLayout) -> dict[str, n
         except WarmStartError as error:
             raise WarmStartError(
                 f"the {name} of this {type(pipe).__name__}, a {type(model).__name__}, reads latents as the transformer "
-                f"does, and cannot be upgraded with it: {error}"
+                f"does, but cannot be upgraded with it: {error}"
             ) from error
     return widened
 
 
 def _reads_latents(model: ModelMixin) -> bool:
-    """As far as class and configuration tell: a ControlNet, or a model that counts the channels that it takes."""
+    """Judged by class and configuration: a ControlNet, or a model with a key for its number of input channels."""
     if "ControlNet" in type(model).__name__:
         return True
     return any(key.endswith(("in_channels", "in_dim")) for key in model.config)
 
 
 def _tell_what_is_off(pipe: DiffusionPipeline) -> None:
-    """Log what was switched on for the base's parts and works again once it is switched on for the result."""
+    """Warn of what was switched on for the base's parts and can be switched on for the result again."""
     off = []
     for name, part in pipe.components.items():
         model = unwrapped(part)
@@ -149,7 +148,7 @@ def _tell_what_is_off(pipe: DiffusionPipeline) -> None:
 
 
 def _check_not_offloaded(pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
-    """Hooks of offloading belong to the weights of one model, and new models would not have them."""
+    """Refuse offloading: its hooks belong to the weights of one model, and the new models would not have them."""
     parts = (*(part for part in pipe.components.values() if isinstance(part, ModelMixin)), vae)
     if (
         getattr(pipe, "_all_hooks", None)  # enable_model_cpu_offload
@@ -163,30 +162,30 @@ def _check_not_offloaded(pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
 
 
 def _placed_as(base: ModelMixin, vae: AutoencoderDA) -> AutoencoderDA:
-    """The autoencoder on the device and in the precision of the base VAE: itself, or a copy where that differs."""
+    """The autoencoder on the device and in the precision of the base VAE: itself, or a copy if they differ."""
     own = {(p.device, p.dtype) for p in vae.parameters()}
     if own == {(base.device, base.dtype)}:
         return vae
     placed = copy.deepcopy(vae)
-    nn.Module.to(placed, device=base.device, dtype=base.dtype)  # diffusers' own warns of islands
+    nn.Module.to(placed, device=base.device, dtype=base.dtype)  # diffusers' own warns of float32 modules
     return placed
 
 
 def _constructor_arguments(pipe: DiffusionPipeline) -> dict[str, object]:
-    """What the pipeline was made of: its components, and the settings in its configuration."""
+    """The arguments that the pipeline was built with: its components, and settings from its configuration."""
     arguments = {}
     for name in inspect.signature(type(pipe).__init__).parameters:
         if name in pipe.components:
             arguments[name] = pipe.components[name]
         elif name in pipe.config:
             arguments[name] = pipe.config[name]
-        elif name == "id2label" and getattr(pipe, "labels", None):  # DiT keeps the names, not the argument
+        elif name == "id2label" and getattr(pipe, "labels", None):  # DiT keeps only the inverse mapping
             arguments[name] = _names_by_number(pipe.labels)
     return arguments
 
 
 def _names_by_number(labels: dict[str, int]) -> dict[str, str]:
-    """Class numbers, as text, to their names, several of them joined by commas."""
+    """Names by class number (as text); several names of one number are joined by commas."""
     names: dict[str, list[str]] = {}
     for name, number in labels.items():
         names.setdefault(str(number), []).append(name)
@@ -195,13 +194,13 @@ def _names_by_number(labels: dict[str, int]) -> dict[str, str]:
 
 @torch.no_grad()
 def layout_over(base: nn.Module, vae: AutoencoderDA) -> LatentLayout:
-    """The channels that a pipeline with the VAE ``base`` knows (base channels), and those that ``vae`` adds.
+    """The channels of a pipeline with the VAE ``base`` (as base channels), and those that ``vae`` adds (as detail).
 
-    ``base`` is the pretrained VAE, or a level of ``vae`` where the pipeline has been upgraded and tuned before:
-    the latent ``[z, z_d1]`` that it knows is then what counts as base.
+    ``base`` is the pretrained VAE or, for a pipeline that was upgraded before, a lower level of ``vae``, whose whole
+    latent ``[z, z_d1]`` then counts as base.
 
     Raises:
-        DavaeError: ``vae`` was made from another base, or adds nothing to it. The first difference is named.
+        DavaeError: ``vae`` was made from another base (the first difference is named), or adds no level to it.
     """
     if isinstance(base, AutoencoderDA):
         number, levels = base.levels[-1].number, vae.levels
@@ -230,12 +229,12 @@ def _check_same_statistics(ours: Any, theirs: Any) -> None:
         if not torch.allclose(mine, other.to(mine.device)):
             raise DavaeError(
                 f"the autoencoder was made from another base: the {name} of its lower levels' details is not "
-                "that of the pipeline's VAE, on which its transformer was tuned"
+                "that of the pipeline's VAE, with which its transformer was tuned"
             )
 
 
 def _check_same_weights(ours: nn.Module, theirs: nn.Module, *, whole: bool) -> None:
-    """The frozen part must be the pipeline's own VAE; without its decoder (not ``whole``) the rest of it."""
+    """Require that the frozen part equals the pipeline's VAE; unless ``whole``, without its decoder."""
     mine, other = ours.state_dict(), theirs.state_dict()
     if not whole:
         other = {name: value for name, value in other.items() if name in mine}
@@ -257,7 +256,7 @@ def _check_same_weights(ours: nn.Module, theirs: nn.Module, *, whole: bool) -> N
 
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:
-    """Equal in the narrower of the two dtypes."""
+    """Whether the values are equal in the narrower of the two dtypes."""
     narrow = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
     return same_values(ours.to(narrow), theirs.to(device=ours.device, dtype=narrow))
 
@@ -270,18 +269,18 @@ TimestepShift = Literal["base", "native"] | float
 def scheduler_for(
     pipe: DiffusionPipeline, shift: TimestepShift, *, scale: int, channels: tuple[int, int]
 ) -> SchedulerMixin:
-    """A copy of the pipeline's scheduler with the shift that its upgraded pipeline is to have.
+    """A copy of the pipeline's scheduler with the timestep shift of the upgraded pipeline.
 
     Args:
         pipe: the base pipeline; its scheduler is not changed.
-        shift: ``"base"``: at a number of tokens the schedule that the base was trained with at this number.
-            ``"native"``: the one that the base would have used for the full resolution, ``s^2`` times the tokens
-            (the token counts in the configuration are divided by ``s^2``). A number: that shift ``a``, for every size.
+        shift: ``"base"``: the schedule that the base was trained with at the same number of tokens.
+            ``"native"``: the one that the base would use for the full resolution, which is ``s^2`` times the tokens
+            (token counts in the configuration are divided by ``s^2``). A number above 0: that shift for every size.
         scale: ``s``.
         channels: of the base latent and of the upgraded one.
 
     Raises:
-        DavaeError: the choice is unknown, or this pipeline does not read it from its scheduler.
+        DavaeError: the choice is unknown, or this pipeline does not take its shift from the scheduler.
     """
     config = pipe.scheduler.config
     changes: dict[str, Any] = {}
@@ -325,13 +324,13 @@ def _fixed(pipe: DiffusionPipeline, shift: float) -> dict[str, Any]:
             "leave timestep_shift at 'base'"
         )
     changes: dict[str, Any] = {key: shift}
-    if config.get("use_dynamic_shifting"):  # what the pipeline computes is not asked for then
+    if config.get("use_dynamic_shifting"):  # otherwise the pipeline's own `mu` would apply
         changes["use_dynamic_shifting"] = False
     return changes
 
 
 def _shift_key(config: Mapping[str, Any]) -> str | None:
-    """Where a scheduler's configuration holds a fixed shift; none where it is no flow-matching scheduler."""
+    """The configuration key of a fixed shift; None unless it is a flow-matching scheduler."""
     if "shift" in config:
         return "shift"
     flow = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")

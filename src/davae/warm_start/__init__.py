@@ -1,6 +1,6 @@
 """Warm start: widening a pretrained transformer, and verifying that it computes the same."""
 
-from davae.diffusion import FlowLoss, detail_weight, structured_loss  # re-exported for earlier code
+from davae.diffusion import FlowLoss, detail_weight, structured_loss  # kept for code written for earlier versions
 from davae.errors import WarmStartError
 from davae.warm_start import known as _known  # noqa: F401  describes the classes
 from davae.warm_start.description import ChannelDescription, ChannelPlace, input_layer, output_layer

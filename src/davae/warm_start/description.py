@@ -1,7 +1,7 @@
 """Where latent channels are in the weights of a transformer.
 
 Latent channels enter through an axis of an input layer and leave through an axis of an output layer; a
-pattern (see `davae.warm_start.patterns`) states how that axis factors. A class is described once; everything
+pattern (see `davae.warm_start.patterns`) gives the factors of that axis. A class is described once; everything
 that widens or checks it uses the description.
 """
 
@@ -42,9 +42,9 @@ class ChannelPlace:
     Attributes:
         parameter: dotted name, as in ``named_parameters()``.
         axis: the axis of the channels.
-        pattern: how the axis factors, slowest first. Exactly one factor of a segment is ``c`` or the name of a
-            counted configuration key, whose own pattern then takes its place (``"p p out_channels"``); a
-            segment of numbers alone stands for features that are no latent (a mask).
+        pattern: the factors of the axis, slowest first. Exactly one factor of a segment is ``c`` or the name of a
+            counted configuration key, which is replaced by its own pattern (``"p p out_channels"``); a
+            segment of numbers alone means features that are not latent channels (a mask).
         optional: the parameter may be absent (a bias).
     """
 
@@ -77,7 +77,7 @@ def _is_channel(factor: str) -> bool:
 
 
 def input_layer(name: str, pattern: str = "c") -> tuple[ChannelPlace, ...]:
-    """Places of a convolution or linear layer that takes latent channels; its bias does not see them."""
+    """Places of a convolution or linear layer that takes latent channels; its bias has no such axis."""
     return (ChannelPlace(f"{name}.weight", 1, pattern),)
 
 
@@ -92,21 +92,21 @@ class ChannelDescription:
 
     Attributes:
         inputs: places through which latent channels enter.
-        outputs: places through which they leave; none in a ControlNet.
-        dummy_inputs: makes small inputs for the self-check.
+        outputs: places through which they leave; empty for a ControlNet.
+        dummy_inputs: builds small inputs for the self-check.
         sizes: the letters of the patterns: a configuration key to read, or a number.
         counts: what the configuration counts under each of its keys: ``"c"`` latent channels; ``"2 c"`` those
-            of a head with learned variance; ``"c 2 2"`` those of a latent packed two by two. Where a class is
-            used in several ways, a tuple: the first that gives the number found. A key whose value is None
-            follows ``in_channels``.
-        sample_pattern: how the channel axis of the model's output factors.
+            of a head with learned variance; ``"c 2 2"`` those of a latent packed two by two. For a class
+            that is used in several ways, a tuple, of which the first that gives the number found is taken.
+            A key whose value is None follows ``in_channels``.
+        sample_pattern: the factors of the channel axis of the model's output.
         sample_axis: the channel axis of the model's output.
         tokens: rows and columns of tokens in the dummy latent; not square, so that a transposition is noticed,
             and powers of two, so that chunked feed-forwards divide them.
         packing: rows (and columns) of the latent that the pipeline packs into one position.
         passes: arguments to add to the dummy inputs, one set for each path that the forward can take
             through the input and output layers; the self-check runs all of them.
-        residuals: of a ControlNet, the lists of layers that give its residuals: what enters them must stay.
+        residuals: for a ControlNet, the lists of layers that give its residuals, whose inputs must not change.
         source: "described" by hand, or "probed".
     """
 
@@ -135,17 +135,17 @@ class ChannelDescription:
         return self.inputs + self.outputs
 
     def resolve_sizes(self, transformer: ModelMixin) -> dict[str, int]:
-        """The numbers behind the letters, for this transformer."""
+        """The value of each letter in the patterns, for this transformer."""
         return {
             letter: size if isinstance(size, int) else int(transformer.config[size])
             for letter, size in self.sizes.items()
         }
 
     def fitted(self, transformer: ModelMixin, channels: int) -> ChannelDescription:
-        """This description with one pattern for each key and place: those of a transformer with `channels`.
+        """This description with one pattern for each key and place, for a transformer with `channels`.
 
         Raises:
-            WarmStartError: the configuration's counts do not belong to that many latent channels.
+            WarmStartError: the configuration's counts do not fit that many latent channels.
         """
         counts: dict[str, str] = {}
         for key in self.counts:
@@ -180,12 +180,12 @@ class ChannelDescription:
         counted = f" (counted as {ways})" if set(expected.values()) != {channels} else ""
         raise WarmStartError(
             f"{type(transformer).__name__} has config.{key} = {found}, but the autoencoder's base latent "
-            f"has {channels} channels{counted}: they do not belong together (layers "
+            f"has {channels} channels{counted}: they do not fit together (layers "
             f"{', '.join(layer_names(self.places))})"
         )
 
     def dummy_grid(self, transformer: ModelMixin) -> tuple[int, int]:
-        """Height and width of the dummy latent."""
+        """Height and width of the dummy latent, in latent positions."""
         side = self.resolve_sizes(transformer).get("p", 1) * self.packing
         return self.tokens[0] * side, self.tokens[1] * side
 

@@ -17,13 +17,13 @@ TEXT_TOKENS = 8  # of a dummy prompt
 
 @dataclass(frozen=True)
 class Dummy:
-    """Makes the inputs of a forward besides the latent, drawn on the CPU so that every device gets the same values.
+    """Builds inputs of a forward; random ones are drawn on the CPU, so that every device gets the same values.
 
     Attributes:
         transformer: the model to run.
         latent: [B, C, h, w], in the autoencoder's channels.
         generator: source of all random inputs; the amount drawn must not depend on C.
-        text_tokens: tokens of a prompt.
+        text_tokens: number of tokens of a prompt.
     """
 
     transformer: ModelMixin
@@ -38,7 +38,7 @@ class Dummy:
 
     @property
     def batch(self) -> int:
-        """B."""
+        """The batch size B."""
         return self.latent.shape[0]
 
     def normal(self, *shape: int) -> Tensor:
@@ -70,7 +70,7 @@ class Dummy:
         return drawn.to(self.latent.device)
 
     def packing(self, features: int) -> int:
-        """Side k of the squares packed into one position that has ``C k k`` features."""
+        """Side k of the squares that are packed into one position with ``C k k`` features."""
         return math.isqrt(max(features // self.latent.shape[1], 1))
 
     def packed(self, side: int, *, latents: int = 1) -> Tensor:
@@ -92,7 +92,7 @@ class Dummy:
         return ids.flatten(0, 1)
 
     def grid(self, side: int) -> tuple[int, int]:
-        """Rows and columns of tokens of ``side x side`` positions."""
+        """Rows and columns of tokens, each of ``side x side`` latent positions."""
         return self.latent.shape[2] // side, self.latent.shape[3] // side
 
     def zeros(self, *shape: int) -> Tensor:
@@ -111,7 +111,7 @@ class _CountedMask(Tensor):
 
 
 def pack(latent: Tensor, side: int) -> Tensor:
-    """[B, C, h, w] as tokens [B, (h / k) (w / k), C k k], channel slowest."""
+    """[B, C, h, w] as tokens [B, (h / k) (w / k), C k k] with k = ``side``, channel slowest."""
     return torch.nn.functional.pixel_unshuffle(latent, side).flatten(2).mT
 
 

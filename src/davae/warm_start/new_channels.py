@@ -29,7 +29,7 @@ def new_channel_masks(transformer: nn.Module, layout: LatentLayout) -> dict[str,
         layout: its base and detail channels.
 
     Returns:
-        Parameter name to a boolean tensor of the parameter's shape, true for detail channels.
+        By parameter name, a boolean tensor of the parameter's shape, true for detail channels.
     """
     description = description_of(transformer).fitted(transformer, layout.channels)
     sizes = description.resolve_sizes(transformer)

@@ -1,4 +1,4 @@
-"""How one axis of a tensor factors into latent channels and everything else.
+"""The factors of one axis of a tensor: latent channels and everything else.
 
 An axis rarely holds latent channels alone: a head that predicts a patch of ``p x p`` positions has
 ``p * p * C`` features. A pattern names the factors of an axis, slowest first:
@@ -36,7 +36,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """``"p p ( c | 1 )"`` as outer (p, p) and segments (c), (1)."""
+        """``"p p ( c | 1 )"`` has outer (p, p) and segments (c), (1)."""
         outer, opened, inner = text.partition("(")
         if not opened:
             outer, inner = "", text
@@ -106,8 +106,8 @@ def widen_axis(
     Args:
         tensor: has base channels only.
         axis: the axis of the channels.
-        pattern: how the axis factors.
-        sizes: the numbers of the pattern's letters.
+        pattern: the factors of the axis.
+        sizes: the values of the pattern's letters.
         layout: base and detail channels.
         name: the tensor's name in errors.
 
@@ -127,9 +127,9 @@ def widen_axis(
 def split_axis(
     tensor: Tensor, axis: int, pattern: str, sizes: Mapping[str, int], layout: LatentLayout, *, name: str
 ) -> tuple[Tensor, Tensor]:
-    """The inverse of `widen_axis`: the base channels' part, in the original shape, and the detail channels' part.
+    """The inverse of `widen_axis`: the part of the base channels, in the original shape, and that of the details.
 
-    Features that are not latent channels (a mask) go with the base.
+    Features that are not latent channels (a mask) belong to the base part.
 
     Raises:
         WarmStartError: the axis does not factor as the pattern says.

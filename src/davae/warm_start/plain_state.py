@@ -1,8 +1,8 @@
-"""State of a model besides weights and configuration, which a rebuilt model would lack.
+"""State of a model besides its weights and configuration, which a rebuilt model would lack.
 
-Hooks, caches, adapters and quantised storage belong to one module object: copied in part they would break, and not
-copied they would be lost. So one check before every upgrade asks the user to switch them off, upgrade, and switch
-them on again.
+Hooks, caches, adapters and quantised storage belong to one module object: copied in part they would break, not copied
+they would be lost. So a check before every upgrade asks the user to switch them off, upgrade, and switch them on
+again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from davae.errors import WarmStartError
 
-#: Precisions whose numbers can be copied and compared as they are.
+#: Dtypes of weights that can be copied and compared directly.
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -32,10 +32,10 @@ def require_plain(model: nn.Module, what: str) -> None:
 
     Args:
         model: the model; plain hooks are checked by :func:`require_no_hooks`.
-        what: the model in words, such as ``the transformer``.
+        what: the model's name in errors, such as ``the transformer``.
 
     Raises:
-        WarmStartError: it has such state; says which, where, and how to switch it off.
+        WarmStartError: it has such state; the message names it, its module, and how to switch it off.
     """
     _refuse(what, next(_states(model), None))
 
@@ -45,35 +45,35 @@ def require_no_hooks(model: nn.Module, what: str, built: nn.Module | None = None
 
     Args:
         model: the model.
-        what: in words.
-        built: a new model of the same class, whose own hooks are not counted.
+        what: the model's name in errors.
+        built: a new model of the same class; hooks that its constructor adds are accepted.
 
     Raises:
-        WarmStartError: it has hooks; says where.
+        WarmStartError: it has hooks; the message names the module.
     """
     fresh = {} if built is None else dict(built.named_modules())
     for name, module in model.named_modules():
         for kind in _HOOKS:
             hooks = [hook for hook in getattr(module, kind, {}).values() if not getattr(hook, "mends_a_class", False)]
             if len(hooks) > len(getattr(fresh.get(name), kind, ())):
-                _refuse(what, (f"a hook on {name or 'itself'}", "take it away with the handle's remove()"))
+                _refuse(what, (f"a hook on {name or 'itself'}", "call remove() on its handle"))
         forward = vars(module).get("forward")
         if forward is not None and getattr(forward, "__self__", None) is not module:
-            _refuse(what, (f"another forward on {name or 'itself'}", "give it back its own (`del module.forward`)"))
+            _refuse(what, (f"a replaced forward on {name or 'itself'}", "restore it with `del module.forward`"))
 
 
 def _refuse(what: str, state: tuple[str, str] | None) -> None:
     if state is not None:
         raise WarmStartError(
-            f"{what} has {state[0]}, which belongs to its present layers: switch it off ({state[1]}), upgrade, then "
-            "switch it on for the result"
+            f"{what} has {state[0]}, which cannot be carried over to new layers: switch it off ({state[1]}), upgrade, "
+            "then switch it on for the result"
         )
 
 
 def _states(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Each such state in words, and how to switch it off."""
+    """Each state that cannot be carried over: its description, and how to switch it off."""
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "config", {}).get("quantization_config"):
-        yield "quantised weights", "load it without quantization_config, and quantise the saved result"
+        yield "quantised weights", "load the model without quantization_config, and quantise the saved result"
     for name, module in model.named_modules():
         where = name or "itself"
         hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
@@ -81,12 +81,12 @@ def _states(model: nn.Module) -> Iterator[tuple[str, str]]:
             kinds = ", ".join(sorted(hooks))
             yield (
                 f"hooks of diffusers on {where} ({kinds})",
-                "disable_cache() for a cache; for layerwise casting or offloading load it again without",
+                "disable_cache() for a cache; for layerwise casting or offloading, load the model again without it",
             )
         if hasattr(module, "_hf_hook"):
-            yield f"hooks of accelerate on {where}", "load it without offloading or device_map"
+            yield f"hooks of accelerate on {where}", "load the model without offloading or device_map"
         if "_orig_mod" in module._modules:
-            yield f"the compiled part {where}", "put the part itself back, `compiled._orig_mod`"
+            yield f"the compiled part {where}", "replace it by its original, `compiled._orig_mod`"
         if any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
             yield (
                 f"an adapter on {where}",
@@ -99,7 +99,7 @@ def _states(model: nn.Module) -> Iterator[tuple[str, str]]:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if type(tensor) not in (Tensor, nn.Parameter):
             kind = type(tensor).__name__
-            yield f"weights that are no plain tensors ({name} is a {kind})", "load it as published, unquantised"
+            yield f"weights that are not plain tensors ({name} is a {kind})", "load the model unquantised"
         floating = tensor.is_floating_point() or tensor.is_complex()
         if isinstance(tensor, nn.Parameter) and not tensor.is_meta and tensor.dtype not in PLAIN_DTYPES:
             yield f"quantised weights ({name} is stored as {tensor.dtype})", "widen first, then quantise"

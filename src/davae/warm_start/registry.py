@@ -22,14 +22,14 @@ def describe(class_name: str, description: Describer) -> None:
     """Register the description of a transformer class, which also applies to its subclasses.
 
     Raises:
-        WarmStartError: the class has another description already.
+        WarmStartError: the class already has another description.
     """
     if _DESCRIPTIONS.setdefault(class_name, description) is not description:
         raise WarmStartError(f"{class_name} is already described; a class can have only one description")
 
 
 def described(*class_names: str, **description: Any) -> Callable[[DummyBuilder], DummyInputs]:
-    """Decorator of a function that makes dummy inputs: describes the classes with these and ``description``."""
+    """Decorator of a function that builds dummy inputs: describes the classes with it and ``description``."""
 
     def with_inputs(build: DummyBuilder) -> DummyInputs:
         inputs = dummy(build)
@@ -44,7 +44,7 @@ def description_of(transformer: ModelMixin) -> ChannelDescription:
     """The description of the transformer's class or its nearest described ancestor; otherwise a probed one.
 
     Raises:
-        WarmStartError: it is not described and probing fails; says why, and how to describe it.
+        WarmStartError: it is not described and probing fails; gives the reason, and how to describe it.
     """
     for cls in type(transformer).__mro__:
         if cls.__name__ in _DESCRIPTIONS:
@@ -60,7 +60,7 @@ def description_of(transformer: ModelMixin) -> ChannelDescription:
             f"{name} is not described, and probing did not find where its latent channels are: {error}. "
             f"Describe it with davae.warm_start.describe('{name}', ChannelDescription("
             "inputs=input_layer('...'), outputs=output_layer('...', 'p p c'), dummy_inputs=...)); the "
-            "self-check then says whether the description is right"
+            "self-check then verifies the description"
         ) from error
 
 

@@ -1,22 +1,20 @@
-"""Verifies on the real module that a widened transformer starts as the original.
+"""Verify on the module itself that a widened transformer starts as the original.
 
 Three checks, each of which detects what the others cannot:
 
-1. *The weights.* Every weight that is not the detail channels' must equal the original's, and the detail
-   channels' must be zero: exact, layer by layer.
-2. *The layers in place.* Both models run on the same base latent, with several detail latents. After each
-   input layer the features must agree, before each output layer too, and the head must give the original's
-   values for base channels and exactly zero for detail channels. What is wrong shows at the first layer that
-   differs.
+1. *The weights.* The weights of the detail channels must be zero, and every other weight must equal the
+   original's exactly.
+2. *The layers in use.* Both models run on the same base latent, with several detail latents. The features
+   must agree after each input layer and before each output layer, and the head must give the original's
+   values for base channels and exactly zero for detail channels. The first layer that differs is reported.
 3. *The same with random channel layers.* A pretrained model may end in zeros (an untrained head), and then
-   everything agrees with everything. So the run is repeated with random numbers added to the original's input
-   and output weights, put into the widened model where the description says: if the description has the
-   channel order wrong, outputs now differ. The random weights live in the call alone; neither model is
-   touched.
+   all outputs agree. So the run is repeated with random numbers added to the original's input and output
+   weights, and inserted into the widened model as described: if the description has the channel order wrong,
+   outputs now differ. The random weights replace the weights during the call only; neither model is changed.
 
-New zero weights change nothing but the order of summation in the token embedding. What such a rounding may
-become at the output depends on the model's depth, so it is measured: the original runs once more with its
-tokens moved by one rounding.
+New zero weights change only the order of summation in the token embedding. How large such a rounding difference
+becomes at the output depends on the model's depth, so it is measured: the original runs once more with each
+token feature changed by one rounding.
 """
 
 from collections.abc import Mapping
@@ -34,15 +32,15 @@ from davae.warm_start.patterns import split_axis
 from davae.warm_start.plain_state import unwrapped
 from davae.warm_start.registry import description_of
 
-#: Largest base difference that passes, relative to the largest value: about eight roundings.
+#: Largest base difference that passes, relative to the largest value: five to nine roundings, in float64 more.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-#: Where a model carries roundings further than that, this many times what one rounding of its tokens does ...
+#: If rounding differences grow beyond that, this many times the effect of one rounding of the tokens ...
 ROUNDINGS = 4
 #: ... but never more than this: channels in a wrong order differ by order one.
 LARGEST_TOLERANCE = 0.1
 
 BATCH = 2
-#: Standard deviations of the detail latents tried: zero, that of a normalised latent, far outside.
+#: Standard deviations of the detail latents: zero, that of a normalised latent, and far larger.
 DETAIL_SCALES = (0.0, 1.0, 100.0)
 
 
@@ -52,11 +50,11 @@ class WarmStartReport:
 
     Attributes:
         max_base_difference: largest difference of base outputs, relative to the largest output, with the
-            weights as they are.
+            model's own weights.
         max_base_difference_random: the same with random channel layers.
         max_detail_output: largest magnitude of a detail output over all runs.
-        tolerance: what the base differences of outputs were held against, the larger of the two runs.
-        dtype: coarsest dtype of the weights.
+        tolerance: largest difference of base outputs that passed, the larger of the two runs.
+        dtype: least precise dtype of the weights.
         latent: shape of the dummy base latent, [B, C, h, w].
         layers: input and output layers that were widened.
     """
@@ -83,20 +81,20 @@ class WarmStartReport:
 def check_warm_start(
     original: ModelMixin, widened: ModelMixin, layout: LatentLayout, *, tolerance: float | None = None, seed: int = 0
 ) -> WarmStartReport:
-    """Verify that `widened` gives the original's base outputs and zero detail, whatever the detail inputs.
+    """Verify that `widened` gives the original's base outputs and zero details for any detail inputs.
 
-    Neither model is changed, nor is the global random state. Costs a few forwards on a handful of tokens.
+    Neither model is changed, nor is the global random state. Costs about a dozen forwards on a few tokens.
 
     Args:
-        original: the transformer before.
-        widened: the transformer after.
+        original: the transformer before widening.
+        widened: the transformer after widening.
         layout: base and detail channels.
-        tolerance: largest relative base difference. None takes `TOLERANCES` of the coarsest weight dtype, and
-            for outputs what one rounding of the tokens does, where that is more.
+        tolerance: largest relative base difference. None takes `TOLERANCES` of the least precise weight
+            dtype and, for outputs, up to `ROUNDINGS` times the effect of one rounding of the tokens if larger.
         seed: of the dummy inputs.
 
     Raises:
-        WarmStartError: names the layer that leaks, or says why nothing can be concluded.
+        WarmStartError: the models differ (the layer is named), or nothing can be concluded (with the reason).
     """
     original, widened = unwrapped(original), unwrapped(widened)
     description = description_of(original).fitted(original, layout.base_channels)
@@ -146,7 +144,7 @@ def _compare_weights(
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one dtype are equal; where both are not a number, they are (memory never written)."""
+    """Whether two tensors of one dtype are equal; NaN equals NaN (as in memory that was never written)."""
     if a.shape != b.shape:
         return False
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
@@ -159,7 +157,7 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _random_channel_weights(
     original: ModelMixin, widened: nn.Module, description: ChannelDescription, layout: LatentLayout, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    # original + R and widened + [R, 0]: whatever else the widened weights hold stays in.
+    # original + R and widened + [R, 0]: errors in the widened weights remain.
     generator = torch.Generator().manual_seed(seed + 1)
     sizes = description.resolve_sizes(original)
     before, after = dict(original.named_parameters()), dict(widened.named_parameters())
@@ -177,7 +175,7 @@ def _random_channel_weights(
 
 @dataclass
 class Difference:
-    """What a comparison measured, and the tolerance of outputs it applied."""
+    """The results of a comparison, and the tolerance it applied to outputs."""
 
     tolerance: float
     max_base_difference: float = 0.0
@@ -231,28 +229,28 @@ class SideBySide:
                 raise WarmStartError(
                     f"{which} {type(model).__name__} cannot be run on a small latent {tuple(latent.shape)}, so the "
                     f"warm start cannot be verified ({type(error).__name__}: {error}). Its configuration is one that "
-                    "the forward of its class does not take, or one that the description of the class does not know: "
-                    f"run its forward once by hand, then see davae.warm_start.describe"
+                    "the forward of its class does not support, or one that the description of the class does not "
+                    f"cover: run its forward once by hand, then see davae.warm_start.describe"
                 ) from error
         return Trace.joined(traces)
 
     def _said(self, trace: Trace) -> Tensor:
-        """What a model makes of its latent: its sample, or what enters the last of a ControlNet's residual layers."""
+        """The output to compare: the sample, or the input of a ControlNet's last residual layer."""
         return trace.sample if self.description.outputs else trace.entered[self.outputs[-1]][-1]
 
     def require_sensitivity(self, weights: Mapping[str, Tensor], tolerance: float) -> None:
-        """Another latent must move the output by more than the tolerance, or agreement proves nothing."""
+        """Require that another latent moves the output by over twice the tolerance; else agreement proves nothing."""
         other = self._latent(self.layout.base_channels, self.seed + 3)
         first, second = (self._said(self.run(self.original, weights, latent)) for latent in (self.base, other))
         if not relative_difference(second, first) > 2 * tolerance:
             raise WarmStartError(
                 f"{type(self.original).__name__} gives the same output for every latent, even with random "
-                f"{', '.join(self.inputs + self.outputs)}: something between them is closed (all zero), so "
+                f"{', '.join(self.inputs + self.outputs)}: some weights between them are all zero, so "
                 "the warm start cannot be verified"
             )
 
     def compare(self, weights: Mapping[str, Tensor], widened_weights: Mapping[str, Tensor]) -> Difference:
-        """Largest differences over all detail latents; raises at the first layer that differs."""
+        """The largest differences over all detail latents; a layer that differs is a WarmStartError."""
         before = self.run(self.original, weights, self.base)
         _require_finite(self._said(before))
         result = Difference(self._output_tolerance(weights, before))
@@ -282,13 +280,13 @@ class SideBySide:
         return max(self.tolerance, min(ROUNDINGS * rounding, LARGEST_TOLERANCE))
 
     def _compare_layers(self, before: Trace, after: Trace, scale: float, output_tolerance: float) -> float:
-        """The largest difference of what enters the output layers."""
+        """Compare the features of the watched layers; returns the largest difference at the output layers."""
         largest = 0.0
         for name in self.inputs:
             difference = largest_difference(after.left, before.left, name)
             if not difference <= self.tolerance:
                 cause = (
-                    "its base channels are not read as the original reads them"
+                    "its base channels give other features than in the original"
                     if scale == 0
                     else "detail channels reach the tokens"
                 )
@@ -298,8 +296,8 @@ class SideBySide:
             if not difference <= output_tolerance:
                 raise WarmStartError(
                     f"the layers between {', '.join(self.inputs)} and {name} leak: {name} receives other "
-                    f"features (differing by {difference:.1e}, tolerance {output_tolerance:.0e}) though the "
-                    "tokens agree"
+                    f"features (differing by {difference:.1e}, tolerance {output_tolerance:.0e}) although "
+                    "the tokens agree"
                 )
             largest = max(largest, difference)
         return largest
@@ -326,5 +324,5 @@ def _require_finite(sample: Tensor) -> None:
     if not sample.isfinite().all():
         raise WarmStartError(
             "the original gives values that are not finite on small random inputs: its weights are damaged, "
-            f"or its dtype {sample.dtype} is too narrow; try float32"
+            f"or the range of {sample.dtype} is too small; try float32"
         )

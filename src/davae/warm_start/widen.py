@@ -1,7 +1,7 @@
-"""Widen a pretrained transformer to the structured latent without changing what it computes.
+"""Widen a pretrained transformer to the structured latent without changing its predictions.
 
 The token embedding is linear in the latent and the head linear in the features, so zero weights for the new
-channels, in and out, leave the base prediction as it was and predict zero detail, whatever the detail input.
+channels, in and out, leave the base prediction unchanged and predict zero details, for any detail input.
 """
 
 import copy
@@ -25,28 +25,28 @@ logger = logging.getLogger(__name__)
 
 Transformer = TypeVar("Transformer", bound=ModelMixin)
 
-# State that is neither weight nor configuration: set on a living module, so that a rebuilt one lacks it.
+# State that is neither weight nor configuration, which a rebuilt module would lack.
 _RUNTIME_STATE = ("training", "gradient_checkpointing", "_gradient_checkpointing_func", "_chunk_size", "_chunk_dim")
 
 
 def widen_channels(transformer: Transformer, *, base_channels: int, detail_channels: int) -> Transformer:
-    """A new transformer of the same class that takes and gives ``[z, z_d]``, base first.
+    """A new transformer of the same class that takes and predicts ``[z, z_d]``, base first.
 
-    Weights of the new channels are zero (biases too); every other weight is copied, and dtype, device,
-    ``requires_grad``, training mode, gradient checkpointing and attention processors survive. The original is
-    not touched. The result is verified on the module itself before it is returned (`check_warm_start`).
+    Weights and biases of the new channels are zero; every other weight is copied, and dtype, device,
+    ``requires_grad``, training mode, gradient checkpointing and attention processors are kept. The original is
+    not changed. The result is verified before it is returned (`check_warm_start`).
 
     Args:
-        transformer: a described diffusers model (see `describe`): a transformer, or a ControlNet, whose residuals then
-            stay what they were. Of one that is compiled the model inside is widened.
-        base_channels: channels of the base latent, in the autoencoder's own counting.
-        detail_channels: channels to add.
+        transformer: a diffusers transformer, or a ControlNet, whose residuals stay the same; its class is described
+            (see `describe`) or can be probed. If it is compiled, the model inside the wrapper is widened.
+        base_channels: channels of the base latent, as the autoencoder counts them (not packed).
+        detail_channels: channels to add, at least 1.
 
     Raises:
         DavaeError: a channel count is below 1.
-        WarmStartError: the class is not described, its channels are not `base_channels`, the weights are not
-            loaded or no plain tensors, adapters, hooks, caches or the like are attached, or the result does not start
-            as the original; names the layer.
+        WarmStartError: the class is not described and cannot be probed, its channels are not `base_channels`, its
+            weights are not loaded or not plain tensors, it has adapters, hooks, caches or the like, or the result does
+            not start as the original (the layer is named).
     """
     transformer = unwrapped(transformer)
     layout = LatentLayout(base_channels, detail_channels)
@@ -65,7 +65,7 @@ def widen_channels(transformer: Transformer, *, base_channels: int, detail_chann
 def _check_widenable(transformer: ModelMixin) -> None:
     for name, parameter in transformer.named_parameters():
         if parameter.is_meta:
-            raise WarmStartError(f"{name} holds no values (meta device): load the transformer, then widen it")
+            raise WarmStartError(f"{name} has no values (meta device): load the transformer, then widen it")
     require_plain(transformer, f"this {type(transformer).__name__}")
 
 
@@ -74,16 +74,16 @@ def _widened_config(transformer: ModelMixin, description: ChannelDescription, la
     return {
         key: pattern_count(str(pattern), sizes, layout.channels)
         for key, pattern in description.counts.items()
-        if transformer.config[key] is not None  # else it follows another key
+        if transformer.config[key] is not None  # otherwise it follows another key
     }
 
 
 def _build(transformer: Transformer, changes: dict[str, int]) -> Transformer:
-    # Parameters without memory: the copies take their place, so two models exist at a time and never three.
-    # Some constructors draw random numbers on the CPU; the caller's stream must not notice.
+    # Parameters without memory, replaced by the copies, so that there are never three models in memory.
+    # Some constructors draw random numbers on the CPU; the caller's random state must not change.
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         widened = type(transformer).from_config(transformer.config, **changes)
-        if type(widened) is not type(transformer):  # a legacy class, which configurations lead away from
+        if type(widened) is not type(transformer):  # a legacy class that `from_config` replaces by its successor
             options, _, _ = type(transformer).extract_init_dict(dict(transformer.config))
             widened = type(transformer)(**{**options, **changes})
     return widened
@@ -91,7 +91,7 @@ def _build(transformer: Transformer, changes: dict[str, int]) -> Transformer:
 
 def _copy_runtime_state(original: ModelMixin, widened: ModelMixin) -> None:
     for name, module in original.named_modules():
-        if hasattr(module, "processor"):  # before its own submodules, which it may bring along
+        if hasattr(module, "processor"):  # before its submodules, which the processor may contain
             widened.get_submodule(name).processor = copy.deepcopy(module.processor)
     for name, module in original.named_modules():
         twin = _twin(widened, name)
@@ -118,9 +118,9 @@ def _copy_weights(
     parameters = dict(original.named_parameters(remove_duplicate=False))
     missing = [p.parameter for p in description.places if not p.optional and p.parameter not in parameters]
     if missing:
-        raise WarmStartError(f"{type(original).__name__} has no {', '.join(missing)}, where latent channels should sit")
+        raise WarmStartError(f"{type(original).__name__} has no {', '.join(missing)}, described as having channels")
 
-    tied: dict[int, nn.Parameter] = {}  # one parameter under two names stays one
+    tied: dict[int, nn.Parameter] = {}  # a parameter shared by two names stays shared
     for name, parameter in parameters.items():
         if id(parameter) not in tied:
             values = parameter.detach()
@@ -132,7 +132,7 @@ def _copy_weights(
 
     empty = [name for name, parameter in widened.named_parameters() if parameter.is_meta]
     if empty:
-        raise WarmStartError(f"the original has no {', '.join(empty)}, which its configuration asks for")
+        raise WarmStartError(f"the original has no {', '.join(empty)}, which its configuration requires")
 
 
 def _place(widened: nn.Module, name: str, tensor: Tensor) -> None:
@@ -146,7 +146,7 @@ def _place(widened: nn.Module, name: str, tensor: Tensor) -> None:
         )
     if home[key].shape != tensor.shape:
         raise WarmStartError(
-            f"{name}: the wider configuration makes shape {tuple(home[key].shape)}, the description "
+            f"{name}: the wider configuration gives shape {tuple(home[key].shape)}, the description "
             f"{tuple(tensor.shape)}: the description of the class misses this place or has it wrong"
         )
     home[key] = tensor

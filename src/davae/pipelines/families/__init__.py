@@ -1,4 +1,4 @@
-"""Families of pipelines: how each encodes prompts, scales latents, calls its transformer and measures time."""
+"""Families of pipelines: how each encodes prompts, scales latents, calls its transformer and scales time."""
 
 from davae.pipelines.families import (  # noqa: F401  (each registers its families)
     aura_flow,

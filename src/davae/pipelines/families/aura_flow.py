@@ -8,7 +8,7 @@ from davae.pipelines.families.family import Conditioning, PipelineFamily, regist
 
 
 class AuraFlow(PipelineFamily):
-    """The pipeline applies the mask to the embeddings; the transformer takes none."""
+    """The pipeline applies the mask to the embeddings; the transformer takes no mask."""
 
     pipelines = ("AuraFlowPipeline",)
     reads_shift = False

@@ -1,9 +1,9 @@
-"""Mends for pipelines whose classes take something for granted about sizes or latents.
+"""Corrections for pipelines whose classes make assumptions about sizes or latents.
 
-Most pipelines derive everything from the autoencoder's configuration. Some write a number down (Lumina 2 takes 8
-pixels a latent position for granted), some move a requested size to the nearest of a list of base resolutions (PixArt,
-SANA), one divides by what is 0 while details are silent. This is mended on the pipeline in memory, and again after
-loading: nothing of it is part of a saved pipeline. Which family needs which mend is said in the family.
+Most pipelines derive everything from the autoencoder's configuration. Some contain a constant (Lumina 2 assumes 8
+pixels per latent position), some round a requested size to the nearest of a list of base resolutions (PixArt, SANA),
+one divides by a norm that is 0 while the predicted details are zero. The corrections are made on the pipeline in
+memory, again after each loading, and are never saved. Each family states which it needs.
 """
 
 import functools
@@ -28,16 +28,16 @@ from davae.warm_start.patterns import pattern_count
 
 logger = logging.getLogger(__name__)
 
-_TINY = {torch.float16: 2.0**-11}  # the square of each is still a number of its precision
+_TINY = {torch.float16: 2.0**-11}  # the square does not underflow to zero in this dtype
 _TINY_ELSEWHERE = 2.0**-60
 
 
 class FullResolutionProcessor(PixArtImageProcessor):
-    """An image processor whose list of sizes is in base resolution, while requests are in full resolution.
+    """An image processor for a list of sizes in base resolution and requests in full resolution.
 
     Args:
         scale: ``s``.
-        vae_scale_factor: pixels per latent position, full resolution.
+        vae_scale_factor: pixels of the full resolution per latent position and side.
     """
 
     def __init__(self, scale: int, vae_scale_factor: int) -> None:
@@ -47,7 +47,7 @@ class FullResolutionProcessor(PixArtImageProcessor):
     def classify_height_width_bin(  # static in the base class, but pipelines call it on the instance
         self, height: int, width: int, ratios: dict[str, tuple[int, int]]
     ) -> tuple[int, int]:
-        """``s`` times the entry of the list that has the nearest aspect ratio."""
+        """``s`` times the size in the list whose aspect ratio is nearest."""
         base_height, base_width = PixArtImageProcessor.classify_height_width_bin(height, width, ratios)
         return self.scale * base_height, self.scale * base_width
 
@@ -55,10 +55,10 @@ class FullResolutionProcessor(PixArtImageProcessor):
 def fit_sizes(pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
     """Make ``height`` and ``width`` of an upgraded pipeline mean full resolution, in place; idempotent.
 
-    Pipelines that derive them from the autoencoder stay as they are.
+    Pipelines that derive sizes from the autoencoder are not changed.
     """
     known = vars(pipe).get("vae_scale_factor")
-    # Some count more than the autoencoder's own compression (a patch on top of it), but none can count less.
+    # Some have more than the autoencoder's compression (times a patch size); less means that it was not read.
     if known is not None and known < vae.spatial_compression:
         pipe.vae_scale_factor = known * vae.scale
         if "default_image_size" in vars(pipe):
@@ -77,11 +77,11 @@ def _image_processors(pipe: DiffusionPipeline) -> list[tuple[str, VaeImageProces
 
 
 def check_sizes(pipe: DiffusionPipeline) -> None:
-    """Have an upgraded pipeline look at ``height`` and ``width`` in its own pixels a latent position; idempotent.
+    """Make an upgraded pipeline check ``height`` and ``width`` with its own pixels per token; idempotent.
 
-    Some classes refuse sizes that do not fit, but by a number that they write down (SANA 32, PixArt 8, CogView 16).
-    With more pixels a position, sizes between two steps would pass, and smaller images come out. They are refused too.
-    Classes that round a size and say so go on doing that.
+    Some classes refuse sizes that are not multiples of a constant (SANA 32, PixArt 8, CogView 16). An upgraded pipeline
+    has larger steps: sizes between them would pass and give smaller images, so they are refused too. Classes that round
+    sizes instead go on doing so.
     """
     if hasattr(type(pipe), "check_inputs"):
         pipe.check_inputs = functools.partial(_check_inputs, pipe)
@@ -99,11 +99,11 @@ def _check_inputs(pipe: Any, *args: Any, **kwargs: Any) -> Any:
     unit = pipe.vae.spatial_compression * (patch if isinstance(patch, int) else 1)
     odd = {name: int(size) for name, size in sizes.items() if isinstance(size, int | float) and size % unit}
     for name, size in odd.items():
-        if _refuses(own, given, name, size + 1):  # a size that fits nowhere: the class is one of those that refuse
+        if _refuses(own, given, name, size + 1):  # never a multiple: only classes that refuse sizes refuse it
             below, above = max(size // unit, 1) * unit, (size // unit + 1) * unit
             raise DavaeError(
-                f"{name} {size} does not fit this {type(pipe).__name__}: upgraded, it makes images in steps of {unit} "
-                f"pixels. Ask for {below} or {above}"
+                f"{name} {size} does not fit this {type(pipe).__name__}: after the upgrade it makes images in steps of "
+                f"{unit} pixels. Ask for {below} or {above}"
             )
     return checked
 
@@ -120,8 +120,8 @@ def _refuses(check: Any, given: inspect.BoundArguments, name: str, size: int) ->
 def fit_base_loras(transformer: Any, layout: LatentLayout) -> None:
     """Let a widened transformer load LoRAs that were trained on its base; idempotent.
 
-    On the token embedder or the head they have the base's channels. Zeros for the detail channels, as in the widened
-    weights, make them do what they did.
+    A LoRA on the token embedder or the head has the base's channels only. It is padded with zeros for the detail
+    channels, as the widened weights are, so that it has the same effect.
     """
     if hasattr(type(transformer), "load_lora_adapter"):
         transformer.load_lora_adapter = functools.partial(_load_lora_adapter, transformer, layout)
@@ -135,7 +135,7 @@ def _load_lora_adapter(
     return type(transformer).load_lora_adapter(transformer, lora, prefix=prefix, **options)
 
 
-# As peft, diffusers of old, and kohya call the two matrices.
+# Names of the two matrices in peft, earlier versions of diffusers, and kohya.
 _LORA_IN = ("lora_A.weight", "lora.down.weight", "lora_down.weight")
 _LORA_OUT = ("lora_B.weight", "lora.up.weight", "lora_up.weight")
 
@@ -143,13 +143,13 @@ _LORA_OUT = ("lora_B.weight", "lora.up.weight", "lora_up.weight")
 def padded_lora(
     transformer: Any, layout: LatentLayout, lora: Mapping[str, Tensor], *, prefix: str | None = None
 ) -> dict[str, Tensor]:
-    """A LoRA's weights with zeros for the detail channels, where it has the base's channels.
+    """A LoRA's weights, with zeros for the detail channels inserted wherever an axis has the base's channels.
 
     Args:
         transformer: widened.
         layout: its base and detail channels.
         lora: by name, ``LAYER.lora_A.weight`` ``[r, in, ...]`` and ``LAYER.lora_B.weight`` ``[out, r, ...]``.
-        prefix: of every name, in front of a dot.
+        prefix: of every name, without the dot that follows it.
     """
     description = description_of(transformer).fitted(transformer, layout.channels)
     sizes, padded, start = description.resolve_sizes(transformer), dict(lora), f"{prefix}." if prefix else ""
@@ -169,10 +169,10 @@ class _OffZero:
     """A forward hook; a class of its own, so that a guarded transformer can be copied and pickled."""
 
     layout: LatentLayout
-    mends_a_class = True  # it belongs to the upgraded pipeline, which gets it anew
+    mends_a_class = True  # not the user's hook: an upgrade adds it again by itself
 
     def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
-        # In training the prediction is itself.
+        # In training the prediction is not changed.
         if torch.is_grad_enabled() or not module.zero_detail_guard:
             return output
         details = output[0][:, self.layout.detail]
@@ -181,11 +181,11 @@ class _OffZero:
 
 
 def add_zero_detail_guard(transformer: ModelMixin, layout: LatentLayout) -> None:
-    """Move details that are exactly 0 off zero where nothing learns; once, the weights stay as they are.
+    """Replace predicted details that are exactly 0 by a tiny number while gradients are disabled; idempotent.
 
     For pipelines that divide by the norm of a channel's prediction. Lumina 2 rescales its guided prediction, row by
-    row, by ``|conditional| / |guided|``: detail channels that were never tuned give 0 / 0, and after one more step
-    every channel is lost. They are moved by far less than could show; the ratio is then 1.
+    row, by ``|conditional| / |guided|``: detail channels that were never tuned give 0 / 0 = NaN, which spreads to every
+    channel in the next step. The tiny number is invisible in images, and the ratio is then 1.
 
     Args:
         transformer: of an upgraded pipeline.
@@ -198,7 +198,7 @@ def add_zero_detail_guard(transformer: ModelMixin, layout: LatentLayout) -> None
 
 @contextmanager
 def unguarded(transformer: Any) -> Iterator[None]:
-    """Within the context a guarded transformer predicts what its weights say, zeros included."""
+    """Within the context a guarded transformer returns its exact prediction, zeros included."""
     guarded = hasattr(transformer, "zero_detail_guard")
     if guarded:
         transformer.zero_detail_guard = False

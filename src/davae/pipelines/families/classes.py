@@ -1,4 +1,4 @@
-"""Class-conditional pipelines: the project's own flow model, and DiT with DDPM noise prediction."""
+"""Class-conditional pipelines: LightningDiT with flow matching, and DiT with DDPM noise prediction."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -14,11 +14,11 @@ from davae.pipelines.families.family import Conditioning, PipelineFamily, regist
 
 
 class ClassFamily(PipelineFamily):
-    """A "prompt" is the name of a class; the empty one is the label of no class.
+    """A "prompt" is the name of a class; an empty one means no class.
 
     Attributes:
-        has_guidance_interval: the pipeline can guide a part of the steps.
-        takes_names: the pipeline's call takes names of classes, not numbers alone.
+        has_guidance_interval: the pipeline can limit guidance to a part of the steps.
+        takes_names: the pipeline's call takes names of classes as well as numbers.
     """
 
     conditioned_on = "class"
@@ -27,7 +27,7 @@ class ClassFamily(PipelineFamily):
     takes_names: ClassVar[bool] = False
 
     def null_label(self, pipe: DiffusionPipeline) -> int:
-        """The label of no class."""
+        """The label that means no class."""
         raise NotImplementedError
 
     def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
@@ -44,10 +44,10 @@ class ClassFamily(PipelineFamily):
         generators: Sequence[torch.Generator],
         guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> Tensor:
-        """Images of class numbers at the trained size, ``[B, 3, H, W]`` in [-1, 1], one generator an image.
+        """Images of class numbers at the trained size, ``[B, 3, H, W]`` in [-1, 1], with one generator per image.
 
         Raises:
-            DavaeError: an interval, and a pipeline that guides always.
+            DavaeError: an interval is given, and the pipeline guides at every step.
         """
         arguments: dict[str, Any] = {"class_labels": list(labels), "guidance_scale": guidance_scale}
         if self.has_guidance_interval:
@@ -56,10 +56,10 @@ class ClassFamily(PipelineFamily):
         return self._images(pipe, num_inference_steps, generators, arguments)
 
     def check_interval(self, guidance_interval: tuple[float, float]) -> None:
-        """Whether the pipeline can guide in a part of the steps alone.
+        """Check that the pipeline supports this interval of ``t = 1 - sigma``.
 
         Raises:
-            DavaeError: it cannot, and is asked to.
+            DavaeError: it is not [0, 1], and the pipeline guides at every step.
         """
         if not self.has_guidance_interval and tuple(guidance_interval) != (0.0, 1.0):
             raise DavaeError(f"{self.name} guides at every step: leave sample.guidance_interval at [0, 1]")
@@ -71,9 +71,9 @@ class ClassFamily(PipelineFamily):
 
 
 class ClassConditional(ClassFamily):
-    """LightningDiT, whose sign and time :func:`predict_velocity` turns.
+    """LightningDiT; :func:`predict_velocity` converts its sign and time.
 
-    Trained with plain levels of noise whatever its sampler's shift, as LightningDiT is.
+    Trained without a timestep shift, whatever the shift of its sampler, as the original LightningDiT is.
     """
 
     pipelines = ("ClassConditionalPipeline",)
@@ -82,7 +82,7 @@ class ClassConditional(ClassFamily):
     takes_names = True
 
     def null_label(self, pipe: DiffusionPipeline) -> int:
-        """The number after the last class."""
+        """The number after that of the last class."""
         return int(pipe.transformer.null_label)
 
     def _predict(
@@ -96,7 +96,7 @@ class ClassConditional(ClassFamily):
 
 
 class DiT(ClassFamily):
-    """DiT: its sampler passes over the learned variance; labels are dropped by the transformer itself."""
+    """DiT: its sampler ignores the learned variance; in training the transformer itself drops labels."""
 
     pipelines = ("DiTPipeline",)
     kind = "ddpm"
@@ -104,7 +104,7 @@ class DiT(ClassFamily):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
     def null_label(self, pipe: DiffusionPipeline) -> int:
-        """The number after the last class."""
+        """The number after that of the last class."""
         return int(pipe.transformer.config.num_embeds_ada_norm)
 
     def _predict(
@@ -115,7 +115,7 @@ class DiT(ClassFamily):
 
 def _number(pipe: DiffusionPipeline, name: str) -> int:
     if name not in pipe.labels:
-        raise DavaeError(f"the pipeline knows no class '{name}'")
+        raise DavaeError(f"the pipeline has no class '{name}'")
     return int(pipe.labels[name])
 
 

@@ -1,13 +1,13 @@
-"""What upgrading, training, saving and planning must know about a family of pipelines, behind one face.
+"""What upgrading, training, saving and planning need to know about a family of pipelines, behind one interface.
 
 Pipelines differ in how they encode prompts, pack latents, count time and sign their prediction. A
 :class:`PipelineFamily` hides all of it: latents are ``[B, C + D, h, w]`` in the autoencoder's channels, a level of
 noise is ``sigma`` in [0, 1] (flow) or an integer timestep (DDPM), and the prediction is ``noise - data`` (flow) or
 the noise (DDPM).
 
-What else the classes of a family do in their own way is an attribute or a method here too, with the default that fits
-most pipelines: how they learn the size of an image, where their timestep shift comes from, what must be mended on an
-upgraded one. A family that needs another value says so in its own file.
+Other differences are attributes or methods here too, with the default that fits most pipelines: how a class determines
+the size of an image, where its timestep shift comes from, what must be corrected on an upgraded pipeline. A family
+overrides them in its own file.
 """
 
 import difflib
@@ -39,25 +39,25 @@ logger = logging.getLogger(__name__)
 class PipelineFamily(ABC):
     """Pipelines whose transformer is called in the same way.
 
-    A subclass says how prompts are encoded (``_encode``) and the transformer is called (``_predict``).
+    A subclass defines how prompts are encoded (``_encode``) and how the transformer is called (``_predict``).
 
     Attributes:
         pipelines: names of the pipeline classes; the first makes images from text (or classes) alone.
         kind: ``"flow"`` or ``"ddpm"``, see :meth:`predict`.
         conditioned_on: ``"text"`` or ``"class"``.
-        lora_targets: module name suffixes that adapters go to by default.
+        lora_targets: name suffixes of the modules that get a LoRA by default.
         text_length: tokens that a prompt is padded to; the pipeline's own default.
-        longest_text: tokens that the pipeline takes at most; none has no limit.
-        reads_shift: the pipeline takes the autoencoder's ``shift_factor`` into account.
-        packed: a token is two by two latent positions, packed by the pipeline.
+        longest_text: largest number of tokens that the pipeline takes; None for no limit.
+        reads_shift: the pipeline applies the autoencoder's ``shift_factor``.
+        packed: the pipeline packs two by two latent positions into a token.
         trainable: prompts can be encoded and the transformer called, see :class:`UpgradeOnlyFamily`.
-        sizes: how the classes know the sizes of images: ``"derived"`` from the autoencoder; ``"fixed"``, 8 pixels for a
-            latent position whatever the autoencoder; ``"listed"``, moved to the nearest of a list for the base.
-        edits_images: every pipeline of the family starts from an image, though its call has no ``strength``.
-        extra_text_tokens: tokens that the transformer sees beside those of the padded prompt.
-        shift_rule: how the classes derive a dynamic timestep shift, as the end of a sentence, where it is not from the
-            scheduler's configuration and the number of tokens; None where it is.
-        shift_reads_pixels: that rule reads the size in pixels, so that no shift by tokens comes out of it.
+        sizes: how the classes determine image sizes: ``"derived"`` from the autoencoder; ``"fixed"``, 8 pixels per
+            latent position with any autoencoder; ``"listed"``, rounded to the nearest of a list made for the base.
+        edits_images: every pipeline of the family takes an image, although its call has no ``strength``.
+        extra_text_tokens: text tokens of the transformer besides those of the padded prompt.
+        shift_rule: how the classes derive a dynamic timestep shift, as the predicate of a sentence on the class; None
+            if they derive it from the scheduler's configuration and the number of tokens.
+        shift_reads_pixels: that rule uses the size in pixels, so it cannot give the base's shift at equal tokens.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
@@ -83,14 +83,14 @@ class PipelineFamily(ABC):
     # Prompts
 
     def check_length(self, max_length: int | None) -> None:
-        """Whether prompts may have so many tokens.
+        """Check the number of tokens that prompts are padded to.
 
         Raises:
-            DavaeError: the pipeline takes fewer.
+            DavaeError: the pipeline takes fewer tokens.
         """
         if self.longest_text is not None and (max_length or 0) > self.longest_text:
             raise DavaeError(
-                f"diffusion.prompts.max_length is {max_length}, and {self.name} takes at most {self.longest_text} "
+                f"diffusion.prompts.max_length is {max_length}, but {self.name} takes at most {self.longest_text} "
                 f"tokens: set it to {self.longest_text} or less"
             )
 
@@ -98,19 +98,19 @@ class PipelineFamily(ABC):
     def encode_prompts(
         self, pipe: DiffusionPipeline, prompts: Sequence[str], *, max_length: int | None = None
     ) -> dict[str, Tensor]:
-        """What the transformer needs of each prompt, through the pipeline's own encoders.
+        """The transformer's conditioning for each prompt, from the pipeline's own encoders.
 
-        An empty prompt gives what the pipeline takes for "no prompt" in classifier-free guidance, which in some
-        families is not the encoding of an empty text.
+        An empty prompt gives what the pipeline uses as "no prompt" in classifier-free guidance, which in some
+        families is not the encoding of an empty text. No prompts at all are a DavaeError.
 
         Args:
             pipe: a pipeline of this family.
-            prompts: one text a sample; names of classes in a class-conditional family.
-            max_length: tokens that prompts are cut or padded to; none takes :attr:`text_length`.
+            prompts: one text per sample; names of classes in a class-conditional family.
+            max_length: tokens that prompts are cut or padded to; None means :attr:`text_length`.
 
         Returns:
-            Tensors by name, first axis the prompt, every prompt padded to the same length, so that encodings of
-            different calls can be stacked.
+            Tensors by name, with the prompt as first axis and every prompt padded to the same length, so that encodings
+            of different calls can be concatenated.
         """
         if not prompts:
             raise DavaeError("there are no prompts to encode")
@@ -128,9 +128,9 @@ class PipelineFamily(ABC):
         return {name: value[order.to(value.device)] for name, value in joined.items()}
 
     def tell_cut_prompts(self, pipe: DiffusionPipeline, prompts: Sequence[str], max_length: int | None = None) -> int:
-        """Say how many prompts are longer than the pipeline reads, and return it.
+        """The number of prompts with more tokens than the pipeline uses; a warning is logged unless it is 0.
 
-        Counted by the pipeline's last tokenizer, whose encoder reads most.
+        Counted with the pipeline's last tokenizer, whose encoder takes the longest text.
         """
         tokenizers = [part for name, part in sorted(pipe.components.items()) if name.startswith("tokenizer") and part]
         if not tokenizers or not prompts:
@@ -139,26 +139,26 @@ class PipelineFamily(ABC):
         found = tokenizers[-1](list(prompts), truncation=False, verbose=False).input_ids
         cut = sum(len(tokens) > length for tokens in found)
         if cut:
-            text = "%d of %d prompts have more than %d tokens: the rest of each is not read"
+            text = "%d of %d prompts have more than %d tokens: the rest of each is ignored"
             logger.warning(text, cut, len(prompts), length)
         return cut
 
     @abstractmethod
     def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
-        """Encode prompts that are all empty or all not."""
+        """Encode prompts, which are either all empty or all not empty."""
 
     # Latents
 
     @torch.no_grad()
     def latents_of(self, vae: ModelMixin, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` images in [-1, 1] to ``[B, C + D, h, w]`` as the transformer sees them.
+        """Encode images ``[B, 3, H, W]`` in [-1, 1] to ``[B, C + D, h, w]``, scaled as the transformer takes them.
 
-        A random posterior gives its mode.
+        The mode of a VAE's posterior is taken.
         """
         return to_model_space(vae, encode(vae, images), shifted=self.reads_shift)
 
     def raw_base(self, base_vae: ModelMixin, base: Tensor) -> Tensor:
-        """Base latents ``[B, C, h, w]`` as the transformer sees them, to raw ones, as the base VAE decodes them."""
+        """Convert base latents ``[B, C, h, w]`` from the transformer's scale to the base VAE's, for decoding."""
         return from_model_space(base_vae, base)
 
     # The transformer
@@ -172,14 +172,14 @@ class PipelineFamily(ABC):
         *,
         guidance: float = 3.5,
     ) -> Tensor:
-        """The transformer's prediction, in the channels and the sign of this project.
+        """The transformer's prediction, in davae's order of channels and sign.
 
         Args:
             transformer: of this family; may carry adapters.
             noisy: ``[B, C + D, h, w]``.
             level: ``[B]``: ``sigma``, the share of noise in [0, 1] (flow), or the timestep (DDPM).
-            conditioning: as :meth:`encode_prompts` gives it.
-            guidance: what a guidance-distilled transformer is told; others do not see it.
+            conditioning: from :meth:`encode_prompts`.
+            guidance: scale for a guidance-distilled transformer; others ignore it.
 
         Returns:
             ``[B, C + D, h, w]``: ``noise - data`` for flow, the noise for DDPM (without a learned variance).
@@ -195,7 +195,7 @@ class PipelineFamily(ABC):
         *,
         guidance: float = 3.5,
     ) -> tuple[Tensor, Tensor | None]:
-        """:meth:`predict`, and what the transformer says of the variance, the same shape, where it learns one."""
+        """As :meth:`predict`, and the learned variance in the same shape; None if the transformer learns none."""
         floating = {k: v.to(noisy.dtype) if v.is_floating_point() else v for k, v in conditioning.items()}
         predicted = self._predict(transformer, noisy, level, floating, guidance)
         channels = noisy.shape[1]
@@ -209,25 +209,25 @@ class PipelineFamily(ABC):
         """:meth:`predict` with the conditioning in the dtype of ``noisy``; a learned variance may follow."""
 
     def tokens(self, transformer: ModelMixin, latent: Tensor) -> int:
-        """Image tokens that the transformer makes of a latent ``[B, C + D, h, w]``."""
+        """Number of image tokens of a latent ``[B, C + D, h, w]`` in the transformer."""
         patch = 2 if self.packed else int(transformer.config.patch_size)
         return (latent.shape[-2] // patch) * (latent.shape[-1] // patch)
 
     # Schedules
 
     def timestep_shift(self, pipe: DiffusionPipeline, tokens: int) -> float:
-        """The shift of the training's noise levels: the one that the pipeline samples with at this token count.
+        """The shift of the noise levels in training: the one that the pipeline samples with at this token count.
 
         ``sigma <- shift sigma / (1 + (shift - 1) sigma)``. A scheduler with dynamic shifting derives it from the
-        number of image tokens, another holds it in its configuration.
+        number of image tokens; others have it in their configuration.
         """
         return scheduler_shift(pipe.scheduler.config, tokens)
 
     def shift_line_factor(self, *, native: bool, scale: int, channels: tuple[int, int]) -> float:
-        """What the token counts of a dynamic shift (:data:`SHIFT_LINE`) are multiplied with in an upgraded pipeline.
+        """The factor for the token counts of a dynamic shift (:data:`SHIFT_LINE`) in an upgraded pipeline.
 
         Args:
-            native: the schedule is to be the one of the full resolution, not the one of the tokens.
+            native: use the schedule of the full resolution, not the one of the number of tokens.
             scale: ``s``.
             channels: of the base latent and of the upgraded one.
         """
@@ -235,14 +235,14 @@ class PipelineFamily(ABC):
 
     # Upgraded pipelines
 
-    def mend(self, pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:  # noqa: B027  most need nothing
-        """Mend on an upgraded pipeline what its class takes for granted about latents, beside sizes; idempotent.
+    def mend(self, pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:  # noqa: B027  most families need nothing
+        """Correct what the class of an upgraded pipeline assumes about latents, apart from sizes; idempotent.
 
-        Nothing of it is saved: it is done after every upgrade and every loading.
+        It is not saved, so it is repeated after every upgrade and every loading.
 
         Args:
             pipe: changed in place.
-            vae: of the pipeline.
+            vae: the pipeline's autoencoder.
         """
 
     # Samples
@@ -260,9 +260,9 @@ class PipelineFamily(ABC):
         generators: Sequence[torch.Generator],
         max_length: int | None = None,
     ) -> Tensor:
-        """Images of prompts, ``[B, 3, H, W]`` in [-1, 1], one generator an image.
+        """Images of prompts, ``[B, 3, H, W]`` in [-1, 1], with one generator per image, as one batch.
 
-        The pipeline makes one batch of all. An image-to-image pipeline lends its parts to the text-to-image one.
+        For an image-to-image or inpainting pipeline, the text-to-image pipeline is built from its parts.
         """
         if not any(cls.__name__ == self.name for cls in type(pipe).__mro__):
             pipe = fit_to_autoencoder(getattr(diffusers, self.name)(**pipe.components))
@@ -276,7 +276,7 @@ class PipelineFamily(ABC):
         generators: Sequence[torch.Generator],
         arguments: dict[str, Any],
     ) -> Tensor:
-        """One quiet call of the pipeline, ``[B, 3, H, W]`` in [-1, 1] on the CPU."""
+        """One call of the pipeline without a progress bar: ``[B, 3, H, W]`` in [-1, 1] on the CPU."""
         pipe.set_progress_bar_config(disable=True)
         images = pipe(
             **arguments, num_inference_steps=num_inference_steps, generator=list(generators), output_type="pt"
@@ -286,7 +286,7 @@ class PipelineFamily(ABC):
     def _call_arguments(
         self, prompts: list[str], height: int, width: int, guidance_scale: float, max_length: int | None
     ) -> dict[str, Any]:
-        """Keyword arguments of the pipeline's call, without the ones that all pipelines share."""
+        """Keyword arguments of the pipeline's call, without those that all pipelines share."""
         arguments = {
             "prompt": prompts,
             "height": height,
@@ -298,7 +298,7 @@ class PipelineFamily(ABC):
 
 
 class UpgradeOnlyFamily(PipelineFamily):
-    """Pipelines that can be upgraded, saved and planned, but not trained: nobody said how they are called."""
+    """Pipelines that can be upgraded, saved and planned, but not trained: their calls are not defined here."""
 
     pipelines: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ()
@@ -314,15 +314,15 @@ class UpgradeOnlyFamily(PipelineFamily):
 
 
 SHIFT_LINE = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-"""The line ``mu(n)`` of a dynamic shift: two counts of tokens, the values there; as pipelines take it by default."""
+"""The line ``mu(n)`` of a dynamic shift through two points (token count, ``mu``); the defaults of pipelines."""
 
 
 def scheduler_shift(config: Mapping[str, Any], tokens: int) -> float:
     """The timestep shift that a flow-matching scheduler applies at a number of image tokens.
 
     With dynamic shifting ``mu`` grows linearly from ``base_shift`` at ``base_image_seq_len`` tokens to
-    ``max_shift`` at ``max_image_seq_len``, and the shift is ``exp(mu)`` (or ``mu`` where the scheduler shifts
-    linearly). Otherwise it is ``shift`` (``flow_shift`` of the multistep solvers).
+    ``max_shift`` at ``max_image_seq_len``, and the shift is ``exp(mu)`` (or ``mu`` if ``time_shift_type``
+    is "linear"). Otherwise it is ``flow_shift`` (multistep solvers) or ``shift``, and 1 without either.
     """
     if config.get("use_dynamic_shifting"):
         low, high, at_low, at_high = (config.get(key, value) for key, value in SHIFT_LINE.items())
@@ -339,14 +339,14 @@ _UNKNOWN = UpgradeOnlyFamily()
 
 
 def register_family(family: PipelineFamily) -> PipelineFamily:
-    """Make the pipelines of a family known; returns it.
+    """Register the pipelines of a family; returns the family.
 
     Raises:
-        DavaeError: another family has one of the class names.
+        DavaeError: one of its class names belongs to another family.
     """
     for name in family.pipelines:
         if _FAMILIES.setdefault(name, family) is not family:
-            raise DavaeError(f"{name} belongs to the family of {_FAMILIES[name].name} already")
+            raise DavaeError(f"{name} already belongs to the family of {_FAMILIES[name].name}")
     return family
 
 
@@ -356,9 +356,9 @@ def registered_pipelines() -> list[str]:
 
 
 def find_family(pipe: DiffusionPipeline | type[DiffusionPipeline] | str) -> PipelineFamily:
-    """The family of a pipeline, of its class or of the class's name, whether it can be trained or not.
+    """The family of a pipeline, given as object, class or class name, whether it can be trained or not.
 
-    A class belongs where it or one that it derives from is named. One that no family names gets all the defaults.
+    It is the family that names the class or its nearest ancestor; without one, a family with all the defaults.
     """
     if isinstance(pipe, str):
         cls = getattr(diffusers, pipe, None)
@@ -370,10 +370,10 @@ def find_family(pipe: DiffusionPipeline | type[DiffusionPipeline] | str) -> Pipe
 
 
 def family_of(pipe: DiffusionPipeline | type[DiffusionPipeline] | str) -> PipelineFamily:
-    """:func:`find_family` of a pipeline that is to be trained.
+    """:func:`find_family` for a pipeline to be trained.
 
     Raises:
-        DavaeError: no family knows how; names the nearest known class and how to add a family.
+        DavaeError: no family can train it; names the most similar known class, and how to add a family.
     """
     family = find_family(pipe)
     if not family.trainable:
@@ -387,15 +387,15 @@ def _untrainable(name: str) -> DavaeError:
     return DavaeError(
         f"davae does not know how to train a {name}{f' (did you mean {near[0]}?)' if near else ''}. Known "
         f"are {', '.join(registered_pipelines())}. Add it with davae.pipelines.families.register_family("
-        "YourFamily()), a PipelineFamily that says how prompts are encoded and the transformer is called"
+        "YourFamily()), a PipelineFamily that defines how prompts are encoded and the transformer is called"
     )
 
 
 def fit_to_autoencoder(pipe: P) -> P:
     """Make ``height`` and ``width`` of a pipeline with an :class:`AutoencoderDA` mean full resolution; idempotent.
 
-    Also mends what else its family knows of. Called by :func:`upgrade_pipeline` and :func:`davae.load_pipeline`.
-    Pipelines without such an autoencoder, and those that find everything out themselves, stay as they are.
+    Also lets it load LoRAs of the base, and applies :meth:`PipelineFamily.mend`. Called by :func:`upgrade_pipeline`
+    and :func:`davae.load_pipeline`. Pipelines without such an autoencoder are not changed.
 
     Args:
         pipe: changed in place.
@@ -414,16 +414,16 @@ def fit_to_autoencoder(pipe: P) -> P:
 
 
 def pack(latent: Tensor) -> Tensor:
-    """``[B, C, h, w]`` to tokens ``[B, h/2 * w/2, C * 4]``, row by row, channel slowest within a token."""
+    """``[B, C, h, w]``, h and w even, to tokens ``[B, h/2 * w/2, C * 4]``, row by row, channel slowest in a token."""
     batch, channels, height, width = latent.shape
     if height % 2 or width % 2:
-        raise DavaeError(f"a latent of {height} x {width} cannot be packed two by two: choose another resolution")
+        raise DavaeError(f"a latent of {height} x {width} cannot be packed two by two: choose a size with even sides")
     split = latent.view(batch, channels, height // 2, 2, width // 2, 2)
     return split.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // 2 * (width // 2), channels * 4)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse: ``[B, h/2 * w/2, C * 4]`` to ``[B, C, h, w]``."""
+    """The inverse of :func:`pack`: ``[B, h/2 * w/2, C * 4]`` to ``[B, C, h, w]``."""
     batch, _, features = tokens.shape
     split = tokens.view(batch, height // 2, width // 2, features // 4, 2, 2)
     return split.permute(0, 3, 1, 4, 2, 5).reshape(batch, features // 4, height, width)

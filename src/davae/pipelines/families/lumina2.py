@@ -43,7 +43,7 @@ class Lumina2(PipelineFamily):
         return scheduler_shift(pipe.scheduler.config, int(pipe.transformer.config.in_channels))
 
     def shift_line_factor(self, *, native: bool, scale: int, channels: tuple[int, int]) -> float:
-        """The growth of the channel count, so that more channels do not change the shift."""
+        """The ratio of the channel counts, so that more channels do not change the shift."""
         return channels[1] / channels[0]
 
     def mend(self, pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:

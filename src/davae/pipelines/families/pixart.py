@@ -11,10 +11,10 @@ from davae.pipelines.families.family import Conditioning, PipelineFamily, regist
 
 
 class PixArtSigma(PipelineFamily):
-    """The learned variance is dropped here as it is in the pipeline, so it gets no gradient of its own.
+    """DDPM with a learned variance, which sampling ignores.
 
-    Targets are the attention and feed-forward layers of diffusers' PixArt example, without its ``proj``, ``proj_in``
-    and ``proj_out``: by name these also reach the patch embedder and the head, which are trained in full.
+    LoRA targets are the attention and feed-forward layers of diffusers' PixArt example, without its ``proj``,
+    ``proj_in`` and ``proj_out``: these names also match the patch embedder and the head, which are trained in full.
     """
 
     pipelines = ("PixArtSigmaPipeline",)

@@ -12,7 +12,7 @@ from davae.pipelines.families.family import Conditioning, PipelineFamily, pack, 
 
 
 class QwenImage(PipelineFamily):
-    """Text embeddings are padded here, because the pipeline pads only to the longest of a batch; masked like there."""
+    """Text embeddings are padded and masked here, because the pipeline pads only to the longest of a batch."""
 
     pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
     text_length = 512
@@ -22,7 +22,7 @@ class QwenImage(PipelineFamily):
 
     def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
         embeds, mask = pipe.encode_prompt(prompts, device=pipe.text_encoder.device, max_sequence_length=length)
-        if mask is None:  # the pipeline's way to say that there is no padding
+        if mask is None:  # the pipeline returns None if there is no padding
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         missing = length - embeds.shape[1]
         return {"prompt_embeds": F.pad(embeds, (0, 0, 0, missing)), "prompt_embeds_mask": F.pad(mask, (0, missing))}

@@ -18,7 +18,7 @@ class StableDiffusion3(PipelineFamily):
 
     pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
     longest_text = 512
-    extra_text_tokens = 77  # of the CLIPs, whatever the prompt, before T5's
+    extra_text_tokens = 77  # of the CLIP encoders, in front of T5's
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "norm1.linear")
 
     def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ class StableDiffusion3(PipelineFamily):
         )[0]
 
     def mend(self, pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
-        """Exchange the class of an inpainting pipeline, which accepts only certain channel counts."""
+        """Replace the class of an inpainting pipeline, which accepts only certain channel counts."""
         if type(pipe) is diffusers.StableDiffusion3InpaintPipeline:
             pipe.__class__ = StableDiffusion3InpaintPipeline
 
@@ -56,7 +56,7 @@ _PLAIN = 16  # input channels by which the class recognises a transformer withou
 
 
 class _SeenAsPlain:
-    """Stands for a transformer, but with 16 input channels in its configuration."""
+    """A transformer that reports 16 input channels in its configuration and is unchanged otherwise."""
 
     def __init__(self, transformer: ModelMixin) -> None:
         self.plain_transformer = transformer
@@ -70,7 +70,7 @@ class _SeenAsPlain:
 
 
 class StableDiffusion3InpaintPipeline(diffusers.StableDiffusion3InpaintPipeline):
-    """As in diffusers, for latents with any number of channels; it keeps the class name for saved pipelines."""
+    """As in diffusers, but for any number of latent channels; the class name in saved pipelines is the same."""
 
     @functools.wraps(diffusers.StableDiffusion3InpaintPipeline.__call__)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +82,7 @@ class StableDiffusion3InpaintPipeline(diffusers.StableDiffusion3InpaintPipeline)
             self._unveil()
 
     def maybe_free_model_hooks(self) -> None:
-        """As in diffusers, after the original transformer is restored, which is the one to move."""
+        """As in diffusers, after restoring the original transformer, whose hooks are meant."""
         self._unveil()
         super().maybe_free_model_hooks()
 

@@ -11,14 +11,14 @@ from davae.pipelines.families.family import UpgradeOnlyFamily, register_family
 
 
 class Flux2(UpgradeOnlyFamily):
-    """FLUX.2 and its distilled forms: latents are normalised by feature of the packed token."""
+    """FLUX.2 and its distilled forms: each feature of a packed token is normalised separately."""
 
     packed = True
     pipelines = ("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline")
-    shift_rule = "has its own rule for the shift, which reads the number of tokens and of steps alone"
+    shift_rule = "has its own rule for the shift, which depends only on the number of tokens and of steps"
 
     def raw_base(self, base_vae: ModelMixin, base: Tensor) -> Tensor:
-        """By the batch norm's statistics."""
+        """As in the base class; the scale is that of the batch norm's statistics."""
         mean, variance = (v.view(1, -1, 1, 1).to(base) for v in (base_vae.bn.running_mean, base_vae.bn.running_var))
         std = (variance + base_vae.config.batch_norm_eps).sqrt()
         return pixel_shuffle(pixel_unshuffle(base, 2) * std + mean, 2)
@@ -55,7 +55,7 @@ class Packed(UpgradeOnlyFamily):
 
 
 class FluxKontext(UpgradeOnlyFamily):
-    """FLUX.1 Kontext, which edits an image by a text."""
+    """FLUX.1 Kontext, which edits an image as a text instructs."""
 
     packed = True
     pipelines = ("FluxKontextPipeline", "FluxKontextInpaintPipeline")
@@ -73,11 +73,11 @@ class Ideogram4(UpgradeOnlyFamily):
     """Ideogram 4."""
 
     pipelines = ("Ideogram4Pipeline",)
-    shift_rule = "has its own rule for the shift, which reads the height and width in pixels"
+    shift_rule = "has its own rule for the shift, which depends on the height and width in pixels"
     shift_reads_pixels = True
 
     def mend(self, pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
-        """A token holds the channels of one position after another, and so do the statistics of the batch norm."""
+        """Arrange the batch norm's statistics as this class's tokens: all channels of a position, then the next."""
         norm, base, layout = vae.bn, vae.base_vae.bn, vae.layout
         for statistics, known, neutral in (
             (norm.running_mean, base.running_mean, 0.0),
@@ -103,7 +103,7 @@ class Lumina(UpgradeOnlyFamily):
 
 
 class ListedSizes(UpgradeOnlyFamily):
-    """Further pipelines of the kinds of PixArt and SANA."""
+    """Further pipelines of PixArt and SANA, which round sizes to a list."""
 
     pipelines = (
         "PixArtAlphaPipeline",

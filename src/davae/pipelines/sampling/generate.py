@@ -1,4 +1,4 @@
-"""Images of prompts or classes from any pipeline, one seed each."""
+"""Images of prompts or classes from any pipeline, each from its own seed."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from davae.runtime.text_files import lines_of, read_text
 
 
 class Generated(NamedTuple):
-    """One image, what it is of, and its seed."""
+    """One image, the prompt or class it shows, and its seed."""
 
     subject: str
     seed: int
@@ -24,12 +24,12 @@ class Generated(NamedTuple):
 
     @property
     def file_name(self) -> str:
-        """Such as ``a-red-fox-in-snow-7.png``; texts that differ have names that differ."""
+        """Such as ``a-red-fox-in-snow-7.png``; different subjects give different names."""
         return f"{safe_name(self.subject)}-{self.seed}.png"
 
 
 def takes_prompts(pipe: DiffusionPipeline) -> bool:
-    """Whether the pipeline makes images of texts; else of classes."""
+    """Whether the pipeline makes images of prompts; otherwise of classes."""
     return "prompt" in _parameters(pipe)
 
 
@@ -45,23 +45,23 @@ def generate_images(
     height: int | None = None,
     width: int | None = None,
 ) -> Iterator[Generated]:
-    """Images one after another, so that the first can be looked at while the rest is made.
+    """Generate images one after another, each available as soon as it is made.
 
     Args:
         pipe: text-to-image or class-to-image.
         subjects: prompts, or names or numbers of classes.
-        count: images of each.
-        seed: of the first image; the next ones count up.
-        steps, guidance: the pipeline's own defaults where None. Guidance of a pipeline with ``true_cfg_scale`` and no
-            built-in one (Qwen-Image) is that.
-        negative_prompt: what to guide away from; where guidance needs one and None is given, the empty prompt.
-        height, width: in pixels, full resolution; the pipeline's own default where None.
+        count: images of each subject, at least 1.
+        seed: of the first image; it grows by 1 with each further image.
+        steps, guidance: the pipeline's own defaults if None. ``guidance`` is ``true_cfg_scale`` for a pipeline that has
+            it and a transformer without embedded guidance (Qwen-Image).
+        negative_prompt: what to guide away from; if None, a space for pipelines whose guidance needs one.
+        height, width: in pixels, full resolution; the pipeline's own defaults if None.
 
     Raises:
-        DavaeError: an option that this pipeline does not have, or a class that it does not know.
+        DavaeError: a count below 1, an option that this pipeline does not have, or a class or size it does not accept.
     """
     if count < 1:
-        raise DavaeError(f"{count} images of each is nothing to do: at least 1")
+        raise DavaeError(f"the number of images of each is {count}, but must be at least 1")
     given = _given_options(pipe, steps, guidance, negative_prompt, height, width)
     for i, subject in enumerate(subject for subject in subjects for _ in range(count)):
         generator = torch.Generator().manual_seed(seed + i)
@@ -80,12 +80,12 @@ def generate_batch(
     height: int | None = None,
     width: int | None = None,
 ) -> list[Image.Image]:
-    """Images in one call of the pipeline, each from its own seed.
+    """Generate images in one call of the pipeline, each from its own seed.
 
     Args:
         pipe, steps, guidance, negative_prompt, height, width: as for :func:`generate_images`.
         subjects: prompts, or names or numbers of classes.
-        seeds: one a subject.
+        seeds: one for each subject.
 
     Raises:
         DavaeError: as for :func:`generate_images`.
@@ -102,10 +102,10 @@ def generate_batch(
 
 
 def read_prompts(file: str | Path) -> list[str]:
-    """Prompts of a text file: one a line; empty lines and lines that begin with # do not count.
+    """Prompts of a text file, one per line; empty lines and lines that begin with # are skipped.
 
     Raises:
-        DavaeError: the file cannot be read or holds no prompt.
+        DavaeError: the file cannot be read or contains no prompt.
     """
     try:
         lines = lines_of(read_text(file))
@@ -113,12 +113,12 @@ def read_prompts(file: str | Path) -> list[str]:
         raise DavaeError(f"cannot read the prompts in {file}: {error}") from error
     prompts = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     if not prompts:
-        raise DavaeError(f"{file} holds no prompt: write one a line")
+        raise DavaeError(f"{file} contains no prompt: write one per line")
     return prompts
 
 
 def _call(pipe: DiffusionPipeline, **arguments: Any) -> Any:
-    """The pipeline's result; what diffusers' own checks say of sizes and texts is an error of the person who asked."""
+    """The pipeline's result; a ``ValueError`` of diffusers' own checks of sizes and texts becomes a DavaeError."""
     try:
         return pipe(**arguments)
     except DavaeError:
@@ -139,24 +139,24 @@ def _given_options(
     height: int | None,
     width: int | None,
 ) -> dict[str, Any]:
-    """Arguments of the call without those left to the pipeline."""
+    """Arguments of the call, without those that keep the pipeline's defaults."""
     options: dict[str, Any] = {"num_inference_steps": steps, "height": height, "width": width}
     options |= _guidance(pipe, guidance, negative_prompt)
     if "use_resolution_binning" in _parameters(pipe):
-        options["use_resolution_binning"] = False  # its sizes are the base's, and other sizes it refuses
+        options["use_resolution_binning"] = False  # its listed sizes are the base's
     given = {key: value for key, value in options.items() if value is not None}
     missing = sorted(given.keys() - _parameters(pipe).keys())
     if missing:
-        raise DavaeError(f"{type(pipe).__name__} takes no {', '.join(missing)}: leave it out")
+        raise DavaeError(f"{type(pipe).__name__} has no option {', '.join(missing)}: leave it out")
     return given
 
 
 def _guidance(pipe: DiffusionPipeline, scale: float | None, negative: str | None) -> dict[str, Any]:
     known = _parameters(pipe)
-    # A transformer that is told the guidance has "guidance_scale" for that; without, the name may be a dead one.
+    # "guidance_scale" is for a transformer with embedded guidance; without one it may be ignored.
     embeds_guidance = getattr(pipe.transformer.config, "guidance_embeds", None)
     if scale is not None and "true_cfg_scale" in known and embeds_guidance is False:
-        empty = " " if scale > 1 else None  # these pipelines guide only where a negative prompt is given
+        empty = " " if scale > 1 else None  # these pipelines guide only with a negative prompt
         return {"true_cfg_scale": scale, "negative_prompt": negative if negative is not None else empty}
     return {"guidance_scale": scale, "negative_prompt": negative}
 
@@ -165,17 +165,17 @@ def _subject(pipe: DiffusionPipeline, subject: str) -> dict[str, Any]:
     if takes_prompts(pipe):
         return {"prompt": subject}
     if "class_labels" not in _parameters(pipe):
-        raise DavaeError(f"{type(pipe).__name__} makes images of neither prompts nor classes")
+        raise DavaeError(f"{type(pipe).__name__} takes neither prompts nor classes")
     if subject.isdecimal():
         return {"class_labels": [_number(pipe, int(subject))]}
     labels, family = getattr(pipe, "labels", {}), find_family(pipe)
     if subject not in labels and not (isinstance(family, ClassFamily) and family.takes_names):
-        raise DavaeError(f"the pipeline knows no class '{subject}': give its number, or a name it knows")
+        raise DavaeError(f"the pipeline has no class '{subject}': give its number, or one of its names")
     return {"class_labels": [labels.get(subject, subject)]}
 
 
 def _number(pipe: DiffusionPipeline, number: int) -> int:
-    # Diffusers' own pipeline would fail inside of an embedding.
+    # Without this check, diffusers' DiTPipeline fails inside an embedding.
     none = getattr(pipe.transformer.config, "num_embeds_ada_norm", None)
     if none is not None and number > none:
         raise DavaeError(f"class {number} is out of range: the model knows 0 to {none - 1}, and {none} for no class")

@@ -1,5 +1,5 @@
-"""Previews while an upgraded pipeline samples: its first latent channels are the base's, and a small decoder of the
-base model (TAESD and kin) shows them at base resolution for next to nothing.
+"""Previews while an upgraded pipeline samples: its first latent channels are the base's, which a small decoder of the
+base model (such as TAESD) decodes at base resolution at little cost.
 """
 
 import logging
@@ -25,22 +25,22 @@ OutputType = Literal["pil", "np", "pt"]
 
 
 def set_preview_decoder(pipe: DiffusionPipeline, decoder: ModelMixin) -> None:
-    """Give an upgraded pipeline a decoder for previews. It is no component: saving the pipeline leaves it out.
+    """Give an upgraded pipeline a decoder for previews. It is not a component, so it is not saved with the pipeline.
 
     Args:
         pipe: with an :class:`davae.AutoencoderDA`.
-        decoder: an autoencoder of the base model's latent space, such as ``AutoencoderTiny``. It stays where it is,
-            whatever device the pipeline moves to, and latents are brought there.
+        decoder: an autoencoder of the base model's latent space, such as ``AutoencoderTiny``. It stays on
+            its device when the pipeline is moved; latents are moved to it.
 
     Raises:
-        DavaeError: the class is unknown, or it decodes another number of channels than the base has.
+        DavaeError: the class is unknown, or it decodes another number of channels than the base latent has.
     """
     decoder = unwrapped(decoder)
     _, adapter = find_adapter(type(decoder).__name__)
     found, expected = adapter.latent_channels(decoder), pipe.vae.layout.base_channels
     if found != expected:
         raise DavaeError(
-            f"the preview decoder takes {found} latent channels, the base latent has {expected}: take the tiny "
+            f"the preview decoder takes {found} latent channels, the base latent has {expected}: use the tiny "
             "autoencoder of the same base model"
         )
     pipe.preview_decoder = decoder
@@ -57,21 +57,21 @@ class Previews:
 
     Pipelines with the older ``callback`` (PixArt) take ``callback=previews.on_step``.
 
-    Shown is the clean image that a step predicts, where it can be had from what the pipeline hands over: with the
-    Euler scheduler from two successive latents (so from the second step on), with DPM-Solver++ from the solver's
-    memory. Elsewhere it is the noisy latent itself.
+    A preview shows the clean image that a step predicts if it can be computed: with the flow-matching Euler scheduler
+    from two successive latents (so from the second step on), with DPM-Solver++ from the solver's stored prediction.
+    Otherwise it shows the noisy latent.
 
     Args:
         pipe: an upgraded pipeline. Without a preview decoder (``upgrade_pipeline(..., preview_decoder=)`` or
-            :func:`set_preview_decoder`) the base's own decoder is used, which costs as much as the base's decoding.
-        every: a preview after each of this many steps.
+            :func:`set_preview_decoder`) the base VAE's decoder is used, at the cost of decoding at base resolution.
+        every: number of steps from one preview to the next, at least 1.
         output_type: "pil", "np" (float [B, H, W, 3] in [0, 1]) or "pt" (float [B, 3, H, W] in [0, 1]).
-        height, width: what the pipeline was asked for, in pixels; needed for images that are not square where the
-            pipeline packs its latents (FLUX, Qwen-Image).
-        on_preview: called with the number of the step, from 0, and its images.
+        height, width: size given to the pipeline, in pixels; needed for images that are not square if the pipeline
+            packs its latents (FLUX, Qwen-Image).
+        on_preview: called with the step's number, counted from 0, and the preview's images.
 
     Raises:
-        DavaeError: `every` is below 1.
+        DavaeError: `every` is below 1, or only one of `height` and `width` is given.
     """
 
     def __init__(
@@ -85,28 +85,28 @@ class Previews:
         on_preview: Callable[[int, Any], None] | None = None,
     ) -> None:
         if every < 1:
-            raise DavaeError(f"a preview every {every} steps is not possible: at least 1")
+            raise DavaeError(f"a preview every {every} steps is not possible: give at least 1")
         if (height is None) != (width is None):
             raise DavaeError("give both height and width of the image, or neither")
         self.pipe, self.every, self.output_type, self.on_preview = pipe, every, output_type, on_preview
         self.size = None if height is None or width is None else (height, width)
         self.family = find_family(pipe)
         self.images: dict[int, Any] = {}
-        self._last: Tensor | None = None  # latents after the step before
+        self._last: Tensor | None = None  # latents after the previous step
         if getattr(pipe, "preview_decoder", None) is None:
-            logger.info("no preview decoder was given: previews take the base's own decoder")
+            logger.info("no preview decoder was given: previews use the base VAE's decoder")
 
     def __call__(self, pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """For ``callback_on_step_end``; nothing is changed."""
+        """For ``callback_on_step_end``; changes nothing in the pipeline."""
         self.on_step(step, timestep, tensors["latents"])
         return {}
 
     @torch.no_grad()
     def on_step(self, step: int, timestep: Any, latents: Tensor) -> None:
-        """For ``callback``.
+        """For ``callback``; a new image begins at step 0.
 
         Raises:
-            DavaeError: packed latents whose height and width are not known.
+            DavaeError: packed latents whose height and width are unknown, or latents in an unknown form.
         """
         if step == 0:
             self.images, self._last = {}, None
@@ -136,23 +136,23 @@ class Previews:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Any:
-        """Images at base resolution from latents as the pipeline holds them, packed or not."""
+        """Images at base resolution from latents in the pipeline's form, packed or not; in ``output_type``."""
         vae = unwrapped(self.pipe.vae)
         if latents.ndim == 3 and self.family.packed:
             latents = unpack(latents, *self._grid(latents.shape[1]))
-        elif latents.ndim == 5 and 1 in latents.shape[1:3]:  # a single frame, in front of the channels or behind them
+        elif latents.ndim == 5 and 1 in latents.shape[1:3]:  # one frame, before or after the channels
             latents = latents.squeeze(2 if latents.shape[2] == 1 else 1)
-        elif latents.ndim == 4 and latents.shape[1] == 4 * vae.layout.channels:  # packed, still on their grid
+        elif latents.ndim == 4 and latents.shape[1] == 4 * vae.layout.channels:  # packed, still on a grid
             latents = torch.nn.functional.pixel_shuffle(latents, 2)
         if latents.ndim != 4 or latents.shape[1] != vae.layout.channels:
             raise DavaeError(
                 f"latents of {type(self.pipe).__name__} have shape {tuple(latents.shape)}, and davae does not know how "
-                "it packs them: there are no previews of this pipeline"
+                "it packs them: previews are not possible with this pipeline"
             )
         base = latents[:, : vae.layout.base_channels]
         decoder = getattr(self.pipe, "preview_decoder", None)
         known = vae.base_vae if decoder is None else decoder
-        # The pipeline's own VAE computes where the latents are, also while its weights are kept elsewhere.
+        # The pipeline's own VAE computes on the latents' device, even while its weights are offloaded.
         base = base.to(device=latents.device if decoder is None else decoder.device, dtype=known.dtype)
         raw = self.family.raw_base(vae.base_vae, base) if decoder is None else from_model_space(known, base)
         image = vae.decode_base(raw) if decoder is None else decode(decoder, raw)
@@ -166,7 +166,7 @@ class Previews:
             rows = columns = math.isqrt(tokens)
         if rows * columns != tokens:
             raise DavaeError(
-                f"{tokens} tokens do not make that image: give Previews the height and width that the pipeline "
-                "was asked for"
+                f"{tokens} tokens do not make that image: give Previews the height and width that were given "
+                "to the pipeline"
             )
         return 2 * rows, 2 * columns

@@ -1,4 +1,4 @@
-"""What makes a pipeline or a training faster without changing its results by more than rounding."""
+"""Options that make a pipeline or training faster and change results by rounding only."""
 
 import functools
 import logging
@@ -28,27 +28,26 @@ def speed_up(
     decode_dtype: str | None = "auto",
     slices: bool = True,
 ) -> DiffusionPipeline:
-    """Make a pipeline faster, in place. Images stay the same up to rounding; how far, see docs/speed.md.
+    """Make a pipeline faster, in place. Images stay the same up to rounding, as docs/speed.md measures.
 
-    Text is encoded once an image and both passes of guidance go through the transformer in one batch in any case: the
-    pipelines do that by themselves.
+    Pipelines encode each text once in any case, and most run both passes of guidance as one batch.
 
     Args:
-        pipe: base or upgraded, where it is to run.
+        pipe: base or upgraded, on the device that it will run on.
         compile: ``torch.compile`` of the transformer's repeated blocks and of the autoencoder's stages. The first image
             is slow.
-        attention: backend of diffusers' attention dispatcher, such as ``"flash"`` or ``"sage"``; none leaves torch's.
+        attention: backend of diffusers' attention dispatcher, such as ``"flash"`` or ``"sage"``; None changes nothing.
         channels_last: convolutions in channels-last memory order.
-        decode_dtype: in which precision convolutions and products of the decoder are computed: ``"bfloat16"``,
-            ``"float16"``, ``"float32"``; ``"auto"`` is bfloat16 on a GPU and the autoencoder's own elsewhere, and none
-            leaves it alone.
+        decode_dtype: precision of the decoder's convolutions and matrix products: ``"bfloat16"``, ``"float16"`` or
+            ``"float32"``; ``"auto"`` is bfloat16 on a CUDA device and the autoencoder's own elsewhere; None changes
+            nothing.
         slices: decode one image of a batch at a time, which takes less memory.
 
     Returns:
         The same pipeline.
 
     Raises:
-        DavaeError: an unknown precision, or an attention backend that is not known or not installed.
+        DavaeError: an unknown precision, or an attention backend that :func:`set_attention` refuses.
     """
     if decode_dtype not in (None, "auto", *DTYPES):
         raise DavaeError(f"decode_dtype must be auto, {', '.join(DTYPES)} or None, not '{decode_dtype}'")
@@ -64,7 +63,7 @@ def speed_up(
     if slices and hasattr(vae, "enable_slicing"):
         vae.enable_slicing()
     if decode_dtype == "auto":
-        computing = pipe._execution_device  # its own device says nothing while it is offloaded
+        computing = pipe._execution_device  # while it is offloaded, `pipe.device` is another
         decode_dtype = "bfloat16" if computing.type == "cuda" else None
     if decode_dtype is not None:
         decode_in(vae, DTYPES[decode_dtype])
@@ -72,17 +71,17 @@ def speed_up(
 
 
 def set_attention(transformer: Any, backend: str) -> None:
-    """Choose the backend of diffusers' attention dispatcher.
+    """Set the backend of diffusers' attention dispatcher for a transformer.
 
     Raises:
-        DavaeError: no such backend, what it needs is not installed, or the transformer would not use it.
+        DavaeError: the backend is unknown or not installed, or the transformer would not use it.
     """
     processors = [getattr(module, "processor", None) for module in transformer.modules()]
     asks = any(hasattr(processor, "_attention_backend") for processor in processors)
     if not asks and backend != "native" and backend in {one.value for one in AttentionBackendName}:
         raise DavaeError(
-            f"attention '{backend}': the attention of {type(transformer).__name__} does not ask diffusers for a "
-            "backend, and would stay as it is. Leave it out"
+            f"attention '{backend}': the attention of {type(transformer).__name__} does not use diffusers' "
+            "attention dispatcher, so the backend would have no effect. Leave it out"
         )
     try:
         transformer.set_attention_backend(backend)
@@ -91,14 +90,14 @@ def set_attention(transformer: Any, backend: str) -> None:
 
 
 def order_channels_last(module: nn.Module) -> None:
-    """Weights of two-dimensional convolutions in channels-last memory order; others have none."""
+    """Put the weights of two-dimensional convolutions in channels-last memory order, in place."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def decode_in(vae: Any, dtype: torch.dtype) -> None:
-    """Let ``vae.decode`` compute in another precision under autocast; what goes in and comes out keeps its own."""
+    """Let ``vae.decode`` compute in ``dtype`` under autocast; its input and output keep their dtypes."""
     # Bound by `partial`, and not by a closure: a deep copy of the autoencoder then decodes with its own weights.
     vae.decode = functools.update_wrapper(functools.partial(_decode_under_autocast, vae, dtype), type(vae).decode)
 
@@ -115,7 +114,7 @@ class _Decoding(nn.Module):
 
 
 def _decode_under_autocast(vae: Any, dtype: torch.dtype, z: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if dtype == torch.float32 and z.device.type != "cuda":  # autocast does nothing for float32 there
+    if dtype == torch.float32 and z.device.type != "cuda":  # autocast to float32 has no effect there
         tensors = {**dict(vae.named_parameters()), **dict(vae.named_buffers())}
         floats = {f"vae.{name}": value.float() for name, value in tensors.items() if value.is_floating_point()}
         made = functional_call(_Decoding(vae), floats, (z.float(), *args), kwargs)
@@ -130,33 +129,33 @@ def _decode_under_autocast(vae: Any, dtype: torch.dtype, z: Tensor, *args: Any, 
 
 
 def compile_regions(module: nn.Module, *, one_size: bool = False) -> int:
-    """Compile what models are made of again and again, in place: a transformer's blocks, an autoencoder's stages.
+    """Compile the repeated parts of models, in place: a transformer's blocks, an autoencoder's stages.
 
-    Compiling a block once serves all of its kind and leaves the model's own code, which may branch, as it is.
+    All blocks of a class share one compilation, and the model's own code between them, which may branch, stays eager.
 
     Args:
-        module: a model of diffusers or davae, or a module that holds some.
-        one_size: compile again for each size of images rather than once for all of them.
+        module: a model of diffusers or davae, or a module that contains some.
+        one_size: compile for each image size separately, not with dynamic shapes.
 
     Returns:
-        How many parts were compiled.
+        The number of parts, which are compiled when they first run.
     """
-    # Adaptive weights go back through one graph twice, which buffers that a backward gives away would not survive.
+    # Adaptive loss weights run backward through one graph twice, for which donated buffers would be missing.
     torch._functorch.config.donated_buffer = False
-    # Blocks of one class share their code, and torch counts how often it is compiled: kinds of blocks times sizes.
+    # Blocks of one class share their code, and torch limits how often it is compiled: once per kind of block and size.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, _MOST_VARIANTS)
     found = list(regions(module))
     for region in found:
         region.compile(dynamic=False if one_size else None)
-    logger.info("%s: %d parts are compiled when they first run", type(module).__name__, len(found))
+    logger.info("%s: %d parts will be compiled when they first run", type(module).__name__, len(found))
     return len(found)
 
 
 def regions(module: nn.Module) -> Iterator[nn.Module]:
     """The parts that :func:`compile_regions` compiles, none inside another.
 
-    They are the blocks that a model names as repeated; else the members of its outermost lists of modules and an
-    autoencoder's middle; else the model itself.
+    They are the blocks that a model declares as repeated (``_repeated_blocks``); otherwise the members of its outermost
+    module lists and its ``mid_block``; without any of these, the model itself.
     """
     if not isinstance(module, ModelMixin):
         for child in module.children():

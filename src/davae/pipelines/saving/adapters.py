@@ -1,8 +1,8 @@
-"""A tuned pipeline as a few megabytes: the LoRA, and the widened layers that a LoRA file cannot carry.
+"""A tuned pipeline as a few megabytes: the LoRA, and the widened layers that a LoRA file cannot hold.
 
-``pytorch_lora_weights.safetensors`` is what diffusers and others read. ``davae_adapter.safetensors`` beside it holds
-the transformer's input and output layers in full, and samples of the weights that were not trained, by which
-:func:`load_adapters` knows the base again.
+``pytorch_lora_weights.safetensors`` is the usual file of diffusers and others. ``davae_adapter.safetensors`` beside it
+holds the transformer's input and output layers in full, and samples of the weights that were not trained, with which
+:func:`load_adapters` recognises the base.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from davae.warm_start.self_check import same_values
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 FORMAT = 1
-SAMPLES = 8  # of every parameter, evenly spread
+SAMPLES = 8  # values of every parameter, evenly spread
 _ROUNDING = 1 / 128  # relative: two roundings to bfloat16
 P = TypeVar("P", bound=DiffusionPipeline)
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What ``davae_adapter.safetensors`` says about itself, JSON under the metadata key ``davae``."""
+    """The metadata of ``davae_adapter.safetensors``: JSON under the key ``davae``."""
 
     format: int
     pipeline: str  # class names
@@ -53,42 +53,42 @@ class _Header:
     detail_channels: int
     scale: int
     layers: list[str]  # the widened parameters, all of them tensors of the file under "transformer."
-    adapter: str | None  # name of the LoRA; None where only the widened layers were trained
+    adapter: str | None  # name of the LoRA; None if only the widened layers were trained
     scheduler: dict[str, Any]  # its configuration, timestep shift included
 
 
 def save_adapters(pipe: DiffusionPipeline, folder: str | Path) -> Path:
-    """Write what tuning has changed of an upgraded pipeline: LoRA and widened layers, not the base or the VAE.
+    """Write what tuning has changed in an upgraded pipeline: LoRA and widened layers, not the base or the VAE.
 
     Pipelines with diffusers' LoRA methods write the LoRA file themselves; for others (PixArt, DiT) it is written in the
     same layout. Its header holds rank, alpha and targets, and what else differs from the defaults of peft, so that
-    other versions of peft can read it. A weight given by ``set_adapters`` is part of alpha there: who loads the file
-    gets the LoRA as it acts now.
+    other versions of peft can read it. Alpha includes the weight given by ``set_adapters``: the loaded LoRA has the
+    same effect as the saved one.
 
     Args:
-        pipe: an upgraded pipeline, its transformer with one LoRA attached and not fused, or with none where only the
-            widened layers were trained.
-        folder: new or empty, or one of adapters, which are replaced in one go; what else it holds stays. The
-            autoencoder is saved apart, with ``pipe.vae.save_pretrained``, beside them or in ``folder/autoencoder``.
+        pipe: an upgraded pipeline whose transformer has one LoRA attached and not fused, or none if only the widened
+            layers were trained.
+        folder: new, empty, or one of adapters, which are replaced atomically; its other files are kept. Save the
+            autoencoder separately, with ``pipe.vae.save_pretrained``, for example in ``folder/autoencoder``.
 
     Returns:
         The folder.
 
     Raises:
         DavaeError: the pipeline is not upgraded, has several adapters, or one that is fused, switched off, weighted
-            differently in different layers, or trained with whole modules beside it; or the folder holds something
-            else.
+            differently in different layers, or trained with whole modules beside it; or the folder contains
+            something else.
     """
     _, transformer = _upgraded_parts(pipe)
     for name, module in transformer.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise DavaeError(
-                f"{name} was trained whole beside the LoRA (modules_to_save), and a LoRA file cannot carry it: save "
-                "the merged pipeline with davae.save_pipeline, which has it, or train without modules_to_save"
+                f"{name} was trained whole beside the LoRA (modules_to_save), and a LoRA file cannot hold it: save "
+                "the merged pipeline with davae.save_pipeline, which includes it, or train without modules_to_save"
             )
     attached = acting_lora(transformer)
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in transformer.modules()):
-        raise DavaeError("the LoRA is fused into the weights: call unfuse_lora() before saving it by itself")
+        raise DavaeError("the LoRA is fused into the weights: call unfuse_lora() before saving the adapters")
     with claim(folder, "adapters") as inside:
         if attached is not None:
             _write_lora(pipe, transformer, *attached, inside)
@@ -98,7 +98,7 @@ def save_adapters(pipe: DiffusionPipeline, folder: str | Path) -> Path:
 
 
 def _widened(pipe: DiffusionPipeline, adapter: str | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What ``davae_adapter.safetensors`` holds: tensors and header."""
+    """The contents of ``davae_adapter.safetensors``: tensors and metadata."""
     vae, transformer = _upgraded_parts(pipe)
     layers = _widened_layers(transformer)
     header = _Header(
@@ -119,21 +119,21 @@ def _widened(pipe: DiffusionPipeline, adapter: str | None) -> tuple[dict[str, Te
 
 
 def load_adapters(base: P, vae: AutoencoderDA | str | Path, folder: str | Path) -> P:
-    """Upgrade a base pipeline and give it what :func:`save_adapters` wrote: the tuned pipeline in one call.
+    """Upgrade a base pipeline and load what :func:`save_adapters` wrote: the tuned pipeline in one call.
 
     Args:
-        base: the base pipeline, on any device and in any precision, which the result then has (see
+        base: the base pipeline, on any device and in any precision, which the result keeps (see
             :func:`upgrade_pipeline`); it is not changed, and shares its other parts with the result.
         vae: the autoencoder of the tuned pipeline, or its folder; not changed.
-        folder: where the two files are.
+        folder: the folder of the two files.
 
     Returns:
         The tuned pipeline, of the base's class, with the LoRA attached: ``fuse_lora``, ``set_adapters`` and the like
-        work where the class has them.
+        work if the class has them.
 
     Raises:
         DavaeError: a file is missing or damaged, the base or the autoencoder is not the one that was tuned (the first
-            weight that differs is named), or a tensor is missing, left over or has another shape.
+            weight that differs is named), or a tensor is missing, unexpected, of another shape or not finite.
     """
     folder = Path(folder)
     header, tensors = _read(folder / LAYERS_FILE)
@@ -173,7 +173,7 @@ def _plain_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     for name, parameter in transformer.named_parameters():
         owner = next((t for t in tuned if name.startswith(f"{t}.")), None)
         if owner is not None and not name.startswith(f"{owner}.base_layer."):
-            continue  # the LoRA's
+            continue  # a weight of the LoRA
         plain[name.replace(f"{owner}.base_layer.", f"{owner}.") if owner is not None else name] = parameter
     return plain
 
@@ -185,7 +185,7 @@ def _widened_layers(transformer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _frozen(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights that adapters leave as they are."""
+    """The weights that adapters do not change."""
     widened = _widened_layers(transformer)
     return {name: value for name, value in _plain_parameters(transformer).items() if name not in widened}
 
@@ -196,7 +196,7 @@ def _put_layers(transformer: nn.Module, header: _Header, tensors: dict[str, Tens
     layers = _widened_layers(transformer)
     if not found == set(header.layers) == set(layers):
         odd = sorted(found ^ set(layers) or found ^ set(header.layers))
-        raise DavaeError(f"{LAYERS_FILE} and the transformer do not have the same widened layers: {', '.join(odd)}")
+        raise DavaeError(f"{LAYERS_FILE} and the transformer have different widened layers: {', '.join(odd)}")
     for name, parameter in layers.items():
         value = tensors[f"transformer.{name}"]
         if value.shape != parameter.shape:
@@ -211,7 +211,7 @@ def _put_layers(transformer: nn.Module, header: _Header, tensors: dict[str, Tens
 
 def _read(file: Path) -> tuple[_Header, dict[str, Tensor]]:
     if not file.is_file():
-        raise DavaeError(f"{file} does not exist: give a folder that davae.save_adapters wrote")
+        raise DavaeError(f"{file} does not exist: give a folder written by davae.save_adapters")
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -267,13 +267,13 @@ class Samples:
 
     @classmethod
     def of(cls, parameters: Mapping[str, Tensor]) -> Samples:
-        """Take the values. Parameters that are not floating-point (quantised ones) are left out."""
+        """Take the values; parameters that are not floating-point (quantised ones) are skipped."""
         return cls(torch.cat([torch.zeros(0), *(values for _, values in _taken(parameters))]))
 
     def first_difference(self, parameters: Mapping[str, Tensor]) -> str | None:
-        """What tells a model from the one the values are of, in words; None where they agree.
+        """How a model first differs from the one the values were taken from, in words; None if they agree.
 
-        The same weights in another precision agree: where one side holds rounded numbers, the other is rounded too.
+        The same weights in another precision agree: if one side was rounded, the other is rounded too.
         """
         start = 0
         for name, found in _taken(parameters):
@@ -297,7 +297,7 @@ def _taken(parameters: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether both are the same numbers, up to the precision that one of them was stored in."""
+    """Whether both are the same numbers, up to the precision in which either was stored."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         if (_fits(a, dtype) or _fits(b, dtype)) and same_values(a.to(dtype), b.to(dtype)):
             return True
@@ -314,9 +314,9 @@ def _fits(values: Tensor, dtype: torch.dtype) -> bool:
 
 
 def lora_metadata(config: LoraConfig) -> dict[str, Any]:
-    """What a LoRA file says of its configuration: rank, alpha, targets, and what differs from the defaults.
+    """The configuration in a LoRA file: rank, alpha, targets, and what differs from the defaults.
 
-    Older versions of peft do not know every entry of newer ones, and readers hand all that is there to peft.
+    Older versions of peft do not know every option of newer ones, and readers pass all of the entries to peft.
     """
     said, defaults = config.to_dict(), LoraConfig().to_dict()
     always = ("r", "lora_alpha", "target_modules")
@@ -324,7 +324,7 @@ def lora_metadata(config: LoraConfig) -> dict[str, Any]:
     return {key: sorted(v) if isinstance(v, set) else v for key, v in kept.items() if key not in _OF_A_FILE}
 
 
-_OF_A_FILE = ("peft_version", "base_model_name_or_path", "revision", "inference_mode")  # nothing of the LoRA itself
+_OF_A_FILE = ("peft_version", "base_model_name_or_path", "revision", "inference_mode")  # not about the LoRA itself
 
 
 def _write_lora(pipe: DiffusionPipeline, transformer: nn.Module, name: str, config: LoraConfig, folder: Path) -> None:
@@ -345,9 +345,9 @@ def _write_lora(pipe: DiffusionPipeline, transformer: nn.Module, name: str, conf
 
 
 def _load_lora(pipe: DiffusionPipeline, name: str, file: Path) -> None:
-    """Attach the LoRA, and see that every tensor of the file has found its place."""
+    """Attach the LoRA, and check that every tensor of the file was loaded."""
     if not file.is_file():
-        raise DavaeError(f"{file} does not exist: {LAYERS_FILE} beside it goes with a LoRA")
+        raise DavaeError(f"{file} does not exist: {LAYERS_FILE} beside it belongs to a LoRA")
     transformer = pipe.transformer
     if bad := not_finite(load_file(file)):
         raise DavaeError(f"{file}: {bad[0]} holds numbers that are not finite: save or fetch it again")
@@ -366,4 +366,4 @@ def _load_lora(pipe: DiffusionPipeline, name: str, file: Path) -> None:
         raise DavaeError(f"{file}: {len(odd)} tensors do not fit the transformer, the first is {odd[0]}")
     for key, value in saved.items():
         if not same_values(value.to(taken[key]), taken[key]):
-            raise DavaeError(f"{file}: {key} has not found its place in the transformer")
+            raise DavaeError(f"{file}: {key} was not loaded into the transformer")

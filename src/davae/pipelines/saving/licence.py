@@ -1,4 +1,4 @@
-"""The licence of a model, as its card states it; an upgraded model inherits its base's."""
+"""The licence in a model card; an upgraded model inherits that of its base."""
 
 import logging
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ openmdw-1.0 openmdw-1.1 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zli
 fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown
 """
 HUB_IDS = frozenset(_IDS.split())
-"""The licences that the hub has an id for (hf.co/docs/hub/repositories-licenses), without ``other``."""
+"""The hub's ids of licences (hf.co/docs/hub/repositories-licenses), without ``other``."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Licence:
     """A licence in the hub's terms.
 
     Attributes:
-        id: such as ``apache-2.0``; ``other`` where the hub has no name for it.
-        name: for ``other``: what it is called.
-        link: for ``other``: where it is written.
+        id: the hub's id, such as ``apache-2.0``; ``other`` if it has none for this licence.
+        name: for ``other``: the licence's name.
+        link: for ``other``: the address of its text.
     """
 
     id: str
@@ -42,11 +42,11 @@ class Licence:
 
     @property
     def title(self) -> str:
-        """What a person calls it."""
+        """The name; without one, the id."""
         return self.name or self.id
 
     def front_matter(self) -> dict[str, str]:
-        """The card's entries."""
+        """The entries of a model card's front matter."""
         entries = {"license": self.id, "license_name": self.name, "license_link": self.link}
         return {key: value for key, value in entries.items() if value}
 
@@ -54,21 +54,21 @@ class Licence:
 def find_licence(
     base_model: str | Path, given: str | Licence | None = None, *, name: str | None = None, link: str | None = None
 ) -> Licence:
-    """The licence for a model card: the given one, else that in the base's model card.
+    """The licence for a model card: the given one, otherwise that in the base's model card.
 
     The card is the ``README.md`` of a local folder, or of a hub model in the local cache; nothing is downloaded. A
-    licence that the hub has no id for becomes ``other`` with its name, as the hub wants it; name and link that are not
-    given are the base's, where its card has the same licence.
+    licence without an id on the hub becomes ``other`` with its name, as the hub requires; name and link, unless given,
+    are the base's if its card names the same licence.
 
     Args:
         base_model: folder or hub name of the base.
-        given: what the caller says it is: the hub's id of a licence, the name of another one, or a :class:`Licence`.
-        name: what a licence is called that the hub has no id for.
-        link: where it is written.
+        given: the hub's id of a licence, the name of another one, or a :class:`Licence` (returned as is).
+        name: the name of a licence without an id on the hub.
+        link: the address of its text.
 
     Raises:
-        DavaeError: none is given, and no card of the base names one, or it names several; a name or a link beside an
-            id of the hub, two names, or ``other`` without a name.
+        DavaeError: none is given, and the base's card is absent or names none or several; a name or link is given with
+            an id of the hub; two names are given; or ``other`` has no name.
     """
     if isinstance(given, Licence):
         return given
@@ -76,7 +76,7 @@ def find_licence(
     if given in HUB_IDS:
         if name or link:
             raise DavaeError(
-                f"the hub knows the licence '{given}' itself: leave --license-name and --license-link out, or say "
+                f"the licence '{given}' is an id of the hub: leave --license-name and --license-link out, or give "
                 "--license other with them"
             )
         return Licence(given)
@@ -102,40 +102,40 @@ def find_licence(
         if card is not None:
             looked = f"{card} names {'several' if entries.get('license') else 'none'}"
         raise DavaeError(
-            f"the licence of the base '{base_model}' is not known ({looked}), and a card without one is not written: "
+            f"the licence of the base '{base_model}' is not known ({looked}), and a model card must name one: "
             "give it as license='apache-2.0' (--license), as the base's page names it"
         )
     if own is not None and own.title != "other" and named.casefold() in (own.id.casefold(), own.title.casefold()):
         return _as_the_base(own, link)
     if link is None:
         logger.warning(
-            "the card will not say where the licence '%s' is written: give the address as link=... (--license-link)",
+            "the card has no link to the text of the licence '%s': give its address as link=... (--license-link)",
             named,
         )
     return Licence("other", named, link)
 
 
 def _as_the_base(own: Licence, link: str | None) -> Licence:
-    """The base's licence, with the link where one is given.
+    """The base's licence, with the given link if there is one.
 
     Raises:
-        DavaeError: a link beside an id of the hub.
+        DavaeError: a link is given with an id of the hub.
     """
     if link and own.id in HUB_IDS:
         raise DavaeError(
-            f"the base's licence is '{own.id}', which the hub knows itself: leave --license-link out, or say "
-            "--license other with --license-name too"
+            f"the base's licence is '{own.id}', an id of the hub: leave --license-link out, or give "
+            "--license other and --license-name as well"
         )
     return Licence(own.id, own.name, link or _inherited_link(own))
 
 
 def _inherited_link(own: Licence) -> str | None:
-    """The base's link, where it is an address; a file beside the base's card is not copied."""
+    """The base's link if it is an address; None, with a warning, for a file beside the base's card."""
     if own.link is None or "://" in own.link:
         return own.link
     logger.warning(
-        "the base's card has the licence '%s' in a file beside it, %s, which is not copied: the card will not say "
-        "where the licence is written. Give its address as link=... (--license-link)",
+        "the base's card has the licence '%s' in a file beside it, %s, which is not copied: the new card has no "
+        "link to its text. Give its address as link=... (--license-link)",
         own.title,
         own.link,
     )
@@ -143,7 +143,7 @@ def _inherited_link(own: Licence) -> str | None:
 
 
 def _licence_of(base_model: str | Path, entries: dict[str, Any]) -> Licence | None:
-    """What the entries of the base's card say; None where they name none, or several."""
+    """The licence in the entries of the base's card; None if they name none or several."""
     link, found, name = (
         str(value[0] if isinstance(value, list) and len(value) == 1 else value) if value else None
         for value in (entries.get("license_link"), entries.get("license"), entries.get("license_name"))
@@ -151,14 +151,14 @@ def _licence_of(base_model: str | Path, entries: dict[str, Any]) -> Licence | No
     if found is None or (isinstance(entries["license"], list) and len(entries["license"]) > 1):
         return None
     if link and "://" not in link and not Path(base_model).is_dir():
-        link = f"https://huggingface.co/{base_model}/blob/main/{link}"  # cards of the hub name a file beside them
+        link = f"https://huggingface.co/{base_model}/blob/main/{link}"  # a file beside the card on the hub
     if found.lower() in (*HUB_IDS, "other"):
         return Licence(found.lower(), name, link)
     return Licence("other", name or found, link)
 
 
 def read_front_matter(card: Path) -> dict[str, Any]:
-    """The YAML entries at the head of a model card; empty where it has none, or has a list of things there.
+    """The YAML entries at the head of a model card; empty if it has none, or if they are not a mapping.
 
     Raises:
         DavaeError: the head is not valid YAML.
@@ -180,6 +180,6 @@ def _card_of(base_model: str | Path) -> Path | None:
         return card if card.is_file() else None
     try:
         cached = try_to_load_from_cache(str(base_model), "README.md")
-    except HFValidationError:  # not a name of the hub
+    except HFValidationError:  # not a valid name on the hub
         return None
     return Path(cached) if isinstance(cached, str) else None

@@ -1,4 +1,4 @@
-"""The model card of a saved pipeline, autoencoder or adapter: what it is, its figures, how to make and use it."""
+"""The model card of a saved pipeline, autoencoder or adapter: what it is, how to use it, figures, how it was made."""
 
 from __future__ import annotations
 
@@ -76,20 +76,20 @@ base = DiffusionPipeline.from_pretrained("{base}")
 pipe = davae.load_adapters(base, "{name}/autoencoder", "{name}")  # local folders
 ```
 
-The LoRA alone is not enough: the layers that take and give the detail channels are in `{layers}`.
+The LoRA alone is not enough: the input and output layers with the detail channels are in `{layers}`.
 """,
 }
 
 
 @dataclass(frozen=True)
 class Making:
-    """How a model was made, as far as its folder does not tell.
+    """How a model was made: what its folder does not record.
 
     Attributes:
         figures: measured values by name; nested mappings become dotted names.
         commands: the exact commands, in order.
         hardware: device and versions, by name.
-        datasets: hub names of the images it was trained on.
+        datasets: hub names of the data sets it was trained on.
         recipe: text of the resolved recipe.
     """
 
@@ -100,7 +100,7 @@ class Making:
     recipe: str | None = None
 
     def public(self) -> Making:
-        """Without the paths of a private disk, see :mod:`davae.pipelines.saving.publishing`."""
+        """A copy without private paths, see :mod:`davae.pipelines.saving.publishing`."""
         return replace(
             self,
             commands=[public_command(command) for command in self.commands],
@@ -131,20 +131,20 @@ def write_model_card(
     making: Making | None = None,
     name: str | None = None,
 ) -> Path:
-    """Write ``README.md`` into a folder that davae saved. Paths of the disk are cut to their last part in it.
+    """Write ``README.md`` into a folder that davae saved. Private paths in it are shortened to their last part.
 
     Args:
         folder: of an upgraded pipeline, an autoencoder or adapters.
         base_model: hub name or folder of the base.
-        license: of the result; the base's own where None, see :func:`davae.pipelines.saving.licence.find_licence`.
+        license: of the result; the base's own if None, see :func:`davae.pipelines.saving.licence.find_licence`.
         making: figures and commands.
-        name: under which the result is or will be published; the folder's name where None.
+        name: under which the result is or will be published; the folder's name if None.
 
     Returns:
-        The card.
+        The path of the card.
 
     Raises:
-        DavaeError: the licence is not known, or the folder holds none of the three.
+        DavaeError: the licence is not known, or the folder contains none of the three.
     """
     folder = Path(folder)
     licence = find_licence(base_model, license)
@@ -156,7 +156,7 @@ def write_model_card(
 
 @dataclass(frozen=True)
 class _Facts:
-    """What the folder's own files say."""
+    """What the card takes from the folder's own files."""
 
     kind: str  # "pipeline", "autoencoder" or "adapters"
     class_name: str
@@ -165,7 +165,7 @@ class _Facts:
     scale: int
     pixels: int | None  # per latent position and side
     task: str | None
-    own_pipeline: bool = False  # the pipeline's class is not one of diffusers
+    own_pipeline: bool = False  # the pipeline's class is not part of diffusers
 
     @classmethod
     def of(cls, folder: Path) -> _Facts:
@@ -186,7 +186,7 @@ class _Facts:
     def _with(cls, kind: str, name: str, config_file: Path, task: str | None) -> _Facts:
         config = json.loads(config_file.read_text()) if config_file.is_file() else {}
         if config.get("_class_name") != "AutoencoderDA":
-            raise DavaeError(f"{config_file.parent} holds no AutoencoderDA: a card is written for davae's models")
+            raise DavaeError(f"{config_file.parent} holds no AutoencoderDA: model cards are for models of davae")
         pixels = 2 ** (len(config["block_out_channels"]) - 1)
         details, scale = config["detail_channels"], config["scale"]
         below = config
@@ -197,7 +197,7 @@ class _Facts:
 
 
 def _task(class_name: str, *, text: bool) -> str:
-    """The hub's name for what the pipeline does."""
+    """The hub's name for the pipeline's task."""
     family, pipeline = find_family(class_name), getattr(diffusers, class_name, None)
     if family.edits_images or (pipeline and "strength" in inspect.signature(pipeline.__call__).parameters):
         return "image-to-image"
@@ -252,17 +252,17 @@ def _use(facts: _Facts, name: str, base_model: str) -> str:
 
 
 def _sizes(facts: _Facts) -> str:
-    """What a caller of plain diffusers must know of the classes that write sizes down."""
+    """How ``height`` and ``width`` work with plain diffusers, for classes with constants or lists of sizes."""
     sizes = find_family(facts.class_name).sizes
     if sizes == "fixed":
         return (
-            f"{_FULL} `davae.load_pipeline` sees to it; loaded in another way, this class takes 8 pixels for a latent "
-            f"position: ask it for the base's size, and the image is {facts.scale} times as large per side."
+            f"{_FULL} `davae.load_pipeline` ensures this; otherwise this class assumes 8 pixels per latent position: "
+            f"ask for the base's size, and the image is {facts.scale} times as large per side."
         )
     if sizes == "listed":
         return (
-            f"{_FULL} `davae.load_pipeline` sees to it; loaded in another way, this class moves sizes to a list for "
-            "the base: pass `use_resolution_binning=False`."
+            f"{_FULL} `davae.load_pipeline` ensures this; otherwise this class rounds sizes to a list for the base: "
+            "pass `use_resolution_binning=False`."
         )
     return _FULL
 

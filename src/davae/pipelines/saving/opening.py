@@ -1,4 +1,4 @@
-"""Opening pipelines and autoencoders wherever they lie; errors of what is missing, damaged or something else."""
+"""Opening pipelines and autoencoders from folders, runs or the hub, with errors for what is missing or damaged."""
 
 import errno
 import functools
@@ -34,36 +34,36 @@ LAYERS_FILE = "davae_adapter.safetensors"
 
 
 def load_pipeline(folder_or_repo: str | Path, **options: Any) -> DiffusionPipeline:
-    """Open a pipeline: of davae or of diffusers, from a folder, a finished run, or the hub.
+    """Open a pipeline of davae or of diffusers from a folder, a finished run, or the hub.
 
-    It is davae's own classes that are used; the code that lies in a davae pipeline's folder, for people without davae,
-    is not executed. ``height`` and ``width`` mean the full resolution in every pipeline: a few (Lumina 2, PixArt,
-    SANA) write sizes down and get them corrected here, which plain ``from_pretrained`` cannot do.
+    The installed davae's classes are used; the code in a davae pipeline's folder, for use without davae, is not
+    executed. ``height`` and ``width`` mean the full resolution in every pipeline: a few (Lumina 2, PixArt, SANA)
+    contain sizes of the base, which are corrected here but not by plain ``from_pretrained``.
 
     Args:
-        folder_or_repo: a pipeline folder, a run directory that has one, or ``user/name``.
+        folder_or_repo: a pipeline folder, a run directory with one, or ``user/name`` on the hub.
         options: as for ``DiffusionPipeline.from_pretrained``, such as ``dtype``.
 
     Raises:
-        DavaeError: a folder without a pipeline, files that are missing or damaged, a model that lacks a weight, has one
-            too many or one that is not finite, or a name that the hub does not give.
+        DavaeError: a folder without a pipeline, files that are missing or damaged, a model with a missing, unexpected
+            or non-finite weight, or a name that cannot be fetched from the hub.
     """
     return open_pipeline(pipeline_place(folder_or_repo), **options)
 
 
 def open_pipeline(path_or_repo: str, **options: Any) -> DiffusionPipeline:
-    """The pipeline of a folder or of the hub, each of its models opened by :func:`open_model`, and fitted.
+    """Open a pipeline from a folder or the hub, each model by :func:`open_model`, and apply `fit_to_autoencoder`.
 
-    Where the caller passes ``vae=None``, the pipeline still knows the sizes of its own autoencoder: the class reads
-    them from one without weights, which is then taken out.
+    With ``vae=None`` the pipeline still has the sizes of its own autoencoder: the class reads them from one on the
+    meta device, which is then removed.
 
     Args:
         path_or_repo: see :func:`pipeline_place`.
         options: as for ``DiffusionPipeline.from_pretrained``; ``dtype`` may be ``"saved"``, that of the transformer's
-            files. Without ``variant``, weights that are published as one variant alone are taken, which is said.
+            files. Without ``variant``, the only published variant is taken if there are no files without one.
 
     Raises:
-        DavaeError: see :func:`opening`, and a model is not complete and finite, or is there in several variants.
+        DavaeError: see :func:`opening`; or a model is incomplete, not finite, or available in several variants.
     """
     try:
         return _open_pipeline(path_or_repo, **options)
@@ -77,7 +77,7 @@ def open_pipeline(path_or_repo: str, **options: Any) -> DiffusionPipeline:
 
 
 def published_files(path_or_repo: str, error: DavaeError) -> list[str]:
-    """Names of the files in a folder; of a name on the hub, those that diffusers lists where none of them will do."""
+    """Names of the files in a folder; for a hub name, those that diffusers lists in its ``error``."""
     folder = Path(path_or_repo)
     if folder.is_dir():
         return [str(file.relative_to(folder)) for file in sorted(folder.rglob("*"))]
@@ -107,7 +107,7 @@ def _open_pipeline(path_or_repo: str, **options: Any) -> DiffusionPipeline:
 
 
 def _without_weights(path_or_repo: str, options: Mapping[str, Any]) -> ModelMixin | None:
-    """A pipeline's autoencoder on the meta device, from its configuration alone; None where it names none."""
+    """A pipeline's autoencoder on the meta device, from its configuration alone; None if it has none."""
     hub = {key: options[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in options}
     index = DiffusionPipeline.load_config(path_or_repo, **hub)
     library, name = index.get("vae") or (None, None)
@@ -126,9 +126,9 @@ _ONE_AT_A_TIME = threading.RLock()
 
 @contextmanager
 def _models_checked() -> Iterator[None]:
-    """Within the context this thread's ``from_pretrained`` of diffusers and transformers goes through `open_model`.
+    """Within the context, this thread's ``from_pretrained`` of diffusers and transformers goes through `open_model`.
 
-    A pipeline loads its models itself, and neither passes on reports about their keys nor has an option for it.
+    A pipeline loads its models itself, and neither returns reports about their keys nor has an option for that.
     """
     from transformers import PreTrainedModel
 
@@ -155,17 +155,17 @@ def _models_checked() -> Iterator[None]:
 
 
 def pipeline_place(folder_or_repo: str | Path) -> str:
-    """The folder of a pipeline, from that folder or from a run that has one; a name on the hub as it is.
+    """The folder of a pipeline, given that folder or a run with one; a hub name unchanged.
 
     Raises:
-        DavaeError: a folder without a pipeline, or a path that is not there.
+        DavaeError: a folder without a pipeline, or a path that does not exist.
     """
     folder = Path(folder_or_repo)
     if not folder.is_dir():
         return hub_name("pipeline", str(folder_or_repo))
     if (folder / LAYERS_FILE).is_file():
         raise DavaeError(
-            f"{folder} holds adapters, which need their base: davae.load_adapters(base, autoencoder, folder)"
+            f"{folder} holds adapters, which need their base: use davae.load_adapters(base, autoencoder, folder)"
         )
     for candidate in (folder, folder / "pipeline"):
         if (candidate / "model_index.json").is_file():
@@ -180,12 +180,12 @@ def load_autoencoder(
 
     Args:
         folder_or_repo: the folder, or ``user/name``.
-        dtype: to read it in; ``saved`` is that of the folder's files (of a name on the hub float32).
-        variant: of the files, such as ``fp16``; None takes those without one, or the only one that there is.
+        dtype: of the weights; ``saved`` is that of the folder's files (float32 for a name on the hub).
+        variant: of the files, such as ``fp16``; None takes those without one, or the only variant.
 
     Raises:
         DavaeError: no autoencoder there or one of another class, files that are missing or damaged, or a name that
-            the hub does not give.
+            cannot be fetched from the hub.
     """
     path_or_repo = str(folder_or_repo)
     if Path(path_or_repo).is_dir() or "/" not in path_or_repo:
@@ -201,16 +201,16 @@ def load_autoencoder(
 
 
 def autoencoder_folder(folder: Path) -> Path:
-    """The same folder, where it is one of an :class:`AutoencoderDA`.
+    """The same folder, if it holds an :class:`AutoencoderDA`.
 
     Raises:
-        DavaeError: it is not; a folder inside that may be meant, a run's or a pipeline's, is named.
+        DavaeError: it does not; an autoencoder inside it, as in a run or a pipeline, is suggested.
     """
     config = folder / "config.json"
     if not config.is_file():
         inside = [folder / name for name in ("autoencoder", "vae") if (folder / name / "config.json").is_file()]
         hint = f"; did you mean {inside[0]}?" if inside else ""
-        there = "it has no config.json" if folder.is_dir() else "it is a file, and a folder is wanted"
+        there = "it has no config.json" if folder.is_dir() else "it is a file, not a folder"
         missing = there if folder.exists() else "there is no such folder"
         raise DavaeError(f"no autoencoder in {folder}: {missing}{hint}")
     try:
@@ -219,24 +219,23 @@ def autoencoder_folder(folder: Path) -> Path:
         raise DavaeError(f"no autoencoder in {folder}: {config} is damaged ({error})") from error
     if name != AutoencoderDA.__name__:
         raise DavaeError(
-            f"{folder} holds a model of class {name}, and an AutoencoderDA is wanted: "
-            "`davae train autoencoder` makes one"
+            f"{folder} holds a model of class {name}, not an AutoencoderDA: `davae train autoencoder` makes one"
         )
     return folder
 
 
 def hub_name(what: str, name: str) -> str:
-    """The same name, where it can be one of the hub.
+    """The same name, if it is valid on the hub.
 
     Args:
         what: such as ``pipeline``.
-        name: what is no folder on this machine.
+        name: not a folder on this machine.
 
     Raises:
-        DavaeError: it is a file, or a path that is not there.
+        DavaeError: it is a file, or a path that does not exist.
     """
     if Path(name).exists():
-        raise DavaeError(f"no {what} in {name}: it is a file, and a folder is wanted")
+        raise DavaeError(f"no {what} in {name}: it is a file, not a folder")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -246,16 +245,16 @@ def hub_name(what: str, name: str) -> str:
 
 @contextmanager
 def opening(what: str, path_or_repo: str, *, passed: Collection[str] = ()) -> Iterator[None]:
-    """What diffusers raises while ``what`` is opened becomes an error for people; a full disk stays what it is.
+    """Turn what diffusers raises while ``what`` is opened into a DavaeError; that of a full disk is raised unchanged.
 
     Args:
         what: such as ``pipeline``.
         path_or_repo: a folder, or a name on the hub.
-        passed: components that the caller brings, whose folders need not be there.
+        passed: components that the caller provides, whose folders need not exist.
 
     Raises:
-        DavaeError: files are missing or damaged, a class is not known, or the hub does not answer. Of the other
-            ``ValueError`` none is touched.
+        DavaeError: files are missing or damaged, a class is not known, or the hub does not provide them. Any other
+            ``ValueError`` is raised unchanged.
     """
     try:
         _check_components(what, Path(path_or_repo), passed)
@@ -281,15 +280,15 @@ def opening(what: str, path_or_repo: str, *, passed: Collection[str] = ()) -> It
             absence = None if "safetensors" in reason else _absence(error)
             if absence is not None:
                 raise DavaeError(f"{message}, {absence}") from error
-            message += ", and the hub does not give it"
+            message += ", and the hub does not provide it"
         raise DavaeError(f"{message} ({reason})") from error
 
 
 def _check_components(what: str, folder: Path, passed: Collection[str]) -> None:
-    """Whether a pipeline's folder has those that it names; some of diffusers' loaders make up what is missing.
+    """Check that a pipeline's folder has all its components; some loaders of diffusers invent missing ones.
 
     Raises:
-        DavaeError: it has not.
+        DavaeError: a component named in ``model_index.json`` has no folder.
     """
     index = folder / "model_index.json"
     if not index.is_file():
@@ -311,7 +310,7 @@ def _check_components(what: str, folder: Path, passed: Collection[str]) -> None:
 
 @contextmanager
 def _without_fetch_errors() -> Iterator[None]:
-    """The line that diffusers logs of a name that it does not get is left out: the error says the same."""
+    """Suppress the line that diffusers logs about a name it cannot fetch: the error contains the same."""
 
     def reported_elsewhere(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("An error occurred while trying to fetch")
@@ -325,14 +324,14 @@ def _without_fetch_errors() -> Iterator[None]:
 
 
 def _absence(error: BaseException) -> str | None:
-    """Why a name was not found on the hub, in words; None if the error has another reason."""
+    """Why a name was not found on the hub, in words; None if the error has another cause."""
     chain: list[BaseException] = []
     found: BaseException | None = error
     while found is not None:
         chain.append(found)
         found = found.__cause__ or found.__context__
     if any(isinstance(one, RepositoryNotFoundError | RevisionNotFoundError) for one in chain):
-        return "it is not in the local cache, and was not found on the hub (or is not open to you)"
+        return "it is not in the local cache, and was not found on the hub (or you have no access to it)"
     for one in chain:
         text = str(one).lower()
         if isinstance(one, LocalEntryNotFoundError | ConnectionError) or any(

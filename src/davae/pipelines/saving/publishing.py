@@ -1,4 +1,4 @@
-"""What leaves the house: the files of a saved model and no others, and texts without the paths of a private disk."""
+"""What may be published: the files that a saved model consists of, and texts without private paths."""
 
 import json
 import logging
@@ -25,22 +25,22 @@ _MODEL_FILES = re.compile(
     r"|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|added_tokens\.json|normalizer\.json"
     r"|vocab\.(json|txt)|merges\.txt|s(entence)?piece(\.bpe)?\.model|chat_template\.(json|jinja)"
 )
-_OF_WORDS = ("tokenizer.json", "vocab.json", "added_tokens.json")  # a word may look like a path
+_OF_WORDS = ("tokenizer.json", "vocab.json", "added_tokens.json")  # a token may look like a path
 
 
 def public_name(name: str) -> str:
-    """A name of the hub as it is; of a folder on a disk its last part."""
+    """A hub name unchanged; for a local folder the last part of its path."""
     is_folder = _IS_PATH.fullmatch(name) or re.search(r"\\|/.*/|^\.", name) or (name and Path(name).exists())
     return _last_part(name) if is_folder else name
 
 
 def public_text(text: str) -> str:
-    """A text in which absolute paths, those of a home and those that lead upward are cut to their last part."""
+    """A text with absolute paths, and paths that start with ``~`` or ``..``, shortened to their last part."""
     return _last_part(text) if _IS_PATH.fullmatch(text) and "\n" not in text else _FOLDERS.sub("", text)
 
 
 def public_values(value: Any) -> Any:
-    """Plain values with :func:`public_text` of each text."""
+    """Nested plain values with :func:`public_text` applied to each string."""
     if isinstance(value, str):
         return public_text(value)
     if isinstance(value, dict):
@@ -49,7 +49,7 @@ def public_values(value: Any) -> Any:
 
 
 def public_command(command: str) -> str:
-    """A command whose words, and the values of ``key=value``, are as :func:`public_text` has them."""
+    """A command with :func:`public_text` applied to each word, and to the value of ``key=value``."""
     try:
         words = shlex.split(command)
     except ValueError:
@@ -66,12 +66,12 @@ def _last_part(path: str) -> str:
 
 
 def copy_model(source: Path, target: Path) -> None:
-    """Copy a saved pipeline, autoencoder or adapters: what their class reads, and nothing that lies beside it.
+    """Copy a saved pipeline, autoencoder or adapters: only the files that their class reads.
 
-    Configurations name where they came from by :func:`public_name`. What is left out is said.
+    Configurations record their origin by :func:`public_name`. The names of omitted files are logged.
 
     Raises:
-        DavaeError: one of the files is a link.
+        DavaeError: one of the folders, or something in it, is a link, or a JSON file is not valid.
     """
     kept = list(_files(source))
     for path in kept:
@@ -81,11 +81,11 @@ def copy_model(source: Path, target: Path) -> None:
     others = {path for path in source.rglob("*") if path.is_file()} - set(kept)
     if others:
         names = ", ".join(sorted(path.relative_to(source).as_posix() for path in others))
-        logger.info("left out of the copy of %s, since the model does not read them: %s", source, names)
+        logger.info("left out of the copy of %s, because the model does not read them: %s", source, names)
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The files of a model's folder that its class reads; those of a pipeline's components after its own."""
+    """The files that a model's class reads from its folder; a pipeline's own first, then its components'."""
     parts: list[str] = []
     if (folder / "model_index.json").is_file():
         own = _PIPELINE_FILES
@@ -105,7 +105,7 @@ def _matching(folder: Path, names: re.Pattern[str]) -> Iterator[Path]:
 
 
 def refuse_links(folder: Path) -> None:
-    """Nothing is followed to another place when a folder is handed on.
+    """Refuse links in a folder to be copied, which could lead to files elsewhere.
 
     Raises:
         DavaeError: the folder, or something in it, is a link.
@@ -113,19 +113,19 @@ def refuse_links(folder: Path) -> None:
     for path in (folder, *sorted(folder.iterdir())):
         if path.is_symlink():
             raise DavaeError(
-                f"{path} is a link to {path.readlink()}: only files that lie in the folder itself are handed on. Put a "
-                "copy of what it leads to in its place"
+                f"{path} is a link to {path.readlink()}: only files in the folder itself are copied. Replace it by a "
+                "copy of its target"
             )
 
 
 def cut_names(file: Path) -> None:
-    """Let a configuration name where it came from by :func:`public_name`; other files stay as they are."""
+    """Shorten the recorded origin (``*name_or_path``) in a JSON file by :func:`public_name`; else do nothing."""
     if file.suffix != ".json" or file.name in _OF_WORDS:
         return
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DavaeError(f"{file} is not JSON ({error}): it is not handed on") from error
+        raise DavaeError(f"{file} is not valid JSON ({error}): save or copy it again") from error
     cut = _cut_names(values)
     if cut != values:
         atomic_json(file, cut)

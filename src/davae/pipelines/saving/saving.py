@@ -1,4 +1,4 @@
-"""Saving upgraded pipelines so that anyone can open them, and publishing what was saved."""
+"""Saving upgraded pipelines for use with and without davae, and publishing what was saved."""
 
 import copy
 import logging
@@ -31,25 +31,25 @@ def save_pipeline(
 ) -> Path:
     """Write a pipeline as a folder with a model card, a LoRA merged into the weights.
 
-    ``pipe.save_pretrained(folder)`` alone writes everything that loading needs, the code for people without davae
-    included, where no LoRA is attached. This adds the card; a LoRA is merged into a copy of the transformer, and
-    ``pipe`` keeps its own as it is.
+    Without a LoRA, ``pipe.save_pretrained(folder)`` writes everything that loading needs, including the code for use
+    without davae. This function adds the card, and merges a LoRA into a copy of the transformer; ``pipe`` is not
+    changed.
 
     Args:
         pipe: an upgraded pipeline.
-        folder: new or empty, or one of an upgraded pipeline, which is replaced in one go; what else it holds stays.
+        folder: new, empty, or one of an upgraded pipeline, which is replaced atomically; its other files are kept.
         base_model: hub name or folder of the base.
-        license: of the result; the base's own where None.
+        license: of the result; the base's own if None.
         making: figures and commands for the card.
-        name: under which the result will be published; the folder's name where None.
+        name: under which the result will be published; the folder's name if None.
 
     Returns:
         The folder.
 
     Raises:
         DavaeError: the licence is not known, the pipeline is not upgraded, its LoRA is switched off or weighted
-            differently in different layers, or the folder holds something else, such as the base. Nothing is written
-            then.
+            differently in different layers, or the folder contains something else, such as the base. Nothing is
+            written then.
     """
     if not isinstance(unwrapped(getattr(pipe, "vae", None)), AutoencoderDA):
         raise DavaeError(f"this {type(pipe).__name__} is not upgraded: save it with its own save_pretrained")
@@ -72,21 +72,21 @@ def save_pipeline(
 
 
 def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Publish a saved pipeline, autoencoder or adapters folder, whole, as a model of the hub.
+    """Publish the whole folder of a saved pipeline, autoencoder or adapters as a model on the hub.
 
-    What is published is said before. Configurations name where they came from by their last part alone.
+    Its files are logged before the upload. Paths of origin in JSON files are shortened in place to their last part.
 
     Args:
         folder: with a model card that names a licence.
-        repo_id: ``user/name``; made where absent.
-        private: for a new repository; the account's default where None.
-        token: of the hub; the one of `hf auth login` where None.
+        repo_id: ``user/name``; created if it does not exist.
+        private: for a new repository; the account's default if None.
+        token: of the hub; that of `hf auth login` if None.
 
     Returns:
-        Address of the commit.
+        The address of the commit.
 
     Raises:
-        DavaeError: there is no card, it names no licence, or something in the folder is a link or hidden.
+        DavaeError: there is no card, it names no licence, a JSON file is not valid, or a file is a link or hidden.
     """
     folder = Path(folder)
     card = folder / CARD
@@ -103,7 +103,7 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None
         if hidden or (path.is_symlink() and path != folder):
             kind = "a link" if path.is_symlink() else "hidden"
             raise DavaeError(
-                f"{path} is {kind}, which is not published: take it out of the folder, or put a copy there"
+                f"{path} is {kind}, which is not published: remove it from the folder, or replace it by a plain copy"
             )
         if path.is_file():
             files.append(path)

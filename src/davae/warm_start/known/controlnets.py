@@ -1,7 +1,7 @@
-"""ControlNets, which read latents beside a transformer and have copies of its first layers.
+"""ControlNets, which read the same latents as a transformer and have copies of its first layers.
 
 The control image is encoded by the pipeline's autoencoder and enters as another latent. With zero weights for the new
-channels a ControlNet sees what it saw before: the base latents of the noise and of the reduced control image.
+channels a ControlNet has the same inputs as before: the base latents of the noise and of the downscaled control image.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def _masked(transformer: ModelMixin, key: str, unit: int) -> bool:
     """Whether a mask follows the control latent."""
     extra = transformer.config[key]
     if extra not in (0, unit):
-        raise WarmStartError(f"config.{key} is {extra}: known are 0, and {unit} for the mask of inpainting")
+        raise WarmStartError(f"config.{key} is {extra}: supported are 0, and {unit} for the mask of inpainting")
     return bool(extra)
 
 
@@ -44,7 +44,7 @@ def _sd3(d: Dummy) -> dict[str, Any]:
 
 def _sd3_places(transformer: ModelMixin) -> ChannelDescription:
     if not transformer.config.use_pos_embed:
-        raise WarmStartError("it borrows the token embedding of its transformer (use_pos_embed is false)")
+        raise WarmStartError("it uses the token embedding of its transformer (use_pos_embed is false)")
     mask = " | 1" if _masked(transformer, "extra_conditioning_channels", 1) else ""
     return ChannelDescription(
         inputs=(*input_layer("pos_embed.proj"), *input_layer("pos_embed_input.proj", f"c{mask}")),
@@ -86,8 +86,8 @@ def _flux(d: Dummy) -> dict[str, Any]:
 def _flux_places(transformer: ModelMixin) -> ChannelDescription:
     if transformer.config.conditioning_embedding_channels is not None:
         raise WarmStartError(
-            "it reads the control image in pixels, 16 to a token (conditioning_embedding_channels), and an upgraded "
-            "pipeline has more to a token"
+            "it reads the control image in pixels, 16 x 16 per token (conditioning_embedding_channels), but an "
+            "upgraded pipeline has more per token"
         )
     return ChannelDescription(
         inputs=(*input_layer("x_embedder", "in_channels"), *input_layer("controlnet_x_embedder", "in_channels")),

@@ -53,7 +53,7 @@ def _flux(d: Dummy) -> dict[str, Any]:
 
 _QWEN: dict[str, Any] = {
     "inputs": input_layer("img_in", "in_channels"),
-    "outputs": output_layer("proj_out", "out_channels p p"),  # the pipeline unpacks "c 2 2"
+    "outputs": output_layer("proj_out", "out_channels p p"),  # unpacked by the pipeline as "c 2 2"
     "counts": {"in_channels": PACKED[:2], "out_channels": "c"},
     "sample_axis": 2,
     "sample_pattern": "out_channels p p",

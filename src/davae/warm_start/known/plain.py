@@ -181,7 +181,7 @@ def _sizes(d: Dummy, *names: str) -> dict[str, Any]:
     counts={"in_channels": ("c", "c | c"), "out_channels": "c"},
 )
 def _cogview(d: Dummy) -> dict[str, Any]:
-    latents = d.config.in_channels // d.latent.shape[1]  # perhaps a control latent after the noisy one
+    latents = d.config.in_channels // d.latent.shape[1]  # two with a control latent after the noisy one
     return {
         "hidden_states": torch.cat(d.concatenated(latents), dim=1),
         "encoder_hidden_states": d.text(d.config.text_embed_dim),

@@ -56,10 +56,10 @@ def _bria_fibo2(d: Dummy) -> dict[str, Any]:
     counts={"in_channels": "c"},
 )
 def _omnigen(d: Dummy) -> dict[str, Any]:
-    # A prompt with an image of the latent's size, so that both embedders run.
+    # The prompt contains an image of the latent's size, so that both embedders run.
     rows, columns = d.grid(d.config.patch_size)
     image, text = rows * columns, d.text_tokens
-    length = text + image + 1 + image  # prompt with its image, time, the image to make
+    length = text + image + 1 + image  # prompt with its image, time, the noisy image
     reference = d.concatenated(2)[1]
     device = d.latent.device
     return {
@@ -96,7 +96,7 @@ def _qwen_image21(d: Dummy) -> dict[str, Any]:
 
 @described(
     "Ideogram4Transformer2DModel",
-    # The one pipeline that packs with the channel fastest: it unpacks [row, column, channel].
+    # The only pipeline that packs with the channel fastest: [row, column, channel].
     inputs=input_layer("input_proj", "in_channels"),
     outputs=output_layer("final_layer.linear", "in_channels"),
     counts={"in_channels": ("c", "2 2 c")},
@@ -111,7 +111,7 @@ def _ideogram4(d: Dummy) -> dict[str, Any]:
     text, device = d.text_tokens, d.latent.device
     length = text + image.shape[1]
     positions = torch.cat([d.zeros(text, 3), d.positions(side)])
-    indicator = torch.full((d.batch, length), 2, device=device)  # of the image; text is 3
+    indicator = torch.full((d.batch, length), 2, device=device)  # 2 is image, 3 is text
     indicator[:, :text] = 3
     return {
         "hidden_states": torch.nn.functional.pad(image, (0, 0, text, 0)),

@@ -50,7 +50,7 @@ def _dit(d: Dummy) -> dict[str, Any]:
     }
 
 
-# It makes square images only.
+# The class supports square images only.
 describe("DiTTransformer2DModel", _patches(_dit, "proj_out_2", tokens=(4, 4)))
 
 
@@ -76,7 +76,7 @@ describe("PixArtTransformer2DModel", _patches(_pixart))
 
 
 def _legacy_places(transformer: ModelMixin) -> ChannelDescription:
-    # The class that preceded DiT's and PixArt's; a saved one is loaded as one of these.
+    # The former class of DiT and PixArt; diffusers loads saved models of it as one of theirs.
     config = transformer.config
     if config.patch_size is None:
         raise WarmStartError(

@@ -1,1 +1,1 @@
-"""Finds where channels are in an undescribed transformer by running it: see `probe`."""
+"""Find where channels are in an undescribed transformer by running it: see `probe`."""

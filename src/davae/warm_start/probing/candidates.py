@@ -1,4 +1,4 @@
-"""Finds the parameters that grow with a configuration's channel counts, by building the class with other counts."""
+"""Find the parameters that grow with a configuration's channel counts by building the class with other counts."""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ _TRANSPOSED = (nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer that takes or gives latent channels.
+    """A layer whose input or output features are latent channels.
 
     Attributes:
         layer: dotted name.
@@ -87,7 +87,7 @@ def _candidate(model: nn.Module, name: str, changed: list[int], after: torch.Siz
     if not plain or kind != "weight":
         raise WarmStartError(
             f"{message}, but only linear layers and convolutions can be widened without mixing base and detail "
-            "channels (a normalisation over latent channels, for one, would)"
+            "channels (a normalisation over latent channels, for example, mixes them)"
         )
     if len(changed) != 1 or changed[0] > 1:
         raise WarmStartError(f"{message} on axes {changed}: base and detail channels would mix in it")

@@ -39,14 +39,14 @@ _KINDS = (
     ("length", r"lens?$|lengths?$"),
     ("text", r"^encoder_hidden_states$|text|prompt|caption|^cap_|^context|condition"),
 )
-#: Optional arguments that are given nevertheless: conditioning that a model may require.
+#: Optional arguments that are passed all the same: conditioning that a model may require.
 _GIVEN = {"encoder_hidden_states", "timestep", "timesteps", "class_labels", "context", "t", "y"}
 _GIVEN |= {"pooled_projections", "img_ids", "txt_ids", "img_shapes"}
-_WIDTHS = (1009, 1013, 1019, 1021, 1031)  # primes, which no layer has as its width
+_WIDTHS = (1009, 1013, 1019, 1021, 1031)  # primes, which are unlikely as the width of a layer
 
 
 def _image(d: Dummy, side: int) -> Tensor:
-    return pixel_unshuffle(d.latent, side)  # packed if the configuration counts that many more channels
+    return pixel_unshuffle(d.latent, side)  # packed if the configuration counts packed channels
 
 
 #: Forms of the latent, in the order of trial, and the axis of its channels.
@@ -68,7 +68,7 @@ class GuessedInputs:
         form: a key of `FORMS`.
         kinds: the other arguments and their kinds.
         widths: number of features of text and pooled arguments.
-        tokens: rows and columns of tokens the guess was tried with.
+        tokens: rows and columns of tokens in the trial.
         patch: rows (and columns) of latent positions per token.
         counted: the configuration key that counts the channels of the latent.
     """
@@ -117,7 +117,7 @@ class GuessedInputs:
 
 
 def guess_inputs(transformer: ModelMixin, counted: str) -> Iterator[GuessedInputs]:
-    """Every guess that the forward accepts, likeliest first; `counted` is the key that counts latent channels.
+    """Every guess that the forward accepts, most likely first; `counted` is the key that counts latent channels.
 
     A forward may accept a guess but interpret it differently (an image as wide as a token has features), so the
     caller has to check it.
@@ -188,7 +188,7 @@ def guess_passes(transformer: ModelMixin) -> tuple[dict[str, Any], ...]:
 
 
 def _fit_widths(transformer: ModelMixin, guess: GuessedInputs) -> str | None:
-    """Run until every width is known; None, or why the forward does not accept the guess."""
+    """Run until every width is known; None if the forward accepts the guess, otherwise why not."""
     unknown = [name for name, kind in guess.kinds.items() if kind in ("text", "pooled")]
     markers = dict(zip(unknown, _WIDTHS, strict=False))
     guess.widths.update(markers)

@@ -1,10 +1,10 @@
-"""Finds where channels are in an undescribed transformer by running it.
+"""Find where channels are in an undescribed transformer by running it.
 
 1. The layers whose weights grow with the configuration's channel counts are the candidates (`candidates`).
 2. Inputs are guessed from the forward's arguments (`guess_inputs`).
 3. One latent channel is changed at a time: the features that change at an input layer are that channel's.
-4. The output of each head is replaced by the indices of its features: the place of an index in the sample shows
-   the channel it belongs to. Twice as many output as input channels are mean and variance.
+4. The output of each head is replaced by the indices of its features: the position of an index in the sample
+   shows its channel. Twice as many output as input channels are mean and variance.
 5. An order ``(slower) c (faster)`` becomes a pattern, which the self-check then verifies.
 
 The values of the weights do not matter, so a newly initialised model can be probed as well as a trained one.
@@ -25,7 +25,7 @@ from davae.warm_start.observe import first_tensor, undisturbed
 from davae.warm_start.probing.candidates import Candidate, channel_counts, find_candidates
 from davae.warm_start.probing.guess_inputs import FORMS, GuessedInputs, guess_inputs, guess_passes, probe_latent
 
-_DIGIT = 128  # integers up to this are exact in every floating-point type of weights
+_DIGIT = 128  # integers up to this are exact in every floating-point dtype of weights
 _PROBED: dict[str, ChannelDescription] = {}
 
 
@@ -33,7 +33,7 @@ def probed_description(transformer: ModelMixin) -> ChannelDescription:
     """A description found by running the transformer on a few tokens; cached by configuration.
 
     Raises:
-        WarmStartError: probing fails; names the layer or argument that is the cause.
+        WarmStartError: probing fails; names the layer or argument that causes it.
     """
     counts = channel_counts(transformer)
     key = _key(transformer, counts)
@@ -49,13 +49,13 @@ def _probe(transformer: ModelMixin, counts: dict[str, int | None]) -> ChannelDes
     for inputs in guess_inputs(transformer, _counted(counts)):
         try:
             return _Probe(transformer, counts, candidates, inputs).description()
-        except WarmStartError as error:  # perhaps the forward interprets the guess differently
+        except WarmStartError as error:  # the forward may interpret the guess differently
             failures.append(error)
     raise failures[0]
 
 
 def _key(transformer: ModelMixin, counts: dict[str, int | None]) -> str:
-    # Only ratios of the counts, so that a widened transformer has the description of its original.
+    # Only ratios of the counts, so that a widened transformer has the same key as its original.
     ratios = {name: value and value / (counts[_counted(counts)] or 1) for name, value in counts.items()}
     rest = {k: v for k, v in transformer.config.items() if k not in counts and not k.startswith("_")}
     cls = type(transformer)
@@ -104,7 +104,7 @@ class _Probe:
             sample_pattern=self._sample_pattern(sample, axis),
             sample_axis=axis,
             tokens=self.inputs.tokens,
-            packing=2,  # leaves tokens even if the latent is packed two by two
+            packing=2,  # enough positions even if the latent is packed two by two
             passes=self.passes,
             source="probed",
         )
@@ -198,7 +198,7 @@ class _Probe:
         return owners
 
     def _with_head(self, head: Candidate, numbers: Tensor) -> Tensor:
-        """The sample if a head outputs the same `numbers` at every position."""
+        """The sample when a head outputs the same `numbers` at every position."""
         ran = False
 
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
