@@ -180,7 +180,7 @@ def contents(folder: Path) -> set[str]:
     """Names in a folder, without davae's own hidden files and what a killed process had started to move there."""
     names = set(os.listdir(folder)) - {LOCK, MARK, _INSIDE}
     journal = folder / _INSIDE / "names"
-    begun = set(json.loads(journal.read_text())) if journal.is_file() else set()
+    begun = set(json.loads(journal.read_bytes())) if journal.is_file() else set()
     return {name for name in names - begun if not re.fullmatch(r"\..+\.\d+\.partial", name)}
 
 
@@ -380,7 +380,7 @@ def _tidy_beside(path: Path) -> None:
 def _tidy_inside(path: Path) -> None:
     """Remove what a killed process had moved into an empty folder."""
     journal = path / _INSIDE / "names"
-    for name in json.loads(journal.read_text()) if journal.is_file() else []:
+    for name in json.loads(journal.read_bytes()) if journal.is_file() else []:
         begun = path / name
         if begun.is_dir():
             shutil.rmtree(begun)
