@@ -121,3 +121,12 @@ def test_bytes_reach_the_disk_before_their_name(tmp_path: Path, on_disk: list[st
     for name in ("config.yaml", "environment.json", "best.json"):
         beside = f".{name}.{own}"
         assert on_disk.index(beside) < on_disk.index(f"{beside} -> {name}")
+
+
+def test_weights_to_begin_with_cannot_come_or_go_later(tmp_path: Path) -> None:
+    plain = {"autoencoder": {"start_from": None}}
+    RunDirectory(tmp_path, plain).begin()
+    with pytest.raises(DavaeError, match=r"autoencoder\.start_from: None -> there"):
+        RunDirectory(tmp_path, {"autoencoder": {"start_from": "there"}})
+    with pytest.raises(DavaeError, match=r"autoencoder_folder: None -> ae"):  # of the other stage
+        RunDirectory(tmp_path, {**plain, "autoencoder_folder": "ae"})
