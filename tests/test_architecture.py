@@ -231,3 +231,49 @@ def test_one_home_for_what_makes_renames_and_removes():
     found = {str(f.relative_to(ROOT)): _written_elsewhere(ast.parse(f.read_text(encoding="utf-8"))) for f in FILES}
     del found[str(HOME.relative_to(ROOT))]
     assert {file: lines for file, lines in found.items() if lines} == {}
+
+
+_OWN_FILES = {"models/remote_code.py", "recipes/presets/__init__.py", "recipes/read.py", "report/build.py"}
+"""They read what is installed with davae, by its path in the package."""
+
+
+def text_without_encoding(source: str, *, own: bool = False) -> list[str]:
+    """Calls that read or write text in whatever encoding the machine has, or split it where a caption may not be.
+
+    Args:
+        source: of a module.
+        own: whether it reads davae's own files; text of others comes through ``davae.runtime.text_files`` alone.
+    """
+    found = []
+    for call in (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)):
+        method = isinstance(call.func, ast.Attribute)
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        of = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
+        given = {word.arg: word.value for word in call.keywords}
+        at = 0 if method and of not in ("io", "os") else 1  # where the mode stands: path.open(mode), open(path, mode)
+        mode = given.get("mode", call.args[at] if len(call.args) > at else ast.Constant("r"))
+        in_text = isinstance(mode, ast.Constant) and "b" not in str(mode.value)  # source.open(index) gives bytes
+        wrong = {
+            "read_text": method and of != "text_files" and not (own and "encoding" in given),
+            "write_text": "encoding" not in given,
+            "open": in_text and "encoding" not in given and of != "os",
+            "fdopen": in_text and "encoding" not in given,
+            "TextIOWrapper": "encoding" not in given,
+            "splitlines": not of.endswith(".encode()"),
+            "readlines": True,
+        }
+        found += [ast.unparse(call)] if wrong.get(name) else []
+    return found
+
+
+def test_text_names_its_encoding_and_ends_its_lines_with_newlines_alone():
+    assert len(text_without_encoding("p.read_text()\np.open('w')\nopen(p)\np.write_text(t)\nt.splitlines()")) == 5
+    assert not text_without_encoding("p.open('rb')\nopen(p, 'w', encoding='utf-8')\nsource.open(index)\nos.open(p, 0)")
+    assert text_without_encoding("p.read_text(encoding='utf-8')")  # of others: text_files.read_text(p)
+    wrong = []
+    for file in FILES:
+        inside = file.relative_to(ROOT).as_posix()
+        if inside != "errors.py":  # whose first_line is of messages
+            found = text_without_encoding(file.read_text(encoding="utf-8"), own=inside in _OWN_FILES)
+            wrong += [f"{inside}: {call}" for call in found]
+    assert not wrong, wrong

@@ -105,7 +105,7 @@ def _ends(monkeypatch, capsys, arguments: str, *, columns: int = 80) -> tuple[in
         ("inspect vae-gone --data photos --resolution 32", "the autoencoder in vae-gone cannot be read"),
         ("evaluate reconstruction sd3/vae --data photos --resolution 32", "not an AutoencoderDA"),
         ("compare autoencoder a=vae-cut --data photos --resolution 32", "the autoencoder in vae-cut cannot be read"),
-        ("compare autoencoder a=vae-junk --data photos --resolution 32", "the autoencoder in vae-junk cannot be read"),
+        ("compare autoencoder a=vae-junk --data photos --resolution 32", "vae-junk/config.json is damaged"),
         ("train autoencoder --recipe debug base=/nonexistent", "no pipeline in /nonexistent"),
         ("train autoencoder --recipe debug autoencoder.model.start_from=empty", "no autoencoder in empty"),
         ("train diffusion --recipe debug --autoencoder empty", "no autoencoder in empty"),

@@ -126,6 +126,27 @@ def test_runs_and_caches_below_the_folder_are_passed_over(photos: Path) -> None:
         assert len(open_dataset(photos / below, resolution=32)) == 1  # asked for by name
 
 
+def test_pictures_that_verbs_wrote_below_the_folder_are_passed_over(photos: Path) -> None:
+    """Figures, generated images and demos are known by their mark, or by the file that says what they are."""
+    marks = {
+        "generated": (".davae", {"kind": "images"}),
+        "compared": ("comparison.json", {"autoencoders": {}, "resolution": 32}),
+        "inspected": ("inspection.json", {"a": {"psnr": 1.0}}),
+        "demo": (".davae", {"kind": "demo"}),
+    }
+    for below, (name, content) in marks.items():
+        (photos / below).mkdir()
+        picture(9, (40, 40)).save(photos / below / "sheet.png")
+        assert len(open_dataset(photos, resolution=32)) == 5
+        (photos / below / name).write_text(json.dumps(content), encoding="utf-8")
+        assert len(open_dataset(photos, resolution=32)) == 4
+        assert len(open_dataset(photos / below, resolution=32)) == 1  # asked for by name
+    (photos / "other").mkdir()
+    picture(9, (40, 40)).save(photos / "other" / "a.png")
+    (photos / "other" / "inspection.json").write_text('{"a": 1, "b": null}', encoding="utf-8")  # somebody else's
+    assert len(open_dataset(photos, resolution=32)) == 5
+
+
 def test_summary_names_twenty() -> None:
     ledger = SkipLedger(100)
     assert ledger.summary() == "no file was skipped"

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import unicodedata
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -386,8 +387,6 @@ def test_images_of_other_prompts_have_other_names() -> None:
 
 def test_tables_of_other_tools(tmp_path: Path) -> None:
     """Columns of bytes, dictionaries, decimals and categories; a folder whose metadata is a pipe."""
-    import decimal
-
     images = [png(0), png(1)]
     columns: dict[str, tuple[pa.Array, pa.Array, list[tuple[int, str]]]] = {
         "bytes": (pa.array([b"one", None]), pa.array([b"002", b"-1"]), [(2, "one"), (-1, "")]),
@@ -405,7 +404,7 @@ def test_tables_of_other_tools(tmp_path: Path) -> None:
         )
         data = open_dataset(tmp_path / f"{name}.parquet", resolution=16)
         assert [(data[i]["label"], data[i]["caption"]) for i in range(2)] == expected, name
-    table = pa.table({"image": images, "label": pa.array([decimal.Decimal("1.5"), None])})
+    table = pa.table({"image": images, "label": pa.array([Decimal("1.5"), None])})
     pq.write_table(table, tmp_path / "decimal.parquet")
     with pytest.raises(DavaeError, match="neither a class number nor a name"):
         open_dataset(tmp_path / "decimal.parquet", resolution=16)
@@ -415,3 +414,44 @@ def test_tables_of_other_tools(tmp_path: Path) -> None:
         open_dataset(tmp_path / "f", resolution=16)
     with pytest.raises(DavaeError, match="a folder, a pipe or a device"):
         open_dataset(tmp_path / "f" / "*.parquet", resolution=16)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("metadata.csv", "file_name, text\r\na.png, hello\r\n", "hello"),  # spaces behind the commas
+        ("Metadata.JSONL", '{"file_name": "a.png", "text": "hello"}', "hello"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "", "caption": "hello"}', "hello"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": NaN, "prompt": "hello"}', "hello"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": true}', ""),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "one"}\n{"file_name": "./a.png", "text": "two"}', "one"),
+        ("metadata.jsonl", '{"file_name": "a.png", "label": 1}\n{"file_name": "a.png", "text": "two"}', "two"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "a\x0bb\x0c\x85\u2028c"}', "a\x0bb\x0c\x85\u2028c"),
+    ],
+)
+def test_captions_as_tools_and_people_write_them(tmp_path: Path, name: str, text: str, expected: str) -> None:
+    put(tmp_path, "a.png")
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    assert open_dataset(tmp_path, resolution=16)[0]["caption"] == expected
+
+
+def test_labels_in_one_metadata_file_and_captions_in_another(tmp_path: Path) -> None:
+    put(tmp_path, "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "hello"}', encoding="utf-8")
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,2\n", encoding="utf-8")
+    item = open_dataset(tmp_path, resolution=16)[0]
+    assert (item["label"], item["caption"]) == (2, "hello")
+
+
+def test_a_table_whose_first_column_of_texts_is_empty(tmp_path: Path) -> None:
+    columns = {"image": [png(0), png(1)], "text": ["", None], "caption": ["one", None], "prompt": [None, "two"]}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    data = open_dataset(tmp_path / "t.parquet", resolution=16)
+    assert [data[i]["caption"] for i in range(2)] == ["one", "two"]
+
+
+def test_class_names_that_look_the_same_are_one_class() -> None:
+    assert class_label("caf\u00e9", "") == class_label("cafe\u0301", "")
+    assert class_label(Decimal(3), "") == 3
+    with pytest.raises(DavaeError, match="neither a class number nor a name"):
+        class_label(Decimal("NaN"), "")

@@ -132,10 +132,8 @@ def test_a_run_continues_with_other_values_of_the_resumable_settings_alone(name,
     for key in resumable:
         *path, last = key.split(".")
         functools.reduce(operator.getitem, path, theirs)[last] = "other"
-    with RunDirectory(tmp_path, theirs).locked():
-        pass
-    with RunDirectory(tmp_path, ours).locked():
-        pass
+    RunDirectory(tmp_path, theirs).begin()
+    RunDirectory(tmp_path, ours).begin()
     other = next(key for key in keys if key.endswith("loop.seed"))
     *path, last = other.split(".")
     functools.reduce(operator.getitem, path, theirs)[last] = 77
@@ -178,12 +176,10 @@ def test_a_run_of_an_earlier_version_goes_on_with_settings_that_came_since(tmp_p
     recipe = load_recipe("debug").model_dump(mode="json")
     older = copy.deepcopy(recipe)
     del older["diffusion"]["loss"]["variance_weight"], older["autoencoder"]["reconstruction"]["kl_weight"]
-    with RunDirectory(tmp_path, {**older, "autoencoder_folder": "here"}).locked():
-        pass
+    RunDirectory(tmp_path, {**older, "autoencoder_folder": "here"}).begin()
     default = ReconstructionSettings().kl_weight
     recipe["autoencoder"]["reconstruction"]["kl_weight"] = default
-    with RunDirectory(tmp_path, {**recipe, "autoencoder_folder": "here"}).locked():
-        pass
+    RunDirectory(tmp_path, {**recipe, "autoencoder_folder": "here"}).begin()
     recipe["diffusion"]["loss"]["variance_weight"] = 0.5
     with pytest.raises(DavaeError, match=r"variance_weight: 1\.0 -> 0\.5"):
         RunDirectory(tmp_path, {**recipe, "autoencoder_folder": "here"})
@@ -193,10 +189,8 @@ def test_a_run_goes_on_with_latents_read_otherwise(tmp_path):
     """A bundled recipe may keep latents one day, or read them from a cache: what is learnt is the same."""
     older = load_recipe("tiny-base").model_dump(mode="json")
     older["data"] |= {"cache_latents": False, "cache": None}
-    with RunDirectory(tmp_path, older).locked():
-        pass
-    with RunDirectory(tmp_path, load_recipe("tiny-base").model_dump(mode="json")).locked():
-        pass
+    RunDirectory(tmp_path, older).begin()
+    RunDirectory(tmp_path, load_recipe("tiny-base").model_dump(mode="json")).begin()
 
 
 def test_a_run_of_an_earlier_version_with_random_crops_goes_on(tmp_path):
@@ -205,10 +199,8 @@ def test_a_run_of_an_earlier_version_with_random_crops_goes_on(tmp_path):
     older = copy.deepcopy(recipe)
     older["data"]["cache_latents"] = True
     del older["diffusion"]["loss"]["variance_weight"]  # came since
-    with RunDirectory(tmp_path, older).locked():
-        pass
-    with RunDirectory(tmp_path, recipe).locked():
-        pass
+    RunDirectory(tmp_path, older).begin()
+    RunDirectory(tmp_path, recipe).begin()
 
 
 def test_a_setting_that_was_taken_away_is_dropped_where_it_said_nothing():

@@ -140,8 +140,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("", "must hold sections with keys, not nothing"),
         ("- a\n", "must hold sections with keys, not a list"),
         ("text\n", "must hold sections with keys, not a single value"),
-        (b"base: \xff\xfe\n", "not text in UTF-8 .byte 6"),
-        (b"\xff\xfe\x00", "not text in UTF-8"),
+        (b"base: \xff\xfe\n", "not UTF-8 text .invalid start byte at byte 6"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
         ("#" * 1_000_001, "larger than 1 MB"),
     ],
 )

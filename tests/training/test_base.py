@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from tests.data.files import picture
 
+from davae.errors import DavaeError
 from davae.pipelines import ClassConditionalPipeline
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe
@@ -93,3 +96,29 @@ def test_a_kill_in_the_middle_of_an_export_leaves_no_half_of_it(
     train_base(_recipe(), out)
     whole = _weights(finished / "autoencoder" / "vae")
     assert all(torch.equal(value, whole[name]) for name, value in _weights(out / "autoencoder" / "vae").items())
+
+
+@pytest.mark.parametrize("change", ["settings", "images"])
+def test_a_finished_first_half_of_another_recipe_or_of_other_images_is_not_taken(tmp_path: Path, change: str) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "base"
+    photos.mkdir()
+
+    def paint(seed: int) -> None:
+        for number in range(6):
+            picture(seed + number, (40 + seed, 40)).save(photos / f"{number}.png")
+
+    paint(0)
+    recipe = _recipe()
+    recipe.data.path = str(photos)
+    train_base(recipe, out)
+    shutil.rmtree(out / "transformer")  # as if stopped between the halves
+    before = (out / "autoencoder" / "config.yaml").read_bytes()
+    assert recipe.autoencoder is not None
+    if change == "settings":
+        recipe.autoencoder.loop.seed = 5
+    else:
+        paint(9)
+    words = r"autoencoder\.loop\.seed: 0 -> 5" if change == "settings" else "the images: "
+    with pytest.raises(DavaeError, match=words):
+        train_base(recipe, out)
+    assert (out / "autoencoder" / "config.yaml").read_bytes() == before

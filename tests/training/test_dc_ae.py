@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -419,3 +420,19 @@ def test_the_verb_s_mistakes_end_with_status_two(arguments, words, monkeypatch, 
         main()
     assert end.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_figures_before_a_phase_are_of_the_weights_that_it_starts_from(tmp_path):
+    """A phase that was stopped before its first checkpoint, and begun again when the phase before was trained anew."""
+    first = train_dc_ae(_recipe(), tmp_path / "one", phase=1)
+    before = train_dc_ae(_recipe(), tmp_path / "two", phase=2, start=first.out)
+    other = _recipe(phase1={"resolution": 16, "optimizer": OPTIMIZER, "loop": {**LOOP, "seed": 7}})
+    second = train_dc_ae(other, tmp_path / "other", phase=1)
+    shutil.rmtree(tmp_path / "two" / "checkpoints")
+    shutil.rmtree(tmp_path / "one")
+    second.out.rename(tmp_path / "one")
+    known = _summary(before)["before"]
+    again = _summary(train_dc_ae(_recipe(), tmp_path / "two", phase=2, start=tmp_path / "one"))["before"]
+    assert again != known
+    fresh = _summary(train_dc_ae(_recipe(), tmp_path / "fresh", phase=2, start=tmp_path / "one"))["before"]
+    assert again == fresh

@@ -68,8 +68,7 @@ def test_lines_that_are_none_hide_no_others(tmp_path: Path) -> None:
 def test_damaged_settings_are_written_anew_unless_there_is_something_to_lose(
     damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with RunDirectory(tmp_path, {"loop": {"steps": 8}}).locked():
-        pass
+    RunDirectory(tmp_path, {"loop": {"steps": 8}}).begin()
     config = tmp_path / "config.yaml"
     config.write_text(damage)
     train(_Stage(), tmp_path, {"loop": {"steps": 8}}, stop_after=3)
@@ -89,8 +88,7 @@ def test_damaged_settings_are_written_anew_unless_there_is_something_to_lose(
 
 def test_another_run_that_begins_between_the_look_and_the_lock_is_seen(tmp_path: Path) -> None:
     late = RunDirectory(tmp_path, {"loop": {"steps": 8}})
-    with RunDirectory(tmp_path, {"loop": {"steps": 9}}).locked():
-        pass
+    RunDirectory(tmp_path, {"loop": {"steps": 9}}).begin()
     with pytest.raises(DavaeError, match=r"loop\.steps: 9 -> 8"), late.locked():
         pass
     with RunDirectory(tmp_path, {"loop": {"steps": 9}}).locked():  # and left the lock
@@ -123,3 +121,12 @@ def test_bytes_reach_the_disk_before_their_name(tmp_path: Path, on_disk: list[st
     for name in ("config.yaml", "environment.json", "best.json"):
         beside = f".{name}.{own}"
         assert on_disk.index(beside) < on_disk.index(f"{beside} -> {name}")
+
+
+def test_weights_to_begin_with_cannot_come_or_go_later(tmp_path: Path) -> None:
+    plain = {"autoencoder": {"start_from": None}}
+    RunDirectory(tmp_path, plain).begin()
+    with pytest.raises(DavaeError, match=r"autoencoder\.start_from: None -> there"):
+        RunDirectory(tmp_path, {"autoencoder": {"start_from": "there"}})
+    with pytest.raises(DavaeError, match=r"autoencoder_folder: None -> ae"):  # of the other stage
+        RunDirectory(tmp_path, {**plain, "autoencoder_folder": "ae"})

@@ -1,6 +1,5 @@
 """``davae demo``."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +26,7 @@ def demo(
 
     report = run_demo(out, seed=seed, quick=quick, data=data, recipe=recipe)
     from davae.cli.tables import print_demo
+    from davae.runtime.text_files import read_object
 
-    print_demo(json.loads((report.parent / "summary.json").read_text(encoding="utf-8")))
+    print_demo(read_object(report.parent / "summary.json"))
     say(f"report: {report}")

@@ -12,6 +12,7 @@ import typer
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import atomic_json
 from davae.runtime.places import KindName, check_place, check_writable
+from davae.runtime.text_files import read_object
 
 
 def new_file(file: Path | None) -> Path | None:
@@ -25,6 +26,23 @@ def new_file(file: Path | None) -> Path | None:
     if os.path.isdir(file):
         raise DavaeError(f"{file} is a folder, and a file is to be written: add a file name")
     check_writable(file)
+    return file
+
+
+def figures_file(file: Path | None) -> Path | None:
+    """A file for figures: new, or one with figures, which are written anew.
+
+    Raises:
+        DavaeError: as :func:`new_file`, or it holds something else, such as a model's configuration.
+    """
+    new_file(file)
+    if file is not None and os.path.isfile(file):
+        try:
+            ours = not {"_class_name", "model_type", "weight_map"} & read_object(file).keys()
+        except DavaeError:
+            ours = os.path.getsize(file) == 0
+        if not ours:
+            raise DavaeError(f"--json {file}: that file holds something else than figures: name another")
     return file
 
 
@@ -124,7 +142,7 @@ FeatureNames = Annotated[
         "--features", help="inception, inception:FILE, efficientnet-lite0, or a transformers model; can be given again."
     ),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Write all results to this file.", callback=new_file)]
+Json = Annotated[Path | None, typer.Option("--json", help="Write all results to this file.", callback=figures_file)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides as section.key=value, e.g. data.path=photos/")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe's name, or a YAML file.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Rounds of timing; medians are shown.")]

@@ -8,6 +8,7 @@ import yaml
 
 from davae.data import Item, ItemDataset, open_dataset
 from davae.errors import DavaeError
+from davae.runtime.text_files import read_text
 
 
 def spread_batches(dataset: ItemDataset, count: int, size: int) -> Iterator[list[Item]]:
@@ -58,8 +59,8 @@ def _run_data(autoencoder: Path) -> dict[str, Any] | None:
     if not recipe.is_file():
         return None
     try:
-        found = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        found = yaml.safe_load(read_text(recipe))
+    except (yaml.YAMLError, DavaeError):
         return None  # another program's file of that name
     section = found.get("data") if isinstance(found, dict) else None
     return (

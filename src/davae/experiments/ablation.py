@@ -33,6 +33,7 @@ from davae.runtime.atomic_files import atomic_json, folder_hash
 from davae.runtime.pictures import to_bytes
 from davae.runtime.places import check_place, safe_name
 from davae.runtime.processes import claimed_by_first
+from davae.runtime.text_files import read_object
 from davae.runtime.weight_files import atomic_tensors
 from davae.training.checkpoints.run_directory import environment
 from davae.training.data import open_held_out, open_part
@@ -144,7 +145,7 @@ def _check_same(recipe: AblationRecipe, cases: dict[tuple[str, int], UpgradeReci
     file, asked = out / "ablation.recipe.json", recipe.model_dump(mode="json")
     asked["stands_on"] = _foundations(cases.values())
     if file.is_file():
-        before = json.loads(file.read_text())
+        before = read_object(file)
         before.setdefault("stands_on", asked["stands_on"])  # an earlier version did not note it
         differing = [k for k in asked if k not in ("seeds", "description", "features") and asked[k] != before.get(k)]
         if differing:
@@ -175,7 +176,7 @@ def _trained(recipe: UpgradeRecipe, folder: Path, out: Path, progress: str) -> d
         trained = train_diffusion(recipe, folder, autoencoder)
         figures |= {k: v for k, v in trained.metrics.items() if k.startswith("held_out_")}
         atomic_json(done, figures)
-    return json.loads(done.read_text())
+    return read_object(done)
 
 
 def _autoencoder(recipe: UpgradeRecipe, out: Path) -> tuple[Path, dict[str, float]]:
@@ -188,7 +189,7 @@ def _autoencoder(recipe: UpgradeRecipe, out: Path) -> tuple[Path, dict[str, floa
     if not done.is_file():
         trained = train_autoencoder(recipe, folder)
         atomic_json(done, {f"autoencoder_{k}": v for k, v in trained.metrics.items()})
-    return folder / "autoencoder", json.loads(done.read_text())
+    return folder / "autoencoder", read_object(done)
 
 
 def _spreads(found: list[dict[str, float]]) -> dict[str, Spread]:

@@ -5,7 +5,6 @@ encodes to and decodes from; and *model space*, ``(raw - shift) * scale``, which
 video autoencoders these are single frames, without the frame axis.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from davae.models.base_adapters.adapter import BaseAdapter, adapter_of
 from davae.models.base_adapters.image import LDMAutoencoderKL
 from davae.models.dc_ae import PlainAutoencoderDC
 from davae.runtime.model_files import open_model
+from davae.runtime.text_files import read_object
 
 _OURS = {cls.__name__: cls for cls in (AutoencoderDA, LDMAutoencoderKL, PlainAutoencoderDC)}
 
@@ -35,7 +35,7 @@ def open_autoencoder(folder: str | Path) -> ModelMixin:
     path = folder if (folder / "config.json").is_file() else folder / "vae"
     if not (path / "config.json").is_file():
         raise DavaeError(f"{folder} holds no autoencoder: there is no config.json in it or in its vae/")
-    name = str(json.loads((path / "config.json").read_text(encoding="utf-8")).get("_class_name"))
+    name = str(read_object(path / "config.json").get("_class_name"))
     model_class = autoencoder_class(name)
     if model_class is None:
         raise DavaeError(f"{path} holds a {name}: expected an autoencoder of diffusers or of davae")

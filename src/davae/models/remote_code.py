@@ -95,7 +95,7 @@ def after_saving(folder: Path) -> None:
     """
     allow_as_umask(folder)
     for index in folder.glob("*.index.json"):
-        named = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        named = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
         if not all((index.parent / name).is_file() for name in named):
             remove_file(index)
 

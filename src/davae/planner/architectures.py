@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -26,13 +25,14 @@ from torch import nn
 import davae.models
 import davae.pipelines
 from davae.bases.tiny import debug_base, load_tiny
-from davae.errors import DavaeError
+from davae.errors import DavaeError, first_line
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA, find_adapter
 from davae.models.base_adapters.adapter import constructor_arguments
 from davae.pipelines.families import find_family
 from davae.planner.memory import Cost, ShapesOnly
 from davae.recipes.presets import License, find_preset, preset_names
+from davae.runtime.text_files import read_object
 from davae.warm_start import description_of
 from davae.warm_start.patterns import pattern_count
 
@@ -277,10 +277,7 @@ def _of_files(name: str, file: Callable[[str], Path], source: str) -> Architectu
 def _read_json(file: Path, name: str) -> dict[str, Any]:
     if not file.is_file():
         raise DavaeError(f"{name} is not a pipeline folder: it has no {file}")
-    try:
-        return dict(json.loads(file.read_text()))
-    except ValueError as error:
-        raise DavaeError(f"{file} is not JSON: {error}") from error
+    return read_object(file)
 
 
 def _download(name: str, file: str) -> str:
@@ -292,7 +289,7 @@ def _download(name: str, file: str) -> str:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise DavaeError(
             f"no pipeline '{name}': it is not a folder, not a bundled configuration ({', '.join(preset_names())}), "
-            f"and {file} could not be fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"and {file} could not be fetched from the hub ({type(error).__name__}: {first_line(error)})"
         ) from error
     finally:
         hub.setLevel(level)

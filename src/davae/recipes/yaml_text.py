@@ -6,7 +6,6 @@ text until its field is known (:func:`typed`), and a text field takes it as it i
 
 from __future__ import annotations
 
-import codecs
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +16,11 @@ from pydantic.fields import FieldInfo
 
 from davae.errors import DavaeError
 from davae.recipes.loop import Section
+from davae.runtime import text_files
 
 _MOST_BYTES = 1_000_000
 _MOST_VALUES = 100_000
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-_BYTE_ORDERS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
 class Plain(str):
@@ -65,7 +64,7 @@ for _kind in _SCALARS:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file in UTF-8 or, with a byte-order mark, UTF-16.
+    """The text of a recipe's file.
 
     Raises:
         DavaeError: there is no such file, it cannot be read, is larger than 1 MB, or is not text.
@@ -73,17 +72,11 @@ def read_text(file: Path) -> str:
     try:
         if not file.is_file():
             raise DavaeError(f"{file} is no file" if file.exists() else f"no recipe file {file}")
-        with file.open("rb") as opened:
-            raw = opened.read(_MOST_BYTES + 1)
+        if file.stat().st_size > _MOST_BYTES:
+            raise DavaeError(f"{file} is larger than {_MOST_BYTES / 1e6:.0f} MB: it is no recipe")
+        return text_files.read_text(file, most_bytes=_MOST_BYTES)
     except OSError as error:
         raise DavaeError(f"{file} cannot be read: {error.strerror or error}") from error
-    if len(raw) > _MOST_BYTES:
-        raise DavaeError(f"{file} is larger than {_MOST_BYTES / 1e6:.0f} MB: it is no recipe")
-    encoding = next((name for mark, name in _BYTE_ORDERS if raw.startswith(mark)), "utf-8")
-    try:
-        return raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise DavaeError(f"{file} is not text in UTF-8 (byte {error.start}): save it as UTF-8") from error
 
 
 def parse_yaml(text: str, source: str) -> Any:

@@ -6,7 +6,6 @@
 * the ``metrics.jsonl`` files that ``figures.json`` names, one JSON object per logged step.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
@@ -16,6 +15,7 @@ from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_names
 from davae.pipelines.saving.publishing import public_command, public_text, public_values
 from davae.runtime.atomic_files import atomic_write
+from davae.runtime.text_files import read_json
 
 Number = TypeVar("Number", int, float)
 Scalar = str | int | float | bool | None
@@ -52,9 +52,7 @@ class _File(_Record):
         if not path.is_file():
             raise DavaeError(f"{path} does not exist: a report is built from the folder of a finished run")
         try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise DavaeError(f"{path} is not valid JSON: {error}") from error
+            return cls.model_validate(read_json(path))
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "the top level"

@@ -9,6 +9,7 @@ from pathlib import Path
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_name
 from davae.report.schema import Summary
+from davae.runtime.text_files import lines_of, read_text
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _METRICS = {
@@ -150,7 +151,7 @@ def read_metrics(path: Path) -> Series:
         DavaeError: a line is not a JSON object with a whole-numbered ``step``.
     """
     found: dict[str, dict[int, float]] = {}
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = lines_of(read_text(path))
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -185,7 +185,7 @@ def contents(folder: Path) -> set[str]:
 def _begun(folder: Path) -> set[str]:
     """Names of what a killed process had started to move into an empty folder; a name that leads elsewhere is none."""
     try:
-        found = json.loads((folder / _INSIDE / "names").read_text(encoding="utf-8"))
+        found = json.loads((folder / _INSIDE / "names").read_bytes())
     except (OSError, ValueError):
         return set()
     names = found if isinstance(found, list) else []

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from davae.errors import DavaeError
+from davae.errors import DavaeError, first_line
 from davae.latents.statistics import check_statistics
 from davae.runtime.text_files import read_json
 
@@ -61,6 +61,7 @@ def open_model(
     """
     folder = Path(path_or_repo) / (options.get("subfolder") or "")
     where = str(folder if folder.is_dir() else path_or_repo)
+    check_descriptions(folder)
     if folder.is_dir() and only_variant:
         variant = chosen_variant(folder, component_files([folder]), options.pop("variant", None))
         options |= {} if variant is None else {"variant": variant}
@@ -195,6 +196,32 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 # ---------------------------------------------------------------------- files
+
+
+def check_descriptions(folder: Path) -> None:
+    """What says how a folder's weights are read is whole: configurations, and the index of weights in shards.
+
+    Both libraries open them in ways of their own, and end in whatever Python makes of a damaged one.
+
+    Raises:
+        DavaeError: one is no JSON object in plain UTF-8, or an index names no files for its weights; the file is named.
+    """
+    for file in sorted(folder.glob("*.json")):
+        is_index = ".safetensors.index" in file.name
+        if not (is_index or file.name == "model_index.json" or file.name.endswith("config.json")):
+            continue
+        try:
+            found = json.loads(file.read_bytes().decode())
+            wrong = None if isinstance(found, dict) else "no JSON object"
+            if is_index and wrong is None:
+                listed = found.get("weight_map")
+                names = set(listed.values()) if isinstance(listed, dict) and listed else {None}
+                if not all(isinstance(name, str) and Path(name).name == name for name in names):
+                    wrong = "its weight_map does not say the file of each weight"
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            wrong = f"not JSON in UTF-8 without a byte-order mark: {first_line(error)}"
+        if wrong is not None:
+            raise DavaeError(f"{file} is damaged ({wrong}): copy or save it again")
 
 
 def stored_keys(folder: Path, variant: str | None = None) -> dict[str, Path]:

@@ -5,7 +5,6 @@ known from a hidden file, the mark, or from what earlier versions wrote. A lock 
 """
 
 import hashlib
-import json
 import os
 import platform
 import re
@@ -32,6 +31,7 @@ from davae.runtime.atomic_files import (
     remove_leftovers,
     system_error,
 )
+from davae.runtime.text_files import read_object
 
 KindName = Literal[
     "run", "base run", "demo", "cache", "ablation", "generation", "images", "comparison", "inspection", "pipeline",
@@ -142,6 +142,13 @@ _KINDS: dict[KindName, _Kind] = {
 }
 
 
+_SIGNS = {
+    "environment.json", "fingerprint.json", "cache.json", "ablation.recipe.json", "comparison.json", "inspection.json",
+    "model_index.json",
+}  # fmt: skip
+"""Files of which every folder without a mark that is known by what it holds has one, but for those that hold runs."""
+
+
 @contextmanager
 def claim(folder: str | Path, kind: KindName) -> Iterator[Path]:
     """Claim a folder for the duration of the block; yields the path to write to.
@@ -214,6 +221,21 @@ def check_place(folder: str | Path, kind: KindName) -> None:
     )
 
 
+def is_of_davae(folder: Path, files: Iterable[str]) -> bool:
+    """Whether a verb wrote a folder.
+
+    Args:
+        folder: any.
+        files: names of the files in it, which decide for most folders.
+    """
+    if MARK in files:
+        return True
+    run_or_cache = ({"config.yaml", "environment.json"}, {"fingerprint.json", "index.jsonl"})
+    if any(names.issubset(files) for names in run_or_cache):  # damaged ones too
+        return True
+    return bool(_SIGNS & set(files)) and any(kind.known_by(folder) for kind in _KINDS.values())
+
+
 def check_writable(file: Path) -> None:
     """Check that a file can be created at this path, with its parent folders.
 
@@ -271,7 +293,6 @@ def _in_use(folder: Path) -> str:
 def _json(file: Path) -> dict[str, Any]:
     """A JSON object; empty if there is none or it cannot be read."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(file)
+    except DavaeError:
         return {}
-    return found if isinstance(found, dict) else {}

@@ -92,7 +92,7 @@ def parse_json(text: str, where: str) -> Any:
         DavaeError: it is not JSON, nested too deeply, or has a number with too many digits.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, strict=False)  # control characters may stand in captions as they are
     except (ValueError, RecursionError) as error:  # ValueError: also integers of too many digits
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise DavaeError(f"{where} is not JSON: {reason}") from error
@@ -109,6 +109,18 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise DavaeError(f"{path} cannot be read: {error.strerror or error}") from error
     return parse_json(text, str(path))
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The object that a JSON file holds, such as a configuration.
+
+    Raises:
+        DavaeError: as :func:`read_json`, or it holds something else.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise DavaeError(f"{path} holds no JSON object but a {type(found).__name__}")
+    return found
 
 
 def whole_text(text: str) -> str:

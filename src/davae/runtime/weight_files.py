@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from davae.errors import DavaeError
+from davae.errors import DavaeError, first_line
 from davae.runtime.atomic_files import atomic_file
 from davae.runtime.model_files import not_finite
 
@@ -88,12 +88,11 @@ def _read(path: Path) -> Any:
             "save its weights alone with the program that made it, and convert that file: "
             f'`content = torch.load("{path.name}", weights_only=False); torch.save({{"state_dict": '
             'content["state_dict"]}, "weights.pt")`, with "ema" or "model" if the weights are under that name. '
-            f"({str(error).splitlines()[0]})"
+            f"({first_line(error)})"
         ) from error
     except (RuntimeError, EOFError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DavaeError(
-            f"{path} cannot be read: it is damaged or not a checkpoint. Download it again. ({reason})"
+            f"{path} cannot be read: it is damaged or not a checkpoint. Download it again. ({first_line(error)})"
         ) from error
 
 

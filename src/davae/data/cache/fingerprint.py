@@ -87,7 +87,7 @@ class Fingerprint:
         name = "sources.jsonl"
         if (folder / "fingerprint.json").exists():
             name = f"sources-{self.hash[:8]}.jsonl"
-        with atomic_file(folder / name) as partial, partial.open("w") as file:
+        with atomic_file(folder / name) as partial, partial.open("w", encoding="utf-8") as file:
             for source, fact in self.sources.items():
                 file.write(json.dumps([source, *fact]) + "\n")
         atomic_json(folder / "fingerprint.json", {"facts": self.facts, "hash": self.hash, "sources": name})
@@ -103,12 +103,12 @@ class Fingerprint:
             DavaeError: the files are missing, damaged or do not belong together.
         """
         try:
-            saved = json.loads((folder / "fingerprint.json").read_text())
+            saved = json.loads((folder / "fingerprint.json").read_bytes())
             sources = {}
             sources_file = str(saved.get("sources", "sources.jsonl"))
             if not _SOURCES.fullmatch(sources_file):
                 raise ValueError(f"{sources_file!r} is no name of its sources")
-            with (folder / sources_file).open() as file:
+            with (folder / sources_file).open("rb") as file:
                 for line in file:
                     name, stamp, label, caption = json.loads(line)
                     sources[name] = SourceFact(stamp, label, caption)

@@ -3,7 +3,6 @@
 Several processes may write one cache together: each has its own shards and journal.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from davae.data.cache.shards import SUFFIXES, Format, Record, is_shard_name, sto
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import atomic_json, file_hash, make_folder, remove_file, remove_leftovers
 from davae.runtime.devices import DTYPES
+from davae.runtime.text_files import read_object
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,6 @@ def read_about(folder: Path) -> dict[str, Any]:
         DavaeError: it is missing or damaged.
     """
     try:
-        about: dict[str, Any] = json.loads((folder / "cache.json").read_text())
-    except (OSError, ValueError) as error:
-        raise DavaeError(f"{folder / 'cache.json'} cannot be read ({error}); make the cache again") from error
-    return about
+        return read_object(folder / "cache.json")
+    except DavaeError as error:
+        raise DavaeError(f"{error}; make the cache again") from error

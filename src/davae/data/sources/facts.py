@@ -7,6 +7,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,22 @@ _MOST_CLASSES = 1_000_000
 
 
 def caption_of(value: Any) -> str:
-    """A caption as text: of several the first that is not empty; empty if there is none."""
+    """A caption as text: of several the first that is not empty; empty if there is none.
+
+    Truth values and not-a-number, by which tables say that a value is missing, are no text.
+    """
     if isinstance(value, list | tuple):
         return next(filter(None, map(caption_of, value)), "")
     if isinstance(value, bytes):
         value = value.decode(errors="replace")
-    if isinstance(value, bool) or value != value or not isinstance(value, str | int | float):
-        return ""  # an empty cell of a table may come as NaN
-    return whole_text(str(value)).strip()
+    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    return whole_text(str(value)).strip() if isinstance(value, str | int | float) else ""
+
+
+def caption_in(values: Mapping[str, Any]) -> str:
+    """The first caption that is not empty, of all keys or columns that may hold one."""
+    return next(filter(None, (caption_of(values.get(key)) for key in CAPTION_KEYS)), "")
 
 
 def first_of(values: Mapping[str, Any], keys: Sequence[str]) -> Any:
@@ -51,7 +60,7 @@ def class_label(value: Any, where: str) -> int | str | None:
         DavaeError: a fraction, a number below -1, or a value of another type.
     """
     if isinstance(value, str):
-        value = whole_text(value).strip()
+        value = unicodedata.normalize("NFC", whole_text(value).strip())
         if re.fullmatch(r"-?[0-9]{1,18}", value):
             value = int(value)
         elif not value:
@@ -62,7 +71,7 @@ def class_label(value: Any, where: str) -> int | str | None:
         return None
     if isinstance(value, bytes):
         return class_label(value.decode(errors="replace"), where)
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
         value = int(value)
     if not isinstance(value, int) or value < -1:
         raise DavaeError(f"{where}: the label {value!r} is neither a class number nor a name; -1 means no class")
@@ -107,7 +116,8 @@ def metadata_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise DavaeError(f"{where}, must be an object with 'file_name' and 'text'")
         if not isinstance(row.get("file_name"), str):
-            raise DavaeError(f"{where}: no 'file_name'")
+            known = ", ".join(map(repr, list(row)[:5])) or "nothing"
+            raise DavaeError(f"{where}: no 'file_name'; it has {known}")
         yield where, row
 
 
@@ -118,7 +128,7 @@ def match_rows(
 
     A name is resolved from the metadata file's folder, then from the folders above it if the path leads back into it;
     an absolute name, perhaps of another machine, by its longest suffix that exists. Backslashes and other Unicode
-    compositions of accents are supported.
+    compositions of accents are supported. If several rows name one image, the first value of each key counts.
 
     Args:
         files: metadata files in or above ``root``.
@@ -140,16 +150,21 @@ def match_rows(
             asked = row["file_name"].strip()
             for path in _places(asked, file.parent, shortest=1 if len(folders) == 1 else 2):
                 if _plain(path) in paths:
-                    rows[paths[_plain(path)]] = row
+                    known_of = rows.setdefault(paths[_plain(path)], {})
+                    known_of |= {key: value for key, value in row.items() if not _says(known_of.get(key))}
                     counts[str(file)] += 1
                     break
-                if os.path.lexists(path):  # in another split, or not an image
+                if asked and os.path.lexists(path):  # in another split, or not an image
                     break
             else:
                 folder = os.path.relpath(file.parent, root).replace(os.sep, "/")
                 name = asked if folder == "." or os.path.isabs(asked) else f"{folder}/{asked}"
                 unmatched.append((name, f"named in {file.name} but not there"))
     return rows, counts, unmatched
+
+
+def _says(value: Any) -> bool:
+    return value is not None and value not in ("", []) and value == value
 
 
 def _places(name: str, folder: Path, shortest: int) -> Iterator[str]:
@@ -189,7 +204,7 @@ def _jsonl(file: Path) -> Iterator[tuple[str, Any]]:
 def _csv(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         for row in (reader := csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)):
-            yield f"{file}, line {reader.line_num}", dict(row)
+            yield f"{file}, line {reader.line_num}", {(key or "").strip(): value for key, value in row.items()}
     except csv.Error as error:
         raise DavaeError(f"{file} is no table in CSV: {error}") from error
 

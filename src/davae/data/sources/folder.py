@@ -12,10 +12,10 @@ from davae.data.images.decode import UnreadableImage
 from davae.data.images.protocol import Skip
 from davae.data.sources.facts import (
     CAPTION_ENDINGS,
-    CAPTION_KEYS,
     LABEL_KEYS,
     METADATA_NAMES,
     caption_files,
+    caption_in,
     caption_of,
     class_label,
     class_names,
@@ -23,8 +23,8 @@ from davae.data.sources.facts import (
     match_rows,
 )
 from davae.errors import DavaeError
-from davae.runtime.atomic_files import MARK
 from davae.runtime.console import shown
+from davae.runtime.places import is_of_davae
 from davae.runtime.text_files import CAPTION_BYTES, open_regular, read_text, whole_name
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ _SPLIT_NAMES = frozenset(
     {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 )
 
-_RUN_OR_CACHE = ({MARK}, {"config.yaml", "environment.json"}, {"fingerprint.json", "index.jsonl"})
 _NOT_OURS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "#recycle"})
 """Folders that operating systems and network storage create; they hold copies and thumbnails."""
 
@@ -59,7 +58,8 @@ class FolderSource:
       Hugging Face image folders (``metadata.jsonl``, ``.csv``, ``.parquet``), which comes first and may hold labels.
     * Where the first level holds nothing but splits (``train``, ``validation``, ...), ``split`` chooses one.
 
-    Hidden files and folders, those of other systems, and folders that davae wrote are passed over.
+    Hidden files and folders, those of other systems, and what davae wrote (runs, caches, generated images, figures) are
+    passed over.
 
     Args:
         root: the folder.
@@ -83,16 +83,13 @@ class FolderSource:
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}{found.passed_over()}"
             )
         if self.root != Path(root):  # of all splits, perhaps
-            found.metadata += [Path(root) / name for name in METADATA_NAMES if (Path(root) / name).is_file()]
+            found.metadata += _metadata(Path(root), os.listdir(root))
         self._rows, matched, unmatched = match_rows(found.metadata, self.root, self._files)
         self.problems += unmatched
         self._beside = _captions_beside(self._files, found.texts)
         self._told: set[str] = set()
         self.classes, self._labels = self._find_classes()
-        captions = sum(
-            name in self._beside or bool(caption_of(first_of(self._rows.get(name, {}), CAPTION_KEYS)))
-            for name in self._files
-        )
+        captions = sum(name in self._beside or bool(caption_in(self._rows.get(name, {}))) for name in self._files)
         self.summary = f"{len(self._files)} images, {captions} with a caption"
         for file, count in matched.items():
             self.summary += f"; {count} rows of {os.path.relpath(file, root)}"
@@ -118,7 +115,7 @@ class FolderSource:
     def facts(self, index: int) -> Facts:
         """Class and caption; an unreadable caption is logged once, and is empty."""
         name = self._files[index]
-        caption = caption_of(first_of(self._rows.get(name, {}), CAPTION_KEYS))
+        caption = caption_in(self._rows.get(name, {}))
         if not caption and name in self._beside:
             beside = self._beside[name]
             try:
@@ -201,7 +198,7 @@ class _Found:
 def _walk(root: Path) -> _Found:
     """What lies below a folder. Links are followed, circles are not.
 
-    Folders that davae wrote (runs, caches, generated images) are passed over: these are no photographs.
+    What davae wrote is passed over: sample sheets and generated images are no photographs.
     """
     found = _Found()
     seen: set[str] = set()
@@ -212,7 +209,7 @@ def _walk(root: Path) -> _Found:
 
     for folder, below, files in os.walk(root, followlinks=True, onerror=unreadable):
         real = os.path.realpath(folder)
-        ours = folder != str(root) and any(marks.issubset(files) for marks in _RUN_OR_CACHE)
+        ours = folder != str(root) and is_of_davae(Path(folder), files)
         if ours:
             found.others["folders that davae wrote"] += 1
         if ours or real in seen:
@@ -232,8 +229,14 @@ def _walk(root: Path) -> _Found:
                 found.texts.append(prefix + name)
             elif ending in _PASSED_OVER:
                 found.others[ending] += 1
-        found.metadata += [Path(folder) / name for name in METADATA_NAMES if name in files]
+        found.metadata += _metadata(Path(folder), files)
     return found
+
+
+def _metadata(folder: Path, files: list[str]) -> list[Path]:
+    """The metadata files among those of a folder, in whatever case their names are."""
+    found = [name for wanted in METADATA_NAMES for name in sorted(files) if name.lower() == wanted]
+    return [folder / name for name in found if not (folder / name).is_dir()]
 
 
 def _captions_beside(images: list[str], texts: list[str]) -> dict[str, str]:

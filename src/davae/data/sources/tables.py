@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 from davae.data.images.dataset import Facts
 from davae.data.images.decode import UnreadableImage
 from davae.data.images.protocol import Skip
-from davae.data.sources.facts import CAPTION_KEYS, LABEL_KEYS, caption_of, class_label, class_names
+from davae.data.sources.facts import CAPTION_KEYS, LABEL_KEYS, caption_in, class_label, class_names
 from davae.data.sources.folder import open_image
-from davae.errors import DavaeError
+from davae.errors import DavaeError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +54,19 @@ class TableSource:
         features = table.features
         self._image = _image_column(features, name)
         self._label = _label_column(features, name)
-        self._caption = _named(features, CAPTION_KEYS)
-        keep = [c for c in (self._image, self._label, self._caption) if c is not None]
+        self._captions = [name for name in CAPTION_KEYS if name in features and name != self._image]
+        keep = [c for c in (self._image, self._label, *self._captions) if c is not None]
         table = table.select_columns(list(dict.fromkeys(keep)))
         # Bytes, not decoded images: davae decodes them itself.
         self._table = table.cast_column(self._image, datasets.Image(decode=False))
         with _table_errors(name):
             self.classes, self._numbers = _classes(table, self._label, name)
-            captions = 0 if self._caption is None else sum(map(bool, map(caption_of, table[self._caption])))
+            texts = table.select_columns(self._captions) if self._captions else ()
+            captions = sum(bool(caption_in(row)) for row in texts)
         self.summary = f"{len(table)} images, {captions} with a caption"
-        if self._caption is not None:
-            self.summary += f" in column '{self._caption}'"
+        if self._captions:
+            columns = "' or '".join(self._captions)
+            self.summary += f" in column '{columns}'"
 
     def __len__(self) -> int:
         return len(self._table)
@@ -105,13 +107,13 @@ class TableSource:
 
     def facts(self, index: int) -> Facts:
         """The row's class and caption; of several captions, the first."""
-        columns = [c for c in (self._label, self._caption) if c is not None]
+        columns = list(dict.fromkeys(c for c in (self._label, *self._captions) if c is not None))
         if not columns:
             return Facts()
         row = self._row(self._table.select_columns(columns), index)
         label = None if self._label is None else class_label(row[self._label], f"{self.name}, row {index}")
         number = -1 if label is None else self._numbers.get(label, -1)
-        return Facts(number, "" if self._caption is None else caption_of(row[self._caption]))
+        return Facts(number, caption_in({name: row[name] for name in self._captions}))
 
 
 def open_saved(folder: Path, split: str | None) -> TableSource:
@@ -173,8 +175,7 @@ def _table_errors(name: str) -> Iterator[None]:
         OverflowError,
     ) as error:
         cause = error.__cause__ or error
-        reason = next(iter(str(cause).splitlines()), "") or type(cause).__name__
-        raise DavaeError(f"{name} cannot be read as a table: {reason}") from error
+        raise DavaeError(f"{name} cannot be read as a table: {first_line(cause)}") from error
 
 
 def open_hub(name: str, split: str | None, revision: str | None = None) -> TableSource:

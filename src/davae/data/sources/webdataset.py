@@ -20,7 +20,14 @@ from typing import Any, BinaryIO
 
 from davae.data.images.dataset import Facts
 from davae.data.images.protocol import Skip
-from davae.data.sources.facts import CAPTION_KEYS, LABEL_KEYS, caption_of, class_label, class_names, first_of
+from davae.data.sources.facts import (
+    LABEL_KEYS,
+    caption_in,
+    caption_of,
+    class_label,
+    class_names,
+    first_of,
+)
 from davae.data.sources.folder import IMAGE_SUFFIXES, file_stamp
 from davae.errors import DavaeError
 from davae.runtime.text_files import CAPTION_BYTES, decode_text, parse_json, whole_name
@@ -271,7 +278,7 @@ def _read_text(ending: str, text: str, beside: _Beside, place: str) -> None:
         if not isinstance(values, dict):
             return
         if not beside.caption:
-            beside.caption = caption_of(first_of(values, CAPTION_KEYS))
+            beside.caption = caption_in(values)
         label = first_of(values, LABEL_KEYS)
         if beside.label is None and isinstance(label, int | float | str):
             beside.label = class_label(label, place)

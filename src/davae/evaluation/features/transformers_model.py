@@ -1,7 +1,6 @@
 """Features of any image model of transformers (DINOv2, CLIP, ViT, ResNet) or, through it, of timm;
 and of images and texts by CLIP."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
-from davae.errors import DavaeError
+from davae.errors import DavaeError, first_line
 from davae.evaluation.features.network import Features, standardise
 from davae.runtime.atomic_files import file_hash
 from davae.runtime.model_files import open_model
 from davae.runtime.pictures import resize_bicubic, to_bytes
+from davae.runtime.text_files import read_object
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -44,19 +44,19 @@ class TransformersFeatures:
                 AutoModel.from_pretrained, name, optional=("pooler",), trust_remote_code=False
             )
         except ImportError as error:  # the wrapper of timm's networks needs timm
-            raise DavaeError(f"feature network '{name}': {_first_line(error)}. Install it with pip") from error
+            raise DavaeError(f"feature network '{name}': {first_line(error)}. Install it with pip") from error
         except DavaeError as error:
             raise DavaeError(f"feature network '{name}': {error}") from error
         except (OSError, ValueError, KeyError) as error:
             raise DavaeError(
                 f"feature network '{name}': not 'inception', not 'efficientnet-lite0', and no transformers model can "
-                f"be loaded from a folder or hub name of that kind ({_first_line(error)}). Where there is no network, "
+                f"be loaded from a folder or hub name of that kind ({first_line(error)}). Where there is no network, "
                 f"fetch it elsewhere with `hf download {name} --local-dir FOLDER` and give the folder"
             ) from error
         self._has_pooler = not any("pooler" in key for key in info["missing_keys"])
         self._model.to(device).eval().requires_grad_(False)
         found = _beside(name, "preprocessor_config.json")
-        stored = json.loads(found.read_text()) if found else {}
+        stored = read_object(found) if found else {}
         self._side, self._mean, self._std = preprocessing(self._model.config, stored)
         self._pooled = "unknown until used"
 
@@ -124,10 +124,6 @@ def _beside(name: str, file: str) -> Path | None:
         _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
     )  # fmt: skip
     return None if found is None else Path(found)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 class TextImageNetwork(TransformersFeatures):

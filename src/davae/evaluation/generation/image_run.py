@@ -24,6 +24,7 @@ from davae.evaluation.generation.prompts import PromptSet
 from davae.pipelines.sampling.generate import generate_batch
 from davae.runtime.atomic_files import atomic_json, atomic_write, make_folder
 from davae.runtime.pictures import save_image
+from davae.runtime.text_files import read_object
 
 _SETTINGS = "settings.json"
 _SAYS_NOTHING = ("transformers_version", "torch_dtype", "dtype", "name_or_path")
@@ -100,7 +101,7 @@ class ImageRun:
         file = self.folder / _SETTINGS
         wanted = asdict(settings)
         if file.is_file():
-            differing = settings.differing(json.loads(file.read_text(encoding="utf-8")), wanted)
+            differing = settings.differing(read_object(file), wanted)
             if differing is not None:
                 raise DavaeError(
                     f"{self.folder} cannot go on: {differing}, so they would not belong together. Give another --out, "

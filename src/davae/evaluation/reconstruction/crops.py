@@ -4,6 +4,7 @@ Lettering and faces are given by the user, as a folder of crops or as boxes in a
 """
 
 import csv
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from davae.data import FolderSource, decode_image, image_to_tensor
 from davae.errors import DavaeError
+from davae.runtime.text_files import read_text
 
 FINE_TEXTURE = "fine texture"
 SMALLEST_SIDE = 16
@@ -119,15 +121,14 @@ def read_boxes(file: str | Path) -> dict[str, list[Box]]:
     path = Path(file)
     found: dict[str, list[Box]] = {}
     try:
-        with path.open(newline="", encoding="utf-8") as stream:
-            table = csv.DictReader(stream)
-            missing = [name for name in _COLUMNS if name not in (table.fieldnames or ())]
-            if missing:
-                raise DavaeError(f"{path} has no column '{missing[0]}': its first line is {','.join(_COLUMNS)}")
-            for row in table:
-                box = _box(row, path, table.line_num)
-                found.setdefault(row["name"].strip(), []).append(box)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        table = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        missing = [name for name in _COLUMNS if name not in (table.fieldnames or ())]
+        if missing:
+            raise DavaeError(f"{path} has no column '{missing[0]}': its first line is {','.join(_COLUMNS)}")
+        for row in table:
+            box = _box(row, path, table.line_num)
+            found.setdefault(row["name"].strip(), []).append(box)
+    except (OSError, csv.Error) as error:
         raise DavaeError(f"cannot read the boxes in {path}: {error}") from error
     if not found:
         raise DavaeError(f"{path} holds no box")

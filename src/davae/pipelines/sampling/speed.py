@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from davae.errors import DavaeError
+from davae.errors import DavaeError, first_line
 from davae.runtime.devices import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def set_attention(transformer: Any, backend: str) -> None:
     try:
         transformer.set_attention_backend(backend)
     except (ValueError, RuntimeError, ImportError) as error:
-        raise DavaeError(f"attention '{backend}': {str(error).splitlines()[0]}") from error
+        raise DavaeError(f"attention '{backend}': {first_line(error)}") from error
 
 
 def order_channels_last(module: nn.Module) -> None:

@@ -10,6 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from davae.errors import DavaeError
+from davae.runtime.text_files import lines_of, read_text
 
 logger = logging.getLogger(__name__)
 _IDS = """
@@ -163,7 +164,7 @@ def read_front_matter(card: Path) -> dict[str, Any]:
     Raises:
         DavaeError: the head is not valid YAML.
     """
-    lines = card.read_text(encoding="utf-8").splitlines()
+    lines = lines_of(read_text(card))
     if not lines or lines[0].strip() != "---" or "---" not in (line.strip() for line in lines[1:]):
         return {}
     end = next(i for i, line in enumerate(lines[1:], 1) if line.strip() == "---")

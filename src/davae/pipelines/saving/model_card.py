@@ -19,6 +19,7 @@ from davae.pipelines.saving.licence import Licence, find_licence
 from davae.pipelines.saving.opening import LAYERS_FILE
 from davae.pipelines.saving.publishing import public_command, public_name, public_text, public_values
 from davae.runtime.atomic_files import atomic_write
+from davae.runtime.text_files import read_object
 from davae.version import __version__
 
 CARD = "README.md"
@@ -175,7 +176,7 @@ class _Facts:
             counts = header["base_channels"], header["detail_channels"], header["scale"]
             return cls("adapters", header["pipeline"], *counts, None, _task(header["pipeline"], text=True))
         if (folder / "model_index.json").is_file():
-            index = json.loads((folder / "model_index.json").read_text())
+            index = read_object(folder / "model_index.json")
             text = any(part.startswith("tokenizer") for part in index)
             name = index["_class_name"]
             facts = cls._with("pipeline", name, folder / "vae" / "config.json", _task(name, text=text))
@@ -184,7 +185,7 @@ class _Facts:
 
     @classmethod
     def _with(cls, kind: str, name: str, config_file: Path, task: str | None) -> _Facts:
-        config = json.loads(config_file.read_text()) if config_file.is_file() else {}
+        config = read_object(config_file) if config_file.is_file() else {}
         if config.get("_class_name") != "AutoencoderDA":
             raise DavaeError(f"{config_file.parent} holds no AutoencoderDA: model cards are for models of davae")
         pixels = 2 ** (len(config["block_out_channels"]) - 1)

@@ -23,12 +23,13 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
-from davae.errors import DavaeError
+from davae.errors import DavaeError, first_line
 from davae.models import AutoencoderDA
 from davae.models.latent_space import autoencoder_class
 from davae.pipelines.families import fit_to_autoencoder
 from davae.runtime.devices import saved_dtype
-from davae.runtime.model_files import by_component, chosen_variant, component_files, open_model
+from davae.runtime.model_files import by_component, check_descriptions, chosen_variant, component_files, open_model
+from davae.runtime.text_files import read_object
 
 LAYERS_FILE = "davae_adapter.safetensors"
 
@@ -213,10 +214,8 @@ def autoencoder_folder(folder: Path) -> Path:
         there = "it has no config.json" if folder.is_dir() else "it is a file, not a folder"
         missing = there if folder.exists() else "there is no such folder"
         raise DavaeError(f"no autoencoder in {folder}: {missing}{hint}")
-    try:
-        name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise DavaeError(f"no autoencoder in {folder}: {config} is damaged ({error})") from error
+    check_descriptions(folder)
+    name = read_object(config).get("_class_name")
     if name != AutoencoderDA.__name__:
         raise DavaeError(
             f"{folder} holds a model of class {name}, not an AutoencoderDA: `davae train autoencoder` makes one"
@@ -270,7 +269,7 @@ def opening(what: str, path_or_repo: str, *, passed: Collection[str] = ()) -> It
             or (isinstance(error, ValueError) and not (unknown_class or isinstance(error, json.JSONDecodeError)))
         ):
             raise
-        reason = next(iter(text.splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         if unknown_class:
             message = f"the {what} in {path_or_repo} is of a class that diffusers {diffusers.__version__} does not have"
         elif Path(path_or_repo).is_dir():
@@ -285,18 +284,21 @@ def opening(what: str, path_or_repo: str, *, passed: Collection[str] = ()) -> It
 
 
 def _check_components(what: str, folder: Path, passed: Collection[str]) -> None:
-    """Check that a pipeline's folder has all its components; some loaders of diffusers invent missing ones.
+    """Check that a pipeline's folder has all its components, and that what describes them is whole.
+
+    Some loaders of diffusers invent missing components.
 
     Raises:
-        DavaeError: a component named in ``model_index.json`` has no folder.
+        DavaeError: a component named in ``model_index.json`` has no folder, or a description is damaged.
     """
+    check_descriptions(folder)
     index = folder / "model_index.json"
     if not index.is_file():
         return
-    parts = json.loads(index.read_text(encoding="utf-8"))
+    parts = read_object(index)
     named = [
         name
-        for name, value in (parts.items() if isinstance(parts, dict) else ())
+        for name, value in parts.items()
         if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
         if not name.startswith("_") and name not in passed
     ]
@@ -306,6 +308,8 @@ def _check_components(what: str, folder: Path, passed: Collection[str]) -> None:
             f"the {what} in {folder} lacks {', '.join(f'{name}/' for name in missing)}, which its model_index.json "
             "names: copy or save it again"
         )
+    for name in named:
+        check_descriptions(folder / name)
 
 
 @contextmanager

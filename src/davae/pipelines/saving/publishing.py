@@ -1,6 +1,5 @@
 """What may be published: the files that a saved model consists of, and texts without private paths."""
 
-import json
 import logging
 import re
 import shlex
@@ -11,6 +10,7 @@ from typing import Any
 from davae.errors import DavaeError
 from davae.pipelines.saving.opening import LAYERS_FILE
 from davae.runtime.atomic_files import atomic_json, copy_file
+from davae.runtime.text_files import read_json, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _files(folder: Path) -> Iterator[Path]:
     parts: list[str] = []
     if (folder / "model_index.json").is_file():
         own = _PIPELINE_FILES
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = read_object(folder / "model_index.json")
         parts = sorted(key for key in index if not key.startswith("_"))
     else:
         own = _ADAPTER_FILES if (folder / LAYERS_FILE).is_file() else _MODEL_FILES
@@ -123,9 +123,9 @@ def cut_names(file: Path) -> None:
     if file.suffix != ".json" or file.name in _OF_WORDS:
         return
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DavaeError(f"{file} is not valid JSON ({error}): save or copy it again") from error
+        values = read_json(file)
+    except DavaeError as error:
+        raise DavaeError(f"{error}: it is not handed on") from error
     cut = _cut_names(values)
     if cut != values:
         atomic_json(file, cut)

@@ -82,7 +82,7 @@ def _presets() -> tuple[Preset, ...]:
 
 
 def _read(key: str) -> Preset:
-    values = json.loads((resources.files(__name__) / f"{key}.json").read_text())
+    values = json.loads((resources.files(__name__) / f"{key}.json").read_text(encoding="utf-8"))
     return Preset(
         key=key,
         name=values["name"],

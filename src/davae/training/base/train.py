@@ -30,9 +30,9 @@ from davae.runtime.pictures import reduced
 from davae.runtime.processes import claimed_by_first, is_first, wait_for_everyone
 from davae.training.base.autoencoder_stage import BaseAutoencoderStage, build_kl
 from davae.training.cache.write import open_cache
-from davae.training.checkpoints.checkpoint import checkpoints, step_of
+from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.checkpoints.foundations import model_hash
-from davae.training.checkpoints.run_directory import data_facts
+from davae.training.checkpoints.run_directory import RunDirectory, data_facts
 from davae.training.data import open_part
 from davae.training.diffusion import DiffusionStage
 from davae.training.loop.loop import TrainResult, train
@@ -158,7 +158,12 @@ def _new_pipeline(
     check_divides(side, compression * shape.patch_size)
     reduce = partial(reduced, factor=recipe.downsample)
     vae_folder = out / "autoencoder" / "vae"
-    if not (_is_saved(vae_folder) and _is_trained(out / "autoencoder", recipe.autoencoder.loop.steps)):
+    plain = recipe.model_dump(mode="json")
+    if _is_saved(vae_folder) and checkpoints(out / "transformer" / "checkpoints"):
+        pass  # the transformer stands on it, and its run knows weights, images and settings: it is not trained further
+    elif _is_saved(vae_folder) and not checkpoints(out / "autoencoder" / "checkpoints"):
+        RunDirectory(out / "autoencoder", plain)  # refuses one of other settings
+    else:  # a finished one ends at once, when it has been compared with what is asked for
         workers, timeout_s = recipe.data.workers, recipe.data.timeout_s
         kept = full.unmirrored()
         if workers and isinstance(kept, ImagesInMemory):
@@ -166,7 +171,7 @@ def _new_pipeline(
         mixed = MixedScales(full, reduce, recipe.full_resolution_crops, recipe.autoencoder.loop.seed)
         stage = BaseAutoencoderStage(recipe.autoencoder, mixed, images, held_out, workers=workers, timeout_s=timeout_s)
         stage.facts = data_facts(recipe.data, full)
-        train(stage, out / "autoencoder", recipe.model_dump(mode="json"))
+        train(stage, out / "autoencoder", plain)
     vae, _ = open_model(AutoencoderKL.from_pretrained, vae_folder)
 
     torch.manual_seed(recipe.transformer.loop.seed)
@@ -182,12 +187,6 @@ def _new_pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         id2label=dict(enumerate(images.classes)),
     )
-
-
-def _is_trained(run: Path, steps: int) -> bool:
-    """Whether a run's newest checkpoint has reached ``steps``, or its checkpoints have been removed."""
-    found = checkpoints(run / "checkpoints")
-    return not found or step_of(found[-1]) >= steps
 
 
 def _is_saved(model: Path) -> bool:

@@ -35,6 +35,7 @@ from davae.runtime.atomic_files import (
     remove_folder,
     remove_leftovers,
 )
+from davae.runtime.text_files import read_object
 
 logger = logging.getLogger(__name__)
 Tensors = dict[str, dict[str, Tensor]]
@@ -67,9 +68,9 @@ def save_checkpoint(
         with atomic_folder(final) as partial:
             for name, named in tensors.items():
                 save_file({k: v.detach().cpu().contiguous() for k, v in named.items()}, partial / f"{name}.safetensors")
-            (partial / _STATE).write_text(json.dumps({"step": step, **values}))
+            (partial / _STATE).write_text(json.dumps({"step": step, **values}), encoding="utf-8")
             files = {file.name: _facts(file) for file in sorted(partial.iterdir())}
-            (partial / MANIFEST).write_text(json.dumps(files, indent=1))
+            (partial / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         if not is_disk_full(error):
             raise
@@ -127,10 +128,9 @@ def newest_whole(folder: Path, needed: Collection[str] = ()) -> tuple[Path, Tens
 def plain_values(path: Path) -> dict[str, Any]:
     """The plain values of a checkpoint, unchecked; empty if they cannot be read."""
     try:
-        found = json.loads((path / _STATE).read_text())
-    except (OSError, ValueError):
+        return read_object(path / _STATE)
+    except DavaeError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def load_checkpoint(path: Path, needed: Collection[str] = ()) -> tuple[Tensors, dict[str, Any]]:
@@ -150,7 +150,7 @@ def load_checkpoint(path: Path, needed: Collection[str] = ()) -> tuple[Tensors, 
                 raise DavaeError(f"checkpoint {path} is broken: its manifest names {name}, which lies elsewhere")
             if _facts(path / name) != facts:
                 raise DavaeError(f"checkpoint {path} is broken: {name} is not what was written; not used")
-        values = json.loads((path / _STATE).read_text())
+        values = read_object(path / _STATE)
         tensors = {Path(n).stem: load_file(path / n) for n in manifest if n.endswith(".safetensors")}
     except DavaeError:
         raise
@@ -161,9 +161,10 @@ def load_checkpoint(path: Path, needed: Collection[str] = ()) -> tuple[Tensors, 
 
 def _manifest(path: Path, needed: Collection[str]) -> dict[str, Any]:
     """Size and hash by file name, checked to list the state and the ``needed`` files."""
-    manifest = json.loads((path / MANIFEST).read_text())
-    if not isinstance(manifest, dict):
-        raise DavaeError(f"checkpoint {path} is broken: its {MANIFEST} is no list of files; not used")
+    try:
+        manifest = read_object(path / MANIFEST)
+    except DavaeError as error:
+        raise DavaeError(f"checkpoint {path} is broken: {error}; not used") from error
     for file in (_STATE, *(f"{name}.safetensors" for name in needed)):
         if file not in manifest:
             raise DavaeError(f"checkpoint {path} is broken: its {MANIFEST} lacks {file}; not used")
@@ -273,7 +274,7 @@ class CheckpointWriter:
 def _read_best(file: Path) -> dict[str, float] | None:
     """Step and value of the best checkpoint; ``None`` if the file is damaged, so that no checkpoint is protected."""
     try:
-        found = json.loads(file.read_text())
+        found = read_object(file)
         best = {"step": int(found["step"]), "value": float(found["value"])}
         if not math.isfinite(best["value"]):
             raise ValueError(found)

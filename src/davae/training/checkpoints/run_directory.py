@@ -27,6 +27,7 @@ from davae.recipes.read import differing_keys, movable_keys, resumable_keys, wit
 from davae.recipes.settings import UpgradeRecipe
 from davae.runtime.atomic_files import atomic_json, atomic_write, set_aside
 from davae.runtime.places import check_place, claim
+from davae.runtime.text_files import lines_of, read_text
 from davae.training.checkpoints.checkpoint import checkpoints, plain_values
 from davae.training.checkpoints.foundations import stands_on
 
@@ -75,25 +76,29 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the folder's lock for the duration of the block; a killed process leaves no lock behind.
 
-        Creates the folder; under the lock, writes ``config.yaml`` and ``environment.json``. A damaged ``config.yaml``
-        is kept under another name.
-
         Raises:
             DavaeError: another process trains here, or has started a run with other settings in the meantime.
         """
         with claim(self.path, "run"):
-            changed = self._changed()
-            if changed:
-                logger.info("%s goes on with %s", self.path, "; ".join(changed))
-            if self.config.is_file() and read_config(self.config) is None:
-                logger.warning("the damaged one is kept as %s", set_aside(self.config))
-            atomic_write(self.config, yaml.safe_dump(self.recipe, sort_keys=False))
-            atomic_json(self.path / "environment.json", environment() | self.facts)
+            self._changed()
             yield
+
+    def begin(self) -> None:
+        """Write ``config.yaml`` and ``environment.json``, where nothing refuses the run; within :meth:`locked`.
+
+        A ``config.yaml`` that cannot be read is kept beside.
+        """
+        changed = self._changed()
+        if changed:
+            logger.info("%s goes on with %s", self.path, "; ".join(changed))
+        if self.config.is_file() and read_config(self.config) is None:
+            logger.warning("the damaged one is kept as %s", set_aside(self.config))
+        atomic_write(self.config, yaml.safe_dump(self.recipe, sort_keys=False))
+        atomic_json(self.path / "environment.json", environment() | self.facts)
 
     def write_metrics(self, step: int, values: dict[str, float]) -> None:
         """Append one line to ``metrics.jsonl``."""
-        with self.metrics_file.open("a") as file:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def forget_after(self, step: int) -> None:
@@ -103,7 +108,7 @@ class RunDirectory:
         first line is written. With ``step`` 0 the old files are kept as ``<file>.before``.
         """
         for file in (self.metrics_file, *self.path.glob("skipped_steps*.jsonl")):
-            before = file.read_text(errors="replace") if file.is_file() else ""
+            before = file.read_bytes().decode(errors="replace") if file.is_file() else ""
             kept = [line for line in read_metrics(file) if line["step"] <= step]
             text = "".join(json.dumps(line) + "\n" for line in kept)
             if text != before:
@@ -136,7 +141,7 @@ class RunDirectory:
         allowed = resumable_keys(kind)
         if self._knows_contents():
             allowed |= movable_keys(kind) | _PLACES
-        differing = [c for c in changed if c.partition(":")[0] not in allowed]
+        differing = [c for c in changed if c.partition(":")[0] not in allowed or _begins_elsewhere(c)]
         if differing:
             raise DavaeError(
                 f"{self.path} holds a run with other settings ({'; '.join(differing[:5])}"
@@ -160,11 +165,17 @@ class RunDirectory:
         return ""
 
 
+def _begins_elsewhere(change: str) -> bool:
+    """Whether weights that a run begins with are given where none were, or none where some were: no move."""
+    key, _, values = change.partition(": ")
+    return key.rpartition(".")[2] in ("start_from", *_PLACES) and "None" in values.split(" -> ")
+
+
 def read_config(file: Path) -> dict[str, Any] | None:
     """A run's resolved recipe; ``None`` if the file is damaged."""
     try:
-        recipe = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+        recipe = yaml.safe_load(read_text(file))
+    except (yaml.YAMLError, DavaeError):
         return None
     return recipe if isinstance(recipe, dict) else None
 
@@ -172,10 +183,10 @@ def read_config(file: Path) -> dict[str, Any] | None:
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of a ``metrics.jsonl``, without damaged ones (a kill, a power cut); empty if there is no file."""
     lines = []
-    for text in file.read_text(errors="replace").splitlines() if file.is_file() else []:
+    for text in file.read_bytes().split(b"\n") if file.is_file() else []:
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except ValueError:
             continue
         if isinstance(line, dict) and "step" in line:
             lines.append(current_names(line))
@@ -200,7 +211,7 @@ def environment() -> dict[str, Any]:
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        for line in info.read_text().splitlines():
+        for line in lines_of(read_text(info)):
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

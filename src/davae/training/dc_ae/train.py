@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
 from davae.data import ItemDataset
+from davae.data.cache import value_hash
 from davae.data.in_memory import ImagesInMemory, MixedScales
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_names
@@ -25,6 +26,7 @@ from davae.runtime.model_files import open_model
 from davae.runtime.pictures import reduced_to
 from davae.runtime.places import check_place
 from davae.runtime.processes import everyone, is_first, start_processes
+from davae.runtime.text_files import read_object
 from davae.training.checkpoints.foundations import model_hash
 from davae.training.checkpoints.run_directory import RunDirectory, data_facts
 from davae.training.data import check_images, open_part
@@ -129,7 +131,7 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
     others = {f"phase{n}" for n in (1, 2, 3) if n != phase}  # may change without making this a different run
     plain = recipe.model_dump(mode="json", exclude=others)
     plain |= {"phase": phase, "start": None if start is None else str(start)}
-    figures_before = _measured_before(stage, out, plain)
+    figures_before = _measured_before(stage, out, plain, given)
     result = train(stage, out, plain)
     assert result is not None
 
@@ -183,7 +185,7 @@ def load_autoencoder(folder: Path) -> DeepAutoencoder:
     config = folder / "config.json"
     if not config.is_file():
         raise DavaeError(f"no trained autoencoder in {folder}: there is no config.json")
-    name = json.loads(config.read_text()).get("_class_name")
+    name = read_object(config).get("_class_name")
     if name not in _CLASSES:
         raise DavaeError(f"{folder} holds a {name}; DC-AE training starts from {', '.join(_CLASSES)}")
     return open_model(_CLASSES[name].from_pretrained, folder)[0]
@@ -248,7 +250,7 @@ def _initial(recipe: DcAeRecipe, phase: int, start: Path | None) -> DeepAutoenco
     autoencoder = load_autoencoder(folder)
     summary = folder.parent / "summary.json"  # a published autoencoder has none and may be adapted
     if summary.is_file():
-        made_by = json.loads(summary.read_text()).get("phase")
+        made_by = read_object(summary).get("phase")
         if made_by != phase - 1:
             raise DavaeError(
                 f"phase {phase} starts from phase {phase - 1}'s result, but {folder} comes from phase {made_by}"
@@ -269,34 +271,36 @@ def _shape(autoencoder: DeepAutoencoder) -> dict[str, Any]:
     return json.loads(json.dumps({"class": type(autoencoder).__name__, **config}))
 
 
-def _measured_before(stage: DcAeStage, out: Path, plain: dict[str, Any]) -> dict[str, float]:
-    """The metrics of what the phase starts from, measured once per run."""
+def _measured_before(stage: DcAeStage, out: Path, plain: dict[str, Any], given: str) -> dict[str, float]:
+    """The figures of what the phase starts from, whose weights have the hash ``given``; measured once a run."""
     start_processes()
     directory = RunDirectory(out, plain)  # first of all, refuses a folder of other settings
     with directory.locked() if is_first() else nullcontext():
-        return _measured_or_known(stage, directory)
+        return _measured_or_known(stage, directory, given)
 
 
-def _measured_or_known(stage: DcAeStage, directory: RunDirectory) -> dict[str, float]:
+def _measured_or_known(stage: DcAeStage, directory: RunDirectory, given: str) -> dict[str, float]:
     if not stage.can_measure:
         return {}
     kept = directory.path / "before.json"
-    known = everyone(_read_figures(kept))[0]  # what the first process found
+    made_of = value_hash([given, {side: images.sizes_by_name() for side, images in stage.held_out.items()}])
+    known = everyone(_read_figures(kept, made_of))[0]  # what the first process sees
     if known is not None:
         return known
     if torch.accelerator.is_available():
         stage.objective.to(torch.accelerator.current_accelerator())
     figures = stage.validate(directory.samples, 0)
     if is_first():
-        atomic_json(kept, figures)
+        atomic_json(kept, {"made_of": made_of, "figures": figures})
     return figures
 
 
-def _read_figures(file: Path) -> dict[str, float] | None:
-    """Metrics written earlier; ``None`` if there is no file, or it is damaged."""
+def _read_figures(file: Path, made_of: str) -> dict[str, float] | None:
+    """Figures written before; none where they are of other weights or images, or a power cut damaged them."""
     try:
-        return current_names(json.loads(file.read_text())) if file.is_file() else None
-    except ValueError:
+        found = read_object(file)
+        return current_names(found["figures"]) if found["made_of"] == made_of else None
+    except (DavaeError, KeyError):  # an earlier version did not note it
         return None
 
 

@@ -223,7 +223,7 @@ class NonFiniteGuard:
             "ids": verdict.ids,
         }
         make_folder(self.folder)
-        with self._report().open("a") as file:
+        with self._report().open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def _report(self) -> Path:

@@ -377,7 +377,9 @@ class _Training:
 
     def _resume(self) -> int:
         """Restore the newest whole checkpoint; returns its step, or 0 if there is none."""
-        step = self.state.restore(self.directory.checkpoints)
+        step = self.state.restore(self.directory.checkpoints)  # or refuses, and the run's files stay as they are
+        if self.main:
+            self.directory.begin()
         if step:
             logger.info("%s continues from step %d", self.stage.name, step)
         if self.main:  # also at step 0: a run may have been killed before its first checkpoint

@@ -1,6 +1,5 @@
 """Exporting a run's result to a folder that can be shared or published."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from davae.pipelines import Licence, Making, find_licence, push_to_hub, write_mo
 from davae.pipelines.saving.opening import LAYERS_FILE
 from davae.pipelines.saving.publishing import copy_model, public_name
 from davae.runtime.places import check_place, claim
+from davae.runtime.text_files import read_object
 from davae.training.checkpoints.run_directory import read_config, read_metrics
 
 _PORTABLE_CLASSES = ("AutoencoderDA", "LightningDiTTransformer2DModel")
@@ -152,6 +152,6 @@ def _last_figures(stage: Path) -> dict[str, float]:
 def _json(file: Path) -> dict[str, Any]:
     """A JSON file of a run or of its result; an empty dictionary if it does not exist."""
     try:
-        return json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
+        return read_object(file) if file.is_file() else {}
+    except DavaeError as error:
         raise DavaeError(f"{file} is damaged ({error}): run the training's command again, which rewrites it") from error

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from davae.data import open_dataset
+from davae.errors import DavaeError
 from davae.evaluation import psnr
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.runtime.devices import chosen_device, wanted_dtype
@@ -51,8 +52,10 @@ def reconstruct_images(
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default as saved on a GPU, float32 on a CPU.
 
     Raises:
-        DavaeError: the autoencoder cannot be opened, or there are no images.
+        DavaeError: the autoencoder cannot be opened, there are no images, or ``out`` is one of them.
     """
+    if Path(out).exists() and Path(out).resolve().is_relative_to(Path(images).expanduser().resolve()):
+        raise DavaeError(f"{out} is one of the images, and would be written over: name another --out")
     where = chosen_device(device)
     vae = load_autoencoder(autoencoder, dtype=wanted_dtype(dtype, where)).to(where).eval()
     dataset = open_dataset(images, resolution=resolution)

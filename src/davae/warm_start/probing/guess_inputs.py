@@ -18,7 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.functional import pixel_unshuffle
 
-from davae.errors import WarmStartError
+from davae.errors import WarmStartError, first_line
 from davae.warm_start.dummy_inputs import Dummy
 from davae.warm_start.observe import first_tensor
 
@@ -203,7 +203,7 @@ def _fit_widths(transformer: ModelMixin, guess: GuessedInputs) -> str | None:
         except MISFITS as error:
             learned = {name: seen[marker] for name, marker in markers.items() if marker in seen}
             if not learned:
-                return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                return f"{type(error).__name__}: {first_line(error)}"
             guess.widths.update(learned)
             markers = {name: marker for name, marker in markers.items() if name not in learned}
     return "the widths of its conditioning could not be determined"
