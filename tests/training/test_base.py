@@ -27,7 +27,7 @@ _LOOP = {
 }
 
 
-def _recipe() -> BaseRecipe:
+def _recipe(*more: str) -> BaseRecipe:
     overrides = [
         f"{half}.loop.{key}={value}" for half in ("autoencoder", "transformer") for key, value in _LOOP.items()
     ]
@@ -38,7 +38,7 @@ def _recipe() -> BaseRecipe:
         "transformer.architecture.num_attention_heads=1",
         "transformer.sample.num_inference_steps=1",
     ]
-    recipe = load_recipe("tiny-base", overrides)
+    recipe = load_recipe("tiny-base", [*overrides, *more])
     assert isinstance(recipe, BaseRecipe)
     return recipe
 
@@ -108,17 +108,15 @@ def test_a_finished_first_half_of_another_recipe_or_of_other_images_is_not_taken
             picture(seed + number, (40 + seed, 40)).save(photos / f"{number}.png")
 
     paint(0)
-    recipe = _recipe()
-    recipe.data.path = str(photos)
-    train_base(recipe, out)
+    asked = [f"data.path={photos}"]
+    train_base(_recipe(*asked), out)
     shutil.rmtree(out / "transformer")  # as if stopped between the halves
     before = (out / "autoencoder" / "config.yaml").read_bytes()
-    assert recipe.autoencoder is not None
     if change == "settings":
-        recipe.autoencoder.loop.seed = 5
+        asked.append("autoencoder.loop.seed=5")
     else:
         paint(9)
     words = r"autoencoder\.loop\.seed: 0 -> 5" if change == "settings" else "the images: "
     with pytest.raises(DavaeError, match=words):
-        train_base(recipe, out)
+        train_base(_recipe(*asked), out)
     assert (out / "autoencoder" / "config.yaml").read_bytes() == before
