@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from davae.data import Item, ItemDataset, open_dataset
 from davae.errors import DavaeError
-from davae.runtime.text_files import read_text
+from davae.runtime.text_files import plain_yaml, read_text
 
 
 def spread_batches(dataset: ItemDataset, count: int, size: int) -> Iterator[list[Item]]:
@@ -59,8 +57,8 @@ def _run_data(autoencoder: Path) -> dict[str, Any] | None:
     if not recipe.is_file():
         return None
     try:
-        found = yaml.safe_load(read_text(recipe))
-    except (yaml.YAMLError, DavaeError):
+        found = plain_yaml(read_text(recipe))
+    except (ValueError, DavaeError):
         return None  # another program's file of that name
     section = found.get("data") if isinstance(found, dict) else None
     return (

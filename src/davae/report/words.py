@@ -1,6 +1,5 @@
 """Formatting of numbers, and the sentence that summarises a run."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -9,7 +8,7 @@ from pathlib import Path
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_name
 from davae.report.schema import Summary
-from davae.runtime.text_files import lines_of, read_text
+from davae.runtime.text_files import lines_of, plain_json, read_text
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _METRICS = {
@@ -156,8 +155,8 @@ def read_metrics(path: Path) -> Series:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = plain_json(line)
+        except ValueError as error:
             if number == len(lines):  # no newline after it: still being written
                 continue
             raise DavaeError(f"{path}, line {number} is not JSON: {error}") from error

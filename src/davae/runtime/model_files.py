@@ -6,7 +6,6 @@ all models through :func:`open_model`.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from davae.errors import DavaeError, first_line
 from davae.latents.statistics import check_statistics
-from davae.runtime.text_files import read_json
+from davae.runtime.text_files import plain_json, read_json
 
 _logger = logging.getLogger(__name__)
 _WEIGHTS = re.compile(
@@ -211,14 +210,14 @@ def check_descriptions(folder: Path) -> None:
         if not (is_index or file.name == "model_index.json" or file.name.endswith("config.json")):
             continue
         try:
-            found = json.loads(file.read_bytes().decode())
+            found = plain_json(file.read_bytes().decode())
             wrong = None if isinstance(found, dict) else "no JSON object"
             if is_index and wrong is None:
                 listed = found.get("weight_map")
                 names = set(listed.values()) if isinstance(listed, dict) and listed else {None}
                 if not all(isinstance(name, str) and Path(name).name == name for name in names):
                     wrong = "its weight_map does not say the file of each weight"
-        except (OSError, ValueError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError) as error:
             wrong = f"not JSON in UTF-8 without a byte-order mark: {first_line(error)}"
         if wrong is not None:
             raise DavaeError(f"{file} is damaged ({wrong}): copy or save it again")
@@ -235,7 +234,7 @@ def stored_keys(folder: Path, variant: str | None = None) -> dict[str, Path]:
         if _is_weights(file.name) and variant_of(file.name) == variant and (not named or file.name in named):
             try:
                 with open(file, "rb") as opened:  # eight bytes of length, then JSON
-                    header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+                    header = plain_json(opened.read(int.from_bytes(opened.read(8), "little")))
             except (OSError, ValueError, OverflowError, MemoryError):
                 continue
             found |= dict.fromkeys(header.keys() - {"__metadata__"}, file)

@@ -11,6 +11,8 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import yaml
+
 from davae.errors import DavaeError
 
 MOST_BYTES = 1 << 30
@@ -109,6 +111,28 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise DavaeError(f"{path} cannot be read: {error.strerror or error}") from error
     return parse_json(text, str(path))
+
+
+def plain_json(text: str | bytes) -> Any:
+    """``json.loads``; JSON that is nested too deeply is a :class:`ValueError` like other damage."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def plain_yaml(text: str) -> Any:
+    """The values of a YAML document, by its safe rules.
+
+    Raises:
+        ValueError: it is not YAML, is nested too deeply, or holds an impossible date.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def read_object(path: str | Path) -> dict[str, Any]:

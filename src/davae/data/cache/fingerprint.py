@@ -22,6 +22,7 @@ from torch import nn
 
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import atomic_file, atomic_json, remove_file
+from davae.runtime.text_files import plain_json
 
 _NAMED = 3
 _SOURCES = re.compile(r"sources(-[0-9a-f]{8})?\.jsonl")
@@ -103,14 +104,14 @@ class Fingerprint:
             DavaeError: the files are missing, damaged or do not belong together.
         """
         try:
-            saved = json.loads((folder / "fingerprint.json").read_bytes())
+            saved = plain_json((folder / "fingerprint.json").read_bytes())
             sources = {}
             sources_file = str(saved.get("sources", "sources.jsonl"))
             if not _SOURCES.fullmatch(sources_file):
                 raise ValueError(f"{sources_file!r} is no name of its sources")
             with (folder / sources_file).open("rb") as file:
                 for line in file:
-                    name, stamp, label, caption = json.loads(line)
+                    name, stamp, label, caption = plain_json(line)
                     sources[name] = SourceFact(stamp, label, caption)
             found = cls(saved["facts"], sources)
             same = found.hash == saved["hash"]
@@ -119,7 +120,7 @@ class Fingerprint:
                 f"{folder} is no cache of latents: there is no {Path(error.filename).name}. "
                 f"`davae cache --out {folder}` makes one"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DavaeError(f"the fingerprint of the cache {folder} cannot be read: {error}") from error
         if not same:
             raise DavaeError(f"the fingerprint of the cache {folder} was changed by hand; make the cache again")

@@ -17,6 +17,7 @@ from typing import Any
 from davae.data.cache.shards import shard_path
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import atomic_write, file_hash, remove_file
+from davae.runtime.text_files import plain_json
 
 INDEX = "index.jsonl"
 
@@ -54,12 +55,12 @@ def read_index(folder: Path, name: str = INDEX) -> Index:
         for number, raw in enumerate(file, start=1):
             at += len(raw)
             try:
-                line = json.loads(raw)
+                line = plain_json(raw)
                 if not isinstance(line, dict):
                     raise ValueError("not an object")
             except ValueError as error:
                 if raw.endswith(b"\n"):
-                    raise DavaeError(f"{path}, line {number}, is not JSON: {error}") from error
+                    raise DavaeError(f"{path}, line {number} is not JSON: {error}") from error
                 break  # the writer was stopped inside this line
             if "commit" in line:
                 shard_name = line["commit"]

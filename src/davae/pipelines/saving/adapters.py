@@ -30,6 +30,7 @@ from davae.pipelines.saving.opening import LAYERS_FILE, load_autoencoder
 from davae.pipelines.upgrade import upgrade_pipeline
 from davae.runtime.model_files import not_finite
 from davae.runtime.places import claim
+from davae.runtime.text_files import plain_json
 from davae.runtime.weight_files import atomic_tensors
 from davae.warm_start import description_of
 from davae.warm_start.plain_state import unwrapped
@@ -222,7 +223,12 @@ def _read(file: Path) -> tuple[_Header, dict[str, Tensor]]:
         raise DavaeError(f"{file}: {bad[0]} holds numbers that are not finite: save or fetch it again")
     if "davae" not in metadata:
         raise DavaeError(f"{file} was not written by davae: its header has no entry 'davae'")
-    values = json.loads(metadata["davae"])
+    try:
+        values = plain_json(metadata["davae"])
+    except ValueError as error:
+        raise DavaeError(f"{file} is damaged: its header's entry 'davae' is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise DavaeError(f"{file} is damaged: its header's entry 'davae' is not what davae writes")
     if values.get("format") != FORMAT:
         raise DavaeError(
             f"{file} has format {values.get('format')}, this davae reads {FORMAT}: update davae, or save the adapters "
@@ -231,7 +237,10 @@ def _read(file: Path) -> tuple[_Header, dict[str, Tensor]]:
     missing = {"check.transformer", "check.vae"} - tensors.keys()
     if missing:
         raise DavaeError(f"{file} lacks {', '.join(sorted(missing))}")
-    return _Header(**values), tensors
+    try:
+        return _Header(**values), tensors
+    except TypeError as error:
+        raise DavaeError(f"{file} is damaged: its header's entry 'davae' is incomplete ({error})") from error
 
 
 def _check_kind(base: DiffusionPipeline, vae: AutoencoderDA, header: _Header) -> None:

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from davae.errors import DavaeError
-from davae.runtime.text_files import lines_of, read_text
+from davae.runtime.text_files import lines_of, plain_yaml, read_text
 
 logger = logging.getLogger(__name__)
 _IDS = """
@@ -169,8 +168,8 @@ def read_front_matter(card: Path) -> dict[str, Any]:
         return {}
     end = next(i for i, line in enumerate(lines[1:], 1) if line.strip() == "---")
     try:
-        entries = yaml.safe_load("\n".join(lines[1:end]))
-    except yaml.YAMLError as error:
+        entries = plain_yaml("\n".join(lines[1:end]))
+    except ValueError as error:
         raise DavaeError(f"{card}: the entries at its head are not valid YAML: {error}") from error
     return entries if isinstance(entries, dict) else {}
 

@@ -19,7 +19,7 @@ from davae.pipelines.saving.licence import Licence, find_licence
 from davae.pipelines.saving.opening import LAYERS_FILE
 from davae.pipelines.saving.publishing import public_command, public_name, public_text, public_values
 from davae.runtime.atomic_files import atomic_write
-from davae.runtime.text_files import read_object
+from davae.runtime.text_files import plain_yaml, read_object
 from davae.version import __version__
 
 CARD = "README.md"
@@ -113,8 +113,8 @@ class Making:
 
 def _public_recipe(text: str) -> str:
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError:
+        values = plain_yaml(text)
+    except ValueError:
         values = None
     if not isinstance(values, dict):
         return public_text(text)

@@ -27,7 +27,7 @@ from davae.recipes.read import differing_keys, movable_keys, resumable_keys, wit
 from davae.recipes.settings import UpgradeRecipe
 from davae.runtime.atomic_files import atomic_json, atomic_write, set_aside
 from davae.runtime.places import check_place, claim
-from davae.runtime.text_files import lines_of, read_text
+from davae.runtime.text_files import lines_of, plain_json, plain_yaml, read_text
 from davae.training.checkpoints.checkpoint import checkpoints, plain_values
 from davae.training.checkpoints.foundations import stands_on
 
@@ -174,8 +174,8 @@ def _begins_elsewhere(change: str) -> bool:
 def read_config(file: Path) -> dict[str, Any] | None:
     """A run's resolved recipe; ``None`` if the file is damaged."""
     try:
-        recipe = yaml.safe_load(read_text(file))
-    except (yaml.YAMLError, DavaeError):
+        recipe = plain_yaml(read_text(file))
+    except (ValueError, DavaeError):
         return None
     return recipe if isinstance(recipe, dict) else None
 
@@ -185,10 +185,10 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     lines = []
     for text in file.read_bytes().split(b"\n") if file.is_file() else []:
         try:
-            line = json.loads(text)
+            line = plain_json(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and "step" in line:
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(current_names(line))
     return lines
 
