@@ -23,6 +23,7 @@ LIGHT = {
     "davae.errors",
     "davae.import_hooks",
     "davae.runtime.console",
+    "davae.runtime.text_files",
     "davae.runtime.atomic_files",
     "davae.runtime.places",
     "davae.training.loop.signals",

@@ -298,7 +298,7 @@ def test_the_documented_table_says_what_the_families_say(pipelines):
 
 def test_the_documented_example_of_a_family_works():
     text = TRAINING_DOC.partition("Another family is one class")[2].partition("\n\n")[2]
-    code = textwrap.dedent(text.partition("\n\nWhat else")[0])
+    code = textwrap.dedent(text.partition("\n\nOther differences")[0])
     pipeline = type("MyPipeline", (diffusers.FluxFillPipeline,), {})
     with pytest.raises(DavaeError, match="how to train a MyPipeline"):
         family_of(pipeline)
