@@ -214,8 +214,8 @@ def check_descriptions(folder: Path) -> None:
             wrong = None if isinstance(found, dict) else "no JSON object"
             if is_index and wrong is None:
                 listed = found.get("weight_map")
-                names = set(listed.values()) if isinstance(listed, dict) and listed else {None}
-                if not all(isinstance(name, str) and Path(name).name == name for name in names):
+                names = list(listed.values()) if isinstance(listed, dict) and listed else [None]
+                if not all(isinstance(name, str) and name and Path(name).name == name for name in names):
                     wrong = "its weight_map does not say the file of each weight"
         except (OSError, ValueError, TypeError) as error:
             wrong = f"not JSON in UTF-8 without a byte-order mark: {first_line(error)}"
