@@ -6,7 +6,8 @@ import pytest
 
 from davae.errors import DavaeError
 from davae.evaluation.images import held_out_images
-from davae.runtime.text_files import plain_json, plain_yaml, read_json, read_object
+from davae.recipes.yaml_text import plain_yaml
+from davae.runtime.text_files import plain_json, read_json, read_object
 from davae.training.checkpoints.run_directory import read_config, read_metrics
 
 DEEP = "[" * 100_000

@@ -6,7 +6,8 @@ from typing import Any
 
 from davae.data import Item, ItemDataset, open_dataset
 from davae.errors import DavaeError
-from davae.runtime.text_files import plain_yaml, read_text
+from davae.recipes.yaml_text import plain_yaml
+from davae.runtime.text_files import read_text
 
 
 def spread_batches(dataset: ItemDataset, count: int, size: int) -> Iterator[list[Item]]:

@@ -79,6 +79,20 @@ def read_text(file: Path) -> str:
         raise DavaeError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
+def plain_yaml(text: str) -> Any:
+    """The values of a YAML document, by its safe rules.
+
+    Raises:
+        ValueError: it is not YAML, is nested too deeply, or holds an impossible date.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """Parse the single YAML document in ``text``; unquoted scalars come out as :class:`Plain`.
 

@@ -11,8 +11,6 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import yaml
-
 from davae.errors import DavaeError
 
 MOST_BYTES = 1 << 30
@@ -117,20 +115,6 @@ def plain_json(text: str | bytes) -> Any:
     """``json.loads``; JSON that is nested too deeply is a :class:`ValueError` like other damage."""
     try:
         return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def plain_yaml(text: str) -> Any:
-    """The values of a YAML document, by its safe rules.
-
-    Raises:
-        ValueError: it is not YAML, is nested too deeply, or holds an impossible date.
-    """
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

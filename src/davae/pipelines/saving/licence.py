@@ -9,7 +9,8 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from davae.errors import DavaeError
-from davae.runtime.text_files import lines_of, plain_yaml, read_text
+from davae.recipes.yaml_text import plain_yaml
+from davae.runtime.text_files import lines_of, read_text
 
 logger = logging.getLogger(__name__)
 _IDS = """

@@ -18,8 +18,9 @@ from davae.pipelines.families import find_family
 from davae.pipelines.saving.licence import Licence, find_licence
 from davae.pipelines.saving.opening import LAYERS_FILE
 from davae.pipelines.saving.publishing import public_command, public_name, public_text, public_values
+from davae.recipes.yaml_text import plain_yaml
 from davae.runtime.atomic_files import atomic_write
-from davae.runtime.text_files import plain_yaml, read_object
+from davae.runtime.text_files import read_object
 from davae.version import __version__
 
 CARD = "README.md"

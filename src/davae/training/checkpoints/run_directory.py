@@ -25,9 +25,10 @@ from davae.evaluation.metrics.names import current_names
 from davae.recipes.data import DataSettings
 from davae.recipes.read import differing_keys, movable_keys, resumable_keys, with_later_settings
 from davae.recipes.settings import UpgradeRecipe
+from davae.recipes.yaml_text import plain_yaml
 from davae.runtime.atomic_files import atomic_json, atomic_write, set_aside
 from davae.runtime.places import check_place, claim
-from davae.runtime.text_files import lines_of, plain_json, plain_yaml, read_text
+from davae.runtime.text_files import lines_of, plain_json, read_text
 from davae.training.checkpoints.checkpoint import checkpoints, plain_values
 from davae.training.checkpoints.foundations import stands_on
 
