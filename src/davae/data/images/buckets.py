@@ -8,13 +8,12 @@ a square one. Sizes are (width, height) in pixels and multiples of ``unit``, the
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from davae.data.images.dataset import Source
-from davae.data.images.decode import UnreadableImage, patiently, upright_size
+from davae.data.images.dataset import Source, read_file
+from davae.data.images.decode import UnreadableImage, upright_size
 from davae.data.images.protocol import Item, as_item_dataset
 from davae.data.images.transforms import Size
 from davae.errors import DavaeError
@@ -105,7 +104,7 @@ def assign_buckets(source: Source, indices: Sequence[int], buckets: Sequence[Siz
     chosen = []
     for index in indices:
         try:
-            size = patiently(partial(_size, source, index))
+            size = read_file(source, index, upright_size)
         except UnreadableImage:
             size = (1, 1)
         if size not in known:
@@ -115,11 +114,6 @@ def assign_buckets(source: Source, indices: Sequence[int], buckets: Sequence[Siz
     shown = ", ".join(f"{w} x {h}: {n}" for (w, h), n in zip(buckets, counts) if n)
     logger.info("%s: images by bucket (width x height): %s", source.name, shown)
     return chosen
-
-
-def _size(source: Source, index: int) -> Size:
-    with source.open(index) as file:
-        return upright_size(file)
 
 
 def same_size_batches(dataset: Dataset[Item], indices: Sequence[int], batch_size: int) -> Iterator[list[int]]:

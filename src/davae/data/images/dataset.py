@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import BinaryIO, NamedTuple, Protocol
 
-from PIL.Image import Image
-
-from davae.data.images.decode import UnreadableImage, decode_image, patiently
+from davae.data.images.decode import Result, UnreadableImage, decode_image, patiently
 from davae.data.images.protocol import Item, ItemDataset, Skip
 from davae.data.images.transforms import Size, SquareCrop, item_generator
 from davae.errors import DavaeError
@@ -59,6 +57,20 @@ def size_in(stamp: str) -> str:
     """The size in bytes at the start of a stamp, as text; empty if it has none."""
     size, known, _ = stamp.partition(" bytes")
     return size if known else ""
+
+
+def read_file(source: Source, index: int, read: Callable[[BinaryIO], Result], *, again: bool = True) -> Result:
+    """What ``read`` makes of an image file of a source, by :func:`patiently`.
+
+    Raises:
+        UnreadableImage: as :func:`patiently`.
+    """
+
+    def attempt() -> Result:
+        with source.open(index) as file:
+            return read(file)
+
+    return patiently(attempt, again=again)
 
 
 class ImageDataset(ItemDataset):
@@ -168,13 +180,9 @@ class ImageDataset(ItemDataset):
     def content_hash(self, index: int) -> str:
         """SHA-256 of the image file's bytes as hexadecimal digits; empty if it cannot be opened."""
         try:
-            return patiently(partial(self._hash, self.indices[index]))
+            return read_file(self.source, self.indices[index], lambda file: hashlib.sha256(file.read()).hexdigest())
         except UnreadableImage:
             return ""
-
-    def _hash(self, index: int) -> str:
-        with self.source.open(index) as file:
-            return hashlib.sha256(file.read()).hexdigest()
 
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``.
@@ -212,9 +220,5 @@ class ImageDataset(ItemDataset):
             raise UnreadableImage(self._bad[position])
         index = self.indices[position]
         label, caption = self._facts.get(index) or self.source.facts(index)
-        picture = patiently(partial(self._decode, index), again=again)
+        picture = read_file(self.source, index, partial(decode_image, min_size=self.min_size), again=again)
         return {"image": picture, "label": label, "caption": caption, "id": self.source.id(index)}
-
-    def _decode(self, index: int) -> Image:
-        with self.source.open(index) as file:
-            return decode_image(file, min_size=self.min_size)

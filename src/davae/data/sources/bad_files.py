@@ -11,8 +11,8 @@ from functools import partial
 
 from torch.utils.data import Dataset
 
-from davae.data.images.dataset import Source
-from davae.data.images.decode import UnreadableImage, check_header, patiently
+from davae.data.images.dataset import Source, read_file
+from davae.data.images.decode import UnreadableImage, check_header
 from davae.data.images.protocol import Item, Skip, as_item_dataset
 from davae.errors import DavaeError
 from davae.runtime.console import shown
@@ -40,7 +40,7 @@ def check_headers(source: Source, *, min_size: int, warn_below: int = 0) -> dict
     enlarged = 0
     for index in range(len(source)):
         try:
-            enlarged += min(patiently(partial(_size, source, index, min_size))) < warn_below
+            enlarged += min(read_file(source, index, partial(check_header, min_size=min_size))) < warn_below
         except UnreadableImage as error:
             bad[index] = error.reason
     if enlarged:
@@ -52,11 +52,6 @@ def check_headers(source: Source, *, min_size: int, warn_below: int = 0) -> dict
             warn_below,
         )
     return bad
-
-
-def _size(source: Source, index: int, min_size: int) -> tuple[int, int]:
-    with source.open(index) as file:
-        return check_header(file, min_size=min_size)
 
 
 def describe(skips: Sequence[Skip], *, one: str = "file was skipped", many: str = "files were skipped") -> str:
