@@ -185,7 +185,7 @@ def test_processes_share_the_batches_of_one_bucket() -> None:
 
 def test_other_buckets_or_batches_are_refused() -> None:
     state = BucketSampler([0, 0, 1, 1], 2, 0).state_dict()
-    with pytest.raises(DavaeError, match="images a step"):
+    with pytest.raises(DavaeError, match="images per step"):
         BucketSampler([0, 0, 1, 1], 4, 0).load_state_dict(state)
     with pytest.raises(DavaeError, match="assignment of images"):
         BucketSampler([0, 1, 1, 1], 2, 0).load_state_dict(state)

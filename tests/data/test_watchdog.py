@@ -52,7 +52,7 @@ def _hang(index: int) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_read_that_hangs_is_named(workers: int, impatient: None) -> None:
     stream = BatchStream(_Numbers(_hang), 2, workers=workers, timeout_s=2.0)
-    with pytest.raises(DavaeError, match=r"no batch came for 2 s; being read: part-001\.tar/4\.png \(for"):
+    with pytest.raises(DavaeError, match=r"no batch arrived for 2 s; being read: part-001\.tar/4\.png \(for"):
         list(itertools.islice(stream, 3))
     assert stream.state_dict()["samples"] < 6  # and the place in the stream is that of the last batch taken
 
@@ -77,7 +77,7 @@ def test_a_worker_that_is_killed_says_what_it_read(impatient: None) -> None:
         if index == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(DavaeError, match=r"loader process was ended from outside.*part-000\.tar/2\.png"):
+    with pytest.raises(DavaeError, match=r"loader process was killed.*part-000\.tar/2\.png"):
         list(itertools.islice(BatchStream(_Numbers(die), 2, workers=1, timeout_s=60), 3))
 
 

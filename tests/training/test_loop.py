@@ -391,5 +391,5 @@ def test_a_loader_process_that_dies_in_the_middle_of_a_step_is_told(tmp_path):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")  # torch's handler of SIGCHLD
 
     stage.objective.register_forward_pre_hook(news)
-    with pytest.raises(DavaeError, match=r"toy: a loader process was ended from outside.*data\.workers"):
+    with pytest.raises(DavaeError, match=r"toy: a loader process was killed.*data\.workers"):
         train(stage, tmp_path, {})

@@ -127,7 +127,7 @@ class LatentsInMemory(DatasetWrapper):
         batch_size: images encoded together, if they have the same size.
         limit: use at most this many of the first images.
         workers: loader processes that read the images; 0 reads in this one.
-        timeout_s: seconds that they may take for a batch; 0 waits for ever.
+        timeout_s: seconds to wait for a batch; 0 waits indefinitely.
 
     Raises:
         DavaeError: the images are cropped at random, or reading them takes too long.
@@ -179,7 +179,7 @@ class WithBaseLatents(DatasetWrapper):
         encode: ``[B, 3, H, W]`` to ``[B, C, h, w]``.
         batch_size: images encoded together, as far as they have one size.
         workers: loader processes that read the images; 0 reads in this one.
-        timeout_s: seconds that they may take for a batch; 0 waits for ever.
+        timeout_s: seconds to wait for a batch; 0 waits indefinitely.
 
     Raises:
         DavaeError: the images are cropped at random, or reading them takes too long.
@@ -227,8 +227,8 @@ def _encoded_share(
     workers: int,
     timeout_s: float,
 ) -> Iterator[tuple[Item, tuple[Tensor, ...]]]:
-    """This process's share of the first ``count`` items, each without its image, and the latents of the image and,
-    where the data set mirrors, of its mirror image.
+    """This process's share of the first ``count`` items, each without its image, and the latents of the image and, if
+    the data set mirrors, of its mirror image.
     """
     plain = _unaugmented(source)
     for part in read_items(plain, share(count), batch_size=batch_size, workers=workers, timeout_s=timeout_s):

@@ -27,7 +27,7 @@ from davae.runtime.console import shown
 logger = logging.getLogger(__name__)
 
 PROCEDURAL_LENGTH = 10_000
-"""Scenes in ``procedural`` without a length."""
+"""Number of scenes in ``procedural`` if no length is given."""
 
 
 def open_dataset(
@@ -90,7 +90,7 @@ def open_dataset(
     if part == "train" and not quiet:
         logger.info("%s: %s", shown(source.name), shown(source.summary))
         if len(source) <= HEADER_CHECK_LIMIT:
-            for index in range(len(source)):  # captions that cannot be read are told now
+            for index in range(len(source)):  # report unreadable captions now
                 _facts_or_none(source, index)
         if source.problems:
             logger.warning("%s: %s", source.name, describe(source.problems, one="problem", many="problems"))
@@ -118,7 +118,7 @@ def find_source(path_or_name: str | Path, split: str | None = "train", revision:
     """Recognise a path, pattern or hub name and open its source.
 
     Raises:
-        DavaeError: it is none of the known kinds, with what was looked for; or a revision of what has none.
+        DavaeError: it is of no known kind (says what was looked for), or has a revision but is not on the hub.
     """
     name = str(path_or_name)
     path = Path(name).expanduser()
@@ -169,7 +169,7 @@ def _procedural(name: str, resolution: int, hold_out: float, part: Part) -> Proc
     if colon and not (text.isdecimal() and int(text) > 0):
         raise DavaeError(f"'{name}': the length must be a positive whole number, as in procedural:5000")
     length = int(text) if colon else PROCEDURAL_LENGTH
-    # Scenes are endless, so nothing is taken from the training set: those held out are of another seed.
+    # Scenes are unlimited: held-out ones come from another seed, not out of the training set.
     if part == "train":
         return ProceduralScenes(length, resolution, seed=0)
     count = int(hold_out) if hold_out >= 1 or not hold_out else max(1, round(hold_out * length))
@@ -204,7 +204,7 @@ def choose_part(ids: Sequence[str], hold_out: float, part: Part) -> list[int]:
         if count >= len(ids):
             raise DavaeError(
                 f"hold_out (a recipe's data.hold_out) is {count} and there are only {len(ids)} images: set it to "
-                f"{f'at most {len(ids) - 1}' if len(ids) > 1 else '0, which measures nothing'}"
+                f"{f'at most {len(ids) - 1}' if len(ids) > 1 else '0, for no validation'}"
             )
     else:
         threshold = int(hold_out * 2**64)

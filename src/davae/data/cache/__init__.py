@@ -1,4 +1,4 @@
-"""Latents and text embeddings on disk, with a fingerprint of what they were made of."""
+"""Latents and text embeddings on disk, with a fingerprint of what they were computed from."""
 
 from davae.data.cache.fingerprint import Fingerprint, SourceFact, caption_key, plain_config, value_hash, weights_hash
 from davae.data.cache.index import verify_cache

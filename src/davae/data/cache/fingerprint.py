@@ -1,10 +1,9 @@
-"""What a cache was made of, so that a cache of something else is never trained on.
+"""The fingerprint of what a cache was computed from, so that training never uses a cache of something else.
 
-A fingerprint has two parts. The *facts* are a tree of plain values: hashes of weights, configurations, the rule
-by which images become tensors, the storage type. The *sources* say of each image what changes when it does: the
-file's size and time of change, its label and a hash of its caption. Comparing must not cost reading a whole set;
-where times alone differ, a hash of the contents in the index decides. Two fingerprints are equal, or the
-difference has a name.
+A fingerprint has two parts. The *facts* are a tree of plain values: hashes of weights, configurations, the rule by
+which images become tensors, the storage type. The *sources* hold for each image what changes when it does: the file's
+size and modification time, its label and a hash of its caption. A comparison must not read a whole data set; only where
+times alone differ, a hash of the contents in the index decides. Differences have names.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _SOURCES = re.compile(r"sources(-[0-9a-f]{8})?\.jsonl")
 
 
 class SourceFact(NamedTuple):
-    """One image: ``stamp`` (size and time of change), label, hash of the caption."""
+    """One image: ``stamp`` (size and modification time), label, hash of the caption."""
 
     stamp: str
     label: int
@@ -38,11 +37,11 @@ class SourceFact(NamedTuple):
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a cache is made of.
+    """What a cache was computed from.
 
     Attributes:
         facts: a tree of plain values (dictionaries, lists, text, numbers).
-        sources: id of an image -> what is known of it, in the order of the data set.
+        sources: image id -> what is known about it, in the order of the data set.
     """
 
     facts: Mapping[str, Any]
@@ -50,16 +49,16 @@ class Fingerprint:
 
     @property
     def hash(self) -> str:
-        """One number for the whole, as 64 hexadecimal digits."""
+        """SHA-256 of facts and sources, 64 hexadecimal digits."""
         plain = json.dumps([self.facts, list(self.sources.items())], sort_keys=True)
         return hashlib.sha256(plain.encode("utf-8", "surrogateescape")).hexdigest()
 
     def differences(self, wanted: Fingerprint) -> list[str]:
-        """What differs in ``wanted``, in words: ``data.resolution: 64 -> 128``; empty where both are equal."""
+        """What differs in ``wanted``, as text: ``data.resolution: 64 -> 128``; empty if both are equal."""
         return self.fact_differences(wanted) + self._source_differences(wanted)
 
     def fact_differences(self, wanted: Fingerprint) -> list[str]:
-        """Those of models and settings, which make every latent another one."""
+        """Differences in models and settings, which change every latent."""
         here, there = dict(_leaves(self.facts)), dict(_leaves(wanted.facts))
         found = []
         for name in [*here, *(n for n in there if n not in here)]:
@@ -69,7 +68,7 @@ class Fingerprint:
         return found
 
     def check(self, wanted: Fingerprint, where: Path) -> None:
-        """Refuse a cache that is not the wanted one.
+        """Raise an error if the cache is not the wanted one.
 
         Raises:
             DavaeError: naming everything that differs.
@@ -84,7 +83,7 @@ class Fingerprint:
             )
 
     def save(self, folder: Path) -> None:
-        """Write the sources, then ``fingerprint.json``, which names their file: a kill leaves either pair whole."""
+        """Write the sources, then ``fingerprint.json``, which names their file: after a kill either pair is whole."""
         name = "sources.jsonl"
         if (folder / "fingerprint.json").exists():
             name = f"sources-{self.hash[:8]}.jsonl"
@@ -146,20 +145,21 @@ class Fingerprint:
 
 
 class _Absent:
-    """A value that is not there, which None may be."""
+    """Stands for a missing value, since None is a value."""
 
 
 _ABSENT = _Absent()
 
 
 def weights_hash(module: nn.Module, *, by_dtype: bool = False) -> str:
-    """SHA-256 of a module's parameters and buffers: names, shapes and values, whatever file they came from.
+    """SHA-256 of a module's parameters and persistent buffers: names, shapes and values, whatever file they came from.
 
-    Floating-point values count as float32, so that a model read in a wider precision than it was saved in is the same.
+    Floating-point values count as float32, so that reading a model in a wider precision than it was saved in does not
+    change it.
 
     Args:
         module: any.
-        by_dtype: the hash of caches of the first version, in which the precision counts.
+        by_dtype: the hash in caches of the first version, in which the precision counts.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
@@ -173,12 +173,12 @@ def weights_hash(module: nn.Module, *, by_dtype: bool = False) -> str:
 
 
 def value_hash(value: Any) -> str:
-    """SHA-256 of plain values; text of configurations and vocabularies."""
+    """SHA-256 of plain values, such as configurations and vocabularies."""
     return f"sha256:{hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()}"
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what says nothing about its model: where it was loaded from and by which version."""
+    """A configuration without its underscore entries: where it was loaded from and by which version."""
     kept = {k: v for k, v in dict(config).items() if not k.startswith("_")}
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
     return plain

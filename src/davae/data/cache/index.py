@@ -61,7 +61,7 @@ def read_index(folder: Path, name: str = INDEX) -> Index:
             except ValueError as error:
                 if raw.endswith(b"\n"):
                     raise DavaeError(f"{path}, line {number} is not JSON: {error}") from error
-                break  # the writer was stopped inside this line
+                break  # the writer was interrupted inside this line
             if "commit" in line:
                 shard_name = line["commit"]
                 wrong = [r for r in waiting if r.get("shard") != shard_name or "key" not in r]
@@ -104,7 +104,7 @@ def cut(folder: Path, end: int) -> None:
 
 
 def rewrite(folder: Path, index: Index) -> None:
-    """Replace the index atomically; shards without a record are left out."""
+    """Replace the index atomically; ``complete`` and shards without a record are left out."""
     lines: list[dict[str, Any]] = []
     for name, shard in index.shards.items():
         inside = [line for line in index.records if line["shard"] == name]
@@ -135,7 +135,7 @@ def merge_journals(folder: Path) -> None:
 
 
 def verify_cache(folder: str | Path) -> int:
-    """Compare every shard of a cache with its SHA-256; returns how many there are.
+    """Compare every shard of a cache with its SHA-256; returns the number of shards.
 
     Raises:
         DavaeError: naming the shards that differ.

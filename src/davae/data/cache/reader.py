@@ -19,7 +19,7 @@ from davae.errors import DavaeError
 
 
 class LatentCache(ItemDataset):
-    """The latents of a data set from a folder that ``davae cache`` wrote, map-style and in its order.
+    """The latents of a data set from a folder that ``davae cache`` wrote, map-style and in the data set's order.
 
     An item is a dict:
 
@@ -52,7 +52,7 @@ class LatentCache(ItemDataset):
         if index.complete is None:
             raise DavaeError(
                 f"the cache {self.folder} is not finished ({len(index.records)} entries so far): "
-                f"give the same `davae cache` command again, and it goes on"
+                f"run the same `davae cache` command again to continue it"
             )
         self.classes = list(about.get("classes", []))
         self.skipped = [(name, reason) for name, reason in about.get("skipped", [])]
@@ -110,7 +110,7 @@ class LatentCache(ItemDataset):
         return item
 
     def conditioning(self, caption: str) -> dict[str, Tensor]:
-        """The named tensors of a cached caption, without a batch axis; floating ones in float32.
+        """The named tensors of a cached caption, without a batch axis; floating-point ones in float32.
 
         Raises:
             DavaeError: the caption is not in the cache.

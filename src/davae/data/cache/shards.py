@@ -49,7 +49,7 @@ class Record:
 
 
 def write_shard(path: Path, records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Write a complete shard, or none.
+    """Write a shard atomically.
 
     Returns:
         One index line per record: ``key``, ``shard``, the record's facts, and in tar shards where its tensors are.
@@ -107,7 +107,7 @@ class ShardReader:
         Raises:
             DavaeError: the shard is missing, damaged, or does not hold the record.
         """
-        if self._process != os.getpid():  # file positions are shared with the parent process otherwise
+        if self._process != os.getpid():  # otherwise open files are shared with the parent process
             self._open, self._process = {}, os.getpid()
         name, key = line["shard"], line["key"]
         try:

@@ -36,7 +36,7 @@ class CacheWriter:
         form: ``safetensors`` or ``webdataset`` (tar).
         about: plain values for readers (class names, skipped files).
         shard_bytes: a shard is closed when its tensors reach this size.
-        shard_records: or when it has this many records; a stopped run loses at most one shard.
+        shard_records: or when it has this many records; a stopped run loses at most one shard of each kind.
         captions: returns captions by image id, to update changed ones.
         rank: number of this process. The first one, 0, must open the cache before the others do.
         world_size: number of processes that write it together.
@@ -100,7 +100,7 @@ class CacheWriter:
         committed = read_index(self.folder).shards
         for file in self.folder.iterdir():
             if is_shard_name(file.name) and file.name not in committed:
-                remove_file(file)  # written whole, and stopped before it was committed
+                remove_file(file)  # written whole but not committed
 
     def _bring_up_to_date(
         self, old: Fingerprint, new: Fingerprint, about: dict[str, Any], captions: Callable[[], Mapping[str, str]]
@@ -131,7 +131,7 @@ class CacheWriter:
         logger.info(
             "the cache %s is brought up to date (%s): %d of its %d latents are kept",
             self.folder,
-            "; ".join(found) or "a run that did so was stopped",
+            "; ".join(found) or "an earlier update was interrupted",
             len(kept),
             len(latents),
         )

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: a few sizes of nearly the same area, and the one that fits each image best.
+"""Aspect-ratio buckets: a few sizes of nearly the same area, and the one that suits each image best.
 
 Images of a bucket are resized to one size with little cropping, so they stack into a batch that costs as much as
 a square one. Sizes are (width, height) in pixels and multiples of ``unit``, the side of one token in pixels:

@@ -134,7 +134,7 @@ class ImageDataset(ItemDataset):
             try:
                 self._facts.setdefault(index, self.source.facts(index))
             except UnreadableImage:
-                continue  # another item of the data set stands in for it
+                continue  # another item of the data set replaces it
         return [self._facts[index].caption for index in self.indices if index in self._facts]
 
     def has_captions(self) -> bool:
@@ -206,8 +206,8 @@ class ImageDataset(ItemDataset):
                     self._bad[position] = error.reason
                     skipped.append((self.id(position), error.reason))
                 elif again:
-                    again = False  # its neighbours lie on the same disk
-                    logger.warning("%s: %s this time; the next image stands in", self.id(position), error.reason)
+                    again = False  # its neighbours are on the same disk
+                    logger.warning("%s: %s this time; the next image replaces it", self.id(position), error.reason)
                 continue
             # The requested index draws the crop, so that a substitute does not appear twice with the same crop.
             generator = item_generator(self.seed, epoch, index)

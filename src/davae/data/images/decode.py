@@ -56,7 +56,7 @@ _BROKEN = (
 )
 
 _EXIF_ORIENTATION = 0x0112
-_UPRIGHT = {  # EXIF orientation -> the move that makes the picture upright
+_UPRIGHT = {  # EXIF orientation -> the transposition that makes the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -85,14 +85,14 @@ def check_header(file: ImageFile, *, min_size: int = 1) -> tuple[int, int]:
     """Read an image's header only and return its stored (width, height) in pixels.
 
     Raises:
-        UnreadableImage: not an image, a short side below ``min_size``, or a size no photograph has.
+        UnreadableImage: not an image, a short side below ``min_size``, or too many pixels or too long a side.
     """
     with _opened(file, min_size) as image:
         return image.size
 
 
 def upright_size(file: ImageFile, *, min_size: int = 1) -> tuple[int, int]:
-    """(width, height) of the picture that :func:`decode_image` will give, from the header alone.
+    """(width, height) of the image that :func:`decode_image` returns, from the header alone.
 
     Raises:
         UnreadableImage: as :func:`check_header`.
@@ -103,21 +103,21 @@ def upright_size(file: ImageFile, *, min_size: int = 1) -> tuple[int, int]:
 
 
 def decode_image(file: ImageFile, *, min_size: int = 1) -> Image.Image:
-    """Decode an image to an upright, opaque picture of mode RGB.
+    """Decode an image to upright, opaque RGB.
 
-    * EXIF orientation is applied. Of animations the first frame is taken.
-    * Transparency is composited over white before anything is resized, so hidden colours never bleed in.
+    * EXIF orientation is applied. An animation gives its first frame.
+    * Transparency is composited over white before anything is resized, so hidden colours do not bleed in.
     * 16-bit grey is scaled by 255/65535 and rounded; 16-bit colour keeps its upper 8 bits.
     * CMYK goes through its embedded colour profile if it has one, else through ``(1 - c)(1 - k)``; JPEG's
-      inverted CMYK (Adobe) is understood. Profiles of RGB and grey images are ignored, as is usual.
+      inverted CMYK (Adobe) is understood. Profiles of RGB and grey images are ignored, as usual.
 
     Args:
         file: bytes, a path, or an open binary file.
         min_size: shortest side accepted, in pixels.
 
     Raises:
-        UnreadableImage: as :func:`check_header`, or the file is truncated or damaged, or its pixels have no
-            known range.
+        UnreadableImage: as :func:`check_header`, or the file is truncated or damaged, or its grey values exceed
+            the known ranges.
     """
     with _opened(file, min_size) as image:
         try:
@@ -141,7 +141,7 @@ def _formats() -> tuple[str, ...]:
 
 @contextmanager
 def _opened(file: ImageFile, min_size: int) -> Iterator[Image.Image]:
-    """Open an image far enough to know its size, and refuse sizes that cannot serve."""
+    """Read an image's header and refuse unusable sizes."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked below
@@ -180,12 +180,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
-    """Grey with more than 8 bits. Pillow's own conversion clips at 255, which turns such pictures white."""
+    """Grey of more than 8 bits. Pillow's own conversion clips at 255, which turns such images white."""
     width, height = image.size
     limit = 1.0 if image.mode == "F" else 65535.0
     transparent = image.info.get("transparency")
     rgb = Image.new("RGB", image.size)
-    for top in range(0, height, _ROWS):  # a copy of the whole in float64 would take eight times a picture's bytes
+    for top in range(0, height, _ROWS):  # the whole image in float64 would take 8 bytes a pixel
         bottom = min(top + _ROWS, height)
         values = np.asarray(image.crop((0, top, width, bottom)))  # [rows, W], uint16, int32 or float32
         low, high = float(values.min()), float(values.max())
@@ -264,7 +264,7 @@ def patiently(read: Callable[[], Result], *, again: bool = True) -> Result:
 def _unreadable(error: BaseException, what: str = "damaged") -> UnreadableImage:
     """The :class:`UnreadableImage` for an error; only system errors have an ``errno``."""
     number = error.errno if isinstance(error, OSError) else None
-    if number == errno.ENOENT:  # gone, or its whole folder is away with a disk
+    if number == errno.ENOENT:  # deleted, or its whole folder is gone with a disk
         name = getattr(error, "filename", None)
         lasting = name is None or Path(os.fsdecode(name)).parent.is_dir()
     else:

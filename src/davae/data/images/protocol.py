@@ -24,7 +24,7 @@ from davae.data.images.transforms import item_generator
 
 Item = dict[str, Any]
 Skip = tuple[str, str]
-"""An image's id and the reason why it was skipped."""
+"""An image's id and why it was skipped."""
 
 
 class ItemDataset(Dataset[Item], ABC):
@@ -36,7 +36,7 @@ class ItemDataset(Dataset[Item], ABC):
     classes: Sequence[str] = ()
     """Names of the classes; ``label`` is an index into this list."""
     skipped: Sequence[Skip] = ()
-    """Files that could not be used when the data set was opened."""
+    """Files found to be unusable when the data set was opened."""
     bucket_of: Sequence[int] | None = None
     """The aspect-ratio bucket of each item; ``None`` if all items have one size."""
     flip: bool = False
@@ -71,7 +71,7 @@ class ItemDataset(Dataset[Item], ABC):
         self.epoch = epoch
 
     def captions(self) -> list[str]:
-        """The captions of all images in order; images in files are not decoded."""
+        """The captions of all images in order; this default reads every item."""
         return [self[index]["caption"] for index in range(len(self))]
 
     def has_captions(self) -> bool:

@@ -29,8 +29,8 @@ def item_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
 def resize_to_cover(image: Image.Image, size: Size) -> Image.Image:
     """Scale an image to the smallest size that covers (width, height).
 
-    Halves with a box filter while at least twice too large, then one bicubic step: the procedure that guided
-    diffusion (ADM) introduced and class-conditional models are measured with.
+    Halves with a box filter while at least twice too large, then resizes once, bicubically: the preprocessing of guided
+    diffusion (ADM), which is standard for class-conditional ImageNet models.
     """
     width, height = size
     while image.width >= 2 * width and image.height >= 2 * height:
@@ -42,7 +42,7 @@ def resize_to_cover(image: Image.Image, size: Size) -> Image.Image:
 
 
 def image_to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as float32 ``[3, H, W]``, 0..255 mapped to [-1, 1]."""
+    """An image as RGB, float32 ``[3, H, W]``, 0..255 mapped to [-1, 1]."""
     pixels = torch.from_numpy(np.array(image.convert("RGB")))  # [H, W, 3] uint8
     return pixels.permute(2, 0, 1).contiguous().float() / 127.5 - 1.0
 
@@ -76,7 +76,7 @@ class SquareCrop:
             image = resize_to_cover(image, size)
             left, top = (image.width - width) // 2, (image.height - height) // 2
         else:
-            # The side that decides the scale becomes up to a quarter longer than needed, never by enlarging.
+            # The limiting side becomes up to a quarter longer than needed, but is never enlarged for it.
             tight = width / image.width >= height / image.height
             side, has = (width, image.width) if tight else (height, image.height)
             longest = max(side, min(round(_ZOOM * side), has))

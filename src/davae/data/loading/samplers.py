@@ -67,11 +67,11 @@ class ResumableSampler(Sampler[list[Key]]):
         return np.random.default_rng((self.seed % 2**63, epoch)).permutation(self.length)
 
     def advance(self) -> None:
-        """Note that every process has consumed one batch."""
+        """Record that every process has consumed one batch."""
         self.samples += self.batch_size * self.world_size
 
     def state_dict(self) -> dict[str, int]:
-        """The place in the stream, as plain numbers."""
+        """The position in the stream, as plain numbers."""
         return {"samples": self.samples, "length": self.length, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int], *, grown: bool = False) -> None:
@@ -150,11 +150,11 @@ class BucketSampler(Sampler[list[Key]]):
             epoch, skip = epoch + 1, 0
 
     def advance(self) -> None:
-        """Note that every process has consumed one batch."""
+        """Record that every process has consumed one batch."""
         self.samples += self.round
 
     def state_dict(self) -> dict[str, int]:
-        """The place in the stream, as plain numbers."""
+        """The position in the stream, as plain numbers."""
         return {
             "samples": self.samples,
             "length": self.length,
@@ -176,7 +176,7 @@ class BucketSampler(Sampler[list[Key]]):
         names = {
             "length": "number of images",
             "seed": "seed of the data order",
-            "round": "number of images a step (batch size x processes), which buckets fix,",
+            "round": "number of images per step (batch size x processes), which buckets fix,",
             "buckets": "assignment of images to buckets (its checksum)",
         }
         for name, what in names.items():

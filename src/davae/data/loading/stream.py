@@ -28,7 +28,7 @@ class BatchStream:
         rank: this process.
         world_size: number of processes.
         timeout_s: seconds to wait for a batch before a :class:`DavaeError` names what was being read; 0 waits
-            for ever.
+            indefinitely.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ def read_items(
         batch_size: items per part.
         workers: loader processes; 0 reads in this one.
         timeout_s: seconds that loader processes may take for a part before a :class:`DavaeError` names what was
-            being read; 0 waits for ever.
+            being read; 0 waits indefinitely.
     """
     parts = [
         [Key(0, position) for position in positions[first : first + batch_size]]

@@ -22,8 +22,8 @@ from davae.data.loading.samplers import Key
 from davae.errors import DavaeError
 
 _NAMED = 4
-_DEAD_WORKER = "a loader process was ended from outside, perhaps for want of memory"
-_WHAT_TO_DO = "Lower data.workers, or look in the system's log for what ended it"
+_DEAD_WORKER = "a loader process was killed, perhaps because memory ran out"
+_WHAT_TO_DO = "Lower data.workers, or look in the system's log for what killed it"
 #: Torch's prefix for errors of loader processes.
 _FROM_A_WORKER = "Original Traceback (most recent call last)"
 
@@ -34,14 +34,14 @@ class WatchedItems(Dataset[Item]):
     Args:
         dataset: map-style; its ``item(index, epoch)`` is used if it has one, else ``dataset[index]``.
         workers: loader processes.
-        timeout_s: seconds that reading a batch may take; 0 waits for ever.
+        timeout_s: seconds that reading a batch may take; 0 waits indefinitely.
     """
 
     def __init__(self, dataset: Dataset[Item], workers: int = 0, timeout_s: float = 0.0) -> None:
         if workers < 0:
             raise DavaeError(f"workers must be 0 or more, not {workers}")
         if timeout_s < 0:
-            raise DavaeError(f"timeout_s must be 0 (wait for ever) or more seconds, not {timeout_s:g}")
+            raise DavaeError(f"timeout_s must be 0 (wait indefinitely) or more seconds, not {timeout_s:g}")
         self.workers, self.timeout_s = workers, timeout_s
         self._dataset = as_item_dataset(dataset)
         # For each loader process: the position being read (-1: none) and when that started.
@@ -95,8 +95,8 @@ class WatchedItems(Dataset[Item]):
 
     def _stalled_message(self) -> str:
         return (
-            f"no batch came for {self.timeout_s:g} s; {self._reading_message()}. Look at the disk or the network that "
-            "holds it, then run the same command again; data.timeout_s sets another time, 0 waits for ever"
+            f"no batch arrived for {self.timeout_s:g} s; {self._reading_message()}. Look at the disk or the network "
+            "that holds it, then run the same command again; data.timeout_s sets another time, 0 waits indefinitely"
         )
 
     def _reading_message(self) -> str:
@@ -143,7 +143,7 @@ def end_workers(batches: Any) -> None:
     """End the loader processes of a torch loader's iterator, even one that hangs."""
     workers = list(getattr(batches, "_workers", ()))
     if workers:
-        batches._shutdown_workers()  # first: afterwards torch takes a killed process for no mistake
+        batches._shutdown_workers()  # first: afterwards torch does not report killed processes
     for process in workers:
         process.kill()
 

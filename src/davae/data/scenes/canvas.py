@@ -55,7 +55,7 @@ def inside(distance: Array, pixel: float) -> Array:
 def stroke(distance: Array, width: float, pixel: float) -> Array:
     """Coverage of a line of the given width, from the distance to its axis.
 
-    Both edges are filtered, so a line thinner than a pixel keeps its ink: it grows fainter and not wider.
+    Both edges are filtered, so a line thinner than a pixel keeps its ink: it becomes fainter, not wider.
     """
     scaled = distance * f32(1 / pixel)
     half = f32(0.5 * width / pixel)
@@ -71,7 +71,7 @@ class Canvas:
         self.rgb: Array = np.zeros((3, resolution, resolution), dtype=np.float32)
 
     def window(self, left: float = 0, top: float = 0, right: float = 1, bottom: float = 1) -> Window | None:
-        """The pixels that a shape with these bounds can touch; None where it is outside the picture."""
+        """The pixels that a shape with these bounds can touch; None if it is outside the picture."""
         size = self.resolution
         first_x, last_x = max(int(left * size - 1), 0), min(int(right * size + 2), size)
         first_y, last_y = max(int(top * size - 1), 0), min(int(bottom * size + 2), size)
@@ -82,7 +82,7 @@ class Canvas:
         return Window(rows, columns, centres[None, columns], centres[rows, None], self.pixel)
 
     def blend(self, window: Window, coverage: Array, paint: Paint) -> None:
-        """Lay paint over a window: ``rgb += coverage * (paint - rgb)``."""
+        """Blend paint into a window: ``rgb += coverage * (paint - rgb)``."""
         colour = paint(window) if callable(paint) else paint[:, None, None]
         region = self.rgb[:, window.rows, window.columns]
         region += coverage * (colour - region)
@@ -92,7 +92,7 @@ class Canvas:
         self.cover((0, 0, 1, 1), lambda _: np.ones((1, 1), dtype=np.float32), paint)
 
     def cover(self, bounds: Bounds, coverage: Callable[[Window], Array], paint: Paint, opacity: float = 1.0) -> None:
-        """Lay paint where ``coverage``, in [0, 1], says, within ``bounds``."""
+        """Blend paint within ``bounds``, weighted by ``coverage`` in [0, 1]."""
         window = self.window(*bounds)
         if window is not None:
             self.blend(window, coverage(window) * f32(opacity), paint)
@@ -133,7 +133,7 @@ class Canvas:
         )
 
     def polygon(self, points: Sequence[Point], paint: Paint, opacity: float = 1.0) -> None:
-        """A convex polygon, its corners in either order."""
+        """A convex polygon, its corners in either orientation."""
         xs, ys = [p[0] for p in points], [p[1] for p in points]
         middle_x, middle_y = sum(xs) / len(xs), sum(ys) / len(ys)
 

@@ -69,7 +69,7 @@ def render_scene(class_index: int, seed: int, resolution: int) -> NDArray[np.uin
 
 
 class ProceduralScenes(Dataset[SceneItem]):
-    """Endless illustrations, rendered when asked for; nothing is stored or downloaded.
+    """Procedural illustrations, rendered on access; nothing is stored or downloaded.
 
     Item ``i`` shows class ``i % len(classes)``. Its scene has the seed ``seed * 2**32 + start + i``, so two
     data sets whose ``seed`` differs never share a scene, whatever their lengths: take ``seed=0`` for training

@@ -33,7 +33,7 @@ HOURS = (
 
 
 def pick(rng: np.random.Generator, *options: T, p: Sequence[float] | None = None) -> T:
-    """One of the options, equally often or with the probabilities ``p``."""
+    """One of the options, uniformly or with the probabilities ``p``."""
     return options[int(rng.integers(len(options)) if p is None else rng.choice(len(options), p=p))]
 
 
@@ -43,7 +43,7 @@ def pick_hour(rng: np.random.Generator) -> Hour:
 
 
 def glow(code: str, hour: Hour) -> Array:
-    """A colour that shines by itself: it keeps its value when `light_up` tints the scene."""
+    """A self-luminous colour: it keeps its value when `light_up` tints the scene."""
     light: Array = np.array(hour.light, dtype=np.float32)
     return np.divide(colour(code), light)
 

@@ -12,7 +12,7 @@ import numpy as np
 from davae.data.scenes.canvas import Array, Paint, Texture, Window, f32, inside
 
 TABLE = np.random.default_rng(20_240).random((6, 32, 32), dtype=np.float32)
-"""Fixed numbers in [0, 1): leaves and bricks vary in the same way in every scene, so it can be learnt."""
+"""Fixed numbers in [0, 1): leaves and bricks vary in the same way in every scene, so this can be learned."""
 
 
 def colour(code: str) -> Array:
@@ -52,7 +52,7 @@ def gradient(top: Array, bottom: Array, start: float, end: float) -> Texture:
 def stripes(
     first: Paint, second: Array, period: float, duty: float = 0.5, *, angle: float = 0.0, origin: float = 0.0
 ) -> Texture:
-    """Straight bars of ``second`` over ``first``; angle 0 gives upright bars, pi / 2 level ones."""
+    """Straight bars of ``second`` over ``first``; angle 0 gives vertical bars, pi / 2 horizontal ones."""
     cosine, sine = float(np.cos(angle)), float(np.sin(angle))
 
     def texture(w: Window) -> Array:
@@ -68,7 +68,7 @@ def resolve(paint: Paint, window: Window) -> Array:
 
 
 def engraved(base: Paint, ink: Array, *, period: float, strength: float, bend: float, duty: float = 0.5) -> Texture:
-    """Level, gently waving lines, as an engraver draws a sky."""
+    """Horizontal, gently waving lines, as in an engraved sky."""
 
     def texture(w: Window) -> Array:
         swell = f32(bend) * np.sin(w.x * f32(9.0) + w.y * f32(5.0))

@@ -35,7 +35,7 @@ def check_headers(source: Source, *, min_size: int, warn_below: int = 0) -> dict
     """
     bad: dict[int, str] = {}
     if len(source) > HEADER_CHECK_LIMIT:
-        logger.info("%s: %d images; unreadable ones are found as they are met", source.name, len(source))
+        logger.info("%s: %d images; unreadable ones are found when they are read", source.name, len(source))
         return bad
     enlarged = 0
     for index in range(len(source)):
@@ -45,7 +45,7 @@ def check_headers(source: Source, *, min_size: int, warn_below: int = 0) -> dict
             bad[index] = error.reason
     if enlarged:
         logger.warning(
-            "%s: %d of %d images are smaller than %d pixels and are enlarged; they teach no fine detail",
+            "%s: %d of %d images are smaller than %d pixels and are enlarged; they contain no fine detail",
             source.name,
             enlarged,
             len(source),
@@ -74,8 +74,8 @@ def refuse_if_mostly_bad(skips: Sequence[Skip], total: int, where: str = "the da
     if 2 * len(skips) > total:
         raise DavaeError(
             f"{len(skips)} of {total} images of {where} cannot be used, more than half of them; "
-            "mend them or take them out of the data set; those that are too small are taken at a lower resolution (a "
-            f"recipe's data.resolution), of which the shorter side must be a quarter at least. {describe(skips)}"
+            "repair or remove them. Images whose shorter side is below a quarter of the resolution are too small: for "
+            f"them set a lower resolution (a recipe's data.resolution). {describe(skips)}"
         )
 
 
