@@ -195,7 +195,7 @@ def test_a_run_can_be_made_longer_and_keeps_its_settings(pipe, undisturbed, tmp_
     list(run.make(pipe, class_set(12), 4))
     list(run.make(pipe, class_set(12), 8))
     assert _same_files(run, undisturbed, 8)
-    with pytest.raises(DavaeError, match="begun with seed = 0, not 1"):
+    with pytest.raises(DavaeError, match="started with seed = 0, not 1"):
         ImageRun(tmp_path, replace(_SETTINGS, seed=1))
     run.path(3).unlink()
     with pytest.raises(DavaeError, match="image 3 of the run"):

@@ -1,4 +1,4 @@
-"""What a feature network is, and the resizing that published networks expect."""
+"""The interface of feature networks, and the resizing that published ones expect."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Features(NamedTuple):
-    """Of a batch: rows ``[B, F]``, and class logits ``[B, K]`` where the network knows classes; float32."""
+    """Features of a batch: rows ``[B, F]``, and class logits ``[B, K]`` if the network has classes; float32."""
 
     rows: Tensor
     logits: Tensor | None = None
@@ -17,19 +17,19 @@ class FeatureNetwork(Protocol):
     """Images in, features out. Frozen, in evaluation mode."""
 
     name: str
-    """As it was asked for."""
+    """The name that it was opened by."""
 
     def describe(self) -> dict[str, Any]:
-        """Weights with their SHA-256, and the preprocessing: all that another needs to reach the same number."""
+        """Weights with their SHA-256, and the preprocessing: everything needed to reproduce its numbers."""
 
     def __call__(self, images: Tensor) -> Features:
         """Features of ``[B, 3, H, W]`` in [-1, 1], rounded to 8 bits first, as image files are."""
 
 
 def resize_tensorflow1(images: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear as TensorFlow 1 had it inside the Inception graph of FID: output pixel i lies at ``i * in / out``.
+    """Bilinear resizing as in TensorFlow 1, inside the Inception graph of FID: output pixel i is at ``i * in / out``.
 
-    No half-pixel shift and no antialiasing; published Fréchet distances contain both flaws.
+    No half-pixel centres and no antialiasing; published Fréchet distances contain both flaws.
     """
     for axis, out in ((-2, height), (-1, width)):
         size = images.shape[axis]

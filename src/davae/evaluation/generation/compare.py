@@ -218,7 +218,7 @@ def _score_by_category(
 
 def _save_moments(gathered: ImageSet | Gaussian, file: Path) -> dict[str, str]:
     if isinstance(gathered, Gaussian) or len(gathered.features) != 1:
-        raise DavaeError("statistics are saved of images, with one feature network: give one --features that is there")
+        raise DavaeError("saved statistics are of images by one feature network: give images and one --features")
     ((network, features),) = gathered.features.items()
     return {"file": str(file), "network": network, "sha256": save_statistics(features.gaussian(), file)}
 
@@ -232,7 +232,7 @@ def compare_categories(found: ImageSet, reference: ImageSet | Gaussian, *, seed:
         seed: of subsets.
 
     Returns:
-        By category, in the order in which they first appear; empty where no image has one. A category is smaller
+        By category, in the order in which they first appear; empty if no image has one. A category is smaller
         than the whole set, so its Fréchet distance is larger: compare it among models, not with the whole.
     """
     result: dict[str, Distances] = {}

@@ -59,12 +59,12 @@ class RunSettings:
     def differing(cls, found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
         """The first difference of two settings, for an error; ``None`` if they agree."""
         if "weights" not in found:
-            return "its images are of an earlier davae, which did not note the weights that made them"
+            return "its images were made by an earlier davae, which did not note the weights"
         if found["weights"] != wanted["weights"]:
             return f"its images are of other weights than {wanted['pipeline']} has now"
         for key, value in wanted.items():
             if key != "pipeline" and found.get(key) != value:
-                return f"it was begun with {key} = {found.get(key)!r}, not {value!r}"
+                return f"it was started with {key} = {found.get(key)!r}, not {value!r}"
         return None
 
 
@@ -104,8 +104,7 @@ class ImageRun:
             differing = settings.differing(read_object(file), wanted)
             if differing is not None:
                 raise DavaeError(
-                    f"{self.folder} cannot go on: {differing}, so they would not belong together. Give another --out, "
-                    "or delete the folder"
+                    f"{self.folder} cannot be continued: {differing}. Give another --out, or delete the folder"
                 )
             return
         atomic_json(file, wanted)

@@ -90,7 +90,7 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _categories(entries: Sequence[dict[str, Any]], key: str) -> list[str]:
-    """Of every entry, or of none where no entry tells."""
+    """The categories of all entries; empty if no entry has one."""
     found = [str(entry.get(key, "")) for entry in entries]
     return found if any(found) else []
 

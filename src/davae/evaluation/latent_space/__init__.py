@@ -1,1 +1,1 @@
-"""What a structured latent holds."""
+"""Analysis of structured latents."""

@@ -168,7 +168,7 @@ def inspect_autoencoder(
     Args:
         vae: in any mode; used in evaluation mode.
         images: ``[N, 3, H, W]`` in [-1, 1], on any device.
-        labels: ``[N]``, -1 for none; accuracies need at least two classes with two images each.
+        labels: ``[N]``, -1 for none; accuracies need a label of every image and two images of every class.
         method: of the map.
         batch: images at a time.
         seed: of the shuffle, the probe's split and t-SNE.

@@ -45,7 +45,7 @@ def precision_recall(real: Tensor, generated: Tensor, *, neighbours: int = 3, ch
 
 def _radii(rows: Tensor, neighbours: int, chunk: int) -> Tensor:
     """Distance of every row to its k-th nearest other row, ``[N]``."""
-    # The nearest one is the row itself, hence k + 1. Exact differences: a matrix product loses small distances.
+    # The nearest one is the row itself, hence k + 1. Exact up to 4096 rows: a matrix product loses small distances.
     return torch.cat([_distances(part, rows).kthvalue(neighbours + 1, dim=1).values for part in rows.split(chunk)])
 
 

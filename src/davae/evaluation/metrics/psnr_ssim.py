@@ -76,7 +76,7 @@ PairDistance = Callable[[Tensor, Tensor], Tensor]
 def pair_metrics(
     images: Tensor, reconstruction: Tensor, perceptual: Mapping[str, PairDistance] | None = None
 ) -> dict[str, Tensor]:
-    """All metrics of pairs by name, ``[B]`` each on the CPU, as measured wherever images are reconstructed.
+    """All metrics of pairs by name, ``[B]`` each, as measured wherever images are reconstructed.
 
     Args:
         images: ``[B, 3, H, W]`` in [-1, 1].

@@ -24,7 +24,7 @@ _COLUMNS = ("file", "name", "left", "top", "right", "bottom")
 
 
 def busiest_crop(image: Tensor, side: int) -> tuple[slice, slice]:
-    """The square with the most fine structure: largest mean root of the squared Laplacian.
+    """The square with the most fine structure: largest mean absolute Laplacian.
 
     Args:
         image: [3, H, W].
