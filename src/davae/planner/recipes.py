@@ -186,7 +186,7 @@ def _data(recipe: UpgradeRecipe, stage: Stage) -> list[str]:
     data = recipe.data
     lines = []
     if data.path.split(":")[0] == "procedural":
-        lines.append(f"data: {data.path}, painted by the program")
+        lines.append(f"data: {data.path}, rendered by davae")
     elif Path(data.path).exists():
         lines.append(f"data: {data.path} is there")
     else:

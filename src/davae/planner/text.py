@@ -11,9 +11,9 @@ def stage_line(plan: Plan, stage: str) -> str:
     """One line on a training stage: trained weights, memory and hours. Recipes have it as a comment."""
     run = plan.runs[stage]
     return (
-        f"{stage}: {plan.trained_parameters[stage] / 1e6:.0f}M of the weights learn, "
+        f"{stage}: {plan.trained_parameters[stage] / 1e6:.0f}M trainable parameters, "
         f"{_gigabytes(plan.memory_bytes[stage])} at batch {run['batch_size']}, "
-        f"{plan.training_hours[stage]:.3g} hours of one {plan.gpu} for {run['steps']:,} steps"
+        f"{plan.training_hours[stage]:.3g} hours on one {plan.gpu} for {run['steps']:,} steps"
     )
 
 
@@ -47,15 +47,15 @@ def tables(plan: Plan) -> list[Table]:
     """The plan as tables: what an image costs, memory, training."""
     image = Table("", *VARIANTS, title=f"{plan.base}: {plan.resolution} pixels, scale {plan.scale}")
     shown = {"base": plan.resolution // plan.scale, "native": plan.resolution, "upgraded": plan.resolution}
-    image.add_row("pixels a side", *[str(shown[v]) for v in VARIANTS])
+    image.add_row("pixels per side", *[str(shown[v]) for v in VARIANTS])
     channels = {v: plan.base_channels + plan.detail_channels * (v == "upgraded") for v in VARIANTS}
     image.add_row("latent", *[f"f{plan.compression[v]} c{channels[v]}" for v in VARIANTS])
     image.add_row("image tokens", *[str(plan.tokens[v]) for v in VARIANTS])
     image.add_row(
-        f"TFLOP a step ({plan.passes} pass{'es' if plan.passes > 1 else ''}, {plan.text_tokens} text tokens)",
+        f"TFLOP per step ({plan.passes} pass{'es' if plan.passes > 1 else ''}, {plan.text_tokens} text tokens)",
         *[_tera(plan.flops_per_step[v]) for v in VARIANTS],
     )
-    image.add_row(f"TFLOP an image ({plan.steps} steps)", *[_tera(plan.flops_per_image[v]) for v in VARIANTS])
+    image.add_row(f"TFLOP per image ({plan.steps} steps)", *[_tera(plan.flops_per_image[v]) for v in VARIANTS])
     image.add_row("+ decoding, TFLOP", *[_tera(plan.decode_flops[v]) for v in VARIANTS])
     image.add_row("+ text encoding, TFLOP", *[_tera(plan.passes * plan.text_flops)] * 3)
     image.add_section()
@@ -75,9 +75,9 @@ def tables(plan: Plan) -> list[Table]:
 
     training = Table("", *STAGES, title=f"training on one {plan.gpu}")
     runs = [plan.runs[s] for s in STAGES]
-    training.add_row("weights that learn", *[f"{plan.trained_parameters[s] / 1e6:.1f}M" for s in STAGES])
+    training.add_row("trainable parameters", *[f"{plan.trained_parameters[s] / 1e6:.1f}M" for s in STAGES])
     training.add_row("steps", *[f"{r['steps']:,}" for r in runs])
-    training.add_row("images a step", *[str(r["batch_size"] * r["gradient_accumulation"]) for r in runs])
+    training.add_row("images per step", *[str(r["batch_size"] * r["gradient_accumulation"]) for r in runs])
     training.add_row("EFLOP in all", *[f"{plan.training_flops[s] / 1e18:.3g}" for s in STAGES])
     training.add_row("hours", *[f"{plan.training_hours[s]:.3g}" for s in STAGES])
     return [image, memory, training]

@@ -40,7 +40,7 @@ class ImageSettings(Section):
     workers: Annotated[NotNegative, MAY_CHANGE] = 0
     """Loader processes; 0 decodes in the training process."""
     timeout_s: Annotated[Weight, MAY_CHANGE] = 600.0
-    """Seconds to wait for a batch before the run stops and names the files being read; 0 waits for ever."""
+    """Seconds to wait for a batch before the run stops and names the files being read; 0 waits indefinitely."""
 
 
 class DataSettings(ImageSettings):
@@ -54,7 +54,7 @@ class DataSettings(ImageSettings):
     cache_latents: Annotated[bool, MAY_CHANGE] = False
     """Encode the images once and keep the latents in memory: all of them in the diffusion stage, the base's in the
     autoencoder stage; with ``flip`` those of the mirrored images too. The training of a base from nothing keeps its
-    images besides, at 3 bytes a pixel."""
+    images besides, at 3 bytes per pixel."""
     cache: Annotated[str | None, MAY_CHANGE] = None
     """Diffusion stage, or a base recipe with ``start_from``: folder that ``davae cache`` wrote; latents and embeddings
     are read from it."""

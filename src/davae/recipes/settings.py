@@ -236,7 +236,7 @@ class TuneSettings(Section):
     """Precision of the weights that do not learn; those that do stay in float32. ``bfloat16`` halves the memory
     of the transformer, needs ``loop.precision=bf16``, and the result is saved in it."""
     add_qk_norm: bool = False
-    """LightningDiT without QK-norm: put it in, as the official ImageNet training does. Attention changes at once,
+    """LightningDiT without QK-norm: add it, as the official ImageNet training does. Attention changes at once,
     so the start is no longer an exact copy of the base."""
 
 
@@ -365,7 +365,7 @@ class StartFromSettings(Section):
     patch_size: Positive | None = None
     """Another patch size, a multiple of the pipeline's: twice the resolution at the same number of tokens."""
     qk_norm: bool | None = None
-    """Put QK-norm in, or take it as it is."""
+    """``true`` adds QK-norm, which cannot be removed again; none keeps the pipeline's transformer as it is."""
 
 
 class BaseTransformerSettings(Section):
@@ -417,7 +417,7 @@ class BaseRecipe(Section):
         cached = self.data.cache is not None or self.data.cache_dtype != "float32"
         if cached and (self.start_from is None or self.downsample > 1):
             raise ValueError(
-                "data.cache and data.cache_dtype need start_from, whose autoencoder is there beforehand, and "
+                "data.cache and data.cache_dtype need start_from, whose autoencoder exists beforehand, and "
                 "downsample=1. Leave them out; data.cache_latents=true keeps the latents in memory"
             )
         if self.data.buckets is not False:
