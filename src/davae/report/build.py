@@ -84,9 +84,9 @@ def _cost_rows(summary: Summary) -> list[dict[str, Any]]:
     """Rows of the cost table; the ratio is native over upgraded, so larger is better."""
     rows = (
         ("Image side", summary.image_size, lambda v: f"{v} px", False),
-        ("Tokens an image", summary.tokens, str, True),
-        ("FLOPs an image", summary.flops_per_image, words.operations, True),
-        ("Time an image", summary.seconds_per_image, words.seconds, True),
+        ("Tokens per image", summary.tokens, str, True),
+        ("FLOPs per image", summary.flops_per_image, words.operations, True),
+        ("Time per image", summary.seconds_per_image, words.seconds, True),
     )
     return [
         {
@@ -158,7 +158,7 @@ def _maps(figures: Figures, tensors: Mapping[str, Tensor]) -> list[dict[str, Any
     plots = []
     for i, entry in enumerate(figures.maps):
         points, labels = _tensor(tensors, entry.key), _tensor(tensors, "labels")
-        description = f"{figures.map_method} of the {entry.title.lower()}, one point an image. {entry.note}"
+        description = f"{figures.map_method} of the {entry.title.lower()}, one point per image. {entry.note}"
         svg = scatter_plot(f"map-{i}", points.numpy(), labels.numpy(), description=html.escape(description))
         plots.append({**entry.model_dump(), "svg": Markup(svg)})
     return plots
@@ -182,7 +182,7 @@ def _spectra(summary: Summary, figures: Figures, tensors: Mapping[str, Tensor]) 
             lines.append((frequency[shown].tolist(), power[shown].tolist()))
         scale = summary.image_size.upgraded / summary.image_size.base
         labels = ", ".join(spectrum.label for spectrum in chosen)
-        description = f"Radial power spectra up to half a cycle a {unit}: {labels}."
+        description = f"Radial power spectra up to half a cycle per {unit}: {labels}."
         svg = spectrum_plot(
             f"spectrum-{group}",
             lines,

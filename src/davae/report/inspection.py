@@ -88,7 +88,7 @@ def _lines(axes: Axes, spectra: Mapping[str, Spectrum], title: str) -> None:
         else:
             axes.plot(*zip(*inside), label=name, linewidth=1.6, color=_COLOURS.get(name))
     axes.set_yscale("log")
-    axes.set_xlabel("frequency in cycles a sample")
+    axes.set_xlabel("frequency in cycles per sample")
     axes.set_ylabel("power")
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=7, frameon=False)
@@ -101,7 +101,7 @@ def _channels(inspections: Mapping[str, Inspection]) -> Figure:
         numbers = np.arange(len(found.channel_mean))
         axes.errorbar(numbers, found.channel_mean, found.channel_std, fmt=".", markersize=4, linewidth=1)
         axes.axvline(found.base_channels - 0.5, color="grey", linewidth=0.8, linestyle=":")
-        axes.set_title(f"{title}: mean and deviation of each channel, base first", fontsize=9)
+        axes.set_title(f"{title}: mean and standard deviation of each channel, base first", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -165,6 +165,6 @@ def spectrum_plot(name: str, lines: Sequence[_Point], *, unit: str, mark: float 
         if len(shown):
             _log_y(axes, shown)
         axes.set_xlim(0, 0.5)
-        axes.set_xlabel(f"frequency in cycles a {unit}")
+        axes.set_xlabel(f"frequency in cycles per {unit}")
         axes.set_ylabel("power")
         return _svg(figure, name, description)

@@ -20,7 +20,7 @@ from davae.runtime.text_files import read_json
 Number = TypeVar("Number", int, float)
 Scalar = str | int | float | bool | None
 Public = Annotated[str, AfterValidator(public_text)]
-"""A report is handed on: paths of the disk are cut to their last part."""
+"""Reports are shared: paths are cut to their last part."""
 
 
 class _Record(BaseModel):
@@ -108,7 +108,7 @@ class Alignment(_Record):
     loss: float | None = None
     """Alignment loss on held-out images."""
     loss_start: float | None = None
-    """The same before training."""
+    """Alignment loss of the first logged training step."""
     linear_probe_base: float | None = None
     """Accuracy of a linear probe of classes on the base latent, in [0, 1]."""
     linear_probe_detail: float | None = None
@@ -150,7 +150,7 @@ class Summary(_File):
     @model_validator(mode="before")
     @classmethod
     def _public(cls, values: Any) -> Any:
-        """A report is handed on: paths of the disk are cut to their last part."""
+        """Reports are shared: paths are cut to their last part."""
         if not isinstance(values, dict):
             return values
         texts = {
