@@ -7,8 +7,8 @@
     vae = davae.AutoencoderDA.from_base(pipe.vae, scale=2, detail_channels=16)
     pipe = davae.upgrade_pipeline(pipe, vae)
 
-Importing davae is enough for diffusers to open pipelines that davae saved, whichever of the two is imported first. It
-imports neither torch nor diffusers: a name is imported when it is first used.
+Importing davae, before or after diffusers, is enough for diffusers to open pipelines that davae saved. It imports
+neither torch nor diffusers: each name is imported on first use.
 """
 
 import sys
@@ -54,12 +54,12 @@ __all__ = [
     "write_model_card",
 ]
 
-_PACKAGES = ("models", "pipelines", "warm_start", "latents")  # where the names above are, and names themselves
+_PACKAGES = ("models", "pipelines", "warm_start", "latents")  # hold the names above, and are public themselves
 
-if not TYPE_CHECKING:  # a checker takes a module with __getattr__ to have every name
+if not TYPE_CHECKING:  # type checkers assume that a module with __getattr__ has every name
 
     def __getattr__(name: str) -> Any:
-        """A public name at its first use (PEP 562)."""
+        """Import a public name on first use (PEP 562)."""
         if name in _PACKAGES:
             return import_module(f"davae.{name}")
         if name not in __all__:
@@ -73,19 +73,19 @@ if not TYPE_CHECKING:  # a checker takes a module with __getattr__ to have every
 
 
 def _show_to_diffusers(diffusers: ModuleType) -> None:
-    """Put davae where diffusers looks for classes.
+    """Make davae's classes visible to diffusers.
 
-    It looks for the class of a pipeline, and for the library of a component that is not its own, among its own names.
-    It offers no other way that runs davae's classes and not the code in a folder.
+    diffusers looks up a pipeline's class, and the library of a component that is not its own, among its own attributes.
+    It has no other hook that uses davae's classes instead of code from the folder.
     """
 
     names = {"ClassConditionalPipeline": property(lambda _: sys.modules[__name__].ClassConditionalPipeline)}
-    diffusers.__class__ = type("_WithDavae", (type(diffusers),), names)  # imported when it is asked for
+    diffusers.__class__ = type("_WithDavae", (type(diffusers),), names)  # imported on access
     diffusers.pipelines.davae = sys.modules[__name__]
 
 
 def _own_class_before_the_folder_s(module: ModuleType) -> None:
-    """Have diffusers' ``AutoModel`` take davae's class for one of the same name in a folder's file of code."""
+    """Make diffusers' ``AutoModel`` prefer davae's class to the one of the same name in a folder's ``davae.py``."""
     fetch = module.get_class_from_dynamic_module
 
     @wraps(fetch)
@@ -98,6 +98,6 @@ def _own_class_before_the_folder_s(module: ModuleType) -> None:
     vars(module)["get_class_from_dynamic_module"] = own_class
 
 
-_WITH_CODE = ("AutoencoderDA", "LightningDiTTransformer2DModel")  # models that are saved with such a file
+_WITH_CODE = ("AutoencoderDA", "LightningDiTTransformer2DModel")  # models saved with a ``davae.py``
 after_import("diffusers", _show_to_diffusers)
 after_import("diffusers.models.auto_model", _own_class_before_the_folder_s)

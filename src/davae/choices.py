@@ -1,6 +1,6 @@
-"""The named choices that the code and the recipes share: each list stands here, and nowhere else.
+"""Named choices shared by code and recipes, each list defined only here.
 
-Nothing heavy is imported, so that a recipe is checked without torch.
+Imports nothing heavy, so that recipes are checked without torch.
 """
 
 from typing import Any, Literal, get_args
@@ -33,19 +33,19 @@ BestMode = Literal["min", "max"]
 Tracker = Literal["tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"]
 
 LAST_SEED = 2**31 - 1
-"""As far as every generator goes, with room for the images that count up from it."""
+"""Largest accepted seed: valid for every generator, with room for the seeds of images that count up from it."""
 
 
 def check_choice(value: object, choices: Any, what: str) -> None:
-    """Refuse a value that is none of ``choices``, one of the types above.
+    """Raise an error if ``value`` is not one of ``choices``.
 
     Args:
-        value: what was asked for.
-        choices: a ``Literal``.
-        what: its name in the message.
+        value: the value to check.
+        choices: a ``Literal`` type, such as those above.
+        what: what the value is, for the message.
 
     Raises:
-        DavaeError: names the value and the known ones.
+        DavaeError: names the value and the valid ones.
     """
     *others, last = get_args(choices)
     if value not in (*others, last):

@@ -63,12 +63,12 @@ def run_demo(
 ) -> Path:
     """Train both stages on the embedded base, compare, and write ``out/report.html``.
 
-    A demo that was stopped goes on where it was when it is started again.
+    An interrupted demo continues when it is run again.
 
     Args:
         out: run directory.
-        seed: of both trainings, the samples and the measurements.
-        quick: a few steps of each stage: shows that everything works, not how well.
+        seed: of both training stages, the samples and the metrics.
+        quick: few steps of each stage, to show that everything works, not how well.
         data: images to use instead of the procedural scenes: anything that ``davae train`` takes.
         recipe: an upgrade recipe of a class-conditional base, by name or file.
 
@@ -76,7 +76,7 @@ def run_demo(
         Path of the report.
 
     Raises:
-        DavaeError: the recipe or the data is wrong, or ``out`` holds another run.
+        DavaeError: the recipe or the data is invalid, or ``out`` holds another run.
     """
     out = Path(out)
     settings = _settings(recipe, seed, quick, data)
@@ -88,7 +88,7 @@ def run_demo(
 def _run(out: Path, settings: UpgradeRecipe, *, seed: int, quick: bool, data: str | None, recipe: str) -> None:
     """Everything but the report."""
     began = time.perf_counter()
-    held_out = open_held_out(settings.data)  # before anything is trained for figures of them
+    held_out = open_held_out(settings.data)  # fails before any training if there are none
     base = load_recipe_base(settings)
 
     stage1 = train_autoencoder(settings, out / "autoencoder")
@@ -138,7 +138,7 @@ def _run(out: Path, settings: UpgradeRecipe, *, seed: int, quick: bool, data: st
 
 def _settings(recipe: str, seed: int, quick: bool, data: str | None) -> UpgradeRecipe:
     if not isinstance(load_recipe(recipe), UpgradeRecipe):
-        raise DavaeError(f"recipe '{recipe}' makes a base pipeline; the demo upgrades one")
+        raise DavaeError(f"recipe '{recipe}' is not an upgrade of a base pipeline, which the demo needs")
     overrides = [f"autoencoder.loop.seed={seed}", f"diffusion.loop.seed={seed}", *(_QUICK if quick else ())]
     if data is not None:
         overrides += [f"data.path={data}", "data.hold_out=0.1"]
@@ -155,7 +155,7 @@ def _command(out: Path, seed: int, quick: bool, data: str | None, recipe: str) -
 
 
 def _first_images(dataset: ItemDataset, count: int) -> tuple[Tensor, Tensor, list[str]]:
-    """The first ``count`` held-out images, their labels (0 where there are none) and captions."""
+    """The first ``count`` held-out images, their labels (0 if unlabelled) and captions (ids if there are none)."""
     items = [dataset[i] for i in range(min(count, len(dataset)))]
     labels = torch.tensor([max(item["label"], 0) for item in items])
     return (torch.stack([item["image"] for item in items]), labels, [item["caption"] or item["id"] for item in items])
@@ -170,7 +170,7 @@ def _compare_reconstructions(
     names: list[str],
     recorder: FigureRecorder,
 ) -> tuple[Reconstruction, dict[str, Any]]:
-    """Held-out images through the base alone and through the structured autoencoder."""
+    """Reconstruct held-out images with the base alone and with the upgraded autoencoder."""
     latent = vae.encode(images).latent_dist.mode()  # [N, C + D, h, w]
     z, _ = vae.layout.split(latent)
     own = base.vae.encode(vae.downsample(images)).latent_dist.mode()
@@ -201,7 +201,7 @@ def _compare_samples(
     recipe: UpgradeRecipe,
     recorder: FigureRecorder,
 ) -> Generation:
-    """Samples of both pipelines from the same seeds, against real images at full resolution."""
+    """Sample both pipelines from the same seeds and compare with real images at full resolution."""
     count, seed = recipe.diffusion.loop.validation_images, recipe.diffusion.loop.seed
     made = generate_classes(upgraded, sampled, count, recipe.diffusion.sample, seed=seed)
     small = generate_classes(base, sampled, count, recipe.diffusion.sample, seed=seed)
@@ -227,7 +227,7 @@ def _compare_samples(
 def _compare_cost(
     base: ClassConditionalPipeline, upgraded: ClassConditionalPipeline, recipe: UpgradeRecipe
 ) -> tuple[ThreeWay[float], ThreeWay[float]]:
-    """FLOPs and seconds of an image: base, the base asked for the full resolution, and upgraded."""
+    """FLOPs and seconds per image: base, base at full resolution (native), and upgraded."""
     full, batch = recipe.data.resolution, 2
     sample = recipe.diffusion.sample
 

@@ -1,8 +1,8 @@
-"""Errors that speak to the person who runs davae."""
+"""Errors meant for the user."""
 
 
 class DavaeError(ValueError):
-    """A mistake in what was asked: the message says what is wrong, where, and how to mend it."""
+    """An invalid request: the message says what is wrong, where, and how to fix it."""
 
 
 def first_line(error: BaseException) -> str:
@@ -11,4 +11,4 @@ def first_line(error: BaseException) -> str:
 
 
 class WarmStartError(DavaeError):
-    """A transformer cannot be widened, or the widened one does not start as the original: names the layer."""
+    """A transformer cannot be widened, or the widened one does not reproduce the original: names the layer."""

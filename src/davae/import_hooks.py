@@ -1,4 +1,4 @@
-"""Something to do once a module has been imported, without importing it now."""
+"""Callbacks that run when a module is first imported."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -10,11 +10,11 @@ Action = Callable[[ModuleType], None]
 
 
 def after_import(name: str, action: Action) -> None:
-    """Call ``action(module)`` right after the first import of a module, or at once where it is imported already.
+    """Call ``action(module)`` right after the first import of a module, or at once if it is already imported.
 
     Args:
         name: of the module, such as ``diffusers``.
-        action: gets the module. Several of one module are called in the order in which they were given.
+        action: receives the module. Several for one module are called in the order they were given.
     """
     if name in sys.modules:
         action(sys.modules[name])
@@ -25,7 +25,7 @@ def after_import(name: str, action: Action) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Lets the other finders find a module, and has its loader call the actions after the module's own code."""
+    """Delegates to the other finders and wraps the loader, so that the actions run after the module's own code."""
 
     def __init__(self) -> None:
         self.actions: dict[str, list[Action]] = {}
@@ -35,7 +35,7 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname not in self.actions:
             return None
-        # By name: where this module is imported again, the finder of the old one stays in the list.
+        # By name: if this module is imported again, its earlier finder is still in the list.
         others = [finder for finder in sys.meta_path if type(finder).__qualname__ != type(self).__qualname__]
         specs = (finder.find_spec(fullname, path, target) for finder in others)
         spec = next((spec for spec in specs if spec is not None), None)
@@ -45,9 +45,9 @@ class _Finder(MetaPathFinder):
             def exec_module(module: ModuleType) -> None:
                 execute(module)
                 for action in self.actions.pop(fullname, ()):
-                    action(sys.modules[fullname])  # diffusers and transformers put another object there
+                    action(sys.modules[fullname])  # diffusers and transformers replace themselves there
 
-            vars(spec.loader)["exec_module"] = exec_module  # of this one loader, which is made for this module
+            vars(spec.loader)["exec_module"] = exec_module  # of this instance only: each loader serves one module
         return spec
 
 

@@ -45,5 +45,5 @@ def test_the_identities_of_the_method(demo):
 
 
 def test_a_base_recipe_is_refused(tmp_path):
-    with pytest.raises(DavaeError, match="the demo upgrades one"):
+    with pytest.raises(DavaeError, match="which the demo needs"):
         run_demo(tmp_path, recipe="tiny-base")
