@@ -108,7 +108,7 @@ class Alignment(_Record):
     loss: float | None = None
     """Alignment loss on held-out images."""
     loss_start: float | None = None
-    """Alignment loss of the first logged training step."""
+    """Mean training loss of alignment in the first line of the log."""
     linear_probe_base: float | None = None
     """Accuracy of a linear probe of classes on the base latent, in [0, 1]."""
     linear_probe_detail: float | None = None
