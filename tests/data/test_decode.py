@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import warnings
 import zlib
@@ -222,3 +223,26 @@ def test_bombs_and_ribbons_are_refused_before_decoding(monkeypatch: pytest.Monke
         check_header(claims(60_000, 60_000))
     with pytest.raises(UnreadableImage, match="20 times"):
         check_header(claims(21_000, 1_000))
+
+
+@pytest.mark.parametrize("mode", ["P", "LA", "RGBA"])
+def test_transparency_is_resolved_a_few_rows_at_a_time(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small file may hold many pixels: whole copies in RGBA would take gigabytes."""
+    random = np.random.default_rng(0)
+    shape = (300, 40) if mode == "P" else (300, 40, len(mode))
+    image = Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8), "L" if mode == "P" else mode)
+    if mode == "P":
+        image = image.convert("P")
+    file = encoded(image, "PNG", **({"transparency": 7} if mode == "P" else {}))
+    rgba = Image.open(io.BytesIO(file)).convert("RGBA")
+    expected = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    composite, rows = Image.alpha_composite, []
+
+    def counted(below: Image.Image, above: Image.Image) -> Image.Image:
+        rows.append(above.height)
+        return composite(below, above)
+
+    monkeypatch.setattr(Image, "alpha_composite", counted)
+    assert np.array_equal(np.asarray(decode_image(file)), np.asarray(expected))
+    assert sum(rows) == 300
+    assert max(rows) <= 64

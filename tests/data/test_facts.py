@@ -22,8 +22,12 @@ from davae.data import open_dataset
 from davae.data.sources.facts import caption_of, class_label, class_names
 from davae.errors import DavaeError
 from davae.evaluation.generation.prompts import open_prompt_set
+from davae.evaluation.reconstruction.crops import read_boxes
+from davae.models.latent_space import open_autoencoder
 from davae.pipelines.sampling.generate import Generated, read_prompts
-from davae.runtime.text_files import decode_text, lines_of, read_json, read_text, whole_name, whole_text
+from davae.pipelines.saving.licence import read_front_matter
+from davae.runtime.text_files import decode_text, lines_of, read_object, read_text, whole_name, whole_text
+from davae.training.dc_ae.train import load_autoencoder
 from tests.data.files import encoded, picture
 from tests.data.test_webdataset import png, shard
 
@@ -57,6 +61,8 @@ def captions(folder: Path, **options: Any) -> dict[str, str]:
         ([], ""),
         (None, ""),
         (7, "7"),
+        ("\ufeffa", "a"),
+        ("a".encode("utf-16"), "a"),
         ("x\ud800y", "x\ufffdy"),
     ],
 )
@@ -69,6 +75,10 @@ def test_a_caption(value: Any, caption: str) -> None:
     [
         (3, 3),
         ("002", 2),
+        ("10.0", 10),
+        ("-1.0", None),
+        (b"+3", 3),
+        ("1.2.3", "1.2.3"),
         (2.0, 2),
         ("fox", "fox"),
         (-1, None),
@@ -82,7 +92,7 @@ def test_a_label(value: Any, label: int | str | None) -> None:
     assert class_label(value, "here") == label
 
 
-@pytest.mark.parametrize("value", [0.5, -2, "-7", [1], {"a": 1}])
+@pytest.mark.parametrize("value", [0.5, "0.5", -2, "-7", "-2.0", [1], {"a": 1}])
 def test_what_is_no_label(value: Any) -> None:
     with pytest.raises(DavaeError, match=r"^here: the label .* -1 means no class"):
         class_label(value, "here")
@@ -104,12 +114,14 @@ VALUES: list[dict[str, Any]] = [
     {"captions": ["two", "too"], "label": -1},
     {"text": "three", "label": 2.0},
     {"caption": None, "label": None},
+    {"text": " ", "TEXT": float("nan"), "Caption": "five", "Label": "2.0"},
+    {"text": [], "prompt": ["", "six"], "labels": [1, 2], "class": 0},
 ]
 
 
 def test_folders_tables_and_shards_say_the_same(tmp_path: Path) -> None:
-    expected = [(1, "one"), (-1, "two"), (2, "three"), (-1, "")]
-    folder = put(tmp_path / "f", *(f"{i}.png" for i in range(4)))
+    expected = [(1, "one"), (-1, "two"), (2, "three"), (-1, ""), (2, "five"), (0, "six")]
+    folder = put(tmp_path / "f", *(f"{i}.png" for i in range(len(VALUES))))
     rows = [{"file_name": f"{i}.png", **row} for i, row in enumerate(VALUES)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     members: dict[str, bytes] = {}
@@ -118,10 +130,10 @@ def test_folders_tables_and_shards_say_the_same(tmp_path: Path) -> None:
     shard(tmp_path / "s.tar", members)
     for path in (folder, tmp_path / "s.tar"):
         data = open_dataset(path, resolution=16)
-        assert [(data[i]["label"], data[i]["caption"]) for i in range(4)] == expected
+        assert [(data[i]["label"], data[i]["caption"]) for i in range(len(VALUES))] == expected
         assert data.classes == ["0", "1", "2"]
-    for number, key in enumerate(("text", "caption", "captions", "prompt", "txt")):
-        table = pa.table({"image": [png(0), png(1)], key: ["one", None], "label": [1.0, -1.0]})
+    for number, key in enumerate(("text", "caption", "captions", "prompt", "txt", "TEXT")):
+        table = pa.table({"Image": [png(0), png(1)], key: ["one", None], "Label": [1.0, -1.0]})
         pq.write_table(table, tmp_path / f"{number}.PARQUET")
         data = open_dataset(tmp_path / f"{number}.PARQUET", resolution=16)
         assert [(data[i]["label"], data[i]["caption"]) for i in range(2)] == [(1, "one"), (-1, "")]
@@ -134,11 +146,35 @@ def test_folders_tables_and_shards_say_the_same(tmp_path: Path) -> None:
 # Folders
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.caption", "a.png.txt", "a.PNG.caption"])
+BESIDE = ["a.txt", "a.TXT", "a.caption", "a.png.txt", "a.PNG.caption", "a.json", "a.png.JSON"]
+
+
+@pytest.mark.parametrize("name", BESIDE)
 def test_a_text_beside(name: str, tmp_path: Path) -> None:
-    put(tmp_path, "a.png", "b.png")
-    (tmp_path / name).write_text("a fox")
-    assert captions(tmp_path) == {"a.png": "a fox", "b.png": ""}
+    put(tmp_path / "f", "a.png", "b.png")
+    text = '{"Caption": ["", "a fox"]}' if name.lower().endswith("json") else "a fox"
+    (tmp_path / "f" / name).write_text(text)
+    assert captions(tmp_path / "f") == {"a.png": "a fox", "b.png": ""}
+    shard(tmp_path / "s.tar", {"a.png": png(0), "b.png": png(1), name.replace("PNG", "png"): text.encode()})
+    assert captions(tmp_path / "s.tar") == {"s.tar/a.png": "a fox", "s.tar/b.png": ""}
+
+
+def test_files_that_differ_in_case_have_their_own_texts(tmp_path: Path) -> None:
+    put(tmp_path, "A.png", "a.png")
+    if len(os.listdir(tmp_path)) == 1:
+        pytest.skip("this disk does not tell them apart")
+    (tmp_path / "A.txt").write_text("large")
+    (tmp_path / "a.txt").write_text("small")
+    assert captions(tmp_path) == {"A.png": "large", "a.png": "small"}
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.PNG", "text": "which?"}')
+    assert captions(tmp_path) == {"A.png": "large", "a.png": "small"}
+
+
+def test_a_text_beside_wins_over_json_in_any_order_of_members(tmp_path: Path) -> None:
+    for number, names in enumerate((("1.txt", "1.json"), ("1.json", "1.txt"))):
+        texts = {"1.txt": b"a text", "1.json": b'{"text": "an object"}'}
+        shard(tmp_path / f"{number}.tar", {"1.png": png(0)} | {name: texts[name] for name in names})
+        assert list(captions(tmp_path / f"{number}.tar").values()) == ["a text"]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +189,8 @@ def test_a_text_beside(name: str, tmp_path: Path) -> None:
         ("train", "/elsewhere/photos/train/x/1.png"),
         (".", "C:\\photos\\train\\x\\1.png"),
         ("train/x", "/elsewhere/1.png"),
+        ("train", "x/1.PNG"),
+        (".", "TRAIN\\X\\1.Png"),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "Train"])
@@ -182,12 +220,21 @@ def test_accents_in_either_composition(form: str, tmp_path: Path) -> None:
     other = unicodedata.normalize({"NFC": "NFD", "NFD": "NFC"}[form], name)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": other, "text": "a fox"}), encoding="utf-8")
     assert captions(tmp_path)[name] == "a fox"
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / other.replace("png", "txt")).write_text("a dog")
+    assert captions(tmp_path)[name] == "a dog"
+    shard(tmp_path / "s.tar", {name: png(0), other.replace("png", "txt"): b"an owl"})
+    assert list(captions(tmp_path / "s.tar").values()) == ["an owl"]
 
 
 @pytest.mark.parametrize("kind", ["csv", "csv with a mark", "parquet"])
-def test_metadata_as_a_table(kind: str, tmp_path: Path) -> None:
-    put(tmp_path, "a.png", "b.png")
-    rows = [{"file_name": "a.png", "text": 'one, "quoted"\nand long'}, {"file_name": "b.png", "text": "two"}]
+@pytest.mark.parametrize("folder", ["", "below/"])
+def test_metadata_as_a_table(kind: str, folder: str, tmp_path: Path) -> None:
+    put(tmp_path, f"{folder}a.png", f"{folder}b.png")
+    rows = [
+        {"file_name": f"{folder}a.png", "text": 'one, "quoted"\nand long'},
+        {"file_name": f"{folder}b.png", "text": "two"},
+    ]
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata.parquet")
     else:
@@ -205,6 +252,7 @@ def test_one_line_says_what_was_found(tmp_path: Path, caplog: pytest.LogCaptureF
     (tmp_path / "a.txt").write_text("a fox")
     rows = [{"file_name": "b.png", "text": "b"}, {"file_name": "gone.png"}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    put(tmp_path, "$Recycle.Bin/y.png", "@Recycle/y.png")
     for name in ("x.heic", "y.HEIC", "z.jxl"):
         (tmp_path / name).write_bytes(b"")
     with caplog.at_level(logging.INFO):
@@ -220,7 +268,10 @@ def test_one_line_says_what_was_found(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_a_caption_that_cannot_be_read_costs_no_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    put(tmp_path, *(f"{name}.png" for name in ("latin", "long", "pipe", "folder", "sixteen", "mark", "fine")))
+    names = ("latin", "long", "pipe", "folder", "sixteen", "mark", "fine", "none", "broken")
+    put(tmp_path, *(f"{name}.png" for name in names))
+    (tmp_path / "none.txt").write_bytes("größe".encode("utf-16-le"))
+    (tmp_path / "broken.json").write_text("[" * 200_000)
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "long.txt").write_bytes(b"a" * (2 << 20))
     os.mkfifo(tmp_path / "pipe.txt")
@@ -230,10 +281,10 @@ def test_a_caption_that_cannot_be_read_costs_no_image(tmp_path: Path, caplog: py
     (tmp_path / "fine.txt").write_text("one\u2028two\x0bthree")
     found = captions(tmp_path)
     assert found == {
-        "fine.png": "one\u2028two\x0bthree", "folder.png": "", "latin.png": "", "long.png": "", "mark.png": "größe",
-        "pipe.png": "", "sixteen.png": "größe",
+        "broken.png": "", "fine.png": "one\u2028two\x0bthree", "folder.png": "", "latin.png": "",
+        "long.png": "", "mark.png": "größe", "none.png": "", "pipe.png": "", "sixteen.png": "größe",
     }  # fmt: skip
-    for name in ("latin.txt", "long.txt", "pipe.txt"):
+    for name in ("latin.txt", "long.txt", "pipe.txt", "none.txt", "broken.json"):
         assert f"{name}: the caption cannot be read" in caplog.text
 
 
@@ -246,7 +297,7 @@ def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.tar")
     with pytest.raises(DavaeError, match="pipe"):
         open_dataset(tmp_path / "x.tar", resolution=16)
-    for read in (read_prompts, open_prompt_set, read_json):
+    for read in (read_prompts, open_prompt_set, read_object):
         with pytest.raises(DavaeError, match="a pipe or a device"):
             read(tmp_path / "pipe.png")
 
@@ -261,6 +312,16 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     assert json.dumps([data.classes, data[1]["id"]], ensure_ascii=False).encode()
 
 
+def test_a_class_without_images_is_told_and_keeps_its_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, "a/1.png", "b/1.png", "c/1.png", "c/2.png")
+    for name in ("b/1.png", "c/1.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    with caplog.at_level(logging.INFO):
+        open_dataset(put(tmp_path, "a/2.png", "a/3.png"), resolution=16)
+    assert "classes of which no image can be used: b\n" in caplog.text
+    assert [open_dataset(tmp_path, resolution=16)[i]["label"] for i in range(4)] == [0, 0, 0, 2]
+
+
 # Shards
 
 
@@ -271,6 +332,7 @@ def test_members_with_dots_masks_and_labels_in_text(tmp_path: Path) -> None:
             "1.jpg": encoded(picture(1), "JPEG"), "1.txt": b"one", "1.mask.png": png(9), "1.cls": b"002",
             "x.v2.png": png(2), "x.v2.txt": b"two", "x.v2.cls": b"-1",
             "3.png": png(3), "3.png.txt": b"three", "3.cls": b"0",
+            "@eaDir/1.jpg/THUMB.png": png(9), "__MACOSX/1.png": png(9), ".trash/1.png": png(9),
             "4.png": png(4), "4.txt": "größe".encode("utf-16"), "4.json": b'{"prompt": "not asked", "label": 1.0}',
         },
     )  # fmt: skip
@@ -293,6 +355,9 @@ def test_brackets_in_a_folder_are_its_name(tmp_path: Path) -> None:
         shard(folder / f"{n}.tar", {"k.png": png(n)})
     assert len(open_dataset(folder, resolution=16)) == 2
     assert len(open_dataset(f"{folder}/*.tar", resolution=16)) == 2
+    assert len(open_dataset(f"{folder}/{{0..1}}.tar", resolution=16)) == 2
+    with pytest.raises(DavaeError, match=r"2\.tar does not exist"):
+        open_dataset(f"{folder}/{{0..2}}.tar", resolution=16)
 
 
 # Tables
@@ -316,10 +381,54 @@ def test_damaged_tables_end_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_table_that_unpacks_to_a_thousand_times_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("davae.data.sources.tables._MOST_UNPACKED", 1000)
+    monkeypatch.setattr("davae.data.sources.parquet._MOST_UNPACKED", 1000)
     pq.write_table(pa.table({"image": [b"\0" * 400_000] * 3}), tmp_path / "a.parquet", compression="zstd")
     with pytest.raises(DavaeError, match="perhaps a decompression bomb"):
         open_dataset(tmp_path / "a.parquet", resolution=16)
+
+
+@pytest.mark.parametrize("how", ["dictionary", "structure", "beginnings", "nothing"])
+@pytest.mark.parametrize("name", ["a.parquet", "metadata.parquet"])
+def test_values_that_share_their_bytes_are_counted(
+    how: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages that are small as such: the same long value a hundred times."""
+    monkeypatch.setattr("davae.data.sources.parquet._MOST_UNPACKED", 1_000_000)
+    put(tmp_path, "1.png")
+    long, count = "x" * 50_000, 5_000 if how == "nothing" else 100
+    columns: dict[str, pa.Array] = {
+        "dictionary": pa.array([long] * count),
+        "structure": pa.array([{"bytes": long.encode(), "path": None}] * count),
+        "beginnings": pa.array([long] * count),
+        "nothing": pa.nulls(count, pa.int64()),
+    }
+    table = pa.table({"file_name": ["1.png"] * count, "text": columns[how]})
+    options: dict[str, Any] = {"use_dictionary": ["file_name"], "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+    pq.write_table(table, tmp_path / name, compression="zstd", **(options if how == "beginnings" else {}))
+    if how == "nothing":
+        monkeypatch.setattr("davae.data.sources.parquet._MOST_UNPACKED", 60_000)
+        monkeypatch.setattr("davae.data.sources.parquet._MOST_TIMES", 1)
+    with pytest.raises(DavaeError, match="perhaps a decompression bomb"):
+        open_dataset(tmp_path if name == "metadata.parquet" else tmp_path / name, resolution=16)
+    assert (tmp_path / name).stat().st_size < 10_000
+
+
+def test_numbers_and_captions_that_a_table_may_not_hold(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    images = [{"bytes": png(i), "path": None} for i in range(2)]
+    for labels in ([0, 2], [1, -1]):
+        table = pa.table({"image": pa.array(images), "label": pa.array(labels)}, schema=features.arrow_schema)
+        pq.write_table(table, tmp_path / f"{labels[1]}.parquet")
+    with pytest.raises(DavaeError, match=r"column 'label': there are 2 classes, and a row has the number 2"):
+        open_dataset(tmp_path / "2.parquet", resolution=16)
+    data = open_dataset(tmp_path / "-1.parquet", resolution=16)
+    assert [data[i]["label"] for i in range(2)] == [1, -1]
+    pq.write_table(pa.table({"image": [png(0), png(1)], "text": [b"caf\xe9", b"a fox"]}), tmp_path / "c.parquet")
+    data = open_dataset(tmp_path / "c.parquet", resolution=16)
+    assert [data[i]["caption"] for i in range(2)] == ["", "a fox"]
+    assert [name for name, _ in data.source.problems] == ["0"]
 
 
 def test_a_damaged_saved_set(tmp_path: Path) -> None:
@@ -346,7 +455,7 @@ def test_text_from_outside(tmp_path: Path) -> None:
         read_text(tmp_path / "a", most_bytes=99)
     (tmp_path / "b.json").write_text("{", encoding="utf-16")
     with pytest.raises(DavaeError, match=r"b\.json is not JSON"):
-        read_json(tmp_path / "b.json")
+        read_object(tmp_path / "b.json")
     assert whole_text("a\ud83d\ude00\ud800") == "a😀\ufffd"
     assert whole_name("caf\udce9") == "caf\\xe9"
 
@@ -355,9 +464,38 @@ def test_prompts(tmp_path: Path) -> None:
     file = tmp_path / "p.txt"
     file.write_text("# a comment\na fox\u2028in snow\r\n\r\na dog\n", encoding="utf-16")
     assert read_prompts(file) == ["a fox\u2028in snow", "a dog"]
-    file = tmp_path / "p.jsonl"
-    file.write_text('{"prompt": "a\u2028b"}\n{"prompt": "c"}\n', encoding="utf-8-sig")
-    assert open_prompt_set(file).subjects == ["a\u2028b", "c"]
+    for name in ("p.jsonl", "P.JSONL"):
+        text = '{"prompt": "a\u2028b"}\n{"prompt": "c\\ud800", "tag": "d\\uD83D\\uDE00"}\n'
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        found = open_prompt_set(tmp_path / name)
+        assert found.subjects == ["a\u2028b", "c\ufffd"]
+        assert found.categories == ["", "d😀"]
+
+
+def test_boxes_as_a_spreadsheet_saves_them(tmp_path: Path) -> None:
+    put(tmp_path, "a.png")
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "b.csv").write_text("file,name,left,top,right,bottom\r\na.png,x,0,0,4,4\r\n", encoding=encoding)
+        assert [box.right for box in read_boxes(tmp_path / "b.csv")["x"]] == [4]
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(DavaeError, match="a pipe or a device"):
+        read_boxes(tmp_path / "pipe.csv")
+
+
+def test_the_head_of_a_card_with_a_mark(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\r\nlicense: mit\r\n---\r\n", encoding="utf-8-sig")
+    assert read_front_matter(tmp_path / "README.md") == {"license": "mit"}
+    (tmp_path / "README.md").write_bytes(b"---\nlicense: caf\xe9\n---\n")
+    with pytest.raises(DavaeError, match=r"README\.md is not UTF-8 text"):
+        read_front_matter(tmp_path / "README.md")
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_configuration_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    for read in (read_object, lambda file: open_autoencoder(file.parent), lambda file: load_autoencoder(file.parent)):
+        with pytest.raises(DavaeError, match=r"config\.json (is not|holds no)|is damaged"):
+            read(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("mode", ["I;16", "F"])

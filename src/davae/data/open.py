@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,8 @@ from davae.data.images.dataset import ImageDataset, Source
 from davae.data.images.decode import UnreadableImage
 from davae.data.images.transforms import Size, SquareCrop
 from davae.data.scenes import ProceduralScenes
-from davae.data.sources.bad_files import HEADER_CHECK_LIMIT, check_headers, describe, refuse_if_mostly_bad
+from davae.data.sources.bad_files import check_headers, describe, refuse_if_mostly_bad
+from davae.data.sources.facts import METADATA_NAMES
 from davae.data.sources.folder import IMAGE_SUFFIXES, FolderSource
 from davae.data.sources.scenes import RenderedDataset
 from davae.data.sources.tables import TABLE_SUFFIXES, open_hub, open_saved, open_tables
@@ -88,10 +89,11 @@ def open_dataset(
     skipped = [(source.id(i), reason) for i, reason in bad.items()]
     refuse_if_mostly_bad(skipped, len(source), source.name)
     if part == "train" and not quiet:
-        logger.info("%s: %s", shown(source.name), shown(source.summary))
-        if len(source) <= HEADER_CHECK_LIMIT:
-            for index in range(len(source)):  # report unreadable captions now
-                _facts_or_none(source, index)
+        line = source.summary
+        empty = _classes_without_images(source, bad) if bad and source.classes else []
+        if empty:
+            line += f"; classes of which no image can be used: {', '.join(empty)}"
+        logger.info("%s: %s", shown(source.name), shown(line))
         if source.problems:
             logger.warning("%s: %s", source.name, describe(source.problems, one="problem", many="problems"))
     good = [i for i in range(len(source)) if i not in bad]
@@ -109,9 +111,14 @@ def open_dataset(
     )
 
 
-def _facts_or_none(source: Source, index: int) -> None:
-    with suppress(UnreadableImage):  # met again, and counted, when the image is read
-        source.facts(index)
+def _classes_without_images(source: Source, bad: Container[int]) -> list[str]:
+    """Names of the classes whose images are all bad; they keep their numbers."""
+    left: dict[int, bool] = {}
+    for index in range(len(source)):
+        with suppress(UnreadableImage):  # met again, and counted, when the image is read
+            label = source.facts(index).label
+            left[label] = left.get(label, False) or index not in bad
+    return [name for number, name in enumerate(source.classes) if left.get(number) is False]
 
 
 def find_source(path_or_name: str | Path, split: str | None = "train", revision: str | None = None) -> Source:
@@ -129,7 +136,7 @@ def find_source(path_or_name: str | Path, split: str | None = "train", revision:
         return _in_folder(path, split)
     if path.is_file():
         return _from_files([path], name)
-    if name.endswith(".tar"):
+    if name.lower().endswith(".tar"):
         return ShardSource(find_shards(str(path)), name)
     files = matching_files(str(path))
     if not files:
@@ -143,7 +150,7 @@ def _in_folder(folder: Path, split: str | None) -> Source:
     names = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
     if not any(p.suffix.lower() in IMAGE_SUFFIXES for p in names):
         for suffixes in (frozenset({".tar"}), TABLE_SUFFIXES):
-            files = sorted(p for p in names if p.suffix.lower() in suffixes)
+            files = sorted(p for p in names if p.suffix.lower() in suffixes and p.name.lower() not in METADATA_NAMES)
             if files:
                 return _from_files(files, str(folder))
     return FolderSource(folder, split)

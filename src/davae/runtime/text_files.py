@@ -7,6 +7,7 @@ newline, optionally after a carriage return, ends a line; other Unicode separato
 import codecs
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,6 +18,7 @@ MOST_BYTES = 1 << 30
 """Default limit of a file; captions have the lower one below."""
 
 CAPTION_BYTES = 1 << 20
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is its beginning
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -67,9 +69,13 @@ def decode_text(raw: bytes, name: str, *, most_bytes: int = CAPTION_BYTES) -> st
     """
     if len(raw) > most_bytes:
         raise DavaeError(f"{name} is too long for text of its kind: more than {most_bytes:,} bytes")
-    encoding = next((encoding for mark, encoding in _MARKS if raw.startswith(mark)), "utf-8")
+    encoding = next((encoding for mark, encoding in _MARKS if raw.startswith(mark)), None)
+    if encoding is None and b"\0" in raw:
+        raise DavaeError(
+            f"{name} is not UTF-8 text (it holds zero bytes, as UTF-16 without its mark does): save it as UTF-8"
+        )
     try:
-        return raw.decode(encoding)
+        return raw.decode(encoding or "utf-8")
     except UnicodeDecodeError as error:
         raise DavaeError(
             f"{name} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
@@ -82,7 +88,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of JSON text.
+    """The value of JSON text; its strings can be encoded (:func:`whole_text`).
 
     Args:
         text: the JSON.
@@ -92,10 +98,19 @@ def parse_json(text: str, where: str) -> Any:
         DavaeError: it is not JSON, nested too deeply, or has a number with too many digits.
     """
     try:
-        return json.loads(text, strict=False)  # control characters may stand in captions as they are
+        value = json.loads(text, strict=False)  # control characters may stand in captions as they are
+        return _whole(value) if _SURROGATE.search(text) else value
     except (ValueError, RecursionError) as error:  # ValueError: also integers of too many digits
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise DavaeError(f"{where} is not JSON: {reason}") from error
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {whole_text(key): _whole(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_whole(entry) for entry in value]
+    return whole_text(value) if isinstance(value, str) else value
 
 
 def read_json(path: str | Path) -> Any:

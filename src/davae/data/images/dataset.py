@@ -32,13 +32,15 @@ class Source(Protocol):
     classes: list[str]
     problems: list[Skip]
     """Problems of the source itself: damaged archives, captions for missing files."""
-    summary: str
-    """One line of text: the number of images and of captions, what was read and what was ignored."""
     commit: str | None
     """The commit on the hub, if it is known."""
 
     def __len__(self) -> int:
         """The number of image files, readable or not."""
+
+    @property
+    def summary(self) -> str:
+        """One line of text: the number of images and of captions, what was read and what was ignored."""
 
     def id(self, index: int) -> str:
         """A name that is unique in the source and stays the same when images are added."""

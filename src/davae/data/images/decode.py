@@ -23,14 +23,14 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from davae.errors import DavaeError
 
-_ROWS = 64  # rows of 16-bit or float grey images converted at a time
+_ROWS = 64  # rows of an image that are converted at a time
 
 Result = TypeVar("Result")
 ImageFile = bytes | str | Path | BinaryIO
 """An image's bytes in memory, its path, or an open file."""
 
 MAX_PIXELS = 178_956_970
-"""Maximum number of pixels (512 MiB as RGB): Pillow's own limit against decompression bombs."""
+"""Maximum number of pixels (683 MiB as RGB in Pillow, 4 bytes each): its own limit against decompression bombs."""
 
 MAX_ASPECT = 20
 """Maximum ratio of the longer side to the shorter."""
@@ -169,25 +169,32 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return _cmyk_to_rgb(image)
     transparency = image.info.get("transparency")
     if transparency is None and image.mode in {"1", "L", "RGB", "YCbCr", "HSV"}:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     if isinstance(transparency, tuple) and max(transparency) > 255:
         # The transparent colour of a 16-bit PNG; Pillow has reduced the pixels to 8 bits, not this colour.
         image.info["transparency"] = tuple(value >> 8 for value in transparency)
-    if image.mode == "La":
-        image = image.convert("LA")
-    rgba = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    rgb = Image.new("RGB", image.size)
+    for box in _strips(image):
+        strip = image.crop(box)
+        rgba = (strip.convert("LA") if strip.mode == "La" else strip).convert("RGBA")
+        rgb.paste(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"), box)
+    return rgb
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes of a few rows each. What is made on the way to RGB takes up to eight times a picture's bytes."""
+    width, height = image.size
+    for top in range(0, height, _ROWS):
+        yield 0, top, width, min(top + _ROWS, height)
 
 
 def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits. Pillow's own conversion clips at 255, which turns such images white."""
-    width, height = image.size
+    """Grey with more than 8 bits. Pillow's own conversion clips at 255, which turns such images white."""
     limit = 1.0 if image.mode == "F" else 65535.0
     transparent = image.info.get("transparency")
     rgb = Image.new("RGB", image.size)
-    for top in range(0, height, _ROWS):  # the whole image in float64 would take 8 bytes a pixel
-        bottom = min(top + _ROWS, height)
-        values = np.asarray(image.crop((0, top, width, bottom)))  # [rows, W], uint16, int32 or float32
+    for box in _strips(image):
+        values = np.asarray(image.crop(box))  # [rows, W], uint16, int32 or float32
         low, high = float(values.min()), float(values.max())
         if not (low >= 0.0 and high <= limit):  # written so that NaN fails too
             raise UnreadableImage(
@@ -196,7 +203,7 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
         grey = np.rint(values.astype(np.float64) * (255.0 / limit)).astype(np.uint8)
         if isinstance(transparent, int):
             grey[values == transparent] = 255  # over white
-        rgb.paste(Image.fromarray(grey).convert("RGB"), (0, top))
+        rgb.paste(Image.fromarray(grey).convert("RGB"), box)
     return rgb
 
 

@@ -14,13 +14,11 @@ from torch.utils.data import Dataset
 from davae.data.images.dataset import Source, read_file
 from davae.data.images.decode import UnreadableImage, check_header
 from davae.data.images.protocol import Item, Skip, as_item_dataset
+from davae.data.sources.folder import HEADER_CHECK_LIMIT
 from davae.errors import DavaeError
 from davae.runtime.console import shown
 
 logger = logging.getLogger(__name__)
-
-HEADER_CHECK_LIMIT = 20_000
-"""Data sets with more images open without reading every header (about 0.1 ms each); bad files are found later."""
 
 _NAMED = 20
 

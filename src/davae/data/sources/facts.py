@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 import math
 import os
 import re
@@ -12,15 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from davae.data.images.protocol import Skip
+from davae.data.sources.parquet import open_parquet
 from davae.errors import DavaeError
-from davae.runtime.text_files import lines_of, open_regular, parse_json, read_text, whole_text
+from davae.runtime.console import shown
+from davae.runtime.text_files import decode_text, lines_of, parse_json, read_text, whole_text
+
+logger = logging.getLogger(__name__)
 
 CAPTION_KEYS = ("text", "caption", "captions", "prompt", "txt")
 LABEL_KEYS = ("label", "labels", "class", "cls", "fine_label")
-CAPTION_ENDINGS = (".txt", ".caption")
+"""Names of keys and columns, in any case (``TEXT``); the first of those that hold something counts."""
+
+CAPTION_ENDINGS = (".txt", ".caption", ".json")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Metadata files of image folders, as in ``datasets``; column or key ``file_name`` names the image."""
 
+NO_CLASS = "%s: column '%s' holds lists or structures, not one class an image; images are taken without a class by it"
+"""Log line of such labels."""
+
+_FILE_KEYS = ("file_name", "filename")
 _MOST_CLASSES = 1_000_000
 """Labels below this are class numbers. Larger ones are identifiers of classes, numbered in increasing order."""
 
@@ -29,24 +40,53 @@ def caption_of(value: Any) -> str:
     """A caption as text: of several the first that is not empty; empty if there is none.
 
     Truth values and not-a-number, by which tables say that a value is missing, are no text.
+
+    Raises:
+        DavaeError: bytes that are not text.
     """
     if isinstance(value, list | tuple):
         return next(filter(None, map(caption_of, value)), "")
     if isinstance(value, bytes):
-        value = value.decode(errors="replace")
+        value = decode_text(value, "the caption")
     if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
         return ""
-    return whole_text(str(value)).strip() if isinstance(value, str | int | float) else ""
+    return whole_text(str(value)).strip().strip("\ufeff").strip() if isinstance(value, str | int | float) else ""
+
+
+def named(names: Iterable[str], keys: Sequence[str]) -> list[str]:
+    """Those of the names that are one of ``keys`` in any case, in the order of the keys."""
+    folded = [(name.strip().lower(), name) for name in names]
+    return [name for key in keys for fold, name in folded if fold == key]
 
 
 def caption_in(values: Mapping[str, Any]) -> str:
-    """The first caption that is not empty, of all keys or columns that may hold one."""
-    return next(filter(None, (caption_of(values.get(key)) for key in CAPTION_KEYS)), "")
+    """The caption in a row of a table or an object in JSON: the first that is not empty under the usual keys.
+
+    Raises:
+        DavaeError: bytes that are not text.
+    """
+    return caption_of([values[name] for name in named(values, CAPTION_KEYS)])
 
 
-def first_of(values: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    """The value of the first key that has one; ``None`` if none has."""
-    return next((values[key] for key in keys if values.get(key) is not None), None)
+def label_in(values: Mapping[str, Any], where: str, told: set[str]) -> int | str | None:
+    """The label in a row or an object: the first under the usual keys that is there.
+
+    Args:
+        values: the row.
+        where: for messages.
+        told: keys of lists that were logged already; such a key is logged once, and holds no class.
+
+    Raises:
+        DavaeError: as :func:`class_label`.
+    """
+    for name in named(values, LABEL_KEYS):
+        if isinstance(values[name], list | tuple | dict):
+            if name not in told:
+                told.add(name)
+                logger.warning(NO_CLASS, shown(where), shown(name))
+        elif values[name] is not None:
+            return class_label(values[name], where)
+    return None
 
 
 def class_label(value: Any, where: str) -> int | str | None:
@@ -61,8 +101,10 @@ def class_label(value: Any, where: str) -> int | str | None:
     """
     if isinstance(value, str):
         value = unicodedata.normalize("NFC", whole_text(value).strip())
-        if re.fullmatch(r"-?[0-9]{1,18}", value):
-            value = int(value)
+        if re.fullmatch(r"[+-]?[0-9]{1,18}(\.0*)?", value):
+            value = int(value.partition(".")[0])
+        elif re.fullmatch(r"[+-]?[0-9]*\.[0-9]+", value):
+            value = float(value)
         elif not value:
             return None
         else:
@@ -70,7 +112,7 @@ def class_label(value: Any, where: str) -> int | str | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bytes):
-        return class_label(value.decode(errors="replace"), where)
+        return class_label(decode_text(value, where), where)
     if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
         value = int(value)
     if not isinstance(value, int) or value < -1:
@@ -100,14 +142,19 @@ def class_names(labels: Iterable[int | str | None], where: str) -> tuple[list[st
     return [str(label) for label in ordered], {label: number for number, label in enumerate(ordered)}
 
 
+def folded(name: str) -> str:
+    """A name by which files are the same where systems differ: accents composed, in lower case."""
+    return unicodedata.normalize("NFC", name).lower()
+
+
 def caption_files(image: str) -> list[str]:
-    """Lower-case names of an image's possible caption files: ``a.txt``, ``a.caption``, ``a.jpg.txt``."""
+    """Names of an image's possible caption files: ``a.txt``, ``a.jpg.txt``, ``a.caption``, ..."""
     stem = os.path.splitext(image)[0]
-    return [(base + ending).lower() for ending in CAPTION_ENDINGS for base in (stem, image)]
+    return [base + ending for ending in CAPTION_ENDINGS for base in (stem, image)]
 
 
 def metadata_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a metadata file, each with its place for errors.
+    """The image that each row of a metadata file names, and the row.
 
     Raises:
         DavaeError: the file cannot be read, or a row has no ``file_name``.
@@ -115,10 +162,11 @@ def metadata_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, row in {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[file.suffix.lower()](file):
         if not isinstance(row, dict):
             raise DavaeError(f"{where}, must be an object with 'file_name' and 'text'")
-        if not isinstance(row.get("file_name"), str):
+        found = [row[key] for key in named(filter(None, row), _FILE_KEYS)]
+        if not found or not isinstance(found[0], str):
             known = ", ".join(map(repr, list(row)[:5])) or "nothing"
             raise DavaeError(f"{where}: no 'file_name'; it has {known}")
-        yield where, row
+        yield found[0].strip(), row
 
 
 def match_rows(
@@ -127,8 +175,9 @@ def match_rows(
     """Match the rows of metadata files with images.
 
     A name is resolved from the metadata file's folder, then from the folders above it if the path leads back into it;
-    an absolute name, perhaps of another machine, by its longest suffix that exists. Backslashes and other Unicode
-    compositions of accents are supported. If several rows name one image, the first value of each key counts.
+    an absolute name, perhaps of another machine, by its longest suffix that exists. Backslashes, other Unicode
+    compositions of accents and, if only one image can be meant, another case (``1.JPG``) are supported. If several rows
+    name one image, the first value of each key counts.
 
     Args:
         files: metadata files in or above ``root``.
@@ -139,27 +188,30 @@ def match_rows(
         Rows by image; the number of matched rows of each file; names of unmatched rows, with the reason.
     """
     paths = {_plain(os.path.join(root, name)): name for name in known}
+    in_any_case: dict[str, str] = {}
+    for path, name in paths.items():
+        in_any_case[folded(path)] = "" if folded(path) in in_any_case else name
     rows: dict[str, dict[str, Any]] = {}
     counts: dict[str, Any] = {}
     unmatched: list[Skip] = []
     for file in files:
         counts[str(file)] = 0
-        found = [row for _, row in metadata_rows(file)]
-        folders = {os.path.dirname(row["file_name"].replace("\\", "/")) for row in found}
-        for row in found:
-            asked = row["file_name"].strip()
+        found = list(metadata_rows(file))
+        folders = {os.path.dirname(asked.replace("\\", "/")) for asked, _ in found}
+        for asked, row in found:
             for path in _places(asked, file.parent, shortest=1 if len(folders) == 1 else 2):
-                if _plain(path) in paths:
-                    known_of = rows.setdefault(paths[_plain(path)], {})
+                there = bool(asked) and os.path.lexists(path)  # perhaps in another split, or not an image
+                name = paths.get(_plain(path)) or ("" if there else in_any_case.get(folded(path), ""))
+                if name:
+                    known_of = rows.setdefault(name, {})
                     known_of |= {key: value for key, value in row.items() if not _says(known_of.get(key))}
                     counts[str(file)] += 1
-                    break
-                if asked and os.path.lexists(path):  # in another split, or not an image
+                if name or there:
                     break
             else:
                 folder = os.path.relpath(file.parent, root).replace(os.sep, "/")
-                name = asked if folder == "." or os.path.isabs(asked) else f"{folder}/{asked}"
-                unmatched.append((name, f"named in {file.name} but not there"))
+                asked = asked if folder == "." or os.path.isabs(asked) else f"{folder}/{asked}"
+                unmatched.append((asked, f"named in {file.name} but not there"))
     return rows, counts, unmatched
 
 
@@ -210,12 +262,11 @@ def _csv(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow.parquet
+    import pyarrow
 
     try:
-        open_regular(file).close()  # refuses pipes, which would block
-        table = pyarrow.parquet.ParquetFile(file)
-        wanted = [n for n in table.schema_arrow.names if n in {"file_name", *CAPTION_KEYS, *LABEL_KEYS}]
+        table = open_parquet(file)
+        wanted = named(table.schema_arrow.names, (*_FILE_KEYS, *CAPTION_KEYS, *LABEL_KEYS))
         number = 0
         for batch in table.iter_batches(batch_size=4096, columns=wanted):
             for row in batch.to_pylist():

@@ -12,22 +12,24 @@ from davae.data.images.decode import UnreadableImage
 from davae.data.images.protocol import Skip
 from davae.data.sources.facts import (
     CAPTION_ENDINGS,
-    LABEL_KEYS,
     METADATA_NAMES,
     caption_files,
     caption_in,
     caption_of,
-    class_label,
     class_names,
-    first_of,
+    folded,
+    label_in,
     match_rows,
 )
 from davae.errors import DavaeError
 from davae.runtime.console import shown
 from davae.runtime.places import is_of_davae
-from davae.runtime.text_files import CAPTION_BYTES, open_regular, read_text, whole_name
+from davae.runtime.text_files import CAPTION_BYTES, open_regular, parse_json, read_text, whole_name
 
 logger = logging.getLogger(__name__)
+
+HEADER_CHECK_LIMIT = 20_000
+"""Sets with more images open without reading every header and caption (some 0.1 ms each); faults are met later."""
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".png", ".apng", ".webp", ".avif"}
@@ -39,8 +41,11 @@ _SPLIT_NAMES = frozenset(
     {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 )
 
-_NOT_OURS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "#recycle"})
-"""Folders that operating systems and network storage create; they hold copies and thumbnails."""
+_NOT_OURS = frozenset(
+    {"__macosx", "@eadir", "@__thumb", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"}
+    | {"$recycle.bin", "recycler", "system volume information", "lost+found"}
+)
+"""Folders, in lower case, that operating systems and network storage create; they hold copies and thumbnails."""
 
 _PASSED_OVER = frozenset(
     {".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".hdr", ".tga", ".eps", ".pdf"}
@@ -49,13 +54,19 @@ _PASSED_OVER = frozenset(
 """Extensions of unsupported image formats; such files are counted when the folder opens."""
 
 
+def not_ours(name: str) -> bool:
+    """Whether a file or folder of that name is hidden, or a system's."""
+    return (name.startswith(".") and name.strip(".") != "") or name.lower() in _NOT_OURS
+
+
 class FolderSource:
     """Images below a folder, sorted by path.
 
     * The class is the name of the parent folder, where images lie in more than one folder. Images directly in
       the folder itself then have no class (label -1).
-    * The caption is in a text beside (``a.txt``, ``a.caption``, ``a.jpg.txt``), or in a metadata file as those of
-      Hugging Face image folders (``metadata.jsonl``, ``.csv``, ``.parquet``), which comes first and may hold labels.
+    * The caption is in a text beside (``a.txt``, ``a.caption``, ``a.json``, ``a.jpg.txt``), or in a metadata file as
+      those of Hugging Face image folders (``metadata.jsonl``, ``.csv``, ``.parquet``), which comes first and may hold
+      labels.
     * Where the first level holds nothing but splits (``train``, ``validation``, ...), ``split`` chooses one.
 
     Hidden files and folders, those of other systems, and what davae wrote (runs, caches, generated images, figures) are
@@ -84,18 +95,27 @@ class FolderSource:
             )
         if self.root != Path(root):  # of all splits, perhaps
             found.metadata += _metadata(Path(root), os.listdir(root))
-        self._rows, matched, unmatched = match_rows(found.metadata, self.root, self._files)
-        self.problems += unmatched
+        self._rows, self._matched, self._unmatched = match_rows(found.metadata, self.root, self._files)
+        self.problems += self._unmatched
+        self._above, self._passed_over = root, found.passed_over()
         self._beside = _captions_beside(self._files, found.texts)
         self._told: set[str] = set()
         self.classes, self._labels = self._find_classes()
-        captions = sum(name in self._beside or bool(caption_in(self._rows.get(name, {}))) for name in self._files)
-        self.summary = f"{len(self._files)} images, {captions} with a caption"
-        for file, count in matched.items():
-            self.summary += f"; {count} rows of {os.path.relpath(file, root)}"
-        if unmatched:
-            self.summary += f"; {len(unmatched)} rows match no image, such as {unmatched[0][0]}"
-        self.summary = whole_name(self.summary + found.passed_over())
+
+    @property
+    def summary(self) -> str:
+        """One line: images, captions (read for that in small sets), metadata and what was ignored."""
+        if len(self) <= HEADER_CHECK_LIMIT:
+            found = f"{sum(bool(self.facts(index).caption) for index in range(len(self)))} with a caption"
+        else:
+            count = sum(name in self._beside or bool(caption_in(self._rows.get(name, {}))) for name in self._files)
+            found = f"{count} with a text"
+        line = f"{len(self)} images, {found}"
+        for file, count in self._matched.items():
+            line += f"; {count} rows of {os.path.relpath(file, self._above)}"
+        if self._unmatched:
+            line += f"; {len(self._unmatched)} rows match no image, such as {self._unmatched[0][0]}"
+        return whole_name(line + self._passed_over)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -115,23 +135,31 @@ class FolderSource:
     def facts(self, index: int) -> Facts:
         """Class and caption; an unreadable caption is logged once, and is empty."""
         name = self._files[index]
-        caption = caption_in(self._rows.get(name, {}))
-        if not caption and name in self._beside:
-            beside = self._beside[name]
-            try:
-                caption = caption_of(read_text(self.root / beside, most_bytes=CAPTION_BYTES))
-            except (DavaeError, OSError) as error:
-                if beside not in self._told:
-                    self._told.add(beside)
-                    self.problems.append((whole_name(beside), f"the caption cannot be read ({error})"))
-                    logger.warning("%s: the caption cannot be read: %s", shown(whole_name(beside)), error)
+        beside, caption = name, ""
+        try:
+            caption = caption_in(self._rows.get(name, {}))
+            if not caption and name in self._beside:
+                beside = self._beside[name]
+                text = read_text(self.root / beside, most_bytes=CAPTION_BYTES)
+                if beside.lower().endswith(".json"):
+                    values = parse_json(text, beside)
+                    caption = caption_in(values) if isinstance(values, dict) else ""
+                else:
+                    caption = caption_of(text)
+        except (DavaeError, OSError) as error:
+            if beside not in self._told:
+                self._told.add(beside)
+                reason = str(error).replace(str(self.root / beside), "it")
+                self.problems.append((whole_name(beside), f"the caption cannot be read ({reason})"))
+                if len(self) > HEADER_CHECK_LIMIT:  # otherwise told when the set opens
+                    logger.warning("%s: the caption cannot be read: %s", shown(whole_name(beside)), shown(reason))
         return Facts(self._labels[index], caption)
 
     def _find_classes(self) -> tuple[list[str], list[int]]:
         """Classes and labels from the metadata if it has any, else from the folders' names."""
-        given = {name: first_of(row, LABEL_KEYS) for name, row in self._rows.items()}
-        if any(value is not None for value in given.values()):
-            labels = {name: class_label(value, f"{self.name}: {name}") for name, value in given.items()}
+        told: set[str] = set()
+        labels = {name: label_in(row, f"{self.name}: {name}", told) for name, row in self._rows.items()}
+        if any(label is not None for label in labels.values()):
             classes, numbers = class_names(labels.values(), self.name)
             of_files = [labels.get(name) for name in self._files]
             return classes, [-1 if label is None else numbers[label] for label in of_files]
@@ -165,7 +193,7 @@ def _split_folder(root: Path, split: str | None) -> Path:
     if not root.is_dir():
         kind = "is a file, not a folder" if root.exists() else "does not exist"
         raise DavaeError(f"the image folder {root} {kind}")
-    entries = [e for e in root.iterdir() if not e.name.startswith(".") and e.name not in _NOT_OURS]
+    entries = [e for e in root.iterdir() if not not_ours(e.name)]
     folders = sorted(e.name for e in entries if e.is_dir())
     loose = any(e.suffix.lower() in IMAGE_SUFFIXES for e in entries)
     if folders and not loose and all(name.lower() in _SPLIT_NAMES for name in folders):
@@ -216,12 +244,12 @@ def _walk(root: Path) -> _Found:
             below.clear()
             continue
         seen.add(real)
-        below[:] = sorted(name for name in below if not name.startswith(".") and name not in _NOT_OURS)
+        below[:] = sorted(name for name in below if not not_ours(name))
         relative = os.path.relpath(folder, root).replace(os.sep, "/")
         prefix = "" if relative == "." else f"{relative}/"
         for name in files:
             ending = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
+            if not_ours(name):
                 continue
             if ending in IMAGE_SUFFIXES:
                 found.images.append(prefix + name)
@@ -241,12 +269,14 @@ def _metadata(folder: Path, files: list[str]) -> list[Path]:
 
 def _captions_beside(images: list[str], texts: list[str]) -> dict[str, str]:
     """The caption file of each image that has one, by the image's path."""
-    there = {(os.path.dirname(text), os.path.basename(text).lower()): text for text in texts}
+    there = {text: text for text in texts}
+    in_any_case = {os.path.join(os.path.dirname(text), folded(os.path.basename(text))): text for text in texts}
     beside = {}
     for image in images:
         folder, name = os.path.split(image)
-        for candidate in caption_files(name):
-            if (folder, candidate) in there:
-                beside[image] = there[folder, candidate]
-                break
+        names = caption_files(name)
+        found = [there.get(os.path.join(folder, n)) or in_any_case.get(os.path.join(folder, folded(n))) for n in names]
+        text = next(filter(None, found), None)
+        if text is not None:
+            beside[image] = text
     return beside

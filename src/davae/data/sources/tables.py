@@ -2,7 +2,7 @@
 
 Columns are found by their type: the image column is the one of type ``Image`` (else bytes under a usual
 name), the label the one of type ``ClassLabel`` (else single values under one of ``LABEL_KEYS``), the caption the first
-of ``CAPTION_KEYS``. Local files never touch the network.
+that is not empty of ``CAPTION_KEYS``. Local files never touch the network.
 """
 
 import io
@@ -16,9 +16,19 @@ from typing import Any, BinaryIO
 from davae.data.images.dataset import Facts
 from davae.data.images.decode import UnreadableImage
 from davae.data.images.protocol import Skip
-from davae.data.sources.facts import CAPTION_KEYS, LABEL_KEYS, caption_in, class_label, class_names
+from davae.data.sources.facts import (
+    CAPTION_KEYS,
+    LABEL_KEYS,
+    NO_CLASS,
+    caption_in,
+    class_label,
+    class_names,
+    named,
+)
 from davae.data.sources.folder import open_image
+from davae.data.sources.parquet import open_parquet
 from davae.errors import DavaeError, first_line
+from davae.runtime.console import shown
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +36,6 @@ TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 
 _IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
 _COMMIT = re.compile(r"[/\\]([0-9a-f]{40})[/\\]")
-_MOST_UNPACKED, _MOST_TIMES = 2**30, 200
-"""A parquet file that unpacks to more bytes than this, and to more than so many times its size, is refused."""
 
 
 class TableSource:
@@ -54,15 +62,15 @@ class TableSource:
         features = table.features
         self._image = _image_column(features, name)
         self._label = _label_column(features, name)
-        self._captions = [name for name in CAPTION_KEYS if name in features and name != self._image]
-        keep = [c for c in (self._image, self._label, *self._captions) if c is not None]
+        self._captions = [column for column in named(features, CAPTION_KEYS) if column != self._image]
+        keep = [self._image, *self._captions] + ([] if self._label is None else [self._label])
         table = table.select_columns(list(dict.fromkeys(keep)))
         # Bytes, not decoded images: davae decodes them itself.
         self._table = table.cast_column(self._image, datasets.Image(decode=False))
         with _table_errors(name):
             self.classes, self._numbers = _classes(table, self._label, name)
-            texts = table.select_columns(self._captions) if self._captions else ()
-            captions = sum(bool(caption_in(row)) for row in texts)
+            texts = self._table.select_columns(self._captions) if self._captions else []
+            captions = sum(bool(self._caption(row, str(index))) for index, row in enumerate(texts))
         self.summary = f"{len(table)} images, {captions} with a caption"
         if self._captions:
             columns = "' or '".join(self._captions)
@@ -107,13 +115,23 @@ class TableSource:
 
     def facts(self, index: int) -> Facts:
         """The row's class and caption; of several captions, the first."""
-        columns = list(dict.fromkeys(c for c in (self._label, *self._captions) if c is not None))
+        columns = self._captions + ([] if self._label is None else [self._label])
         if not columns:
             return Facts()
         row = self._row(self._table.select_columns(columns), index)
         label = None if self._label is None else class_label(row[self._label], f"{self.name}, row {index}")
         number = -1 if label is None else self._numbers.get(label, -1)
-        return Facts(number, caption_in({name: row[name] for name in self._captions}))
+        return Facts(number, self._caption(row, str(index)))
+
+    def _caption(self, row: dict[str, Any], name: str) -> str:
+        """That of a row; one that cannot be read is told once, and is empty."""
+        try:
+            return caption_in({column: row[column] for column in self._captions})
+        except DavaeError as error:
+            problem = (name, f"the caption cannot be read ({error})")
+            if problem not in self.problems:
+                self.problems.append(problem)
+            return ""
 
 
 def open_saved(folder: Path, split: str | None) -> TableSource:
@@ -135,22 +153,11 @@ def open_tables(files: Sequence[Path], name: str) -> TableSource:
     with _table_errors(name):
         if kinds == {".parquet"}:
             for file in files:
-                _refuse_bomb(file)
+                open_parquet(file).close()
             table = datasets.Dataset.from_parquet([str(f) for f in files])
         else:
             table = datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
     return TableSource(table, name, folder=files[0].parent)
-
-
-def _refuse_bomb(file: Path) -> None:
-    import pyarrow.parquet
-
-    about = pyarrow.parquet.read_metadata(file)
-    unpacked = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-    if unpacked > max(_MOST_UNPACKED, _MOST_TIMES * file.stat().st_size):
-        raise DavaeError(
-            f"{file} unpacks from {file.stat().st_size:,} to {unpacked:,} bytes, perhaps a decompression bomb"
-        )
 
 
 @contextmanager
@@ -231,11 +238,7 @@ def _one_split(table: Any, split: str | None, name: str) -> Any:
 def _find(features: Any, preferred: Sequence[str], wanted: Any) -> str | None:
     """The column whose type satisfies ``wanted``; of several, one with a preferred name, else the first."""
     columns = [name for name, feature in features.items() if wanted(feature)]
-    return next((n for n in preferred if n in columns), columns[0] if columns else None)
-
-
-def _named(features: Any, names: Sequence[str]) -> str | None:
-    return next((n for n in names if n in features), None)
+    return next(iter(named(columns, preferred)), columns[0] if columns else None)
 
 
 def _image_column(features: Any, name: str) -> str:
@@ -246,8 +249,8 @@ def _image_column(features: Any, name: str) -> str:
         # A table written without datasets: {"bytes": ..., "path": ...} or plain bytes.
         column = _find(features, _IMAGE_NAMES, lambda f: isinstance(f, dict) and {"bytes", "path"} == set(f))
     if column is None:
-        binary = {n for n, f in features.items() if getattr(f, "dtype", None) in {"binary", "large_binary"}}
-        column = next((n for n in _IMAGE_NAMES if n in binary), None)
+        binary = [n for n, f in features.items() if getattr(f, "dtype", None) in {"binary", "large_binary"}]
+        column = next(iter(named(binary, _IMAGE_NAMES)), None)
     if column is None:
         raise DavaeError(
             f"{name} has no image column: columns are {', '.join(features)}; one must be of type Image, or "
@@ -261,14 +264,10 @@ def _label_column(features: Any, name: str) -> str | None:
 
     column = _find(features, LABEL_KEYS, lambda f: isinstance(f, datasets.ClassLabel))
     if column is None:
-        single = {n: f for n, f in features.items() if isinstance(f, datasets.Value)}
-        column = _named(single, LABEL_KEYS)
-    if column is None and (found := _named(features, LABEL_KEYS)) is not None:
-        logger.warning(
-            "%s: column '%s' holds lists or structures, not one class an image; images are taken without a class",
-            name,
-            found,
-        )
+        single = [n for n, f in features.items() if isinstance(f, datasets.Value)]
+        column = next(iter(named(single, LABEL_KEYS)), None)
+    if column is None and (several := named(features, LABEL_KEYS)):
+        logger.warning(NO_CLASS, shown(name), shown(several[0]))
     return column
 
 
@@ -279,7 +278,12 @@ def _classes(table: Any, column: str | None, name: str) -> tuple[list[str], dict
     if column is None:
         return [], {}
     feature = table.features[column]
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names), {i: i for i in range(feature.num_classes)}
     where = f"{name}, column '{column}'"
-    return class_names([class_label(value, where) for value in table.unique(column)], where)
+    labels = [class_label(value, where) for value in table.unique(column)]
+    if isinstance(feature, datasets.ClassLabel):
+        numbers: dict[int | str, int] = {i: i for i in range(feature.num_classes)}
+        strange = [label for label in labels if label is not None and label not in numbers]
+        if strange:
+            raise DavaeError(f"{where}: there are {feature.num_classes} classes, and a row has the number {strange[0]}")
+        return list(feature.names), numbers
+    return class_names(labels, where)

@@ -20,15 +20,8 @@ from typing import Any, BinaryIO
 
 from davae.data.images.dataset import Facts
 from davae.data.images.protocol import Skip
-from davae.data.sources.facts import (
-    LABEL_KEYS,
-    caption_in,
-    caption_of,
-    class_label,
-    class_names,
-    first_of,
-)
-from davae.data.sources.folder import IMAGE_SUFFIXES, file_stamp
+from davae.data.sources.facts import caption_in, caption_of, class_label, class_names, folded, label_in
+from davae.data.sources.folder import IMAGE_SUFFIXES, file_stamp, not_ours
 from davae.errors import DavaeError
 from davae.runtime.text_files import CAPTION_BYTES, decode_text, parse_json, whole_name
 
@@ -53,7 +46,9 @@ class _Beside:
     """Label and caption in the text members of one name."""
 
     label: int | str | None = None
-    caption: str | None = None
+    caption: str = ""
+    json_label: int | str | None = None
+    json_caption: str = ""
 
 
 class ShardSource:
@@ -79,6 +74,7 @@ class ShardSource:
         self._stamps: dict[int, str] = {}
         self._samples: list[_Sample] = []
         self._further = 0
+        self._told: set[str] = set()  # keys of lists of labels
         for number in range(len(self._files)):
             self._samples += self._index(number)
         if not self._samples:
@@ -153,9 +149,10 @@ class ShardSource:
                 self._further += 1
                 continue
             for name in (_stem(image.member), image.member, _key(image.member)):
-                beside = texts.get(name, _Beside())
-                image.label = beside.label if image.label is None else image.label
-                image.caption = image.caption or beside.caption or ""
+                beside = texts.get(folded(name), _Beside())
+                given = (image.label, beside.label, beside.json_label)
+                image.label = next((label for label in given if label is not None), None)
+                image.caption = image.caption or beside.caption or beside.json_caption
             samples.append(image)
         return samples
 
@@ -168,7 +165,7 @@ class ShardSource:
         shard: int,
     ) -> None:
         ending = member.name[len(_stem(member.name)) :].lower()
-        if not _key(member.name).rpartition("/")[2] or not ending:  # a hidden file, or one without an ending
+        if not ending or any(map(not_ours, member.name.split("/"))):
             return
         if ending in IMAGE_SUFFIXES:
             images.append(_Sample(shard, member.name, member.offset_data, member.size))
@@ -178,9 +175,20 @@ class ShardSource:
             place = whole_name(f"{self._shards[shard]}/{member.name}")
             try:
                 text = decode_text(stream.read(CAPTION_BYTES + 1), place)
-                _read_text(ending, text, texts.setdefault(_stem(member.name), _Beside()), place)
+                self._read_text(ending, text, texts.setdefault(folded(_stem(member.name)), _Beside()), place)
             except DavaeError as error:
                 self.problems.append((place, f"cannot be read ({str(error).removeprefix(place).strip(' ,:')})"))
+
+    def _read_text(self, ending: str, text: str, beside: _Beside, place: str) -> None:
+        if ending == ".cls":
+            beside.label = class_label(text, place)
+        elif ending != ".json":
+            beside.caption = beside.caption or caption_of(text)
+        else:
+            values = parse_json(text, place)
+            if isinstance(values, dict):
+                beside.json_caption = caption_in(values)
+                beside.json_label = label_in(values, place, self._told)
 
 
 class _Slice(io.RawIOBase):
@@ -221,9 +229,10 @@ def find_shards(pattern: str) -> list[Path]:
     """
     found: list[Path] = []
     folder, last = os.path.split(pattern)
-    literal = bool(folder) and Path(folder).is_dir()  # braces are then part of the folder's name
-    for name in (os.path.join(folder, n) for n in expand_braces(last)) if literal else expand_braces(pattern):
-        found += matching_files(name) if glob.has_magic(name) else [Path(name)]
+    literal = bool(folder) and Path(folder).is_dir()  # braces and brackets are then part of the folder's name
+    for name in expand_braces(last if literal else pattern):
+        path = os.path.join(folder, name) if literal else name
+        found += matching_files(path) if glob.has_magic(name) else [Path(path)]
     if not found:
         raise DavaeError(f"no shard matches {pattern}")
     return found
@@ -266,22 +275,6 @@ def _stem(member: str) -> str:
     """A member's name without its last ending."""
     folder, slash, base = member.rpartition("/")
     return folder + slash + (base.rpartition(".")[0] if "." in base else base)
-
-
-def _read_text(ending: str, text: str, beside: _Beside, place: str) -> None:
-    if ending == ".cls":
-        beside.label = class_label(text, place)
-    elif ending != ".json":
-        beside.caption = caption_of(text)
-    else:
-        values = parse_json(text, place)
-        if not isinstance(values, dict):
-            return
-        if not beside.caption:
-            beside.caption = caption_in(values)
-        label = first_of(values, LABEL_KEYS)
-        if beside.label is None and isinstance(label, int | float | str):
-            beside.label = class_label(label, place)
 
 
 def _short_names(files: Sequence[Path]) -> list[str]:

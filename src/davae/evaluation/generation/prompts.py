@@ -62,13 +62,14 @@ def open_prompt_set(file: str | Path) -> PromptSet:
         DavaeError: the file cannot be read, or is not of its form.
     """
     path = Path(file)
-    if path.suffix not in (".json", ".jsonl"):
+    ending = path.suffix.lower()
+    if ending not in (".json", ".jsonl"):
         return PromptSet("lines", read_prompts(path), sha256=file_hash(path))
     try:
         text = read_text(path)
     except (OSError, DavaeError) as error:
         raise DavaeError(f"cannot read the prompts in {path}: {error}") from error
-    if path.suffix == ".json":
+    if ending == ".json":
         entries = _parsed(text, f"{path}")
         if not isinstance(entries, dict):
             raise DavaeError(f'{path}: an object {{"name": {{"prompt": ...}}}} is needed, as in MJHQ-30K')

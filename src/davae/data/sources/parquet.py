@@ -1,0 +1,87 @@
+"""Parquet files from outside: what one unpacks to is counted before it is read."""
+
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from davae.errors import DavaeError
+from davae.runtime.text_files import open_regular
+
+_MOST_UNPACKED, _MOST_TIMES = 2**30, 200
+"""A file that unpacks to more bytes, and to so many times its own, is no table of pictures or captions."""
+_AT_ONCE = 2**26
+
+
+def open_parquet(file: Path) -> Any:
+    """A ``pyarrow.parquet.ParquetFile`` that does not unpack to absurdly more than its size.
+
+    What pages unpack to stands in the file's metadata. What dictionaries and shared beginnings of values become does
+    not: columns that could exceed the limit by them are read once, a few rows at a time, and counted.
+
+    Raises:
+        DavaeError: it is no regular file, or perhaps a decompression bomb.
+        OSError, pyarrow.ArrowException: it cannot be read, or is damaged.
+    """
+    import pyarrow.parquet
+
+    with open_regular(file) as opened:  # no pipe, which would be waited for
+        size = opened.seek(0, 2)
+        table = pyarrow.parquet.ParquetFile(file)
+        about = table.metadata
+        most = max(_MOST_UNPACKED, _MOST_TIMES * size)
+        unpacked = 0
+        columns = []
+        for column in range(about.num_columns):
+            chunks = [about.row_group(group).column(column) for group in range(about.num_row_groups)]
+            unpacked += sum(chunk.total_uncompressed_size + 8 * chunk.num_values for chunk in chunks)
+            largest = [_largest(chunk, opened) for chunk in chunks]
+            bound = sum(chunk.num_values * value for chunk, value in zip(chunks, largest, strict=True))
+            columns.append((bound, max(largest, default=0), about.schema.column(column).path))
+    counted = 0
+    for bound, value, path in sorted(columns):
+        counted += bound
+        if unpacked > most:
+            break
+        if counted <= most // 2:
+            continue
+        rows = max(1, min(65_536, _AT_ONCE // max(value, 1)))
+        for batch in table.iter_batches(batch_size=rows, columns=[path]):
+            unpacked += batch.nbytes
+            if unpacked > most:
+                break
+    if unpacked > most:
+        raise DavaeError(f"{file} unpacks from {size:,} to {unpacked:,} bytes or more, perhaps a decompression bomb")
+    return table
+
+
+def _largest(chunk: Any, file: BinaryIO) -> int:
+    """The most bytes that a value can have without having them in its page."""
+    if chunk.physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):
+        return 0
+    if "DELTA_BYTE_ARRAY" in chunk.encodings:
+        return int(chunk.total_uncompressed_size)
+    if not chunk.has_dictionary_page:
+        return 0
+    file.seek(chunk.dictionary_page_offset)
+    size = _page_size(file.read(16))
+    return int(chunk.total_uncompressed_size if size is None else min(size, chunk.total_uncompressed_size))
+
+
+def _page_size(header: bytes) -> int | None:
+    """Unpacked size of a page by its header (Thrift's compact protocol); ``None`` where that begins otherwise.
+
+    Its first two fields are the page's type and that size: each a byte 0x15, then a zigzag number in groups of 7 bits.
+    """
+    value = at = 0
+    for _ in range(2):
+        if header[at : at + 1] != b"\x15":
+            return None
+        value = shift = 0
+        more = True
+        while more:
+            at += 1
+            if at >= len(header):
+                return None
+            value |= (header[at] & 0x7F) << shift
+            shift, more = shift + 7, header[at] >= 0x80
+        at += 1
+    return value >> 1
