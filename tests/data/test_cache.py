@@ -160,7 +160,7 @@ def test_a_stopped_run_goes_on(form: Any, stop: int, tmp_path: Path) -> None:
     with (folder / "index.jsonl").open("a") as file:
         file.write('{"key": "0", "shard": "latents-00009.safetensors"}\n{"key": "x", "sha')
     if stop < 5:
-        with pytest.raises(DavaeError, match=r"not finished.*goes on"):
+        with pytest.raises(DavaeError, match=r"not finished.*to continue"):
             LatentCache(folder)
 
     again = CacheWriter(folder, fingerprint(), form=form, about={"classes": ["a"]}, shard_records=5)
