@@ -224,7 +224,6 @@ def test_a_gpu_that_is_not_there(arguments, place, monkeypatch, capsys) -> None:
         ("reconstruct vae photos", "--resolution"),
         ("inspect vae", "--images"),
         ("inspect vae", "--resolution"),
-        ("evaluate reconstruction vae --data photos", "--batch"),
         ("evaluate reconstruction vae --data photos", "--images"),
         ("evaluate generation debug --reference procedural:4", "--batch"),
         ("evaluate generation debug --reference procedural:4", "--count"),
@@ -240,7 +239,6 @@ def test_a_gpu_that_is_not_there(arguments, place, monkeypatch, capsys) -> None:
         ("bench training debug", "--repeats"),
         ("plan debug", "--resolution"),
         ("plan debug", "--batch"),
-        ("cache --recipe debug", "--batch-size"),
         ("convert lightningdit other.safetensors --out x", "--heads"),
     ],
 )

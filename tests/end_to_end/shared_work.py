@@ -39,7 +39,7 @@ def work(out: Path) -> dict:
         if base == "debug":
             stage = AutoencoderStage(vae, recipe.autoencoder, images, held_out)
             found["autoencoder"] = _validated(stage, out / "autoencoder")
-        write_cache(data, vae, load_base(base), out / f"cache-{base}", batch_size=2, shard_records=3)
+        write_cache(data, vae, load_base(base), out / f"cache-{base}", shard_records=3)
         upgraded = upgrade_pipeline(pipe, vae)
         stage2 = DiffusionStage(
             upgraded,

@@ -64,7 +64,7 @@ def autoencoder():
 def test_an_inspection_says_what_the_autoencoder_does(autoencoder):
     images = torch.rand(12, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     labels = torch.arange(12) % 3
-    found = inspect_autoencoder(autoencoder, images, labels, method="pca", batch=5)
+    found = inspect_autoencoder(autoencoder, images, labels, method="pca")
     with torch.no_grad():
         latent = autoencoder.encode(images).latent_dist.mode()
         z, _ = autoencoder.layout.split(latent)

@@ -22,6 +22,7 @@ from davae.pipelines.families import family_of
 from davae.recipes.data import DataSettings
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import UpgradeRecipe
+from davae.runtime import pixel_budget
 from davae.training.cache import write as caching
 from davae.training.cache.write import open_cache, write_cache
 from davae.training.checkpoints.run_directory import read_metrics
@@ -100,7 +101,7 @@ def test_losses_are_those_of_training_from_images(base: str, more: list[str], pi
     _, vae = base_and_vae(base)
     vae.save_pretrained(tmp_path / "vae")
     run_cache_of = settings(base, pictures, *more)
-    made = write_cache(run_cache_of.data, vae, load_base(base), tmp_path / "cache", batch_size=4)
+    made = write_cache(run_cache_of.data, vae, load_base(base), tmp_path / "cache")
     assert made.entries == 2 * made.images == 20
     assert made.texts == (0 if base == "debug" else 6)  # "" among them, each once
 
@@ -120,7 +121,7 @@ def test_losses_are_those_of_training_from_images(base: str, more: list[str], pi
 def test_entries_are_the_latents_and_embeddings_of_the_pipeline(pictures: Path, tmp_path: Path) -> None:
     base, vae = base_and_vae("debug-sd3")
     data = settings("debug-sd3", pictures).data
-    write_cache(data, vae, base, tmp_path / "c", batch_size=1)
+    write_cache(data, vae, base, tmp_path / "c")
     cache = open_cache(data.model_copy(update={"cache": str(tmp_path / "c")}), vae, base)
     images = open_training_part(data, vae, base)
     family = family_of(base)
@@ -144,7 +145,9 @@ def test_a_run_that_was_stopped_goes_on(
 ) -> None:
     base, vae = base_and_vae("debug-sd3")
     data = settings("debug-sd3", pictures).data
-    write_cache(data, vae, base, tmp_path / "whole", form=form, batch_size=2, shard_records=3)
+    monkeypatch.setattr(pixel_budget, "PIXELS", 2 * data.resolution**2)
+    monkeypatch.setattr(caching, "PROMPTS_TOGETHER", 2)
+    write_cache(data, vae, base, tmp_path / "whole", form=form, shard_records=3)
     added: list[str] = []
     add = caching.CacheWriter.add
 
@@ -157,8 +160,8 @@ def test_a_run_that_was_stopped_goes_on(
     monkeypatch.setattr(caching.CacheWriter, "add", stopping)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
-            write_cache(data, vae, base, tmp_path / "c", form=form, batch_size=2, shard_records=3)
-    made = write_cache(data, vae, base, tmp_path / "c", form=form, batch_size=2, shard_records=3)
+            write_cache(data, vae, base, tmp_path / "c", form=form, shard_records=3)
+    made = write_cache(data, vae, base, tmp_path / "c", form=form, shard_records=3)
     assert len(added) <= 26 + 3 * 2, "committed work is not done again"
     assert (made.entries, made.texts) == (20, 6)
     run_verify(tmp_path / "c")

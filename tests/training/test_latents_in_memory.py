@@ -35,8 +35,8 @@ def mirroring(kind: str, tmp_path: Path) -> Any:
 @pytest.mark.parametrize("kind", ["scenes", "files", "buckets"])
 def test_latents_are_those_of_the_images_in_every_epoch(kind: str, tmp_path: Path) -> None:
     source = mirroring(kind, tmp_path)
-    kept = LatentsInMemory(source, encode, lambda item: {**item, "prepared": True}, batch_size=4)
-    beside = WithBaseLatents(source, encode, batch_size=4)
+    kept = LatentsInMemory(source, encode, lambda item: {**item, "prepared": True})
+    beside = WithBaseLatents(source, encode)
     halved = LatentsInMemory(Prepared(source, lambda item: {**item, "image": item["image"] / 2}), encode, dict)
     looks: list[list[bool]] = []
     for epoch in range(4):
@@ -104,7 +104,7 @@ def test_loader_processes_read_what_is_kept_here(monkeypatch: pytest.MonkeyPatch
     kept = ImagesInMemory(source)
     kept.read_all(workers=2)
     assert len(kept.kept) == 5
-    latents = LatentsInMemory(source, encode, dict, batch_size=2, workers=2, timeout_s=60)
+    latents = LatentsInMemory(source, encode, dict, workers=2, timeout_s=60)
     for items in (kept, latents):
         assert str(os.getpid()) not in {items[i]["caption"] for i in range(5)}
     assert torch.equal(ImagesInMemory(source)[3]["image"], kept[3]["image"])

@@ -222,7 +222,7 @@ def test_images_in_memory_are_made_once_and_kept_to_a_grey_level():
 def test_latents_in_memory_equal_encoding_each_alone():
     source = open_dataset("procedural:5", resolution=32)
     encode = lambda images: images.mean(1, keepdim=True)  # noqa: E731
-    cached = LatentsInMemory(source, encode, lambda i: {**i, "label": i["label"] + 1}, batch_size=2)
+    cached = LatentsInMemory(source, encode, lambda i: {**i, "label": i["label"] + 1})
     for index in range(5):
         item = source[index]
         torch.testing.assert_close(cached[index]["latent"], encode(item["image"][None])[0])

@@ -31,7 +31,6 @@ def cache(
     shard_format: Annotated[
         ShardFormat, typer.Option("--format", help="safetensors files, or tar files for WebDataset.")
     ] = "safetensors",
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images encoded together.")] = 8,
     verify: Annotated[
         bool, typer.Option("--verify", is_eager=True, help="Only compare the shards in --out with their hashes.")
     ] = False,
@@ -44,6 +43,6 @@ def cache(
     if verify:
         text = run_verify(out or default_folder(recipe, overrides or ()))
     else:
-        text = run_cache(recipe, overrides or (), out, autoencoder, shard_format, batch_size)
+        text = run_cache(recipe, overrides or (), out, autoencoder, shard_format)
     if text:
         say(text)

@@ -41,7 +41,6 @@ def reconstruction(
     dino: Annotated[
         Path | None, typer.Option("--dino", help="Folder of a DINO network, for the DINO distance.")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")] = 8,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -60,7 +59,6 @@ def reconstruction(
         features=features,
         lpips=lpips,
         dino=dino,
-        batch=batch,
         device=device,
     )
     print_figures(found.figures(), found.unavailable)

@@ -11,10 +11,8 @@ from davae.data.images.transforms import item_generator
 from davae.data.loading.stream import read_items
 from davae.errors import DavaeError
 from davae.runtime.pictures import to_bytes
+from davae.runtime.pixel_budget import in_parts
 from davae.runtime.processes import gathered, share
-
-ENCODED_TOGETHER = 32
-"""Default number of images per call of the encoder."""
 
 _READ_TOGETHER = 32
 
@@ -124,7 +122,6 @@ class LatentsInMemory(DatasetWrapper):
         source: a map-style data set of items with an ``image`` in [-1, 1].
         encode: ``[B, 3, H, W]`` to ``[B, C, h, w]``.
         prepare: further changes of an item, for example to add the pipeline's label or its caption's embedding.
-        batch_size: images encoded together, if they have the same size.
         limit: use at most this many of the first images.
         workers: loader processes that read the images; 0 reads in this one.
         timeout_s: seconds to wait for a batch; 0 waits indefinitely.
@@ -139,7 +136,6 @@ class LatentsInMemory(DatasetWrapper):
         encode: Callable[[Tensor], Tensor],
         prepare: Callable[[Item], Item],
         *,
-        batch_size: int = ENCODED_TOGETHER,
         limit: int | None = None,
         workers: int = 0,
         timeout_s: float = 0.0,
@@ -148,7 +144,7 @@ class LatentsInMemory(DatasetWrapper):
         self.holds_latents = True
         count = len(self.source) if limit is None else min(limit, len(self.source))
         self.bucket_of = None if self.bucket_of is None else self.bucket_of[:count]
-        found = _encoded_share(self.source, count, encode, batch_size, workers, timeout_s)
+        found = _encoded_share(self.source, count, encode, workers, timeout_s)
         every = gathered([{**item, "latent": latents} for item, latents in found], count)
         self._latents = [item["latent"] for item in every]
         # Prepared after gathering: what items share (embeddings of a caption) must not be sent with each of them.
@@ -177,7 +173,6 @@ class WithBaseLatents(DatasetWrapper):
     Args:
         source: a map-style data set of items with an ``image`` in [-1, 1], not cropped at random.
         encode: ``[B, 3, H, W]`` to ``[B, C, h, w]``.
-        batch_size: images encoded together, as far as they have one size.
         workers: loader processes that read the images; 0 reads in this one.
         timeout_s: seconds to wait for a batch; 0 waits indefinitely.
 
@@ -190,13 +185,12 @@ class WithBaseLatents(DatasetWrapper):
         source: Dataset[Item],
         encode: Callable[[Tensor], Tensor],
         *,
-        batch_size: int = ENCODED_TOGETHER,
         workers: int = 0,
         timeout_s: float = 0.0,
     ) -> None:
         super().__init__(source)
         count = len(self.source)
-        found = _encoded_share(self.source, count, encode, batch_size, workers, timeout_s)
+        found = _encoded_share(self.source, count, encode, workers, timeout_s)
         self.latents = gathered([latents for _, latents in found], count)
 
     def item(self, index: int, epoch: int) -> Item:
@@ -223,7 +217,6 @@ def _encoded_share(
     source: ItemDataset,
     count: int,
     encode: Callable[[Tensor], Tensor],
-    batch_size: int,
     workers: int,
     timeout_s: float,
 ) -> Iterator[tuple[Item, tuple[Tensor, ...]]]:
@@ -231,7 +224,7 @@ def _encoded_share(
     the data set mirrors, of its mirror image.
     """
     plain = _unaugmented(source)
-    for part in read_items(plain, share(count), batch_size=batch_size, workers=workers, timeout_s=timeout_s):
+    for part in read_items(plain, share(count), batch_size=_READ_TOGETHER, workers=workers, timeout_s=timeout_s):
         items = [dict(item) for item in part]
         images = [item.pop("image") for item in items]
         latents = [_encode_by_size(images, encode)]
@@ -242,12 +235,12 @@ def _encoded_share(
 
 @torch.no_grad()
 def _encode_by_size(images: list[Tensor], encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Latents of images in the same order, on the CPU; images of equal size are encoded together."""
+    """Latents of images in the same order, on the CPU; images of equal size are encoded together, within a budget."""
     places: dict[torch.Size, list[int]] = {}
     for i, image in enumerate(images):
         places.setdefault(image.shape, []).append(i)
     latents: dict[int, Tensor] = {}
     for where in places.values():
-        encoded = encode(torch.stack([images[i] for i in where])).cpu()
-        latents |= dict(zip(where, encoded))
+        encoded = [encode(part).cpu() for part in in_parts(torch.stack([images[i] for i in where]))]
+        latents |= dict(zip(where, torch.cat(encoded)))
     return [latents[i] for i in range(len(images))]

@@ -49,6 +49,12 @@ class ChannelStatistics:
         self._require_values()
         return (self._squares / self.count).sqrt()
 
+    def of_all_elements(self) -> tuple[float, float]:
+        """Mean and standard deviation of the elements of all channels together."""
+        mean = self.mean.mean()
+        variance = (self.std.square() + (self.mean - mean).square()).mean()
+        return float(mean), float(variance.sqrt())
+
     def update(self, latent: Tensor) -> None:
         """Add latents ``[B, C, h, w]`` (any number of trailing dimensions, any float dtype).
 

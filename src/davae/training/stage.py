@@ -72,6 +72,9 @@ class Stage(ABC):
         writes the picture, and its metrics are logged.
         """
 
+    def measure_latents(self) -> None:  # noqa: B027 (transformers have no latents of their own)
+        """Set what the exported model needs to know of its latents. Called in every process before :meth:`export`."""
+
     @abstractmethod
     def export(self, out: Path) -> Path:
         """Write the result in diffusers format below ``out`` and return its folder."""

@@ -27,6 +27,7 @@ from davae.models import AutoencoderDA
 from davae.pipelines.saving.opening import autoencoder_folder, load_autoencoder
 from davae.runtime.devices import chosen_device
 from davae.runtime.pictures import upscaled
+from davae.runtime.pixel_budget import in_parts
 
 _BAND_IMAGES = 32
 """Number of images for the spectra of what each detail group adds; each group needs one decoding of them."""
@@ -160,7 +161,6 @@ def inspect_autoencoder(
     labels: Tensor | None = None,
     *,
     method: Method = "tsne",
-    batch: int = 8,
     seed: int = 0,
 ) -> Inspection:
     """Inspect a trained autoencoder with images that it was not trained on.
@@ -170,7 +170,6 @@ def inspect_autoencoder(
         images: ``[N, 3, H, W]`` in [-1, 1], on any device.
         labels: ``[N]``, -1 for none; accuracies need a label of every image and two images of every class.
         method: of the map.
-        batch: images at a time.
         seed: of the shuffle, the probe's split and t-SNE.
 
     Raises:
@@ -180,7 +179,7 @@ def inspect_autoencoder(
         raise DavaeError(f"an inspection needs at least 8 images, not {len(images)}")
     was_training = vae.training
     vae.eval()
-    latents = _map(lambda x: vae.encode(x).latent_dist.mode(), vae, images, batch)
+    latents = _map(lambda x: vae.encode(x).latent_dist.mode(), vae, images)
     z, details = vae.layout.split(latents)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).roll(1)
     shuffled = details[_derangement(order)]
@@ -191,11 +190,11 @@ def inspect_autoencoder(
     }
 
     def decode(x: Tensor) -> Tensor:
-        return _map(lambda part: vae.decode(part).sample, vae, x, batch).clamp(-1, 1)
+        return _map(lambda part: vae.decode(part).sample, vae, x, vae.spatial_compression).clamp(-1, 1)
 
     made = {name: decode(latent) for name, latent in decoded.items()}
     if vae.config.has_base_decoder:
-        small = _map(vae.decode_base, vae, latents, batch).clamp(-1, 1)
+        small = _map(vae.decode_base, vae, latents, vae.spatial_compression).clamp(-1, 1)
         made["base"] = upscaled(small, images.shape[-2:])
     images = images.cpu().float()
     few = {name: made[name][:_BAND_IMAGES] for name in ("whole", "zeroed")}
@@ -206,8 +205,8 @@ def inspect_autoencoder(
         name: _part(part, known, method, seed)
         for name, part in (("base", z), ("detail", details), ("structured", latents))
     }
-    raw_z = _map(lambda x: vae.alignment_target(vae.encode_base(x)), vae, images, batch)
-    raw_details = _map(lambda x: vae.encode_details(x).mean, vae, images, batch)
+    raw_z = _map(lambda x: vae.alignment_target(vae.encode_base(x)), vae, images)
+    raw_details = _map(lambda x: vae.encode_details(x).mean, vae, images)
     pairs = {name: pair_metrics(images, x) for name, x in made.items()}
     difference = grouped_mean(raw_details.float(), vae.layout.base_channels) - raw_z.float()
     return Inspection(
@@ -230,8 +229,9 @@ def inspect_autoencoder(
     )
 
 
-def _map(function: Callable[[Tensor], Tensor], vae: AutoencoderDA, x: Tensor, batch: int) -> Tensor:
-    return torch.cat([function(part.to(vae.device, vae.dtype)).float().cpu() for part in x.split(batch)])
+def _map(function: Callable[[Tensor], Tensor], vae: AutoencoderDA, x: Tensor, compression: int = 1) -> Tensor:
+    """``function`` of images, or of latents of that compression, a few at a time."""
+    return torch.cat([function(part.to(vae.device, vae.dtype)).float().cpu() for part in in_parts(x, compression)])
 
 
 def _derangement(order: Tensor) -> Tensor:

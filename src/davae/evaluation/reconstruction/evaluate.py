@@ -18,6 +18,7 @@ from davae.evaluation.reconstruction.crops import folder_crops, read_boxes
 from davae.models.perceptual import DinoDistance, LpipsLoss
 from davae.pipelines.saving.opening import autoencoder_folder, load_autoencoder
 from davae.runtime.devices import chosen_device
+from davae.runtime.pixel_budget import images_together
 
 
 def evaluate_reconstruction(
@@ -31,7 +32,6 @@ def evaluate_reconstruction(
     features: Sequence[str] | None = None,
     lpips: Path | None = None,
     dino: Path | None = None,
-    batch: int = 8,
     device: str | None = None,
 ) -> ReconstructionReport:
     """Compare an autoencoder with baselines: base upscaled, base at full resolution, and the reduced image.
@@ -46,7 +46,6 @@ def evaluate_reconstruction(
         features: feature networks (:func:`davae.evaluation.features.open_network`).
         lpips: file of torchvision's VGG-16 weights, for LPIPS.
         dino: folder of a DINO network, for its perceptual distance.
-        batch: images at a time.
         device: ``cpu``, ``cuda`` or ``cuda:1``; by default the GPU, if any.
 
     Returns:
@@ -73,9 +72,10 @@ def evaluate_reconstruction(
         perceptual[LPIPS] = or_unavailable(LPIPS, lambda: Perceptual(LpipsLoss(str(lpips)), where), unavailable)
     if dino is not None:
         perceptual[DINO] = or_unavailable(DINO, lambda: Perceptual(DinoDistance(dino), where), unavailable)
+    spread = spread_batches(dataset, images, images_together(side, side))
     report = compare_reconstructions(
         vae,
-        (torch.stack([item["image"] for item in items]) for items in spread_batches(dataset, images, batch)),
+        (torch.stack([item["image"] for item in items]) for items in spread),
         crops=apart,
         networks=open_networks(features or [], where, unavailable),
         perceptual={name: distance for name, distance in perceptual.items() if distance is not None},

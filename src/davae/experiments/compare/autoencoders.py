@@ -17,6 +17,7 @@ from davae.evaluation.metrics.image_set import ImageSet, compare_sets
 from davae.evaluation.metrics.psnr_ssim import PairMeans, Perceptual
 from davae.models.latent_space import compression_of, decode, encode, open_autoencoder
 from davae.pipelines.saving.opening import opening
+from davae.runtime.pixel_budget import in_parts
 
 _SMALLEST = 16  # pixels, for SSIM's window and the Wasserstein pyramid
 
@@ -132,15 +133,15 @@ def _patch(name: str, grid: int, tokens: int | None) -> int:
     )
 
 
-def encode_all(candidate: Candidate, images: Tensor, batch: int) -> Tensor:
+def encode_all(candidate: Candidate, images: Tensor) -> Tensor:
     """Raw (unscaled) latents of all images, float32 ``[N, C, h, w]`` on the CPU."""
-    return torch.cat([encode(candidate.model, part).float().cpu() for part in images.split(batch)])
+    return torch.cat([encode(candidate.model, part).float().cpu() for part in in_parts(images)])
 
 
-def decode_all(candidate: Candidate, latents: Tensor, batch: int) -> Tensor:
+def decode_all(candidate: Candidate, latents: Tensor) -> Tensor:
     """Images of raw latents, clamped to [-1, 1], float32 ``[N, 3, H, W]`` on the CPU."""
-    made = [decode(candidate.model, part).float().cpu().clamp(-1, 1) for part in latents.split(batch)]
-    return torch.cat(made)
+    parts = in_parts(latents, candidate.compression)
+    return torch.cat([decode(candidate.model, part).float().cpu().clamp(-1, 1) for part in parts])
 
 
 def score_autoencoders(
@@ -171,12 +172,12 @@ def score_autoencoders(
     real = ImageSet(networks).extend(images.split(batch))
     part = images[:batch]
     encoders = {c.name: partial(encode, c.model, part.to(c.model.device)) for c in candidates}
-    latents = {c.name: encode_all(c, images, batch) for c in candidates}
+    latents = {c.name: encode_all(c, images) for c in candidates}
     decoders = {c.name: partial(decode, c.model, latents[c.name][:batch].to(c.model.device)) for c in candidates}
     encoded, decoded = side_by_side(encoders, repeats).medians, side_by_side(decoders, repeats).medians
     rows, made = [], {}
     for c in candidates:
-        again = made[c.name] = decode_all(c, latents[c.name], batch)
+        again = made[c.name] = decode_all(c, latents[c.name])
         if again.shape != images.shape:
             raise DavaeError(
                 f"{c.name} returns images of {again.shape[-2]} x {again.shape[-1]} for {images.shape[-2]} x "

@@ -213,7 +213,7 @@ class TinyRun:
     ) -> None:
         self.candidate, self.options, self.labels = candidate, options, labels
         self.device = candidate.model.device
-        raw = encode_all(candidate, images, options.batch)
+        raw = encode_all(candidate, images)
         # As in LightningDiT: every channel to mean 0 and standard deviation 1, whatever the autoencoder's own scaling.
         self.mean = raw.mean((0, 2, 3), keepdim=True)
         self.std = raw.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
@@ -284,7 +284,7 @@ class TinyRun:
                 for sigma, timestep in zip(sigmas, scheduler.timesteps, strict=True):
                     velocity = self.velocity(latents, sigma, part)
                     latents = scheduler_step(scheduler, velocity, timestep, latents, None)
-                yield decode_all(self.candidate, latents.cpu() * self.std + self.mean, self.options.batch)
+                yield decode_all(self.candidate, latents.cpu() * self.std + self.mean)
         self.transformer.train()
 
     def probes(self) -> dict[str, Callable[[], object]]:

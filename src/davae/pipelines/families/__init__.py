@@ -12,6 +12,7 @@ from davae.pipelines.families import (  # noqa: F401  (each registers its famili
 )
 from davae.pipelines.families.classes import ClassFamily
 from davae.pipelines.families.family import (
+    PROMPTS_TOGETHER,
     Conditioning,
     PipelineFamily,
     UpgradeOnlyFamily,
@@ -24,6 +25,7 @@ from davae.pipelines.families.family import (
 )
 
 __all__ = [
+    "PROMPTS_TOGETHER",
     "ClassFamily",
     "Conditioning",
     "PipelineFamily",

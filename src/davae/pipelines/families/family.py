@@ -29,6 +29,9 @@ from davae.models.latent_space import encode, from_model_space, to_model_space
 from davae.pipelines.families.class_fixes import check_sizes, fit_base_loras, fit_sizes
 from davae.warm_start.plain_state import unwrapped
 
+PROMPTS_TOGETHER = 16
+"""Prompts to encode at a time."""
+
 P = TypeVar("P", bound=DiffusionPipeline)
 Conditioning = Mapping[str, Tensor]
 """Named tensors whose first axis is the sample."""

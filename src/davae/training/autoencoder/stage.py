@@ -5,21 +5,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from davae.data import Item, ItemDataset, as_item_dataset
-from davae.data.images.buckets import same_size_batches
+from davae.data import Item, as_item_dataset
 from davae.data.in_memory import WithBaseLatents
-from davae.latents import ChannelStatistics, grouped_mean
+from davae.latents import grouped_mean
 from davae.models import AutoencoderDA
 from davae.recipes.settings import AutoencoderSettings
 from davae.runtime.atomic_files import save_whole
 from davae.runtime.pictures import save_shared_rows, upscaled
+from davae.runtime.pixel_budget import in_parts
 from davae.runtime.processes import start_processes
 from davae.training.autoencoder.losses import make_gan_loss
 from davae.training.autoencoder.objective import StructuredObjective, alignment_layout, levels_that_learn
-from davae.training.data import mean_of_all, mean_psnr, rank_share_of_images, stack_images
+from davae.training.data import mean_of_all, mean_psnr, rank_share_of_images
 from davae.training.stage import Stage, TrainedModule
+from davae.training.statistics import measure_latents
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class AutoencoderStage(Stage):
         rows: dict[str, list[Tensor]] = {name: [] for name in [*names, "reconstruction", "no details"]}
         aligned, energy = [], []  # mean squares per image
         layout = alignment_layout(vae, self.settings.alignment)
-        for part in images.split(self.loop.batch_size):
+        for part in in_parts(images):
             part = part.to(vae.device, vae.dtype)
             below, z_d = vae.encode_prefix(part), vae.encode_own_details(part).mean
             latent = vae.encode(part).latent_dist.mode() if lower else None
@@ -123,39 +124,30 @@ class AutoencoderStage(Stage):
             "alignment_relative": alignment / mean_of_all(torch.cat(energy), count),
         }
 
-    def export(self, out: Path) -> Path:
-        """Measure the detail channels of the trained levels, then write ``out/autoencoder``; returns that folder."""
-        self.autoencoder.eval()
-        set_detail_statistics(
-            self.autoencoder, self.dataset, self.settings.statistics_images, self.loop.batch_size, levels=self.learning
+    def measure_latents(self) -> None:
+        """Store mean and standard deviation of each detail channel of the trained levels in the autoencoder's config.
+
+        A level that a transformer may have been tuned on keeps its own.
+        """
+        vae = self.autoencoder.eval()
+        found = measure_latents(
+            self.dataset,
+            lambda images: vae.encode_details(images.to(vae.device, vae.dtype)).mean,
+            vae.layout.detail_channels,
+            most=self.settings.statistics_images,
+            workers=self.workers,
+            timeout_s=self.timeout_s,
         )
+        counts = [level.own_layout.detail_channels for level in vae.autoencoders()]
+        for number, (mean, std) in enumerate(zip(found.mean.split(counts), found.std.split(counts)), start=1):
+            if number in self.learning:
+                vae.set_detail_statistics(mean, std, level=number)
+
+    def export(self, out: Path) -> Path:
+        """Write ``out/autoencoder``; returns that folder."""
+        self.autoencoder.eval()
         self.autoencoder.to(memory_format=torch.contiguous_format)
         return save_whole(self.autoencoder, out / "autoencoder")
-
-
-@torch.no_grad()
-def set_detail_statistics(
-    vae: AutoencoderDA, dataset: ItemDataset, most: int, batch_size: int, *, levels: list[int] | None = None
-) -> None:
-    """Measure mean and standard deviation of each detail channel and store them in the autoencoder's config.
-
-    Args:
-        vae: changed in place.
-        dataset: images at full resolution.
-        most: maximum number of images.
-        batch_size: images at a time.
-        levels: the levels to set, by default all. A level that a transformer was tuned on must keep its statistics.
-    """
-    statistics = ChannelStatistics(vae.layout.detail_channels)
-    count = min(most, len(dataset))
-    parts = list(same_size_batches(dataset, range(count), batch_size))
-    for batch in DataLoader(dataset, batch_sampler=parts, collate_fn=stack_images):
-        statistics.update(vae.encode_details(batch.to(vae.device, vae.dtype)).mean)
-    counts = [level.own_layout.detail_channels for level in vae.autoencoders()]
-    pairs = zip(statistics.mean.split(counts), statistics.std.split(counts))
-    for number, (mean, std) in enumerate(pairs, start=1):
-        if levels is None or number in levels:
-            vae.set_detail_statistics(mean, std, level=number)
 
 
 @torch.no_grad()

@@ -6,15 +6,16 @@ import torch
 from diffusers import AutoencoderKL
 from torch.utils.data import Dataset
 
-from davae.data import Item, as_item_dataset, read_items
-from davae.latents import ChannelStatistics
+from davae.data import Item, as_item_dataset
 from davae.recipes.dc_ae import KlArchitecture
 from davae.recipes.settings import BaseAutoencoderArchitecture, BaseAutoencoderSettings
 from davae.runtime.atomic_files import save_whole
 from davae.runtime.pictures import save_shared_rows
+from davae.runtime.pixel_budget import in_parts
 from davae.training.autoencoder.plain_objective import plain_modules
-from davae.training.data import mean_psnr, rank_share_of_images, stack_images
+from davae.training.data import mean_psnr, rank_share_of_images
 from davae.training.stage import Stage
+from davae.training.statistics import measure_latents
 
 
 def build_kl(shape: BaseAutoencoderArchitecture | KlArchitecture) -> AutoencoderKL:
@@ -77,30 +78,28 @@ class BaseAutoencoderStage(Stage):
         """PSNR (dB) of held-out images."""
         images, count = rank_share_of_images(self.held_out, self.loop.validation_images)
         device, made = self.autoencoder.device, []
-        for part in images.split(self.loop.batch_size):
+        for part in in_parts(images):
             made.append(self.autoencoder(part.to(device), sample_posterior=False).sample.cpu())
         reconstruction = torch.cat(made)
         rows = {"input": images, "reconstruction": reconstruction}
         save_shared_rows(samples / f"step-{step}.png", rows, count)
         return {"psnr": mean_psnr(images, reconstruction, count)}
 
-    @torch.no_grad()
-    def export(self, out: Path) -> Path:
-        """Write ``out/vae``, its scaling and shift factors set so that scaled latents have mean 0 and variance 1."""
-        self.autoencoder.eval()
-        channels = self.autoencoder.config.latent_channels
-        statistics = ChannelStatistics(channels)
-        for items in read_items(
+    def measure_latents(self) -> None:
+        """Set the scaling and shift factors so that scaled latents have mean 0 and variance 1."""
+        vae = self.autoencoder.eval()
+        found = measure_latents(
             self.whole,
-            range(len(self.whole)),
-            batch_size=self.loop.batch_size,
+            lambda images: vae.encode(images.to(vae.device)).latent_dist.mean,
+            vae.config.latent_channels,
             workers=self.workers,
             timeout_s=self.timeout_s,
-        ):
-            images = stack_images(items).to(self.autoencoder.device)
-            statistics.update(self.autoencoder.encode(images).latent_dist.mean)
-        mean = statistics.mean.mean()
-        variance = (statistics.std.square() + (statistics.mean - mean).square()).mean()
-        self.autoencoder.register_to_config(scaling_factor=float(variance.rsqrt()), shift_factor=float(mean))
+        )
+        mean, std = found.of_all_elements()
+        vae.register_to_config(scaling_factor=1.0 / std, shift_factor=mean)
+
+    def export(self, out: Path) -> Path:
+        """Write ``out/vae``; returns that folder."""
+        self.autoencoder.eval()
         self.autoencoder.to(memory_format=torch.contiguous_format)
         return save_whole(self.autoencoder, out / "vae")

@@ -17,9 +17,10 @@ from davae.data.cache.index import read_index
 from davae.data.images.buckets import same_size_batches
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.pipelines.families import PipelineFamily, family_of
+from davae.pipelines.families import PROMPTS_TOGETHER, PipelineFamily, family_of
 from davae.recipes.data import DataSettings
 from davae.runtime.atomic_files import disk_full_as_error
+from davae.runtime.pixel_budget import images_together
 from davae.runtime.places import claim
 from davae.runtime.processes import everyone, rank_and_world, start_processes, wait_for_everyone
 from davae.runtime.progress import Progress
@@ -47,7 +48,6 @@ def write_cache(
     out: str | Path,
     *,
     form: Format = "safetensors",
-    batch_size: int = 8,
     text_length: int | None = None,
     **writer_options: int,
 ) -> CacheResult:
@@ -65,7 +65,6 @@ def write_cache(
         pipe: the base or the upgraded pipeline.
         out: the folder.
         form: ``safetensors`` or ``webdataset``.
-        batch_size: images, or captions, encoded together.
         text_length: tokens of a prompt; by default the family's.
         writer_options: ``shard_bytes`` and ``shard_records`` of :class:`CacheWriter`.
 
@@ -101,10 +100,10 @@ def write_cache(
                 **writer_options,
             )
         if not writer.complete:
-            _write_latents(writer, images, data, vae, family, processes.device, batch_size)
+            _write_latents(writer, images, data, vae, family, processes.device)
             texts = 0
             if family.conditioned_on == "text":
-                texts = _write_texts(writer, pipe, family, processes.device, batch_size, text_length)
+                texts = _write_texts(writer, pipe, family, processes.device, text_length)
             wait_for_everyone()
             if rank == 0:
                 writer.finish({"images": len(images), "texts": texts})
@@ -144,13 +143,13 @@ def _write_latents(
     vae: AutoencoderDA | AutoencoderKL,
     family: PipelineFamily,
     device: torch.device,
-    batch_size: int,
 ) -> None:
     mirrored = (False, True) if data.flip else (False,)
     done = writer.positions
     missing = [i for i in range(len(images)) if any((i, flip) not in done for flip in mirrored)]
     rank, world = rank_and_world()
-    parts = list(same_size_batches(images, missing, batch_size))[rank::world]
+    together = images_together(data.resolution, data.resolution)  # buckets have about as many pixels
+    parts = list(same_size_batches(images, missing, together))[rank::world]
     loader = DataLoader(
         images, batch_sampler=parts, num_workers=data.workers, collate_fn=list, generator=torch.Generator()
     )
@@ -187,7 +186,6 @@ def _write_texts(
     pipe: DiffusionPipeline,
     family: PipelineFamily,
     device: torch.device,
-    batch_size: int,
     text_length: int | None,
 ) -> int:
     rank, world = rank_and_world()
@@ -197,7 +195,7 @@ def _write_texts(
     missing = [c for key, c in distinct.items() if key not in writer.done[TEXTS]]
     if rank == 0:
         family.tell_cut_prompts(pipe, missing, text_length)
-    parts = list(_parts(missing, batch_size))[rank::world]
+    parts = list(_parts(missing, PROMPTS_TOGETHER))[rank::world]
     encoders = dict(pipeline_parts(pipe, "text_encoder"))
     places = {name: module.device for name, module in encoders.items()}
     for module in encoders.values():

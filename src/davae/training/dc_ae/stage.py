@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
 from davae.data import Item, as_item_dataset
 from davae.errors import DavaeError
@@ -26,17 +26,18 @@ from davae.evaluation import radial_power_spectrum
 from davae.evaluation.metrics.names import SPECTRUM_DB
 from davae.evaluation.metrics.psnr_ssim import pair_metrics
 from davae.evaluation.metrics.spectrum import spectra_distance
-from davae.latents import ChannelStatistics
 from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC, head_layers, latent_layers
 from davae.models.latent_space import encode
 from davae.recipes.dc_ae import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
 from davae.runtime.atomic_files import save_whole
 from davae.runtime.pictures import save_shared_rows
+from davae.runtime.pixel_budget import in_parts
 from davae.runtime.processes import gathered
 from davae.training.autoencoder.plain_objective import plain_modules
 from davae.training.base.autoencoder_stage import build_kl
-from davae.training.data import mean_of_all, rank_share_of_images, stack_images
+from davae.training.data import mean_of_all, rank_share_of_images
 from davae.training.stage import Stage
+from davae.training.statistics import measure_latents
 
 _PICTURES = 6  # images in a validation picture
 
@@ -146,30 +147,28 @@ class DcAeStage(Stage):
             }
         return values
 
-    @torch.no_grad()
-    def export(self, out: Path) -> Path:
-        """Write ``out/autoencoder``; if the encoder was trained, set its scaling (and KL's shift) to unit variance."""
+    def measure_latents(self) -> None:
+        """If the encoder was trained, set the scaling (and KL's shift) to unit variance over all latent elements."""
         model = self.autoencoder.eval()
-        if any(p.requires_grad for p in model.encoder.parameters()):
-            mean, std = self._latent_scale()
-            factors = {"scaling_factor": 1.0 / std}
-            if isinstance(model, AutoencoderKL):
-                factors["shift_factor"] = mean
-            model.register_to_config(**factors)
+        if not any(p.requires_grad for p in model.encoder.parameters()):
+            return
+        mean, std = measure_latents(
+            self.dataset,
+            lambda images: encode(model, images.to(model.device)),
+            model.config.latent_channels,
+            most=self.scaling_images,
+            workers=self.workers,
+        ).of_all_elements()
+        factors = {"scaling_factor": 1.0 / std}
+        if isinstance(model, AutoencoderKL):
+            factors["shift_factor"] = mean
+        model.register_to_config(**factors)
+
+    def export(self, out: Path) -> Path:
+        """Write ``out/autoencoder``; returns that folder."""
+        model = self.autoencoder.eval()
         model.to(memory_format=torch.contiguous_format)
         return save_whole(model, out / "autoencoder")
-
-    def _latent_scale(self) -> tuple[float, float]:
-        """Mean and standard deviation of all latent elements of training images."""
-        model = self.autoencoder
-        statistics = ChannelStatistics(model.config.latent_channels)
-        count = min(self.scaling_images, len(self.dataset))
-        subset = Subset(self.dataset, range(count))
-        for batch in DataLoader(subset, self.loop.batch_size, collate_fn=stack_images):
-            statistics.update(encode(model, batch.to(model.device)))
-        mean = statistics.mean.mean()
-        variance = (statistics.std.square() + (statistics.mean - mean).square()).mean()
-        return float(mean), float(variance.sqrt())
 
     def _reconstructed(self, side: int) -> tuple[Tensor, Tensor, int]:
         """This process's held-out images and their clamped reconstructions, ``[n, 3, side, side]`` on the CPU, and the
@@ -177,10 +176,7 @@ class DcAeStage(Stage):
         """
         held_out, model = self.held_out[side], self.autoencoder
         images, count = rank_share_of_images(held_out, self.loop.validation_images)
-        at_once = max(1, self.loop.batch_size * self.phase.resolution**2 // side**2)
-        made = [
-            model.decode(encode(model, part.to(model.device))).sample.float().cpu() for part in images.split(at_once)
-        ]
+        made = [model.decode(encode(model, part.to(model.device))).sample.float().cpu() for part in in_parts(images)]
         return images, torch.cat(made).clamp(-1, 1), count
 
 

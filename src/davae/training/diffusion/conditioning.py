@@ -9,11 +9,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from davae.errors import DavaeError
-from davae.pipelines.families import ClassFamily, PipelineFamily, family_of
+from davae.pipelines.families import PROMPTS_TOGETHER, ClassFamily, PipelineFamily, family_of
 from davae.runtime.processes import gathered, share
 
 logger = logging.getLogger(__name__)
-_BATCH = 16  # captions encoded together
 
 
 class ClassMap:
@@ -94,8 +93,8 @@ class PromptEmbeddings:
         move_text_encoders(pipe, device)
         mine = [distinct[i] for i in share(len(distinct))]
         embeddings: list[dict[str, Tensor]] = []
-        for first in range(0, len(mine), _BATCH):
-            part = mine[first : first + _BATCH]
+        for first in range(0, len(mine), PROMPTS_TOGETHER):
+            part = mine[first : first + PROMPTS_TOGETHER]
             encoded = {
                 name: value.cpu() for name, value in family.encode_prompts(pipe, part, max_length=max_length).items()
             }

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from davae.data import Item, ItemDataset, as_item_dataset
-from davae.data.in_memory import ENCODED_TOGETHER, LatentsInMemory, Prepared
+from davae.data.in_memory import LatentsInMemory, Prepared
 from davae.evaluation import sliced_wasserstein
 from davae.evaluation.metrics.names import SWD_FINEST
 from davae.latents import LatentLayout
@@ -22,6 +22,7 @@ from davae.pipelines.saving.adapters import save_adapters
 from davae.recipes.settings import DiffusionSettings
 from davae.runtime.atomic_files import atomic_write, save_whole
 from davae.runtime.pictures import save_rows
+from davae.runtime.pixel_budget import in_parts
 from davae.runtime.processes import gathered_in_first, is_first, share, start_processes
 from davae.training.data import require_captions
 from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings, move_text_encoders
@@ -157,7 +158,7 @@ class DiffusionStage(Stage):
     def _encode(self, images: Tensor) -> Tensor:
         """Images ``[B, 3, H, W]`` to the transformer's (scaled) latents ``[B, C + D, h, w]``, without autocast."""
         with torch.autocast(self.vae.device.type, enabled=False):
-            parts = [self.family.latents_of(self.vae, part) for part in images.split(ENCODED_TOGETHER)]
+            parts = [self.family.latents_of(self.vae, part) for part in in_parts(images)]
         return torch.cat(parts)
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:

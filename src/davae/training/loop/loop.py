@@ -403,6 +403,7 @@ class _Training:
             self._evaluate(self.loop.steps)
         with self.ema.applied() if self.ema is not None else nullcontext():
             unshard_for_good(self.stage.modules[0].module)
+            self.stage.measure_latents()
             if self.main:
                 result = self.stage.export(self.out)
         facts: list[Any] = [result, self.metrics]

@@ -25,7 +25,6 @@ def run_cache(
     out: Path | None = None,
     autoencoder: Path | None = None,
     form: Format = "safetensors",
-    batch_size: int = 8,
 ) -> str:
     """Cache a recipe's training images in ``out``, by default where its ``data.cache`` or ``caches/RECIPE`` is; returns
     a summary to print (empty in all processes but the first).
@@ -52,7 +51,6 @@ def run_cache(
         base,
         out,
         form=form,
-        batch_size=batch_size,
         text_length=settings.diffusion.prompts.max_length if isinstance(settings, UpgradeRecipe) else None,
     )
     if not is_first():

@@ -11,6 +11,7 @@ from davae.evaluation import psnr
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.runtime.devices import chosen_device, wanted_dtype
 from davae.runtime.pictures import save_rows
+from davae.runtime.pixel_budget import in_parts
 from davae.training.autoencoder.stage import upscaled_base
 
 
@@ -60,9 +61,12 @@ def reconstruct_images(
     vae = load_autoencoder(autoencoder, dtype=wanted_dtype(dtype, where)).to(where).eval()
     dataset = open_dataset(images, resolution=resolution)
     batch = torch.stack([dataset[i]["image"] for i in range(min(count, len(dataset)))])
-    placed = batch.to(vae.device, vae.dtype)
-    made = vae.decode(vae.encode(placed).latent_dist.mode()).sample.clamp(-1, 1).float().cpu()
-    enlarged = upscaled_base(vae, placed).float().cpu()
+    found = []
+    for part in in_parts(batch):
+        placed = part.to(vae.device, vae.dtype)
+        made = vae.decode(vae.encode(placed).latent_dist.mode()).sample.clamp(-1, 1)
+        found.append((made.float().cpu(), upscaled_base(vae, placed).float().cpu()))
+    made, enlarged = (torch.cat(parts) for parts in zip(*found, strict=True))
     save_rows(Path(out), {"input": batch, "base, upscaled": enlarged, "reconstruction": made})
     reached, base = float(psnr(batch, made).mean()), float(psnr(batch, enlarged).mean())
     return Reconstructed(Path(out), reached, reached - base, len(batch))
