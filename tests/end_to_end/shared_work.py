@@ -17,6 +17,7 @@ from davae.runtime.processes import everyone, is_first, start_processes
 from davae.training.autoencoder.stage import AutoencoderStage
 from davae.training.cache.write import write_cache
 from davae.training.diffusion import DiffusionStage
+from davae.training.diffusion.inputs import prepare_inputs
 
 IMAGES = 11
 HELD_OUT = 5  # so that two processes have different numbers of them
@@ -45,8 +46,7 @@ def work(out: Path) -> dict:
             upgraded,
             layout_over(load_base(base).vae, vae),
             recipe.diffusion,
-            images,
-            held_out,
+            prepare_inputs(upgraded, vae, recipe.diffusion, images, held_out),
             before=load_base(base),
         )
         found[f"latents-{base}"] = [float(stage2.dataset[i]["latent"].double().sum()) for i in range(len(images))]

@@ -5,6 +5,7 @@ import math
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -177,6 +178,27 @@ def test_samples_are_the_pipelines_own(name, pipelines):
         arguments |= {key: 2.0} | ({"negative_prompt": ""} if name == "qwenimage" else {})
     expected = pipe(**arguments, generator=torch.Generator().manual_seed(3)).images
     torch.testing.assert_close((made + 1) / 2, expected.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("name", sorted(set(SMALL_PIPELINES) - {"dit"}))
+def test_samples_of_embeddings_need_no_text_encoders(name: str, guidance: float) -> None:
+    pipe = small_pipeline(name)
+    family = family_of(pipe)
+    prompts = ["a fox", "a long red fox in the snow"]
+    side = call_arguments(name)["height"]
+    settings = {"height": side, "width": side, "num_inference_steps": 2, "guidance_scale": guidance}
+
+    def made(**more: Any) -> torch.Tensor:
+        seeds = [torch.Generator().manual_seed(3 + i) for i in range(2)]
+        return family.sample(pipe, prompts, generators=seeds, **settings, **more)
+
+    expected = made()
+    encoded = family.encode_prompts(pipe, ["", *prompts])
+    embeddings = {text: {k: v[i] for k, v in encoded.items()} for i, text in enumerate(["", *prompts])}
+    for part in [part for part in pipe.components if part.startswith("text_encoder")]:
+        pipe.register_modules(**{part: None})
+    torch.testing.assert_close(made(embeddings=embeddings), expected, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", SMALL_PIPELINES)

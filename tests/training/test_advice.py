@@ -170,7 +170,9 @@ def test_images_are_looked_at_before_the_base(
     overrides = [*SMALL, _photos(tmp_path / "photos", kind), *settings.split()]
     if message is not None:
         with pytest.MonkeyPatch.context() as closed:
-            closed.setattr("davae.training.runs.train.load_recipe_base", lambda *_, **__: pytest.fail("base loaded"))
+            closed.setattr(
+                "davae.training.runs.train.load_recipe_autoencoder", lambda *_, **__: pytest.fail("base loaded")
+            )
             for dry_run in (True, False):
                 with pytest.raises(DavaeError, match=message):
                     run_autoencoder("debug", overrides, dry_run=dry_run)

@@ -16,6 +16,7 @@ from davae.models import AutoencoderDA
 from davae.pipelines import load_pipeline, upgrade_pipeline
 from davae.recipes.read import load_recipe
 from davae.training.diffusion import DiffusionStage
+from davae.training.diffusion.inputs import prepare_inputs
 from davae.training.loop.loop import train
 
 BASE, DETAILS, PATCH = 4, 8, 2
@@ -28,13 +29,11 @@ def stage(*overrides: str) -> DiffusionStage:
     side = 2 * base_resolution("dit")
     small = ["diffusion.loop.validation_images=2", "diffusion.loop.batch_size=4"]
     recipe = load_recipe("debug", [*small, *overrides])
-    return DiffusionStage(
-        upgrade_pipeline(base, vae),
-        vae.layout,
-        recipe.diffusion,
-        open_dataset("procedural:12", resolution=side),
-        open_dataset("procedural", resolution=side, hold_out=4, part="held_out"),
-    )
+    pipe = upgrade_pipeline(base, vae)
+    images = open_dataset("procedural:12", resolution=side)
+    held_out = open_dataset("procedural", resolution=side, hold_out=4, part="held_out")
+    inputs = prepare_inputs(pipe, vae, recipe.diffusion, images, held_out)
+    return DiffusionStage(pipe, vae.layout, recipe.diffusion, inputs)
 
 
 def heads(weight: Tensor) -> tuple[Tensor, Tensor]:

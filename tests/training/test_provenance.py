@@ -1,40 +1,41 @@
 """Bases from the hub: pinned, written down, and never allowed to run code of their own unasked."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
-import torch
+from safetensors.torch import load_file, save_file
 
 from davae.bases.open import load_base
 from davae.bases.tiny import debug_base
 from davae.data import Mirrored, open_dataset
 from davae.data.in_memory import ImagesInMemory
 from davae.errors import DavaeError
-from davae.pipelines.saving import opening
 from davae.recipes.read import load_recipe
 from davae.training import data as images_of_recipes
 from davae.training.checkpoints.run_directory import base_facts, commit_of, data_facts
-from davae.training.runs.train import train_autoencoder, train_diffusion
+from davae.training.runs.train import run_autoencoder, run_diffusion, train_autoencoder, train_diffusion
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """A hub that gives the debug base and remembers what it was asked."""
-    asked = []
-
-    def from_pretrained(name, **options):
-        asked.append((name, options))
-        pipe = debug_base()
-        place = f"/home/me/.cache/huggingface/hub/models--a--b/snapshots/{COMMIT}/transformer"
-        pipe.transformer.register_to_config(_name_or_path=place)
-        return pipe
-
-    monkeypatch.setattr(opening, "DiffusionPipeline", SimpleNamespace(from_pretrained=from_pretrained))
-    return asked
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The hub's cache without a hub: of a pipeline ``a/b`` only what stage 1 needs, as v1.0 and main; its folder."""
+    cache = tmp_path / "cache"
+    snapshot = cache / "models--a--b" / "snapshots" / COMMIT
+    debug_base().save_pretrained(snapshot)
+    for part in ("transformer", "scheduler"):
+        shutil.rmtree(snapshot / part)
+    for name in ("v1.0", "main"):
+        (cache / "models--a--b" / "refs").mkdir(exist_ok=True)
+        (cache / "models--a--b" / "refs" / name).write_text(COMMIT)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return snapshot
 
 
 def _recipe(*overrides):
@@ -44,32 +45,40 @@ def _recipe(*overrides):
 
 
 def test_the_recipe_pins_and_the_run_writes_down_the_commit(hub, tmp_path):
-    train_autoencoder(_recipe("base=a/b", "base_revision=v1.0"), tmp_path)
-    assert hub == [("a/b", {"use_safetensors": True, "revision": "v1.0"})]  # and no permission to run code
-    said = json.loads((tmp_path / "environment.json").read_text())["base"]
+    train_autoencoder(_recipe("base=a/b", "base_revision=v1.0"), tmp_path / "run")
+    said = json.loads((tmp_path / "run" / "environment.json").read_text())["base"]
     assert said == {"name": "a/b", "revision": "v1.0", "commit": COMMIT}
 
 
-def test_a_run_goes_on_with_another_revision_of_the_same_weights_alone(hub, tmp_path, monkeypatch, caplog):
-    train_autoencoder(_recipe("base=a/b", f"base_revision={COMMIT}"), tmp_path)
+def test_a_run_goes_on_with_another_revision_of_the_same_weights_alone(hub, tmp_path, caplog):
+    run = tmp_path / "run"
+    train_autoencoder(_recipe("base=a/b", f"base_revision={COMMIT}"), run)
     with caplog.at_level("INFO", logger="davae"):
-        train_autoencoder(_recipe("base=a/b", "base_revision=main"), tmp_path)
+        train_autoencoder(_recipe("base=a/b", "base_revision=main"), run)
     assert f"goes on with base_revision: {COMMIT} -> main" in caplog.text
-    load = opening.DiffusionPipeline.from_pretrained
-
-    def newer(*args, **options):
-        pipe = load(*args, **options)
-        with torch.no_grad():
-            pipe.vae.decoder.conv_out.bias += 1
-        return pipe
-
-    monkeypatch.setattr(opening, "DiffusionPipeline", SimpleNamespace(from_pretrained=newer))
+    weights = hub / "vae" / "diffusion_pytorch_model.safetensors"
+    other = load_file(weights)
+    other["decoder.conv_out.bias"] += 1
+    save_file(other, weights, metadata={"format": "pt"})
     with pytest.raises(DavaeError, match="the base autoencoder: other weights"):
-        train_autoencoder(_recipe("base=a/b", "base_revision=main"), tmp_path)
+        train_autoencoder(_recipe("base=a/b", "base_revision=main"), run)
+
+
+def test_an_autoencoder_on_the_hub_or_in_a_folder_is_a_base_for_stage_1(hub, tmp_path):
+    whole = train_autoencoder(_recipe("base=a/b"), tmp_path / "whole")
+    for file in (hub / "vae").iterdir():
+        file.rename(hub / file.name)
+    (hub / "model_index.json").unlink()
+    for number, base in enumerate(("a/b", str(hub))):
+        alone = train_autoencoder(_recipe(f"base={base}"), tmp_path / f"alone{number}")
+        assert alone.metrics == whole.metrics
+    assert "4 base and" in run_autoencoder("debug", [f"base={hub}"], dry_run=True)
+    with pytest.raises(DavaeError, match="an autoencoder by itself"):
+        run_diffusion("debug", [f"base={hub}"], dry_run=True)
 
 
 def test_the_embedded_base_has_a_name_only():
-    said = base_facts(_recipe(), load_base("debug"))["base"]
+    said = base_facts(_recipe(), *load_base("debug").components.values())["base"]
     assert said == {"name": "debug", "revision": None, "commit": None}
 
 
@@ -97,12 +106,9 @@ def test_the_images_are_pinned_and_written_down_too(tmp_path, monkeypatch):
 
 
 def test_commits_are_found_in_tokenizers_too_and_only_in_the_cache():
-    def pipe(**parts):
-        return SimpleNamespace(components=parts)
-
     tokenizer = SimpleNamespace(name_or_path=f"C:\\cache\\models--a--b\\snapshots\\{COMMIT}\\tokenizer")
-    assert commit_of(pipe(vae=None, tokenizer=tokenizer)) == COMMIT
-    assert commit_of(pipe(vae=SimpleNamespace(config=SimpleNamespace(_name_or_path="/models/sd3")))) is None
+    assert commit_of([None, tokenizer]) == COMMIT
+    assert commit_of([SimpleNamespace(config=SimpleNamespace(_name_or_path="/models/sd3"))]) is None
 
 
 def _brings_code(folder: Path, marker: Path) -> Path:

@@ -21,6 +21,7 @@ from davae.training.autoencoder.losses import laplacian_l1
 from davae.training.autoencoder.stage import AutoencoderStage, StructuredObjective
 from davae.training.checkpoints.run_directory import read_metrics
 from davae.training.diffusion import ClassMap, DiffusionObjective, DiffusionStage
+from davae.training.diffusion.inputs import prepare_inputs
 from davae.training.diffusion.validation import held_out_loss
 from davae.training.loop.loop import train
 
@@ -142,7 +143,8 @@ def _diffusion(tmp_path, *overrides):
     vae = _vae()
     base = debug_base()
     pipe = upgrade_pipeline(base, vae)
-    stage = DiffusionStage(pipe, vae.layout, recipe.diffusion, *_parts())
+    inputs = prepare_inputs(pipe, vae, recipe.diffusion, *_parts())
+    stage = DiffusionStage(pipe, vae.layout, recipe.diffusion, inputs)
     return base, pipe, train(stage, tmp_path, {})
 
 
@@ -178,7 +180,7 @@ def test_new_channels_need_details(tmp_path):
     base = debug_base()
     settings = load_recipe("debug", ["diffusion.tune.mode=lora"]).diffusion
     with pytest.raises(DavaeError, match="needs detail channels"):
-        DiffusionStage(base, LatentLayout(4, 0), settings, *_parts())
+        DiffusionStage(base, LatentLayout(4, 0), settings, prepare_inputs(base, base.vae, settings, *_parts()))
 
 
 def test_classes_are_matched_by_name():

@@ -26,6 +26,7 @@ from davae.training.diffusion import (
     noise_process,
     select_trained,
 )
+from davae.training.diffusion.inputs import prepare_inputs
 from davae.training.loop.loop import train
 from davae.warm_start import channel_parameters
 
@@ -52,7 +53,8 @@ def _stage(name, *overrides, **options):
     recipe = load_recipe("debug-text", ["diffusion.loop.validation_images=1", *overrides])
     pipe = _upgraded(name)
     torch.manual_seed(1)
-    return DiffusionStage(pipe, pipe.vae.layout, recipe.diffusion, *_parts(name), **options)
+    inputs = prepare_inputs(pipe, pipe.vae, recipe.diffusion, *_parts(name), **options)
+    return DiffusionStage(pipe, pipe.vae.layout, recipe.diffusion, inputs)
 
 
 # What is drawn
@@ -305,7 +307,7 @@ def test_the_held_out_loss_is_the_same_twice_and_leaves_the_random_state(tmp_pat
     assert first == stage.validate(tmp_path, 2)
     torch.manual_seed(5)
     assert torch.equal(state, torch.get_rng_state())
-    assert stage.validation_prompts() == ["a red fox", "a cat"]
+    assert stage.inputs.validation_prompts == ["a red fox", "a cat"]
 
 
 @pytest.mark.parametrize(("cache_latents", "place"), [(True, "cpu"), (False, "cuda")])

@@ -1,27 +1,103 @@
 """Opening base pipelines by name: embedded, random, from a folder, a finished run, or the hub."""
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
+from huggingface_hub import snapshot_download
 
 from davae.bases.tiny import debug_base, load_tiny
 from davae.errors import DavaeError
-from davae.pipelines.saving.opening import open_pipeline, pipeline_place, published_files
+from davae.models.latent_space import autoencoder_class
+from davae.pipelines.saving.opening import (
+    TEXT_ENCODERS,
+    hub_name,
+    open_pipeline,
+    opening,
+    pipeline_place,
+    published_files,
+)
 from davae.recipes.presets import find_preset
 from davae.recipes.settings import UpgradeRecipe
+from davae.runtime.model_files import open_model
+
+EVERYTHING = ("vae", "transformer", TEXT_ENCODERS)
+"""The parts of a base that hold weights, see :func:`load_base`."""
 
 
-def load_recipe_base(recipe: UpgradeRecipe, *, transformer_dtype: torch.dtype | None = None) -> DiffusionPipeline:
-    """The base that a recipe names, at the revision that it pins."""
+def load_recipe_base(
+    recipe: UpgradeRecipe, *, without: Collection[str] = (), transformer_dtype: torch.dtype | None = None
+) -> DiffusionPipeline:
+    """The base that a recipe names, at the revision that it pins; ``without`` as in :func:`load_base`."""
     return load_base(
         recipe.base,
         revision=recipe.base_revision,
         variant=recipe.base_variant,
         remote_code=recipe.base_remote_code,
+        without=without,
         transformer_dtype=transformer_dtype,
     )
+
+
+def load_recipe_autoencoder(recipe: UpgradeRecipe) -> Any:
+    """The autoencoder of a recipe's base, in float32; nothing else is read or downloaded.
+
+    The base may be a pipeline, or an autoencoder by itself, in a folder or on the hub.
+
+    Raises:
+        DavaeError: there is none, it is of an unknown class, or its files are missing, damaged or pickles.
+    """
+    name = recipe.base
+    if is_built_in(name):
+        return load_recipe_base(recipe).vae
+    with _named_causes(name, name, remote_code=False), opening("base", name):
+        place, subfolder = _autoencoder_place(name, recipe.base_revision, weights=True)
+        folder = str(place / subfolder)
+        with opening("autoencoder", folder):
+            class_name = str(AutoencoderKL.load_config(folder).get("_class_name"))
+            model_class = autoencoder_class(class_name)
+            if model_class is None:
+                raise DavaeError(f"{folder} holds a model of class {class_name}, which is no autoencoder davae knows")
+            options: dict[str, Any] = {} if recipe.base_variant is None else {"variant": recipe.base_variant}
+            options |= {"dtype": torch.float32, "use_safetensors": True}
+            return open_model(model_class.from_pretrained, folder, **options)[0]
+
+
+def _autoencoder_place(name: str, revision: str | None, *, weights: bool) -> tuple[Path, str]:
+    """The folder of a base, and that of its autoencoder in it: ``vae``, or empty for an autoencoder by itself.
+
+    Of a name on the hub only that is downloaded; without ``weights`` only descriptions.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        fetch = partial(snapshot_download, hub_name("pipeline", name), revision=revision)
+        folder = Path(fetch(allow_patterns=["model_index.json", "config.json"]))
+        inside = "vae/" if (folder / "model_index.json").is_file() else ""
+        if weights:
+            fetch(allow_patterns=[f"{inside}config.json", f"{inside}diffusion_pytorch_model*.safetensors*"])
+    alone = (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+    return (folder, "") if alone else (Path(pipeline_place(folder)), "vae")
+
+
+def is_pipeline(name: str, revision: str | None = None) -> bool:
+    """Whether a base is a whole pipeline, as opposed to an autoencoder by itself.
+
+    Raises:
+        DavaeError: neither is there.
+    """
+    if is_built_in(name):
+        return True
+    with opening("base", name):
+        return bool(_autoencoder_place(name, revision, weights=False)[1])
+
+
+def is_built_in(name: str) -> bool:
+    """Whether a base is embedded or made in code: ``tiny``, ``debug``, ``debug-sd3`` and the like."""
+    return name in ("tiny", "debug") or name.startswith("debug-")
 
 
 def load_base(
@@ -30,8 +106,9 @@ def load_base(
     revision: str | None = None,
     variant: str | None = None,
     remote_code: bool | None = None,
+    without: Collection[str] = (),
     transformer_dtype: torch.dtype | None = None,
-    dtype: torch.dtype | Literal["saved"] | None = None,
+    dtype: torch.dtype | Literal["saved", "parts"] | None = None,
 ) -> DiffusionPipeline:
     """Open a pipeline by name: embedded, built in code, from a folder, a finished run, or the hub.
 
@@ -42,17 +119,18 @@ def load_base(
             one, or, if there are none, the only variant.
         remote_code: whether Python files beside the weights may be executed, from the recipe; ``None`` means no, for
             callers without a recipe.
+        without: parts whose weights are not needed, see :func:`davae.pipelines.saving.opening.open_pipeline`.
         transformer_dtype: of the transformer alone; it is loaded in this type directly, since a large one would not
             fit twice.
-        dtype: of all parts; ``saved`` is that of the saved transformer. By default float32, with text encoders
-            as they were saved.
+        dtype: of all parts; ``saved`` is that of the saved transformer, ``parts`` for each part its own. By default
+            float32, with text encoders as they were saved.
 
     Raises:
         DavaeError: there is none of that name; files are missing, damaged or incomplete; there are several variants
             and none was chosen; the base has code and ``remote_code`` is off; its weights are pickles; or a revision
             is given for a folder.
     """
-    if name == "tiny" or name == "debug" or name.startswith("debug-"):
+    if is_built_in(name):
         if name == "tiny":
             pipe: DiffusionPipeline = load_tiny()
         elif name == "debug":
@@ -63,7 +141,8 @@ def load_base(
             pipe = small_pipeline(name.removeprefix("debug-"))
         if transformer_dtype is not None:
             pipe.transformer.to(transformer_dtype)
-        return pipe if dtype is None or dtype == "saved" else pipe.to(dtype)
+        pipe = pipe if dtype is None or isinstance(dtype, str) else pipe.to(dtype)
+        return _emptied(pipe, without)
     preset = None if Path(name).exists() else find_preset(name)
     if preset is not None and preset.pipeline == "ClassConditionalPipeline":
         raise DavaeError(
@@ -84,8 +163,25 @@ def load_base(
     if dtype is not None:
         options["dtype"] = dtype
     path_or_repo = pipeline_place(name)
+    with _named_causes(name, path_or_repo, remote_code=remote_code):
+        return open_pipeline(path_or_repo, without=without, **options)
+
+
+def _emptied(pipe: DiffusionPipeline, without: Collection[str]) -> DiffusionPipeline:
+    """A pipeline without the weights of some parts, as :func:`open_pipeline` opens it."""
+    for name, part in pipe.components.items():
+        if name in without and name in ("vae", "transformer"):
+            part.to("meta")
+        elif name in without or (name.startswith("text_encoder") and TEXT_ENCODERS in without):
+            pipe.register_modules(**{name: None})
+    return pipe
+
+
+@contextmanager
+def _named_causes(name: str, path_or_repo: str, *, remote_code: bool | None) -> Iterator[None]:
+    """Say what to do about weights in pickles, and about a base with code of its own."""
     try:
-        return open_pipeline(path_or_repo, **options)
+        yield
     except DavaeError as error:
         files = published_files(path_or_repo, error)
         if "safetensors" not in str(error) or not any(file.endswith(_PICKLES) for file in files):

@@ -1,16 +1,22 @@
 """``davae upgrade`` as a function."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from davae.bases.open import load_base
+import torch
+
+from davae.bases.open import TEXT_ENCODERS, load_base, load_recipe_base
 from davae.latents import LatentLayout
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families.class_fixes import unguarded
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.pipelines.upgrade import TimestepShift, layout_over
+from davae.recipes.settings import UpgradeRecipe
+from davae.runtime.atomic_files import atomic_json, save_whole
 from davae.runtime.places import check_place, claim
+from davae.runtime.text_files import read_object
 from davae.warm_start import WarmStartReport, check_warm_start
 
 
@@ -66,8 +72,11 @@ def write_upgraded(
     *,
     timestep_shift: TimestepShift = "base",
     variant: str | None = None,
+    dtype: torch.dtype | Literal["parts"] = "parts",
 ) -> WrittenUpgrade:
     """Open a pipeline, upgrade it, check the warm start, and save the result.
+
+    Only one large part is in memory at a time, in the precision in which it is written.
 
     Args:
         pipeline: ``tiny``, a pipeline folder, or a name on the hub, see :func:`load_base`.
@@ -75,6 +84,7 @@ def write_upgraded(
         out: folder for the upgraded pipeline, new or empty: neither a base nor what was tuned is overwritten.
         timestep_shift: see :func:`davae.upgrade_pipeline`.
         variant: of the pipeline's files, see :func:`load_base`.
+        dtype: of the result; by default each part keeps the precision that it was saved in.
 
     Raises:
         DavaeError: one of them cannot be opened, they do not belong together, or ``out`` holds files.
@@ -82,19 +92,49 @@ def write_upgraded(
     """
     check_place(out, "result")
     vae = load_autoencoder(autoencoder)  # first, since errors in it are found quickly
-    base = load_base(pipeline, variant=variant)
-    upgraded = upgrade_pipeline(base, vae, timestep_shift=timestep_shift)
+    base = load_base(pipeline, variant=variant, without=(TEXT_ENCODERS,), dtype=dtype)
+    upgraded = upgrade_pipeline(base, vae, timestep_shift=timestep_shift, copy=False)
     layout = layout_over(base.vae, vae)
     with unguarded(upgraded.transformer):
         report = check_warm_start(base.transformer, upgraded.transformer, layout)
     with claim(out, "result") as folder:
         upgraded.save_pretrained(folder)
+        kind, scheduler = type(upgraded).__name__, dict(upgraded.scheduler.config)
+        del base, upgraded
+        _write_text_encoders(folder, lambda **options: load_base(pipeline, variant=variant, dtype=dtype, **options))
     return WrittenUpgrade(
-        pipeline=type(upgraded).__name__,
+        pipeline=kind,
         folder=Path(out),
         scale=vae.scale,
         pixels_per_latent_position=vae.spatial_compression,
         layout=layout,
-        scheduler={k: v for k, v in upgraded.scheduler.config.items() if "shift" in k or "seq_len" in k},
+        scheduler={k: v for k, v in scheduler.items() if "shift" in k or "seq_len" in k},
         self_check=report,
     )
+
+
+def write_text_encoders(recipe: UpgradeRecipe, folder: Path) -> None:
+    """Complete a pipeline that was saved without its text encoders with those of the recipe's base.
+
+    They are opened and written one at a time.
+
+    Args:
+        recipe: names the base.
+        folder: of the saved pipeline, changed in place.
+    """
+    _write_text_encoders(folder, lambda **options: load_recipe_base(recipe, **options))
+
+
+def _write_text_encoders(folder: Path, open_base: Callable[..., Any]) -> None:
+    description = folder / "model_index.json"
+    index = read_object(description)
+    for name in [name for name in index if name.startswith("text_encoder")]:
+        others = [other for other in index if other.startswith("text_encoder") and other != name]
+        base = open_base(without=("vae", "transformer", *others))
+        encoder = getattr(base, name)
+        if encoder is None:
+            continue
+        save_whole(encoder, folder / name)
+        index[name] = list(base.config[name])
+        del base, encoder
+    atomic_json(description, index)

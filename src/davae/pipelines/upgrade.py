@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -28,7 +28,12 @@ P = TypeVar("P", bound=DiffusionPipeline)
 
 
 def upgrade_pipeline(
-    pipe: P, vae: AutoencoderDA, *, timestep_shift: TimestepShift = "base", preview_decoder: ModelMixin | None = None
+    pipe: P,
+    vae: AutoencoderDA,
+    *,
+    timestep_shift: TimestepShift = "base",
+    preview_decoder: ModelMixin | None = None,
+    copy: bool = True,
 ) -> P:
     """Replace the autoencoder and widen the transformer; everything else is kept and shared with ``pipe``.
 
@@ -55,6 +60,8 @@ def upgrade_pipeline(
             resolution) or a number above 0 (a fixed shift); see :func:`scheduler_for`.
         preview_decoder: a small decoder of the base's latents (such as TAESD) for
             :class:`davae.pipelines.sampling.previews.Previews`; it is not part of the saved pipeline.
+        copy: False lets the result share the memory of unchanged weights with ``pipe``, so that a large transformer is
+            in memory once; training the result then also changes ``pipe``.
 
     Returns:
         A new pipeline of the same class.
@@ -85,7 +92,7 @@ def upgrade_pipeline(
         scale=vae.scale // getattr(base_vae, "scale", 1),
         channels=(layout.base_channels, layout.channels),
     )
-    replaced = {"vae": _placed_as(base_vae, vae), **_widened_parts(pipe, layout), "scheduler": scheduler}
+    replaced = {"vae": _placed_as(base_vae, vae), **_widened_parts(pipe, layout, copy=copy), "scheduler": scheduler}
     arguments = {**_constructor_arguments(pipe), **replaced}
     upgraded = fit_to_autoencoder(type(pipe)(**arguments))
     if "id2label" in arguments and "id2label" not in upgraded.config:  # otherwise it would not be saved
@@ -98,9 +105,13 @@ def upgrade_pipeline(
     return upgraded
 
 
-def _widened_parts(pipe: DiffusionPipeline, layout: LatentLayout) -> dict[str, nn.Module]:
+def _widened_parts(pipe: DiffusionPipeline, layout: LatentLayout, *, copy: bool) -> dict[str, nn.Module]:
     """The transformer and the other models that read latents, widened, by their names in the pipeline."""
-    channels = {"base_channels": layout.base_channels, "detail_channels": layout.detail_channels}
+    channels: dict[str, Any] = {
+        "base_channels": layout.base_channels,
+        "detail_channels": layout.detail_channels,
+        "copy": copy,
+    }
     transformer = unwrapped(pipe.transformer)
     widened: dict[str, nn.Module] = {"transformer": widen_channels(transformer, **channels)}
     for name, part in pipe.components.items():
@@ -166,7 +177,7 @@ def _placed_as(base: ModelMixin, vae: AutoencoderDA) -> AutoencoderDA:
     own = {(p.device, p.dtype) for p in vae.parameters()}
     if own == {(base.device, base.dtype)}:
         return vae
-    placed = copy.deepcopy(vae)
+    placed = deepcopy(vae)
     nn.Module.to(placed, device=base.device, dtype=base.dtype)  # diffusers' own warns of float32 modules
     return placed
 

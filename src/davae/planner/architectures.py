@@ -64,6 +64,18 @@ class Architecture:
     source: str = ""
     steps: int | None = None
 
+    def require_transformer(self) -> None:
+        """Check that this is a whole pipeline.
+
+        Raises:
+            DavaeError: it is an autoencoder by itself, on which stage 1 can be trained.
+        """
+        if not self.transformer:
+            raise DavaeError(
+                f"{self.name} is an autoencoder by itself, which stage 1 (davae train autoencoder) can be trained on; "
+                "all else needs the pipeline: name its folder or its name on the hub as base"
+            )
+
     # Models, on the meta device: shapes without memory.
 
     def build_transformer(self, detail_channels: int = 0) -> ModelMixin:
@@ -196,7 +208,8 @@ def widened_config(transformer: ModelMixin, layout: LatentLayout) -> dict[str, i
 def find_architecture(base: str | Path | DiffusionPipeline) -> Architecture:
     """The architecture of a pipeline, its folder, a bundled configuration's name, or a name on the hub.
 
-    Bundled configurations come first, so that their names need no network; ``tiny`` and ``debug`` are known too.
+    Bundled configurations come first, so that their names need no network; ``tiny`` and ``debug`` are known too. The
+    folder of an autoencoder by itself gives an architecture without a transformer.
 
     Raises:
         DavaeError: nothing of that name, or a pipeline without a transformer.
@@ -224,6 +237,11 @@ def find_architecture(base: str | Path | DiffusionPipeline) -> Architecture:
             license=preset.license,
             source=f"bundled configuration '{preset.key}' ({preset.source})",
             steps=preset.steps,
+        )
+    if (Path(name) / "config.json").is_file() and not (Path(name) / "model_index.json").is_file():
+        config = read_object(Path(name) / "config.json")
+        return Architecture(
+            name, pipeline="", transformer={}, vae=config, text_encoders={}, source=f"autoencoder in {name}"
         )
     if Path(name).is_dir():
         return _of_files(name, lambda file: Path(name) / file, f"folder {name}")

@@ -136,6 +136,7 @@ def plan(
         DavaeError: an unknown base or GPU, or sizes that do not fit.
     """
     architecture = base if isinstance(base, Architecture) else find_architecture(base)
+    architecture.require_transformer()
     device = find_gpu(gpu)
     if batch < 1:
         raise DavaeError(f"batch must be at least 1, not {batch}")

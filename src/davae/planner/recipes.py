@@ -7,7 +7,7 @@ from davae.errors import DavaeError
 from davae.pipelines.families import find_family
 from davae.planner.architectures import Architecture, find_architecture
 from davae.planner.plan import Plan, plan
-from davae.planner.stages import AutoencoderRun, DiffusionRun, target_counts
+from davae.planner.stages import AutoencoderRun, DiffusionRun, autoencoder_stage, target_counts
 from davae.planner.text import inference_line, notes, stage_line
 from davae.recipes.loop import LoopSettings, OptimizerSettings
 from davae.recipes.read import dump_recipe, load_recipe, recipe_names
@@ -24,6 +24,8 @@ def dry_run(recipe: UpgradeRecipe, stage: Stage) -> str:
         DavaeError: the base is unknown, sizes do not fit, or LoRA targets match nothing.
     """
     architecture = find_architecture(recipe.base)
+    if stage == "autoencoder" and not architecture.transformer:
+        return "\n".join([dump_recipe(recipe), *(f"# {line}" for line in _autoencoder_alone(recipe, architecture))])
     made = recipe_plan(recipe, architecture)
     found = [
         f"base: {made.base} ({made.pipeline})",
@@ -165,6 +167,22 @@ def _shapes(recipe: UpgradeRecipe, architecture: Architecture, made: Plan) -> li
         f"autoencoder: {made.parameters['autoencoder'] / 1e6:.1f}M parameters over the base's "
         f"{made.parameters['base autoencoder'] / 1e6:.1f}M; transformer: "
         f"{made.parameters['transformer'] / 1e6:.1f}M, widened {made.parameters['widened transformer'] / 1e6:.1f}M",
+    ]
+
+
+def _autoencoder_alone(recipe: UpgradeRecipe, architecture: Architecture) -> list[str]:
+    """What is found about stage 1 on an autoencoder by itself."""
+    vae = architecture.build_autoencoder(recipe.autoencoder.model.scale, _detail_channels(recipe))
+    layout, side = vae.layout, recipe.data.resolution // vae.spatial_compression
+    cost = autoencoder_stage(architecture, vae, recipe.data.resolution, _autoencoder_run(recipe))
+    return [
+        f"base: {architecture.source}",
+        f"image [3, {recipe.data.resolution}, {recipe.data.resolution}] -> latent [{layout.channels}, {side}, {side}]: "
+        f"{layout.base_channels} base and {layout.detail_channels} detail channels, compression "
+        f"{vae.spatial_compression}",
+        *_data(recipe, "autoencoder"),
+        f"autoencoder: {cost.trained_parameters / 1e6:.0f}M trainable parameters, {cost.memory_bytes / 1e9:.3g} GB at "
+        f"batch {recipe.autoencoder.loop.batch_size}",
     ]
 
 

@@ -13,7 +13,6 @@ from davae.data.images.buckets import check_buckets, make_buckets
 from davae.data.images.transforms import Size
 from davae.errors import DavaeError
 from davae.evaluation import psnr
-from davae.models import AutoencoderDA
 from davae.pipelines.families import family_of
 from davae.recipes.data import DataSettings
 from davae.runtime.processes import gathered, share
@@ -99,7 +98,7 @@ def require_captions(captions: Sequence[str], pipe: Any) -> None:
         logger.warning("%d of %d images have no caption: trained without a prompt", empty, len(captions))
 
 
-def open_training_part(data: DataSettings, vae: AutoencoderDA, pipe: Any) -> ImageDataset | RenderedDataset:
+def open_training_part(data: DataSettings, vae: Any, pipe: Any) -> ImageDataset | RenderedDataset:
     """The training part for an upgrade, with ``data.buckets`` in sizes that fit the autoencoder and transformer."""
     return open_part(data, "train", token_side(vae, pipe) if data.buckets else None)
 
@@ -119,13 +118,15 @@ def bucket_sizes(data: DataSettings, unit: int | None) -> list[Size] | None:
     return check_buckets(data.buckets, unit)
 
 
-def token_side(vae: AutoencoderDA, pipe: Any) -> int:
+def token_side(vae: Any, pipe: Any) -> int:
     """Side of a token in pixels of the full-resolution image: scale x base compression x patch size.
 
     Args:
         vae: the upgraded autoencoder.
-        pipe: the base or the upgraded pipeline.
+        pipe: the base or the upgraded pipeline, with weights or without; ``None`` counts latent positions as tokens.
     """
+    if pipe is None:
+        return int(vae.spatial_compression)
     side = 240  # a multiple of every patch size in use
     probe = torch.empty(1, 1, side, side, device="meta")
     patch = side / math.sqrt(family_of(pipe).tokens(pipe.transformer, probe))

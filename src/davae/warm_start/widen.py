@@ -4,8 +4,8 @@ The token embedding is linear in the latent and the head linear in the features,
 channels, in and out, leave the base prediction unchanged and predict zero details, for any detail input.
 """
 
-import copy
 import logging
+from copy import deepcopy
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +29,9 @@ Transformer = TypeVar("Transformer", bound=ModelMixin)
 _RUNTIME_STATE = ("training", "gradient_checkpointing", "_gradient_checkpointing_func", "_chunk_size", "_chunk_dim")
 
 
-def widen_channels(transformer: Transformer, *, base_channels: int, detail_channels: int) -> Transformer:
+def widen_channels(
+    transformer: Transformer, *, base_channels: int, detail_channels: int, copy: bool = True
+) -> Transformer:
     """A new transformer of the same class that takes and predicts ``[z, z_d]``, base first.
 
     Weights and biases of the new channels are zero; every other weight is copied, and dtype, device,
@@ -41,6 +43,8 @@ def widen_channels(transformer: Transformer, *, base_channels: int, detail_chann
             (see `describe`) or can be probed. If it is compiled, the model inside the wrapper is widened.
         base_channels: channels of the base latent, as the autoencoder counts them (not packed).
         detail_channels: channels to add, at least 1.
+        copy: False lets unchanged weights share the memory of the original's, for an original that is not used while
+            the result is trained.
 
     Raises:
         DavaeError: a channel count is below 1.
@@ -57,7 +61,7 @@ def widen_channels(transformer: Transformer, *, base_channels: int, detail_chann
     widened = _build(transformer, _widened_config(transformer, description, layout))
     require_no_hooks(transformer, f"this {type(transformer).__name__}", widened)
     _copy_runtime_state(transformer, widened)
-    _copy_weights(transformer, widened, description, layout)
+    _copy_weights(transformer, widened, description, layout, copy=copy)
     logger.info("%s: %s", type(transformer).__name__, check_warm_start(transformer, widened, layout))
     return widened
 
@@ -92,7 +96,7 @@ def _build(transformer: Transformer, changes: dict[str, int]) -> Transformer:
 def _copy_runtime_state(original: ModelMixin, widened: ModelMixin) -> None:
     for name, module in original.named_modules():
         if hasattr(module, "processor"):  # before its submodules, which the processor may contain
-            widened.get_submodule(name).processor = copy.deepcopy(module.processor)
+            widened.get_submodule(name).processor = deepcopy(module.processor)
     for name, module in original.named_modules():
         twin = _twin(widened, name)
         for attribute in _RUNTIME_STATE:
@@ -111,7 +115,7 @@ def _twin(widened: nn.Module, name: str) -> nn.Module:
 
 
 def _copy_weights(
-    original: ModelMixin, widened: nn.Module, description: ChannelDescription, layout: LatentLayout
+    original: ModelMixin, widened: nn.Module, description: ChannelDescription, layout: LatentLayout, *, copy: bool
 ) -> None:
     sizes = description.resolve_sizes(original)
     places = {place.parameter: place for place in description.places}
@@ -124,11 +128,14 @@ def _copy_weights(
     for name, parameter in parameters.items():
         if id(parameter) not in tied:
             values = parameter.detach()
-            values = places[name].widen(values, sizes, layout) if name in places else values.clone()
+            if name in places:
+                values = places[name].widen(values, sizes, layout)
+            elif copy:
+                values = values.clone()
             tied[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
         _place(widened, name, tied[id(parameter)])
     for name, buffer in original.named_buffers(remove_duplicate=False):
-        _place(widened, name, buffer.clone())
+        _place(widened, name, buffer.clone() if copy else buffer)
 
     empty = [name for name, parameter in widened.named_parameters() if parameter.is_meta]
     if empty:

@@ -1,5 +1,8 @@
 """AuraFlow: a T5 encoder whose padded states are set to zero; the transformer's time is sigma."""
 
+from collections.abc import Sequence
+
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
@@ -19,6 +22,16 @@ class AuraFlow(PipelineFamily):
             prompts, do_classifier_free_guidance=False, device=pipe.text_encoder.device, max_sequence_length=length
         )
         return {"prompt_embeds": embeds}
+
+    def _embedded(
+        self, pipe: DiffusionPipeline, conditioning: Sequence[Conditioning], empty: Conditioning
+    ) -> dict[str, Tensor]:
+        found = super()._embedded(pipe, conditioning, empty)
+        masks = {  # asked for, and not used, since embeddings are masked already
+            name.replace("prompt_embeds", "prompt_attention_mask"): torch.ones(value.shape[:2], dtype=torch.long)
+            for name, value in found.items()
+        }
+        return found | masks
 
     def _predict(
         self, transformer: ModelMixin, noisy: Tensor, level: Tensor, conditioning: Conditioning, guidance: float

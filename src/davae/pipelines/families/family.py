@@ -11,6 +11,7 @@ overrides them in its own file.
 """
 
 import difflib
+import inspect
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -262,14 +263,24 @@ class PipelineFamily(ABC):
         guidance_scale: float,
         generators: Sequence[torch.Generator],
         max_length: int | None = None,
+        embeddings: Mapping[str, Conditioning] | None = None,
     ) -> Tensor:
         """Images of prompts, ``[B, 3, H, W]`` in [-1, 1], with one generator per image, as one batch.
 
         For an image-to-image or inpainting pipeline, the text-to-image pipeline is built from its parts.
+
+        Args:
+            embeddings: conditioning of each prompt and of the empty one, tensors without batch axis, from
+                :meth:`encode_prompts`; the pipeline then needs no text encoders. By default it encodes the prompts.
         """
         if not any(cls.__name__ == self.name for cls in type(pipe).__mro__):
             pipe = fit_to_autoencoder(getattr(diffusers, self.name)(**pipe.components))
         arguments = self._call_arguments(list(prompts), height, width, guidance_scale, max_length)
+        if embeddings is not None:
+            arguments = {k: v for k, v in arguments.items() if k not in ("prompt", "negative_prompt")}
+            if "negative_prompt" in inspect.signature(type(pipe).__call__).parameters:
+                arguments["negative_prompt"] = None  # by default the empty prompt in PixArt
+            arguments |= self._embedded(pipe, [embeddings[prompt] for prompt in prompts], embeddings[""])
         return self._images(pipe, num_inference_steps, generators, arguments)
 
     @staticmethod
@@ -285,6 +296,22 @@ class PipelineFamily(ABC):
             **arguments, num_inference_steps=num_inference_steps, generator=list(generators), output_type="pt"
         ).images
         return images.float().cpu() * 2 - 1
+
+    def _embedded(
+        self, pipe: DiffusionPipeline, conditioning: Sequence[Conditioning], empty: Conditioning
+    ) -> dict[str, Tensor]:
+        """Arguments of the pipeline's call in place of prompts: embeddings, and those of no prompt for guidance."""
+        transformer, known = pipe.transformer, inspect.signature(type(pipe).__call__).parameters
+        found = {name: torch.stack([one[name] for one in conditioning]) for name in empty}
+        found |= {
+            f"negative_{name}": value.expand(len(conditioning), *value.shape)
+            for name, value in empty.items()
+            if f"negative_{name}" in known
+        }
+        return {
+            name: value.to(transformer.device, transformer.dtype if value.is_floating_point() else None)
+            for name, value in found.items()
+        }
 
     def _call_arguments(
         self, prompts: list[str], height: int, width: int, guidance_scale: float, max_length: int | None

@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
+import davae.models
 from davae.errors import DavaeError, first_line
 from davae.models import AutoencoderDA
 from davae.models.latent_space import autoencoder_class
@@ -52,7 +53,11 @@ def load_pipeline(folder_or_repo: str | Path, **options: Any) -> DiffusionPipeli
     return open_pipeline(pipeline_place(folder_or_repo), **options)
 
 
-def open_pipeline(path_or_repo: str, **options: Any) -> DiffusionPipeline:
+TEXT_ENCODERS = "text_encoders"
+"""Stands for all text encoders of a pipeline where its parts are named."""
+
+
+def open_pipeline(path_or_repo: str, *, without: Collection[str] = (), **options: Any) -> DiffusionPipeline:
     """Open a pipeline from a folder or the hub, each model by :func:`open_model`, and apply `fit_to_autoencoder`.
 
     With ``vae=None`` the pipeline still has the sizes of its own autoencoder: the class reads them from one on the
@@ -60,21 +65,24 @@ def open_pipeline(path_or_repo: str, **options: Any) -> DiffusionPipeline:
 
     Args:
         path_or_repo: see :func:`pipeline_place`.
+        without: parts whose weights are neither read nor downloaded. ``vae`` and ``transformer`` are built on the meta
+            device, from their configuration; text encoders, by name or all as :data:`TEXT_ENCODERS`, are ``None``.
         options: as for ``DiffusionPipeline.from_pretrained``; ``dtype`` may be ``"saved"``, that of the transformer's
-            files. Without ``variant``, the only published variant is taken if there are no files without one.
+            files, or ``"parts"``, for each part that of its own. Without ``variant``, the only published variant is
+            taken if there are no files without one.
 
     Raises:
         DavaeError: see :func:`opening`; or a model is incomplete, not finite, or available in several variants.
     """
     try:
-        return _open_pipeline(path_or_repo, **options)
+        return _open_pipeline(path_or_repo, without, **options)
     except DavaeError as error:
         if Path(path_or_repo).is_dir() or options.get("variant") is not None:
             raise
         only = chosen_variant(path_or_repo, by_component(published_files(path_or_repo, error)), None)
         if only is None:
             raise
-        return _open_pipeline(path_or_repo, **options | {"variant": only})
+        return _open_pipeline(path_or_repo, without, **options | {"variant": only})
 
 
 def published_files(path_or_repo: str, error: DavaeError) -> list[str]:
@@ -85,41 +93,75 @@ def published_files(path_or_repo: str, error: DavaeError) -> list[str]:
     return re.findall(r"'([^']+\.[^']+)'", str(error))
 
 
-def _open_pipeline(path_or_repo: str, **options: Any) -> DiffusionPipeline:
-    with opening("pipeline", path_or_repo, passed=options), _models_checked():
-        if options.get("dtype") == "saved":
+def _open_pipeline(path_or_repo: str, without: Collection[str], **options: Any) -> DiffusionPipeline:
+    left = dict.fromkeys(_left_out(path_or_repo, without, options) if without else ())
+    with opening("pipeline", path_or_repo, passed={**options, **left}), _models_checked():
+        if options.get("dtype") in ("saved", "parts"):
             if not Path(path_or_repo).is_dir():
                 wanted = {key: value for key, value in options.items() if key != "dtype"}
-                path_or_repo = str(DiffusionPipeline.download(path_or_repo, **wanted))
-            options["dtype"] = saved_dtype(Path(path_or_repo) / "transformer", variant=options.get("variant"))
+                path_or_repo = str(DiffusionPipeline.download(path_or_repo, **wanted, **left))
+            options["dtype"] = _saved_dtype(Path(path_or_repo), options, each=options["dtype"] == "parts")
+        options |= left
         folder = Path(path_or_repo)
         if folder.is_dir():
             parts = component_files(part for part in sorted(folder.iterdir()) if part.is_dir())
             needed = {name: files for name, files in parts.items() if name not in options}
             variant = chosen_variant(folder, needed, options.pop("variant", None))
             options |= {} if variant is None else {"variant": variant}
-        left_out = "vae" in options and options["vae"] is None
-        if left_out and (sizes := _without_weights(path_or_repo, options)) is not None:
-            options["vae"] = sizes
+        sizes = {
+            part: _without_weights(path_or_repo, part, options)
+            for part in ("vae", "transformer")
+            if part in left or (part == "vae" and options.get(part, part) is None)
+        }
+        options |= {part: model for part, model in sizes.items() if model is not None}
         pipe = fit_to_autoencoder(DiffusionPipeline.from_pretrained(path_or_repo, **options))
-        if left_out:
+        if "vae" in sizes and "vae" not in left:
             pipe.register_modules(vae=None)
         return pipe
 
 
-def _without_weights(path_or_repo: str, options: Mapping[str, Any]) -> ModelMixin | None:
-    """A pipeline's autoencoder on the meta device, from its configuration alone; None if it has none."""
-    hub = {key: options[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in options}
-    index = DiffusionPipeline.load_config(path_or_repo, **hub)
-    library, name = index.get("vae") or (None, None)
+def _index(path_or_repo: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = DiffusionPipeline.load_config(path_or_repo, **_of_hub(options))
+    return found
+
+
+def _of_hub(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: options[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in options}
+
+
+def _left_out(path_or_repo: str, without: Collection[str], options: Mapping[str, Any]) -> list[str]:
+    """The components that ``without`` names."""
+    with opening("pipeline", path_or_repo):
+        index = _index(path_or_repo, options)
+    encoders = [name for name in index if name.startswith("text_encoder") and TEXT_ENCODERS in without]
+    return [*encoders, *(name for name in without if name in index)]
+
+
+def _saved_dtype(folder: Path, options: Mapping[str, Any], *, each: bool) -> torch.dtype | dict[str, torch.dtype]:
+    variant = options.get("variant")
+    if not each:
+        return saved_dtype(folder / "transformer", variant=variant)
+    parts = [part for part in sorted(folder.iterdir()) if any(part.glob("*.safetensors"))]
+    return {part.name: saved_dtype(part, variant=variant) for part in parts}
+
+
+def _without_weights(path_or_repo: str, part: str, options: Mapping[str, Any]) -> ModelMixin | None:
+    """A pipeline's autoencoder or transformer on the meta device, from its configuration; None if it has none."""
+    library, name = _index(path_or_repo, options).get(part) or (None, None)
     if name is None:
         return None
-    model_class = autoencoder_class(name) if library in ("diffusers", "davae") else None
+    model_class = None
+    if library in ("diffusers", "davae"):
+        model_class = autoencoder_class(name) if part == "vae" else _transformer_class(name)
     if model_class is None:
-        raise DavaeError(f"the pipeline in {path_or_repo} has a {name} of '{library}' as its VAE: leave vae=None out")
-    config = model_class.load_config(path_or_repo, subfolder="vae", **hub)
-    with torch.device("meta"):
+        raise DavaeError(f"the pipeline in {path_or_repo} has a {name} of '{library}' as its {part}: open it whole")
+    config = model_class.load_config(path_or_repo, subfolder=part, **_of_hub(options))
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return model_class.from_config(config)
+
+
+def _transformer_class(name: str) -> type[ModelMixin] | None:
+    return getattr(davae.models, name, None) or getattr(diffusers, name, None)
 
 
 _ONE_AT_A_TIME = threading.RLock()

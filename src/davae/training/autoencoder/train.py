@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from davae.bases.open import EVERYTHING, is_pipeline, load_recipe_base
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.saving.opening import load_autoencoder
@@ -22,7 +23,7 @@ from davae.training.loop.loop import TrainResult, train
 logger = logging.getLogger(__name__)
 
 
-def train_levels(recipe: UpgradeRecipe, base: Any, out: Path) -> TrainResult:
+def train_levels(recipe: UpgradeRecipe, base_vae: Any, out: Path) -> TrainResult:
     """Train the autoencoder of a recipe into ``out/autoencoder``; an interrupted training continues.
 
     Sequential levels are trained in ``out/level-1``, ``out/level-2``, ..., and the last one in ``out``, each on the
@@ -30,7 +31,7 @@ def train_levels(recipe: UpgradeRecipe, base: Any, out: Path) -> TrainResult:
 
     Args:
         recipe: the whole recipe.
-        base: the base pipeline.
+        base_vae: the autoencoder of the base.
         out: the run directory.
 
     Raises:
@@ -38,31 +39,31 @@ def train_levels(recipe: UpgradeRecipe, base: Any, out: Path) -> TrainResult:
     """
     model, together = recipe.autoencoder.model, recipe.autoencoder.levels == "together"
     channels = _channels(model)
-    below = len(base.vae.levels) - 1 if isinstance(base.vae, AutoencoderDA) else 0
+    below = len(base_vae.levels) - 1 if isinstance(base_vae, AutoencoderDA) else 0
     if below and together:
         raise DavaeError(
             "autoencoder.levels=together would change the levels that the base pipeline was tuned on: use sequential"
         )
-    weights = {"the base autoencoder": model_hash(base.vae)}
+    weights = {"the base autoencoder": model_hash(base_vae)}
     torch.manual_seed(recipe.autoencoder.loop.seed)
-    vae = _start(recipe.autoencoder, base.vae)
+    vae = _start(recipe.autoencoder, base_vae)
     if vae is not None:
         weights["the autoencoder that it starts from"] = model_hash(vae)
     done = 0 if vae is None else len(vae.levels) - 1 - below
     for number in range(done + 1, len(channels) + 1):
-        vae = new_level(base.vae if vae is None else vae, model, channels[number - 1])
+        vae = new_level(base_vae if vae is None else vae, model, channels[number - 1])
         if number < len(channels) and not together:
             folder = out / f"level-{below + number}"
             following = out / f"level-{below + number + 1}" if number + 1 < len(channels) else out
             if not (checkpoints(following / "checkpoints") and (folder / "autoencoder" / "config.json").is_file()):
                 logger.info("level %d of %d", below + number, below + len(channels))
-                _train(recipe, base, vae, folder, dict(weights))
+                _train(recipe, base_vae, vae, folder, dict(weights))
             # else the next level has started from it: it is not trained further
             vae = load_autoencoder(folder / "autoencoder")
             weights["the levels below"] = model_hash(vae)
             torch.manual_seed(recipe.autoencoder.loop.seed)
     assert vae is not None
-    return _train(recipe, base, vae, out, weights)
+    return _train(recipe, base_vae, vae, out, weights)
 
 
 def new_level(base: Any, model: AutoencoderModelSettings, detail_channels: int) -> AutoencoderDA:
@@ -97,10 +98,12 @@ def _start(settings: AutoencoderSettings, base_vae: Any) -> AutoencoderDA | None
     return vae
 
 
-def _train(recipe: UpgradeRecipe, base: Any, vae: AutoencoderDA, out: Path, weights: Mapping[str, str]) -> TrainResult:
+def _train(
+    recipe: UpgradeRecipe, base_vae: Any, vae: AutoencoderDA, out: Path, weights: Mapping[str, str]
+) -> TrainResult:
     """One training, at the resolution of the last level of ``vae``; ``weights`` are hashes of what it starts from."""
     data = recipe.data
-    ratio = recipe.autoencoder.model.scale * getattr(base.vae, "scale", 1) // vae.scale
+    ratio = recipe.autoencoder.model.scale * getattr(base_vae, "scale", 1) // vae.scale
     if ratio > 1:
         if data.resolution % ratio or isinstance(data.buckets, list):
             raise DavaeError(
@@ -108,7 +111,10 @@ def _train(recipe: UpgradeRecipe, base: Any, vae: AutoencoderDA, out: Path, weig
                 f"data.resolution that is a multiple of {ratio} and no list of data.buckets"
             )
         data = data.model_copy(update={"resolution": data.resolution // ratio})
-    train_set, held_out = open_training_part(data, vae, base), open_part(data, "held_out")
+    outline = None
+    if data.buckets and is_pipeline(recipe.base, recipe.base_revision):
+        outline = load_recipe_base(recipe, without=EVERYTHING)
+    train_set, held_out = open_training_part(data, vae, outline), open_part(data, "held_out")
     stage = AutoencoderStage(
         vae,
         recipe.autoencoder,
@@ -119,7 +125,7 @@ def _train(recipe: UpgradeRecipe, base: Any, vae: AutoencoderDA, out: Path, weig
         cache_latents=data.cache_latents,
     )
     stage.foundations = {**stage.foundations, **weights}
-    stage.facts = base_facts(recipe, base) | data_facts(data, train_set)
+    stage.facts = base_facts(recipe, base_vae) | data_facts(data, train_set)
     plain = recipe.model_dump(mode="json") | ({"level": len(vae.levels) - 1} if ratio > 1 else {})
     result = train(stage, out, plain)
     assert result is not None

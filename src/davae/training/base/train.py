@@ -35,6 +35,7 @@ from davae.training.checkpoints.foundations import model_hash
 from davae.training.checkpoints.run_directory import RunDirectory, data_facts
 from davae.training.data import open_part
 from davae.training.diffusion import DiffusionStage
+from davae.training.diffusion.inputs import prepare_inputs
 from davae.training.loop.loop import TrainResult, train
 
 logger = logging.getLogger(__name__)
@@ -72,9 +73,9 @@ def _train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None) -
         pipeline = native_pipeline(recipe, base)
     settings = DiffusionSettings(**{k: getattr(recipe.transformer, k) for k in _SHARED_SECTIONS})
     layout = LatentLayout(pipeline.vae.config.latent_channels, 0)
-    diffusion = DiffusionStage(
+    inputs = prepare_inputs(
         pipeline,
-        layout,
+        pipeline.vae,
         settings,
         images,
         held_out,
@@ -82,6 +83,7 @@ def _train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None) -
         workers=data.workers,
         timeout_s=data.timeout_s,
     )
+    diffusion = DiffusionStage(pipeline, layout, settings, inputs)
     diffusion.section = "transformer"
     given = {} if base is None else {"the pipeline's transformer": weights_hash(base.transformer)}
     diffusion.foundations = {"the autoencoder": model_hash(pipeline.vae), **given}

@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -230,9 +230,9 @@ def _commit() -> str | None:
 _SNAPSHOT = re.compile(r"[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\]|$)")
 
 
-def base_facts(recipe: UpgradeRecipe, pipe: Any) -> dict[str, Any]:
+def base_facts(recipe: UpgradeRecipe, *parts: Any) -> dict[str, Any]:
     """``{"base": {"name", "revision", "commit"}}``; ``commit`` is ``None`` if unknown (folders, the embedded base)."""
-    return {"base": {"name": recipe.base, "revision": recipe.base_revision, "commit": commit_of(pipe)}}
+    return {"base": {"name": recipe.base, "revision": recipe.base_revision, "commit": commit_of(parts)}}
 
 
 def data_facts(data: DataSettings, images: ItemDataset) -> dict[str, Any]:
@@ -245,12 +245,12 @@ def data_facts(data: DataSettings, images: ItemDataset) -> dict[str, Any]:
     return {"data": {"name": data.path, "revision": data.revision, "commit": images.commit}}
 
 
-def commit_of(pipe: Any) -> str | None:
-    """The hub commit that a pipeline was loaded from, 40 hexadecimal digits; ``None`` if not from the hub's cache.
+def commit_of(parts: Iterable[Any]) -> str | None:
+    """The hub commit that parts of a pipeline came from, 40 hexadecimal digits; ``None`` if not from the hub's cache.
 
     Parts remember the folder they were read from, and the hub's cache has a folder named after each commit.
     """
-    for part in pipe.components.values():
+    for part in parts:
         # models have the folder in their configuration, tokenizers in an attribute
         places = (getattr(getattr(part, "config", None), "_name_or_path", None), _path_of(part))
         for place in places:

@@ -1,34 +1,30 @@
 """The diffusion stage: a widened transformer is tuned on structured latents (Eq. 12 and 13)."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from davae.data import Item, ItemDataset, as_item_dataset
-from davae.data.in_memory import LatentsInMemory, Prepared
 from davae.evaluation import sliced_wasserstein
 from davae.evaluation.metrics.names import SWD_FINEST
 from davae.latents import LatentLayout
-from davae.pipelines.families import ClassFamily, family_of
 from davae.pipelines.lora import merge_lora
 from davae.pipelines.saving.adapters import save_adapters
 from davae.recipes.settings import DiffusionSettings
-from davae.runtime.atomic_files import atomic_write, save_whole
+from davae.runtime.atomic_files import atomic_folder, atomic_write
 from davae.runtime.pictures import save_rows
-from davae.runtime.pixel_budget import in_parts
 from davae.runtime.processes import gathered_in_first, is_first, share, start_processes
-from davae.training.data import require_captions
-from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings, move_text_encoders
+from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings
+from davae.training.diffusion.inputs import Inputs, encode_images
 from davae.training.diffusion.objective import DiffusionObjective, noise_process
 from davae.training.diffusion.tuning import learning_masks, select_trained
-from davae.training.diffusion.validation import MEASURED, generate_classes, generate_prompts, held_out_loss
+from davae.training.diffusion.validation import generate_classes, generate_prompts, held_out_loss
 from davae.training.stage import Stage, TrainedModule
 
 logger = logging.getLogger(__name__)
@@ -40,18 +36,15 @@ class DiffusionStage(Stage):
     """Tunes the transformer of a pipeline on the latents of its autoencoder.
 
     Args:
-        pipeline: an upgraded pipeline (or a base one) of a known family.
+        pipeline: an upgraded pipeline (or a base one) of a known family; its text encoders are not used.
         layout: its base and detail channels.
         settings: the recipe's section.
-        dataset: images with labels or captions; a cache has ``latent`` and, for text, ``conditioning`` instead.
-        held_out: validation images with labels or captions.
-        cache_latents: encode the images once and keep the latents in memory.
-        workers: data loader processes.
-        timeout_s: seconds to wait for a batch of images; 0 waits forever.
-        before: the pipeline before the upgrade, for samples to compare with.
+        inputs: what it is trained on and measured with.
+        before: the pipeline before the upgrade, for samples to compare with; they are made here, and it is not kept.
+        finish: completes the exported pipeline's folder, such as by text encoders that are not in memory.
 
     Raises:
-        DavaeError: the pipeline is unknown, captions are needed and missing, or settings do not fit.
+        DavaeError: settings do not fit.
     """
 
     name = section = "diffusion"
@@ -62,41 +55,19 @@ class DiffusionStage(Stage):
         pipeline: DiffusionPipeline,
         layout: LatentLayout,
         settings: DiffusionSettings,
-        dataset: Dataset[Item],
-        held_out: Dataset[Item],
+        inputs: Inputs,
         *,
-        cache_latents: bool = True,
-        workers: int = 0,
-        timeout_s: float = 0.0,
         before: DiffusionPipeline | None = None,
+        finish: Callable[[Path], object] = lambda folder: None,
     ) -> None:
         self.pipeline, self.layout, self.settings, self.loop = pipeline, layout, settings, settings.loop
-        self.family = family_of(pipeline)
-        self.before = before
-        self.workers, self.timeout_s = workers, timeout_s
-        self.family.check_length(settings.prompts.max_length)
-        if isinstance(self.family, ClassFamily):
-            self.family.check_interval(settings.sample.guidance_interval)
-        images, self.images = as_item_dataset(dataset), as_item_dataset(held_out)
+        self.inputs, self.finish = inputs, finish
+        self.family, self.conditions, self.images = inputs.family, inputs.conditions, inputs.images
+        self.dataset, self.workers, self.timeout_s = inputs.dataset, inputs.workers, inputs.timeout_s
         self.measured_on = (self.images,)
         self.vae = pipeline.vae.eval().requires_grad_(False)
-        self.device = device = start_processes().device
-        self.vae.to(device)
-        cached = images.holds_latents
-        self.encodes_while_training = not (cached or cache_latents)
-        measured = LatentsInMemory(self.images, self._encode, dict, limit=MEASURED)
-        self.conditions = self._conditions(images, [item["caption"] for item in measured.items], device)
+        self.device = start_processes().device
         prompts = self.conditions if isinstance(self.conditions, PromptEmbeddings) else None
-        if cached and self.family.conditioned_on == "text":
-            self.dataset = images
-        elif cache_latents and not cached:
-            logger.info("encoding %d images", len(images))
-            self.dataset = LatentsInMemory(
-                images, self._encode, self.conditions.prepare, workers=workers, timeout_s=timeout_s
-            )
-        else:  # a cache keeps labels as the data set has them
-            self.dataset = Prepared(images, self.conditions.prepare)
-        self.held_out = Prepared(measured, self.conditions.prepare)
 
         transformer = pipeline.transformer
         rates = select_trained(transformer, self.family, layout, settings)
@@ -108,7 +79,7 @@ class DiffusionStage(Stage):
             layout,
             noise_process(self.family, pipeline, layout, settings.loss, settings.timesteps),
             settings.loss,
-            encode=self._encode,
+            encode=partial(encode_images, self.family, self.vae),
             unconditional=prompts.unconditional if prompts else None,
             dropout=settings.prompts.dropout if prompts else 0.0,
             guidance=settings.prompts.guidance,
@@ -125,7 +96,7 @@ class DiffusionStage(Stage):
                 },
             )
         ]
-        self._base_row: Tensor | None = None
+        self._base_row = None if before is None or not self.can_measure else self._base_samples(before)
 
     def to(self, device: torch.device) -> None:
         """Set the device; the autoencoder stays on the CPU unless training needs it."""
@@ -134,32 +105,7 @@ class DiffusionStage(Stage):
 
     def _rest_autoencoder(self) -> None:
         """Move the autoencoder off the device between validations, unless images are encoded during training."""
-        self.vae.to(self.device if self.encodes_while_training else "cpu")
-
-    def _conditions(
-        self, images: ItemDataset, measured: list[str], device: torch.device
-    ) -> ClassMap | PromptEmbeddings:
-        """What turns an item's label or caption into the transformer's conditioning.
-
-        Args:
-            images: for training; a cache has its own text embeddings.
-            measured: captions of the held-out images that are measured.
-            device: where the text encoders run.
-        """
-        if self.family.conditioned_on == "class":
-            return ClassMap(images.classes, self.pipeline)
-        trained = images.captions()
-        require_captions(trained, self.pipeline)
-        asked = measured if images.holds_latents else trained + measured
-        length = self.settings.prompts.max_length
-        return PromptEmbeddings(self.family, self.pipeline, asked, device, length)
-
-    @torch.no_grad()
-    def _encode(self, images: Tensor) -> Tensor:
-        """Images ``[B, 3, H, W]`` to the transformer's (scaled) latents ``[B, C + D, h, w]``, without autocast."""
-        with torch.autocast(self.vae.device.type, enabled=False):
-            parts = [self.family.latents_of(self.vae, part) for part in in_parts(images)]
-        return torch.cat(parts)
+        self.vae.to(self.device if self.inputs.encodes_while_training else "cpu")
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
         """Held-out loss at fixed noise, sliced Wasserstein distance of samples; a sheet of them and of the base's."""
@@ -168,26 +114,23 @@ class DiffusionStage(Stage):
         with self._precision():
             values = held_out_loss(
                 self.objective,
-                self.held_out,
+                self.inputs.measured,
                 batch_size=self.loop.batch_size,
                 step=self.loop.steps,
                 seed=self.loop.seed,
                 device=device,
             )
             count = self.loop.validation_images
-            move_text_encoders(self.pipeline, device)
             made = self._samples(self.pipeline, count, self._size())
-            base = self._base_samples(min(count, _PICTURES))
-            move_text_encoders(self.pipeline, torch.device("cpu"))
         self._rest_autoencoder()
         if not is_first():  # the first process has all samples
             return values
         rows = {f"samples {i // _PICTURES}": made[i : i + _PICTURES] for i in range(0, min(count, _SHOWN), _PICTURES)}
-        if base is not None:
-            rows["base"] = base
+        if self._base_row is not None:
+            rows["base"] = self._base_row
         save_rows(samples / f"step-{step}.png", rows)
         if isinstance(self.conditions, PromptEmbeddings):
-            atomic_write(samples / "prompts.txt", "\n".join(self.validation_prompts()) + "\n")
+            atomic_write(samples / "prompts.txt", "\n".join(self.inputs.validation_prompts) + "\n")
         if len(self.images):
             shown = [self.images[i]["image"] for i in range(min(count, len(self.images)))]
             real = torch.stack([image for image in shown if image.shape == made.shape[1:]] or shown[:1])
@@ -204,7 +147,7 @@ class DiffusionStage(Stage):
         if isinstance(self.conditions, ClassMap):
             made = generate_classes(pipeline, self.conditions.known, count, sample, seed=seed, positions=mine)
         else:
-            prompts = self.validation_prompts()
+            prompts = self.inputs.validation_prompts
             made = generate_prompts(
                 pipeline,
                 [prompts[i % len(prompts)] for i in range(count)],
@@ -213,28 +156,23 @@ class DiffusionStage(Stage):
                 seed=seed,
                 max_length=self.settings.prompts.max_length,
                 positions=mine,
+                embeddings=self.conditions.kept,
             )
         found = gathered_in_first(list(made.cpu()), count)
         return torch.stack(found) if found else made[:0]
 
-    def _base_samples(self, count: int) -> Tensor | None:
-        """Samples of the base pipeline at its own resolution, generated once; ``None`` without a base."""
-        if self.before is not None:
-            height, width = self._size()
-            scale = getattr(self.pipeline.vae, "scale", 1)
-            parts = (self.before.transformer, self.before.vae)
-            for part in parts:
-                part.to(self.device)
-            self._base_row = self._samples(self.before, count, (height // scale, width // scale))
-            for part in parts:  # the caller still refers to them
-                part.to("cpu")
-            self.before = None
-        return self._base_row
-
-    def validation_prompts(self) -> list[str]:
-        """The recipe's distinct prompts, else the held-out images' captions, in order; the empty prompt if none."""
-        found = self.settings.prompts.validation or self.images.captions()
-        return list(dict.fromkeys(caption for caption in found if caption)) or [""]
+    def _base_samples(self, before: DiffusionPipeline) -> Tensor:
+        """Samples of the base pipeline at its own resolution."""
+        height, width = self._size()
+        scale = getattr(self.pipeline.vae, "scale", 1)
+        parts = (before.transformer, before.vae)
+        for part in parts:
+            part.to(self.device)
+        with self._precision():
+            made = self._samples(before, min(self.loop.validation_images, _PICTURES), (height // scale, width // scale))
+        for part in parts:  # a caller may still refer to them
+            part.to("cpu")
+        return made
 
     def _size(self) -> tuple[int, int]:
         """Height and width of validation samples in pixels: those of the first held-out, else training, image."""
@@ -260,4 +198,7 @@ class DiffusionStage(Stage):
         if self.settings.tune.frozen_dtype == "bfloat16":
             transformer.to(torch.bfloat16)
         transformer.to(memory_format=torch.contiguous_format)
-        return save_whole(self.pipeline, out / "pipeline")
+        with atomic_folder(out / "pipeline") as folder:
+            self.pipeline.save_pretrained(folder)
+            self.finish(folder)
+        return out / "pipeline"

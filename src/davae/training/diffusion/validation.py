@@ -1,7 +1,7 @@
 """Validation of the diffusion stage: a loss at fixed noise, and samples from fixed seeds."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from davae.data import Item, ItemDataset, collate
 from davae.errors import DavaeError
+from davae.models.latent_space import compression_of
 from davae.pipelines.families import ClassFamily, family_of
 from davae.recipes.settings import SampleSettings
+from davae.runtime.pixel_budget import images_together
 from davae.runtime.processes import gathered, share
 from davae.training.loop.loop import to_device
 from davae.training.loop.rng import DrawsByItem
@@ -107,7 +109,9 @@ def generate_classes(
             generators=generators,
         )
 
-    return _in_batches(pipeline, make, range(count) if positions is None else positions, 48, seed)
+    side = pipeline.transformer.config.sample_size * compression_of(pipeline.vae)
+    together = images_together(side, side)
+    return _in_batches(pipeline, make, range(count) if positions is None else positions, together, seed)
 
 
 def generate_prompts(
@@ -119,6 +123,7 @@ def generate_prompts(
     seed: int,
     max_length: int | None = None,
     positions: Sequence[int] | None = None,
+    embeddings: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Tensor:
     """One image per prompt, ``[len(prompts), 3, H, W]`` in [-1, 1]; image ``i`` is made from seed ``seed + i``.
 
@@ -130,6 +135,7 @@ def generate_prompts(
         seed: of the first image.
         max_length: tokens that a prompt is cut or padded to; by default the family's.
         positions: which of the images to make, in this order; by default all.
+        embeddings: see :meth:`PipelineFamily.sample`.
     """
     family = family_of(pipeline)
 
@@ -143,9 +149,11 @@ def generate_prompts(
             guidance_scale=sample.guidance_scale,
             generators=generators,
             max_length=max_length,
+            embeddings=embeddings,
         )
 
-    return _in_batches(pipeline, make, range(len(prompts)) if positions is None else positions, 4, seed)
+    together = min(4, images_together(*size))
+    return _in_batches(pipeline, make, range(len(prompts)) if positions is None else positions, together, seed)
 
 
 def _in_batches(

@@ -4,9 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from davae.bases.open import load_base, load_recipe_base
+from davae.bases.open import load_base, load_recipe_autoencoder
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import ClassFamily, find_family
@@ -89,7 +87,7 @@ def train_autoencoder(recipe: UpgradeRecipe, out: Path) -> TrainResult:
     check_upgrade(recipe, "autoencoder")
     check_start(recipe.autoencoder.start_from, "autoencoder.start_from")
     check_place(out, "run")
-    return train_levels(recipe, load_recipe_base(recipe), out)
+    return train_levels(recipe, load_recipe_autoencoder(recipe), out)
 
 
 def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> TrainResult:
@@ -98,8 +96,7 @@ def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Trai
     if not checkpoints(out / "checkpoints"):  # a resumed run has its own weights
         check_start(recipe.diffusion.start_from, "diffusion.start_from")
     check_place(out, "run")
-    base = load_recipe_base(recipe, transformer_dtype=getattr(torch, recipe.diffusion.tune.frozen_dtype))
-    return train_transformer(recipe, base, out, autoencoder)
+    return train_transformer(recipe, out, autoencoder)
 
 
 def check_upgrade(recipe: UpgradeRecipe, section: str, *, without_images: bool = False) -> None:
@@ -120,9 +117,10 @@ def check_upgrade(recipe: UpgradeRecipe, section: str, *, without_images: bool =
     architecture = _known_architecture(recipe.base)
     captions_for = None
     if architecture is not None:
-        family = find_family(architecture.pipeline)
         side = recipe.autoencoder.model.scale * _compression(architecture)
         if section == "diffusion":
+            architecture.require_transformer()
+            family = find_family(architecture.pipeline)
             side *= architecture.patch
             captions_for = architecture.pipeline if family.conditioned_on == "text" else None
             family.check_length(recipe.diffusion.prompts.max_length)
@@ -141,7 +139,8 @@ def _known_architecture(base: str) -> Architecture | None:
     """The architecture of a base whose configuration is on this machine; ``None`` if it would have to be downloaded."""
     folder = Path(base).expanduser()
     if folder.is_dir():
-        return find_architecture(pipeline_place(folder))
+        alone = (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+        return find_architecture(folder if alone else pipeline_place(folder))
     known = base in ("tiny", "debug") or base.startswith("debug-") or find_preset(base) is not None
     return find_architecture(base) if known else None
 
