@@ -112,7 +112,7 @@ def _ends(monkeypatch, capsys, arguments: str, *, columns: int = 80) -> tuple[in
         ("cache --recipe debug --autoencoder vae-gone --out c", "the autoencoder in vae-gone cannot be read"),
         ("convert vavae empty --out c", "there is no file empty"),
         ("convert davae-sd3 other.safetensors --out c --base /nonexistent", "/nonexistent holds no autoencoder"),
-        ("plan sd3-gone/vae", "is not a pipeline folder"),
+        ("plan sd3-gone/vae", "an autoencoder by itself"),
         ("plan sd35-meduim", "(the closest: sd35-medium"),
         ("export /nonexistent --out e", "holds no pipeline or autoencoder"),
         ("report file", "there is no run directory file"),

@@ -1,7 +1,7 @@
 """Caches of latents and text embeddings: writing one, as ``davae cache`` does, and opening it for training."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,7 @@ def write_cache(
     *,
     form: Format = "safetensors",
     text_length: int | None = None,
+    reopen: Callable[[], DiffusionPipeline] | None = None,
     **writer_options: int,
 ) -> CacheResult:
     """Encode the training images of a recipe, and their captions, into a folder; continues an interrupted run.
@@ -62,10 +63,11 @@ def write_cache(
     Args:
         data: the recipe's section; ``data.cache`` is not read.
         vae: the upgraded autoencoder, or the base's to train the base on.
-        pipe: the base or the upgraded pipeline.
+        pipe: the base or the upgraded pipeline, with its text encoders; weights of its other parts are not used.
         out: the folder.
         form: ``safetensors`` or ``webdataset``.
         text_length: tokens of a prompt; by default the family's.
+        reopen: opens ``pipe`` again; its text encoders are then not kept in memory while images are encoded.
         writer_options: ``shard_bytes`` and ``shard_records`` of :class:`CacheWriter`.
 
     Raises:
@@ -100,10 +102,13 @@ def write_cache(
                 **writer_options,
             )
         if not writer.complete:
+            if reopen is not None:  # text encoders were needed for the fingerprint, and are again for captions
+                pipe.register_modules(**{name: None for name, _ in pipeline_parts(pipe, "text_encoder")})
             _write_latents(writer, images, data, vae, family, processes.device)
             texts = 0
             if family.conditioned_on == "text":
-                texts = _write_texts(writer, pipe, family, processes.device, text_length)
+                encoders = pipe if reopen is None else reopen()
+                texts = _write_texts(writer, encoders, family, processes.device, text_length)
             wait_for_everyone()
             if rank == 0:
                 writer.finish({"images": len(images), "texts": texts})

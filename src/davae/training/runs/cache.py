@@ -1,11 +1,12 @@
 """``davae cache`` as functions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from davae.bases.open import load_base, load_recipe_base
+from davae.bases.open import TEXT_ENCODERS, load_base, load_recipe_base
 from davae.data.cache import Format, verify_cache
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
@@ -44,14 +45,15 @@ def run_cache(
     else:
         check_images(settings.data)
     check_place(out, "cache")
-    vae, base = _models(settings, recipe, autoencoder)
+    vae, open_base = _models(settings, recipe, autoencoder)
     made = write_cache(
         settings.data,
         vae,
-        base,
+        open_base(),
         out,
         form=form,
         text_length=settings.diffusion.prompts.max_length if isinstance(settings, UpgradeRecipe) else None,
+        reopen=open_base,
     )
     if not is_first():
         return ""
@@ -79,13 +81,16 @@ def default_folder(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
 
 def _models(
     settings: UpgradeRecipe | BaseRecipe, recipe: str | Path, autoencoder: Path | None
-) -> tuple[AutoencoderDA | AutoencoderKL, DiffusionPipeline]:
-    """The autoencoder that encodes, and the base."""
+) -> tuple[AutoencoderDA | AutoencoderKL, Callable[[], DiffusionPipeline]]:
+    """The autoencoder that encodes, and a function that opens the base's text encoders."""
     if isinstance(settings, BaseRecipe):
         assert settings.start_from is not None
-        base = load_base(settings.start_from.pipeline)
-        return base.vae, base
-    return load_autoencoder(trained_autoencoder(recipe, autoencoder)), load_recipe_base(settings)
+        open_base = partial(load_base, settings.start_from.pipeline)
+        vae = open_base(without=("transformer", TEXT_ENCODERS)).vae
+    else:
+        open_base = partial(load_recipe_base, settings)
+        vae = load_autoencoder(trained_autoencoder(recipe, autoencoder))
+    return vae, partial(open_base, without=("vae", "transformer"))
 
 
 def _cached_recipe(recipe: str | Path, overrides: Sequence[str]) -> UpgradeRecipe | BaseRecipe:
