@@ -1,0 +1,197 @@
+"""README's "Your pipeline" on a pipeline of SD3.5-medium's real architecture and size, with random weights.
+
+    python -m tests.real_size.run FOLDER [--json FILE] [--only plan,cache] [--side 1024]
+
+builds the pipeline in ``FOLDER/base`` (7 GB in bfloat16; T5 is cut to two of its 24 layers) and photographs in
+``FOLDER/photos``, unless they are there, and runs each command of the walk in a process of its own: plan, dry run, stage
+1 for two steps with a kill in between, cache, stage 2 with a LoRA of rank 256 for two steps, upgrade, generate,
+export, and opening the export in plain diffusers without davae. Of each it records seconds, and the largest main memory
+in use: anonymous and shared pages, without mapped files, which the system can drop. Sampling takes four steps.
+
+Weights are random, so images are noise: what is shown is that everything fits and goes on.
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+CAPTIONS = ("a red fox in the snow", "a house by the sea", "a street at night", "a mountain and a river")
+IMAGES = 8
+RECIPE = "sd35-medium-1024"
+
+
+@dataclass
+class Measured:
+    """One command: how it ended, its seconds, and the largest main memory of its processes in bytes."""
+
+    command: str
+    status: int
+    seconds: float
+    peak_bytes: int
+
+
+def measured(
+    command: Sequence[str], folder: Path, log: Path, *, stop_when: Callable[[], bool] = lambda: False
+) -> Measured:
+    """Run a command in ``folder``, sampling its memory twenty times a second; kill it once ``stop_when`` is true."""
+    began, peak = time.monotonic(), 0
+    with log.open("ab") as output:
+        child = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        while child.poll() is None:
+            peak = max(peak, sum(map(_in_use, _family(child.pid))))
+            if stop_when():
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+            time.sleep(0.05)
+    return Measured(" ".join(command), child.returncode, round(time.monotonic() - began, 1), peak)
+
+
+def _family(pid: int) -> list[int]:
+    """A process and its descendants."""
+    try:
+        below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return [pid]
+    return [pid, *(found for child in below for found in _family(int(child)))]
+
+
+def _in_use(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem")))
+
+
+def build_base(folder: Path) -> None:
+    """The pipeline, saved in bfloat16, one part in memory at a time."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from davae.bases.debug_text import clip, t5
+    from davae.planner.architectures import build, build_text_encoder, find_architecture
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    architecture = find_architecture("stabilityai/stable-diffusion-3.5-medium")
+    encoders = {name: dict(config) for name, config in architecture.text_encoders.items()}
+    encoders["text_encoder_3"]["num_layers"] = 2
+    index: dict[str, object] = {"_class_name": "StableDiffusion3Pipeline"}
+    for name, config in encoders.items():
+        encoder = build_text_encoder(name, config, "cpu").to(torch.bfloat16)
+        encoder.save_pretrained(folder / name)
+        index[name] = ["transformers", type(encoder).__name__]
+    del encoder
+    texts = {**clip(projection=True), **clip("_2", projection=True), **t5("_3")}
+    for name, part in texts.items():
+        if name.startswith("tokenizer"):
+            part.save_pretrained(folder / name)
+            index[name] = ["transformers", type(part).__name__]
+    for name in ("vae", "transformer"):
+        model = build(getattr(architecture, name), "cpu").to(torch.bfloat16)
+        model.save_pretrained(folder / name)
+        index[name] = ["diffusers", type(model).__name__]
+        del model
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def write_photographs(folder: Path, side: int) -> None:
+    """Drawn scenes with captions, as PNG."""
+    from PIL import Image
+
+    from davae.data import open_dataset
+    from davae.runtime.pictures import to_bytes
+
+    scenes = open_dataset(f"procedural:{IMAGES}", resolution=side)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(IMAGES):
+        pixels = to_bytes(scenes[i]["image"]).byte().permute(1, 2, 0).contiguous().numpy()
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(CAPTIONS[i % len(CAPTIONS)])
+
+
+def walk(folder: Path, side: int, only: Sequence[str]) -> dict[str, Measured]:
+    """Run the commands that are asked for, in order, each with a log of its own."""
+    davae = [sys.executable, "-m", "davae"]
+    data = ["data.path=photos", f"data.resolution={side}", "data.hold_out=2", "data.workers=0", "base=base"]
+    loop = ["steps=2", "batch_size=1", "gradient_accumulation=1", "validation_images=1", "checkpoint_every=1"]
+    loop += ["validate_every=0", "log_every=1"]
+    first = [f"autoencoder.loop.{one}" for one in loop] + ["autoencoder.statistics_images=4"]
+    second = [f"diffusion.loop.{one}" for one in loop] + ["diffusion.sample.num_inference_steps=4"]
+    stage1 = [*davae, "train", "autoencoder", "--recipe", RECIPE, *data, *first]
+    stage2 = [*davae, "train", "diffusion", "--recipe", RECIPE, *data, *second]
+    size = ["--height", str(side), "--width", str(side), "--steps", "4", "--prompt", CAPTIONS[0]]
+    run1, run2 = (f"runs/{RECIPE}-{stage}" for stage in ("autoencoder", "diffusion"))
+    plain = (
+        "import torch; from diffusers import DiffusionPipeline; "
+        "pipe = DiffusionPipeline.from_pretrained('exported', trust_remote_code=True, dtype=torch.bfloat16); "
+        "print(type(pipe).__name__, pipe.transformer.config.in_channels)"
+    )
+    checkpoint = folder / run1 / "checkpoints" / "step-1"
+    commands: dict[str, tuple[list[str], Callable[[], bool]]] = {
+        "plan": ([*davae, "plan", "base", "--resolution", str(side), "--scale", "2"], lambda: False),
+        "dry run": ([*stage1, "--dry-run"], lambda: False),
+        "stage 1, killed": (stage1, checkpoint.is_dir),
+        "stage 1": (stage1, lambda: False),
+        "cache": ([*davae, "cache", "--recipe", RECIPE, *data], lambda: False),
+        "stage 2": (stage2, lambda: False),
+        "upgrade": (
+            [*davae, "upgrade", "base", "--autoencoder", f"{run1}/autoencoder", "--out", "upgraded"],
+            lambda: False,
+        ),
+        "generate": ([*davae, "generate", f"{run2}/pipeline", "--out", "images", *size], lambda: False),
+        "export": ([*davae, "export", run2, "--out", "exported", "--license", "other"], lambda: False),
+        "open in diffusers": ([sys.executable, "-c", plain], lambda: False),
+    }
+    found: dict[str, Measured] = {}
+    for name, (command, stop_when) in commands.items():
+        if only and name not in only:
+            continue
+        log = folder / f"{name.replace(' ', '-').replace(',', '')}.log"
+        found[name] = measured(command, folder, log, stop_when=stop_when)
+        one = found[name]
+        print(f"{name}: status {one.status}, {one.seconds:.0f} s, {one.peak_bytes / 1e9:.2f} GB", flush=True)
+    return found
+
+
+def main() -> int:
+    """Build what is missing, walk, write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="", help="names of commands, separated by commas without spaces")
+    parser.add_argument("--side", type=int, default=1024)
+    options = parser.parse_args()
+    folder: Path = options.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "base" / "model_index.json").is_file():
+        build_base(folder / "base")
+    if not (folder / "photos" / f"{IMAGES - 1}.png").is_file():
+        write_photographs(folder / "photos", options.side)
+    found = walk(folder, options.side, [name for name in options.only.split(",") if name])
+    if options.json is not None:
+        about = {
+            "command": "python -m tests.real_size.run FOLDER --json FILE",
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+            "side": options.side,
+            "commands": {name: asdict(one) | {"command": name} for name, one in found.items()},
+        }
+        options.json.write_text(json.dumps(about, indent=1) + "\n")
+    killed = {"stage 1, killed": -signal.SIGKILL}
+    return int(any(one.status != killed.get(name, 0) for name, one in found.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
