@@ -53,6 +53,19 @@ def open_parquet(file: Path) -> Any:
     return table
 
 
+def rows_of(table: Any) -> list[dict[str, Any]]:
+    """The rows of a table or batch of pyarrow; a column with text that is not UTF-8 as bytes."""
+    import pyarrow
+
+    columns = {}
+    for name in table.schema.names:
+        try:
+            columns[name] = table[name].to_pylist()
+        except UnicodeDecodeError:
+            columns[name] = table[name].cast(pyarrow.large_binary()).to_pylist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def _largest(chunk: Any, file: BinaryIO) -> int:
     """The most bytes that a value can have without having them in its page."""
     if chunk.physical_type not in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY"):

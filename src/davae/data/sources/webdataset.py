@@ -20,10 +20,10 @@ from typing import Any, BinaryIO
 
 from davae.data.images.dataset import Facts
 from davae.data.images.protocol import Skip
-from davae.data.sources.facts import caption_in, caption_of, class_label, class_names, folded, label_in
+from davae.data.sources.facts import TEXT_ENDINGS, WrongLabel, class_names, facts_in, texts_beside
 from davae.data.sources.folder import IMAGE_SUFFIXES, file_stamp, not_ours
 from davae.errors import DavaeError
-from davae.runtime.text_files import CAPTION_BYTES, decode_text, parse_json, whole_name
+from davae.runtime.text_files import CAPTION_BYTES, decode_text, whole_name
 
 _BAD_ARCHIVE = (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError, MemoryError)
 """Errors of tarfile for invalid headers."""
@@ -39,16 +39,6 @@ class _Sample:
     size: int
     label: int | str | None = None
     caption: str = ""
-
-
-@dataclass
-class _Beside:
-    """Label and caption in the text members of one name."""
-
-    label: int | str | None = None
-    caption: str = ""
-    json_label: int | str | None = None
-    json_caption: str = ""
 
 
 class ShardSource:
@@ -117,7 +107,7 @@ class ShardSource:
     def _index(self, shard: int) -> list[_Sample]:
         path = self._files[shard]
         images: list[_Sample] = []
-        texts: dict[str, _Beside] = {}
+        texts: dict[str, tuple[int | str | None, str]] = {}
         count, before = 0, -1
         if not path.is_file():
             kind = "is a pipe, a device or a folder, not a file" if path.exists() else "does not exist"
@@ -135,6 +125,8 @@ class ShardSource:
                     if member.offset_data + member.size > size:
                         raise tarfile.ReadError("unexpected end of data")
                     self._note(archive, member, images, texts, shard)
+        except WrongLabel:
+            raise
         except _BAD_ARCHIVE as error:
             reason = str(error) or type(error).__name__
             if count == 0:
@@ -143,17 +135,14 @@ class ShardSource:
                 ) from error
             self.problems.append((self._shards[shard], f"damaged after {count} members ({reason})"))
         keys = {_key(image.member) for image in images if _stem(image.member) == _key(image.member)}
-        samples = []
-        for image in images:
-            if _stem(image.member) != _key(image.member) and _key(image.member) in keys:
-                self._further += 1
-                continue
-            for name in (_stem(image.member), image.member, _key(image.member)):
-                beside = texts.get(folded(name), _Beside())
-                given = (image.label, beside.label, beside.json_label)
-                image.label = next((label for label in given if label is not None), None)
-                image.caption = image.caption or beside.caption or beside.json_caption
-            samples.append(image)
+        samples = [i for i in images if _stem(i.member) == _key(i.member) or _key(i.member) not in keys]
+        self._further += len(images) - len(samples)
+        bases = {i.member: list(dict.fromkeys((_stem(i.member), i.member, _key(i.member)))) for i in samples}
+        beside = texts_beside(bases, texts)
+        for image in samples:
+            found = [texts[text] for text in beside.get(image.member, [])]
+            image.label = next((label for label, _ in found if label is not None), None)
+            image.caption = next((caption for _, caption in found if caption), "")
         return samples
 
     def _note(
@@ -161,7 +150,7 @@ class ShardSource:
         archive: tarfile.TarFile,
         member: tarfile.TarInfo,
         images: list[_Sample],
-        texts: dict[str, _Beside],
+        texts: dict[str, tuple[int | str | None, str]],
         shard: int,
     ) -> None:
         ending = member.name[len(_stem(member.name)) :].lower()
@@ -169,26 +158,17 @@ class ShardSource:
             return
         if ending in IMAGE_SUFFIXES:
             images.append(_Sample(shard, member.name, member.offset_data, member.size))
-        elif ending in {".cls", ".txt", ".caption", ".json"}:
+        elif ending in TEXT_ENDINGS:
             stream = archive.extractfile(member)
             assert stream is not None  # a regular file
             place = whole_name(f"{self._shards[shard]}/{member.name}")
             try:
                 text = decode_text(stream.read(CAPTION_BYTES + 1), place)
-                self._read_text(ending, text, texts.setdefault(folded(_stem(member.name)), _Beside()), place)
+                texts[member.name] = facts_in(text, member.name, place, self._told)
+            except WrongLabel:
+                raise
             except DavaeError as error:
                 self.problems.append((place, f"cannot be read ({str(error).removeprefix(place).strip(' ,:')})"))
-
-    def _read_text(self, ending: str, text: str, beside: _Beside, place: str) -> None:
-        if ending == ".cls":
-            beside.label = class_label(text, place)
-        elif ending != ".json":
-            beside.caption = beside.caption or caption_of(text)
-        else:
-            values = parse_json(text, place)
-            if isinstance(values, dict):
-                beside.json_caption = caption_in(values)
-                beside.json_label = label_in(values, place, self._told)
 
 
 class _Slice(io.RawIOBase):
