@@ -16,15 +16,7 @@ from typing import Any, BinaryIO
 from davae.data.images.dataset import Facts
 from davae.data.images.decode import UnreadableImage
 from davae.data.images.protocol import Skip
-from davae.data.sources.facts import (
-    CAPTION_KEYS,
-    LABEL_KEYS,
-    NO_CLASS,
-    caption_in,
-    class_names,
-    label_in,
-    named,
-)
+from davae.data.sources.facts import CAPTION_KEYS, LABEL_KEYS, NO_CLASS, caption_in, class_names, label_in, named
 from davae.data.sources.folder import open_image
 from davae.data.sources.parquet import open_parquet, rows_of
 from davae.errors import DavaeError, first_line
@@ -35,6 +27,7 @@ logger = logging.getLogger(__name__)
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 
 _IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
 _COMMIT = re.compile(r"[/\\]([0-9a-f]{40})[/\\]")
 
 
@@ -179,17 +172,7 @@ def _table_errors(name: str) -> Iterator[None]:
         yield
     except DavaeError:
         raise
-    except (
-        pyarrow.ArrowException,
-        datasets.exceptions.DatasetsError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        OverflowError,
-    ) as error:
+    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, *_DAMAGE) as error:
         cause = error.__cause__ or error
         raise DavaeError(f"{name} cannot be read as a table: {first_line(cause)}") from error
 
