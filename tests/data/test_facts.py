@@ -548,12 +548,17 @@ def test_numbers_and_captions_that_a_table_may_not_hold(tmp_path: Path) -> None:
 
 
 def test_a_damaged_saved_set(tmp_path: Path) -> None:
-    for content in ("{", "[]", '{"_data_files": [{"filename": "gone.arrow"}]}'):
+    for content, message in (
+        ("{", r"state\.json is not JSON"),
+        ("[]", r"state\.json holds no JSON object"),
+        ('{"_data_files": [{"filename": "gone.arrow"}]}', r"cannot be read as a table: .*gone\.arrow"),
+        ("{}", "cannot be read as a table"),
+    ):
         folder = tmp_path / str(len(content))
         folder.mkdir()
         (folder / "state.json").write_text(content)
         (folder / "dataset_info.json").write_text("{}")
-        with pytest.raises(DavaeError, match="cannot be read as a table"):
+        with pytest.raises(DavaeError, match=message):
             open_dataset(folder, resolution=16)
 
 

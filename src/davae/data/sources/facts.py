@@ -175,11 +175,8 @@ def folded(name: str) -> str:
 def texts_beside(images: Mapping[str, Sequence[str]], texts: Collection[str]) -> dict[str, list[str]]:
     """The texts beside each image that has any, those that count first at the beginning.
 
-    Accents, and case, may be others than the image's where only one spelling of a name can be meant.
-
-    Args:
-        images: the names without an ending that the texts of each image may have, such as ``a`` and ``a.jpg``.
-        texts: names of texts, with endings of ``TEXT_ENDINGS`` in any case.
+    For each image the names of its texts are given without an ending, such as ``a`` and ``a.jpg``. Accents, and case,
+    may be others than the image's where only one spelling of a name can be meant.
     """
     there: dict[str, str] = {}
     for text in sorted(texts, reverse=True):  # a.txt before a.TXT

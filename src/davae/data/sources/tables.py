@@ -8,6 +8,7 @@ that is not empty of ``CAPTION_KEYS``. Local files never touch the network.
 import io
 import logging
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,16 +19,20 @@ from davae.data.images.decode import UnreadableImage
 from davae.data.images.protocol import Skip
 from davae.data.sources.facts import CAPTION_KEYS, LABEL_KEYS, NO_CLASS, caption_in, class_names, label_in, named
 from davae.data.sources.folder import open_image
-from davae.data.sources.parquet import open_parquet, rows_of
+from davae.data.sources.parquet import check_arrow, open_parquet, rows_of
 from davae.errors import DavaeError, first_line
 from davae.runtime.console import shown
+from davae.runtime.text_files import read_object
 
 logger = logging.getLogger(__name__)
 
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 
 _IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
+_DAMAGE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError),
+    *(NotImplementedError, struct.error),
+)
 _COMMIT = re.compile(r"[/\\]([0-9a-f]{40})[/\\]")
 
 
@@ -141,6 +146,9 @@ def open_saved(folder: Path, split: str | None) -> TableSource:
     import datasets
 
     with _table_errors(str(folder)):
+        for state in filter(Path.is_file, (folder / "state.json", *folder.glob("*/state.json"))):
+            for part in read_object(state)["_data_files"]:
+                check_arrow(state.parent / part["filename"])
         table = datasets.load_from_disk(str(folder))
     return TableSource(_one_split(table, split, str(folder)), str(folder), folder=folder)
 
@@ -158,6 +166,8 @@ def open_tables(files: Sequence[Path], name: str) -> TableSource:
                 open_parquet(file).close()
             table = datasets.Dataset.from_parquet([str(f) for f in files])
         else:
+            for file in files:
+                check_arrow(file)
             table = datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
     return TableSource(table, name, folder=files[0].parent)
 

@@ -27,6 +27,7 @@ from davae.runtime.text_files import CAPTION_BYTES, decode_text, whole_name
 
 _BAD_ARCHIVE = (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError, MemoryError)
 """Errors of tarfile for invalid headers."""
+_Texts = dict[str, tuple[int | str | None, str]]
 
 
 @dataclass
@@ -107,7 +108,7 @@ class ShardSource:
     def _index(self, shard: int) -> list[_Sample]:
         path = self._files[shard]
         images: list[_Sample] = []
-        texts: dict[str, tuple[int | str | None, str]] = {}
+        texts: _Texts = {}
         count, before = 0, -1
         if not path.is_file():
             kind = "is a pipe, a device or a folder, not a file" if path.exists() else "does not exist"
@@ -124,7 +125,7 @@ class ShardSource:
                         continue
                     if member.offset_data + member.size > size:
                         raise tarfile.ReadError("unexpected end of data")
-                    self._note(archive, member, images, texts, shard)
+                    self._note(shard, archive, member, images, texts)
         except WrongLabel:
             raise
         except _BAD_ARCHIVE as error:
@@ -134,10 +135,11 @@ class ShardSource:
                     f"{path} is not a plain tar file ({reason}); compressed shards must be unpacked to .tar"
                 ) from error
             self.problems.append((self._shards[shard], f"damaged after {count} members ({reason})"))
-        keys = {_key(image.member) for image in images if _stem(image.member) == _key(image.member)}
-        samples = [i for i in images if _stem(i.member) == _key(i.member) or _key(i.member) not in keys]
+        stems = {image.member: os.path.splitext(image.member)[0] for image in images}
+        keys = {stem for stem in stems.values() if stem == _key(stem)}
+        samples = [i for i in images if stems[i.member] == _key(i.member) or _key(i.member) not in keys]
         self._further += len(images) - len(samples)
-        bases = {i.member: list(dict.fromkeys((_stem(i.member), i.member, _key(i.member)))) for i in samples}
+        bases = {i.member: list(dict.fromkeys((stems[i.member], i.member, _key(i.member)))) for i in samples}
         beside = texts_beside(bases, texts)
         for image in samples:
             found = [texts[text] for text in beside.get(image.member, [])]
@@ -145,22 +147,14 @@ class ShardSource:
             image.caption = next((caption for _, caption in found if caption), "")
         return samples
 
-    def _note(
-        self,
-        archive: tarfile.TarFile,
-        member: tarfile.TarInfo,
-        images: list[_Sample],
-        texts: dict[str, tuple[int | str | None, str]],
-        shard: int,
-    ) -> None:
-        ending = member.name[len(_stem(member.name)) :].lower()
+    def _note(self, shard: int, archive: Any, member: tarfile.TarInfo, images: list[_Sample], texts: _Texts) -> None:
+        ending = os.path.splitext(member.name)[1].lower()
         if not ending or any(map(not_ours, member.name.split("/"))):
             return
         if ending in IMAGE_SUFFIXES:
             images.append(_Sample(shard, member.name, member.offset_data, member.size))
         elif ending in TEXT_ENDINGS:
             stream = archive.extractfile(member)
-            assert stream is not None  # a regular file
             place = whole_name(f"{self._shards[shard]}/{member.name}")
             try:
                 text = decode_text(stream.read(CAPTION_BYTES + 1), place)
@@ -249,12 +243,6 @@ def _key(member: str) -> str:
     """A member's name up to the first dot of its last part."""
     folder, slash, base = member.rpartition("/")
     return folder + slash + base.partition(".")[0]
-
-
-def _stem(member: str) -> str:
-    """A member's name without its last ending."""
-    folder, slash, base = member.rpartition("/")
-    return folder + slash + (base.rpartition(".")[0] if "." in base else base)
 
 
 def _short_names(files: Sequence[Path]) -> list[str]:
