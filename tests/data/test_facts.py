@@ -548,13 +548,14 @@ def test_numbers_and_captions_that_a_table_may_not_hold(tmp_path: Path) -> None:
 
 
 def test_a_damaged_saved_set(tmp_path: Path) -> None:
-    for content, message in (
+    cases = (
         ("{", r"state\.json is not JSON"),
         ("[]", r"state\.json holds no JSON object"),
         ('{"_data_files": [{"filename": "gone.arrow"}]}', r"cannot be read as a table: .*gone\.arrow"),
         ("{}", "cannot be read as a table"),
-    ):
-        folder = tmp_path / str(len(content))
+    )
+    for number, (content, message) in enumerate(cases):
+        folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "state.json").write_text(content)
         (folder / "dataset_info.json").write_text("{}")
