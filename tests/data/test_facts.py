@@ -226,8 +226,9 @@ def test_the_same_facts_say_the_same_in_every_form(
         ({"A.png": 0, "a.png": 1, "A.txt": b"A"}, [(-1, "A"), (-1, "")]),
         ({"\u00c9.png": 0, "e\u0301.txt": b"one spelling"}, [(-1, "one spelling")]),
         ({"B.png": 0, "b.png": 1, "c.x.png": 2, "C.X.txt": b"x"}, [(-1, ""), (-1, ""), (-1, "x")]),
+        ({"A.png": 0, "a.TXT": b"loud", "a.txt": b"low", "b.cls": b"0.5"}, [(-1, "low")]),
         ({"1.png": 0, "1.cls": b"0.5"}, NO_LABEL.replace("'label'", "1.cls")),
-        ({"1.png": 0, "1.json": b'{"label": -2}'}, NO_LABEL),
+        ({"1.png": 0, "1.cls": b"1", "1.json": b'{"label": -2}'}, NO_LABEL),
     ],
 )
 def test_texts_beside_say_the_same_in_folders_and_shards(

@@ -188,7 +188,7 @@ def texts_beside(images: Mapping[str, Sequence[str]], texts: Collection[str]) ->
         if own:
             found[image] = own
     used = {text for own in found.values() for text in own}
-    left = {folded(text): text for text in texts if text not in used}
+    left = {folded(text): text for text in there.values() if text not in used}
     loose: dict[str, dict[str, list[str]]] = {}
     for image, names in images.items() if left else ():
         for name in names:

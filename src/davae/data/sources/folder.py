@@ -165,8 +165,8 @@ class FolderSource:
 
     def _label(self, name: str) -> int | str | None:
         label = label_in(self._rows.get(name, {}), f"{self.name}: {name}", self._lists)
-        texts = (text for text in self._beside.get(name, []) if text.lower().endswith((".cls", ".json")))
-        return label if label is not None else next((x for x, _ in map(self._text, texts) if x is not None), None)
+        texts = [text for text in self._beside.get(name, []) if text.lower().endswith((".cls", ".json"))]
+        return next((found for found in (label, *(self._text(text)[0] for text in texts)) if found is not None), None)
 
     def _find_classes(self) -> tuple[list[str], list[int]]:
         """Classes and labels from metadata and texts beside the images if any has one, else from the folders' names."""

@@ -27,7 +27,7 @@ from davae.runtime.text_files import CAPTION_BYTES, decode_text, whole_name
 
 _BAD_ARCHIVE = (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError, MemoryError)
 """Errors of tarfile for invalid headers."""
-_Texts = dict[str, tuple[int | str | None, str]]
+_Texts = dict[str, tuple[int | str | None, str] | WrongLabel]
 
 
 @dataclass
@@ -126,8 +126,6 @@ class ShardSource:
                     if member.offset_data + member.size > size:
                         raise tarfile.ReadError("unexpected end of data")
                     self._note(shard, archive, member, images, texts)
-        except WrongLabel:
-            raise
         except _BAD_ARCHIVE as error:
             reason = str(error) or type(error).__name__
             if count == 0:
@@ -142,7 +140,11 @@ class ShardSource:
         bases = {i.member: list(dict.fromkeys((stems[i.member], i.member, _key(i.member)))) for i in samples}
         beside = texts_beside(bases, texts)
         for image in samples:
-            found = [texts[text] for text in beside.get(image.member, [])]
+            found = []
+            for said in (texts[text] for text in beside.get(image.member, [])):
+                if isinstance(said, WrongLabel):
+                    raise said
+                found.append(said)
             image.label = next((label for label, _ in found if label is not None), None)
             image.caption = next((caption for _, caption in found if caption), "")
         return samples
@@ -159,9 +161,10 @@ class ShardSource:
             try:
                 text = decode_text(stream.read(CAPTION_BYTES + 1), place)
                 texts[member.name] = facts_in(text, member.name, place, self._told)
-            except WrongLabel:
-                raise
+            except WrongLabel as error:
+                texts[member.name] = error  # of an image, perhaps
             except DavaeError as error:
+                texts[member.name] = (None, "")
                 self.problems.append((place, f"cannot be read ({str(error).removeprefix(place).strip(' ,:')})"))
 
 
