@@ -137,10 +137,118 @@ def test_folders_tables_and_shards_say_the_same(tmp_path: Path) -> None:
         pq.write_table(table, tmp_path / f"{number}.PARQUET")
         data = open_dataset(tmp_path / f"{number}.PARQUET", resolution=16)
         assert [(data[i]["label"], data[i]["caption"]) for i in range(2)] == [(1, "one"), (-1, "")]
-    table = pa.table({"image": [png(0)], "label": [0.5]})
-    pq.write_table(table, tmp_path / "half.parquet")
-    with pytest.raises(DavaeError, match=r"half.parquet, column 'label': the label 0\.5"):
-        open_dataset(tmp_path / "half.parquet", resolution=16)
+
+
+FORMS = ["metadata.jsonl", "metadata.csv", "metadata.parquet", "beside", "shard", "table"]
+
+
+def given(form: str, rows: list[dict[str, Any]], place: Path) -> Path:
+    """The same facts of the same images in one of the forms."""
+    images = [png(i) for i in range(len(rows))]
+    if form == "table":
+        pq.write_table(pa.Table.from_pylist([{"image": i, **row} for i, row in zip(images, rows, strict=True)]), place)
+    elif form == "shard":
+        texts = [{f"{i}.png": image, f"{i}.json": json.dumps(rows[i]).encode()} for i, image in enumerate(images)]
+        shard(place, {name: content for members in texts for name, content in members.items()})
+    else:
+        put(place, *(f"{i}.png" for i in range(len(rows))))
+        named = [{"file_name": f"{i}.png", **row} for i, row in enumerate(rows)]
+        if form == "beside":
+            for i, row in enumerate(rows):
+                (place / f"{i}.json").write_text(json.dumps(row))
+        elif form == "metadata.jsonl":
+            (place / form).write_text("".join(json.dumps(row) + "\n" for row in named))
+        elif form == "metadata.parquet":
+            pq.write_table(pa.Table.from_pylist(named), place / form)
+        else:
+            with (place / form).open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(named[0]))
+                writer.writeheader()
+                writer.writerows(named)
+    return place
+
+
+ACCENT = unicodedata.normalize("NFD", "caf\u00e9")
+NO_LABEL = r"'label'.* is neither a class number nor a name"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("keys", "rows", "expected"),
+    [
+        (("TEXT", "Label"), [("a", "002"), ("", "-1.0"), (" b ", "0"), (None, None)], [(2, "a"), -1, (0, "b"), -1]),
+        (
+            ("caption", "cls"),
+            [("a", "owl"), (None, ACCENT), (None, "caf\u00e9")],
+            [("owl", "a"), "caf\u00e9", "caf\u00e9"],
+        ),
+        (("label", "class"), [(None, "3"), ("", "2"), ("1", "0"), ("-1", "0")], [3, 2, 1, -1]),
+        (
+            ("prompt", "text"),
+            [("second", ""), ("second", "first"), ("x", None)],
+            [(-1, "second"), (-1, "first"), (-1, "x")],
+        ),
+        (("label", "x"), [("10000000", ""), ("9000000", "")], ["10000000", "9000000"]),
+        (("label", "x"), [("1", ""), ("0.5", "")], NO_LABEL),
+        (("label", "x"), [("1", ""), ("-2", "")], NO_LABEL),
+        (("label", "x"), [("1", ""), ("fox", "")], "some labels are numbers"),
+    ],
+)
+def test_the_same_facts_say_the_same_in_every_form(
+    keys: tuple[str, str], rows: list[tuple[Any, Any]], expected: Any, form: str, tmp_path: Path
+) -> None:
+    suffix = {"table": "x.parquet", "shard": "x.tar"}.get(form, "x")
+    place = given(form, [dict(zip(keys, row, strict=True)) for row in rows], tmp_path / suffix)
+    if isinstance(expected, str):
+        with pytest.raises(DavaeError, match=expected):
+            open_dataset(place, resolution=16)
+        return
+    data = open_dataset(place, resolution=16)
+    items = [data[i] for i in range(len(rows))]
+    labels, texts = zip(*(x if isinstance(x, tuple) else (x, "") for x in expected), strict=True)
+    assert [item["caption"] for item in items] == list(texts)
+    if isinstance(labels[0], str):
+        assert [data.classes[item["label"]] for item in items] == list(labels)
+    else:
+        assert [item["label"] for item in items] == list(labels)
+        assert data.classes == [str(n) for n in range(max(labels) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        ({"1.png": 0, "1.caption": b"C", "1.txt": b"T"}, [(-1, "T")]),
+        ({"1.json": b'{"text": "J", "label": 1}', "1.png": 0, "1.txt": b" ", "1.cls": b"2"}, [(2, "J")]),
+        ({"1.png": 0, "1.txt": b"\xff", "1.json": b'{"text": "J", "label": 1}'}, [(1, "J")]),
+        ({"1.png": 0, "1.json": b"[1]", "1.png.TXT": b"T"}, [(-1, "T")]),
+        ({"A.png": 0, "a.png": 1, "A.txt": b"A", "a.txt": b"a", "A.cls": b"0", "a.cls": b"1"}, [(0, "A"), (1, "a")]),
+        ({"A.png": 0, "a.png": 1, "A.txt": b"A", "a.TXT": b"a"}, [(-1, "A"), (-1, "a")]),
+        ({"A.png": 0, "a.png": 1, "A.txt": b"A"}, [(-1, "A"), (-1, "")]),
+        ({"\u00c9.png": 0, "e\u0301.txt": b"one spelling"}, [(-1, "one spelling")]),
+        ({"B.png": 0, "b.png": 1, "c.x.png": 2, "C.X.txt": b"x"}, [(-1, ""), (-1, ""), (-1, "x")]),
+        ({"A.png": 0, "a.TXT": b"loud", "a.txt": b"low", "b.cls": b"0.5"}, [(-1, "low")]),
+        ({"1.png": 0, "1.cls": b"0.5"}, NO_LABEL.replace("'label'", "1.cls")),
+        ({"1.png": 0, "1.cls": b"1", "1.json": b'{"label": -2}'}, NO_LABEL),
+    ],
+)
+def test_texts_beside_say_the_same_in_folders_and_shards(
+    members: dict[str, Any], expected: Any, tmp_path: Path
+) -> None:
+    contents = {name: png(content) if isinstance(content, int) else content for name, content in members.items()}
+    (tmp_path / "f").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "f" / name).write_bytes(content)
+    if len(os.listdir(tmp_path / "f")) < len(contents):
+        pytest.skip("this disk does not tell the names apart")
+    for place in (tmp_path / "f", shard(tmp_path / "s.tar", contents)):
+        if isinstance(expected, str):
+            with pytest.raises(DavaeError, match=expected):
+                open_dataset(place, resolution=16)
+        else:
+            data = open_dataset(place, resolution=16)
+            items = [data[i] for i in range(len(data))]
+            found = {item["id"].split("/")[-1]: (item["label"], item["caption"]) for item in items}
+            assert found == dict(zip(filter(lambda name: name.endswith("png"), members), expected, strict=True))
 
 
 # Folders
@@ -429,15 +537,30 @@ def test_numbers_and_captions_that_a_table_may_not_hold(tmp_path: Path) -> None:
     data = open_dataset(tmp_path / "c.parquet", resolution=16)
     assert [data[i]["caption"] for i in range(2)] == ["", "a fox"]
     assert [name for name, _ in data.source.problems] == ["0"]
+    for name, offsets, content in (("s", (0, 4, 9), b"caf\xe9a fox"), ("l", (0, 1, 2), b"\xe9a")):
+        buffers = pa.py_buffer(np.array(offsets, np.int32).tobytes()), pa.py_buffer(content)
+        column = pa.StringArray.from_buffers(2, *buffers)  # of type text, and yet not UTF-8
+        key = "text" if name == "s" else "label"
+        pq.write_table(pa.table({"image": [png(0), png(1)], key: column}), tmp_path / f"{name}.parquet")
+    data = open_dataset(tmp_path / "s.parquet", resolution=16)
+    assert [data[i]["caption"] for i in range(2)] == ["", "a fox"]
+    with pytest.raises(DavaeError, match=r"row 0, 'label' is not UTF-8 text"):
+        open_dataset(tmp_path / "l.parquet", resolution=16)
 
 
 def test_a_damaged_saved_set(tmp_path: Path) -> None:
-    for content in ("{", "[]", '{"_data_files": [{"filename": "gone.arrow"}]}'):
-        folder = tmp_path / str(len(content))
+    cases = (
+        ("{", r"state\.json is not JSON"),
+        ("[]", r"state\.json holds no JSON object"),
+        ('{"_data_files": [{"filename": "gone.arrow"}]}', r"cannot be read as a table: .*gone\.arrow"),
+        ("{}", "cannot be read as a table"),
+    )
+    for number, (content, message) in enumerate(cases):
+        folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "state.json").write_text(content)
         (folder / "dataset_info.json").write_text("{}")
-        with pytest.raises(DavaeError, match="cannot be read as a table"):
+        with pytest.raises(DavaeError, match=message):
             open_dataset(folder, resolution=16)
 
 

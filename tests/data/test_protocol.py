@@ -28,7 +28,7 @@ from davae.data import (
     open_dataset,
 )
 from davae.data.in_memory import ImagesInMemory, LatentsInMemory, MixedScales, Prepared, WithBaseLatents
-from tests.data.files import image_folder
+from tests.data.files import image_folder, picture
 from tests.data.test_cache import write
 
 FACTS = tuple(name for name in ItemDataset.__annotations__ if name != "epoch")
@@ -192,6 +192,29 @@ def test_a_data_set_of_ones_own_will_do() -> None:
         wrapped: Any = wrapper(_Own())  # type: ignore[arg-type]
         assert len(wrapped) == 3
         assert wrapped.item(1, 0)["caption"] == "c1"
+
+
+def test_captions_are_told_without_an_image(tmp_path: Path) -> None:
+    class Told(_Own):
+        def captions(self) -> list[str]:
+            return ["a", "", "c"]
+
+        def __getitem__(self, index: int) -> Item:
+            raise AssertionError("an image is read")
+
+    own = as_item_dataset(Told())
+    assert (own.captions(), own.has_captions()) == (["a", "", "c"], True)
+    for part in ("train", "held_out"):
+        scenes = open_dataset("procedural:14", resolution=64, hold_out=13, part=part)
+        drawn = [scenes[i]["caption"] for i in range(len(scenes))]
+        scenes.scenes.resolution = 2**40  # cannot be painted
+        assert scenes.captions() == drawn
+        assert Mirrored(scenes).has_captions()
+    picture(0, (32, 32)).save(tmp_path / "1.png")
+    (tmp_path / "1.txt").write_text("a fox")
+    images = open_dataset(tmp_path, resolution=16)
+    images.source.open = None
+    assert (Mirrored(images).has_captions(), images.captions()) == (True, ["a fox"])
 
 
 def test_what_a_data_set_of_ones_own_says_counts() -> None:

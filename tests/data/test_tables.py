@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import pytest
 import torch
 
 from davae.data import TableSource, image_to_tensor, open_dataset
+from davae.data.sources.parquet import open_parquet
 from davae.data.sources.tables import commit_of
 from davae.errors import DavaeError
 from tests.data.files import encoded, picture
+from tests.data.test_webdataset import png
 
 
 @pytest.fixture(autouse=True)
@@ -208,3 +211,48 @@ def test_the_commit_is_that_of_the_folder_in_the_cache(monkeypatch: pytest.Monke
 def test_only_names_on_the_hub_have_revisions(path: str) -> None:
     with pytest.raises(DavaeError, match=r"data.revision is set, but .* is not a name on the hub"):
         open_dataset(path, resolution=32, revision="main")
+
+
+def arrow(file: Path, columns: dict[str, Any], **options: Any) -> Path:
+    whole = pa.table(columns)
+    with pa.OSFile(str(file), "wb") as stream, pa.ipc.new_stream(stream, whole.schema, **options) as writer:
+        writer.write_table(whole)
+    return file
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4", "dictionary"])
+def test_arrow_that_could_unpack_to_any_size_is_refused(codec: str, tmp_path: Path) -> None:
+    text = pa.array(["x" * 10_000] * 2)
+    text = text.dictionary_encode() if codec == "dictionary" else text
+    options = None if codec == "dictionary" else pa.ipc.IpcWriteOptions(compression=codec)
+    file = arrow(tmp_path / "a.arrow", {"image": [png(0), png(1)], "text": text}, options=options)
+    table().save_to_disk(str(tmp_path / "s"))
+    (saved,) = (tmp_path / "s").glob("*.arrow")
+    saved.write_bytes(file.read_bytes())
+    for place in (file, tmp_path / "s"):
+        with pytest.raises(DavaeError, match=r"\.arrow has compressed buffers or dictionaries.*: save it as parquet"):
+            open_dataset(place, resolution=16)
+
+
+def test_arrow_offsets_that_lead_elsewhere_are_damage(tmp_path: Path) -> None:
+    for start, end in ((0, -5), (0, 10**6), (9, 3)):
+        wrong = pa.array([0, start, end], pa.int32()).buffers()[1]
+        file = tmp_path / f"{start}{end}.arrow"
+        whole = arrow(file, {"image": [png(0), png(1)], "text": ["abc", "defghij"]}).read_bytes()
+        right = pa.array([0, 3, 10], pa.int32()).buffers()[1].to_pybytes()[:12]
+        assert whole.count(right) == 1
+        file.write_bytes(whole.replace(right, wrong.to_pybytes()[:12]))
+        with pytest.raises(DavaeError, match="cannot be read as a table"):
+            open_dataset(file, resolution=16)
+
+
+def test_a_table_is_counted_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [png(0)], "text": ["a"]}), file)
+    open_parquet(file)
+    monkeypatch.setattr("davae.data.sources.parquet._MOST_UNPACKED", 1)
+    monkeypatch.setattr("davae.data.sources.parquet._MOST_TIMES", 1e-9)
+    open_parquet(file)
+    os.utime(file, (0, 0))
+    with pytest.raises(DavaeError, match="perhaps a decompression bomb"):
+        open_parquet(file)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL
+from PIL import Image
 from typer.testing import CliRunner
 
 from davae.bases.tiny import debug_base
@@ -139,6 +140,23 @@ def test_the_verb_writes_pictures_and_json(autoencoder, tmp_path):
     found = json.loads((tmp_path / "out" / "inspection.json").read_text())
     first, second = found.values()
     assert first == second
+
+
+def test_what_was_held_out_does_not_depend_on_the_resolution_of_a_measurement(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(12):
+        Image.effect_noise((8 + 8 * (i % 4), 64), 50).save(photos / f"{i}.png")
+    (tmp_path / "run").mkdir()
+    data = {"path": str(photos), "resolution": 64, "hold_out": 4, "split": "train"}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    trained = open_dataset(photos, resolution=64, hold_out=4)
+    for resolution in (16, 64, 112):
+        held = held_out_images(tmp_path / "run" / "autoencoder", resolution)
+        ids = {held.id(i) for i in range(len(held))}
+        assert len(ids) == 4
+        assert not ids & {trained.id(i) for i in range(len(trained))}
+        assert held[0]["image"].shape[-1] == resolution
 
 
 def test_without_images_the_verb_takes_those_that_the_run_held_out(autoencoder, tmp_path):

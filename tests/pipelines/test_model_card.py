@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
 from davae.pipelines import Licence, Making, attach_lora, find_licence, write_model_card
 from davae.pipelines.saving import model_card, publishing, saving
+from davae.pipelines.saving.licence import read_front_matter
 
 SD35 = "license: other\nlicense_name: stabilityai-ai-community\nlicense_link: LICENSE.md"
 
@@ -228,6 +230,7 @@ def test_what_is_published_is_said_before_and_holds_nothing_private(
         ("C:\\models\\sd3", "sd3"),
         ("\\\\server\\share\\sd3", "sd3"),
         ("file:///home/me/sd3", "sd3"),
+        ("https://me:hf_key@host/a/sd3?token=key", "sd3"),
     ],
 )
 def test_names_of_the_hub_stay_and_folders_are_cut(name: str, public: str) -> None:
@@ -237,7 +240,10 @@ def test_names_of_the_hub_stay_and_folders_are_cut(name: str, public: str) -> No
 @pytest.mark.parametrize(
     ("text", "public"),
     [
-        ("cannot read '/home/me/a b/c.png': broken", "cannot read 'a b/c.png': broken"),
+        ("cannot read '/home/me/a b/c.png': broken", "cannot read 'c.png': broken"),
+        ("at ~someone/x, //server/share/x and \\\\server\\share\\me\\x", "at x, x and x"),
+        ("see file:/home/me/x:/home/you/y in /home/me/", "see x:y in me"),
+        ("https://me:hf_key@host/a?token=key#key and s3://id:key@b/c", "https://host/a and s3://b/c"),
         ("https://host/a/b and s3://bucket/x/y", "https://host/a/b and s3://bucket/x/y"),
         ("a/b/c and 1/2", "a/b/c and 1/2"),
         ("read /etc/x/y, ~/z/w and C:\\u\\v.txt", "read y, w and v.txt"),
@@ -247,6 +253,34 @@ def test_names_of_the_hub_stay_and_folders_are_cut(name: str, public: str) -> No
 )
 def test_texts_keep_all_but_the_folders(text: str, public: str) -> None:
     assert publishing.public_text(text) == public
+
+
+def test_names_from_outside_show_as_text_in_the_card(tmp_path: Path) -> None:
+    evil = "a`b|c<script>[x](y)\n# Heading\x1b\u202e"
+    making = Making(
+        figures={evil: {"psnr": 1.0}, "ssim": 0.5},
+        commands=[f"davae train prompts=['{evil}\n\n```\n</details>']"],
+        hardware={"on": evil},
+        recipe="prompts: |\n  a\n```\n</details><script>\n\u202e",
+    )
+    licence = Licence("other", evil, "https://x/y) [z](https://w")
+    davae.save_pipeline(
+        upgraded(debug_base()), tmp_path, base_model=evil, license=licence, making=making, name='x/"\n# y'
+    )
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.base_model, card.data.license_name) == (evil, evil)
+    assert read_front_matter(tmp_path / "README.md")["license_name"] == evil
+    before, fenced = card.text.split("````yaml\n")
+    lines = before.split("\n")
+    assert fenced.count("\n````\n") == 1
+    assert [line for line in lines if line.startswith("# ")] == ['# "\\\\n# y']
+    table = lines[lines.index("|---|---|") + 1 :][:2]
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in table] == [3, 3]
+    spoken = "\n".join(line for line in lines if not line.startswith("    "))  # indented lines are code
+    assert not re.search(r"(?<!\\)<script|^</details", re.sub("`` .* ``", "", spoken), re.MULTILINE)
+    assert not re.search("[\x1b\u202e]", card.text)
+    assert 'davae.load_pipeline("x/\\"\\n# y")' in before
+    assert "(<https://x/y)[z](https://w>)" in fenced
 
 
 def test_commands_stay_as_they_were_typed_where_nothing_is_private() -> None:

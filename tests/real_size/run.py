@@ -3,8 +3,8 @@
     python -m tests.real_size.run FOLDER [--json FILE] [--only plan,cache] [--side 1024]
 
 builds the pipeline in ``FOLDER/base`` (7 GB in bfloat16; T5 is cut to two of its 24 layers) and photographs in
-``FOLDER/photos``, unless they are there, and runs each command of the walk in a process of its own: plan, dry run, stage
-1 for two steps with a kill in between, cache, stage 2 with a LoRA of rank 256 for two steps, upgrade, generate,
+``FOLDER/photos``, unless they are there, and runs each command of the walk in a process of its own: plan, dry run,
+stage 1 for two steps with a kill in between, cache, stage 2 with a LoRA of rank 256 for two steps, upgrade, generate,
 export, and opening the export in plain diffusers without davae. Of each it records seconds, and the largest main memory
 in use: anonymous and shared pages, without mapped files, which the system can drop. Sampling takes four steps.
 

@@ -214,11 +214,7 @@ def _unaugmented(source: ItemDataset) -> ItemDataset:
 
 
 def _encoded_share(
-    source: ItemDataset,
-    count: int,
-    encode: Callable[[Tensor], Tensor],
-    workers: int,
-    timeout_s: float,
+    source: ItemDataset, count: int, encode: Callable[[Tensor], Tensor], workers: int, timeout_s: float
 ) -> Iterator[tuple[Item, tuple[Tensor, ...]]]:
     """This process's share of the first ``count`` items, each without its image, and the latents of the image and, if
     the data set mirrors, of its mirror image.

@@ -19,7 +19,7 @@ def spread_batches(dataset: ItemDataset, count: int, size: int) -> Iterator[list
 
 
 def held_out_images(autoencoder: Path, resolution: int) -> ItemDataset:
-    """The images that an autoencoder's run held out.
+    """The images that an autoencoder's run held out, whatever the resolution they are measured at.
 
     Raises:
         DavaeError: the folder is not in a run, or the run held out none.
@@ -33,6 +33,7 @@ def held_out_images(autoencoder: Path, resolution: int) -> ItemDataset:
             split=settings["split"],
             hold_out=hold_out,
             part="held_out",
+            min_size=int(settings["resolution"]) // 4,  # as in training: smaller images count in neither part
             revision=settings.get("revision"),
         )
         if len(found):

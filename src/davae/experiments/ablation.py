@@ -105,10 +105,7 @@ def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
 
 
 def _ablate(
-    recipe: AblationRecipe,
-    cases: dict[tuple[str, int], UpgradeRecipe],
-    networks: list[FeatureNetwork],
-    out: Path,
+    recipe: AblationRecipe, cases: dict[tuple[str, int], UpgradeRecipe], networks: list[FeatureNetwork], out: Path
 ) -> Ablation:
     _check_same(recipe, cases, out)
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in recipe.variants}

@@ -86,12 +86,7 @@ def open_model(
 
 
 def _check(
-    model: nn.Module,
-    info: Mapping[str, Any],
-    folder: Path,
-    where: str,
-    optional: Collection[str],
-    variant: str | None,
+    model: nn.Module, info: Mapping[str, Any], folder: Path, where: str, optional: Collection[str], variant: str | None
 ) -> None:
     missing = sorted(key for key in info["missing_keys"] if not any(part in key for part in optional))
     unexpected = set(info["unexpected_keys"])

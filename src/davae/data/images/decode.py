@@ -41,18 +41,8 @@ signature (TGA)."""
 
 # What Pillow's plugins raise on broken files; deliberately without MemoryError.
 _BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    OverflowError,
-    EOFError,
-    AttributeError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
+    *(OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, EOFError, AttributeError),
+    *(RuntimeError, struct.error, zlib.error),
 )
 
 _EXIF_ORIENTATION = 0x0112
@@ -234,13 +224,7 @@ PAUSES_S = (0.1, 0.5, 2.0, 5.0)
 """Seconds to wait before each further try after a failure of the disk or the network."""
 
 _OF_THE_FILE = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.ELOOP,
-    errno.ENAMETOOLONG,
-    errno.EINVAL,
+    *(errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 }
 
 

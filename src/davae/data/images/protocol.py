@@ -112,6 +112,10 @@ class DatasetWrapper(ItemDataset):
         """The captions of the wrapped data set."""
         return self.source.captions()
 
+    def has_captions(self) -> bool:
+        """Whether any image of the wrapped data set has a caption."""
+        return self.source.has_captions()
+
     def sizes_by_name(self) -> dict[str, str]:
         """The sizes of the wrapped data set."""
         return self.source.sizes_by_name()
@@ -148,6 +152,10 @@ class _PlainDataset(ItemDataset):
 
     def id(self, index: int) -> str:
         return str(self._dataset.id(index)) if hasattr(self._dataset, "id") else f"image {index}"
+
+    def captions(self) -> list[str]:
+        own = getattr(self._dataset, "captions", None)
+        return list(own()) if callable(own) else super().captions()
 
     def sizes_by_name(self) -> dict[str, str]:
         known = hasattr(self._dataset, "sizes_by_name")

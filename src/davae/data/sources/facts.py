@@ -7,13 +7,13 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from davae.data.images.protocol import Skip
-from davae.data.sources.parquet import open_parquet
+from davae.data.sources.parquet import open_parquet, rows_of
 from davae.errors import DavaeError
 from davae.runtime.console import shown
 from davae.runtime.text_files import decode_text, lines_of, parse_json, read_text, whole_text
@@ -24,12 +24,19 @@ CAPTION_KEYS = ("text", "caption", "captions", "prompt", "txt")
 LABEL_KEYS = ("label", "labels", "class", "cls", "fine_label")
 """Names of keys and columns, in any case (``TEXT``); the first of those that hold something counts."""
 
-CAPTION_ENDINGS = (".txt", ".caption", ".json")
+TEXT_ENDINGS = (".txt", ".caption", ".cls", ".json")
+"""Of texts beside images, in lower case: two of captions, one of labels, one of both; the first that says so counts."""
+
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Metadata files of image folders, as in ``datasets``; column or key ``file_name`` names the image."""
 
 NO_CLASS = "%s: column '%s' holds lists or structures, not one class an image; images are taken without a class by it"
 """Log line of such labels."""
+
+
+class WrongLabel(DavaeError):
+    """A label that is neither a class number nor a name."""
+
 
 _FILE_KEYS = ("file_name", "filename")
 _MOST_CLASSES = 1_000_000
@@ -84,9 +91,27 @@ def label_in(values: Mapping[str, Any], where: str, told: set[str]) -> int | str
             if name not in told:
                 told.add(name)
                 logger.warning(NO_CLASS, shown(where), shown(name))
-        elif values[name] is not None:
-            return class_label(values[name], where)
+        elif _says(values[name]):
+            return class_label(values[name], f"{where}, '{name}'")
     return None
+
+
+def facts_in(text: str, name: str, where: str, told: set[str]) -> tuple[int | str | None, str]:
+    """Label and caption in a text beside an image; what it is says its ``name``'s ending, one of ``TEXT_ENDINGS``.
+
+    Raises:
+        WrongLabel: as :func:`class_label`.
+        DavaeError: a ``.json`` that holds no object.
+    """
+    ending = os.path.splitext(name)[1].lower()
+    if ending == ".cls":
+        return class_label(text, where), ""
+    if ending != ".json":
+        return None, caption_of(text)
+    values = parse_json(text, where)
+    if not isinstance(values, dict):
+        raise DavaeError(f"{where} is no JSON object with 'text' or 'label'")
+    return label_in(values, where, told), caption_in(values)
 
 
 def class_label(value: Any, where: str) -> int | str | None:
@@ -97,7 +122,7 @@ def class_label(value: Any, where: str) -> int | str | None:
         where: its place, for the error.
 
     Raises:
-        DavaeError: a fraction, a number below -1, or a value of another type.
+        WrongLabel: a fraction, a number below -1, or a value of another type.
     """
     if isinstance(value, str):
         value = unicodedata.normalize("NFC", whole_text(value).strip())
@@ -116,7 +141,7 @@ def class_label(value: Any, where: str) -> int | str | None:
     if isinstance(value, float | Decimal) and math.isfinite(value) and value == int(value):
         value = int(value)
     if not isinstance(value, int) or value < -1:
-        raise DavaeError(f"{where}: the label {value!r} is neither a class number nor a name; -1 means no class")
+        raise WrongLabel(f"{where}: the label {value!r} is neither a class number nor a name; -1 means no class")
     return None if value == -1 else int(value)
 
 
@@ -147,10 +172,33 @@ def folded(name: str) -> str:
     return unicodedata.normalize("NFC", name).lower()
 
 
-def caption_files(image: str) -> list[str]:
-    """Names of an image's possible caption files: ``a.txt``, ``a.jpg.txt``, ``a.caption``, ..."""
-    stem = os.path.splitext(image)[0]
-    return [base + ending for ending in CAPTION_ENDINGS for base in (stem, image)]
+def texts_beside(images: Mapping[str, Sequence[str]], texts: Collection[str]) -> dict[str, list[str]]:
+    """The texts beside each image that has any, those that count first at the beginning.
+
+    For each image the names of its texts are given without an ending, such as ``a`` and ``a.jpg``. Accents, and case,
+    may be others than the image's where only one spelling of a name can be meant.
+    """
+    there: dict[str, str] = {}
+    for text in sorted(texts, reverse=True):  # a.txt before a.TXT
+        name, ending = os.path.splitext(text)
+        there.setdefault(name + ending.lower(), text)
+    found: dict[str, list[str]] = {}
+    for image, names in images.items():
+        own = [there[name + end] for end in TEXT_ENDINGS for name in names if name + end in there]
+        if own:
+            found[image] = own
+    used = {text for own in found.values() for text in own}
+    left = {folded(text): text for text in there.values() if text not in used}
+    loose: dict[str, dict[str, list[str]]] = {}
+    for image, names in images.items() if left else ():
+        for name in names:
+            for text in filter(None, (left.get(folded(name + end)) for end in TEXT_ENDINGS)):
+                loose.setdefault(text, {}).setdefault(name, []).append(image)
+    for text, meant in loose.items():
+        for image in next(iter(meant.values())) if len(meant) == 1 else ():
+            found.setdefault(image, []).append(text)
+            found[image].sort(key=lambda text: TEXT_ENDINGS.index(os.path.splitext(text)[1].lower()))
+    return found
 
 
 def metadata_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -163,10 +211,11 @@ def metadata_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise DavaeError(f"{where}, must be an object with 'file_name' and 'text'")
         found = [row[key] for key in named(filter(None, row), _FILE_KEYS)]
-        if not found or not isinstance(found[0], str):
+        asked = decode_text(found[0], where) if found and isinstance(found[0], bytes) else next(iter(found), None)
+        if not isinstance(asked, str):
             known = ", ".join(map(repr, list(row)[:5])) or "nothing"
             raise DavaeError(f"{where}: no 'file_name'; it has {known}")
-        yield found[0].strip(), row
+        yield asked.strip(), row
 
 
 def match_rows(
@@ -269,7 +318,7 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
         wanted = named(table.schema_arrow.names, (*_FILE_KEYS, *CAPTION_KEYS, *LABEL_KEYS))
         number = 0
         for batch in table.iter_batches(batch_size=4096, columns=wanted):
-            for row in batch.to_pylist():
+            for row in rows_of(batch):
                 number += 1
                 yield f"{file}, row {number}", row
     except (OSError, ValueError, pyarrow.ArrowException) as error:

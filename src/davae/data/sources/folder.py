@@ -11,20 +11,20 @@ from davae.data.images.dataset import Facts
 from davae.data.images.decode import UnreadableImage
 from davae.data.images.protocol import Skip
 from davae.data.sources.facts import (
-    CAPTION_ENDINGS,
     METADATA_NAMES,
-    caption_files,
+    TEXT_ENDINGS,
+    WrongLabel,
     caption_in,
-    caption_of,
     class_names,
-    folded,
+    facts_in,
     label_in,
     match_rows,
+    texts_beside,
 )
 from davae.errors import DavaeError
 from davae.runtime.console import shown
 from davae.runtime.places import is_of_davae
-from davae.runtime.text_files import CAPTION_BYTES, open_regular, parse_json, read_text, whole_name
+from davae.runtime.text_files import CAPTION_BYTES, open_regular, read_text, whole_name
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,8 @@ class FolderSource:
     * The class is the name of the parent folder, where images lie in more than one folder. Images directly in
       the folder itself then have no class (label -1).
     * The caption is in a text beside (``a.txt``, ``a.caption``, ``a.json``, ``a.jpg.txt``), or in a metadata file as
-      those of Hugging Face image folders (``metadata.jsonl``, ``.csv``, ``.parquet``), which comes first and may hold
-      labels.
+      those of Hugging Face image folders (``metadata.jsonl``, ``.csv``, ``.parquet``), which comes first. Labels in
+      metadata, ``a.cls`` or ``a.json`` replace the folders' names.
     * Where the first level holds nothing but splits (``train``, ``validation``, ...), ``split`` chooses one.
 
     Hidden files and folders, those of other systems, and what davae wrote (runs, caches, generated images, figures) are
@@ -98,8 +98,10 @@ class FolderSource:
         self._rows, self._matched, self._unmatched = match_rows(found.metadata, self.root, self._files)
         self.problems += self._unmatched
         self._above, self._passed_over = root, found.passed_over()
-        self._beside = _captions_beside(self._files, found.texts)
-        self._told: set[str] = set()
+        bases = {name: (os.path.splitext(name)[0], name) for name in self._files} if found.texts else {}
+        self._beside = texts_beside(bases, found.texts)
+        self._told: set[str] = set()  # texts that cannot be read
+        self._lists: set[str] = set()  # keys of lists of labels
         self.classes, self._labels = self._find_classes()
 
     @property
@@ -133,36 +135,45 @@ class FolderSource:
         return file_stamp(self.root / self._files[index])
 
     def facts(self, index: int) -> Facts:
-        """Class and caption; an unreadable caption is logged once, and is empty."""
+        """Class and caption; a text that cannot be read is logged once, and says nothing."""
         name = self._files[index]
-        beside, caption = name, ""
+        caption = ""
         try:
             caption = caption_in(self._rows.get(name, {}))
-            if not caption and name in self._beside:
-                beside = self._beside[name]
-                text = read_text(self.root / beside, most_bytes=CAPTION_BYTES)
-                if beside.lower().endswith(".json"):
-                    values = parse_json(text, beside)
-                    caption = caption_in(values) if isinstance(values, dict) else ""
-                else:
-                    caption = caption_of(text)
+        except DavaeError as error:
+            self._tell(name, error)
+        texts = [] if caption else self._beside.get(name, [])
+        return Facts(self._labels[index], caption or next(filter(None, (self._text(text)[1] for text in texts)), ""))
+
+    def _text(self, beside: str) -> tuple[int | str | None, str]:
+        """Label and caption in a text beside an image."""
+        try:
+            return facts_in(read_text(self.root / beside, most_bytes=CAPTION_BYTES), beside, beside, self._lists)
+        except WrongLabel as error:
+            raise DavaeError(f"{self.root / error.args[0]}") from error
         except (DavaeError, OSError) as error:
-            if beside not in self._told:
-                self._told.add(beside)
-                reason = str(error).replace(str(self.root / beside), "it")
-                self.problems.append((whole_name(beside), f"the caption cannot be read ({reason})"))
-                if len(self) > HEADER_CHECK_LIMIT:  # otherwise told when the set opens
-                    logger.warning("%s: the caption cannot be read: %s", shown(whole_name(beside)), shown(reason))
-        return Facts(self._labels[index], caption)
+            self._tell(beside, error)
+            return None, ""
+
+    def _tell(self, name: str, error: Exception) -> None:
+        if name not in self._told:
+            self._told.add(name)
+            reason = str(error).replace(str(self.root / name), "it")
+            self.problems.append((whole_name(name), f"the caption cannot be read ({reason})"))
+            if len(self) > HEADER_CHECK_LIMIT:  # otherwise told when the set opens
+                logger.warning("%s: the caption cannot be read: %s", shown(whole_name(name)), shown(reason))
+
+    def _label(self, name: str) -> int | str | None:
+        label = label_in(self._rows.get(name, {}), f"{self.name}: {name}", self._lists)
+        texts = [text for text in self._beside.get(name, []) if text.lower().endswith((".cls", ".json"))]
+        return next((found for found in (label, *(self._text(text)[0] for text in texts)) if found is not None), None)
 
     def _find_classes(self) -> tuple[list[str], list[int]]:
-        """Classes and labels from the metadata if it has any, else from the folders' names."""
-        told: set[str] = set()
-        labels = {name: label_in(row, f"{self.name}: {name}", told) for name, row in self._rows.items()}
-        if any(label is not None for label in labels.values()):
-            classes, numbers = class_names(labels.values(), self.name)
-            of_files = [labels.get(name) for name in self._files]
-            return classes, [-1 if label is None else numbers[label] for label in of_files]
+        """Classes and labels from metadata and texts beside the images if any has one, else from the folders' names."""
+        labels = [self._label(name) for name in self._files]
+        if any(label is not None for label in labels):
+            classes, numbers = class_names(labels, self.name)
+            return classes, [-1 if label is None else numbers[label] for label in labels]
         parents = [Path(f).parent for f in self._files]
         names = sorted({p.name for p in parents if p.name})
         classes = names if len({p.name for p in parents}) > 1 else []
@@ -253,7 +264,7 @@ def _walk(root: Path) -> _Found:
                 continue
             if ending in IMAGE_SUFFIXES:
                 found.images.append(prefix + name)
-            elif ending in CAPTION_ENDINGS:
+            elif ending in TEXT_ENDINGS:
                 found.texts.append(prefix + name)
             elif ending in _PASSED_OVER:
                 found.others[ending] += 1
@@ -265,18 +276,3 @@ def _metadata(folder: Path, files: list[str]) -> list[Path]:
     """The metadata files among those of a folder, in whatever case their names are."""
     found = [name for wanted in METADATA_NAMES for name in sorted(files) if name.lower() == wanted]
     return [folder / name for name in found if not (folder / name).is_dir()]
-
-
-def _captions_beside(images: list[str], texts: list[str]) -> dict[str, str]:
-    """The caption file of each image that has one, by the image's path."""
-    there = {text: text for text in texts}
-    in_any_case = {os.path.join(os.path.dirname(text), folded(os.path.basename(text))): text for text in texts}
-    beside = {}
-    for image in images:
-        folder, name = os.path.split(image)
-        names = caption_files(name)
-        found = [there.get(os.path.join(folder, n)) or in_any_case.get(os.path.join(folder, folded(n))) for n in names]
-        text = next(filter(None, found), None)
-        if text is not None:
-            beside[image] = text
-    return beside

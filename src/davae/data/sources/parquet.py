@@ -1,5 +1,7 @@
-"""Parquet files from outside: what one unpacks to is counted before it is read."""
+"""Parquet and Arrow files from outside: what one unpacks to is counted before it is read."""
 
+import os
+import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -9,6 +11,7 @@ from davae.runtime.text_files import open_regular
 _MOST_UNPACKED, _MOST_TIMES = 2**30, 200
 """A file that unpacks to more bytes, and to so many times its own, is no table of pictures or captions."""
 _AT_ONCE = 2**26
+_sound: set[tuple[str, int, int]] = set()  # path, size and time of files that were counted
 
 
 def open_parquet(file: Path) -> Any:
@@ -25,7 +28,10 @@ def open_parquet(file: Path) -> Any:
 
     with open_regular(file) as opened:  # no pipe, which would be waited for
         size = opened.seek(0, 2)
+        seen = (os.path.abspath(file), size, os.fstat(opened.fileno()).st_mtime_ns)
         table = pyarrow.parquet.ParquetFile(file)
+        if seen in _sound:
+            return table
         about = table.metadata
         most = max(_MOST_UNPACKED, _MOST_TIMES * size)
         unpacked = 0
@@ -50,7 +56,58 @@ def open_parquet(file: Path) -> Any:
                 break
     if unpacked > most:
         raise DavaeError(f"{file} unpacks from {size:,} to {unpacked:,} bytes or more, perhaps a decompression bomb")
+    _sound.add(seen)
     return table
+
+
+def check_arrow(file: Path) -> None:
+    """Check an Arrow file (stream format): pyarrow itself trusts its offsets, which may lead anywhere in memory.
+
+    Compressed buffers and dictionaries, which unpack to any size, are refused; ``datasets`` writes neither.
+
+    Raises:
+        DavaeError: it has some, or is no regular file.
+        OSError, pyarrow.ArrowException, struct.error: it cannot be read, or is damaged.
+    """
+    import pyarrow
+
+    schema = None
+    with open_regular(file), pyarrow.memory_map(str(file)) as stream:
+        for message in pyarrow.ipc.MessageReader.open_stream(stream):
+            if message.type == "schema":
+                schema = pyarrow.ipc.read_schema(message)
+                continue
+            data = memoryview(message.metadata)
+            header = _follow(data, _field(data, _follow(data, 0), 2))
+            if message.type == "dictionary" or _field(data, header, 3):  # the field of a batch's compression
+                raise DavaeError(f"{file} has compressed buffers or dictionaries, perhaps a bomb: save it as parquet")
+            for column in pyarrow.ipc.read_record_batch(message, schema).columns:
+                (column.view("binary") if column.type == "string" else column).validate(full=True)
+
+
+def _field(data: memoryview, table: int, number: int) -> int:
+    """Where a field of a table lies in a FlatBuffer; 0 if it is absent."""
+    fields = table - struct.unpack_from("<i", data, table)[0]
+    (size,) = struct.unpack_from("<H", data, fields)
+    offset = struct.unpack_from("<H", data, fields + 4 + 2 * number)[0] if 4 + 2 * number < size else 0
+    return table + offset if offset else 0
+
+
+def _follow(data: memoryview, at: int) -> int:
+    return at + int(struct.unpack_from("<I", data, at)[0])
+
+
+def rows_of(table: Any) -> list[dict[str, Any]]:
+    """The rows of a table or batch of pyarrow; a column with text that is not UTF-8 as bytes."""
+    import pyarrow
+
+    columns = {}
+    for name in table.schema.names:
+        try:
+            columns[name] = table[name].to_pylist()
+        except UnicodeDecodeError:
+            columns[name] = table[name].cast(pyarrow.large_binary()).to_pylist()
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _largest(chunk: Any, file: BinaryIO) -> int:

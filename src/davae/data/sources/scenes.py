@@ -23,6 +23,12 @@ class RenderedDataset(ItemDataset):
     def __len__(self) -> int:
         return len(self.scenes)
 
+    def captions(self) -> list[str]:
+        """The captions in order; they are the same at any resolution, so the scenes are painted small."""
+        small = copy.copy(self.scenes)
+        small.resolution = 8
+        return [small[index]["caption"] for index in range(len(small))]
+
     def has_captions(self) -> bool:
         """Every scene has one."""
         return True

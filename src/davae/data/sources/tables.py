@@ -8,6 +8,7 @@ that is not empty of ``CAPTION_KEYS``. Local files never touch the network.
 import io
 import logging
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,25 +17,22 @@ from typing import Any, BinaryIO
 from davae.data.images.dataset import Facts
 from davae.data.images.decode import UnreadableImage
 from davae.data.images.protocol import Skip
-from davae.data.sources.facts import (
-    CAPTION_KEYS,
-    LABEL_KEYS,
-    NO_CLASS,
-    caption_in,
-    class_label,
-    class_names,
-    named,
-)
+from davae.data.sources.facts import CAPTION_KEYS, LABEL_KEYS, NO_CLASS, caption_in, class_names, label_in, named
 from davae.data.sources.folder import open_image
-from davae.data.sources.parquet import open_parquet
+from davae.data.sources.parquet import check_arrow, open_parquet, rows_of
 from davae.errors import DavaeError, first_line
 from davae.runtime.console import shown
+from davae.runtime.text_files import read_object
 
 logger = logging.getLogger(__name__)
 
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 
 _IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
+_DAMAGE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError),
+    *(NotImplementedError, struct.error),
+)
 _COMMIT = re.compile(r"[/\\]([0-9a-f]{40})[/\\]")
 
 
@@ -61,23 +59,22 @@ class TableSource:
             raise DavaeError(f"{name} has no rows")
         features = table.features
         self._image = _image_column(features, name)
-        self._label = _label_column(features, name)
+        self._label_columns = _label_columns(features, name)
         self._captions = [column for column in named(features, CAPTION_KEYS) if column != self._image]
-        keep = [self._image, *self._captions] + ([] if self._label is None else [self._label])
-        table = table.select_columns(list(dict.fromkeys(keep)))
-        # Bytes, not decoded images: davae decodes them itself.
-        self._table = table.cast_column(self._image, datasets.Image(decode=False))
+        columns = list(dict.fromkeys([*self._captions, *self._label_columns.values()]))
         with _table_errors(name):
-            self.classes, self._numbers = _classes(table, self._label, name)
-            texts = self._table.select_columns(self._captions) if self._captions else []
-            captions = sum(bool(self._caption(row, str(index))) for index, row in enumerate(texts))
+            # Bytes, not decoded images: davae decodes them itself.
+            self._images = table.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
+            self._texts = table.select_columns(columns).with_format("arrow") if columns else None
+            labels, captions = self._read_texts()
+        self.classes, numbers = _classes(features, self._label_columns, labels, name)
+        self._labels = [-1 if label is None else numbers[label] for label in labels]
         self.summary = f"{len(table)} images, {captions} with a caption"
         if self._captions:
-            columns = "' or '".join(self._captions)
-            self.summary += f" in column '{columns}'"
+            self.summary += " in column '" + "' or '".join(self._captions) + "'"
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._images)
 
     def id(self, index: int) -> str:
         """The row's number, as text."""
@@ -85,7 +82,7 @@ class TableSource:
 
     def open(self, index: int) -> BinaryIO:
         """The image's bytes, or the local file that the row names."""
-        image = self._row(self._table, index)[self._image]
+        image = self._row(self._images, index)[self._image]
         if image is None:
             raise UnreadableImage("the row holds no image")
         if image["bytes"] is not None:
@@ -100,14 +97,13 @@ class TableSource:
             raise UnreadableImage("the row names a file outside the data set's folder")
         return open_image(file)
 
-    def _row(self, table: Any, index: int) -> dict[str, Any]:
+    def _row(self, table: Any, index: int) -> Any:
         import pyarrow
 
         try:
-            row: dict[str, Any] = table[index]
+            return table[index]
         except (pyarrow.ArrowException, ValueError, UnicodeDecodeError) as error:
             raise UnreadableImage(f"the row is damaged ({error})") from error
-        return row
 
     def stamp(self, index: int) -> str:
         """The table's fingerprint, which ``datasets`` derives from its files and how they were loaded."""
@@ -115,13 +111,24 @@ class TableSource:
 
     def facts(self, index: int) -> Facts:
         """The row's class and caption; of several captions, the first."""
-        columns = self._captions + ([] if self._label is None else [self._label])
-        if not columns:
-            return Facts()
-        row = self._row(self._table.select_columns(columns), index)
-        label = None if self._label is None else class_label(row[self._label], f"{self.name}, row {index}")
-        number = -1 if label is None else self._numbers.get(label, -1)
-        return Facts(number, self._caption(row, str(index)))
+        caption = ""
+        if self._captions:
+            assert self._texts is not None
+            caption = self._caption(rows_of(self._row(self._texts, index))[0], str(index))
+        return Facts(self._labels[index], caption)
+
+    def _read_texts(self) -> tuple[list[int | str | None], int]:
+        """The label of each row, and the number of captions."""
+        labels: list[int | str | None] = []
+        same: dict[int | str | None, int | str | None] = {}  # one object for each label, not for each row
+        captions = 0
+        for batch in self._texts.iter(batch_size=10_000) if self._texts is not None else ():
+            for row in rows_of(batch):
+                keys = {key: row[column] for key, column in self._label_columns.items()}
+                label = label_in(keys, f"{self.name}, row {len(labels)}", set())
+                captions += bool(self._caption(row, str(len(labels))))
+                labels.append(same.setdefault(label, label))
+        return labels or [None] * len(self), captions
 
     def _caption(self, row: dict[str, Any], name: str) -> str:
         """That of a row; one that cannot be read is told once, and is empty."""
@@ -139,6 +146,9 @@ def open_saved(folder: Path, split: str | None) -> TableSource:
     import datasets
 
     with _table_errors(str(folder)):
+        for state in filter(Path.is_file, (folder / "state.json", *folder.glob("*/state.json"))):
+            for part in read_object(state)["_data_files"]:
+                check_arrow(state.parent / part["filename"])
         table = datasets.load_from_disk(str(folder))
     return TableSource(_one_split(table, split, str(folder)), str(folder), folder=folder)
 
@@ -156,6 +166,8 @@ def open_tables(files: Sequence[Path], name: str) -> TableSource:
                 open_parquet(file).close()
             table = datasets.Dataset.from_parquet([str(f) for f in files])
         else:
+            for file in files:
+                check_arrow(file)
             table = datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])
     return TableSource(table, name, folder=files[0].parent)
 
@@ -170,17 +182,7 @@ def _table_errors(name: str) -> Iterator[None]:
         yield
     except DavaeError:
         raise
-    except (
-        pyarrow.ArrowException,
-        datasets.exceptions.DatasetsError,
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        OverflowError,
-    ) as error:
+    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, *_DAMAGE) as error:
         cause = error.__cause__ or error
         raise DavaeError(f"{name} cannot be read as a table: {first_line(cause)}") from error
 
@@ -259,31 +261,32 @@ def _image_column(features: Any, name: str) -> str:
     return column
 
 
-def _label_column(features: Any, name: str) -> str | None:
+def _label_columns(features: Any, name: str) -> dict[str, str]:
+    """Columns of labels by their keys: the one of type ``ClassLabel``, else single values under the usual names."""
     import datasets
 
     column = _find(features, LABEL_KEYS, lambda f: isinstance(f, datasets.ClassLabel))
-    if column is None:
-        single = [n for n, f in features.items() if isinstance(f, datasets.Value)]
-        column = next(iter(named(single, LABEL_KEYS)), None)
-    if column is None and (several := named(features, LABEL_KEYS)):
+    if column is not None:
+        return {LABEL_KEYS[0]: column}
+    single = named([n for n, f in features.items() if isinstance(f, datasets.Value)], LABEL_KEYS)
+    if not single and (several := named(features, LABEL_KEYS)):
         logger.warning(NO_CLASS, shown(name), shown(several[0]))
-    return column
+    return {column: column for column in single}
 
 
-def _classes(table: Any, column: str | None, name: str) -> tuple[list[str], dict[int | str, int]]:
-    """Class names, and the class number of each label that occurs in the label column."""
+def _classes(
+    features: Any, columns: dict[str, str], labels: list[int | str | None], name: str
+) -> tuple[list[str], dict[int | str, int]]:
+    """Class names, and the class number of each label that occurs."""
     import datasets
 
-    if column is None:
-        return [], {}
-    feature = table.features[column]
-    where = f"{name}, column '{column}'"
-    labels = [class_label(value, where) for value in table.unique(column)]
-    if isinstance(feature, datasets.ClassLabel):
-        numbers: dict[int | str, int] = {i: i for i in range(feature.num_classes)}
-        strange = [label for label in labels if label is not None and label not in numbers]
-        if strange:
-            raise DavaeError(f"{where}: there are {feature.num_classes} classes, and a row has the number {strange[0]}")
-        return list(feature.names), numbers
-    return class_names(labels, where)
+    column = next(iter(columns.values()), None)
+    feature = None if column is None else features[column]
+    if not isinstance(feature, datasets.ClassLabel):
+        return class_names(labels, name)
+    numbers: dict[int | str, int] = {i: i for i in range(feature.num_classes)}
+    strange = next((label for label in labels if label is not None and label not in numbers), None)
+    if strange is not None:
+        count = feature.num_classes
+        raise DavaeError(f"{name}, column '{column}': there are {count} classes, and a row has the number {strange}")
+    return list(feature.names), numbers

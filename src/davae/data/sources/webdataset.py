@@ -20,13 +20,14 @@ from typing import Any, BinaryIO
 
 from davae.data.images.dataset import Facts
 from davae.data.images.protocol import Skip
-from davae.data.sources.facts import caption_in, caption_of, class_label, class_names, folded, label_in
+from davae.data.sources.facts import TEXT_ENDINGS, WrongLabel, class_names, facts_in, texts_beside
 from davae.data.sources.folder import IMAGE_SUFFIXES, file_stamp, not_ours
 from davae.errors import DavaeError
-from davae.runtime.text_files import CAPTION_BYTES, decode_text, parse_json, whole_name
+from davae.runtime.text_files import CAPTION_BYTES, decode_text, whole_name
 
 _BAD_ARCHIVE = (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError, MemoryError)
 """Errors of tarfile for invalid headers."""
+_Texts = dict[str, tuple[int | str | None, str] | WrongLabel]
 
 
 @dataclass
@@ -39,16 +40,6 @@ class _Sample:
     size: int
     label: int | str | None = None
     caption: str = ""
-
-
-@dataclass
-class _Beside:
-    """Label and caption in the text members of one name."""
-
-    label: int | str | None = None
-    caption: str = ""
-    json_label: int | str | None = None
-    json_caption: str = ""
 
 
 class ShardSource:
@@ -117,7 +108,7 @@ class ShardSource:
     def _index(self, shard: int) -> list[_Sample]:
         path = self._files[shard]
         images: list[_Sample] = []
-        texts: dict[str, _Beside] = {}
+        texts: _Texts = {}
         count, before = 0, -1
         if not path.is_file():
             kind = "is a pipe, a device or a folder, not a file" if path.exists() else "does not exist"
@@ -134,7 +125,7 @@ class ShardSource:
                         continue
                     if member.offset_data + member.size > size:
                         raise tarfile.ReadError("unexpected end of data")
-                    self._note(archive, member, images, texts, shard)
+                    self._note(shard, archive, member, images, texts)
         except _BAD_ARCHIVE as error:
             reason = str(error) or type(error).__name__
             if count == 0:
@@ -142,53 +133,39 @@ class ShardSource:
                     f"{path} is not a plain tar file ({reason}); compressed shards must be unpacked to .tar"
                 ) from error
             self.problems.append((self._shards[shard], f"damaged after {count} members ({reason})"))
-        keys = {_key(image.member) for image in images if _stem(image.member) == _key(image.member)}
-        samples = []
-        for image in images:
-            if _stem(image.member) != _key(image.member) and _key(image.member) in keys:
-                self._further += 1
-                continue
-            for name in (_stem(image.member), image.member, _key(image.member)):
-                beside = texts.get(folded(name), _Beside())
-                given = (image.label, beside.label, beside.json_label)
-                image.label = next((label for label in given if label is not None), None)
-                image.caption = image.caption or beside.caption or beside.json_caption
-            samples.append(image)
+        stems = {image.member: os.path.splitext(image.member)[0] for image in images}
+        keys = {stem for stem in stems.values() if stem == _key(stem)}
+        samples = [i for i in images if stems[i.member] == _key(i.member) or _key(i.member) not in keys]
+        self._further += len(images) - len(samples)
+        bases = {i.member: list(dict.fromkeys((stems[i.member], i.member, _key(i.member)))) for i in samples}
+        beside = texts_beside(bases, texts)
+        for image in samples:
+            found = []
+            for said in (texts[text] for text in beside.get(image.member, [])):
+                if isinstance(said, WrongLabel):
+                    raise said
+                found.append(said)
+            image.label = next((label for label, _ in found if label is not None), None)
+            image.caption = next((caption for _, caption in found if caption), "")
         return samples
 
-    def _note(
-        self,
-        archive: tarfile.TarFile,
-        member: tarfile.TarInfo,
-        images: list[_Sample],
-        texts: dict[str, _Beside],
-        shard: int,
-    ) -> None:
-        ending = member.name[len(_stem(member.name)) :].lower()
+    def _note(self, shard: int, archive: Any, member: tarfile.TarInfo, images: list[_Sample], texts: _Texts) -> None:
+        ending = os.path.splitext(member.name)[1].lower()
         if not ending or any(map(not_ours, member.name.split("/"))):
             return
         if ending in IMAGE_SUFFIXES:
             images.append(_Sample(shard, member.name, member.offset_data, member.size))
-        elif ending in {".cls", ".txt", ".caption", ".json"}:
+        elif ending in TEXT_ENDINGS:
             stream = archive.extractfile(member)
-            assert stream is not None  # a regular file
             place = whole_name(f"{self._shards[shard]}/{member.name}")
             try:
                 text = decode_text(stream.read(CAPTION_BYTES + 1), place)
-                self._read_text(ending, text, texts.setdefault(folded(_stem(member.name)), _Beside()), place)
+                texts[member.name] = facts_in(text, member.name, place, self._told)
+            except WrongLabel as error:
+                texts[member.name] = error  # of an image, perhaps
             except DavaeError as error:
+                texts[member.name] = (None, "")
                 self.problems.append((place, f"cannot be read ({str(error).removeprefix(place).strip(' ,:')})"))
-
-    def _read_text(self, ending: str, text: str, beside: _Beside, place: str) -> None:
-        if ending == ".cls":
-            beside.label = class_label(text, place)
-        elif ending != ".json":
-            beside.caption = beside.caption or caption_of(text)
-        else:
-            values = parse_json(text, place)
-            if isinstance(values, dict):
-                beside.json_caption = caption_in(values)
-                beside.json_label = label_in(values, place, self._told)
 
 
 class _Slice(io.RawIOBase):
@@ -269,12 +246,6 @@ def _key(member: str) -> str:
     """A member's name up to the first dot of its last part."""
     folder, slash, base = member.rpartition("/")
     return folder + slash + base.partition(".")[0]
-
-
-def _stem(member: str) -> str:
-    """A member's name without its last ending."""
-    folder, slash, base = member.rpartition("/")
-    return folder + slash + (base.rpartition(".")[0] if "." in base else base)
 
 
 def _short_names(files: Sequence[Path]) -> list[str]:

@@ -7,23 +7,9 @@ from davae.latents import LatentLayout
 
 # All of these are derived from the base by the constructor.
 DERIVED_KEYS = frozenset(
-    {
-        "in_channels",
-        "out_channels",
-        "latent_channels",
-        "block_out_channels",
-        "encoder_block_out_channels",
-        "sample_size",
-        "scaling_factor",
-        "shift_factor",
-        "latents_mean",
-        "latents_std",
-        "force_upcast",
-        "batch_norm_eps",
-        "patch_size",
-        "z_dim",
-        "temperal_downsample",
-    }
+    {"in_channels", "out_channels", "latent_channels", "block_out_channels", "encoder_block_out_channels"}
+    | {"sample_size", "scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast"}
+    | {"batch_norm_eps", "patch_size", "z_dim", "temperal_downsample"}
 )
 
 

@@ -29,27 +29,12 @@ class Packed(UpgradeOnlyFamily):
 
     packed = True
     pipelines = (
-        "BriaFiboEditPipeline",
-        "BriaFiboPipeline",
-        "BriaPipeline",
-        "ChromaImg2ImgPipeline",
-        "ChromaInpaintPipeline",
-        "ChromaPipeline",
-        "FluxControlImg2ImgPipeline",
-        "FluxControlInpaintPipeline",
-        "FluxControlNetImg2ImgPipeline",
-        "FluxControlNetInpaintPipeline",
-        "FluxControlNetPipeline",
-        "FluxControlPipeline",
-        "FluxFillPipeline",
-        "LongCatImageEditPipeline",
-        "LongCatImagePipeline",
-        "OvisImagePipeline",
-        "QwenImageControlNetInpaintPipeline",
-        "QwenImageControlNetPipeline",
-        "QwenImageEditInpaintPipeline",
-        "QwenImageEditPipeline",
-        "QwenImageEditPlusPipeline",
+        *("BriaFiboEditPipeline", "BriaFiboPipeline", "BriaPipeline", "ChromaImg2ImgPipeline"),
+        *("ChromaInpaintPipeline", "ChromaPipeline", "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline"),
+        *("FluxControlNetImg2ImgPipeline", "FluxControlNetInpaintPipeline", "FluxControlNetPipeline"),
+        *("FluxControlPipeline", "FluxFillPipeline", "LongCatImageEditPipeline", "LongCatImagePipeline"),
+        *("OvisImagePipeline", "QwenImageControlNetInpaintPipeline", "QwenImageControlNetPipeline"),
+        *("QwenImageEditInpaintPipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
         "VisualClozeGenerationPipeline",
     )
 
@@ -106,12 +91,8 @@ class ListedSizes(UpgradeOnlyFamily):
     """Further pipelines of PixArt and SANA, which round sizes to a list."""
 
     pipelines = (
-        "PixArtAlphaPipeline",
-        "PixArtSigmaPAGPipeline",
-        "SanaControlNetPipeline",
-        "SanaPAGPipeline",
-        "SanaSprintPipeline",
-        "SanaSprintImg2ImgPipeline",
+        *("PixArtAlphaPipeline", "PixArtSigmaPAGPipeline", "SanaControlNetPipeline", "SanaPAGPipeline"),
+        *("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"),
     )
     sizes = "listed"
 

@@ -165,9 +165,9 @@ def read_front_matter(card: Path) -> dict[str, Any]:
         DavaeError: the head is not valid YAML.
     """
     lines = lines_of(read_text(card))
-    if not lines or lines[0].strip() != "---" or "---" not in (line.strip() for line in lines[1:]):
+    if not lines or lines[0].strip() != "---" or "---" not in (line.rstrip() for line in lines[1:]):
         return {}
-    end = next(i for i, line in enumerate(lines[1:], 1) if line.strip() == "---")
+    end = next(i for i, line in enumerate(lines[1:], 1) if line.rstrip() == "---")
     try:
         entries = plain_yaml("\n".join(lines[1:end]))
     except ValueError as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from davae.pipelines.saving.opening import LAYERS_FILE
 from davae.pipelines.saving.publishing import public_command, public_name, public_text, public_values
 from davae.recipes.yaml_text import plain_yaml
 from davae.runtime.atomic_files import atomic_write
+from davae.runtime.console import printable, shown
 from davae.runtime.text_files import read_object
 from davae.version import __version__
 
@@ -221,7 +224,7 @@ def _card(facts: _Facts, name: str, base_model: str, licence: Licence, making: M
     head = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
     sections = [
         f"---\n{head}---",
-        f"# {Path(name).name}\n\n{_introduction(facts, base_model)}",
+        f"# {_plain(Path(name).name)}\n\n{_introduction(facts, base_model)}",
         f"## Use\n\n{_use(facts, name, base_model)}",
         _figures(making.figures),
         _making(making),
@@ -242,14 +245,15 @@ def _introduction(facts: _Facts, base_model: str) -> str:
     )
     grid = f"; one latent position stands for {facts.pixels} x {facts.pixels} pixels" if facts.pixels else ""
     return (
-        f"{what}.\nBase: `{base_model}`. It makes {facts.scale} times the base's resolution per side from the same "
-        f"number of tokens.\n{latent}{grid}."
+        f"{what}.\nBase: {_code(base_model)}. It makes {facts.scale} times the base's resolution per side from the "
+        f"same number of tokens.\n{latent}{grid}."
     )
 
 
 def _use(facts: _Facts, name: str, base_model: str) -> str:
     custom = ', custom_pipeline="pipeline"' if facts.own_pipeline else ""
-    values = {"name": name, "base": base_model, "custom": custom, "layers": LAYERS_FILE, "sizes": _sizes(facts)}
+    name, base = (printable(json.dumps(text, ensure_ascii=False)[1:-1]) for text in (name, base_model))
+    values = {"name": name, "base": base, "custom": custom, "layers": LAYERS_FILE, "sizes": _sizes(facts)}
     return _USE[facts.kind].format(**values).strip()
 
 
@@ -270,7 +274,7 @@ def _sizes(facts: _Facts) -> str:
 
 
 def _figures(figures: Mapping[str, Any]) -> str:
-    rows = [f"| {name} | {_shown(value)} |" for name, value in _flat(figures)]
+    rows = [f"| {_plain(name)} | {_shown(value)} |" for name, value in _flat(figures)]
     return "\n".join(["## Figures\n", "| figure | value |", "|---|---|", *rows]) if rows else ""
 
 
@@ -291,14 +295,31 @@ def _shown(value: float) -> str:
 def _making(making: Making) -> str:
     parts = []
     if making.commands:
-        parts.append("\n".join(f"    {command}" for command in making.commands))
+        parts.append(textwrap.indent("\n".join(map(printable, making.commands)), "    ", lambda _: True))
     hardware = {"davae": __version__, **making.hardware}
-    parts.append("With " + ", ".join(f"{key} {value}" for key, value in hardware.items()) + ".")
+    parts.append("With " + ", ".join(_plain(f"{key} {value}") for key, value in hardware.items()) + ".")
     if making.recipe:
-        recipe = making.recipe.strip()
-        parts.append(f"<details><summary>The resolved recipe</summary>\n\n```yaml\n{recipe}\n```\n\n</details>")
+        recipe = printable(making.recipe.strip())
+        fence = _fence(recipe, 3)
+        parts.append(f"<details><summary>The resolved recipe</summary>\n\n{fence}yaml\n{recipe}\n{fence}\n\n</details>")
     return "## How it was made\n\n" + "\n\n".join(parts)
 
 
 def _named(licence: Licence) -> str:
-    return f"[{licence.title}]({licence.link})" if licence.link else licence.title
+    link = re.sub(r"[<>\s]", "", licence.link or "")
+    return f"[{_plain(licence.title)}](<{link}>)" if link else _plain(licence.title)
+
+
+def _plain(text: str) -> str:
+    """A text on one line of Markdown, also in a table, that shows as it is."""
+    return re.sub(r"[\\`*\[\]<>|~]", r"\\\g<0>", shown(text))
+
+
+def _code(text: str) -> str:
+    fence = _fence(text, 1)
+    return f"{fence} {shown(text)} {fence}" if "`" in text else f"`{shown(text)}`"
+
+
+def _fence(text: str, least: int) -> str:
+    """Backticks that end nowhere in a text."""
+    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])

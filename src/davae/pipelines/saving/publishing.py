@@ -14,9 +14,14 @@ from davae.runtime.text_files import read_json, read_object
 
 logger = logging.getLogger(__name__)
 
-_PRIVATE = r"(?:file://|~|[A-Za-z]:(?=[\\/])|\.\.(?=[\\/]))?"
+_PRIVATE = r"(?:file:(?://)?|~\w*|[A-Za-z]:(?=[\\/])|\.\.(?=[\\/]))?"
 _IS_PATH = re.compile(rf"{_PRIVATE}[\\/].*|~[\\/]?.*", re.DOTALL)
-_FOLDERS = re.compile(rf"(?<![\w/\\.:~-]){_PRIVATE}[\\/](?:[^\s'\"\\/,;:()\[\]{{}}<>|=]+[\\/])+")
+_PART = r"[^\s'\"\\/,;:()\[\]{}<>|=]+"
+_PLACES = re.compile(
+    r"(?P<scheme>\b(?!file:)[a-z][\w+.-]+://)(?:[^\s/'\"]*@)?(?P<rest>[^\s'\"?#]*)[^\s'\"]*"
+    rf"|(?P<quote>['\"])(?P<path>{_PRIVATE}[\\/][^'\"\n]*)(?P=quote)"
+    rf"|(?<![\w/\\.~-])(?:~\w+|{_PRIVATE}[\\/]+{_PART})[\\/]+(?:{_PART}[\\/]+)*(?:{_PART})?"
+)
 _PIPELINE_FILES = re.compile(r"model_index\.json|pipeline\.py")
 _ADAPTER_FILES = re.compile(rf"{re.escape(LAYERS_FILE)}|pytorch_lora_weights\.safetensors")
 _MODEL_FILES = re.compile(
@@ -31,12 +36,22 @@ _OF_WORDS = ("tokenizer.json", "vocab.json", "added_tokens.json")  # a token may
 def public_name(name: str) -> str:
     """A hub name unchanged; for a local folder the last part of its path."""
     is_folder = _IS_PATH.fullmatch(name) or re.search(r"\\|/.*/|^\.", name) or (name and Path(name).exists())
-    return _last_part(name) if is_folder else name
+    return _last_part(_PLACES.sub(_public_place, name)) if is_folder else name
 
 
 def public_text(text: str) -> str:
-    """A text with absolute paths, and paths that start with ``~`` or ``..``, shortened to their last part."""
-    return _last_part(text) if _IS_PATH.fullmatch(text) and "\n" not in text else _FOLDERS.sub("", text)
+    """A text with absolute paths, and paths that start with ``~`` or ``..``, shortened to their last part.
+
+    Addresses keep neither a user or password before the host nor a query, which may hold a token.
+    """
+    return _last_part(text) if _IS_PATH.fullmatch(text) and "\n" not in text else _PLACES.sub(_public_place, text)
+
+
+def _public_place(found: re.Match[str]) -> str:
+    if found["scheme"]:
+        return found["scheme"] + found["rest"]
+    quote = found["quote"] or ""
+    return f"{quote}{_last_part(found['path'] or found[0])}{quote}"
 
 
 def public_values(value: Any) -> Any:
