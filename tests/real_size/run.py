@@ -142,7 +142,7 @@ def walk(folder: Path, side: int, only: Sequence[str]) -> dict[str, Measured]:
     commands: dict[str, tuple[list[str], Callable[[], bool]]] = {
         "plan": ([*davae, "plan", "base", "--resolution", str(side), "--scale", "2"], lambda: False),
         "dry run": ([*stage1, "--dry-run"], lambda: False),
-        "stage 1, killed": (stage1, checkpoint.is_dir),
+        "stage 1 (killed)": (stage1, checkpoint.is_dir),
         "stage 1": (stage1, lambda: False),
         "cache": ([*davae, "cache", "--recipe", RECIPE, *data], lambda: False),
         "stage 2": (stage2, lambda: False),
@@ -189,7 +189,7 @@ def main() -> int:
             "commands": {name: asdict(one) | {"command": name} for name, one in found.items()},
         }
         options.json.write_text(json.dumps(about, indent=1) + "\n")
-    killed = {"stage 1, killed": -signal.SIGKILL}
+    killed = {"stage 1 (killed)": -signal.SIGKILL}
     return int(any(one.status != killed.get(name, 0) for name, one in found.items()))
 
 
