@@ -67,6 +67,15 @@ def test_what_is_ours_to_mend_shows_where_it_came_up(error: Exception, monkeypat
         main.main()
 
 
+def test_a_file_that_ends_too_early_is_not_passed_over_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """typer takes every ``EOFError`` for the end of the person's input and says ``Aborted.``"""
+    monkeypatch.setattr("davae.bases.generate.write_images", lambda *_, **__: raising(EOFError("no data left"))())
+    monkeypatch.setattr(sys, "argv", ["davae", "generate", "tiny", "tree", "--out", "none"])
+    with pytest.raises(RuntimeError, match="a file ended too early") as found:
+        main.main()
+    assert isinstance(found.value.__cause__, EOFError)
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_outside_of_training_is_one_line_and_leaves_nothing(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -7,6 +7,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import davae.planner.architectures as depth
+from davae.bases.debug_pipelines import small_pipeline
+from davae.bases.open import load_base
 from davae.errors import DavaeError
 from davae.planner import plan as planner
 from davae.planner.architectures import find_architecture
@@ -14,6 +16,8 @@ from davae.planner.memory import checkpointing, cost_of, drop_gradients
 from davae.planner.plan import GPUS, find_gpu, hours
 from davae.planner.stages import DiffusionRun, diffusion_stage, forward_cost, target_counts
 from davae.planner.text import stage_line
+from davae.recipes.read import load_recipe
+from davae.training.runs.train import check_upgrade
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -34,6 +38,17 @@ def _medium_flops(side: int, text: int) -> float:
             total += 2 * 4 * image * width**2 + 4 * image**2 * width
         total += 2 * ((9 if dual else 6) + (2 if last else 6)) * width**2  # modulation
     return total + 2 * 2 * width**2
+
+
+def test_a_folder_comes_before_a_bundled_configuration_of_its_name_and_after_what_davae_brings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_pipeline("sd3").save_pretrained("sd35-medium")
+    (tmp_path / "debug").mkdir()  # such as a run of this name
+    assert find_architecture("sd35-medium").source == "folder sd35-medium"
+    layers = find_architecture("sd35-medium").transformer["num_layers"]
+    assert load_base("sd35-medium").transformer.config.num_layers == layers
+    assert find_architecture("debug").pipeline == type(load_base("debug")).__name__
+    check_upgrade(load_recipe("debug"), "autoencoder")
 
 
 @pytest.fixture(scope="module")

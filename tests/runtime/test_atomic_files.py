@@ -58,6 +58,19 @@ def test_a_file_behind_a_link_is_replaced_not_the_link(tmp_path: Path) -> None:
         assert (tmp_path / "disk" / "a.txt").read_text() == text
 
 
+def test_text_that_cannot_be_encoded_is_written_with_a_sign_for_it(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "a", "caf\udce9")  # as an argument that is not UTF-8 reaches Python
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "caf\ufffd"
+
+
+def test_a_link_that_leads_to_itself_is_replaced(tmp_path: Path) -> None:
+    link = tmp_path / "a.json"
+    link.symlink_to("a.json")
+    atomic_json(link, 1)
+    assert link.read_text(encoding="utf-8") == "1\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_a_device_is_written_to_directly() -> None:
     atomic_write(Path("/dev/null"), "gone")
     assert Path("/dev/null").is_char_device()

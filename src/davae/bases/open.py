@@ -13,6 +13,24 @@ from davae.recipes.presets import find_preset
 from davae.recipes.settings import UpgradeRecipe
 
 
+def built_in(name: str) -> DiffusionPipeline | None:
+    """The embedded base (``tiny``) or a random one (``debug``, ``debug-sd3``); None for any other name."""
+    if not is_built_in(name):
+        return None
+    if name == "tiny":
+        return load_tiny()
+    if name == "debug":
+        return debug_base()
+    from davae.bases.debug_pipelines import small_pipeline
+
+    return small_pipeline(name.removeprefix("debug-"))
+
+
+def is_built_in(name: str) -> bool:
+    """Whether a base comes with davae; of other names, a folder comes before a bundled configuration and the hub."""
+    return name in ("tiny", "debug") or name.startswith("debug-")
+
+
 def load_recipe_base(recipe: UpgradeRecipe, *, transformer_dtype: torch.dtype | None = None) -> DiffusionPipeline:
     """The base that a recipe names, at the revision that it pins."""
     return load_base(
@@ -52,19 +70,12 @@ def load_base(
             and none was chosen; the base has code and ``remote_code`` is off; its weights are pickles; or a revision
             is given for a folder.
     """
-    if name == "tiny" or name == "debug" or name.startswith("debug-"):
-        if name == "tiny":
-            pipe: DiffusionPipeline = load_tiny()
-        elif name == "debug":
-            pipe = debug_base()
-        else:
-            from davae.bases.debug_pipelines import small_pipeline
-
-            pipe = small_pipeline(name.removeprefix("debug-"))
+    pipe = built_in(name)
+    if pipe is not None:
         if transformer_dtype is not None:
             pipe.transformer.to(transformer_dtype)
         return pipe if dtype is None or dtype == "saved" else pipe.to(dtype)
-    preset = None if Path(name).exists() else find_preset(name)
+    preset = find_preset(name)
     if preset is not None and preset.pipeline == "ClassConditionalPipeline":
         raise DavaeError(
             f"'{name}' is published as checkpoint files, not as a pipeline: convert them with `davae convert vavae` "

@@ -224,12 +224,21 @@ def target_counts(transformer: nn.Module, targets: Iterable[str]) -> dict[str, i
 
 
 def forward_cost(transformer: ModelMixin, latent: Tensor, *, text_tokens: int, watch: bool = False) -> Cost:
-    """One forward pass on the meta device; ``latent`` is ``[B, C, h, w]`` in the autoencoder's channels."""
+    """One forward pass on the meta device; ``latent`` is ``[B, C, h, w]`` in the autoencoder's channels.
+
+    Raises:
+        DavaeError: the transformer does not take a latent of this size.
+    """
     arguments = dummy_arguments(transformer, latent, torch.Generator(), **_text(text_tokens))
 
     def forward() -> None:
-        with torch.no_grad():
-            transformer(**arguments)
+        try:
+            with torch.no_grad():
+                transformer(**arguments)
+        except ValueError as error:  # such as diffusers' limit of positions
+            size = " x ".join(map(str, latent.shape[-2:]))
+            name = type(transformer).__name__
+            raise DavaeError(f"{name} takes no latent of {size}: lower the resolution ({error})") from error
 
     return cost_of(forward, given=[*transformer.parameters(), *transformer.buffers()], watch=watch)
 

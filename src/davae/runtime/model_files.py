@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from davae.errors import DavaeError, first_line
 from davae.latents.statistics import check_statistics
-from davae.runtime.text_files import plain_json, read_json
+from davae.runtime.text_files import open_regular, plain_json, read_json
 
 _logger = logging.getLogger(__name__)
 _WEIGHTS = re.compile(
@@ -28,6 +28,8 @@ _OTHER_PARTS = {
     "lm_head", "decoder", "vision_model", "visual", "vision_tower", "multi_modal_projector", "visual_projection",
     "text_projection", "logit_scale", "logit_bias", "score", "classifier", "cls", "pooler",
 }  # fmt: skip
+_NAME_A_CLASS = {"config.json", "model_index.json", "scheduler_config.json"}
+_CLASS_KEYS = {"_class_name", "model_type", "architectures", "architecture"}
 _NAMED = 4  # keys in a message
 
 
@@ -210,8 +212,11 @@ def check_descriptions(folder: Path) -> None:
         if not (is_index or file.name == "model_index.json" or file.name.endswith("config.json")):
             continue
         try:
-            found = plain_json(file.read_bytes().decode())
+            with open_regular(file) as opened:
+                found = plain_json(opened.read().decode())
             wrong = None if isinstance(found, dict) else "no JSON object"
+            if wrong is None and file.name in _NAME_A_CLASS and not _CLASS_KEYS & found.keys():
+                wrong = "it names no class"
             if is_index and wrong is None:
                 listed = found.get("weight_map")
                 names = list(listed.values()) if isinstance(listed, dict) and listed else [None]

@@ -29,6 +29,7 @@ from davae.data.sources.folder import open_image
 from davae.data.sources.parquet import open_parquet
 from davae.errors import DavaeError, first_line
 from davae.runtime.console import shown
+from davae.runtime.text_files import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +140,8 @@ def open_saved(folder: Path, split: str | None) -> TableSource:
     import datasets
 
     with _table_errors(str(folder)):
+        for file in folder.rglob("*.arrow"):
+            open_regular(file).close()  # a pipe would block
         table = datasets.load_from_disk(str(folder))
     return TableSource(_one_split(table, split, str(folder)), str(folder), folder=folder)
 
@@ -180,6 +183,7 @@ def _table_errors(name: str) -> Iterator[None]:
         AttributeError,
         IndexError,
         OverflowError,
+        RecursionError,
     ) as error:
         cause = error.__cause__ or error
         raise DavaeError(f"{name} cannot be read as a table: {first_line(cause)}") from error

@@ -32,6 +32,8 @@ from davae.runtime.model_files import by_component, check_descriptions, chosen_v
 from davae.runtime.text_files import read_object
 
 LAYERS_FILE = "davae_adapter.safetensors"
+_NO_VOCABULARY = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}
+_NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
 
 def load_pipeline(folder_or_repo: str | Path, **options: Any) -> DiffusionPipeline:
@@ -266,7 +268,7 @@ def opening(what: str, path_or_repo: str, *, passed: Collection[str] = ()) -> It
             isinstance(error, DavaeError)
             or getattr(error, "errno", None) == errno.ENOSPC
             or (isinstance(error, AttributeError) and not unknown_class)
-            or (isinstance(error, ValueError) and not (unknown_class or isinstance(error, json.JSONDecodeError)))
+            or (isinstance(error, ValueError) and not (unknown_class or isinstance(error, _NOT_JSON)))
         ):
             raise
         reason = first_line(error)
@@ -302,11 +304,16 @@ def _check_components(what: str, folder: Path, passed: Collection[str]) -> None:
         if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
         if not name.startswith("_") and name not in passed
     ]
-    missing = [name for name in named if not (folder / name).is_dir()]
+    missing = [f"{name}/" for name in named if not (folder / name).is_dir()]
+    for name in named:
+        if "Tokenizer" in parts[name][1] and f"{name}/" not in missing:
+            files = {file.name for file in (folder / name).iterdir() if file.is_file()}
+            if not files - _NO_VOCABULARY:
+                missing.append(f"the vocabulary in {name}/")
     if missing:
         raise DavaeError(
-            f"the {what} in {folder} lacks {', '.join(f'{name}/' for name in missing)}, which its model_index.json "
-            "names: copy or save it again"
+            f"the {what} in {folder} lacks {', '.join(missing)}, which its model_index.json names: copy or save it "
+            "again"
         )
     for name in named:
         check_descriptions(folder / name)

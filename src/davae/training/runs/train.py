@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from davae.bases.open import load_base, load_recipe_base
+from davae.bases.open import is_built_in, load_base, load_recipe_base
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import ClassFamily, find_family
@@ -139,11 +139,10 @@ def _is_there(path: str) -> bool:
 
 def _known_architecture(base: str) -> Architecture | None:
     """The architecture of a base whose configuration is on this machine; ``None`` if it would have to be downloaded."""
+    if is_built_in(base) or find_preset(base) is not None:
+        return find_architecture(base)
     folder = Path(base).expanduser()
-    if folder.is_dir():
-        return find_architecture(pipeline_place(folder))
-    known = base in ("tiny", "debug") or base.startswith("debug-") or find_preset(base) is not None
-    return find_architecture(base) if known else None
+    return find_architecture(pipeline_place(folder)) if folder.is_dir() else None
 
 
 def _compression(architecture: Architecture) -> int:
