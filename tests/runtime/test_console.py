@@ -3,6 +3,7 @@
 import ast
 import io
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,13 @@ def test_messages_results_and_bars(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{SEEN}\\nforged\ntwo\nlines\n"
     assert list(track([1, 2], "[/x]\x1b", total=2)) == [1, 2]
     assert "\x1b[/x]" not in capsys.readouterr().out
+
+
+def test_a_closed_output_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after ``davae doctor >&-``, where Python has no ``sys.stdout``."""
+    monkeypatch.setattr(sys, "stdout", None)
+    say("a")
+    PlainConsole().print(Table("a"))
 
 
 def test_a_log_line_is_no_other_line() -> None:

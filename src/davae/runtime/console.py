@@ -49,9 +49,10 @@ def wide_console() -> PlainConsole:
 
 
 def say(*texts: object) -> None:
-    """Print texts to standard output, one per line; newlines in a path are escaped."""
+    """Print texts to standard output, one per line; newlines in a path are escaped. Nothing if it is closed."""
     for text in texts:
-        sys.stdout.write((shown(text) if isinstance(text, Path) else printable(str(text))) + "\n")
+        if sys.stdout is not None:
+            sys.stdout.write((shown(text) if isinstance(text, Path) else printable(str(text))) + "\n")
 
 
 def track(values: Iterable[T], name: str, *, total: int, disable: bool = False) -> Iterable[T]:
