@@ -20,6 +20,7 @@ from davae.runtime.atomic_files import (
     disk_full_as_error,
     file_hash,
     locked,
+    system_error,
 )
 from davae.runtime.weight_files import atomic_tensors
 
@@ -35,6 +36,19 @@ def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         _interrupted(tmp_path / "a.txt")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "old"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_an_error_while_writing_names_the_file(number: int, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"a\.json") as found, atomic_file(tmp_path / "a.json"):
+        raise OSError(number, os.strerror(number))
+    assert str(system_error(found.value)).startswith(f"{tmp_path / 'a.json'}: ")
+
+
+def test_an_error_about_another_file_keeps_its_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as found, atomic_file(tmp_path / "a.json"):
+        (tmp_path / "b").read_bytes()
+    assert found.value.filename == str(tmp_path / "b")
 
 
 def test_text_bytes_values_and_tensors_come_back(tmp_path: Path) -> None:

@@ -58,7 +58,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
         partial.chmod(mode)
         flush(partial)
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            error.filename = str(path)  # a full disk names no file
         partial.unlink(missing_ok=True)
         raise
     flush(path.parent)

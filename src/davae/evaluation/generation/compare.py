@@ -85,7 +85,7 @@ def open_reference(name: str, *, limit: int | None = None) -> Reference:
     """
     if Path(name).suffix == ".npz":
         return Reference(name, load_statistics(name))
-    open_dataset(name, resolution=1, quiet=True)  # tried before images are generated, and opened at their size later
+    open_dataset(name, resolution=8, quiet=True)  # tried before images are generated, and opened at their size later
     return Reference(name, None, limit)
 
 
