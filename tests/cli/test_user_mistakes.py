@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -122,7 +123,7 @@ def _ends(monkeypatch, capsys, arguments: str, *, columns: int = 80) -> tuple[in
         ("convert vavae empty --out c", "there is no file empty"),
         ("convert davae-sd3 other.safetensors --out c --base /nonexistent", "/nonexistent holds no autoencoder"),
         ("plan sd3-gone/vae", "is not a pipeline folder"),
-        ("plan sd3 --resolution 1024", "takes no latent of 128 x 128: lower the resolution"),
+        ("plan sd3 --resolution 1024", "`pos_embed_max_size`: 32. Lower the resolution"),
         ("evaluate generation debug --reference photo --out g", "no images at 'photo'"),
         ("evaluate generation debug --reference empty --out g", "no images in empty"),
         ("evaluate generation debug --reference photos --base empty --out g", "empty holds no pipeline"),
@@ -207,6 +208,35 @@ def test_below_a_folder_that_may_not_be_entered(
         status, err = _ends(monkeypatch, capsys, arguments)
         assert status == 2
         assert "you may not write in" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file"),
+    [
+        ("reconstruct vae photos", "vae/config.json"),
+        ("generate sd3 --prompt a", "sd3/model_index.json"),
+        ("generate sd3 --prompt a", "sd3/vae/config.json"),
+    ],
+)
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    arguments: str, file: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    opened = os.open
+
+    def closed(path: Any, *options: Any, **named: Any) -> int:
+        if str(path).endswith(file):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *options, **named)
+
+    monkeypatch.setattr(os, "open", closed)
+    status, err = _ends(monkeypatch, capsys, arguments)
+    assert status in (1, 2)
+    (line,) = [text for text in err.splitlines() if text.startswith("davae: ")]
+    assert file in line
+    assert "Permission denied" in line
+    assert "damaged" not in line
+    assert "save it again" not in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -56,9 +56,11 @@ def say(*texts: object) -> None:
 
 
 def track(values: Iterable[T], name: str, *, total: int, disable: bool = False) -> Iterable[T]:
-    """Iterate over values with a progress bar that disappears at the end."""
+    """Iterate over values with a progress bar that disappears at the end, where standard error is a terminal."""
+    console = PlainConsole(stderr=True)
     label = escape(shown(name))
-    return progress.track(values, label, total=total, transient=True, disable=disable, console=PlainConsole())
+    disable = disable or not console.is_terminal
+    return progress.track(values, label, total=total, transient=True, disable=disable, console=console)
 
 
 def tell(text: str, *, style: str = "") -> None:

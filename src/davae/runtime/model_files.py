@@ -206,6 +206,7 @@ def check_descriptions(folder: Path) -> None:
 
     Raises:
         DavaeError: one is no JSON object in plain UTF-8, or an index names no files for its weights; the file is named.
+        OSError: one cannot be read.
     """
     for file in sorted(folder.glob("*.json")):
         is_index = ".safetensors.index" in file.name
@@ -222,7 +223,7 @@ def check_descriptions(folder: Path) -> None:
                 names = list(listed.values()) if isinstance(listed, dict) and listed else [None]
                 if not all(isinstance(name, str) and name and Path(name).name == name for name in names):
                     wrong = "its weight_map does not say the file of each weight"
-        except (OSError, ValueError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             wrong = f"not JSON in UTF-8 without a byte-order mark: {first_line(error)}"
         if wrong is not None:
             raise DavaeError(f"{file} is damaged ({wrong}): copy or save it again")

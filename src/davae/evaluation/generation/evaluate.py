@@ -91,9 +91,7 @@ def evaluate_generation(
         networks = open_networks(["inception"] if features is None else features, where, unavailable)
         if clip is not None:
             clip_network = or_unavailable(CLIP_SCORE, lambda: TextImageNetwork(clip, device=where), unavailable)
-        if save_statistics is not None and (
-            len(networks) != 1 or compared.moments is not None or save_statistics.suffix != ".npz"
-        ):
+        if save_statistics and (len(networks) != 1 or compared.moments or save_statistics.suffix != ".npz"):
             raise DavaeError(
                 "--save-statistics writes the moments of reference images by one feature network to a .npz file: give "
                 "images as the reference, and one --features that can be had"
