@@ -23,7 +23,7 @@ from davae.training.autoencoder.train import train_levels
 from davae.training.base.train import check_divides, train_base
 from davae.training.base.train import dry_run_base as describe_base_run
 from davae.training.checkpoints.checkpoint import checkpoints
-from davae.training.data import check_images
+from davae.training.data import bucket_sizes, check_images
 from davae.training.diffusion.train import train_transformer
 from davae.training.loop.loop import TrainResult
 
@@ -129,6 +129,7 @@ def check_upgrade(recipe: UpgradeRecipe, section: str, *, without_images: bool =
             if isinstance(family, ClassFamily):
                 family.check_interval(recipe.diffusion.sample.guidance_interval)
         check_divides(data.resolution, side)
+        bucket_sizes(data, side)
     if _is_there(data.path) or not without_images:
         check_images(data, captions_for=captions_for)
 
