@@ -123,7 +123,7 @@ def _ends(monkeypatch, capsys, arguments: str, *, columns: int = 80) -> tuple[in
         ("convert vavae empty --out c", "there is no file empty"),
         ("convert davae-sd3 other.safetensors --out c --base /nonexistent", "/nonexistent holds no autoencoder"),
         ("plan sd3-gone/vae", "is not a pipeline folder"),
-        ("plan sd3 --resolution 1024", "`pos_embed_max_size`: 32. Lower the resolution"),
+        ("plan sd3 --resolution 1024", "`pos_embed_max_size`: 32. Try another resolution"),
         ("evaluate generation debug --reference photo --out g", "no images at 'photo'"),
         ("evaluate generation debug --reference empty --out g", "no images in empty"),
         ("evaluate generation debug --reference photos --base empty --out g", "empty holds no pipeline"),

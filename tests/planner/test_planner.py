@@ -10,6 +10,7 @@ import davae.planner.architectures as depth
 from davae.bases.debug_pipelines import small_pipeline
 from davae.bases.open import load_base
 from davae.errors import DavaeError
+from davae.pipelines.saving.publishing import public_name
 from davae.planner import plan as planner
 from davae.planner.architectures import find_architecture
 from davae.planner.memory import checkpointing, cost_of, drop_gradients
@@ -49,6 +50,15 @@ def test_a_folder_comes_before_a_bundled_configuration_of_its_name_and_after_wha
     assert load_base("sd35-medium").transformer.config.num_layers == layers
     assert find_architecture("debug").pipeline == type(load_base("debug")).__name__
     check_upgrade(load_recipe("debug"), "autoencoder")
+
+
+def test_the_short_name_of_a_bundled_configuration_is_its_name_on_the_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr("davae.bases.open.open_pipeline", lambda name, **_: asked.append(name))
+    load_base("SD35-medium")
+    assert asked == [MEDIUM]
+    assert public_name("sd35-medium") == find_architecture("sd35-medium").name == MEDIUM
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,10 @@ from davae.recipes.settings import UpgradeRecipe
 
 def built_in(name: str) -> DiffusionPipeline | None:
     """The embedded base (``tiny``) or a random one (``debug``, ``debug-sd3``); None for any other name."""
+    if name in ("tiny", "debug"):
+        return load_tiny() if name == "tiny" else debug_base()
     if not is_built_in(name):
         return None
-    if name == "tiny":
-        return load_tiny()
-    if name == "debug":
-        return debug_base()
     from davae.bases.debug_pipelines import small_pipeline
 
     return small_pipeline(name.removeprefix("debug-"))
@@ -81,6 +79,8 @@ def load_base(
             f"'{name}' is published as checkpoint files, not as a pipeline: convert them with `davae convert vavae` "
             "and `davae convert lightningdit --vae`, and give the folder; see docs/imagenet.md"
         )
+    if preset is not None:
+        name = preset.name  # on the hub
     options: dict[str, Any] = {"use_safetensors": True}
     if transformer_dtype is not None:
         options["dtype"] = {"transformer": transformer_dtype}

@@ -232,7 +232,7 @@ def forward_cost(transformer: ModelMixin, latent: Tensor, *, text_tokens: int, w
             with torch.no_grad():
                 transformer(**arguments)
         except ValueError as error:  # such as diffusers' limit of positions
-            raise DavaeError(f"{type(transformer).__name__}: {first_line(error)} Lower the resolution") from error
+            raise DavaeError(f"{type(transformer).__name__}: {first_line(error)} Try another resolution") from error
 
     return cost_of(forward, given=[*transformer.parameters(), *transformer.buffers()], watch=watch)
 
