@@ -432,13 +432,16 @@ def test_numbers_and_captions_that_a_table_may_not_hold(tmp_path: Path) -> None:
 
 
 def test_a_damaged_saved_set(tmp_path: Path) -> None:
-    for content in ("{", "[]", '{"_data_files": [{"filename": "gone.arrow"}]}'):
+    for content in ("{", "[]", "[" * 99_999, '{"_data_files": [{"filename": "gone.arrow"}]}'):
         folder = tmp_path / str(len(content))
         folder.mkdir()
         (folder / "state.json").write_text(content)
         (folder / "dataset_info.json").write_text("{}")
         with pytest.raises(DavaeError, match="cannot be read as a table"):
             open_dataset(folder, resolution=16)
+    os.mkfifo(folder / "gone.arrow")
+    with pytest.raises(DavaeError, match=r"gone\.arrow is a pipe or a device"):
+        open_dataset(folder, resolution=16)
 
 
 # Text

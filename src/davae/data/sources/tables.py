@@ -140,7 +140,8 @@ def open_saved(folder: Path, split: str | None) -> TableSource:
     import datasets
 
     with _table_errors(str(folder)):
-        [open_regular(file).close() for file in folder.rglob("*.arrow")]  # a pipe would block
+        for file in folder.rglob("*.arrow"):
+            open_regular(file).close()  # a pipe would block
         table = datasets.load_from_disk(str(folder))
     return TableSource(_one_split(table, split, str(folder)), str(folder), folder=folder)
 
