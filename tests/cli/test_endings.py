@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from davae.cli import main
 from davae.errors import DavaeError
 from davae.runtime import places
+from davae.runtime.text_files import read_object
 from davae.training.loop.signals import StopRequest
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -65,6 +66,15 @@ def test_what_is_ours_to_mend_shows_where_it_came_up(error: Exception, monkeypat
     monkeypatch.setattr(sys, "argv", ["davae", "generate", "tiny", "tree", "--out", "none"])
     with pytest.raises(type(error)):
         main.main()
+
+
+def test_a_file_that_ends_too_early_is_not_passed_over_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """typer takes every ``EOFError`` for the end of the person's input and says ``Aborted.``"""
+    monkeypatch.setattr("davae.bases.generate.write_images", lambda *_, **__: raising(EOFError("no data left"))())
+    monkeypatch.setattr(sys, "argv", ["davae", "generate", "tiny", "tree", "--out", "none"])
+    with pytest.raises(RuntimeError, match="a file ended too early") as found:
+        main.main()
+    assert isinstance(found.value.__cause__, EOFError)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
@@ -184,6 +194,30 @@ def test_a_default_folder_that_cannot_be_written_is_told_before_models_are_loade
     assert end.value.code == 2
     assert "cannot be written: you may not write in" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ("plan", "debug", "--resolution", "64"),
+        ("bench", "autoencoder", "debug", "--resolution", "32", "--repeats", "1"),
+    ],
+    ids=" ".join,
+)
+def test_figures_are_kept_where_nobody_reads_the_table(
+    verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in ``davae bench ... --json figures.json | head -1``."""
+
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    monkeypatch.setattr("davae.runtime.console.PlainConsole.print", closed)
+    monkeypatch.setattr(sys, "argv", ["davae", *verb, "--json", str(tmp_path / "figures.json")])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 1
+    assert read_object(tmp_path / "figures.json")["base"] == "debug"
 
 
 def test_a_disk_that_fills_up_leaves_no_half_of_a_result(

@@ -61,6 +61,14 @@ def test_upgrade_reports_and_generate_reads_prompts(autoencoder, monkeypatch, ca
     assert {Image.open(images / name).size for name in names} == {(128, 64)}
 
 
+def test_a_prompt_that_is_not_utf8_is_read_with_a_sign_for_it(monkeypatch, capsys, tmp_path) -> None:
+    prompt = "caf\udce9"  # as an argument in Latin-1 reaches Python
+    arguments = ("generate", "debug-sd3", "--prompt", prompt, "--negative", prompt, "--out", tmp_path, "--steps", 1)
+    status, message, problem = run(monkeypatch, capsys, *arguments)
+    assert (status, problem) == (0, "")
+    assert message.startswith("1 images of")
+
+
 @pytest.mark.parametrize("name", SMALL_PIPELINES)
 def test_every_small_pipeline_can_be_upgraded(name, monkeypatch, capsys, tmp_path) -> None:
     vae = AutoencoderDA.from_base(small_pipeline(name).vae, scale=2, detail_channels=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -61,6 +62,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "vae-junk" / "config.json").write_text("{")
     (here / "photos").mkdir()
     Image.new("RGB", (48, 48), "red").save(here / "photos" / "a.png")
+    (here / "broken").mkdir()
+    (here / "broken" / "a.png").write_bytes(bytes(99))
+    (here / "empty.npz").write_bytes(b"")
+    shutil.copytree(here / "sd3", here / "sd3-classless")
+    (here / "sd3-classless" / "scheduler" / "scheduler_config.json").write_text('{"shift": 3.0}')
+    shutil.copytree(here / "sd3", here / "sd3-wordless")
+    (here / "sd3-wordless" / "tokenizer" / "tokenizer.json").unlink()
     (here / "empty").mkdir()
     (here / "file").write_text("x")
     save_file({"a": torch.zeros(2)}, here / "other.safetensors")
@@ -89,6 +97,8 @@ def _ends(monkeypatch, capsys, arguments: str, *, columns: int = 80) -> tuple[in
         ("generate sd3-part --prompt a", "the pipeline in sd3-part is of a class that diffusers"),
         ("generate sd3-misfit --prompt a", "the model in sd3-misfit/vae cannot be opened: decoder.conv_in.bias"),
         ("generate sd3-untold --prompt a", "the pipeline in sd3-untold lacks tokenizer/"),
+        ("generate sd3-classless --prompt a", "scheduler/scheduler_config.json is damaged (it names no class)"),
+        ("generate sd3-wordless --prompt a", "the pipeline in sd3-wordless lacks the vocabulary in tokenizer/"),
         ("upgrade debug-sd3 --autoencoder vae-misfit --out up", "vae-misfit: config.json has block_out_channels"),
         ("evaluate generation sd3-gone --reference procedural:4 --count 2 --out g", "the pipeline in sd3-gone"),
         ("evaluate generation /nonexistent --reference procedural:4 --count 2 --out g", "no pipeline in /nonexistent"),
@@ -113,6 +123,13 @@ def _ends(monkeypatch, capsys, arguments: str, *, columns: int = 80) -> tuple[in
         ("convert vavae empty --out c", "there is no file empty"),
         ("convert davae-sd3 other.safetensors --out c --base /nonexistent", "/nonexistent holds no autoencoder"),
         ("plan sd3-gone/vae", "an autoencoder by itself"),
+        ("plan sd3 --resolution 1024", "`pos_embed_max_size`: 32. Try another resolution"),
+        ("evaluate generation debug --reference photo --out g", "no images at 'photo'"),
+        ("evaluate generation debug --reference empty --out g", "no images in empty"),
+        ("evaluate generation debug --reference photos --base empty --out g", "empty holds no pipeline"),
+        ("evaluate generation debug --reference photos --beside a=file --out g", "no pipeline in file: it is a file"),
+        ("evaluate generation debug --reference empty.npz --out g", "cannot read statistics from empty.npz"),
+        ("evaluate reconstruction vae --data photos --resolution 32 --crops a=broken", "broken/a.png: not an image"),
         ("plan sd35-meduim", "(the closest: sd35-medium"),
         ("export /nonexistent --out e", "holds no pipeline or autoencoder"),
         ("report file", "there is no run directory file"),
@@ -191,6 +208,35 @@ def test_below_a_folder_that_may_not_be_entered(
         status, err = _ends(monkeypatch, capsys, arguments)
         assert status == 2
         assert "you may not write in" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file"),
+    [
+        ("reconstruct vae photos", "vae/config.json"),
+        ("generate sd3 --prompt a", "sd3/model_index.json"),
+        ("generate sd3 --prompt a", "sd3/vae/config.json"),
+    ],
+)
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    arguments: str, file: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(place)
+    opened = os.open
+
+    def closed(path: Any, *options: Any, **named: Any) -> int:
+        if str(path).endswith(file):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *options, **named)
+
+    monkeypatch.setattr(os, "open", closed)
+    status, err = _ends(monkeypatch, capsys, arguments)
+    assert status in (1, 2)
+    (line,) = [text for text in err.splitlines() if text.startswith("davae: ")]
+    assert file in line
+    assert "Permission denied" in line
+    assert "damaged" not in line
+    assert "save it again" not in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

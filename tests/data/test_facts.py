@@ -551,6 +551,7 @@ def test_numbers_and_captions_that_a_table_may_not_hold(tmp_path: Path) -> None:
 def test_a_damaged_saved_set(tmp_path: Path) -> None:
     cases = (
         ("{", r"state\.json is not JSON"),
+        ("[" * 99_999, r"state\.json is not JSON"),
         ("[]", r"state\.json holds no JSON object"),
         ('{"_data_files": [{"filename": "gone.arrow"}]}', r"cannot be read as a table: .*gone\.arrow"),
         ("{}", "cannot be read as a table"),
@@ -562,6 +563,9 @@ def test_a_damaged_saved_set(tmp_path: Path) -> None:
         (folder / "dataset_info.json").write_text("{}")
         with pytest.raises(DavaeError, match=message):
             open_dataset(folder, resolution=16)
+    os.mkfifo(folder / "gone.arrow")
+    with pytest.raises(DavaeError, match=r"gone\.arrow is a pipe or a device"):
+        open_dataset(folder, resolution=16)
 
 
 # Text

@@ -7,13 +7,18 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import davae.planner.architectures as depth
+from davae.bases.debug_pipelines import small_pipeline
+from davae.bases.open import load_base
 from davae.errors import DavaeError
+from davae.pipelines.saving.publishing import public_name
 from davae.planner import plan as planner
 from davae.planner.architectures import find_architecture
 from davae.planner.memory import checkpointing, cost_of, drop_gradients
 from davae.planner.plan import GPUS, find_gpu, hours
 from davae.planner.stages import DiffusionRun, diffusion_stage, forward_cost, target_counts
 from davae.planner.text import stage_line
+from davae.recipes.read import load_recipe
+from davae.training.runs.train import check_upgrade
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -34,6 +39,26 @@ def _medium_flops(side: int, text: int) -> float:
             total += 2 * 4 * image * width**2 + 4 * image**2 * width
         total += 2 * ((9 if dual else 6) + (2 if last else 6)) * width**2  # modulation
     return total + 2 * 2 * width**2
+
+
+def test_a_folder_comes_before_a_bundled_configuration_of_its_name_and_after_what_davae_brings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small_pipeline("sd3").save_pretrained("sd35-medium")
+    (tmp_path / "debug").mkdir()  # such as a run of this name
+    assert find_architecture("sd35-medium").source == "folder sd35-medium"
+    layers = find_architecture("sd35-medium").transformer["num_layers"]
+    assert load_base("sd35-medium").transformer.config.num_layers == layers
+    assert find_architecture("debug").pipeline == type(load_base("debug")).__name__
+    check_upgrade(load_recipe("debug"), "autoencoder")
+
+
+def test_the_short_name_of_a_bundled_configuration_is_its_name_on_the_hub(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr("davae.bases.open.open_pipeline", lambda name, **_: asked.append(name))
+    load_base("SD35-medium")
+    assert asked == [MEDIUM]
+    assert public_name("sd35-medium") == find_architecture("sd35-medium").name == MEDIUM
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from davae.runtime.atomic_files import (
     disk_full_as_error,
     file_hash,
     locked,
+    system_error,
 )
 from davae.runtime.weight_files import atomic_tensors
 
@@ -35,6 +36,19 @@ def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         _interrupted(tmp_path / "a.txt")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "old"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_an_error_while_writing_names_the_file(number: int, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"a\.json") as found, atomic_file(tmp_path / "a.json"):
+        raise OSError(number, os.strerror(number))
+    assert str(system_error(found.value)).startswith(f"{tmp_path / 'a.json'}: ")
+
+
+def test_an_error_about_another_file_keeps_its_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as found, atomic_file(tmp_path / "a.json"):
+        (tmp_path / "b").read_bytes()
+    assert found.value.filename == str(tmp_path / "b")
 
 
 def test_text_bytes_values_and_tensors_come_back(tmp_path: Path) -> None:
@@ -56,6 +70,19 @@ def test_a_file_behind_a_link_is_replaced_not_the_link(tmp_path: Path) -> None:
         atomic_write(tmp_path / "a.txt", text)
         assert (tmp_path / "a.txt").is_symlink()
         assert (tmp_path / "disk" / "a.txt").read_text() == text
+
+
+def test_text_that_cannot_be_encoded_is_written_with_a_sign_for_it(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "a", "caf\udce9")  # as an argument that is not UTF-8 reaches Python
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "caf\ufffd"
+
+
+def test_a_link_that_leads_to_itself_is_replaced(tmp_path: Path) -> None:
+    link = tmp_path / "a.json"
+    link.symlink_to("a.json")
+    atomic_json(link, 1)
+    assert link.read_text(encoding="utf-8") == "1\n"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_device_is_written_to_directly() -> None:

@@ -3,6 +3,7 @@
 import ast
 import io
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,14 +38,27 @@ def test_a_table_shows_names_as_they_are() -> None:
     assert "\x1b" not in file.getvalue()
 
 
-def test_messages_results_and_bars(capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_results_and_bars(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     tell(f"no file {NASTY}\ndavae: forged")
     assert capsys.readouterr().err == f"davae: no file {SEEN}\n  davae: forged\n"
     say(Path(f"{NASTY}\nforged"))
     say("two\nlines")
     assert capsys.readouterr().out == f"{SEEN}\\nforged\ntwo\nlines\n"
     assert list(track([1, 2], "[/x]\x1b", total=2)) == [1, 2]
-    assert "\x1b[/x]" not in capsys.readouterr().out
+    assert capsys.readouterr() == ("", "")  # no terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert list(track([1, 2], "[/x]\x1b", total=2)) == [1, 2]
+    bar = capsys.readouterr()
+    assert bar.out == ""  # results alone go there
+    assert "[/x]" in bar.err
+    assert "\x1b[/x]" not in bar.err
+
+
+def test_a_closed_output_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after ``davae doctor >&-``, where Python has no ``sys.stdout``."""
+    monkeypatch.setattr(sys, "stdout", None)
+    say("a")
+    PlainConsole().print(Table("a"))
 
 
 def test_a_log_line_is_no_other_line() -> None:

@@ -1,5 +1,6 @@
 """What describes a model's weights is whole before a library opens it by that."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,22 @@ def test_an_index_says_the_file_of_each_weight(tmp_path: Path, listed: bytes) ->
     (tmp_path / _INDEX).write_bytes(b'{"weight_map": {"a": "x.safetensors"}}')
     (tmp_path / "vocab.json").write_bytes(b"[1]")  # of a tokenizer, which reads it itself
     check_descriptions(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model_index.json", "scheduler_config.json"])
+def test_a_description_names_its_class(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b'{"a": 1}')
+    with pytest.raises(DavaeError, match=f"{name} is damaged .it names no class"):
+        check_descriptions(tmp_path)
+    (tmp_path / name).write_bytes(b'{"_class_name": "A"}')
+    check_descriptions(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes in folders")
+def test_a_pipe_in_place_of_a_description_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(DavaeError, match="is a pipe or a device"):
+        check_descriptions(tmp_path)
 
 
 def test_figures_are_written_over_figures_alone(tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ def _recipe(overrides: list[str], recipe: str = "debug") -> UpgradeRecipe:
         ),
         ("debug", "data.resolution=50", "autoencoder", "the nearest is 48", "data.resolution=48"),
         ("debug", "data.resolution=50", "diffusion", "the nearest is 48", "data.resolution=48"),
+        ("debug", "data.buckets=[[32,30]]", "autoencoder", "in multiples of 8 pixels", "data.buckets=[[32,32]]"),
+        ("debug", "data.buckets=[[32,30]]", "diffusion", "in multiples of 8 pixels", "data.buckets=[[32,32]]"),
         (
             "debug-text",
             "diffusion.prompts.max_length=600",

@@ -15,6 +15,7 @@ from davae.runtime.console import track
 from davae.runtime.devices import chosen_device, wanted_dtype
 from davae.runtime.pictures import save_image
 from davae.runtime.places import check_place, claim
+from davae.runtime.text_files import whole_text
 
 
 class WrittenImages(NamedTuple):
@@ -70,7 +71,7 @@ def write_images(
         raise DavaeError("--compile and --attention belong to --fast: give it too")
     where = chosen_device(device)
     check_place(out, "images")
-    texts = [*prompt, *(read_prompts(prompts) if prompts else [])]
+    texts = [*map(whole_text, prompt), *(read_prompts(prompts) if prompts else [])]
     pipe = load_base(pipeline, variant=variant, dtype=wanted_dtype(dtype, where)).to(where)
     if fast:  # its measures follow from the device
         speed_up(pipe, compile=compile, attention=attention)
@@ -86,7 +87,7 @@ def write_images(
         seed=seed,
         steps=steps,
         guidance=guidance,
-        negative_prompt=negative,
+        negative_prompt=negative and whole_text(negative),
         height=height,
         width=width,
     )

@@ -29,6 +29,22 @@ EVERYTHING = ("vae", "transformer", TEXT_ENCODERS)
 """The parts of a base that hold weights, see :func:`load_base`."""
 
 
+def built_in(name: str) -> DiffusionPipeline | None:
+    """The embedded base (``tiny``) or a random one (``debug``, ``debug-sd3``); None for any other name."""
+    if name in ("tiny", "debug"):
+        return load_tiny() if name == "tiny" else debug_base()
+    if not is_built_in(name):
+        return None
+    from davae.bases.debug_pipelines import small_pipeline
+
+    return small_pipeline(name.removeprefix("debug-"))
+
+
+def is_built_in(name: str) -> bool:
+    """Whether a base comes with davae; of other names, a folder comes before a bundled configuration and the hub."""
+    return name in ("tiny", "debug") or name.startswith("debug-")
+
+
 def load_recipe_base(
     recipe: UpgradeRecipe, *, without: Collection[str] = (), transformer_dtype: torch.dtype | None = None
 ) -> DiffusionPipeline:
@@ -95,11 +111,6 @@ def is_pipeline(name: str, revision: str | None = None) -> bool:
         return bool(_autoencoder_place(name, revision, weights=False)[1])
 
 
-def is_built_in(name: str) -> bool:
-    """Whether a base is embedded or made in code: ``tiny``, ``debug``, ``debug-sd3`` and the like."""
-    return name in ("tiny", "debug") or name.startswith("debug-")
-
-
 def load_base(
     name: str,
     *,
@@ -130,25 +141,20 @@ def load_base(
             and none was chosen; the base has code and ``remote_code`` is off; its weights are pickles; or a revision
             is given for a folder.
     """
-    if is_built_in(name):
-        if name == "tiny":
-            pipe: DiffusionPipeline = load_tiny()
-        elif name == "debug":
-            pipe = debug_base()
-        else:
-            from davae.bases.debug_pipelines import small_pipeline
-
-            pipe = small_pipeline(name.removeprefix("debug-"))
+    pipe = built_in(name)
+    if pipe is not None:
         if transformer_dtype is not None:
             pipe.transformer.to(transformer_dtype)
         pipe = pipe if dtype is None or isinstance(dtype, str) else pipe.to(dtype)
         return _emptied(pipe, without)
-    preset = None if Path(name).exists() else find_preset(name)
+    preset = find_preset(name)
     if preset is not None and preset.pipeline == "ClassConditionalPipeline":
         raise DavaeError(
             f"'{name}' is published as checkpoint files, not as a pipeline: convert them with `davae convert vavae` "
             "and `davae convert lightningdit --vae`, and give the folder; see docs/imagenet.md"
         )
+    if preset is not None:
+        name = preset.name  # on the hub
     options: dict[str, Any] = {"use_safetensors": True}
     if transformer_dtype is not None:
         options["dtype"] = {"transformer": transformer_dtype}

@@ -56,10 +56,10 @@ def inference(
         text=text,
         end_to_end=end_to_end,
     )
+    write_figures(json_file, result.to_json())
     from davae.cli.tables import inference_table
 
     wide_console().print(inference_table(result))
-    write_figures(json_file, result.to_json())
 
 
 @app.command()
@@ -91,10 +91,10 @@ def autoencoder(
         dtype=dtype,
         compile=compile,
     )
+    write_figures(json_file, result.to_json())
     from davae.cli.tables import autoencoder_table
 
     wide_console().print(autoencoder_table(result))
-    write_figures(json_file, result.to_json())
 
 
 @app.command()
@@ -134,7 +134,7 @@ def training(
         repeats=repeats,
         profile=profile,
     )
+    write_figures(json_file, result.to_json())
     from davae.cli.tables import print_training
 
     print_training(wide_console(), result)
-    write_figures(json_file, result.to_json())

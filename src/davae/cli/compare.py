@@ -81,7 +81,7 @@ def autoencoder(
         features=features or (),
         lpips=lpips,
     )
+    write_figures(json_file, result.to_json())
     from davae.cli.tables import comparison_table
 
     wide_console().print(comparison_table(result))
-    write_figures(json_file, result.to_json())

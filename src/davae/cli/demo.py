@@ -7,7 +7,7 @@ import typer
 
 from davae.choices import LAST_SEED
 from davae.cli.options import check_recipe, folder_of, some_images
-from davae.runtime.console import say
+from davae.runtime.console import say, shown
 
 
 def demo(
@@ -29,4 +29,4 @@ def demo(
     from davae.runtime.text_files import read_object
 
     print_demo(read_object(report.parent / "summary.json"))
-    say(f"report: {report}")
+    say(f"report: {shown(report)}")

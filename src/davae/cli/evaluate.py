@@ -61,8 +61,8 @@ def reconstruction(
         dino=dino,
         device=device,
     )
-    print_figures(found.figures(), found.unavailable)
     write_figures(json_file, found.to_json())
+    print_figures(found.figures(), found.unavailable)
     if json_file is not None:
         say(json_file)
 
@@ -135,8 +135,8 @@ def generation(
         device=device,
     )
     if found is not None:
-        print_figures(found.figures(), found.missing())
         write_figures(json_file or out / "evaluation.json", found.to_json())
+        print_figures(found.figures(), found.missing())
         say(json_file or out / "evaluation.json")
 
 

@@ -7,7 +7,7 @@ import typer
 
 from davae.choices import LAST_SEED
 from davae.cli.options import Device, ModelDType, Variant, folder_of
-from davae.runtime.console import say
+from davae.runtime.console import say, shown
 
 
 def generate(
@@ -65,4 +65,4 @@ def generate(
         dtype=dtype,
         variant=variant,
     )
-    say(f"{len(written.files)} images of {written.width} x {written.height} pixels in {out}")
+    say(f"{len(written.files)} images of {written.width} x {written.height} pixels in {shown(out)}")

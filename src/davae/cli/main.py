@@ -35,13 +35,15 @@ from davae.version import __version__
 
 
 class _Verbs(typer.core.TyperGroup):
-    """Reports Ctrl-C as other signals; typer would exit without a message."""
+    """Reports Ctrl-C as other signals, and files that end too early as bugs: typer would exit without a message."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             raise Stopped(signal.SIGINT) from error
+        except EOFError as error:
+            raise RuntimeError("a file ended too early") from error
 
 
 app = typer.Typer(

@@ -37,7 +37,7 @@ def plan(
         batch=batch,
         recipe=recipe,
     )
+    write_figures(json_file, made.to_json())
     from davae.cli.tables import print_plan
 
     print_plan(made)
-    write_figures(json_file, made.to_json())

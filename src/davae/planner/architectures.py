@@ -24,7 +24,7 @@ from torch import nn
 
 import davae.models
 import davae.pipelines
-from davae.bases.tiny import debug_base, load_tiny
+from davae.bases.open import built_in
 from davae.errors import DavaeError, first_line
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA, find_adapter
@@ -208,8 +208,8 @@ def widened_config(transformer: ModelMixin, layout: LatentLayout) -> dict[str, i
 def find_architecture(base: str | Path | DiffusionPipeline) -> Architecture:
     """The architecture of a pipeline, its folder, a bundled configuration's name, or a name on the hub.
 
-    Bundled configurations come first, so that their names need no network; ``tiny`` and ``debug`` are known too. The
-    folder of an autoencoder by itself gives an architecture without a transformer.
+    Names mean what they mean to :func:`davae.bases.open.load_base`; those of bundled configurations need no network.
+    The folder of an autoencoder by itself gives an architecture without a transformer.
 
     Raises:
         DavaeError: nothing of that name, or a pipeline without a transformer.
@@ -217,14 +217,9 @@ def find_architecture(base: str | Path | DiffusionPipeline) -> Architecture:
     if isinstance(base, DiffusionPipeline):
         return _of_pipeline(base, type(base).__name__)
     name = str(base)
-    if name == "tiny":
-        return _of_pipeline(load_tiny(), name)
-    if name == "debug":
-        return _of_pipeline(debug_base(), name)
-    if name.startswith("debug-") and not Path(name).exists():
-        from davae.bases.debug_pipelines import small_pipeline
-
-        return _of_pipeline(small_pipeline(name.removeprefix("debug-")), name)
+    pipe = built_in(name)
+    if pipe is not None:
+        return _of_pipeline(pipe, name)
     preset = find_preset(name)
     if preset is not None:
         return Architecture(

@@ -9,7 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from davae.choices import FrozenDtype, Precision, TuneMode
-from davae.errors import DavaeError
+from davae.errors import DavaeError, first_line
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA, PatchDiscriminator
 from davae.planner.architectures import Architecture, block_runs, cost_by_depth
@@ -224,12 +224,15 @@ def target_counts(transformer: nn.Module, targets: Iterable[str]) -> dict[str, i
 
 
 def forward_cost(transformer: ModelMixin, latent: Tensor, *, text_tokens: int, watch: bool = False) -> Cost:
-    """One forward pass on the meta device; ``latent`` is ``[B, C, h, w]`` in the autoencoder's channels."""
+    """One forward pass on the meta device; ``latent`` is ``[B, C, h, w]`` in the autoencoder's channels, or refused."""
     arguments = dummy_arguments(transformer, latent, torch.Generator(), **_text(text_tokens))
 
     def forward() -> None:
-        with torch.no_grad():
-            transformer(**arguments)
+        try:
+            with torch.no_grad():
+                transformer(**arguments)
+        except ValueError as error:  # such as diffusers' limit of positions
+            raise DavaeError(f"{type(transformer).__name__}: {first_line(error)} Try another resolution") from error
 
     return cost_of(forward, given=[*transformer.parameters(), *transformer.buffers()], watch=watch)
 

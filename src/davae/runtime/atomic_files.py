@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from davae.errors import DavaeError
+from davae.runtime.text_files import whole_text
 
 LOCK, MARK = ".davae.lock", ".davae"
 """Files in folders that are written incrementally: the lock, and the folder's kind."""
@@ -44,7 +45,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         path: the file; its folder is created if absent. Symbolic links are followed. A device or a pipe
             (``/dev/stdout``) is written to directly.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # `resolve` raises for links in a circle
     if path.exists() and not path.is_file():
         yield path
         return
@@ -57,16 +58,18 @@ def atomic_file(path: Path) -> Iterator[Path]:
         partial.chmod(mode)
         flush(partial)
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            error.filename = str(path)  # a full disk names no file
         partial.unlink(missing_ok=True)
         raise
     flush(path.parent)
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Write text (as UTF-8) or bytes through :func:`atomic_file`."""
+    """Write text (as UTF-8, see :func:`whole_text`) or bytes through :func:`atomic_file`."""
     with atomic_file(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(whole_text(content).encode() if isinstance(content, str) else content)
 
 
 def atomic_json(path: Path, value: Any) -> None:
@@ -93,7 +96,7 @@ def atomic_folder(path: Path, *, replace: bool = True, keep: Callable[[], Collec
     Raises:
         DavaeError: another process writes the folder, or it is not empty and may not be replaced.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     in_place = path.is_dir() and is_free(path) and (bool(os.listdir(path)) or _must_stay(path))
     if not in_place:
         make_folder(path.parent)

@@ -49,15 +49,18 @@ def wide_console() -> PlainConsole:
 
 
 def say(*texts: object) -> None:
-    """Print texts to standard output, one per line; newlines in a path are escaped."""
+    """Print texts to standard output, one per line; newlines in a path are escaped. Nothing if it is closed."""
     for text in texts:
-        sys.stdout.write((shown(text) if isinstance(text, Path) else printable(str(text))) + "\n")
+        if sys.stdout is not None:
+            sys.stdout.write((shown(text) if isinstance(text, Path) else printable(str(text))) + "\n")
 
 
 def track(values: Iterable[T], name: str, *, total: int, disable: bool = False) -> Iterable[T]:
-    """Iterate over values with a progress bar that disappears at the end."""
+    """Iterate over values with a progress bar that disappears at the end, where standard error is a terminal."""
+    console = PlainConsole(stderr=True)
     label = escape(shown(name))
-    return progress.track(values, label, total=total, transient=True, disable=disable, console=PlainConsole())
+    disable = disable or not console.is_terminal
+    return progress.track(values, label, total=total, transient=True, disable=disable, console=console)
 
 
 def tell(text: str, *, style: str = "") -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from davae.errors import DavaeError, first_line
 from davae.latents.statistics import check_statistics
-from davae.runtime.text_files import plain_json, read_json
+from davae.runtime.text_files import open_regular, plain_json, read_json
 
 _logger = logging.getLogger(__name__)
 _WEIGHTS = re.compile(
@@ -28,6 +28,8 @@ _OTHER_PARTS = {
     "lm_head", "decoder", "vision_model", "visual", "vision_tower", "multi_modal_projector", "visual_projection",
     "text_projection", "logit_scale", "logit_bias", "score", "classifier", "cls", "pooler",
 }  # fmt: skip
+_NAME_A_CLASS = {"config.json", "model_index.json", "scheduler_config.json"}
+_CLASS_KEYS = {"_class_name", "model_type", "architectures", "architecture"}
 _NAMED = 4  # keys in a message
 
 
@@ -199,20 +201,24 @@ def check_descriptions(folder: Path) -> None:
 
     Raises:
         DavaeError: one is no JSON object in plain UTF-8, or an index names no files for its weights; the file is named.
+        OSError: one cannot be read.
     """
     for file in sorted(folder.glob("*.json")):
         is_index = ".safetensors.index" in file.name
         if not (is_index or file.name == "model_index.json" or file.name.endswith("config.json")):
             continue
         try:
-            found = plain_json(file.read_bytes().decode())
+            with open_regular(file) as opened:
+                found = plain_json(opened.read().decode())
             wrong = None if isinstance(found, dict) else "no JSON object"
+            if wrong is None and file.name in _NAME_A_CLASS and not _CLASS_KEYS & found.keys():
+                wrong = "it names no class"
             if is_index and wrong is None:
                 listed = found.get("weight_map")
                 names = list(listed.values()) if isinstance(listed, dict) and listed else [None]
                 if not all(isinstance(name, str) and name and Path(name).name == name for name in names):
                     wrong = "its weight_map does not say the file of each weight"
-        except (OSError, ValueError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             wrong = f"not JSON in UTF-8 without a byte-order mark: {first_line(error)}"
         if wrong is not None:
             raise DavaeError(f"{file} is damaged ({wrong}): copy or save it again")

@@ -31,7 +31,7 @@ TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 _IMAGE_NAMES = ("image", "img", "images", "jpg", "jpeg", "png", "webp", "picture", "photo")
 _DAMAGE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError),
-    *(NotImplementedError, struct.error),
+    *(NotImplementedError, RecursionError, struct.error),
 )
 _COMMIT = re.compile(r"[/\\]([0-9a-f]{40})[/\\]")
 

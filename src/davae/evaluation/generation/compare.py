@@ -81,9 +81,12 @@ def open_reference(name: str, *, limit: int | None = None) -> Reference:
     """A reference by name: an ``.npz`` of statistics, or images as in a recipe's ``data.path``.
 
     Raises:
-        DavaeError: the statistics cannot be read.
+        DavaeError: the statistics cannot be read, or there are no images.
     """
-    return Reference(name, load_statistics(name) if Path(name).suffix == ".npz" else None, limit)
+    if Path(name).suffix == ".npz":
+        return Reference(name, load_statistics(name))
+    open_dataset(name, resolution=8, quiet=True)  # tried before images are generated, and opened at their size later
+    return Reference(name, None, limit)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from davae.bases.open import load_base
+from davae.bases.open import is_built_in, load_base
 from davae.errors import DavaeError
 from davae.evaluation.features import TextImageNetwork
 from davae.evaluation.features.open import open_networks, or_unavailable
@@ -18,6 +18,7 @@ from davae.evaluation.generation.baselines import generate_variants
 from davae.evaluation.generation.compare import GenerationReport, compare_generation, open_reference
 from davae.evaluation.generation.image_run import RunSettings, write_geneval_folder
 from davae.evaluation.metrics.names import CLIP_SCORE
+from davae.pipelines.saving.opening import pipeline_place
 from davae.runtime.console import track
 from davae.runtime.devices import chosen_device, named_dtype
 from davae.runtime.places import check_place, safe_name
@@ -77,6 +78,9 @@ def evaluate_generation(
     """
     precision, wanted = named_dtype(dtype), chosen_device(device)
     check_place(out, "generation")
+    for name in (str(pipeline), *([] if base is None else [base]), *(beside or {}).values()):
+        if not is_built_in(name):
+            pipeline_place(name)
     compared = open_reference(str(reference), limit=reference_images)
     # Waiting for the slowest process may take hours; torch would give up after minutes.
     state = start_processes(cpu=device == "cpu", timeout=timedelta(days=7))
@@ -87,10 +91,10 @@ def evaluate_generation(
         networks = open_networks(["inception"] if features is None else features, where, unavailable)
         if clip is not None:
             clip_network = or_unavailable(CLIP_SCORE, lambda: TextImageNetwork(clip, device=where), unavailable)
-        if save_statistics is not None and (len(networks) != 1 or compared.moments is not None):
+        if save_statistics and (len(networks) != 1 or compared.moments or save_statistics.suffix != ".npz"):
             raise DavaeError(
-                "--save-statistics writes the moments of reference images by one feature network: give images as the "
-                "reference, and one --features that can be had"
+                "--save-statistics writes the moments of reference images by one feature network to a .npz file: give "
+                "images as the reference, and one --features that can be had"
             )
         for name, reason in unavailable.items():
             logger.warning("%s will not be measured: %s", name, reason)

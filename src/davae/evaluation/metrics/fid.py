@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import atomic_file, file_hash
+from davae.runtime.text_files import open_regular
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def load_statistics(file: str | Path) -> Gaussian:
     """
     path = Path(file)
     try:
-        with np.load(path, allow_pickle=False) as found:
+        with open_regular(path) as opened, np.load(opened, allow_pickle=False) as found:
             missing = [name for name in ("mu", "sigma") if name not in found]
             if missing:
                 raise DavaeError(
@@ -148,7 +150,7 @@ def load_statistics(file: str | Path) -> Gaussian:
                 )
             mean, covariance = (torch.from_numpy(np.asarray(found[k], np.float64)) for k in ("mu", "sigma"))
             count = int(found["count"]) if "count" in found else None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, DavaeError):
             raise
         raise DavaeError(f"cannot read statistics from {path}: {error}") from error

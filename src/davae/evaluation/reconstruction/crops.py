@@ -16,6 +16,7 @@ from torch import Tensor
 from davae.data import FolderSource, decode_image, image_to_tensor
 from davae.errors import DavaeError
 from davae.runtime.text_files import read_text
+from davae.runtime.weight_files import about_file
 
 FINE_TEXTURE = "fine texture"
 SMALLEST_SIDE = 16
@@ -65,14 +66,14 @@ def folder_crops(folder: Path, unit: int) -> Iterator[Tensor]:
     """
     source = FolderSource(folder, split=None)
     for index in range(len(source)):
-        with source.open(index) as file:
-            image = image_to_tensor(decode_image(file))
-        height, width = (side // unit * unit for side in image.shape[-2:])
-        if not height or not width:
-            raise DavaeError(
-                f"{folder}: {source.id(index)} has {image.shape[-1]} x {image.shape[-2]} pixels, less than the "
-                f"{unit} of one latent position"
-            )
+        with about_file(folder / source.id(index)):
+            with source.open(index) as file:
+                image = image_to_tensor(decode_image(file))
+            height, width = (side // unit * unit for side in image.shape[-2:])
+            if not height or not width:
+                raise DavaeError(
+                    f"{image.shape[-1]} x {image.shape[-2]} pixels, less than the {unit} of one latent position"
+                )
         top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
         yield image[None, :, top : top + height, left : left + width]
 
@@ -93,7 +94,8 @@ class Box:
         Raises:
             DavaeError: the box reaches out of the image, or the image has no room for it.
         """
-        image = image_to_tensor(decode_image(self.file))  # [3, H, W]
+        with about_file(self.file):
+            image = image_to_tensor(decode_image(self.file))  # [3, H, W]
         height, width = image.shape[-2:]
         if self.right > width or self.bottom > height:
             raise DavaeError(

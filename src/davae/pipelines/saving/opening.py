@@ -33,6 +33,9 @@ from davae.runtime.model_files import by_component, check_descriptions, chosen_v
 from davae.runtime.text_files import read_object
 
 LAYERS_FILE = "davae_adapter.safetensors"
+_NO_VOCABULARY = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}
+_OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EMFILE)  # nothing is damaged
+_NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
 
 def load_pipeline(folder_or_repo: str | Path, **options: Any) -> DiffusionPipeline:
@@ -286,7 +289,7 @@ def hub_name(what: str, name: str) -> str:
 
 @contextmanager
 def opening(what: str, path_or_repo: str, *, passed: Collection[str] = ()) -> Iterator[None]:
-    """Turn what diffusers raises while ``what`` is opened into a DavaeError; that of a full disk is raised unchanged.
+    """Turn what diffusers raises while ``what`` is opened into a DavaeError; a full disk or a lacking permission stays.
 
     Args:
         what: such as ``pipeline``.
@@ -306,9 +309,9 @@ def opening(what: str, path_or_repo: str, *, passed: Collection[str] = ()) -> It
         unknown_class = text.startswith("module diffusers has no attribute") or "` has no class `" in text
         if (
             isinstance(error, DavaeError)
-            or getattr(error, "errno", None) == errno.ENOSPC
+            or getattr(error, "errno", None) in _OF_THE_SYSTEM
             or (isinstance(error, AttributeError) and not unknown_class)
-            or (isinstance(error, ValueError) and not (unknown_class or isinstance(error, json.JSONDecodeError)))
+            or (isinstance(error, ValueError) and not (unknown_class or isinstance(error, _NOT_JSON)))
         ):
             raise
         reason = first_line(error)
@@ -344,11 +347,15 @@ def _check_components(what: str, folder: Path, passed: Collection[str]) -> None:
         if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
         if not name.startswith("_") and name not in passed
     ]
-    missing = [name for name in named if not (folder / name).is_dir()]
+    missing = [f"{name}/" for name in named if not (folder / name).is_dir()]
+    for name in named:
+        files = {file.name for file in (folder / name).glob("*") if file.is_file()}
+        if "Tokenizer" in parts[name][1] and files and files <= _NO_VOCABULARY:
+            missing.append(f"the vocabulary in {name}/")
     if missing:
         raise DavaeError(
-            f"the {what} in {folder} lacks {', '.join(f'{name}/' for name in missing)}, which its model_index.json "
-            "names: copy or save it again"
+            f"the {what} in {folder} lacks {', '.join(missing)}, which its model_index.json names: copy or save it "
+            "again"
         )
     for name in named:
         check_descriptions(folder / name)

@@ -9,6 +9,7 @@ from typing import Any
 
 from davae.errors import DavaeError
 from davae.pipelines.saving.opening import LAYERS_FILE
+from davae.recipes.presets import find_preset
 from davae.runtime.atomic_files import atomic_json, copy_file
 from davae.runtime.text_files import read_json, read_object
 
@@ -34,7 +35,9 @@ _OF_WORDS = ("tokenizer.json", "vocab.json", "added_tokens.json")  # a token may
 
 
 def public_name(name: str) -> str:
-    """A hub name unchanged; for a local folder the last part of its path."""
+    """A name on the hub, that of a bundled configuration too; for a local folder the last part of its path."""
+    if (preset := find_preset(name)) is not None:
+        return preset.name
     is_folder = _IS_PATH.fullmatch(name) or re.search(r"\\|/.*/|^\.", name) or (name and Path(name).exists())
     return _last_part(_PLACES.sub(_public_place, name)) if is_folder else name
 

@@ -5,6 +5,7 @@ One JSON file per pipeline. ``transformer``, ``vae`` and ``text_encoders`` are t
 """
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -68,7 +69,9 @@ def preset_names() -> list[str]:
 
 
 def find_preset(name: str) -> Preset | None:
-    """The preset of a short name or of a name on the hub (in any case); None if there is none."""
+    """The preset of a short name or of a name on the hub, in any case; None if there is none or if a path has it."""
+    if os.path.exists(name):
+        return None
     wanted = name.lower()
     for preset in _presets():
         if wanted in (preset.key, preset.name.lower()):

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from davae.bases.open import load_base, load_recipe_autoencoder
+from davae.bases.open import is_built_in, load_base, load_recipe_autoencoder
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import ClassFamily, find_family
@@ -21,7 +21,7 @@ from davae.training.autoencoder.train import train_levels
 from davae.training.base.train import check_divides, train_base
 from davae.training.base.train import dry_run_base as describe_base_run
 from davae.training.checkpoints.checkpoint import checkpoints
-from davae.training.data import check_images
+from davae.training.data import bucket_sizes, check_images
 from davae.training.diffusion.train import train_transformer
 from davae.training.loop.loop import TrainResult
 
@@ -127,6 +127,7 @@ def check_upgrade(recipe: UpgradeRecipe, section: str, *, without_images: bool =
             if isinstance(family, ClassFamily):
                 family.check_interval(recipe.diffusion.sample.guidance_interval)
         check_divides(data.resolution, side)
+        bucket_sizes(data, side)
     if _is_there(data.path) or not without_images:
         check_images(data, captions_for=captions_for)
 
@@ -137,12 +138,13 @@ def _is_there(path: str) -> bool:
 
 def _known_architecture(base: str) -> Architecture | None:
     """The architecture of a base whose configuration is on this machine; ``None`` if it would have to be downloaded."""
+    if is_built_in(base) or find_preset(base) is not None:
+        return find_architecture(base)
     folder = Path(base).expanduser()
-    if folder.is_dir():
-        alone = (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
-        return find_architecture(folder if alone else pipeline_place(folder))
-    known = base in ("tiny", "debug") or base.startswith("debug-") or find_preset(base) is not None
-    return find_architecture(base) if known else None
+    if not folder.is_dir():
+        return None
+    alone = (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+    return find_architecture(folder if alone else pipeline_place(folder))
 
 
 def _compression(architecture: Architecture) -> int:
