@@ -120,6 +120,22 @@ def test_settings_that_fail_late_are_told_before_the_base(
     check_upgrade(_recipe([*wrong.split(), right], recipe), section)
 
 
+@pytest.mark.parametrize("name", ["lpips", "dino"])
+@pytest.mark.parametrize("installed", [True, False])
+def test_networks_of_losses_are_asked_for_before_the_base(
+    name: str, installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("davae.recipes.checks._is_installed", lambda _: installed)
+    wrong = f"autoencoder.reconstruction.{name}_weight=1"
+    missing = f"{name}_backbone, which is not set" if installed or name == "dino" else "LPIPS, which is not installed"
+    with pytest.raises(DavaeError, match=missing) as refused:
+        check_upgrade(_recipe([wrong]), "autoencoder")
+    check_upgrade(_recipe([wrong]), "autoencoder", without_images=True)  # a dry run counts without them
+    right = _settings(str(refused.value))
+    assert f"autoencoder.reconstruction.{name}_weight=0" in right
+    check_upgrade(_recipe([wrong, *right]), "autoencoder")
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from davae.models import AutoencoderDA
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import UpgradeRecipe
 from davae.training.checkpoints.checkpoint import checkpoints, plain_values
+from davae.training.checkpoints.run_directory import RunDirectory
 from davae.training.loop.loop import TrainResult
 from davae.training.runs.train import train_autoencoder, train_diffusion
 from davae.warm_start import channel_parameters
@@ -210,15 +212,64 @@ def test_settings_that_change_nothing_learnt_may_change(place: Path, caplog: pyt
     assert "diffusion.loop.steps: 2 -> 4" in caplog.text
 
 
-@pytest.mark.parametrize("setting", ["diffusion.loop.seed=1", "diffusion.tune.mode=lora", "data.crop=random"])
-def test_settings_of_what_is_learnt_may_not_and_the_advice_works(setting: str, place: Path) -> None:
-    with pytest.raises(DavaeError, match=setting.partition("=")[0].replace(".", r"\.")) as refused:
-        _stage2(setting)
+@contextmanager
+def _nothing_opens() -> Iterator[None]:
+    """Neither images nor a base."""
+    with pytest.MonkeyPatch.context() as closed:
+        for name in ("check_images", "load_recipe_base"):
+            closed.setattr(f"davae.training.runs.train.{name}", lambda *_, **__: pytest.fail("opened"))
+        yield
+
+
+@pytest.mark.parametrize(
+    ("setting", "fits"),
+    [
+        ("diffusion.loop.seed=1", True),
+        ("data.crop=random", True),
+        ("diffusion.tune.mode=lora", False),
+        ("autoencoder.loop.ema_decay=0.5", True),
+        ("autoencoder.reconstruction.gan.weight=1", True),
+        ("autoencoder.model.detail_channels=16", False),
+        ("autoencoder.model.scale=4", False),
+    ],
+)
+def test_settings_of_what_is_learnt_may_not_and_the_advice_works(setting: str, fits: bool, place: Path) -> None:
+    """Told before images or weights are opened; ``start_from`` is advised where the weights fit."""
+    section = setting.partition(".")[0].replace("data", "diffusion")
+    run = {"autoencoder": "stage1", "diffusion": "stage2"}[section]
+    again = _stage1 if run == "stage1" else _stage2
+    key, _, value = setting.partition("=")
+    with _nothing_opens(), pytest.raises(DavaeError, match=f"{re.escape(key)}: .* -> {value}") as refused:
+        again(setting)
     message = str(refused.value)
     assert "remove" not in message
-    assert "diffusion.start_from=stage2" in message
-    if "lora" not in setting:
-        _stage2(setting, "diffusion.start_from=stage2", out="another")
+    advice = f"{section}.start_from={run}"
+    assert (advice in message) == fits
+    recipe = _recipe("base=base", "data.path=photos", setting, *([advice] if fits else []))
+    if run == "stage1":
+        train_autoencoder(recipe, Path("another"))
+    else:
+        train_diffusion(recipe, Path("another"), Path("stage1") / "autoencoder")
+
+
+def test_a_level_below_is_compared_before_anything_is_opened(place: Path) -> None:
+    """Where the run was stopped before its last level began."""
+    nested = ["autoencoder.model.scale=4", "autoencoder.model.detail_channels=[8,8]", "data.resolution=64"]
+    RunDirectory(
+        Path("nested/level-1"), _recipe("data.path=photos", *nested).model_dump(mode="json") | {"level": 1}
+    ).begin()
+    refused = pytest.raises(DavaeError, match=r"nested/level-1 holds a run with other settings .*loop\.seed: 0 -> 5")
+    with _nothing_opens(), refused:
+        train_autoencoder(_recipe("data.path=photos", *nested, "autoencoder.loop.seed=5"), Path("nested"))
+
+
+def test_fewer_steps_than_were_made_are_refused(place: Path) -> None:
+    """The result would be called one of fewer steps. The run's settings stay as they are."""
+    before = Path("stage2/config.yaml").read_text()
+    with pytest.raises(DavaeError, match=r"has made 2 steps already.*set diffusion\.loop\.steps=2 or higher"):
+        _stage2("diffusion.loop.steps=1")
+    assert Path("stage2/config.yaml").read_text() == before
+    assert _stage2("diffusion.loop.steps=2").steps == 2
 
 
 def test_moments_follow_their_weights_when_groups_change(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

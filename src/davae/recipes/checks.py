@@ -37,6 +37,29 @@ def check_settings(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str
         _check_backbones(reconstruction, section)
 
 
+def check_backbones(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str) -> None:
+    """Check that the networks of a stage's losses are installed and given; a dry run does without.
+
+    Raises:
+        DavaeError: one is not; the message names its keys.
+    """
+    settings: ReconstructionSettings | None = getattr(getattr(recipe, section), "reconstruction", None)
+    if settings is None:
+        return
+    keys = f"{section}.reconstruction"
+    if settings.lpips_weight and not _is_installed("lpips"):
+        raise DavaeError(
+            f"{keys}.lpips_weight needs LPIPS, which is not installed: `pip install 'davae[lpips]'`, or set "
+            f"{keys}.lpips_weight=0, perhaps with {keys}.laplacian_weight=1, which has no requirements"
+        )
+    for name in ("lpips", "dino"):
+        if getattr(settings, f"{name}_weight") and getattr(settings, f"{name}_backbone") is None:
+            raise DavaeError(
+                f"{keys}.{name}_weight needs {keys}.{name}_backbone, which is not set: give it, or set "
+                f"{keys}.{name}_weight=0"
+            )
+
+
 def check_start(start: str | None, key: str) -> None:
     """Check that the folder of a ``start_from`` setting exists; what may be a name on the hub is looked up later.
 

@@ -58,7 +58,7 @@ class DataSettings(ImageSettings):
     cache: Annotated[str | None, MAY_CHANGE] = None
     """Diffusion stage, or a base recipe with ``start_from``: folder that ``davae cache`` wrote; latents and embeddings
     are read from it."""
-    cache_dtype: StorageDtype = "float32"
+    cache_dtype: Annotated[StorageDtype, MAY_CHANGE] = "float32"
     """Storage type of a cache; with float32 training gives the same losses as from images."""
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from davae.data.cache.shards import MAKE_AGAIN
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import atomic_file, atomic_json, remove_file
 from davae.runtime.text_files import plain_json
@@ -115,14 +116,17 @@ class Fingerprint:
             found = cls(saved["facts"], sources)
             same = found.hash == saved["hash"]
         except FileNotFoundError as error:
+            name = Path(error.filename).name
+            if name != "fingerprint.json":
+                raise DavaeError(f"the cache {folder} lacks {name}: {MAKE_AGAIN}") from error
             raise DavaeError(
-                f"{folder} is no cache of latents: there is no {Path(error.filename).name}. "
-                f"`davae cache --out {folder}` makes one"
+                f"{folder} is no cache of latents: there is no {name}. `davae cache --out {folder}` with the recipe "
+                "and options of the training makes one"
             ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DavaeError(f"the fingerprint of the cache {folder} cannot be read: {error}") from error
+            raise DavaeError(f"the fingerprint of the cache {folder} cannot be read ({error}): {MAKE_AGAIN}") from error
         if not same:
-            raise DavaeError(f"the fingerprint of the cache {folder} was changed by hand; make the cache again")
+            raise DavaeError(f"the fingerprint of the cache {folder} was changed by hand: {MAKE_AGAIN}")
         return found
 
     def _source_differences(self, wanted: Fingerprint) -> list[str]:

@@ -15,7 +15,7 @@ from davae.recipes.settings import AutoencoderModelSettings, AutoencoderSettings
 from davae.training.autoencoder.stage import AutoencoderStage
 from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.checkpoints.foundations import model_hash
-from davae.training.checkpoints.run_directory import base_facts, data_facts
+from davae.training.checkpoints.run_directory import RunDirectory, base_facts, data_facts
 from davae.training.data import open_part, open_training_part
 from davae.training.loop.loop import TrainResult, train
 
@@ -63,6 +63,20 @@ def train_levels(recipe: UpgradeRecipe, base: Any, out: Path) -> TrainResult:
             torch.manual_seed(recipe.autoencoder.loop.seed)
     assert vae is not None
     return _train(recipe, base, vae, out, weights)
+
+
+def check_levels(recipe: UpgradeRecipe, out: Path) -> None:
+    """Check, before images and weights are opened, that :func:`train_levels` may go on in ``out``.
+
+    Raises:
+        DavaeError: a run there, or that of a lower level, has other settings.
+    """
+    plain, others = recipe.model_dump(mode="json"), AutoencoderStage.other_sections
+    if RunDirectory(out, plain, other_sections=others).config.is_file():
+        return  # the levels below stay as they are
+    for config in sorted(out.glob("level-[0-9]/config.yaml")):
+        level = int(config.parent.name.removeprefix("level-"))
+        RunDirectory(config.parent, plain | {"level": level}, other_sections=others)
 
 
 def new_level(base: Any, model: AutoencoderModelSettings, detail_channels: int) -> AutoencoderDA:

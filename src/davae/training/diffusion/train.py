@@ -1,6 +1,7 @@
 """Stage 2 of an upgrade: the base pipeline, widened to the trained autoencoder's latents, is tuned on them."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,11 +17,25 @@ from davae.training.cache.fingerprint import pipeline_parts
 from davae.training.cache.write import open_cache
 from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.checkpoints.foundations import model_hash
-from davae.training.checkpoints.run_directory import base_facts, data_facts
+from davae.training.checkpoints.run_directory import RunDirectory, base_facts, data_facts
 from davae.training.data import open_part, open_training_part
 from davae.training.diffusion.stage import DiffusionStage
 from davae.training.diffusion.tuning import started_from
 from davae.training.loop.loop import TrainResult, train
+
+
+def check_transformer(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> None:
+    """Check, before images and weights are opened, that :func:`train_transformer` may go on in ``out``.
+
+    Raises:
+        DavaeError: the run there has other settings.
+    """
+    RunDirectory(out, _plain(recipe, autoencoder), other_sections=DiffusionStage.other_sections)
+
+
+def _plain(recipe: UpgradeRecipe, autoencoder: Path) -> dict[str, Any]:
+    """What the run stores as its recipe."""
+    return recipe.model_dump(mode="json") | {"autoencoder_folder": str(autoencoder)}
 
 
 def train_transformer(recipe: UpgradeRecipe, base: DiffusionPipeline, out: Path, autoencoder: Path) -> TrainResult:
@@ -65,6 +80,6 @@ def train_transformer(recipe: UpgradeRecipe, base: DiffusionPipeline, out: Path,
     )
     stage.foundations = weights
     stage.facts = base_facts(recipe, base) | data_facts(data, held_out)
-    result = train(stage, out, recipe.model_dump(mode="json") | {"autoencoder_folder": str(autoencoder)})
+    result = train(stage, out, _plain(recipe, autoencoder))
     assert result is not None
     return result

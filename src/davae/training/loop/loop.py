@@ -138,7 +138,10 @@ class _Training:
             self._prepare()
             self.writer = opened.enter_context(
                 CheckpointWriter(
-                    self.directory.checkpoints, keep=self.loop.checkpoints_total_limit, best_mode=self.loop.best_mode
+                    self.directory.checkpoints,
+                    keep=self.loop.checkpoints_total_limit,
+                    best_metric=self.loop.best_metric,
+                    best_mode=self.loop.best_mode,
                 )
             )
             self.stop = opened.enter_context(StopRequest(quiet=not self.main))
@@ -254,6 +257,7 @@ class _Training:
 
         # The optimizer steps; a bad one changes nothing, in any process.
         latents = torch.cat(finite) if finite else None
+        verdicts = []
         for i, trainer in enumerate(self.trainers):
             trained = trainer.trained
             for part in losses[i]:
@@ -261,6 +265,7 @@ class _Training:
             good = self.guard.check(
                 step + 1, trained.name, losses[i], ids, trainer.names, trainer.norms(), norms[i], self._agreed, latents
             )
+            verdicts.append(good)
             kept[i].restore_unless(good)
             trainer.step(learning_rate(trained.optimizer, step, loop.steps), good)
 
@@ -268,7 +273,7 @@ class _Training:
         if accelerator.scaler is not None:
             accelerator.scaler.update()
         if self.ema is not None:
-            self.ema.update()
+            self.ema.update(verdicts[0])
         return batch
 
     def _draws(self) -> AbstractContextManager[Any]:
@@ -378,6 +383,12 @@ class _Training:
     def _resume(self) -> int:
         """Restore the newest whole checkpoint; returns its step, or 0 if there is none."""
         step = self.state.restore(self.directory.checkpoints)  # or refuses, and the run's files stay as they are
+        if step > self.loop.steps:
+            key = f"{self.stage.section}.loop.steps".lstrip(".")
+            raise DavaeError(
+                f"{self.out} has made {step} steps already, more than {key}={self.loop.steps}: set {key}={step} or "
+                "higher, or choose another --out"
+            )
         if self.main:
             self.directory.begin()
         if step:
