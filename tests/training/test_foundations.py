@@ -350,13 +350,41 @@ def test_stage_2_starts_from_adapters(place: Path) -> None:
     [
         ("nowhere", "diffusion.start_from: there is no folder nowhere"),
         ("stage1/nowhere", "diffusion.start_from: there is no folder stage1/nowhere"),
-        ("photos", "photos holds no pipeline"),
-        ("stage1", "stage1 holds no pipeline"),
+        ("photos", "diffusion.start_from: there is no result of this stage in photos"),
+        ("stage1", "diffusion.start_from: there is no result of this stage in stage1"),
+        ("stage2", "autoencoder.start_from: there is no result of this stage in stage2"),
+        ("unfinished", "diffusion.start_from: there is no result of this stage in unfinished; give a finished run"),
+        ("unfinished", "autoencoder.start_from: there is no result of this stage in unfinished; give a finished run"),
+        ("stage1/autoencoder/config.json", "autoencoder.start_from: there is no result"),
     ],
 )
-def test_a_start_that_is_none_is_told(start: str, message: str, place: Path) -> None:
-    with pytest.raises(DavaeError, match=re.escape(message)):
-        _stage2(f"diffusion.start_from={start}", out="other")
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_start_that_is_none_is_told(start: str, message: str, mode: str, place: Path) -> None:
+    """Before the base is loaded."""
+    for run in ("stage1", "stage2"):
+        shutil.copytree(f"{run}/checkpoints", f"unfinished/{run}/checkpoints")
+    section = message.partition(".")[0]
+    recipe = _recipe(f"{section}.start_from={start}", f"diffusion.tune.mode={mode}")
+    with pytest.MonkeyPatch.context() as closed, pytest.raises(DavaeError, match=re.escape(message)):
+        closed.setattr("davae.training.runs.train.load_recipe_base", lambda *_, **__: pytest.fail("opened"))
+        if section == "diffusion":
+            train_diffusion(recipe, Path("other"), Path("stage1/autoencoder"))
+        else:
+            train_autoencoder(recipe, Path("other"))
+
+
+def test_a_start_of_another_base_names_its_setting(place: Path) -> None:
+    with pytest.raises(DavaeError, match=r"^autoencoder\.start_from: the autoencoder's base has other layers"):
+        train_autoencoder(_recipe("base=tiny", "autoencoder.start_from=stage1"), Path("other"))
+
+
+def test_a_start_may_lie_in_the_home_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave the tilde of ``key=~/folder`` as it is."""
+    monkeypatch.setenv("HOME", str(place))
+    _stage2("diffusion.start_from=~/stage2", out="other")
+    train_autoencoder(
+        _recipe("base=base", "data.path=photos", "autoencoder.start_from=~/stage1/autoencoder"), Path("o")
+    )
 
 
 def test_a_transformer_of_another_width_is_told(place: Path) -> None:

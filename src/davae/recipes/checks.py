@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from davae.errors import DavaeError
@@ -60,19 +61,24 @@ def check_backbones(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: st
             )
 
 
-def check_start(start: str | None, key: str) -> None:
-    """Check that the folder of a ``start_from`` setting exists; what may be a name on the hub is looked up later.
+def check_start(start: str | None, key: str, files: Sequence[str]) -> None:
+    """Check that a ``start_from`` setting leads to a result; what may be a name on the hub is looked up later.
 
     Args:
         start: the setting's value.
         key: its dotted name, for the error.
+        files: names below the folder, of which a result, or a run with one, has one at least.
 
     Raises:
-        DavaeError: there is no such folder.
+        DavaeError: there is no such folder, or no result in it.
     """
-    if start is None or Path(start).expanduser().exists() or is_on_hub(start):
+    if start is None or is_on_hub(start):
         return
-    raise DavaeError(f"{key}: there is no folder {start}; give a finished run, or the folder of its result")
+    folder = Path(start).expanduser()
+    if any((folder / file).is_file() for file in files):
+        return
+    what = f"no result of this stage in {start}" if folder.exists() else f"no folder {start}"
+    raise DavaeError(f"{key}: there is {what}; give a finished run, or the folder of its result")
 
 
 def check_trackers(loop: LoopSettings, section: str) -> None:

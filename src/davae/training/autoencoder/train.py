@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from davae.errors import DavaeError
+from davae.errors import DavaeError, named
 from davae.models import AutoencoderDA
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.pipelines.upgrade import layout_over
@@ -96,9 +96,11 @@ def _start(settings: AutoencoderSettings, base_vae: Any) -> AutoencoderDA | None
     start, model = settings.start_from, settings.model
     if start is None:
         return None
-    inside = Path(start).expanduser() / "autoencoder"
-    vae = load_autoencoder(inside if inside.is_dir() else start)
-    layout_over(base_vae, vae)  # raises if the base is another one
+    folder = Path(start).expanduser()
+    places = (place for place in (folder / "autoencoder", folder) if place.is_dir())
+    with named("autoencoder.start_from"):
+        vae = load_autoencoder(next(places, start))
+        layout_over(base_vae, vae)  # raises if the base is another one
     levels = len(base_vae.levels) - 1 if isinstance(base_vae, AutoencoderDA) else 0
     found = [level.own_layout.detail_channels for level in vae.autoencoders()][levels:]
     wanted = _channels(model)

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 
 from davae.data import ItemDataset
 from davae.data.cache import weights_hash
+from davae.errors import named
 from davae.models.lightningdit import restarted
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.saving.opening import load_autoencoder
@@ -60,7 +61,8 @@ def train_transformer(recipe: UpgradeRecipe, base: DiffusionPipeline, out: Path,
         encoders = pipeline_parts(base, "text_encoder")
         weights |= {f"the base's {name}": weights_hash(encoder) for name, encoder in encoders}
     if settings.start_from is not None and not checkpoints(out / "checkpoints"):
-        pipeline = started_from(settings.start_from, pipeline, base, settings.tune.mode)
+        with named("diffusion.start_from"):
+            pipeline = started_from(settings.start_from, pipeline, base, settings.tune.mode)
     if data.cache:
         train_set: ItemDataset = open_cache(data, vae, base, text_length=settings.prompts.max_length)
     else:

@@ -10,7 +10,7 @@ from davae.bases.open import load_base, load_recipe_base
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import ClassFamily, find_family
-from davae.pipelines.saving.opening import pipeline_place
+from davae.pipelines.saving.opening import LAYERS_FILE, pipeline_place
 from davae.planner.architectures import Architecture, find_architecture
 from davae.planner.recipes import dry_run as describe_run
 from davae.recipes.checks import check_backbones, check_settings, check_start
@@ -90,7 +90,7 @@ def train_autoencoder(recipe: UpgradeRecipe, out: Path) -> TrainResult:
     """Stage 1 into ``out/autoencoder``. Continues from the newest checkpoint in ``out``."""
     check_levels(recipe, out)
     check_upgrade(recipe, "autoencoder")
-    check_start(recipe.autoencoder.start_from, "autoencoder.start_from")
+    check_start(recipe.autoencoder.start_from, "autoencoder.start_from", ("config.json", "autoencoder/config.json"))
     return train_levels(recipe, load_recipe_base(recipe), out)
 
 
@@ -99,7 +99,8 @@ def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Trai
     check_transformer(recipe, out, autoencoder)
     check_upgrade(recipe, "diffusion")
     if not checkpoints(out / "checkpoints"):  # a resumed run has its own weights
-        check_start(recipe.diffusion.start_from, "diffusion.start_from")
+        places = ("model_index.json", "pipeline/model_index.json", LAYERS_FILE, f"adapters/{LAYERS_FILE}")
+        check_start(recipe.diffusion.start_from, "diffusion.start_from", places)
     base = load_recipe_base(recipe, transformer_dtype=getattr(torch, recipe.diffusion.tune.frozen_dtype))
     return train_transformer(recipe, base, out, autoencoder)
 
