@@ -120,6 +120,14 @@ def test_settings_that_fail_late_are_told_before_the_base(
     check_upgrade(_recipe([*wrong.split(), right], recipe), section)
 
 
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+@pytest.mark.parametrize("key", ["loop.checkpoints_total_limit", "loop.precision", "optimizer.kind"])
+def test_a_key_without_its_section_is_the_trained_stage_s(key: str, stage: str) -> None:
+    """As messages of the loop give it, which do not know the section."""
+    with pytest.raises(DavaeError, match=rf"; did you mean '{stage}\.{key}'\?$"):
+        load_recipe("debug", [f"{key}=1"], stage=stage)
+
+
 @pytest.mark.parametrize("name", ["lpips", "dino"])
 @pytest.mark.parametrize("installed", [True, False])
 def test_networks_of_losses_are_asked_for_before_the_base(

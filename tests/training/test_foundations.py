@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from davae.recipes.settings import UpgradeRecipe
 from davae.training.checkpoints.checkpoint import checkpoints, plain_values
 from davae.training.checkpoints.run_directory import RunDirectory
 from davae.training.loop.loop import TrainResult
-from davae.training.runs.train import train_autoencoder, train_diffusion
+from davae.training.runs.train import cache_folder, train_autoencoder, train_diffusion
 from davae.warm_start import channel_parameters
 
 SMALL = [
@@ -359,18 +360,18 @@ def test_stage_2_starts_from_adapters(place: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_a_start_that_is_none_is_told(start: str, message: str, mode: str, place: Path) -> None:
+def test_a_start_that_is_none_is_told(
+    start: str, message: str, mode: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the base is loaded."""
     for run in ("stage1", "stage2"):
         shutil.copytree(f"{run}/checkpoints", f"unfinished/{run}/checkpoints")
     section = message.partition(".")[0]
     recipe = _recipe(f"{section}.start_from={start}", f"diffusion.tune.mode={mode}")
-    with pytest.MonkeyPatch.context() as closed, pytest.raises(DavaeError, match=re.escape(message)):
-        closed.setattr("davae.training.runs.train.load_recipe_base", lambda *_, **__: pytest.fail("opened"))
-        if section == "diffusion":
-            train_diffusion(recipe, Path("other"), Path("stage1/autoencoder"))
-        else:
-            train_autoencoder(recipe, Path("other"))
+    train = train_autoencoder if section == "autoencoder" else partial(train_diffusion, autoencoder=Path("stage1"))
+    monkeypatch.setattr("davae.training.runs.train.load_recipe_base", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(DavaeError, match=re.escape(message)):
+        train(recipe, Path("other"))
 
 
 def test_a_start_of_another_base_names_its_setting(place: Path) -> None:
@@ -379,12 +380,13 @@ def test_a_start_of_another_base_names_its_setting(place: Path) -> None:
 
 
 def test_a_start_may_lie_in_the_home_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shells leave the tilde of ``key=~/folder`` as it is."""
+    """Shells leave the tilde of ``key=~/folder`` as it is; a cache too is no folder of that name."""
     monkeypatch.setenv("HOME", str(place))
     _stage2("diffusion.start_from=~/stage2", out="other")
     train_autoencoder(
         _recipe("base=base", "data.path=photos", "autoencoder.start_from=~/stage1/autoencoder"), Path("o")
     )
+    assert cache_folder(_recipe("data.cache=~/cache"), "debug") == place / "cache"
 
 
 def test_a_transformer_of_another_width_is_told(place: Path) -> None:

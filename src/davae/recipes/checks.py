@@ -74,7 +74,7 @@ def check_start(start: str | None, key: str, files: Sequence[str]) -> None:
     """
     if start is None or is_on_hub(start):
         return
-    folder = Path(start).expanduser()
+    folder = Path(start)
     if any((folder / file).is_file() for file in files):
         return
     what = f"no result of this stage in {start}" if folder.exists() else f"no folder {start}"
@@ -117,7 +117,7 @@ def _check_backbones(settings: ReconstructionSettings, section: str) -> None:
     """Check that files exist; LPIPS and DINO check their contents when they are opened."""
     for weight, key in ((settings.lpips_weight, "lpips_backbone"), (settings.dino_weight, "dino_backbone")):
         place = getattr(settings, key)
-        if weight and place is not None and not Path(place).expanduser().exists():
+        if weight and place is not None and not Path(place).exists():
             raise DavaeError(f"{section}.reconstruction.{key}: there is nothing at {place}")
 
 

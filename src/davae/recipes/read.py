@@ -329,7 +329,7 @@ def _hint(where: str, value: Any, model: type[Section], stage: str | None) -> st
     def distance(key: str) -> tuple[int, int, int]:
         sections = key.split(".")[:-1]
         shared = sum(difflib.SequenceMatcher(None, a, b).ratio() > 0.8 for a in written for b in sections)
-        foreign = bool(stage) and not written and "." in key and sections[0] not in (stage, "data")
+        foreign = bool(stage) and "." in key and sections[0] not in (stage, "data")
         return -shared, int(foreign), len(sections)
 
     best = min(map(distance, fitting))

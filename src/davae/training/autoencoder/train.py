@@ -96,10 +96,9 @@ def _start(settings: AutoencoderSettings, base_vae: Any) -> AutoencoderDA | None
     start, model = settings.start_from, settings.model
     if start is None:
         return None
-    folder = Path(start).expanduser()
-    places = (place for place in (folder / "autoencoder", folder) if place.is_dir())
+    inside = Path(start) / "autoencoder"
     with named("autoencoder.start_from"):
-        vae = load_autoencoder(next(places, start))
+        vae = load_autoencoder(inside if inside.is_dir() else start)
         layout_over(base_vae, vae)  # raises if the base is another one
     levels = len(base_vae.levels) - 1 if isinstance(base_vae, AutoencoderDA) else 0
     found = [level.own_layout.detail_channels for level in vae.autoencoders()][levels:]

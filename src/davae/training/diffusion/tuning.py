@@ -40,7 +40,7 @@ def started_from(start: str, pipeline: P, base: P, mode: TuneMode) -> P:
     Raises:
         DavaeError: there is no such folder, or its weights belong to another transformer, autoencoder or mode.
     """
-    folder = Path(start).expanduser()
+    folder = Path(start)
     adapters = next((f for f in (folder, folder / "adapters") if (f / LAYERS_FILE).is_file()), None)
     if mode != "full":
         if adapters is None:
@@ -59,7 +59,7 @@ def started_from(start: str, pipeline: P, base: P, mode: TuneMode) -> P:
         found = load_adapters(base, pipeline.vae, adapters)
         merge_lora(found.transformer)
         return found
-    place = pipeline_place(folder if folder.is_dir() else start)
+    place = pipeline_place(start)
     own = pipeline.transformer
     with opening("pipeline", place):
         earlier, _ = open_model(type(own).from_pretrained, place, subfolder="transformer", dtype=torch.float32)
