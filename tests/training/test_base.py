@@ -132,6 +132,16 @@ def test_other_settings_of_a_half_are_refused_before_images_are_read(
         train_base(_recipe(f"{half}.loop.seed=5"), finished)
 
 
+def test_a_first_half_that_stays_as_it_is_says_so(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "base")
+    before = _weights(out / "autoencoder" / "vae")
+    train_base(_recipe("autoencoder.loop.steps=3", "transformer.loop.steps=2"), out)
+    assert "stays as it is, without autoencoder.loop.steps: 1 -> 3" in caplog.text
+    assert all(torch.equal(value, before[name]) for name, value in _weights(out / "autoencoder" / "vae").items())
+
+
 def test_the_second_half_may_be_another_on_a_first_half_without_checkpoints(finished: Path, tmp_path: Path) -> None:
     out = shutil.copytree(finished, tmp_path / "base")
     shutil.rmtree(out / "transformer")

@@ -184,6 +184,11 @@ def _new_pipeline(
         stage = BaseAutoencoderStage(recipe.autoencoder, mixed, images, held_out, workers=workers, timeout_s=timeout_s)
         stage.facts = data_facts(recipe.data, full)
         train(stage, out / "autoencoder", plain)
+    elif (out / "autoencoder" / "config.yaml").is_file():
+        run = RunDirectory(out / "autoencoder", plain, other_sections=BaseAutoencoderStage.other_sections)
+        unused = [change for change in run.changed() if change.startswith("autoencoder.")]
+        if unused:
+            logger.warning("%s is finished and stays as it is, without %s", run.path, "; ".join(unused))
     vae, _ = open_model(AutoencoderKL.from_pretrained, vae_folder)
 
     torch.manual_seed(recipe.transformer.loop.seed)

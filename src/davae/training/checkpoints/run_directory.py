@@ -73,7 +73,7 @@ class RunDirectory:
         self.samples = path / "samples"
         self.metrics_file = path / "metrics.jsonl"
         check_place(path, "run")
-        self._changed()
+        self.changed()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -83,7 +83,7 @@ class RunDirectory:
             DavaeError: another process trains here, or has started a run with other settings in the meantime.
         """
         with claim(self.path, "run"):
-            self._changed()
+            self.changed()
             yield
 
     def begin(self) -> None:
@@ -91,7 +91,7 @@ class RunDirectory:
 
         A ``config.yaml`` that cannot be read is kept beside.
         """
-        changed = self._changed()
+        changed = self.changed()
         if changed:
             logger.info("%s goes on with %s", self.path, "; ".join(changed))
         if self.config.is_file() and read_config(self.config) is None:
@@ -124,7 +124,7 @@ class RunDirectory:
                     atomic_write(file.with_name(f"{file.name}.before"), before)
                 atomic_write(file, text)
 
-    def _changed(self) -> list[str]:
+    def changed(self) -> list[str]:
         """The differences from the settings stored here, all in keys that may change on resume.
 
         Raises:
