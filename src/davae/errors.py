@@ -10,12 +10,10 @@ class DavaeError(ValueError):
 
 @contextmanager
 def named(setting: str) -> Iterator[None]:
-    """Put the setting that led to it before an error of the block that does not name it."""
+    """Put the setting that led to it before an error of the block."""
     try:
         yield
     except DavaeError as error:
-        if str(error).startswith(setting):
-            raise
         raise DavaeError(f"{setting}: {error}") from error
 
 

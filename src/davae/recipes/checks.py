@@ -39,26 +39,16 @@ def check_settings(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str
 
 
 def check_backbones(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str) -> None:
-    """Check that the networks of a stage's losses are installed and given; a dry run does without.
-
-    Raises:
-        DavaeError: one is not; the message names its keys.
-    """
-    settings: ReconstructionSettings | None = getattr(getattr(recipe, section), "reconstruction", None)
-    if settings is None:
-        return
-    keys = f"{section}.reconstruction"
-    if settings.lpips_weight and not _is_installed("lpips"):
-        raise DavaeError(
-            f"{keys}.lpips_weight needs LPIPS, which is not installed: `pip install 'davae[lpips]'`, or set "
-            f"{keys}.lpips_weight=0, perhaps with {keys}.laplacian_weight=1, which has no requirements"
-        )
+    """Check that the networks of a stage's losses are installed and given; a dry run does without."""
+    found: ReconstructionSettings | None = getattr(getattr(recipe, section), "reconstruction", None)
+    settings = {} if found is None else found.model_dump()
     for name in ("lpips", "dino"):
-        if getattr(settings, f"{name}_weight") and getattr(settings, f"{name}_backbone") is None:
-            raise DavaeError(
-                f"{keys}.{name}_weight needs {keys}.{name}_backbone, which is not set: give it, or set "
-                f"{keys}.{name}_weight=0"
-            )
+        key = f"{section}.reconstruction.{name}"
+        missing = "" if settings.get(f"{name}_backbone") else f"{key}_backbone, which is not set: give it"
+        if name == "lpips" and not _is_installed(name):
+            missing = "LPIPS, which is not installed: `pip install 'davae[lpips]'`"
+        if missing and settings.get(f"{name}_weight"):
+            raise DavaeError(f"{key}_weight needs {missing}, or set {key}_weight=0")
 
 
 def check_start(start: str | None, key: str, files: Sequence[str]) -> None:
@@ -68,16 +58,10 @@ def check_start(start: str | None, key: str, files: Sequence[str]) -> None:
         start: the setting's value.
         key: its dotted name, for the error.
         files: names below the folder, of which a result, or a run with one, has one at least.
-
-    Raises:
-        DavaeError: there is no such folder, or no result in it.
     """
-    if start is None or is_on_hub(start):
+    if start is None or is_on_hub(start) or any((Path(start) / file).is_file() for file in files):
         return
-    folder = Path(start)
-    if any((folder / file).is_file() for file in files):
-        return
-    what = f"no result of this stage in {start}" if folder.exists() else f"no folder {start}"
+    what = f"no result of this stage in {start}" if Path(start).exists() else f"no folder {start}"
     raise DavaeError(f"{key}: there is {what}; give a finished run, or the folder of its result")
 
 

@@ -1,6 +1,6 @@
 """The ``loop`` and ``optimizer`` sections of a recipe, the same for every stage."""
 
-from pathlib import Path
+import os
 from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -29,11 +29,7 @@ MAY_MOVE: Final = _MayChange()
 images and perhaps more: contents are compared, not names."""
 
 
-def _below_home(path: str | None) -> str | None:
-    return path and str(Path(path).expanduser())
-
-
-AT_HOME: Final = AfterValidator(_below_home)
+AT_HOME: Final = AfterValidator(lambda path: path and os.path.expanduser(path))  # pathlib's fails for unknown users
 """Marks a path that may begin with ``~``, the home folder: shells leave it as it is in ``key=~/folder``."""
 
 

@@ -115,16 +115,11 @@ class Fingerprint:
                     sources[name] = SourceFact(stamp, label, caption)
             found = cls(saved["facts"], sources)
             same = found.hash == saved["hash"]
-        except FileNotFoundError as error:
-            name = Path(error.filename).name
-            if name != "fingerprint.json":
-                raise DavaeError(f"the cache {folder} lacks {name}: {MAKE_AGAIN}") from error
-            raise DavaeError(
-                f"{folder} is no cache of latents: there is no {name}. `davae cache --out {folder}` with the recipe "
-                "and options of the training makes one"
-            ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DavaeError(f"the fingerprint of the cache {folder} cannot be read ({error}): {MAKE_AGAIN}") from error
+            told = f"the fingerprint of the cache {folder} cannot be read ({error}): {MAKE_AGAIN}"
+            if not (folder / "fingerprint.json").exists():
+                told = f"{folder} is no cache of latents: make one with `davae cache --out {folder}` and this recipe"
+            raise DavaeError(told) from error
         if not same:
             raise DavaeError(f"the fingerprint of the cache {folder} was changed by hand: {MAKE_AGAIN}")
         return found

@@ -86,10 +86,7 @@ class CacheWriter:
                 old.check(fingerprint, self.folder)
             made = read_about(self.folder)["format"]
             if made != self.form:
-                raise DavaeError(
-                    f"the cache {self.folder} is of format {made}, not {self.form}: give --format {made}, or another "
-                    "--out"
-                )
+                raise DavaeError(f"the cache {self.folder} is of format {made}, not {self.form}: give --format {made}")
         else:
             others = [p.name for p in self.folder.iterdir() if not p.name.startswith(".")]
             if set(others) - {"cache.json", "sources.jsonl"}:

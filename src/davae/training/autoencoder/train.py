@@ -66,17 +66,11 @@ def train_levels(recipe: UpgradeRecipe, base: Any, out: Path) -> TrainResult:
 
 
 def check_levels(recipe: UpgradeRecipe, out: Path) -> None:
-    """Check, before images and weights are opened, that :func:`train_levels` may go on in ``out``.
-
-    Raises:
-        DavaeError: a run there, or that of a lower level, has other settings.
-    """
+    """Refuse, before images and weights are opened, a run of other settings in ``out``, or of a level that goes on."""
     plain, others = recipe.model_dump(mode="json"), AutoencoderStage.other_sections
-    if RunDirectory(out, plain, other_sections=others).config.is_file():
-        return  # the levels below stay as they are
-    for config in sorted(out.glob("level-[0-9]/config.yaml")):
-        level = int(config.parent.name.removeprefix("level-"))
-        RunDirectory(config.parent, plain | {"level": level}, other_sections=others)
+    if not RunDirectory(out, plain, other_sections=others).config.is_file():
+        for folder in (config.parent for config in out.glob("level-[0-9]/config.yaml")):
+            RunDirectory(folder, plain | {"level": int(folder.name[-1])}, other_sections=others)
 
 
 def new_level(base: Any, model: AutoencoderModelSettings, detail_channels: int) -> AutoencoderDA:

@@ -42,11 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_halves(recipe: BaseRecipe, out: Path) -> None:
-    """Check, before images and weights are opened, that :func:`train_base` may go on in ``out``.
-
-    Raises:
-        DavaeError: it holds something else, or a half was trained with other settings.
-    """
+    """Refuse, before images and weights are opened, what is no training of this recipe in ``out``."""
     check_place(out, "base run")
     plain = recipe.model_dump(mode="json")
     for half, others in (("autoencoder", BaseAutoencoderStage), ("transformer", DiffusionStage)):

@@ -95,12 +95,7 @@ class RunDirectory:
         if changed:
             logger.info("%s goes on with %s", self.path, "; ".join(changed))
         if self.config.is_file() and read_config(self.config) is None:
-            logger.warning(
-                "%s is damaged, as a power cut may leave it; there are no checkpoints yet, so it is written again and "
-                "the damaged one is kept as %s",
-                self.config,
-                set_aside(self.config),
-            )
+            logger.warning("%s is damaged and written again; it is kept as %s", self.config, set_aside(self.config))
         atomic_write(self.config, yaml.safe_dump(self.recipe, sort_keys=False))
         atomic_json(self.path / "environment.json", environment() | self.facts)
 

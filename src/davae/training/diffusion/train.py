@@ -1,7 +1,6 @@
 """Stage 2 of an upgrade: the base pipeline, widened to the trained autoencoder's latents, is tuned on them."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -26,17 +25,9 @@ from davae.training.loop.loop import TrainResult, train
 
 
 def check_transformer(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> None:
-    """Check, before images and weights are opened, that :func:`train_transformer` may go on in ``out``.
-
-    Raises:
-        DavaeError: the run there has other settings.
-    """
-    RunDirectory(out, _plain(recipe, autoencoder), other_sections=DiffusionStage.other_sections)
-
-
-def _plain(recipe: UpgradeRecipe, autoencoder: Path) -> dict[str, Any]:
-    """What the run stores as its recipe."""
-    return recipe.model_dump(mode="json") | {"autoencoder_folder": str(autoencoder)}
+    """Refuse, before images and weights are opened, a run of other settings in ``out``."""
+    plain = recipe.model_dump(mode="json") | {"autoencoder_folder": str(autoencoder)}
+    RunDirectory(out, plain, other_sections=DiffusionStage.other_sections)
 
 
 def train_transformer(recipe: UpgradeRecipe, base: DiffusionPipeline, out: Path, autoencoder: Path) -> TrainResult:
@@ -82,6 +73,6 @@ def train_transformer(recipe: UpgradeRecipe, base: DiffusionPipeline, out: Path,
     )
     stage.foundations = weights
     stage.facts = base_facts(recipe, base) | data_facts(data, held_out)
-    result = train(stage, out, _plain(recipe, autoencoder))
+    result = train(stage, out, recipe.model_dump(mode="json") | {"autoencoder_folder": str(autoencoder)})
     assert result is not None
     return result

@@ -257,7 +257,6 @@ class _Training:
 
         # The optimizer steps; a bad one changes nothing, in any process.
         latents = torch.cat(finite) if finite else None
-        verdicts = []
         for i, trainer in enumerate(self.trainers):
             trained = trainer.trained
             for part in losses[i]:
@@ -265,15 +264,12 @@ class _Training:
             good = self.guard.check(
                 step + 1, trained.name, losses[i], ids, trainer.names, trainer.norms(), norms[i], self._agreed, latents
             )
-            verdicts.append(good)
             kept[i].restore_unless(good)
             trainer.step(learning_rate(trained.optimizer, step, loop.steps), good)
-
-        # The fp16 loss scale and the averages of the weights.
+            if i == 0 and self.ema is not None:
+                self.ema.update(good)
         if accelerator.scaler is not None:
             accelerator.scaler.update()
-        if self.ema is not None:
-            self.ema.update(verdicts[0])
         return batch
 
     def _draws(self) -> AbstractContextManager[Any]:
@@ -384,11 +380,8 @@ class _Training:
         """Restore the newest whole checkpoint; returns its step, or 0 if there is none."""
         step = self.state.restore(self.directory.checkpoints)  # or refuses, and the run's files stay as they are
         if step > self.loop.steps:
-            key = f"{self.stage.section}.loop.steps".lstrip(".")
-            raise DavaeError(
-                f"{self.out} has made {step} steps already, more than {key}={self.loop.steps}: set {key}={step} or "
-                "higher, or choose another --out"
-            )
+            key, told = f"{self.stage.section}.loop.steps".lstrip("."), f"{self.out} has made {step} steps already"
+            raise DavaeError(f"{told}: set {key}={step} or higher, not {self.loop.steps}, or choose another --out")
         if self.main:
             self.directory.begin()
         if step:
