@@ -1,8 +1,20 @@
 """Errors meant for the user."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DavaeError(ValueError):
     """An invalid request: the message says what is wrong, where, and how to fix it."""
+
+
+@contextmanager
+def named(setting: str) -> Iterator[None]:
+    """Put the setting that led to it before an error of the block."""
+    try:
+        yield
+    except DavaeError as error:
+        raise DavaeError(f"{setting}: {error}") from error
 
 
 def first_line(error: BaseException) -> str:

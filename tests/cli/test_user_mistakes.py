@@ -117,7 +117,7 @@ def _ends(monkeypatch, capsys, arguments: str, *, columns: int = 80) -> tuple[in
         ("compare autoencoder a=vae-cut --data photos --resolution 32", "the autoencoder in vae-cut cannot be read"),
         ("compare autoencoder a=vae-junk --data photos --resolution 32", "vae-junk/config.json is damaged"),
         ("train autoencoder --recipe debug base=/nonexistent", "no pipeline in /nonexistent"),
-        ("train autoencoder --recipe debug autoencoder.model.start_from=empty", "no autoencoder in empty"),
+        ("train autoencoder --recipe debug autoencoder.model.start_from=empty", "no result of this stage in empty"),
         ("train diffusion --recipe debug --autoencoder empty", "no autoencoder in empty"),
         ("cache --recipe debug --autoencoder vae-gone --out c", "the autoencoder in vae-gone cannot be read"),
         ("convert vavae empty --out c", "there is no file empty"),

@@ -245,6 +245,29 @@ def test_damage_is_found(form: str, tmp_path: Path) -> None:
         LatentCache(folder)
 
 
+@pytest.mark.parametrize("damage", ["sources gone", "fingerprint edited", "index short", "about gone"])
+def test_a_damaged_cache_is_made_again_elsewhere(damage: str, tmp_path: Path) -> None:
+    """Writing into its folder again would meet the same damage, and the advice says so."""
+    folder = write(tmp_path / "c")
+    index = folder / "index.jsonl"
+    if damage == "sources gone":
+        (folder / "sources.jsonl").unlink()
+    elif damage == "fingerprint edited":
+        (folder / "fingerprint.json").write_text(
+            (folder / "fingerprint.json").read_text().replace("float32", "float16")
+        )
+    elif damage == "index short":
+        lines = index.read_text().splitlines(keepends=True)
+        last = max(i for i, line in enumerate(lines) if '"commit": "latents' in line)
+        first = max(i for i, line in enumerate(lines[:last]) if '"commit"' in line) + 1
+        index.write_text("".join(lines[:first] + lines[last + 1 :]))
+    else:
+        (folder / "cache.json").unlink()
+    with pytest.raises(DavaeError, match=r"make it again in another folder, with `davae cache --out` and data\.cache"):
+        LatentCache(folder)
+    assert len(LatentCache(write(tmp_path / "another"))) > 0
+
+
 @pytest.mark.parametrize(
     "name", ["../outside-00000.safetensors", "/etc/passwd", "latents-00000.pt", "a/latents-00000.tar", 3]
 )

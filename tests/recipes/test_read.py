@@ -113,6 +113,7 @@ RESUMABLE = {
     "workers",
     "timeout_s",
     "cache",
+    "cache_dtype",
     "cache_latents",
     "log_every",
     "checkpoint_every",

@@ -122,6 +122,30 @@ def test_settings_that_fail_late_are_told_before_the_base(
     check_upgrade(_recipe([*wrong.split(), right], recipe), section)
 
 
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+@pytest.mark.parametrize("key", ["loop.checkpoints_total_limit", "loop.precision", "optimizer.kind"])
+def test_a_key_without_its_section_is_the_trained_stage_s(key: str, stage: str) -> None:
+    """As messages of the loop give it, which do not know the section."""
+    with pytest.raises(DavaeError, match=rf"; did you mean '{stage}\.{key}'\?$"):
+        load_recipe("debug", [f"{key}=1"], stage=stage)
+
+
+@pytest.mark.parametrize("name", ["lpips", "dino"])
+@pytest.mark.parametrize("installed", [True, False])
+def test_networks_of_losses_are_asked_for_before_the_base(
+    name: str, installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("davae.recipes.checks._is_installed", lambda _: installed)
+    wrong = f"autoencoder.reconstruction.{name}_weight=1"
+    missing = f"{name}_backbone, which is not set" if installed or name == "dino" else "LPIPS, which is not installed"
+    with pytest.raises(DavaeError, match=missing) as refused:
+        check_upgrade(_recipe([wrong]), "autoencoder")
+    check_upgrade(_recipe([wrong]), "autoencoder", without_images=True)  # a dry run counts without them
+    right = _settings(str(refused.value))
+    assert f"autoencoder.reconstruction.{name}_weight=0" in right
+    check_upgrade(_recipe([wrong, *right]), "autoencoder")
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -73,7 +73,7 @@ def test_a_whole_autoencoder_is_not_trained_again(finished: Path, monkeypatch: p
     def never(*_: object, **__: object) -> None:
         raise AssertionError("its stage was made")
 
-    monkeypatch.setattr(base_module, "BaseAutoencoderStage", never)
+    monkeypatch.setattr(base_module.BaseAutoencoderStage, "__init__", never)
     train_base(_recipe(), finished)
 
 
@@ -120,3 +120,32 @@ def test_a_finished_first_half_of_another_recipe_or_of_other_images_is_not_taken
     with pytest.raises(DavaeError, match=words):
         train_base(_recipe(*asked), out)
     assert (out / "autoencoder" / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("half", ["autoencoder", "transformer"])
+def test_other_settings_of_a_half_are_refused_before_images_are_read(
+    finished: Path, half: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first half too when the second one has begun, which would leave it as it is without a word."""
+    monkeypatch.setattr(base_module, "open_part", lambda *_, **__: pytest.fail("images opened"))
+    with pytest.raises(DavaeError, match=rf"{half} holds a run with other settings .*{half}\.loop\.seed: 0 -> 5"):
+        train_base(_recipe(f"{half}.loop.seed=5"), finished)
+
+
+def test_a_first_half_that_stays_as_it_is_says_so(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "base")
+    before = _weights(out / "autoencoder" / "vae")
+    train_base(_recipe("autoencoder.loop.steps=3", "transformer.loop.steps=2"), out)
+    assert "stays as it is, without autoencoder.loop.steps: 1 -> 3" in caplog.text
+    assert all(torch.equal(value, before[name]) for name, value in _weights(out / "autoencoder" / "vae").items())
+
+
+def test_the_second_half_may_be_another_on_a_first_half_without_checkpoints(finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "base")
+    shutil.rmtree(out / "transformer")
+    shutil.rmtree(out / "autoencoder" / "checkpoints")
+    before = _weights(out / "autoencoder" / "vae")
+    train_base(_recipe("transformer.architecture.hidden_size=32"), out)
+    assert all(torch.equal(value, before[name]) for name, value in _weights(out / "autoencoder" / "vae").items())

@@ -363,6 +363,33 @@ def test_a_cache_is_brought_up_to_date(
     same_items(tmp_path / "back", tmp_path / "fresh-before")
 
 
+def test_a_cache_of_scenes_is_brought_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scenes are known by the names that their records have; a cache of an earlier version, which had others, opens."""
+    base, vae = base_and_vae("debug-sd3")
+    few, more = (
+        settings("debug-sd3", path, "data.resolution=32", f"data.cache={tmp_path / 'c'}").data
+        for path in (Path("procedural:6"), Path("procedural:9"))
+    )
+    write_cache(few, vae, base, tmp_path / "c")
+    with monkeypatch.context() as patch:
+        encoded = Encoded(base, patch)
+        write_cache(more, vae, base, tmp_path / "c")
+        assert encoded.images == 2 * 3  # mirrored too
+        assert len(encoded.captions) <= 3
+    write_cache(more, vae, base, tmp_path / "fresh")
+    same_items(tmp_path / "c", tmp_path / "fresh")
+    made, scenes = LatentCache(tmp_path / "c"), open_training_part(more, vae, base)
+    assert made.sizes_by_name().keys() == scenes.sizes_by_name().keys()  # a run may go on with either
+    facts = [(fact.label, fact.caption) for fact in made.fingerprint.sources.values()]
+    assert facts == [(item["label"], caption_key(item["caption"])) for item in scenes]
+
+    monkeypatch.setattr(caching, "version_of", lambda folder: 2)
+    write_cache(few, vae, base, tmp_path / "earlier")
+    assert "procedural/1" in LatentCache(tmp_path / "earlier").fingerprint.sources
+    monkeypatch.undo()
+    assert len(open_cache(few.model_copy(update={"cache": str(tmp_path / "earlier")}), vae, base)) == 6
+
+
 def test_text_is_kept_as_the_encoder_gives_it(pictures: Path, tmp_path: Path) -> None:
     base, vae = base_and_vae("debug-sd3")
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):

@@ -231,7 +231,20 @@ def test_a_value_that_is_not_finite_is_never_the_best(tmp_path, mode):
         writer.save(4, {"model": {"w": torch.ones(1)}}, {})
         writer.keep_best(4, 1.0)
         assert not writer.is_best(float("nan"))
-    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 4, "value": 1.0}
+    noted = json.loads((tmp_path / "best.json").read_text())
+    assert noted == {"step": 4, "value": 1.0, "metric": None, "mode": mode}
+
+
+def test_the_best_of_another_metric_or_mode_is_none(tmp_path):
+    """A run may resume with another ``best_metric``: its values are not compared with those of the one before."""
+    with CheckpointWriter(tmp_path, keep=1, best_metric="psnr", best_mode="max") as writer:
+        writer.save(1, {"model": {"w": torch.ones(1)}}, {})
+        writer.keep_best(1, 30.0)
+    assert not CheckpointWriter(tmp_path, keep=1, best_metric="psnr", best_mode="max").is_best(29.0)
+    assert CheckpointWriter(tmp_path, keep=1, best_metric="alignment", best_mode="max").is_best(0.1)
+    assert CheckpointWriter(tmp_path, keep=1, best_metric="psnr", best_mode="min").is_best(31.0)
+    (tmp_path / "best.json").write_text('{"step": 1, "value": 30.0}')  # of an earlier version
+    assert not CheckpointWriter(tmp_path, keep=1, best_metric="psnr", best_mode="max").is_best(29.0)
 
 
 @pytest.mark.parametrize("text", ["", '{"step": 3, "va', "[]", '{"step": 3}', '{"step": 3, "value": NaN}'])

@@ -364,12 +364,14 @@ def test_phases_in_the_wrong_order(phases, tmp_path):
         train_dc_ae(_recipe(), tmp_path / "run", phase=1, start=phases[0].out)
 
 
-def test_a_run_is_refused_for_its_own_settings_only(phases):
+def test_a_run_is_refused_for_its_own_settings_only(phases, monkeypatch):
     loop = {**LOOP, "seed": 5}
     later = _recipe(phase2={"resolution": 32, "optimizer": OPTIMIZER, "loop": loop})
     before = layer_hashes(load_autoencoder(phases[0].result))
     train_dc_ae(later, phases[0].out, phase=1)
     assert layer_hashes(load_autoencoder(phases[0].result)) == before  # measuring again changes nothing
+    for name in ("open_part", "load_autoencoder"):
+        monkeypatch.setattr(f"davae.training.dc_ae.train.{name}", lambda *_, **__: pytest.fail("opened"))
     with pytest.raises(DavaeError, match=r"other settings \(phase2\.loop\.seed: 0 -> 5\)"):
         train_dc_ae(later, phases[1].out, phase=2, start=phases[0].out)
 

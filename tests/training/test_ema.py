@@ -18,6 +18,19 @@ def test_it_follows_the_recursion():
     torch.testing.assert_close(ema.averages[0], expected)
 
 
+def test_a_skipped_step_neither_moves_nor_counts():
+    """As if it had not been, also where the weights moved before it and for the warm-up of the decay."""
+    parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
+    with_skips, without = Ema([parameter], decay=0.999), Ema([parameter], decay=0.999)
+    for value, good in ((3.0, True), (7.0, False), (3.0, False), (-1.0, True)):
+        parameter.data.fill_(value)
+        with_skips.update(torch.tensor(good))
+        if good:
+            without.update()
+    assert torch.equal(with_skips.averages[0], without.averages[0])
+    assert int(with_skips.updates) == 2
+
+
 def test_a_constant_weight_keeps_its_value_exactly():
     parameter = nn.Parameter(torch.full((3,), 0.3))
     ema = Ema([parameter], decay=0.999)

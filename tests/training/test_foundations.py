@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from davae.models import AutoencoderDA
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import UpgradeRecipe
 from davae.training.checkpoints.checkpoint import checkpoints, plain_values
+from davae.training.checkpoints.run_directory import RunDirectory
 from davae.training.loop.loop import TrainResult
-from davae.training.runs.train import train_autoencoder, train_diffusion
+from davae.training.runs.train import cache_folder, train_autoencoder, train_diffusion
 from davae.warm_start import channel_parameters
 
 SMALL = [
@@ -210,15 +213,64 @@ def test_settings_that_change_nothing_learnt_may_change(place: Path, caplog: pyt
     assert "diffusion.loop.steps: 2 -> 4" in caplog.text
 
 
-@pytest.mark.parametrize("setting", ["diffusion.loop.seed=1", "diffusion.tune.mode=lora", "data.crop=random"])
-def test_settings_of_what_is_learnt_may_not_and_the_advice_works(setting: str, place: Path) -> None:
-    with pytest.raises(DavaeError, match=setting.partition("=")[0].replace(".", r"\.")) as refused:
-        _stage2(setting)
+@contextmanager
+def _nothing_opens() -> Iterator[None]:
+    """Neither images nor a base."""
+    with pytest.MonkeyPatch.context() as closed:
+        for name in ("check_images", "load_recipe_base"):
+            closed.setattr(f"davae.training.runs.train.{name}", lambda *_, **__: pytest.fail("opened"))
+        yield
+
+
+@pytest.mark.parametrize(
+    ("setting", "fits"),
+    [
+        ("diffusion.loop.seed=1", True),
+        ("data.crop=random", True),
+        ("diffusion.tune.mode=lora", False),
+        ("autoencoder.loop.ema_decay=0.5", True),
+        ("autoencoder.reconstruction.gan.weight=1", True),
+        ("autoencoder.model.detail_channels=16", False),
+        ("autoencoder.model.scale=4", False),
+    ],
+)
+def test_settings_of_what_is_learnt_may_not_and_the_advice_works(setting: str, fits: bool, place: Path) -> None:
+    """Told before images or weights are opened; ``start_from`` is advised where the weights fit."""
+    section = setting.partition(".")[0].replace("data", "diffusion")
+    run = {"autoencoder": "stage1", "diffusion": "stage2"}[section]
+    again = _stage1 if run == "stage1" else _stage2
+    key, _, value = setting.partition("=")
+    with _nothing_opens(), pytest.raises(DavaeError, match=f"{re.escape(key)}: .* -> {value}") as refused:
+        again(setting)
     message = str(refused.value)
     assert "remove" not in message
-    assert "diffusion.start_from=stage2" in message
-    if "lora" not in setting:
-        _stage2(setting, "diffusion.start_from=stage2", out="another")
+    advice = f"{section}.start_from={run}"
+    assert (advice in message) == fits
+    recipe = _recipe("base=base", "data.path=photos", setting, *([advice] if fits else []))
+    if run == "stage1":
+        train_autoencoder(recipe, Path("another"))
+    else:
+        train_diffusion(recipe, Path("another"), Path("stage1") / "autoencoder")
+
+
+def test_a_level_below_is_compared_before_anything_is_opened(place: Path) -> None:
+    """Where the run was stopped before its last level began."""
+    nested = ["autoencoder.model.scale=4", "autoencoder.model.detail_channels=[8,8]", "data.resolution=64"]
+    RunDirectory(
+        Path("nested/level-1"), _recipe("data.path=photos", *nested).model_dump(mode="json") | {"level": 1}
+    ).begin()
+    refused = pytest.raises(DavaeError, match=r"nested/level-1 holds a run with other settings .*loop\.seed: 0 -> 5")
+    with _nothing_opens(), refused:
+        train_autoencoder(_recipe("data.path=photos", *nested, "autoencoder.loop.seed=5"), Path("nested"))
+
+
+def test_fewer_steps_than_were_made_are_refused(place: Path) -> None:
+    """The result would be called one of fewer steps. The run's settings stay as they are."""
+    before = Path("stage2/config.yaml").read_text()
+    with pytest.raises(DavaeError, match=r"has made 2 steps already.*set diffusion\.loop\.steps=2 or higher"):
+        _stage2("diffusion.loop.steps=1")
+    assert Path("stage2/config.yaml").read_text() == before
+    assert _stage2("diffusion.loop.steps=2").steps == 2
 
 
 def test_moments_follow_their_weights_when_groups_change(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,13 +351,42 @@ def test_stage_2_starts_from_adapters(place: Path) -> None:
     [
         ("nowhere", "diffusion.start_from: there is no folder nowhere"),
         ("stage1/nowhere", "diffusion.start_from: there is no folder stage1/nowhere"),
-        ("photos", "photos holds no pipeline"),
-        ("stage1", "stage1 holds no pipeline"),
+        ("photos", "diffusion.start_from: there is no result of this stage in photos"),
+        ("stage1", "diffusion.start_from: there is no result of this stage in stage1"),
+        ("stage2", "autoencoder.start_from: there is no result of this stage in stage2"),
+        ("unfinished", "diffusion.start_from: there is no result of this stage in unfinished; give a finished run"),
+        ("unfinished", "autoencoder.start_from: there is no result of this stage in unfinished; give a finished run"),
+        ("stage1/autoencoder/config.json", "autoencoder.start_from: there is no result"),
     ],
 )
-def test_a_start_that_is_none_is_told(start: str, message: str, place: Path) -> None:
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_a_start_that_is_none_is_told(
+    start: str, message: str, mode: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the base is loaded."""
+    for run in ("stage1", "stage2"):
+        shutil.copytree(f"{run}/checkpoints", f"unfinished/{run}/checkpoints")
+    section = message.partition(".")[0]
+    recipe = _recipe(f"{section}.start_from={start}", f"diffusion.tune.mode={mode}")
+    train = train_autoencoder if section == "autoencoder" else partial(train_diffusion, autoencoder=Path("stage1"))
+    monkeypatch.setattr("davae.training.runs.train.load_recipe_base", lambda *_, **__: pytest.fail("opened"))
     with pytest.raises(DavaeError, match=re.escape(message)):
-        _stage2(f"diffusion.start_from={start}", out="other")
+        train(recipe, Path("other"))
+
+
+def test_a_start_of_another_base_names_its_setting(place: Path) -> None:
+    with pytest.raises(DavaeError, match=r"^autoencoder\.start_from: the autoencoder's base has other layers"):
+        train_autoencoder(_recipe("base=tiny", "autoencoder.start_from=stage1"), Path("other"))
+
+
+def test_a_start_may_lie_in_the_home_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shells leave the tilde of ``key=~/folder`` as it is; a cache too is no folder of that name."""
+    monkeypatch.setenv("HOME", str(place))
+    _stage2("diffusion.start_from=~/stage2", out="other")
+    train_autoencoder(
+        _recipe("base=base", "data.path=photos", "autoencoder.start_from=~/stage1/autoencoder"), Path("o")
+    )
+    assert cache_folder(_recipe("data.cache=~/cache"), "debug") == place / "cache"
 
 
 def test_a_transformer_of_another_width_is_told(place: Path) -> None:

@@ -137,6 +137,26 @@ def test_a_step_that_is_not_finite_is_left_out_counted_and_told(tmp_path, caplog
     assert [line.get("skipped_steps") for line in logged[:3]] == [None, 1, 1]
 
 
+def test_a_skipped_step_is_no_update_of_the_averages(tmp_path):
+    """Closed form over the good steps only; a discriminator's bad step is none of the model's."""
+    for folder, bad, updates in ((tmp_path / "model", 0, 2), (tmp_path / "other", 1, 3)):
+        stage = _Stage(steps=3, ema_decay=0.999, checkpoint_every=3)
+        other = _Objective()
+        stage.modules.append(TrainedModule("discriminator", other, OptimizerSettings(learning_rate=0.01)))
+        stage.modules[bad].module.bad_step = 1
+        weights = [_weights(stage).clone()]
+        other.register_forward_pre_hook(lambda *_, w=weights, s=stage: w.append(_weights(s).clone()))
+        train(stage, folder, {})
+        good = [w for step, w in enumerate([*weights[2:], _weights(stage)]) if bad or step != 1]
+        expected = weights[0]
+        for n, value in enumerate(good, start=1):
+            expected = expected.lerp(value, 1 - (1 + n) / (10 + n))
+        checkpoint = folder / "checkpoints" / "step-3"
+        averages = load_file(checkpoint / "averages.safetensors")
+        torch.testing.assert_close(torch.cat([averages["0"].flatten(), averages["1"]]), expected)
+        assert json.loads((checkpoint / "state.json").read_text())["ema_updates"] == updates
+
+
 def test_a_gradient_that_is_not_finite_names_its_layer(tmp_path, caplog):
     stage = _Stage(steps=2)
     stage.objective.layer.bias.register_hook(lambda g: g * float("inf"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from davae.errors import DavaeError
@@ -37,19 +38,31 @@ def check_settings(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str
         _check_backbones(reconstruction, section)
 
 
-def check_start(start: str | None, key: str) -> None:
-    """Check that the folder of a ``start_from`` setting exists; what may be a name on the hub is looked up later.
+def check_backbones(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str) -> None:
+    """Check that the networks of a stage's losses are installed and given; a dry run does without."""
+    found: ReconstructionSettings | None = getattr(getattr(recipe, section), "reconstruction", None)
+    settings = {} if found is None else found.model_dump()
+    for name in ("lpips", "dino"):
+        key = f"{section}.reconstruction.{name}"
+        missing = "" if settings.get(f"{name}_backbone") else f"{key}_backbone, which is not set: give it"
+        if name == "lpips" and not _is_installed(name):
+            missing = "LPIPS, which is not installed: `pip install 'davae[lpips]'`"
+        if missing and settings.get(f"{name}_weight"):
+            raise DavaeError(f"{key}_weight needs {missing}, or set {key}_weight=0")
+
+
+def check_start(start: str | None, key: str, files: Sequence[str]) -> None:
+    """Check that a ``start_from`` setting leads to a result; what may be a name on the hub is looked up later.
 
     Args:
         start: the setting's value.
         key: its dotted name, for the error.
-
-    Raises:
-        DavaeError: there is no such folder.
+        files: names below the folder, of which a result, or a run with one, has one at least.
     """
-    if start is None or Path(start).expanduser().exists() or is_on_hub(start):
+    if start is None or is_on_hub(start) or any((Path(start) / file).is_file() for file in files):
         return
-    raise DavaeError(f"{key}: there is no folder {start}; give a finished run, or the folder of its result")
+    what = f"no result of this stage in {start}" if Path(start).exists() else f"no folder {start}"
+    raise DavaeError(f"{key}: there is {what}; give a finished run, or the folder of its result")
 
 
 def check_trackers(loop: LoopSettings, section: str) -> None:
@@ -88,7 +101,7 @@ def _check_backbones(settings: ReconstructionSettings, section: str) -> None:
     """Check that files exist; LPIPS and DINO check their contents when they are opened."""
     for weight, key in ((settings.lpips_weight, "lpips_backbone"), (settings.dino_weight, "dino_backbone")):
         place = getattr(settings, key)
-        if weight and place is not None and not Path(place).expanduser().exists():
+        if weight and place is not None and not Path(place).exists():
             raise DavaeError(f"{section}.reconstruction.{key}: there is nothing at {place}")
 
 

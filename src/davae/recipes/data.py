@@ -11,7 +11,7 @@ from pydantic import AfterValidator, model_validator
 
 from davae.choices import Crop, StorageDtype
 from davae.errors import DavaeError
-from davae.recipes.loop import MAY_CHANGE, MAY_MOVE, NotNegative, Positive, Section, Weight
+from davae.recipes.loop import AT_HOME, MAY_CHANGE, MAY_MOVE, NotNegative, Positive, Section, Weight
 
 
 def _share_or_number(hold_out: float) -> float:
@@ -55,10 +55,10 @@ class DataSettings(ImageSettings):
     """Encode the images once and keep the latents in memory: all of them in the diffusion stage, the base's in the
     autoencoder stage; with ``flip`` those of the mirrored images too. The training of a base from nothing keeps its
     images besides, at 3 bytes per pixel."""
-    cache: Annotated[str | None, MAY_CHANGE] = None
+    cache: Annotated[str | None, AT_HOME, MAY_CHANGE] = None
     """Diffusion stage, or a base recipe with ``start_from``: folder that ``davae cache`` wrote; latents and embeddings
     are read from it."""
-    cache_dtype: StorageDtype = "float32"
+    cache_dtype: Annotated[StorageDtype, MAY_CHANGE] = "float32"
     """Storage type of a cache; with float32 training gives the same losses as from images."""
 
     @model_validator(mode="after")

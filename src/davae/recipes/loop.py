@@ -1,8 +1,9 @@
 """The ``loop`` and ``optimizer`` sections of a recipe, the same for every stage."""
 
+import os
 from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from davae.choices import LAST_SEED, BestMode, LearningRateSchedule, OptimizerKind, Precision, Tracker
 
@@ -26,6 +27,10 @@ it trains, how steps are computed, measured and saved, but not what is learned."
 MAY_MOVE: Final = _MayChange()
 """Marks a setting that is a path. A run may resume with another path if it leads to the same weights, or to the same
 images and perhaps more: contents are compared, not names."""
+
+
+AT_HOME: Final = AfterValidator(lambda path: path and os.path.expanduser(path))  # pathlib's fails for unknown users
+"""Marks a path that may begin with ``~``, the home folder: shells leave it as it is in ``key=~/folder``."""
 
 
 class Section(BaseModel):

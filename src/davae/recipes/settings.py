@@ -27,6 +27,7 @@ from davae.choices import (
 )
 from davae.recipes.data import DataSettings
 from davae.recipes.loop import (
+    AT_HOME,
     MAY_CHANGE,
     MAY_MOVE,
     LoopSettings,
@@ -86,11 +87,11 @@ class ReconstructionSettings(Section):
     """L1 on a Laplacian pyramid: weight-free, keeps fine structure from blurring."""
     lpips_weight: Weight = 0.0
     """LPIPS (VGG); needs the ``lpips`` extra and its backbone file."""
-    lpips_backbone: Annotated[str | None, MAY_MOVE] = None
+    lpips_backbone: Annotated[str | None, AT_HOME, MAY_MOVE] = None
     """File of the VGG-16 weights (torchvision layout, safetensors or .pth)."""
     dino_weight: Weight = 0.0
     """Distance through the layers of a DINO network; 250 to 1000 beside an L1 of weight 1 is usual."""
-    dino_backbone: Annotated[str | None, MAY_MOVE] = None
+    dino_backbone: Annotated[str | None, AT_HOME, MAY_MOVE] = None
     """Folder of the network (transformers layout: ``config.json``, ``model.safetensors``)."""
     kl_weight: Weight = 1e-6
     """KL divergence of the posterior from a standard normal."""
@@ -132,7 +133,7 @@ class AutoencoderSettings(Section):
     """The autoencoder stage: detail encoder and joint decoder."""
 
     model: AutoencoderModelSettings
-    start_from: Annotated[str | None, MAY_MOVE] = None
+    start_from: Annotated[str | None, AT_HOME, MAY_MOVE] = None
     """A trained autoencoder to start from: its folder, or its run. Its levels must be the first ones here; if there are
     no others, they are trained further."""
     alignment: AlignmentSettings = AlignmentSettings()
@@ -267,7 +268,7 @@ class SampleSettings(Section):
 class DiffusionSettings(Section):
     """The diffusion stage: the warm-started transformer."""
 
-    start_from: str | None = None
+    start_from: Annotated[str | None, AT_HOME] = None
     """A tuned transformer to start from: the folder of its pipeline or adapters, or its run."""
     tune: TuneSettings = TuneSettings()
     prompts: PromptSettings = PromptSettings()

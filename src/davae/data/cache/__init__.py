@@ -4,10 +4,9 @@ from davae.data.cache.fingerprint import Fingerprint, SourceFact, caption_key, p
 from davae.data.cache.index import verify_cache
 from davae.data.cache.reader import LatentCache
 from davae.data.cache.shards import Format, Record
-from davae.data.cache.writer import DTYPES, LATENTS, TEXTS, CacheWriter
+from davae.data.cache.writer import LATENTS, TEXTS, CacheWriter
 
 __all__ = [
-    "DTYPES",
     "LATENTS",
     "TEXTS",
     "CacheWriter",

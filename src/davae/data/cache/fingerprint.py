@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from davae.data.cache.shards import MAKE_AGAIN
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import atomic_file, atomic_json, remove_file
 from davae.runtime.text_files import plain_json
@@ -114,15 +115,13 @@ class Fingerprint:
                     sources[name] = SourceFact(stamp, label, caption)
             found = cls(saved["facts"], sources)
             same = found.hash == saved["hash"]
-        except FileNotFoundError as error:
-            raise DavaeError(
-                f"{folder} is no cache of latents: there is no {Path(error.filename).name}. "
-                f"`davae cache --out {folder}` makes one"
-            ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DavaeError(f"the fingerprint of the cache {folder} cannot be read: {error}") from error
+            told = f"the fingerprint of the cache {folder} cannot be read ({error}): {MAKE_AGAIN}"
+            if not (folder / "fingerprint.json").exists():
+                told = f"{folder} is no cache of latents: make one with `davae cache --out {folder}` and this recipe"
+            raise DavaeError(told) from error
         if not same:
-            raise DavaeError(f"the fingerprint of the cache {folder} was changed by hand; make the cache again")
+            raise DavaeError(f"the fingerprint of the cache {folder} was changed by hand: {MAKE_AGAIN}")
         return found
 
     def _source_differences(self, wanted: Fingerprint) -> list[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from davae.data.cache.shards import shard_path
+from davae.data.cache.shards import MAKE_AGAIN, shard_path
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import atomic_write, file_hash, remove_file
 from davae.runtime.text_files import plain_json
@@ -78,11 +78,11 @@ def read_index(folder: Path, name: str = INDEX) -> Index:
     for shard_name, shard in index.shards.items():
         file_path = shard_path(folder, shard_name)
         if not file_path.is_file():
-            raise DavaeError(f"the cache {folder} lacks its shard {shard_name}: copy it again, or make the cache again")
+            raise DavaeError(f"the cache {folder} lacks its shard {shard_name}: copy it again, or {MAKE_AGAIN}")
         if file_path.stat().st_size != shard["bytes"]:
             raise DavaeError(
                 f"the shard {file_path} has {file_path.stat().st_size} bytes, the index says {shard['bytes']}: "
-                f"copy it again, or make the cache again"
+                f"copy it again, or {MAKE_AGAIN}"
             )
     return index
 
@@ -148,6 +148,6 @@ def verify_cache(folder: str | Path) -> int:
     if damaged:
         raise DavaeError(
             f"{len(damaged)} of {len(index.shards)} shards of {folder} are damaged: {', '.join(damaged)}. "
-            f"Copy them again, or make the cache again"
+            f"Copy them again, or {MAKE_AGAIN}"
         )
     return len(index.shards)

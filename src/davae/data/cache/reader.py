@@ -11,7 +11,7 @@ from torch import Tensor
 
 from davae.data.cache.fingerprint import Fingerprint, caption_key
 from davae.data.cache.index import read_index
-from davae.data.cache.shards import ShardReader
+from davae.data.cache.shards import MAKE_AGAIN, ShardReader
 from davae.data.cache.writer import LATENTS, read_about
 from davae.data.images.dataset import size_in
 from davae.data.images.protocol import Item, ItemDataset, is_mirrored
@@ -126,4 +126,4 @@ class LatentCache(ItemDataset):
         positions = set(range(count))
         whole = self._plain.keys() == positions and self._mirrored.keys() in (set(), positions)
         if not whole or len(self._texts) < complete["texts"]:
-            raise DavaeError(f"the index of the cache {self.folder} lacks entries; make the cache again")
+            raise DavaeError(f"the index of the cache {self.folder} lacks entries: {MAKE_AGAIN}")

@@ -25,6 +25,8 @@ from davae.runtime.atomic_files import atomic_file
 from davae.runtime.weight_files import atomic_tensors
 
 Format = Literal["safetensors", "webdataset"]
+MAKE_AGAIN = "make it again in another folder, with `davae cache --out` and data.cache"
+"""Advice on a damaged cache, which no update mends."""
 SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "webdataset": ".tar"}
 _NAME = re.compile(r"[a-z]+-\d{5,}\.(safetensors|tar)")
 _KEY = re.compile(r"[0-9a-zA-Z_-]+")

@@ -10,7 +10,7 @@ from typing import Any
 
 from davae.data.cache.fingerprint import Fingerprint, caption_key
 from davae.data.cache.index import append, journal_of, merge_journals, read_index, rewrite
-from davae.data.cache.shards import SUFFIXES, Format, Record, is_shard_name, stored, write_shard
+from davae.data.cache.shards import MAKE_AGAIN, SUFFIXES, Format, Record, is_shard_name, stored, write_shard
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import atomic_json, file_hash, make_folder, remove_file, remove_leftovers
 from davae.runtime.devices import DTYPES
@@ -86,7 +86,7 @@ class CacheWriter:
                 old.check(fingerprint, self.folder)
             made = read_about(self.folder)["format"]
             if made != self.form:
-                raise DavaeError(f"the cache {self.folder} is of format {made}, not {self.form}")
+                raise DavaeError(f"the cache {self.folder} is of format {made}, not {self.form}: give --format {made}")
         else:
             others = [p.name for p in self.folder.iterdir() if not p.name.startswith(".")]
             if set(others) - {"cache.json", "sources.jsonl"}:
@@ -219,4 +219,4 @@ def read_about(folder: Path) -> dict[str, Any]:
     try:
         return read_object(folder / "cache.json")
     except DavaeError as error:
-        raise DavaeError(f"{error}; make the cache again") from error
+        raise DavaeError(f"{error}: {MAKE_AGAIN}") from error

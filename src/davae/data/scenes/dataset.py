@@ -32,6 +32,7 @@ CLASSES: tuple[str, ...] = tuple(_PAINTERS)
 
 SEED_STRIDE = 2**32
 """Distance between the first scenes of two data set seeds; no data set is longer than this."""
+_SMALLEST = 8
 
 
 class SceneItem(TypedDict):
@@ -49,8 +50,8 @@ def _paint(class_index: int, seed: int, resolution: int) -> tuple[Canvas, str]:
         raise DavaeError(f"class_index is {class_index}: the procedural classes are numbered 0 to {len(CLASSES) - 1}")
     if seed < 0:
         raise DavaeError(f"seed is {seed}: a scene's seed must be 0 or larger")
-    if resolution < 8:
-        raise DavaeError(f"resolution is {resolution}: a scene needs at least 8 pixels a side")
+    if resolution < _SMALLEST:
+        raise DavaeError(f"resolution is {resolution}: a scene needs at least {_SMALLEST} pixels a side")
     canvas = Canvas(resolution)
     caption = _PAINTERS[CLASSES[class_index]](canvas, np.random.default_rng([class_index, seed]))
     return canvas, caption
@@ -99,8 +100,8 @@ class ProceduralScenes(Dataset[SceneItem]):
             raise DavaeError(f"length={length}, seed={seed}, start={start}: none of these may be negative")
         if start + length > SEED_STRIDE:
             raise DavaeError(f"start + length is {start + length}: one seed holds 2**32 scenes; use another seed")
-        if resolution < 8:
-            raise DavaeError(f"resolution is {resolution}: a scene needs at least 8 pixels a side")
+        if resolution < _SMALLEST:
+            raise DavaeError(f"resolution is {resolution}: a scene needs at least {_SMALLEST} pixels a side")
         self.length, self.resolution, self.seed, self.start = length, resolution, seed, start
         self.classes = list(classes)
 
@@ -110,6 +111,11 @@ class ProceduralScenes(Dataset[SceneItem]):
     def id(self, index: int) -> str:
         """The name of scene ``index``: its class and its seed."""
         return f"procedural/{self.classes[index % len(self.classes)]}/{self._scene(index)}"
+
+    def facts(self, index: int) -> tuple[int, str]:
+        """Label and caption of scene ``index``; they do not depend on the resolution, so the smallest is painted."""
+        label = index % len(self.classes)
+        return label, _paint(CLASSES.index(self.classes[label]), self._scene(index), _SMALLEST)[1]
 
     def _scene(self, index: int) -> int:
         return self.seed * SEED_STRIDE + self.start + index

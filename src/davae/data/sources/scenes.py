@@ -7,7 +7,6 @@ import hashlib
 
 from davae.data.images.protocol import Item, ItemDataset, is_mirrored
 from davae.data.scenes import ProceduralScenes
-from davae.data.scenes.dataset import SEED_STRIDE
 
 
 class RenderedDataset(ItemDataset):
@@ -44,12 +43,11 @@ class RenderedDataset(ItemDataset):
         return plain
 
     def stamps(self) -> dict[str, tuple[str, int, str]]:
-        """As :meth:`ImageDataset.stamps`. A scene depends on its number; a hash of the first identifies the code."""
+        """As :meth:`ImageDataset.stamps`. A scene depends on its name; a hash of the first identifies the code."""
         if not len(self):
             return {}
         drawn = hashlib.sha256(self.scenes[0]["image"].numpy().tobytes()).hexdigest()
-        first = self.scenes.seed * SEED_STRIDE + self.scenes.start
-        return {f"procedural/{first + i}": (drawn, -1, "") for i in range(len(self))}
+        return {self.id(i): (drawn, *self.scenes.facts(i)) for i in range(len(self))}
 
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``."""

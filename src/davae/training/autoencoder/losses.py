@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from davae.data.cache import weights_hash
-from davae.errors import DavaeError
+from davae.errors import named
 from davae.latents import adaptive_weight
 from davae.models import PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
 from davae.models.perceptual import DinoDistance, LpipsLoss
@@ -70,10 +70,8 @@ class ReconstructionLoss(nn.Module):
 
 
 def _dino(backbone: str | None) -> DinoDistance:
-    try:
+    with named("reconstruction.dino_backbone"):
         return DinoDistance(backbone)
-    except DavaeError as error:
-        raise DavaeError(f"reconstruction.dino_backbone: {error}") from error
 
 
 MAX_ADAPTIVE_GAN = 1e4  # official code

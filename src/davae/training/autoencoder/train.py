@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from davae.bases.open import EVERYTHING, is_pipeline, load_recipe_base
-from davae.errors import DavaeError
+from davae.errors import DavaeError, named
 from davae.models import AutoencoderDA
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.pipelines.upgrade import layout_over
@@ -16,7 +16,7 @@ from davae.recipes.settings import AutoencoderModelSettings, AutoencoderSettings
 from davae.training.autoencoder.stage import AutoencoderStage
 from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.checkpoints.foundations import model_hash
-from davae.training.checkpoints.run_directory import base_facts, data_facts
+from davae.training.checkpoints.run_directory import RunDirectory, base_facts, data_facts
 from davae.training.data import open_part, open_training_part
 from davae.training.loop.loop import TrainResult, train
 
@@ -66,6 +66,14 @@ def train_levels(recipe: UpgradeRecipe, base_vae: Any, out: Path) -> TrainResult
     return _train(recipe, base_vae, vae, out, weights)
 
 
+def check_levels(recipe: UpgradeRecipe, out: Path) -> None:
+    """Refuse, before images and weights are opened, a run of other settings in ``out``, or of a level that goes on."""
+    plain, others = recipe.model_dump(mode="json"), AutoencoderStage.other_sections
+    if not RunDirectory(out, plain, other_sections=others).config.is_file():
+        for folder in (config.parent for config in out.glob("level-[0-9]/config.yaml")):
+            RunDirectory(folder, plain | {"level": int(folder.name[-1])}, other_sections=others)
+
+
 def new_level(base: Any, model: AutoencoderModelSettings, detail_channels: int) -> AutoencoderDA:
     """Add one level to ``base``, a VAE or an :class:`AutoencoderDA`, with the recipe's options."""
     options = model.model_dump(exclude={"scale", "detail_channels"})
@@ -83,9 +91,10 @@ def _start(settings: AutoencoderSettings, base_vae: Any) -> AutoencoderDA | None
     start, model = settings.start_from, settings.model
     if start is None:
         return None
-    inside = Path(start).expanduser() / "autoencoder"
-    vae = load_autoencoder(inside if inside.is_dir() else start)
-    layout_over(base_vae, vae)  # raises if the base is another one
+    inside = Path(start) / "autoencoder"
+    with named("autoencoder.start_from"):
+        vae = load_autoencoder(inside if inside.is_dir() else start)
+        layout_over(base_vae, vae)  # raises if the base is another one
     levels = len(base_vae.levels) - 1 if isinstance(base_vae, AutoencoderDA) else 0
     found = [level.own_layout.detail_channels for level in vae.autoencoders()][levels:]
     wanted = _channels(model)

@@ -27,6 +27,7 @@ from davae.recipes.settings import BaseRecipe, DiffusionSettings
 from davae.runtime.atomic_files import save_whole
 from davae.runtime.model_files import open_model
 from davae.runtime.pictures import reduced
+from davae.runtime.places import check_place
 from davae.runtime.processes import claimed_by_first, is_first, wait_for_everyone
 from davae.training.base.autoencoder_stage import BaseAutoencoderStage, build_kl
 from davae.training.cache.write import open_cache
@@ -41,6 +42,15 @@ from davae.training.loop.loop import TrainResult, train
 logger = logging.getLogger(__name__)
 
 
+def check_halves(recipe: BaseRecipe, out: Path) -> None:
+    """Refuse, before images and weights are opened, what is no training of this recipe in ``out``."""
+    check_place(out, "base run")
+    plain = recipe.model_dump(mode="json")
+    for half, others in (("autoencoder", BaseAutoencoderStage), ("transformer", DiffusionStage)):
+        if (out / half / "config.yaml").is_file():
+            RunDirectory(out / half, plain, other_sections=others.other_sections)
+
+
 def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = None) -> TrainResult:
     """Train a base pipeline into ``out/pipeline`` (runs ``out/autoencoder`` and ``out/transformer``).
 
@@ -53,6 +63,7 @@ def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = N
         out: the folder.
         base: the pipeline of ``recipe.start_from``; its autoencoder is kept and only the transformer is trained.
     """
+    check_halves(recipe, out)
     with claimed_by_first(out, "base run"):
         return _train_base(recipe, out, base)
 
@@ -161,11 +172,8 @@ def _new_pipeline(
     reduce = partial(reduced, factor=recipe.downsample)
     vae_folder = out / "autoencoder" / "vae"
     plain = recipe.model_dump(mode="json")
-    if _is_saved(vae_folder) and checkpoints(out / "transformer" / "checkpoints"):
-        pass  # the transformer stands on it, and its run knows weights, images and settings: it is not trained further
-    elif _is_saved(vae_folder) and not checkpoints(out / "autoencoder" / "checkpoints"):
-        RunDirectory(out / "autoencoder", plain)  # refuses one of other settings
-    else:  # a finished one ends at once, when it has been compared with what is asked for
+    begun = checkpoints(out / "transformer" / "checkpoints")  # it stands on the autoencoder and knows its weights
+    if not _is_saved(vae_folder) or (not begun and checkpoints(out / "autoencoder" / "checkpoints")):
         workers, timeout_s = recipe.data.workers, recipe.data.timeout_s
         kept = full.unmirrored()
         if workers and isinstance(kept, ImagesInMemory):
@@ -174,6 +182,11 @@ def _new_pipeline(
         stage = BaseAutoencoderStage(recipe.autoencoder, mixed, images, held_out, workers=workers, timeout_s=timeout_s)
         stage.facts = data_facts(recipe.data, full)
         train(stage, out / "autoencoder", plain)
+    elif (out / "autoencoder" / "config.yaml").is_file():
+        run = RunDirectory(out / "autoencoder", plain, other_sections=BaseAutoencoderStage.other_sections)
+        unused = [change for change in run.changed() if change.startswith("autoencoder.")]
+        if unused:
+            logger.warning("%s is finished and stays as it is, without %s", run.path, "; ".join(unused))
     vae, _ = open_model(AutoencoderKL.from_pretrained, vae_folder)
 
     torch.manual_seed(recipe.transformer.loop.seed)

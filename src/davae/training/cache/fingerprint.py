@@ -21,8 +21,9 @@ from davae.training.data import bucket_sizes, token_side
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
-"""Of fingerprints. In the first one a weight's hash depended on the precision in which it was read."""
+VERSION = 3
+"""Of fingerprints. In the first one a weight's hash depended on the precision in which it was read; the first two
+name a scene by its number, without label and caption."""
 
 
 def cache_fingerprint(
@@ -70,10 +71,10 @@ def cache_fingerprint(
     }
     if family.conditioned_on == "text":
         facts |= {"text length": text_length or family.text_length, **_text_facts(pipe, by_dtype=version == 1)}
-    sources = {
-        name: SourceFact(stamp, label, caption_key(caption))
-        for name, (stamp, label, caption) in images.stamps().items()
-    }
+    stamps = images.stamps()
+    if version < 3 and isinstance(images, RenderedDataset):
+        stamps = {f"procedural/{name.rpartition('/')[2]}": (stamp, -1, "") for name, (stamp, *_) in stamps.items()}
+    sources = {name: SourceFact(stamp, label, caption_key(text)) for name, (stamp, label, text) in stamps.items()}
     return Fingerprint(facts, sources)
 
 

@@ -195,15 +195,17 @@ class CheckpointWriter:
     Args:
         folder: the run's ``checkpoints`` folder.
         keep: how many of the newest checkpoints to keep.
+        best_metric: name of the watched metric; the best of another one, or by another ``best_mode``, does not count.
         best_mode: whether lower (``min``) or higher (``max``) values of the watched metric are better.
     """
 
-    def __init__(self, folder: Path, *, keep: int, best_mode: BestMode = "min") -> None:
+    def __init__(self, folder: Path, *, keep: int, best_metric: str | None = None, best_mode: BestMode = "min") -> None:
         self.folder, self.keep, self.best_mode = folder, keep, best_mode
+        self._watched = {"metric": best_metric, "mode": best_mode}
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[Path] | None = None
         self._best_file = folder / "best.json"
-        self.best = _read_best(self._best_file) if self._best_file.is_file() else None
+        self.best = _read_best(self._best_file, self._watched) if self._best_file.is_file() else None
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -251,7 +253,7 @@ class CheckpointWriter:
         """
         self.wait()
         self.best = {"step": step, "value": value}
-        atomic_write(self._best_file, json.dumps(self.best))
+        atomic_write(self._best_file, json.dumps(self.best | self._watched))
         # Only now may the previous best be removed: until the line above, the file named it.
         remove_old(self.folder, step, keep=self.keep, protected={step})
 
@@ -271,10 +273,13 @@ class CheckpointWriter:
         return save_checkpoint(self.folder, step, tensors, values, keep=self.keep, protected=best)
 
 
-def _read_best(file: Path) -> dict[str, float] | None:
-    """Step and value of the best checkpoint; ``None`` if the file is damaged, so that no checkpoint is protected."""
+def _read_best(file: Path, watched: dict[str, str | None]) -> dict[str, float] | None:
+    """Step and value of the best checkpoint; ``None`` if the file is damaged, so that no checkpoint is protected, or
+    of another metric than the ``watched`` one (an earlier version did not note which)."""
     try:
         found = read_object(file)
+        if any(found.get(key, value) != value for key, value in watched.items()):
+            return None
         best = {"step": int(found["step"]), "value": float(found["value"])}
         if not math.isfinite(best["value"]):
             raise ValueError(found)

@@ -38,12 +38,14 @@ _PACKAGES = ("davae", "torch", "diffusers", "accelerate", "peft", "transformers"
 
 _PLACES = frozenset({"autoencoder_folder", "start"})
 """Entries stored beside the recipe that are paths, like the settings marked ``MAY_MOVE``."""
+_SHAPES = ("autoencoder.model.scale", "autoencoder.model.detail_channels", "diffusion.tune")
+"""Settings, or their sections, that decide which weights there are: with others, weights of a run may not fit."""
 
 
 class RunDirectory:
     """A training's folder, opened to start or to resume a run.
 
-    Nothing is written before :meth:`locked`.
+    Nothing is written before :meth:`locked`. Opened before images and weights are, it refuses other settings at once.
 
     Args:
         path: the folder.
@@ -71,7 +73,7 @@ class RunDirectory:
         self.samples = path / "samples"
         self.metrics_file = path / "metrics.jsonl"
         check_place(path, "run")
-        self._changed()
+        self.changed()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -81,7 +83,7 @@ class RunDirectory:
             DavaeError: another process trains here, or has started a run with other settings in the meantime.
         """
         with claim(self.path, "run"):
-            self._changed()
+            self.changed()
             yield
 
     def begin(self) -> None:
@@ -89,11 +91,11 @@ class RunDirectory:
 
         A ``config.yaml`` that cannot be read is kept beside.
         """
-        changed = self._changed()
+        changed = self.changed()
         if changed:
             logger.info("%s goes on with %s", self.path, "; ".join(changed))
         if self.config.is_file() and read_config(self.config) is None:
-            logger.warning("the damaged one is kept as %s", set_aside(self.config))
+            logger.warning("%s is damaged and written again; it is kept as %s", self.config, set_aside(self.config))
         atomic_write(self.config, yaml.safe_dump(self.recipe, sort_keys=False))
         atomic_json(self.path / "environment.json", environment() | self.facts)
 
@@ -117,7 +119,7 @@ class RunDirectory:
                     atomic_write(file.with_name(f"{file.name}.before"), before)
                 atomic_write(file, text)
 
-    def _changed(self) -> list[str]:
+    def changed(self) -> list[str]:
         """The differences from the settings stored here, all in keys that may change on resume.
 
         Raises:
@@ -127,14 +129,12 @@ class RunDirectory:
             return []
         known = read_config(self.config)
         if known is None:
-            why = f"{self.config} is damaged, as a power cut may leave it"
             if checkpoints(self.checkpoints):
                 raise DavaeError(
-                    f"{why}, and there are checkpoints, which may be of a run with other settings. If you know that "
-                    "they are of this run, remove the file and run the same command again; otherwise choose another "
-                    "--out"
+                    f"{self.config} is damaged, as a power cut may leave it, and there are checkpoints, which may be "
+                    "of a run with other settings. If you know that they are of this run, remove the file and run the "
+                    "same command again; otherwise choose another --out"
                 )
-            logger.warning("%s; there are no checkpoints yet, so it is written again", why)
             return []
         changed = differing_keys(self.recipe, with_later_settings(known))
         changed = [c for c in changed if c.partition(".")[0].partition(":")[0] not in self.other_sections]
@@ -147,7 +147,7 @@ class RunDirectory:
             raise DavaeError(
                 f"{self.path} holds a run with other settings ({'; '.join(differing[:5])}"
                 f"{' ...' if len(differing) > 5 else ''}); go on with those it had, or choose another --out"
-                f"{self._start_from()}"
+                f"{self._start_from(differing)}"
             )
         return changed
 
@@ -156,9 +156,9 @@ class RunDirectory:
         found = checkpoints(self.checkpoints)
         return not found or stands_on(plain_values(found[-1])) is not None
 
-    def _start_from(self) -> str:
-        """Advice on starting another run from the weights of this one, if it is finished."""
-        if self.recipe.get("kind", "upgrade") != "upgrade":
+    def _start_from(self, differing: Sequence[str]) -> str:
+        """Advice on starting another run from the weights of this one, if it is finished and they fit."""
+        if self.recipe.get("kind", "upgrade") != "upgrade" or any(change.startswith(_SHAPES) for change in differing):
             return ""
         for folder, section in (("pipeline", "diffusion"), ("autoencoder", "autoencoder")):
             if (self.path / folder).is_dir():

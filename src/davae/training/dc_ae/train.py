@@ -17,14 +17,13 @@ from davae.data.in_memory import ImagesInMemory, MixedScales
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_names
 from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC
-from davae.recipes.checks import check_settings
+from davae.recipes.checks import check_backbones, check_settings
 from davae.recipes.data import DataSettings, is_procedural
 from davae.recipes.dc_ae import DcAeRecipe, Phase
 from davae.recipes.read import differing_keys, dump_recipe, load_recipe
 from davae.runtime.atomic_files import atomic_json
 from davae.runtime.model_files import open_model
 from davae.runtime.pictures import reduced_to
-from davae.runtime.places import check_place
 from davae.runtime.processes import everyone, is_first, start_processes
 from davae.runtime.text_files import read_object
 from davae.training.checkpoints.foundations import model_hash
@@ -64,18 +63,21 @@ def run_dc_ae(
     if not isinstance(settings, DcAeRecipe):
         raise DavaeError(f"recipe '{recipe}' is of kind '{settings.kind}'; `davae train dc-ae` needs kind: dc-ae")
     find_phase(settings, phase)
-    _check(settings, phase, without_images=dry_run)
-    if dry_run:
-        return f"{dump_recipe(settings)}{_counted(settings, phase)}"
     stem = Path(recipe).stem
     if start is None and phase > 1:
         start = Path("runs") / f"{stem}-phase{phase - 1}"
+    out = out or Path("runs") / f"{stem}-phase{phase}"
+    if not dry_run:
+        RunDirectory(out, _plain(settings, phase, start))  # refuses other settings before images are opened
+    _check(settings, phase, without_images=dry_run)
+    if dry_run:
+        return f"{dump_recipe(settings)}{_counted(settings, phase)}"
     if phase > 1 and not (start_folder(start) / "config.json").is_file():
         raise DavaeError(
             f"phase {phase} starts from phase {phase - 1}'s result, and there is none in {start}: run "
             f"`davae train dc-ae --recipe {recipe} --phase {phase - 1}` to its end first, or name one with --from"
         )
-    result = train_dc_ae(settings, out or Path("runs") / f"{stem}-phase{phase}", phase=phase, start=start)
+    result = train_dc_ae(settings, out, phase=phase, start=start)
     figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     return f"{result.result}\n{figures}"
 
@@ -84,6 +86,8 @@ def _check(recipe: DcAeRecipe, phase: int, *, without_images: bool) -> None:
     """Check a phase's settings and images before training; in a dry run images may be missing."""
     settings = find_phase(recipe, phase)
     check_settings(recipe, f"phase{phase}")
+    if not without_images:
+        check_backbones(recipe, f"phase{phase}")
     sides = {(settings.path, settings.windows_from or settings.resolution)}
     for path, side in sides | {(recipe.measure.path, recipe.measure.resolutions[0])}:
         data = _data(recipe, path, side)
@@ -108,7 +112,8 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
         RuntimeError: a frozen layer changed, which is a bug.
     """
     settings = find_phase(recipe, phase)
-    check_place(out, "run")
+    plain = _plain(recipe, phase, start)
+    directory = RunDirectory(out, plain)
     torch.manual_seed(settings.loop.seed)
     autoencoder = _initial(recipe, phase, start)
     before = layer_hashes(autoencoder)
@@ -128,10 +133,7 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
     if start is not None:
         stage.foundations = {**stage.foundations, "the autoencoder of the phase before": given}
     stage.facts = data_facts(_data(recipe, settings.path, settings.resolution), stage.dataset)
-    others = {f"phase{n}" for n in (1, 2, 3) if n != phase}  # may change without making this a different run
-    plain = recipe.model_dump(mode="json", exclude=others)
-    plain |= {"phase": phase, "start": None if start is None else str(start)}
-    figures_before = _measured_before(stage, out, plain, given)
+    figures_before = _measured_before(stage, directory, given)
     result = train(stage, out, plain)
     assert result is not None
 
@@ -153,6 +155,12 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
     if is_first():
         atomic_json(out / "summary.json", summary)
     return result
+
+
+def _plain(recipe: DcAeRecipe, phase: int, start: Path | None) -> dict[str, Any]:
+    """What the run of a phase stores as its recipe; the other phases may change without making it another run."""
+    plain = recipe.model_dump(mode="json", exclude={f"phase{n}" for n in (1, 2, 3) if n != phase})
+    return plain | {"phase": phase, "start": None if start is None else str(start)}
 
 
 def find_phase(recipe: DcAeRecipe, phase: int) -> Phase:
@@ -271,10 +279,9 @@ def _shape(autoencoder: DeepAutoencoder) -> dict[str, Any]:
     return json.loads(json.dumps({"class": type(autoencoder).__name__, **config}))
 
 
-def _measured_before(stage: DcAeStage, out: Path, plain: dict[str, Any], given: str) -> dict[str, float]:
+def _measured_before(stage: DcAeStage, directory: RunDirectory, given: str) -> dict[str, float]:
     """The figures of what the phase starts from, whose weights have the hash ``given``; measured once a run."""
     start_processes()
-    directory = RunDirectory(out, plain)  # first of all, refuses a folder of other settings
     with directory.locked() if is_first() else nullcontext():
         return _measured_or_known(stage, directory, given)
 

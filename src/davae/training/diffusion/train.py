@@ -8,6 +8,7 @@ from davae.bases.open import TEXT_ENCODERS, load_recipe_base
 from davae.bases.upgrade import write_text_encoders
 from davae.data import ItemDataset
 from davae.data.cache import weights_hash
+from davae.errors import named
 from davae.models import AutoencoderDA
 from davae.models.lightningdit import restarted
 from davae.pipelines import upgrade_pipeline
@@ -18,12 +19,18 @@ from davae.training.cache.fingerprint import pipeline_parts
 from davae.training.cache.write import open_cache
 from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.checkpoints.foundations import model_hash
-from davae.training.checkpoints.run_directory import base_facts, data_facts
+from davae.training.checkpoints.run_directory import RunDirectory, base_facts, data_facts
 from davae.training.data import open_part, open_training_part
 from davae.training.diffusion.inputs import Inputs, prepare_inputs
 from davae.training.diffusion.stage import DiffusionStage
 from davae.training.diffusion.tuning import started_from
 from davae.training.loop.loop import TrainResult, train
+
+
+def check_transformer(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> None:
+    """Refuse, before images and weights are opened, a run of other settings in ``out``."""
+    plain = recipe.model_dump(mode="json") | {"autoencoder_folder": str(autoencoder)}
+    RunDirectory(out, plain, other_sections=DiffusionStage.other_sections)
 
 
 def train_transformer(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> TrainResult:
@@ -52,7 +59,8 @@ def train_transformer(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Tr
     weights |= {"the base's transformer": weights_hash(base.transformer)}
     pipeline = upgrade_pipeline(base, vae, copy=False)
     if settings.start_from is not None and not checkpoints(out / "checkpoints"):
-        pipeline = started_from(settings.start_from, pipeline, base, settings.tune.mode)
+        with named("diffusion.start_from"):
+            pipeline = started_from(settings.start_from, pipeline, base, settings.tune.mode)
     torch.manual_seed(settings.loop.seed)
     stage = DiffusionStage(
         pipeline,

@@ -40,18 +40,18 @@ def started_from(start: str, pipeline: P, base: P, mode: TuneMode) -> P:
     Raises:
         DavaeError: there is no such folder, or its weights belong to another transformer, autoencoder or mode.
     """
-    folder = Path(start).expanduser()
+    folder = Path(start)
     adapters = next((f for f in (folder, folder / "adapters") if (f / LAYERS_FILE).is_file()), None)
     if mode != "full":
         if adapters is None:
             raise DavaeError(
-                f"diffusion.start_from: there are no adapters in {start}, with which alone tune.mode={mode} can begin, "
+                f"there are no adapters in {start}, with which alone tune.mode={mode} can begin, "
                 "since the base's weights stay; set diffusion.tune.mode=full to begin with its pipeline"
             )
         found = load_adapters(base, pipeline.vae, adapters)
         if mode != "lora" and attached_lora(found.transformer) is not None:
             raise DavaeError(
-                f"diffusion.start_from: the adapters in {start} hold a LoRA, which tune.mode={mode} has no place for: "
+                f"the adapters in {start} hold a LoRA, which tune.mode={mode} has no place for: "
                 "set diffusion.tune.mode=lora"
             )
         return found
@@ -67,7 +67,7 @@ def started_from(start: str, pipeline: P, base: P, mode: TuneMode) -> P:
     odd = [n for n in [*ours, *theirs] if n not in ours or n not in theirs or ours[n].shape != theirs[n].shape]
     if odd:
         raise DavaeError(
-            f"diffusion.start_from: the transformer in {start} is not the one that is tuned here: {len(set(odd))} "
+            f"the transformer in {start} is not the one that is tuned here: {len(set(odd))} "
             f"tensors differ, such as '{odd[0]}'; the base and the autoencoder's channels must be the same"
         )
     own.load_state_dict(theirs)

@@ -57,7 +57,7 @@ class Ema:
     """Exponential moving average ``average <- d average + (1 - d) weight``, kept in float32.
 
     The decay is warmed up as ``d = min(decay, (1 + n) / (10 + n))`` for the n-th update, so that a short
-    training is not dominated by its first weights.
+    training is not dominated by its first weights. A skipped step is no update.
 
     Averages of sharded parameters are sharded alike.
 
@@ -69,16 +69,17 @@ class Ema:
     def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
         self.parameters = list(parameters)
         self.decay = decay
-        self.updates = 0
         self.averages = [p.detach().float().clone() for p in self.parameters]
+        self.updates = torch.zeros((), dtype=torch.int64, device=self.averages[0].device)
+        """How many, on the device, which alone knows whether a step was good."""
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the averages towards the current weights."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = [p.detach().float() for p in self.parameters]
-        torch._foreach_lerp_(self.averages, current, 1 - decay)
+    def update(self, good: Tensor | bool = True) -> None:
+        """Move the averages towards the current weights after a ``good`` step, a boolean scalar on the device."""
+        self.updates += good
+        share = (9 / (10 + self.updates)).clamp(min=1 - self.decay) * good  # 1 - d
+        for average, parameter in zip(self.averages, self.parameters):
+            average.lerp_(parameter.detach().float(), share)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -96,7 +97,7 @@ class Ema:
 
     def restore(self, saved: dict[str, Tensor], updates: int) -> None:
         """Restore whole averages saved from :meth:`tensors`, and the number of updates that made them."""
-        self.updates = updates
+        self.updates.fill_(updates)
         self.averages = [like(saved[name], average) for name, average in self.tensors().items()]
 
     @torch.no_grad()

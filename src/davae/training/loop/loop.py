@@ -138,7 +138,10 @@ class _Training:
             self._prepare()
             self.writer = opened.enter_context(
                 CheckpointWriter(
-                    self.directory.checkpoints, keep=self.loop.checkpoints_total_limit, best_mode=self.loop.best_mode
+                    self.directory.checkpoints,
+                    keep=self.loop.checkpoints_total_limit,
+                    best_metric=self.loop.best_metric,
+                    best_mode=self.loop.best_mode,
                 )
             )
             self.stop = opened.enter_context(StopRequest(quiet=not self.main))
@@ -263,12 +266,10 @@ class _Training:
             )
             kept[i].restore_unless(good)
             trainer.step(learning_rate(trained.optimizer, step, loop.steps), good)
-
-        # The fp16 loss scale and the averages of the weights.
+            if i == 0 and self.ema is not None:
+                self.ema.update(good)
         if accelerator.scaler is not None:
             accelerator.scaler.update()
-        if self.ema is not None:
-            self.ema.update()
         return batch
 
     def _draws(self) -> AbstractContextManager[Any]:
@@ -378,6 +379,9 @@ class _Training:
     def _resume(self) -> int:
         """Restore the newest whole checkpoint; returns its step, or 0 if there is none."""
         step = self.state.restore(self.directory.checkpoints)  # or refuses, and the run's files stay as they are
+        if step > self.loop.steps:
+            key, told = f"{self.stage.section}.loop.steps".lstrip("."), f"{self.out} has made {step} steps already"
+            raise DavaeError(f"{told}: set {key}={step} or higher, not {self.loop.steps}, or choose another --out")
         if self.main:
             self.directory.begin()
         if step:

@@ -71,7 +71,7 @@ class RunState:
             values["trained"] = {trainer.trained.name: trainer.order for trainer in self.trainers}
             tensors[IMAGES] = dict(self.foundations.images)
             if self.ema is not None:
-                values["ema_updates"] = self.ema.updates
+                values["ema_updates"] = int(self.ema.updates)
             if self.scaler is not None:
                 values["scaler"] = self.scaler.state_dict()
             writer.save(done, tensors, values, copied=True)

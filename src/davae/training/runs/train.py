@@ -8,21 +8,20 @@ from davae.bases.open import is_built_in, load_base, load_recipe_autoencoder
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import ClassFamily, find_family
-from davae.pipelines.saving.opening import pipeline_place
+from davae.pipelines.saving.opening import LAYERS_FILE, pipeline_place
 from davae.planner.architectures import Architecture, find_architecture
 from davae.planner.recipes import dry_run as describe_run
-from davae.recipes.checks import check_settings, check_start
+from davae.recipes.checks import check_backbones, check_settings, check_start
 from davae.recipes.data import check_data_path, is_procedural
 from davae.recipes.presets import find_preset
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe, UpgradeRecipe
-from davae.runtime.places import check_place
-from davae.training.autoencoder.train import train_levels
-from davae.training.base.train import check_divides, train_base
+from davae.training.autoencoder.train import check_levels, train_levels
+from davae.training.base.train import check_divides, check_halves, train_base
 from davae.training.base.train import dry_run_base as describe_base_run
 from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.data import bucket_sizes, check_images
-from davae.training.diffusion.train import train_transformer
+from davae.training.diffusion.train import check_transformer, train_transformer
 from davae.training.loop.loop import TrainResult
 
 
@@ -70,32 +69,36 @@ def run_base(
         raise DavaeError(f"recipe '{recipe}' upgrades a base; `davae train base` needs one of kind: base")
     for section in ("autoencoder", "transformer"):
         check_settings(settings, section)
+        if not dry_run:
+            check_backbones(settings, section)
     if not dry_run:
         check_cache_is_there(settings, recipe, overrides)
+    start, folder = settings.start_from, out or run_folder(recipe)
+    if not dry_run:
+        check_halves(settings, folder)
     if _is_there(settings.data.path) or not dry_run:
         check_images(settings.data)
     if dry_run:
         return describe_base_run(settings)
-    start, folder = settings.start_from, out or run_folder(recipe)
-    check_place(folder, "base run")
     base = None if start is None else load_base(start.pipeline)
     return _summary(train_base(settings, folder, base))
 
 
 def train_autoencoder(recipe: UpgradeRecipe, out: Path) -> TrainResult:
     """Stage 1 into ``out/autoencoder``. Continues from the newest checkpoint in ``out``."""
+    check_levels(recipe, out)
     check_upgrade(recipe, "autoencoder")
-    check_start(recipe.autoencoder.start_from, "autoencoder.start_from")
-    check_place(out, "run")
+    check_start(recipe.autoencoder.start_from, "autoencoder.start_from", ("config.json", "autoencoder/config.json"))
     return train_levels(recipe, load_recipe_autoencoder(recipe), out)
 
 
 def train_diffusion(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> TrainResult:
     """Stage 2 into ``out/pipeline``. Continues from the newest checkpoint in ``out``."""
+    check_transformer(recipe, out, autoencoder)
     check_upgrade(recipe, "diffusion")
     if not checkpoints(out / "checkpoints"):  # a resumed run has its own weights
-        check_start(recipe.diffusion.start_from, "diffusion.start_from")
-    check_place(out, "run")
+        places = ("model_index.json", "pipeline/model_index.json", LAYERS_FILE, f"adapters/{LAYERS_FILE}")
+        check_start(recipe.diffusion.start_from, "diffusion.start_from", places)
     return train_transformer(recipe, out, autoencoder)
 
 
@@ -113,6 +116,7 @@ def check_upgrade(recipe: UpgradeRecipe, section: str, *, without_images: bool =
     check_settings(recipe, section)
     data = recipe.data
     if not without_images:
+        check_backbones(recipe, section)
         check_data_path(data.path, data.revision)
     architecture = _known_architecture(recipe.base)
     captions_for = None
