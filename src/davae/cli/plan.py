@@ -5,12 +5,25 @@ from typing import Annotated
 import typer
 
 from davae.cli.options import Json, check_recipe, write_figures
+from davae.errors import DavaeError
 
 
 def plan(
-    base: Annotated[str, typer.Argument(help="A name on the hub, a pipeline folder, a preset, or 'tiny'.")],
-    resolution: Annotated[int, typer.Option(min=1, help="Side of the full-resolution image in pixels.")] = 1024,
-    scale: Annotated[int, typer.Option(min=1, help="Ratio of full to base resolution: 2, 4 or 8.")] = 2,
+    base: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="A name on the hub, a pipeline folder, a preset, or 'tiny' (default: the recipe's); "
+            "with --recipe also section.key=value."
+        ),
+    ] = None,
+    resolution: Annotated[
+        int | None,
+        typer.Option(min=1, help="Side of the full-resolution image in pixels (default: the recipe's, else 1024)."),
+    ] = None,
+    scale: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ratio of full to base resolution: 2, 4 or 8 (default: the recipe's, else 2)."),
+    ] = None,
     detail_channels: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Detail channels; repeat it for levels (default: as in the official code)."),
@@ -24,18 +37,23 @@ def plan(
     json_file: Json = None,
 ) -> None:
     """Estimate tokens, FLOPs, memory, speed-up and training hours of an upgrade, without training."""
+    overrides = [one for one in base or () if "=" in one]
+    bases = [one for one in base or () if "=" not in one]
+    if len(bases) > 1:
+        raise DavaeError(f"one base at a time: {bases[0]} or {bases[1]}")
     if recipe is not None:
-        check_recipe(recipe, (), images=False)
+        check_recipe(recipe, overrides, images=False)
     from davae.planner.recipes import plan_upgrade
 
     made = plan_upgrade(
-        base,
+        bases[0] if bases else None,
         resolution=resolution,
         scale=scale,
         detail_channels=tuple(detail_channels) if detail_channels else None,
         gpu=gpu,
         batch=batch,
         recipe=recipe,
+        overrides=overrides,
     )
     write_figures(json_file, made.to_json())
     from davae.cli.tables import print_plan

@@ -17,6 +17,7 @@ from davae.errors import DavaeError
 from davae.models import find_adapter
 from davae.planner.architectures import Architecture, block_runs, cost_by_depth, find_architecture, shallow_copy
 from davae.planner.memory import Cost, bytes_of, cost_of
+from davae.planner.phases import Phases, autoencoder_phases, cache_phases, diffusion_phases
 from davae.planner.stages import (
     AutoencoderRun,
     DiffusionRun,
@@ -68,6 +69,7 @@ class Plan:
         gpu_memory_bytes: its memory.
         utilisation: share of the GPU's peak that the hours assume, by stage.
         runs: the settings of each stage.
+        phases: memory of every phase of training and caching, see :mod:`davae.planner.phases`.
     """
 
     base: str
@@ -100,10 +102,12 @@ class Plan:
     gpu_memory_bytes: int
     utilisation: dict[str, float]
     runs: dict[str, dict[str, Any]]
+    phases: Phases
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as ``davae plan --json`` writes them."""
-        return dataclasses.asdict(self)
+        phases = {stage: {name: one.to_json() for name, one in found.items()} for stage, found in self.phases.items()}
+        return dataclasses.asdict(dataclasses.replace(self, phases={})) | {"phases": phases}
 
 
 def plan(
@@ -168,6 +172,14 @@ def plan(
     stages, stage_flops = _stages(
         architecture, scale, details, resolution, ae_run, diff_run, text_tokens=text, encoding_flops=encoding
     )
+    tokens_trained = text if diff_run.prompt_length is None else architecture.text_tokens_at(diff_run.prompt_length)
+    phases: Phases = {
+        "autoencoder": autoencoder_phases(architecture, vae, resolution, ae_run, stages["autoencoder"]),
+        "cache": cache_phases(architecture, vae, resolution, diff_run.prompt_length),
+        "diffusion": diffusion_phases(
+            architecture, vae, resolution, diff_run, stages["diffusion"], text_tokens=tokens_trained
+        ),
+    }
     utilisation = {"autoencoder": AUTOENCODER_UTILISATION, "diffusion": TRANSFORMER_UTILISATION}
     transformer, widened = (
         architecture.build_transformer(),
@@ -218,6 +230,7 @@ def plan(
         gpu_memory_bytes=device.memory_bytes,
         utilisation=utilisation,
         runs={"autoencoder": dataclasses.asdict(ae_run), "diffusion": dataclasses.asdict(diff_run)},
+        phases=phases,
     )
 
 

@@ -1,5 +1,6 @@
 """Dry runs: a recipe's real architecture on the meta device, its checks, and the plan of its cost."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -54,26 +55,38 @@ def recipe_plan(recipe: UpgradeRecipe, architecture: Architecture | None = None)
 
 
 def plan_upgrade(
-    base: str,
+    base: str | None = None,
     *,
-    resolution: int,
-    scale: int,
+    resolution: int | None = None,
+    scale: int | None = None,
     detail_channels: tuple[int, ...] | None = None,
     gpu: str = "H100",
     batch: int = 1,
     recipe: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> Plan:
     """:func:`davae.planner.plan.plan` with the training of a recipe.
 
     Args:
+        base, resolution, scale: by default the recipe's; without a recipe 1024 pixels at scale 2.
         recipe: name or file; by default the bundled recipe for this base, resolution and scale, if there is
             one, else the planner's defaults.
+        overrides: ``section.key=value``, of the recipe.
 
     Raises:
-        DavaeError: an unknown base, GPU or recipe, or sizes that do not fit.
+        DavaeError: an unknown base, GPU or recipe, sizes that do not fit, or neither a base nor a recipe.
     """
-    architecture = find_architecture(base)
-    settings = _upgrade_recipe(recipe) if recipe else _bundled_for(architecture.name, resolution, scale)
+    given = _upgrade_recipe(recipe, overrides) if recipe else None
+    if base is None and given is None:
+        raise DavaeError("name a base to plan for (davae plan NAME), or a recipe (davae plan --recipe NAME)")
+    if overrides and given is None:
+        raise DavaeError(f"{overrides[0]} changes a recipe: name it with --recipe")
+    if given is not None:
+        base, resolution = base or given.base, resolution or given.data.resolution
+        scale = scale or given.autoencoder.model.scale
+    architecture = find_architecture(str(base))
+    resolution, scale = resolution or 1024, scale or 2
+    settings = given or _bundled_for(architecture.name, resolution, scale)
     runs = {}
     if settings is not None:
         runs = {"autoencoder": _autoencoder_run(settings), "diffusion": _diffusion_run(settings, architecture)}
@@ -94,8 +107,8 @@ def plan_upgrade(
     )
 
 
-def _upgrade_recipe(name: str) -> UpgradeRecipe:
-    settings = load_recipe(name)
+def _upgrade_recipe(name: str, overrides: Sequence[str]) -> UpgradeRecipe:
+    settings = load_recipe(name, overrides)
     if not isinstance(settings, UpgradeRecipe):
         raise DavaeError(f"recipe '{name}' does not upgrade a base: there is nothing to plan")
     return settings
@@ -153,6 +166,7 @@ def _loop(loop: LoopSettings, optimizer: OptimizerSettings) -> dict[str, object]
         "precision": loop.precision,
         "gradient_checkpointing": loop.gradient_checkpointing,
         "ema": loop.ema_decay is not None,
+        "validation_images": loop.validation_images,
         "optimizer_bytes": 2.0 if optimizer.kind == "adamw8bit" else 8.0,
     }
 

@@ -30,6 +30,7 @@ class Run:
         precision: autocast, as in ``loop.precision``.
         gradient_checkpointing: activations of blocks are computed again in the backward.
         ema: a float32 average of the trained weights is kept.
+        validation_images: images made or reconstructed in a validation.
         optimizer_bytes: of the optimizer's state, per trained parameter; AdamW keeps two float32 numbers.
     """
 
@@ -39,6 +40,7 @@ class Run:
     precision: Precision = "bf16"
     gradient_checkpointing: bool = True
     ema: bool = True
+    validation_images: int = 16
     optimizer_bytes: float = 8.0
 
     @property
@@ -69,7 +71,7 @@ class DiffusionRun(Run):
         lora_rank: of the adapters.
         lora_targets: module name suffixes of the adapters.
         frozen_dtype: of the weights that are not trained.
-        cached: latents and text embeddings come from a cache, so that nothing is encoded.
+        cached: latents come from a cache or are kept in memory, so that no image is encoded in a step.
         prompt_length: tokens a prompt is padded to, if not the pipeline's default.
     """
 
@@ -177,12 +179,9 @@ def diffusion_stage(
     transformer = architecture.build_transformer(layout.detail_channels)
     cost = cost_by_depth(measure, block_runs(transformer))
     learning = select_trained(transformer, run)
-    memory = {
-        "transformer": bytes_of([*transformer.parameters(), *transformer.buffers()]),
-        "autoencoder": bytes_of([*vae.parameters(), *vae.buffers()]),
-    }
+    memory = {"transformer": bytes_of([*transformer.parameters(), *transformer.buffers()])}
     if not run.cached:
-        memory["text encoders"] = 4 * sum(e.parameters for e in architecture.text_encoder_sizes())
+        memory["autoencoder"] = bytes_of([*vae.parameters(), *vae.buffers()])
     stage = _stage_cost(cost, learning, memory, run)
     extra = 0.0 if run.cached else encoding_flops
     return StageCost(stage.flops_per_image + extra, stage.trained_parameters, stage.memory)

@@ -73,6 +73,13 @@ def tables(plan: Plan) -> list[Table]:
     memory.add_section()
     memory.add_row("together", *[f"{plan.memory_bytes[c] / 1e9:.1f}" for c in columns])
 
+    phases = Table("GB", "device", "main memory", "without a device", title="memory by phase, largest moment of each")
+    for stage, found in plan.phases.items():
+        for name, phase in found.items():
+            peaks = (phase.device_bytes, phase.host_bytes, phase.together)
+            phases.add_row(f"{stage}: {name}", *[f"{count / 1e9:.1f}" for count in peaks])
+        phases.add_section()
+
     training = Table("", *STAGES, title=f"training on one {plan.gpu}")
     runs = [plan.runs[s] for s in STAGES]
     training.add_row("trainable parameters", *[f"{plan.trained_parameters[s] / 1e6:.1f}M" for s in STAGES])
@@ -80,7 +87,7 @@ def tables(plan: Plan) -> list[Table]:
     training.add_row("images per step", *[str(r["batch_size"] * r["gradient_accumulation"]) for r in runs])
     training.add_row("EFLOP in all", *[f"{plan.training_flops[s] / 1e18:.3g}" for s in STAGES])
     training.add_row("hours", *[f"{plan.training_hours[s]:.3g}" for s in STAGES])
-    return [image, memory, training]
+    return [image, memory, phases, training]
 
 
 def _tera(flops: float) -> str:

@@ -1,0 +1,223 @@
+"""Peak memory of every phase of an upgrade, by part: on the device, and in main memory beside it.
+
+A phase is what a command goes through: ``start`` (opening and encoding what is encoded once), ``step``, ``validation``
+and ``export`` of each training stage, and ``images`` and ``text`` of ``davae cache``. Where there is no device, the
+main memory holds all. Activations come from running the real classes on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from davae.models import AutoencoderDA
+from davae.models.latent_space import decode
+from davae.pipelines.families import PROMPTS_TOGETHER
+from davae.planner.architectures import Architecture, block_runs, build_text_encoder, cost_by_depth, shallow_copy
+from davae.planner.memory import Cost, bytes_of, cost_of
+from davae.planner.stages import AutoencoderRun, DiffusionRun, StageCost, forward_cost
+from davae.runtime.pixel_budget import images_together
+
+PROGRAM = 800_000_000
+"""Bytes that Python with torch, diffusers and transformers takes before anything is opened; measured on Linux."""
+_CLIP_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes by part: on the device, in main memory, and of copies in main memory that only a device makes necessary."""
+
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+    copies: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def device_bytes(self) -> int:
+        """All parts on the device."""
+        return sum(self.device.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """All parts in main memory, where there is a device."""
+        return sum(self.host.values()) + sum(self.copies.values())
+
+    @property
+    def together(self) -> int:
+        """Main memory without a device."""
+        return self.device_bytes + sum(self.host.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "device": dict(self.device),
+            "host": {**self.host, **self.copies},
+            "device_bytes": self.device_bytes,
+            "host_bytes": self.host_bytes,
+            "without_device_bytes": self.together,
+        }
+
+
+Phases = dict[str, dict[str, Phase]]
+"""By stage (``autoencoder``, ``cache``, ``diffusion``) and phase."""
+
+
+def autoencoder_phases(
+    architecture: Architecture, vae: AutoencoderDA, resolution: int, run: AutoencoderRun, step: StageCost
+) -> dict[str, Phase]:
+    """Phases of stage 1.
+
+    Args:
+        architecture: the base.
+        vae: the upgraded autoencoder in float32, not used up.
+        resolution: side of the images.
+        run: how it is trained.
+        step: its step, from :func:`davae.planner.stages.autoencoder_stage`.
+    """
+    base = _bytes(architecture.build_vae())
+    together, image = images_together(resolution, resolution), 12 * resolution**2
+    images = torch.empty(together, 3, resolution, resolution, device="meta")
+    kept = {k: v for k, v in step.memory.items() if k not in ("gradients", "activations")}
+    swapped = {"weights set aside": 4 * step.trained_parameters} if run.ema else {}
+    host = {"program": PROGRAM, "base": base}
+    shown = 5 * image * run.validation_images  # the images and their rows
+    saved = round((8 + run.optimizer_bytes if run.ema else 4 + run.optimizer_bytes) * step.trained_parameters)
+
+    def validate() -> None:
+        below, z_d = vae.encode_prefix(images), vae.encode_own_details(images).mean
+        rows = [vae.decode_base(vae.encode_base(images))] if vae.config.has_base_decoder else []
+        rows += [vae.decode_structured(below, z_d)]
+        del rows
+        vae.decode_structured(below, torch.zeros_like(z_d))
+
+    validation = {**kept, **swapped, "activations": _forward(vae, validate)}
+    export = {**kept, **swapped, "activations": _forward(vae, lambda: vae.encode_details(images))}
+    return {
+        "start": Phase({"autoencoder": step.memory["autoencoder"]}, host),
+        "step": Phase(step.memory, {**host, "checkpoint": saved, "images": 2 * run.batch_size * image}),
+        "validation": Phase(validation, {**host, "images": shown, "checkpoint": saved}),
+        "export": Phase(export, {**host, "images": 64 * image, "file": _bytes(vae)}),
+    }
+
+
+def cache_phases(
+    architecture: Architecture, vae: AutoencoderDA, resolution: int, prompt_length: int | None
+) -> dict[str, Phase]:
+    """Phases of ``davae cache``: captions by the base's text encoders, images by the upgraded autoencoder."""
+    weights, encoding = encoding_of_images(vae, resolution)
+    read = {"images": 2 * images_together(resolution, resolution) * 12 * resolution**2}
+    found = {"images": Phase({"autoencoder": weights, "activations": encoding}, {"program": PROGRAM, **read})}
+    if architecture.text_encoders:
+        encoders, activations = text_encoding(architecture, prompt_length)
+        device = {"text encoders": encoders, "activations": activations}
+        found["text"] = Phase(device, {"program": PROGRAM, "autoencoder": weights})
+    return found
+
+
+def diffusion_phases(
+    architecture: Architecture,
+    vae: AutoencoderDA,
+    resolution: int,
+    run: DiffusionRun,
+    step: StageCost,
+    *,
+    text_tokens: int,
+) -> dict[str, Phase]:
+    """Phases of stage 2.
+
+    Args:
+        architecture: the base.
+        vae: the upgraded autoencoder in float32.
+        resolution: side of the images.
+        run: how it is trained.
+        step: its step, from :func:`davae.planner.stages.diffusion_stage`.
+        text_tokens: of a prompt.
+    """
+    weights, encoding = encoding_of_images(vae, resolution)
+    text, text_activations = text_encoding(architecture, run.prompt_length)
+    width = torch.finfo(getattr(torch, run.frozen_dtype)).bits // 8
+    transformer = step.memory["transformer"]
+    kept = {k: v for k, v in step.memory.items() if k not in ("gradients", "activations", "autoencoder")}
+    kept["autoencoder"] = weights
+    swapped = {"weights set aside": 4 * step.trained_parameters} if run.ema else {}
+    image = 12 * resolution**2
+    host = {"program": PROGRAM, "base autoencoder": _bytes(architecture.build_vae())}
+    resting = {"autoencoder": weights} if run.cached else {}
+    saved = round((8 + run.optimizer_bytes if run.ema else 4 + run.optimizer_bytes) * step.trained_parameters)
+    sampling = sampling_of_images(architecture, vae, resolution, run, text_tokens)
+    start_text = {"text encoders": text, "activations": text_activations}
+    start_images = {"autoencoder": weights, "activations": encoding}
+    base = width * sum(p.numel() for p in architecture.build_transformer().parameters())
+    return {
+        "start": max(
+            Phase(start_text, {"program": PROGRAM, "autoencoder": weights}),
+            Phase(start_images, {"program": PROGRAM, "text encoders": text}),
+            Phase(
+                {"base transformer": base, "activations": sampling},
+                {**host, "autoencoder": weights, "widened layers and adapters": max(0, transformer - base)},
+                {"widened transformer": base},  # shares the base's memory, which a device holds again
+            ),
+            key=lambda phase: phase.together,
+        ),
+        "step": Phase(step.memory, {**host, **resting, "checkpoint": saved}),
+        "validation": Phase(
+            {**kept, **swapped, "activations": sampling},
+            {**host, "images": 3 * run.validation_images * image, "checkpoint": saved},
+        ),
+        "export": Phase({**kept, **swapped}, {**host, "file": max(transformer, text)}),
+    }
+
+
+def encoding_of_images(vae: AutoencoderDA, resolution: int) -> tuple[int, int]:
+    """Bytes of the autoencoder, and of activations while it encodes as many images as it takes together."""
+    together = images_together(resolution, resolution)
+    images = torch.empty(together, 3, resolution, resolution, device="meta")
+    return _bytes(vae), _forward(vae, lambda: vae.encode(images))
+
+
+def text_encoding(architecture: Architecture, prompt_length: int | None) -> tuple[int, int]:
+    """Bytes of the text encoders in 16 bit, and of activations while they encode prompts."""
+    weights = largest = 0
+    for name, config in architecture.text_encoders.items():
+        encoder = nn.Module.to(build_text_encoder(name, config), torch.bfloat16).eval()
+        clip = config["model_type"] == "clip_text_model"
+        length = _CLIP_TOKENS if clip else prompt_length or architecture.prompt_length
+        ids = torch.zeros(PROMPTS_TOGETHER, length, dtype=torch.long, device="meta")
+        largest = max(largest, _forward(encoder, lambda: encoder(input_ids=ids)))  # noqa: B023 (called at once)
+        weights += _bytes(encoder)
+    return weights, largest
+
+
+def sampling_of_images(
+    architecture: Architecture, vae: AutoencoderDA, resolution: int, run: DiffusionRun, text_tokens: int
+) -> int:
+    """Bytes of activations in validation: a denoising step of the images made together, or decoding one of them."""
+    together = min(4, images_together(resolution, resolution))
+    side = resolution // vae.spatial_compression
+    dtype = torch.bfloat16 if run.frozen_dtype == "bfloat16" else torch.float32
+    channels = vae.layout.channels
+    noisy = torch.empty(architecture.passes * together, channels, side, side, device="meta", dtype=dtype)
+    widened = nn.Module.to(architecture.build_transformer(vae.layout.detail_channels), dtype).eval()
+
+    def measure(shorten: Callable[[nn.Module], nn.Module]) -> Cost:
+        model: Any = shorten(shallow_copy(widened))
+        return forward_cost(model, noisy, text_tokens=text_tokens, watch=True)
+
+    steps = cost_by_depth(measure, block_runs(widened))
+    latent = torch.empty(together, channels, side, side, device="meta")
+    return max(steps.peak_bytes, _forward(vae, lambda: decode(vae, latent)))
+
+
+def _forward(model: nn.Module, run: Callable[[], object]) -> int:
+    def without_gradients() -> None:
+        with torch.no_grad():
+            run()
+
+    return cost_of(without_gradients, given=[*model.parameters(), *model.buffers()]).peak_bytes
+
+
+def _bytes(model: nn.Module) -> int:
+    return bytes_of([*model.parameters(), *model.buffers()])
