@@ -103,6 +103,11 @@ def test_upgrade_as_json(autoencoder, monkeypatch, capsys, tmp_path) -> None:
         (["generate", "debug-dit", "7", "--height", "64"], "DiTPipeline has no option height"),
         (["generate", "debug-sd3", "--prompts", "absent.txt"], "cannot read the prompts in absent.txt"),
         (["generate", "debug-sd3", "--prompt", "cat", "--count", "0"], "greater than or equal to 1"),
+        (["generate", "debug-sd3", "--prompt", "cat", "--guidance", "-1"], "greater than or equal to 0"),
+        (
+            ["generate", "debug-sd3", "--prompt", "cat", "--guidance", "nan"],
+            "greater than or equal to 0",
+        ),
         (
             ["upgrade", "debug-sd3", "--timestep-shift", "big"],
             "must be 'base', 'native' or a number, not 'big'",

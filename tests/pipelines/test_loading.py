@@ -18,7 +18,7 @@ from tests.pipelines.parts import upgraded
 
 import davae
 from davae import AutoencoderDA
-from davae.bases.debug_pipelines import SMALL_PIPELINES, small_pipeline
+from davae.bases.debug_pipelines import SMALL_PIPELINES, call_arguments, small_pipeline
 from davae.bases.open import load_base
 from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
@@ -443,6 +443,51 @@ def test_without_its_autoencoder_a_pipeline_keeps_its_sizes(name: str, tmp_path:
     assert without.vae is None
     assert without.vae_scale_factor == whole.vae_scale_factor == pipe.vae.spatial_compression
     assert without.image_processor.config.vae_scale_factor == whole.image_processor.config.vae_scale_factor
+    call = call_arguments(name, scale=2) | {"output_type": "latent"}
+    made = [p(**call, generator=torch.Generator().manual_seed(0)).images for p in (whole, without)]
+    assert torch.equal(*made)
+
+
+DAMAGES: dict[str, bytes | None] = {"missing": None, "empty": b"", "zeros": b"\0" * 99, "list": b"[]", "object": b"{}"}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damaged_file_of_a_pipeline_is_told_by_its_folder(damage: str, saved: Path, tmp_path: Path) -> None:
+    """A tokenizer without its vocabulary, or a scheduler without settings, would open and make other images."""
+    files = [file.relative_to(saved / "up-sd3") for file in (saved / "up-sd3").rglob("*.*") if file.is_file()]
+    opened = []
+    for file in files:
+        pipe = tmp_path / "-".join(file.parts)
+        shutil.copytree(saved / "up-sd3", pipe)
+        content = DAMAGES[damage]
+        (pipe / file).unlink() if content is None else (pipe / file).write_bytes(content)
+        try:
+            load_pipeline(pipe)
+            opened.append(str(file))
+        except DavaeError as error:
+            assert str((pipe / file).parent) in str(error)  # noqa: PT017  one file after another
+            assert "\n" not in str(error)  # noqa: PT017
+    assert opened == ["vae/davae.py"]  # for use without davae
+    assert len(files) == 19
+
+
+def test_a_configuration_that_builds_nothing_is_told_by_its_folder(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved / "up-sd3", tmp_path / "pipe")
+    for part, key in (("transformer", "in_channels"), ("vae", "scale"), ("text_encoder_3", "d_model")):
+        file = tmp_path / "pipe" / part / "config.json"
+        before = file.read_text(encoding="utf-8")
+        file.write_text(json.dumps(json.loads(before) | {key: "x"}), encoding="utf-8")
+        with pytest.raises(DavaeError, match=part):
+            load_pipeline(tmp_path / "pipe")
+        file.write_text(before, encoding="utf-8")
+
+
+@pytest.mark.parametrize("opening", [open_autoencoder, load_autoencoder, AutoencoderDA.from_pretrained])
+def test_weights_are_read_for_finite_values_once(opening: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr(model_files, "not_finite", lambda tensors: read.append(len(tensors)) or [])
+    model = opening(saved / "up-sd3" / "vae")
+    assert read == [len(model.state_dict())]
 
 
 def test_auto_model_takes_davae_s_class_and_not_the_folder_s_code(saved: Path, tmp_path: Path) -> None:

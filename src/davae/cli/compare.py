@@ -39,7 +39,7 @@ def autoencoder(
     train_images: Annotated[int, typer.Option("--train-images", min=1, help="Images to train on, at most.")] = 2048,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Samples to generate with each.")] = 32,
     sample_steps: Annotated[int, typer.Option("--sample-steps", min=1, help="Euler steps per sample.")] = 25,
-    guidance: Annotated[float, typer.Option("--guidance", help="Guidance scale; 1 is none.")] = 2.0,
+    guidance: Annotated[float, typer.Option("--guidance", min=0, help="Guidance scale; 1 is none.")] = 2.0,
     repeats: Repeats = 5,
     device: Device = None,
     features: FeatureNames = None,

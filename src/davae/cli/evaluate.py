@@ -101,7 +101,7 @@ def generation(
     steps: Annotated[
         int | None, typer.Option("--steps", min=1, help="Sampling steps; default: the pipeline's.")
     ] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="Scale (default: the pipeline's).")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Scale (default: the pipeline's).")] = None,
     height: Annotated[int | None, typer.Option("--height", min=1, help="Pixels, full resolution.")] = None,
     width: Annotated[int | None, typer.Option("--width", min=1, help="Pixels, full resolution.")] = None,
     dtype: DType = "float32",

@@ -25,7 +25,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of the first image; the others count up.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Images per prompt or class.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps (default: the pipeline's).")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none (default: the pipeline's).")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Scale; 1 is none (default: the pipeline's).")] = None,
     negative: Annotated[str | None, typer.Option(help="A prompt to guide away from.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels (default: the pipeline's).")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Pixels (default: the pipeline's).")] = None,

@@ -248,7 +248,7 @@ class PromptSettings(Section):
     """Share of samples trained with the empty prompt, for classifier-free guidance."""
     max_length: Positive | None = None
     """Tokens a prompt is cut or padded to; none takes the pipeline's default (SD3 256, FLUX 512, ...)."""
-    guidance: float = 3.5
+    guidance: Weight = 3.5
     """What a guidance-distilled transformer (FLUX.1-dev) is given in training."""
     validation: Annotated[list[str], MAY_CHANGE] = Field(default=[])
     """Prompts of the validation images; empty takes captions of held-out images."""
@@ -259,7 +259,7 @@ class SampleSettings(Section):
 
     num_inference_steps: Annotated[Positive, MAY_CHANGE] = 25
     """Steps of the sampler."""
-    guidance_scale: Annotated[float, MAY_CHANGE] = 3.0
+    guidance_scale: Annotated[Weight, MAY_CHANGE] = 3.0
     """Classifier-free guidance; 1 is none."""
     guidance_interval: Annotated[tuple[Share, Share], MAY_CHANGE] = (0.0, 1.0)
     """Class-conditional pipelines: guide only while ``start <= t <= end``, where t = 0 is noise."""

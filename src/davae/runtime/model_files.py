@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,9 @@ def open_model(
         options |= {} if variant is None else {"variant": variant}
     options["output_loading_info"] = True
     try:
-        model, info = load(path_or_repo, **options)
-    except DavaeError as error:  # from the constructor, which does not know the folder
-        raise DavaeError(f"{where}: {error}") from error
-    except (ValueError, RuntimeError) as error:
+        with told_where("model", where):
+            model, info = load(path_or_repo, **options)
+    except DavaeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         found = re.search(r"because (\S+) expected shape (.+?), but got (.+?)\. If", str(error))
@@ -83,8 +83,30 @@ def open_model(
         raise DavaeError(
             _message("model", where, [_mismatch(stored_keys(folder, options.get("variant")), mismatched)])
         ) from error
-    _check(model, info, folder, where, optional, options.get("variant"))
-    return model, info
+    if not info.get("is_whole"):  # by the class's own from_pretrained
+        _check(model, info, folder, where, optional, options.get("variant"))
+    return model, info | {"is_whole": True}
+
+
+@contextmanager
+def told_where(what: str, where: str) -> Iterator[None]:
+    """Name the place in a DavaeError for what Python and the libraries make of damage; errors of the machine pass."""
+    try:
+        yield
+    except DavaeError as error:  # from a constructor, which does not know the folder
+        raise (error if where in str(error) else DavaeError(f"{where}: {error}")) from error
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # whatever a constructor or a reader makes of damage; the libraries have own classes
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, NotImplementedError) or "trust_remote_code" in reason or "alloc" in reason:
+            raise
+        weights = type(error).__name__ == "SafetensorError"
+        files = f", {_some([file.name for file in sorted(Path(where).glob('*.safetensors'))])}" if weights else ""
+        message = f"the {what} in {where} cannot be opened ({reason}{files})"
+        raise DavaeError(
+            f"{message}: unless an option is the cause, a file is damaged; save or copy it again"
+        ) from error
 
 
 def _check(
@@ -200,7 +222,7 @@ def check_descriptions(folder: Path) -> None:
     Both libraries open them in ways of their own, and end in whatever Python makes of a damaged one.
 
     Raises:
-        DavaeError: one is no JSON object in plain UTF-8, or an index names no files for its weights; the file is named.
+        DavaeError: one is absent, empty or no JSON object in UTF-8, or an index names no files; the file is named.
         OSError: one cannot be read.
     """
     for file in sorted(folder.glob("*.json")):
@@ -211,6 +233,8 @@ def check_descriptions(folder: Path) -> None:
             with open_regular(file) as opened:
                 found = plain_json(opened.read().decode())
             wrong = None if isinstance(found, dict) else "no JSON object"
+            if wrong is None and not found:
+                wrong = "nothing is in it"
             if wrong is None and file.name in _NAME_A_CLASS and not _CLASS_KEYS & found.keys():
                 wrong = "it names no class"
             if is_index and wrong is None:
@@ -222,6 +246,8 @@ def check_descriptions(folder: Path) -> None:
             wrong = f"not JSON in UTF-8 without a byte-order mark: {first_line(error)}"
         if wrong is not None:
             raise DavaeError(f"{file} is damaged ({wrong}): copy or save it again")
+    if not (folder / "config.json").is_file() and any(_is_weights(file.name) for file in folder.glob("*.safetensors")):
+        raise DavaeError(f"{folder} holds weights, but no config.json: copy or save the model again")
 
 
 def stored_keys(folder: Path, variant: str | None = None) -> dict[str, Path]:

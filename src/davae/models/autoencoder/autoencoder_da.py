@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class Level:
     layout: LatentLayout
 
 
-class AutoencoderDA(Portable, ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
     """A diffusers autoencoder whose latent is ``[z, z_d]``: the base VAE's latent and ``D`` detail channels.
 
     ``z`` (``C`` channels) is the base VAE's latent of the image reduced to base resolution. ``z_d`` is encoded

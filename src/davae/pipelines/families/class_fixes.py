@@ -76,7 +76,7 @@ def _image_processors(pipe: DiffusionPipeline) -> list[tuple[str, VaeImageProces
     return [(name, part) for name, part in vars(pipe).items() if isinstance(part, VaeImageProcessor)]
 
 
-def check_sizes(pipe: DiffusionPipeline) -> None:
+def check_sizes(pipe: DiffusionPipeline, vae: AutoencoderDA) -> None:
     """Make an upgraded pipeline check ``height`` and ``width`` with its own pixels per token; idempotent.
 
     Some classes refuse sizes that are not multiples of a constant (SANA 32, PixArt 8, CogView 16). An upgraded pipeline
@@ -84,10 +84,10 @@ def check_sizes(pipe: DiffusionPipeline) -> None:
     sizes instead go on doing so.
     """
     if hasattr(type(pipe), "check_inputs"):
-        pipe.check_inputs = functools.partial(_check_inputs, pipe)
+        pipe.check_inputs = functools.partial(_check_inputs, pipe, vae.spatial_compression)
 
 
-def _check_inputs(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+def _check_inputs(pipe: Any, compression: int, *args: Any, **kwargs: Any) -> Any:
     own = functools.partial(type(pipe).check_inputs, pipe)
     checked = own(*args, **kwargs)
     try:
@@ -96,7 +96,7 @@ def _check_inputs(pipe: Any, *args: Any, **kwargs: Any) -> Any:
         return checked
     sizes = {name: given.arguments.get(name) for name in ("height", "width")}
     patch = getattr(getattr(pipe.transformer, "config", None), "patch_size", 1)
-    unit = pipe.vae.spatial_compression * (patch if isinstance(patch, int) else 1)
+    unit = compression * (patch if isinstance(patch, int) else 1)
     odd = {name: int(size) for name, size in sizes.items() if isinstance(size, int | float) and size % unit}
     for name, size in odd.items():
         if _refuses(own, given, name, size + 1):  # never a multiple: only classes that refuse sizes refuse it

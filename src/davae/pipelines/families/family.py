@@ -436,7 +436,7 @@ def fit_to_autoencoder(pipe: P) -> P:
     vae = unwrapped(getattr(pipe, "vae", None))
     if isinstance(vae, AutoencoderDA):
         fit_sizes(pipe, vae)
-        check_sizes(pipe)
+        check_sizes(pipe, vae)
         if isinstance(transformer := unwrapped(getattr(pipe, "transformer", None)), ModelMixin):
             fit_base_loras(transformer, vae.layout)
             find_family(pipe).mend(pipe, vae)

@@ -1,6 +1,7 @@
 """Images of prompts or classes from any pipeline, each from its own seed."""
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,7 +59,8 @@ def generate_images(
         height, width: in pixels, full resolution; the pipeline's own defaults if None.
 
     Raises:
-        DavaeError: a count below 1, an option that this pipeline does not have, or a class or size it does not accept.
+        DavaeError: a count below 1, a negative guidance scale, an option that this pipeline does not have, or a class
+            or size it does not accept.
     """
     if count < 1:
         raise DavaeError(f"the number of images of each is {count}, but must be at least 1")
@@ -140,6 +142,8 @@ def _given_options(
     width: int | None,
 ) -> dict[str, Any]:
     """Arguments of the call, without those that keep the pipeline's defaults."""
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise DavaeError(f"the guidance scale is {guidance}, but must be at least 0: 1 is none")
     options: dict[str, Any] = {"num_inference_steps": steps, "height": height, "width": width}
     options |= _guidance(pipe, guidance, negative_prompt)
     if "use_resolution_binning" in _parameters(pipe):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
@@ -29,7 +30,14 @@ from davae.models import AutoencoderDA
 from davae.models.latent_space import autoencoder_class
 from davae.pipelines.families import fit_to_autoencoder
 from davae.runtime.devices import saved_dtype
-from davae.runtime.model_files import by_component, check_descriptions, chosen_variant, component_files, open_model
+from davae.runtime.model_files import (
+    by_component,
+    check_descriptions,
+    chosen_variant,
+    component_files,
+    open_model,
+    told_where,
+)
 from davae.runtime.text_files import read_object
 
 LAYERS_FILE = "davae_adapter.safetensors"
@@ -172,11 +180,12 @@ _ONE_AT_A_TIME = threading.RLock()
 
 @contextmanager
 def _models_checked() -> Iterator[None]:
-    """Within the context, this thread's ``from_pretrained`` of diffusers and transformers goes through `open_model`.
+    """Within the context, this thread's ``from_pretrained`` of diffusers and transformers checks what it opens.
 
-    A pipeline loads its models itself, and neither returns reports about their keys nor has an option for that.
+    Models go through `open_model`: a pipeline loads them itself, and neither returns reports about their keys nor has
+    an option for that. Tokenizers must have their files, and the place of a damaged part is told.
     """
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     thread = threading.get_ident()
 
@@ -185,12 +194,18 @@ def _models_checked() -> Iterator[None]:
             load = functools.partial(original.__func__, kind)
             if threading.get_ident() != thread or args or "output_loading_info" in options:  # asked for by open_model
                 return load(place, *args, **options)
-            return open_model(load, place, **options)[0]
+            if issubclass(kind, torch.nn.Module):
+                return open_model(load, place, **options)[0]
+            if issubclass(kind, PreTrainedTokenizerBase):
+                _check_tokenizer(kind, Path(place) / (options.get("subfolder") or ""))
+            with told_where(kind.__name__, str(place)):
+                return load(place, **options)
 
         return classmethod(from_pretrained)
 
     with _ONE_AT_A_TIME:
-        originals = {kind: vars(kind)["from_pretrained"] for kind in (ModelMixin, PreTrainedModel)}
+        kinds = (ModelMixin, PreTrainedModel, PreTrainedTokenizerBase, SchedulerMixin)
+        originals = {kind: vars(kind)["from_pretrained"] for kind in kinds}
         try:
             for kind, original in originals.items():
                 kind.from_pretrained = checked(original)
@@ -198,6 +213,15 @@ def _models_checked() -> Iterator[None]:
         finally:
             for kind, original in originals.items():
                 kind.from_pretrained = original
+
+
+def _check_tokenizer(kind: Any, folder: Path) -> None:
+    """Require a tokenizer's settings and vocabulary: without them one opens that knows no words, or no length."""
+    vocabulary = {*kind.vocab_files_names.values(), "tokenizer.json", "tekken.json"} - {"merges.txt"}
+    if folder.is_dir() and kind.vocab_files_names:  # otherwise its vocabulary is bytes
+        for names in ({"tokenizer_config.json"}, vocabulary):
+            if not any((folder / name).is_file() for name in names):
+                raise DavaeError(f"the {kind.__name__} in {folder} lacks {' or '.join(sorted(names))}: save it again")
 
 
 def pipeline_place(folder_or_repo: str | Path) -> str:
