@@ -81,6 +81,7 @@ def test_flops_of_sd35_medium_agree_with_torch_and_with_a_hand_count(medium, sid
 
 def test_sd35_medium_at_1024_costs_a_quarter_of_the_tokens(medium, monkeypatch):
     monkeypatch.setattr(planner, "_stages", lambda *a, **k: ({}, {}))
+    monkeypatch.setattr(planner, "_phases", lambda *a: {})
     monkeypatch.setattr(planner, "hours", lambda *a: 0.0)
     made = planner.plan(medium, resolution=1024, scale=2)
     assert made.tokens == {"base": 1024, "native": 4096, "upgraded": 1024}

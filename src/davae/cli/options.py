@@ -61,6 +61,18 @@ def folder_of(kind: KindName) -> Callable[[Path | None], Path | None]:
     return check
 
 
+def base_and_overrides(texts: Sequence[str] | None) -> tuple[str | None, list[str]]:
+    """Split arguments into the name of a base, if there is one, and a recipe's ``section.key=value``.
+
+    Raises:
+        DavaeError: there are two names.
+    """
+    names = [text for text in texts or () if "=" not in text]
+    if len(names) > 1:
+        raise DavaeError(f"one base at a time: {names[0]} or {names[1]}")
+    return (names[0] if names else None), [text for text in texts or () if "=" in text]
+
+
 def named_values(texts: Sequence[str] | None, option: str, example: str) -> dict[str, str]:
     """Parse the values of a repeatable option ``NAME=VALUE``, by name.
 

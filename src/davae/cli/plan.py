@@ -4,8 +4,7 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import Json, check_recipe, write_figures
-from davae.errors import DavaeError
+from davae.cli.options import Json, base_and_overrides, check_recipe, write_figures
 
 
 def plan(
@@ -37,16 +36,13 @@ def plan(
     json_file: Json = None,
 ) -> None:
     """Estimate tokens, FLOPs, memory, speed-up and training hours of an upgrade, without training."""
-    overrides = [one for one in base or () if "=" in one]
-    bases = [one for one in base or () if "=" not in one]
-    if len(bases) > 1:
-        raise DavaeError(f"one base at a time: {bases[0]} or {bases[1]}")
+    name, overrides = base_and_overrides(base)
     if recipe is not None:
         check_recipe(recipe, overrides, images=False)
     from davae.planner.recipes import plan_upgrade
 
     made = plan_upgrade(
-        bases[0] if bases else None,
+        name,
         resolution=resolution,
         scale=scale,
         detail_channels=tuple(detail_channels) if detail_channels else None,

@@ -172,14 +172,7 @@ def plan(
     stages, stage_flops = _stages(
         architecture, scale, details, resolution, ae_run, diff_run, text_tokens=text, encoding_flops=encoding
     )
-    tokens_trained = text if diff_run.prompt_length is None else architecture.text_tokens_at(diff_run.prompt_length)
-    phases: Phases = {
-        "autoencoder": autoencoder_phases(architecture, vae, resolution, ae_run, stages["autoencoder"]),
-        "cache": cache_phases(architecture, vae, resolution, diff_run.prompt_length),
-        "diffusion": diffusion_phases(
-            architecture, vae, resolution, diff_run, stages["diffusion"], text_tokens=tokens_trained
-        ),
-    }
+    phases = _phases(architecture, vae, resolution, ae_run, diff_run, stages, text)
     utilisation = {"autoencoder": AUTOENCODER_UTILISATION, "diffusion": TRANSFORMER_UTILISATION}
     transformer, widened = (
         architecture.build_transformer(),
@@ -338,6 +331,26 @@ def _stages(
         {"autoencoder": stage, "diffusion": second},
         {"autoencoder": flops, "diffusion": second.flops_per_image * diffusion.images},
     )
+
+
+def _phases(
+    architecture: Architecture,
+    vae: Any,
+    resolution: int,
+    autoencoder: AutoencoderRun,
+    diffusion: DiffusionRun,
+    stages: dict[str, StageCost],
+    text_tokens: int,
+) -> Phases:
+    length = diffusion.prompt_length
+    tokens = text_tokens if length is None else architecture.text_tokens_at(length)
+    return {
+        "autoencoder": autoencoder_phases(architecture, vae, resolution, autoencoder, stages["autoencoder"]),
+        "cache": cache_phases(architecture, vae, resolution, length),
+        "diffusion": diffusion_phases(
+            architecture, vae, resolution, diffusion, stages["diffusion"], text_tokens=tokens
+        ),
+    }
 
 
 def _inference_parts(
