@@ -98,7 +98,7 @@ def _ends(monkeypatch, capsys, arguments: str, *, columns: int = 80) -> tuple[in
         ("generate sd3-misfit --prompt a", "the model in sd3-misfit/vae cannot be opened: decoder.conv_in.bias"),
         ("generate sd3-untold --prompt a", "the pipeline in sd3-untold lacks tokenizer/"),
         ("generate sd3-classless --prompt a", "scheduler/scheduler_config.json is damaged (it names no class)"),
-        ("generate sd3-wordless --prompt a", "the pipeline in sd3-wordless lacks the vocabulary in tokenizer/"),
+        ("generate sd3-wordless --prompt a", "sd3-wordless/tokenizer lacks"),
         ("upgrade debug-sd3 --autoencoder vae-misfit --out up", "vae-misfit: config.json has block_out_channels"),
         ("evaluate generation sd3-gone --reference procedural:4 --count 2 --out g", "the pipeline in sd3-gone"),
         ("evaluate generation /nonexistent --reference procedural:4 --count 2 --out g", "no pipeline in /nonexistent"),

@@ -41,7 +41,6 @@ from davae.runtime.model_files import (
 from davae.runtime.text_files import read_object
 
 LAYERS_FILE = "davae_adapter.safetensors"
-_NO_VOCABULARY = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"}
 _OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EMFILE)  # nothing is damaged
 _NOT_JSON = (json.JSONDecodeError, UnicodeDecodeError)
 
@@ -372,10 +371,6 @@ def _check_components(what: str, folder: Path, passed: Collection[str]) -> None:
         if not name.startswith("_") and name not in passed
     ]
     missing = [f"{name}/" for name in named if not (folder / name).is_dir()]
-    for name in named:
-        files = {file.name for file in (folder / name).glob("*") if file.is_file()}
-        if "Tokenizer" in parts[name][1] and files and files <= _NO_VOCABULARY:
-            missing.append(f"the vocabulary in {name}/")
     if missing:
         raise DavaeError(
             f"the {what} in {folder} lacks {', '.join(missing)}, which its model_index.json names: copy or save it "
