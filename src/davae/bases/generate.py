@@ -62,7 +62,7 @@ def write_images(
         compile, attention: see :func:`davae.speed_up`; with ``fast`` only.
         device: ``cpu``, ``cuda`` or ``cuda:1``; by default the GPU, if any.
         variant: of the weights' files, see :func:`davae.bases.open.load_base`.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; None is as saved on a GPU, float32 on a CPU.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; by default as saved.
 
     Raises:
         DavaeError: the pipeline cannot be opened or does not take these arguments, or ``out`` holds something else.
@@ -72,7 +72,7 @@ def write_images(
     where = chosen_device(device)
     check_place(out, "images")
     texts = [*map(whole_text, prompt), *(read_prompts(prompts) if prompts else [])]
-    pipe = load_base(pipeline, variant=variant, dtype=wanted_dtype(dtype, where)).to(where)
+    pipe = load_base(pipeline, variant=variant, dtype=wanted_dtype(dtype)).to(where)
     if fast:  # its measures follow from the device
         speed_up(pipe, compile=compile, attention=attention)
     pipe.set_progress_bar_config(disable=True)

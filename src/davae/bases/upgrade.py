@@ -2,10 +2,9 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from davae.bases.open import TEXT_ENCODERS, load_base, load_recipe_base
 from davae.latents import LatentLayout
@@ -15,6 +14,7 @@ from davae.pipelines.saving.opening import load_autoencoder
 from davae.pipelines.upgrade import TimestepShift, layout_over
 from davae.recipes.settings import UpgradeRecipe
 from davae.runtime.atomic_files import atomic_json, save_whole
+from davae.runtime.devices import named_dtype
 from davae.runtime.places import check_place, claim
 from davae.runtime.text_files import read_object
 from davae.warm_start import WarmStartReport, check_warm_start
@@ -72,7 +72,7 @@ def write_upgraded(
     *,
     timestep_shift: TimestepShift = "base",
     variant: str | None = None,
-    dtype: torch.dtype | Literal["parts"] = "parts",
+    dtype: str | None = None,
 ) -> WrittenUpgrade:
     """Open a pipeline, upgrade it, check the warm start, and save the result.
 
@@ -84,7 +84,7 @@ def write_upgraded(
         out: folder for the upgraded pipeline, new or empty: neither a base nor what was tuned is overwritten.
         timestep_shift: see :func:`davae.upgrade_pipeline`.
         variant: of the pipeline's files, see :func:`load_base`.
-        dtype: of the result; by default each part keeps the precision that it was saved in.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; by default each part as it was saved.
 
     Raises:
         DavaeError: one of them cannot be opened, they do not belong together, or ``out`` holds files.
@@ -92,7 +92,8 @@ def write_upgraded(
     """
     check_place(out, "result")
     vae = load_autoencoder(autoencoder)  # first, since errors in it are found quickly
-    base = load_base(pipeline, variant=variant, without=(TEXT_ENCODERS,), dtype=dtype)
+    open_base = partial(load_base, pipeline, variant=variant, dtype="parts" if dtype is None else named_dtype(dtype))
+    base = open_base(without=(TEXT_ENCODERS,))
     upgraded = upgrade_pipeline(base, vae, timestep_shift=timestep_shift, copy=False)
     layout = layout_over(base.vae, vae)
     with unguarded(upgraded.transformer):
@@ -101,7 +102,7 @@ def write_upgraded(
         upgraded.save_pretrained(folder)
         kind, scheduler = type(upgraded).__name__, dict(upgraded.scheduler.config)
         del base, upgraded
-        _write_text_encoders(folder, lambda **options: load_base(pipeline, variant=variant, dtype=dtype, **options))
+        _write_text_encoders(folder, open_base)
     return WrittenUpgrade(
         pipeline=kind,
         folder=Path(out),

@@ -8,9 +8,9 @@ import typer
 from davae.choices import LAST_SEED
 from davae.cli.options import (
     Device,
-    DType,
     FeatureNames,
     Json,
+    ModelDType,
     folder_of,
     named_values,
     new_file,
@@ -104,7 +104,7 @@ def generation(
     guidance: Annotated[float | None, typer.Option(min=0, help="Scale (default: the pipeline's).")] = None,
     height: Annotated[int | None, typer.Option("--height", min=1, help="Pixels, full resolution.")] = None,
     width: Annotated[int | None, typer.Option("--width", min=1, help="Pixels, full resolution.")] = None,
-    dtype: DType = "float32",
+    dtype: ModelDType = None,
     device: Device = None,
     json_file: Json = None,
 ) -> None:

@@ -141,7 +141,7 @@ def write_figures(file: Path | None, values: dict[str, Any]) -> None:
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:1 (default: the GPU, if any).")]
 ModelDType = Annotated[
     str | None,
-    typer.Option("--dtype", help="float32, bfloat16 or float16 (default: as saved on a GPU, float32 on a CPU)."),
+    typer.Option("--dtype", help="float32, bfloat16 or float16 (default: as saved)."),
 ]
 Variant = Annotated[
     str | None,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.cli.options import Variant, folder_of
+from davae.cli.options import ModelDType, Variant, folder_of
 from davae.errors import DavaeError
 from davae.runtime.console import say
 
@@ -19,13 +19,14 @@ def upgrade(
     ],
     timestep_shift: Annotated[str, typer.Option(help="'base', 'native', or a number: see docs/pipelines.md.")] = "base",
     variant: Variant = None,
+    dtype: ModelDType = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print sizes and the self-check's report as JSON.")] = False,
 ) -> None:
     """Write the warm-started pipeline: the same class with wider latents; base channels are predicted as before."""
     shift = _shift(timestep_shift)
     from davae.bases.upgrade import write_upgraded
 
-    written = write_upgraded(pipeline, autoencoder, out, timestep_shift=shift, variant=variant)
+    written = write_upgraded(pipeline, autoencoder, out, timestep_shift=shift, variant=variant, dtype=dtype)
     say(json.dumps(written.to_json(), indent=2) if as_json else str(written))
 
 

@@ -77,16 +77,13 @@ def saved_dtype(folder: str | Path, *, variant: str | None = None) -> torch.dtyp
     return _SAVED_AS[max(numbers, key=numbers.__getitem__)] if any(numbers.values()) else torch.float32
 
 
-def wanted_dtype(name: str | None, device: str) -> torch.dtype | Literal["saved"]:
-    """The requested dtype; by default float32 on a CPU and ``"saved"``, the dtype of the weights, elsewhere.
+def wanted_dtype(name: str | None) -> torch.dtype | Literal["saved"]:
+    """The requested dtype; by default ``"saved"``, that of the weights' files.
 
     Args:
         name: ``float32``, ``bfloat16``, ``float16``, or ``None`` for the default.
-        device: where the model will run.
 
     Raises:
         DavaeError: an unknown name.
     """
-    if name is not None:
-        return named_dtype(name)
-    return torch.float32 if torch.device(device).type == "cpu" else "saved"
+    return "saved" if name is None else named_dtype(name)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -20,7 +21,7 @@ from davae.evaluation.generation.image_run import RunSettings, write_geneval_fol
 from davae.evaluation.metrics.names import CLIP_SCORE
 from davae.pipelines.saving.opening import pipeline_place
 from davae.runtime.console import track
-from davae.runtime.devices import chosen_device, named_dtype
+from davae.runtime.devices import chosen_device, wanted_dtype
 from davae.runtime.places import check_place, safe_name
 from davae.runtime.processes import claimed_by_first, start_processes, wait_for_everyone
 
@@ -46,7 +47,7 @@ def evaluate_generation(
     guidance: float | None = None,
     height: int | None = None,
     width: int | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str | None = None,
 ) -> GenerationReport | None:
     """Generate images, then measure them. A repeated call generates what is missing; all processes must call this.
@@ -66,7 +67,7 @@ def evaluate_generation(
         seed: of image 0; the next ones count up.
         batch: images in one call.
         steps, guidance, height, width: the pipeline's own by default.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; by default as saved.
         device: ``cpu``, ``cuda`` or ``cuda:1``; by default the GPU, if any.
 
     Returns:
@@ -76,7 +77,7 @@ def evaluate_generation(
         DavaeError: a pipeline or the reference cannot be opened, prompts do not fit the pipeline, or ``out`` holds
             images of other settings.
     """
-    precision, wanted = named_dtype(dtype), chosen_device(device)
+    precision, wanted = wanted_dtype(dtype), chosen_device(device)
     check_place(out, "generation")
     for name in (str(pipeline), *([] if base is None else [base]), *(beside or {}).values()):
         if not is_built_in(name):
@@ -103,7 +104,15 @@ def evaluate_generation(
         variants = generate_variants(
             lambda name: _open_pipeline(name, precision, where),
             RunSettings(
-                str(pipeline), {}, seed, batch, steps=steps, guidance=guidance, height=height, width=width, dtype=dtype
+                str(pipeline),
+                {},
+                seed,
+                batch,
+                steps=steps,
+                guidance=guidance,
+                height=height,
+                width=width,
+                dtype=dtype or "saved",
             ),
             out,
             base=base,
@@ -132,7 +141,7 @@ def evaluate_generation(
         return replace(report, runs=runs)
 
 
-def _open_pipeline(name: str, dtype: torch.dtype, device: str) -> DiffusionPipeline:
+def _open_pipeline(name: str, dtype: torch.dtype | Literal["saved"], device: str) -> DiffusionPipeline:
     pipe = load_base(name, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

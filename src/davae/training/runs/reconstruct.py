@@ -50,7 +50,7 @@ def reconstruct_images(
         resolution: side of the square crop in pixels.
         out: the picture, with the rows input, base upscaled, reconstruction.
         device: ``cpu``, ``cuda`` or ``cuda:1``; by default the GPU if there is one.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; by default as saved on a GPU, float32 on a CPU.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; by default as saved.
 
     Raises:
         DavaeError: the autoencoder cannot be opened, there are no images, or ``out`` is one of them.
@@ -58,7 +58,7 @@ def reconstruct_images(
     if Path(out).exists() and Path(out).resolve().is_relative_to(Path(images).expanduser().resolve()):
         raise DavaeError(f"{out} is one of the images, and would be written over: name another --out")
     where = chosen_device(device)
-    vae = load_autoencoder(autoencoder, dtype=wanted_dtype(dtype, where)).to(where).eval()
+    vae = load_autoencoder(autoencoder, dtype=wanted_dtype(dtype)).to(where).eval()
     dataset = open_dataset(images, resolution=resolution)
     batch = torch.stack([dataset[i]["image"] for i in range(min(count, len(dataset)))])
     found = []
