@@ -79,7 +79,7 @@ class DiffusionStage(Stage):
             layout,
             noise_process(self.family, pipeline, layout, settings.loss, settings.timesteps),
             settings.loss,
-            encode=partial(encode_images, self.family, self.vae),
+            encode=partial(encode_images, self.family, self.vae, details_seed=settings.details_seed),
             unconditional=prompts.unconditional if prompts else None,
             dropout=settings.prompts.dropout if prompts else 0.0,
             guidance=settings.prompts.guidance,

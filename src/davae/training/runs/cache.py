@@ -46,13 +46,15 @@ def run_cache(
         check_images(settings.data)
     check_place(out, "cache")
     vae, open_base = _models(settings, recipe, autoencoder)
+    stage = settings.diffusion if isinstance(settings, UpgradeRecipe) else None
     made = write_cache(
         settings.data,
         vae,
         open_base(),
         out,
         form=form,
-        text_length=settings.diffusion.prompts.max_length if isinstance(settings, UpgradeRecipe) else None,
+        text_length=stage.prompts.max_length if stage else None,
+        details_seed=stage.details_seed if stage else None,
         reopen=open_base,
     )
     if not is_first():
