@@ -56,7 +56,7 @@ def train_transformer(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Tr
     pipeline = upgrade_pipeline(base, vae, copy=False)
     if settings.start_from is not None and not checkpoints(out / "checkpoints"):
         pipeline = started_from(settings.start_from, pipeline, base, settings.tune.mode)
-    _set_sampling_shift(pipeline, settings)
+    set_sampling_shift(pipeline, settings)
     torch.manual_seed(settings.loop.seed)
     stage = DiffusionStage(
         pipeline,
@@ -74,22 +74,27 @@ def train_transformer(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Tr
     return result
 
 
-def _set_sampling_shift(pipeline: DiffusionPipeline, settings: DiffusionSettings) -> None:
+def set_sampling_shift(pipeline: DiffusionPipeline, settings: DiffusionSettings) -> None:
     """Give the pipeline the timestep shift of ``sampling_shift``, else the one that it is trained with, if set.
 
     Raises:
-        DavaeError: ``sampling_shift`` is set, but the pipeline has no timestep shift.
+        DavaeError: a shift is set, but the pipeline samples without one.
     """
-    noise, asked = settings.timesteps, settings.sampling_shift
-    shift = asked or (noise.shift if noise.table is None else noise.table.train_shift)
-    if shift is None or (asked is None and family_of(pipeline).kind != "flow"):
+    noise = settings.timesteps
+    asked = {
+        "sampling_shift": settings.sampling_shift,
+        "timesteps.table.train_shift": noise.table and noise.table.train_shift,
+        "timesteps.shift": noise.shift,
+    }
+    key, shift = next(((key, value) for key, value in asked.items() if value), ("", None))
+    if shift is None or (key != "sampling_shift" and family_of(pipeline).kind != "flow"):
         return
     channels = pipeline.vae.layout.base_channels, pipeline.vae.layout.channels
     try:
         scheduler = scheduler_for(pipeline, shift, scale=pipeline.vae.scale, channels=channels)
     except DavaeError as error:
         raise DavaeError(
-            f"diffusion.sampling_shift={shift:g}: {type(pipeline).__name__} has no timestep shift; leave it out"
+            f"diffusion.{key}={shift:g}: {type(pipeline).__name__} samples without a timestep shift; leave it out"
         ) from error
     pipeline.register_modules(scheduler=scheduler)
 
