@@ -135,7 +135,7 @@ def _split(text: str) -> tuple[str, str, str]:
 def test_the_page_is_fresh() -> None:
     _, tables, _ = _split(PAGE.read_text(encoding="utf-8"))
     assert tables == f"\n{page()}\n", (
-        "recipes or their sources have changed: write docs/fidelity.md anew with `python -m tests.recipes.test_fidelity`"
+        "recipes or sources have changed: write docs/fidelity.md anew with `python -m tests.recipes.test_fidelity`"
     )
 
 

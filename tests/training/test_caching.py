@@ -125,7 +125,7 @@ def test_drawn_details_are_the_same_from_a_cache_from_memory_and_from_images(pic
     draws = ["diffusion.sample_details=true", "diffusion.loop.steps=4"]
     cache = f"data.cache={tmp_path / 'cache'}"
     run = settings("debug", pictures, *draws)
-    write_cache(run.data, vae, load_base("debug"), tmp_path / "cache", details_seed=run.diffusion.details_seed)
+    write_cache(run.data, vae, load_base("debug"), tmp_path / "cache", details_seed=run.diffusion.loop.seed)
     ways = {"images": [], "memory": ["data.cache_latents=true"], "cached": [cache], "means": []}
     for name, more in ways.items():
         changed = [*more, "diffusion.sample_details=false"] if name == "means" else more

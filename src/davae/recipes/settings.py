@@ -290,11 +290,6 @@ class DiffusionSettings(Section):
     loop: LoopSettings
     sample: SampleSettings = SampleSettings()
 
-    @property
-    def details_seed(self) -> int | None:
-        """Seed of the details' draws; none if their mean is taken."""
-        return self.loop.seed if self.sample_details else None
-
     @model_validator(mode="after")
     def _frozen_weights_fit(self) -> DiffusionSettings:
         if self.tune.frozen_dtype == "bfloat16":

@@ -85,7 +85,7 @@ def prepare_inputs(
     device = start_processes().device
     images, unseen = as_item_dataset(dataset), as_item_dataset(held_out)
     vae.eval().requires_grad_(False).to(device)
-    encode = partial(encode_images, family, vae, details_seed=settings.details_seed)
+    encode = partial(encode_images, family, vae, details_seed=details_seed_of(settings))
     measured = LatentsInMemory(unseen, encode, dict, limit=MEASURED, workers=workers, timeout_s=timeout_s)
     prompts = validation_prompts(settings, unseen) if family.conditioned_on == "text" else []
     asked = [*prompts[: settings.loop.validation_images], *(item["caption"] for item in measured.items)]
@@ -115,6 +115,11 @@ def validation_prompts(settings: DiffusionSettings, images: ItemDataset) -> list
     """The recipe's distinct prompts, else the held-out images' captions, in order; the empty prompt if none."""
     found = settings.prompts.validation or images.captions()
     return list(dict.fromkeys(caption for caption in found if caption)) or [""]
+
+
+def details_seed_of(settings: DiffusionSettings) -> int | None:
+    """Seed of the details' draws; none if their mean is taken."""
+    return settings.loop.seed if settings.sample_details else None
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.checkpoints.foundations import model_hash
 from davae.training.checkpoints.run_directory import base_facts, data_facts
 from davae.training.data import open_part, open_training_part
-from davae.training.diffusion.inputs import Inputs, prepare_inputs
+from davae.training.diffusion.inputs import Inputs, details_seed_of, prepare_inputs
 from davae.training.diffusion.stage import DiffusionStage
 from davae.training.diffusion.tuning import started_from
 from davae.training.loop.loop import TrainResult, train
@@ -110,7 +110,7 @@ def _inputs(recipe: UpgradeRecipe, vae: AutoencoderDA, held_out: ItemDataset) ->
             vae,
             encoders,
             text_length=recipe.diffusion.prompts.max_length,
-            details_seed=recipe.diffusion.details_seed,
+            details_seed=details_seed_of(recipe.diffusion),
         )
     else:
         train_set = open_training_part(data, vae, encoders)
