@@ -16,7 +16,7 @@ from davae.training.base import train as base
 from davae.training.base.autoencoder_stage import BaseAutoencoderStage
 from davae.training.base.train import dry_run_base
 from davae.training.checkpoints.run_directory import read_metrics
-from davae.training.diffusion import DiffusionStage, stage
+from davae.training.diffusion import DiffusionStage, inputs
 from davae.training.runs.cache import run_cache
 from davae.training.runs.train import run_base
 from davae.training.stage import Stage
@@ -48,7 +48,7 @@ def test_a_native_fine_tune_reads_images_as_they_are_asked_for(tmp_path: Path, m
 
     counts: list[int] = []
     monkeypatch.setattr(BatchStream, "__iter__", iterate)
-    monkeypatch.setattr(stage, "MEASURED", 6)
+    monkeypatch.setattr(inputs, "MEASURED", 6)
     assert load_recipe("imagenet-512-native").data.cache_latents is False
     recipe = [*SMALL, *NATIVE, *loop("transformer", "steps=3", "gradient_accumulation=1"), "data.workers=0"]
     run_base("imagenet-512-native", [*recipe, "data.hold_out=30", "data.cache=null"], tmp_path)
