@@ -14,6 +14,7 @@ AlignmentForm = Literal["mean", "relational", "projection"]
 AlignmentTarget = Literal["base", "prefix"]
 Reduction = Literal["mean", "sum"]
 LevelOrder = Literal["sequential", "together"]
+ReconstructionTarget = Literal["image", "base"]
 
 Scheme = Literal["logit_normal", "uniform"]
 LossForm = Literal["velocity", "x0"]

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "accelerate"
 SPREAD = ["fsdp2", "fsdp2-zero2"]
 STEPS, MIDDLE, LOGGED = 4, 3, 2  # what the middle keeps of an unlogged window counts too
+OFFICIAL = ["autoencoder.target=base", "autoencoder.optimizer.weight_decay=0.1"]
 LOOP = {
     "steps": STEPS,
     "gradient_accumulation": 2,
@@ -56,8 +57,8 @@ def _jobs(out: Path, batch: int, autoencoder: Path) -> dict[str, dict]:
         return _job("diffusion", out / name, batch, autoencoder, *extra)
 
     return {
-        "autoencoder": _job("autoencoder", out / "autoencoder", batch, autoencoder),
-        "full": diffusion("full"),
+        "autoencoder": _job("autoencoder", out / "autoencoder", batch, autoencoder, *OFFICIAL),
+        "full": diffusion("full", "diffusion.sample_details=true"),
         "lora": diffusion("lora", "diffusion.tune.mode=lora"),
         "new": diffusion("new", "diffusion.tune.mode=new_channels"),
         "poisoned": {"stage": "poisoned", "out": str(out / "poisoned")},
@@ -75,7 +76,7 @@ def _made_by_two(out: Path, autoencoder: Path) -> list[dict]:
         "diffusion.tune.frozen_dtype=bfloat16",
     ]
     return [
-        _job("autoencoder", out / "adaptive", 2, autoencoder, adaptive=True),
+        _job("autoencoder", out / "adaptive", 2, autoencoder, "autoencoder.train_detail_encoder=false", adaptive=True),
         _job("diffusion", out / "half", 2, autoencoder, *half),
     ]
 

@@ -86,6 +86,10 @@ def test_latent_layers_of_dc():
     }
     two = _names(model, latent_layers(model, 2))
     assert {"encoder.down_blocks.1", "decoder.up_blocks.1"} <= two
+    none = _names(model, latent_layers(model, 0))
+    assert none == {
+        f"{layer}.{part}" for layer in ("encoder.conv_out", "decoder.conv_in") for part in ("weight", "bias")
+    }
 
 
 def test_head_layers_of_dc_skip_an_empty_first_stage():
@@ -105,6 +109,8 @@ def test_layers_of_kl():
     middle = _names(model, latent_layers(model, 1))
     assert {"encoder.down_blocks.2", "decoder.up_blocks.0", "encoder.mid_block.resnets"} <= middle
     assert not any(n.startswith(("encoder.down_blocks.1", "decoder.up_blocks.1", "decoder.conv_out")) for n in middle)
+    between = _names(model, latent_layers(model, 0))
+    assert between == {n for n in middle if "_blocks" not in n}
     head = _names(model, head_layers(model, 1))
     assert {n.split(".")[2] for n in head if "up_blocks" in n} == {"2"}
     assert not middle & head

@@ -1,4 +1,7 @@
-"""The recipes of real bases: what their comments and docs/memory.md say is what the planner computes."""
+"""The recipes of real bases: what their comments, docs/memory.md and docs/results.md say is what the planner computes.
+
+python -m tests.recipes.test_big_recipes    # writes the comments anew
+"""
 
 from functools import cache
 from importlib import resources
@@ -7,10 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+import davae
 from davae.planner.architectures import find_architecture
+from davae.planner.plan import VARIANTS
 from davae.planner.recipes import _diffusion_run, dry_run, recipe_plan
 from davae.planner.stages import target_counts
-from davae.planner.text import inference_line, stage_line
+from davae.planner.text import stage_line
 from davae.recipes.presets import find_preset
 from davae.recipes.read import load_recipe
 
@@ -23,6 +28,7 @@ BIG = (
     "sana-1024-f64",
     "pixart-sigma-2048",
 )
+PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
 
 
 @cache
@@ -40,13 +46,46 @@ def test_recipe_names_a_bundled_base_and_layers_that_exist(name):
     assert all(counts.values()), counts
 
 
+def expected_lines(name: str) -> list[str]:
+    """What the planner expects of a recipe. The speed-up is an image's, with text and decoding."""
+    made = _plan(name)
+    sampling = (
+        f"sampling: {made.tokens['upgraded']} tokens for {made.resolution} pixels instead of {made.tokens['native']}, "
+        f"{made.memory_bytes['inference'] / 1e9:.3g} GB, {made.speedup_with_decoding:.2f} times fewer operations an "
+        f"image (transformer {made.speedup:.2f})"
+    )
+    return [sampling, stage_line(made, "autoencoder"), stage_line(made, "diffusion")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BIG)
 def test_comments_say_what_the_planner_expects(name):
-    made = _plan(name)
-    text = (resources.files("davae.recipes") / f"{name}.yaml").read_text()
-    for line in (inference_line(made), stage_line(made, "autoencoder"), stage_line(made, "diffusion")):
-        assert f"#   {line}\n" in text
+    lines = (resources.files("davae.recipes") / f"{name}.yaml").read_text("utf-8").splitlines()
+    assert [line for line in lines if line.startswith("#   ")] == [f"#   {line}" for line in expected_lines(name)], (
+        "write the comments anew with `python -m tests.recipes.test_big_recipes`"
+    )
+
+
+@pytest.mark.slow
+def test_the_results_page_says_what_the_planner_computes():
+    text = (PAGE.parent / "results.md").read_text(encoding="utf-8")
+    medium, large, levels = (_plan(f"sd35-medium-{size}") for size in ("1024", "2048", "2048-x4"))
+    assert f"{medium.speedup_with_decoding:.2f} times fewer operations, text and decoding included" in text
+    fewer = (
+        f"{large.speedup_with_decoding:.2f} times fewer operations at scale 2, {levels.speedup_with_decoding:.2f} at"
+    )
+    assert f"| computed: {fewer} scale 4, text and decoding included; not timed |" in text
+    rows = {
+        "image tokens": [f"{medium.tokens[v]:,}" for v in VARIANTS],
+        f"transformer, TFLOP a step (guidance, {medium.text_tokens} text tokens)": [
+            f"{medium.flops_per_step[v] / 1e12:.3g}" for v in VARIANTS
+        ],
+        "decoder, TFLOP": [f"{medium.decode_flops[v] / 1e12:.2f}" for v in VARIANTS],
+    }
+    for head, cells in rows.items():
+        assert f"| {head} | {' | '.join(cells)} |\n" in text
+    transformer, whole = f"{medium.speedup:.2f}", f"{medium.speedup_with_decoding:.2f}"
+    assert f"operations fall by {transformer}; with text encoding and decoding by {whole}." in text
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
@@ -63,7 +102,6 @@ def test_dry_run_tells_of_missing_images():
     assert "no/such/folder is not here" in text
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "memory.md"
 SPARE = 0.1  # of a card: the CUDA context, what the allocator rounds and cannot join
 
 
@@ -109,3 +147,13 @@ def test_the_planner_counts_the_bytes_of_either_optimizer():
     whole, small = (recipe_plan(load_recipe("debug-text", more)) for more in ([], [option]))
     parts = [made.memory_parts["diffusion"]["optimizer"] for made in (whole, small)]
     assert parts[0] == 4 * parts[1] > 0
+
+
+if __name__ == "__main__":
+    for name in BIG:
+        file = Path(davae.__file__).parent / "recipes" / f"{name}.yaml"
+        lines = iter(expected_lines(name))
+        whole = file.read_text(encoding="utf-8").split("\n")
+        file.write_text(
+            "\n".join(f"#   {next(lines)}" if line.startswith("#   ") else line for line in whole), encoding="utf-8"
+        )

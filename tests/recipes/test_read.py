@@ -84,6 +84,7 @@ RESUMABLE = {
     "new_channels_learning_rate",
     "betas",
     "weight_decay",
+    "decay_only_matrices",
     "eps",
     "lr_scheduler",
     "lr_warmup_steps",

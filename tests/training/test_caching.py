@@ -118,6 +118,48 @@ def test_losses_are_those_of_training_from_images(base: str, more: list[str], pi
         assert len({cache[i]["latent"].shape for i in range(len(cache))}) == 3
 
 
+def test_drawn_details_are_the_same_from_a_cache_from_memory_and_from_images(pictures: Path, tmp_path: Path) -> None:
+    """Of the class-conditional base, whose transformer draws labels: noise and mirroring are the same too."""
+    _, vae = base_and_vae("debug")
+    vae.save_pretrained(tmp_path / "vae")
+    draws = ["diffusion.sample_details=true", "diffusion.loop.steps=4"]
+    cache = f"data.cache={tmp_path / 'cache'}"
+    run = settings("debug", pictures, *draws)
+    write_cache(run.data, vae, load_base("debug"), tmp_path / "cache", details_seed=run.diffusion.loop.seed)
+    ways = {"images": [], "memory": ["data.cache_latents=true"], "cached": [cache], "means": []}
+    for name, more in ways.items():
+        changed = [*more, "diffusion.sample_details=false"] if name == "means" else more
+        train_diffusion(settings("debug", pictures, *draws, *changed), tmp_path / name, tmp_path / "vae")
+    images, memory, cached, means = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ways)
+    for one, two, three in zip(images, memory, cached, strict=True):
+        assert one == pytest.approx(two, rel=1e-6, abs=1e-6)
+        assert one == pytest.approx(three, rel=1e-6, abs=1e-6)
+    assert abs(images[0]["detail"] - means[0]["detail"]) > 1e-3
+    for other, words in (
+        (["diffusion.sample_details=false"], r"seed of the details' draws: 0 -> "),
+        (["diffusion.loop.seed=1"], r"seed of the details' draws: 0 -> 1"),
+    ):
+        with pytest.raises(DavaeError, match=f"was made of something else.*{words}"):
+            train_diffusion(settings("debug", pictures, *draws, cache, *other), tmp_path / "no", tmp_path / "vae")
+
+
+def test_drawn_details_have_the_posterior_s_deviation_and_one_draw_an_image() -> None:
+    base, vae = base_and_vae("debug")
+    family, images = family_of(base), torch.rand(3, 3, 32, 32) * 2 - 1
+    means, drawn = family.latents_of(vae, images), family.latents_of(vae, images, details_seed=5)
+    alone = torch.cat([family.latents_of(vae, image[None], details_seed=5) for image in images])
+    torch.testing.assert_close(alone, drawn)
+    torch.testing.assert_close(drawn[:, :4], means[:, :4])  # the base's part is its mean
+    std = vae.encode(images).latent_dist.std[:, 4:].detach() * vae.config.scaling_factor
+    noise = ((drawn - means)[:, 4:] / std).flatten(1)
+    assert abs(float(noise.std()) - 1) < 0.1
+    assert abs(float(torch.corrcoef(noise[:2])[0, 1])) < 0.25  # another image, another draw
+    other = ((family.latents_of(vae, images[:1], details_seed=6) - means[:1])[:, 4:] / std[:1]).flatten()
+    assert abs(float(torch.corrcoef(torch.stack([noise[0], other]))[0, 1])) < 0.25  # another seed
+    with pytest.raises(DavaeError, match="has no details to draw"):
+        family.latents_of(base.vae, images, details_seed=5)
+
+
 def test_entries_are_the_latents_and_embeddings_of_the_pipeline(pictures: Path, tmp_path: Path) -> None:
     base, vae = base_and_vae("debug-sd3")
     data = settings("debug-sd3", pictures).data
@@ -282,9 +324,9 @@ class Encoded:
         latents_of, encode_prompts = family.latents_of, family.encode_prompts
         self.images, self.captions = 0, list[str]()
 
-        def latents(vae: Any, images: torch.Tensor) -> torch.Tensor:
+        def latents(vae: Any, images: torch.Tensor, **options: Any) -> torch.Tensor:
             self.images += len(images)
-            return latents_of(vae, images)
+            return latents_of(vae, images, **options)
 
         def prompts(pipe: Any, texts: list[str], **options: Any) -> dict[str, torch.Tensor]:
             self.captions += texts

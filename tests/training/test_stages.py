@@ -82,6 +82,74 @@ def test_the_total_is_the_sum_of_its_weighted_terms():
     torch.testing.assert_close(terms["total"], expected)
 
 
+def _stage_of(*overrides, **options):
+    """A stage of the debug recipe, its autoencoder, and what that starts as."""
+    vae = _vae(**options)
+    start = {k: v.clone() for k, v in vae.state_dict().items()}
+    stage = AutoencoderStage(vae, load_recipe("debug", list(overrides)).autoencoder, *_parts())
+    return stage, vae, start
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_frozen_detail_encoder_stays_and_the_rest_learns(adaptive, tmp_path):
+    overrides = ["train_detail_encoder=false", f"alignment.adaptive={str(adaptive).lower()}", "loop.steps=2"]
+    stage, vae, start = _stage_of(*(f"autoencoder.{o}" for o in overrides))
+    train(stage, tmp_path, {})
+    moved = {k.partition(".")[0] for k, v in vae.state_dict().items() if not torch.equal(v, start[k])}
+    assert moved == {"down", "up", "joint_decoder"}
+    learning = {n for n, p in vae.named_parameters() if p.requires_grad}
+    assert {id(p) for p in vae.trained_parameters()} == {id(dict(vae.named_parameters())[n]) for n in learning}
+    vae.train()
+    assert vae.down.training
+    assert not any(m.training for m in vae.detail_encoder.modules())
+
+
+def test_the_frozen_detail_encoders_of_all_levels_trained_together():
+    level1 = _vae()
+    vae = AutoencoderDA.from_base(level1, scale=2, detail_channels=8)
+    vae.train_levels(together=True, detail_encoders=False)
+    for level in (vae.at_level(1), vae):
+        assert not any(p.requires_grad for p in level.detail_encoder.parameters())
+        assert all(p.requires_grad for p in level.joint_decoder.parameters())
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_the_target_may_be_the_base_vae_s_reconstruction(levels):
+    """At full size; a reconstruction of the base VAE itself then costs nothing, and the image something."""
+    settings = load_recipe("debug", ["autoencoder.alignment.adaptive=false"]).autoencoder
+    vae = _vae()
+    if levels == 2:
+        vae = AutoencoderDA.from_base(vae, scale=2, detail_channels=8)
+    vae.eval()
+    images = _parts()[0][0]["image"][None]
+    base = vae.base_vae
+    with torch.no_grad():
+        made = base.decode(base.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+        seen = {}
+        for target in ("image", "base"):
+            objective = StructuredObjective(vae, settings.alignment, settings.reconstruction, target=target)
+            torch.manual_seed(0)
+            seen[target] = objective({"image": images}, 0)
+        torch.manual_seed(0)
+        below = vae.encode_prefix(images)
+        ours = vae.decode_structured(below, vae.encode_own_details(images).sample())
+    torch.testing.assert_close(seen["base"][prefix(vae) + "l1"], (ours - made).abs().mean())
+    torch.testing.assert_close(seen["image"][prefix(vae) + "l1"], (ours - images).abs().mean())
+    assert seen["base"][prefix(vae) + "alignment"] == seen["image"][prefix(vae) + "alignment"]
+
+
+def prefix(vae):
+    return f"level{len(vae.levels) - 1}_" if len(vae.levels) > 2 else ""
+
+
+def test_the_base_is_no_target_without_its_decoder():
+    settings = load_recipe("debug", ["autoencoder.target=base"]).autoencoder
+    vae = _vae()
+    vae.drop_base_decoder()
+    with pytest.raises(DavaeError, match=r"autoencoder\.target=base needs .* set autoencoder\.target=image"):
+        AutoencoderStage(vae, settings, *_parts())
+
+
 def test_adaptive_alignment_weight_is_the_gradient_ratio():
     recipe = load_recipe("debug", ["autoencoder.reconstruction.gan.weight=0"])
     settings = recipe.autoencoder

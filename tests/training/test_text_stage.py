@@ -15,6 +15,8 @@ from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families import PipelineFamily, family_of
+from davae.pipelines.saving.adapters import load_adapters
+from davae.pipelines.saving.opening import load_pipeline
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import FlowLossSettings, SigmaTableSettings, TimestepSettings
 from davae.training.checkpoints.run_directory import read_metrics
@@ -27,7 +29,9 @@ from davae.training.diffusion import (
     select_trained,
 )
 from davae.training.diffusion.inputs import prepare_inputs
+from davae.training.diffusion.train import set_sampling_shift
 from davae.training.loop.loop import train
+from davae.training.runs.train import train_diffusion
 from davae.warm_start import channel_parameters
 
 LAYOUT = LatentLayout(2, 4)
@@ -325,3 +329,57 @@ def test_prompts_that_are_cut_are_counted(caplog):
     assert family_of(pipe).tell_cut_prompts(pipe, prompts, 16) == 1
     assert "1 of 3 prompts have more than 16 tokens" in caplog.text
     assert family_of(pipe).tell_cut_prompts(pipe, prompts[:1], 16) == 0
+
+
+# What it samples with
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        ("sd3", [], 3.0),
+        ("sd3", ["timesteps.table.train_shift=4"], 4.0),
+        ("sd3", ["timesteps.shift=2"], 2.0),
+        ("sd3", ["timesteps.table.train_shift=4", "sampling_shift=5"], 5.0),
+        ("sana", ["timesteps.shift=2"], 2.0),
+        ("pixart-sigma", ["timesteps.shift=2"], None),  # no flow model: the setting has no meaning there
+    ],
+)
+def test_samples_have_the_shift_of_the_training_unless_told(name, overrides, expected):
+    pipe = _upgraded(name)
+    before = dict(pipe.scheduler.config)
+    set_sampling_shift(pipe, load_recipe("debug-text", [f"diffusion.{o}" for o in overrides]).diffusion)
+    changed = {k: v for k, v in pipe.scheduler.config.items() if before.get(k) != v}
+    assert set(changed.values()) <= {expected, False}  # and no shift that follows the tokens
+    assert expected is None or expected in [pipe.scheduler.config.get(key) for key in ("shift", "flow_shift")]
+
+
+def test_a_shift_that_a_pipeline_does_not_have_is_refused():
+    settings = load_recipe("debug-text", ["diffusion.sampling_shift=2"]).diffusion
+    with pytest.raises(
+        DavaeError, match=r"diffusion\.sampling_shift=2: PixArtSigmaPipeline samples without a timestep shift"
+    ):
+        set_sampling_shift(_upgraded("pixart-sigma"), settings)
+
+
+def test_the_result_and_its_adapters_keep_the_shift_that_a_run_asked_for(tmp_path):
+    """With sampling_shift alone, training follows it: both are 6."""
+    base = small_pipeline("sd3")
+    base.save_pretrained(tmp_path / "base")
+    _upgraded("sd3").vae.save_pretrained(tmp_path / "vae")
+    recipe = load_recipe(
+        "debug-text",
+        [
+            f"base={tmp_path / 'base'}",
+            "data.path=procedural:6",
+            "data.hold_out=2",
+            "diffusion.sampling_shift=6",
+            *(f"diffusion.loop.{change}" for change in ("steps=1", "validation_images=1", "batch_size=2")),
+        ],
+    )
+    result = train_diffusion(recipe, tmp_path / "run", tmp_path / "vae")
+    made = load_pipeline(result.result)
+    assert made.scheduler.config.shift == 6
+    assert family_of(made).timestep_shift(made, 64) == 6
+    vae = AutoencoderDA.from_pretrained(tmp_path / "vae")
+    assert load_adapters(small_pipeline("sd3"), vae, tmp_path / "run" / "adapters").scheduler.config.shift == 6

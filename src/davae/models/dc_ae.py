@@ -39,7 +39,7 @@ def latent_layers(model: DeepAutoencoder, stages: int) -> list[nn.Module]:
 
     Args:
         model: the autoencoder.
-        stages: number of resolutions on each side of the latent, at least 1.
+        stages: number of resolutions on each side of the latent; 0 for the layers in between alone.
     """
     encoder, decoder = model.encoder, model.decoder
     down, up = _filled(encoder.down_blocks), _decoder_stages(model)
@@ -48,7 +48,7 @@ def latent_layers(model: DeepAutoencoder, stages: int) -> list[nn.Module]:
     else:
         between = [encoder.mid_block, encoder.conv_norm_out, encoder.conv_out]
         between += [decoder.conv_in, decoder.mid_block]
-    return [*down[-stages:], *between, *up[:stages]]
+    return [*down[len(down) - stages :], *between, *up[:stages]]
 
 
 def head_layers(model: DeepAutoencoder, stages: int) -> list[nn.Module]:

@@ -5,6 +5,7 @@ encodes to and decodes from; and *model space*, ``(raw - shift) * scale``, which
 video autoencoders these are single frames, without the frame axis.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +67,35 @@ def compression_of(model: ModelMixin) -> int:
 
 
 @torch.no_grad()
-def encode(model: ModelMixin, images: Tensor) -> Tensor:
+def encode(model: ModelMixin, images: Tensor, *, details_seed: int | None = None) -> Tensor:
     """Raw latents ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in [-1, 1]: the mode of the posterior, if there is one.
 
     For an :class:`AutoencoderDA` they are ``[B, C + D, h, w]`` in the pipelines' convention, details normalised.
 
+    Args:
+        model: the autoencoder.
+        images: in [-1, 1].
+        details_seed: for an :class:`AutoencoderDA`: draw the details. A draw depends on the seed and the image alone,
+            not on the batch, the device or the process.
+
     Raises:
-        DavaeError: ``model.encode`` returns no known kind of latent.
+        DavaeError: ``model.encode`` returns no known kind of latent, or it has no details to draw.
     """
-    images = images.to(model.device, model.dtype)
+    given, images = images, images.to(model.device, model.dtype)
     if isinstance(model := getattr(model, "_orig_mod", model), AutoencoderDA):  # of torch.compile, too
-        return model.encode(images).latent_dist.mode()
+        posterior = model.encode(images).latent_dist
+        if details_seed is None:
+            return posterior.mode()
+        return posterior.sample([_generator_of(image, details_seed) for image in given])
+    if details_seed is not None:
+        raise DavaeError(f"{type(model).__name__} has no details to draw: only an AutoencoderDA has")
     return _adapter(model).encode(model, images)
+
+
+def _generator_of(image: Tensor, seed: int) -> torch.Generator:
+    pixels = image.detach().float().cpu().contiguous().numpy().tobytes()
+    digest = hashlib.sha256(seed.to_bytes(8, "little") + pixels).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 @torch.no_grad()

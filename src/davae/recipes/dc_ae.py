@@ -106,8 +106,8 @@ class Phase(Section):
 class LatentPhase(Phase):
     """Phase 2: only the layers around the latent."""
 
-    stages: Positive = 1
-    """Stages on each side of the latent that learn."""
+    stages: NotNegative = 1
+    """Stages on each side of the latent that learn with the projections to and from it; 0 for these alone."""
 
 
 class HeadPhase(Phase):

@@ -116,6 +116,8 @@ class OptimizerSettings(Section):
     """Decay of the first and second moment."""
     weight_decay: Annotated[Weight, MAY_CHANGE] = 0.0
     """Decoupled: weights shrink by this share of the learning rate each step."""
+    decay_only_matrices: Annotated[bool, MAY_CHANGE] = True
+    """Leave norms and biases, and whatever else has one dimension, without weight decay, as the official code."""
     eps: Annotated[PositiveFloat, MAY_CHANGE] = 1e-8
     """Added to the root of the second moment."""
     lr_scheduler: Annotated[LearningRateSchedule, MAY_CHANGE] = "constant"

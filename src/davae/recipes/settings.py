@@ -18,6 +18,7 @@ from davae.choices import (
     LevelOrder,
     LossForm,
     NewChannelsStart,
+    ReconstructionTarget,
     Reduction,
     SavedDtype,
     Scale,
@@ -140,6 +141,12 @@ class AutoencoderSettings(Section):
     reconstruction: ReconstructionSettings = ReconstructionSettings()
     levels: LevelOrder = "sequential"
     """Several levels: one training after another, each with the lower levels frozen, or one training for all."""
+    train_detail_encoder: bool = True
+    """``false`` leaves the detail encoder, a copy of the base's, as it is: only the new blocks and the decoder learn
+    (official SD3 training; the paper trains it)."""
+    target: ReconstructionTarget = "image"
+    """What the decoder learns to make: the image (the paper), or the frozen base VAE's reconstruction of it at full
+    size (``base``, official SD3 training; one pass of it more a step). Validation compares with the image."""
     optimizer: OptimizerSettings
     loop: LoopSettings
     """With sequential levels, of each level's training."""
@@ -274,6 +281,12 @@ class DiffusionSettings(Section):
     prompts: PromptSettings = PromptSettings()
     timesteps: TimestepSettings = TimestepSettings()
     loss: FlowLossSettings = FlowLossSettings()
+    sample_details: bool = False
+    """Train on a draw from the details' posterior (official ImageNet training) instead of its mean. An image has one
+    draw, which depends on ``loop.seed`` and its pixels: the same with a cache as without."""
+    sampling_shift: PositiveFloat | None = None
+    """Timestep shift that the result samples with. None takes that of ``timesteps.shift`` or ``timesteps.table``; if
+    these are not set either, or for a model that is no flow model, the base's schedule."""
     optimizer: OptimizerSettings
     loop: LoopSettings
     sample: SampleSettings = SampleSettings()

@@ -139,6 +139,7 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         if not has_base_decoder:
             self.adapter.drop_decoder(self.base)
         self.trains_below = False
+        self.trains_detail_encoder = True
         self.base.requires_grad_(False).eval()
 
         self.use_slicing = False
@@ -309,22 +310,25 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         return self.down.conv.weight
 
     def trained_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of this level, preceded by those of the levels below if they train too; never the base VAE's."""
+        """Parameters of this level that learn (:meth:`train_levels`), preceded by those of the levels below."""
         if self.below is not None and self.trains_below:
             yield from self.below.trained_parameters()
         for part in (self.detail_encoder, self.down, self.up, self.joint_decoder):
-            yield from part.parameters()
+            if part is not self.detail_encoder or self.trains_detail_encoder:
+                yield from part.parameters()
 
     def train(self, mode: bool = True) -> AutoencoderDA:
-        """As in torch, but the base stays in eval mode unless its levels train too (:meth:`train_levels`)."""
+        """As in torch, but what does not learn (:meth:`train_levels`) stays in eval mode."""
         super().train(mode)
         self.base.train(mode and self.trains_below)
+        self.detail_encoder.train(mode and self.trains_detail_encoder)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> AutoencoderDA:
-        """As in torch, but the base stays frozen unless its levels train too (:meth:`train_levels`)."""
+        """As in torch, but what does not learn (:meth:`train_levels`) stays frozen."""
         super().requires_grad_(requires_grad)
         self.base.requires_grad_(requires_grad and self.trains_below)
+        self.detail_encoder.requires_grad_(requires_grad and self.trains_detail_encoder)
         return self
 
     def drop_base_decoder(self) -> None:
@@ -349,17 +353,22 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
                 )
         super().enable_gradient_checkpointing(gradient_checkpointing_func)
 
-    def train_levels(self, *, together: bool) -> None:
+    def train_levels(self, *, together: bool, detail_encoders: bool = True) -> None:
         """Choose what trains: this level alone (the default) or all levels together. The base VAE never trains.
+
+        Args:
+            together: all levels.
+            detail_encoders: of these levels too; False trains the new blocks and the decoders only.
 
         Raises:
             DavaeError: ``together``, but the lower levels' decoders were dropped.
         """
+        self.trains_detail_encoder = detail_encoders
         if self.below is not None:
             if together and not self.config.has_base_decoder:
                 raise DavaeError("the lower levels have no decoders left: they cannot be trained")
             self.trains_below = together
-            self.below.train_levels(together=together)
+            self.below.train_levels(together=together, detail_encoders=detail_encoders)
         self.requires_grad_(True)
         self.train(self.training)
 

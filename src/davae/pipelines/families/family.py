@@ -154,12 +154,13 @@ class PipelineFamily(ABC):
     # Latents
 
     @torch.no_grad()
-    def latents_of(self, vae: ModelMixin, images: Tensor) -> Tensor:
+    def latents_of(self, vae: ModelMixin, images: Tensor, *, details_seed: int | None = None) -> Tensor:
         """Encode images ``[B, 3, H, W]`` in [-1, 1] to ``[B, C + D, h, w]``, scaled as the transformer takes them.
 
-        The mode of a VAE's posterior is taken.
+        The mode of a VAE's posterior is taken, or with ``details_seed`` a draw of the details (see
+        :func:`davae.models.latent_space.encode`).
         """
-        return to_model_space(vae, encode(vae, images), shifted=self.reads_shift)
+        return to_model_space(vae, encode(vae, images, details_seed=details_seed), shifted=self.reads_shift)
 
     def raw_base(self, base_vae: ModelMixin, base: Tensor) -> Tensor:
         """Convert base latents ``[B, C, h, w]`` from the transformer's scale to the base VAE's, for decoding."""

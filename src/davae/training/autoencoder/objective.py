@@ -5,9 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from davae.choices import ReconstructionTarget
+from davae.errors import DavaeError
 from davae.latents import AlignmentLoss, LatentLayout, gaussian_kl
 from davae.models import AutoencoderDA
+from davae.models.latent_space import decode, encode
 from davae.recipes.settings import AlignmentSettings, ReconstructionSettings
+from davae.runtime.pixel_budget import in_parts
 from davae.training.autoencoder.adaptive_weights import Decoded, single_pass
 from davae.training.autoencoder.losses import GanLoss, ReconstructionLoss
 
@@ -21,6 +25,10 @@ class StructuredObjective(nn.Module):
         autoencoder: what is trained: all levels after ``train_levels(together=True)``, otherwise the last one.
         alignment, reconstruction: the recipe's sections, the same for every level.
         gan_losses: one per trained level, lowest first; ``None`` without a GAN.
+        target: what reconstructions are compared with: the images, or the base VAE's reconstructions of them.
+
+    Raises:
+        DavaeError: the target is the base's, whose decoder was dropped.
     """
 
     def __init__(
@@ -29,9 +37,16 @@ class StructuredObjective(nn.Module):
         alignment: AlignmentSettings,
         reconstruction: ReconstructionSettings,
         gan_losses: list[GanLoss | None] | None = None,
+        *,
+        target: ReconstructionTarget = "image",
     ) -> None:
         super().__init__()
-        self.autoencoder = autoencoder
+        if target == "base" and not autoencoder.config.has_base_decoder:
+            raise DavaeError(
+                "autoencoder.target=base needs the base VAE's decoder, which this autoencoder has dropped: start from "
+                "one that has it, or set autoencoder.target=image"
+            )
+        self.autoencoder, self.target = autoencoder, target
         self.alignment_settings, self.settings = alignment, reconstruction
         self.learning = levels_that_learn(autoencoder)
         self.alignments = nn.ModuleList(
@@ -48,13 +63,14 @@ class StructuredObjective(nn.Module):
         """
         levels = self._levels()
         images = self._images(batch["image"])
+        targets = images if self.target == "image" else [self._base_reconstruction(image) for image in images]
         cached = batch.get("base_latent")
         latent = self._encode(images[0]) if cached is None else cached
         # [B, C, h, w]; every level appends its details
         total = images[0].new_zeros(())
         named: dict[str, Tensor] = {}
         for i, (number, level) in enumerate(zip(self.learning, levels)):
-            losses, z_d = self._level(i, level, images[i], latent, step)
+            losses, z_d = self._level(i, level, images[i], targets[i], latent, step)
             latent = torch.cat([latent, z_d], dim=1) if i + 1 < len(levels) else latent
             total = total + losses.pop("total")
             prefix = f"level{number}_" if len(self.autoencoder.levels) > 2 else ""
@@ -78,15 +94,23 @@ class StructuredObjective(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             return self._levels()[0].encode_prefix(images)
 
+    @torch.no_grad()
+    def _base_reconstruction(self, images: Tensor) -> Tensor:
+        """The base VAE's reconstruction of ``[B, 3, H, W]`` images at full size, clamped to [-1, 1]."""
+        base = self.autoencoder.base_vae
+        with torch.autocast(images.device.type, enabled=False):
+            made = [decode(base, encode(base, part)).clamp(-1.0, 1.0) for part in in_parts(images)]
+        return torch.cat(made).to(images.dtype)
+
     def _level(
-        self, i: int, vae: AutoencoderDA, images: Tensor, latent: Tensor, step: int
+        self, i: int, vae: AutoencoderDA, images: Tensor, targets: Tensor, latent: Tensor, step: int
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of one level, and the details ``[B, D, h, w]`` that it appends to the ``latent`` below it."""
         posterior = vae.encode_own_details(images)
         z_d = posterior.sample()  # [B, D, h, w]
-        target = latent[:, : alignment_layout(vae, self.alignment_settings).base_channels].detach()
+        aligned = latent[:, : alignment_layout(vae, self.alignment_settings).base_channels].detach()
         kl = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
-        alignment = self.alignments[i](z_d, vae.alignment_target(target))
+        alignment = self.alignments[i](z_d, vae.alignment_target(aligned))
 
         weight: Tensor | float = self.alignment_settings.weight
         gan_loss = self._gan_losses[i]
@@ -94,16 +118,16 @@ class StructuredObjective(nn.Module):
         adapts = gan_loss is not None and gan_loss.settings.adaptive and torch.is_grad_enabled()
         ratio: Tensor | None = None
         if aligns or adapts:
-            decoded = self._decode(vae, latent, z_d, images, gan_loss, step, at_details=aligns)
+            decoded = self._decode(vae, latent, z_d, targets, gan_loss, step, at_details=aligns)
             losses, total = decoded.losses, decoded.total
             if aligns:
                 ratio = decoded.alignment_ratio(z_d, alignment, vae.alignment_weight, maximum=MAX_ADAPTIVE_ALIGNMENT)
         else:
             made = vae.decode_structured(latent, z_d)  # [B, 3, H, W]
-            losses = self.reconstruction(images, made)
+            losses = self.reconstruction(targets, made)
             total = losses["reconstruction"]
             if gan_loss is not None:
-                losses["gan"] = gan_loss.generator_term(images, made, total, vae.last_decoder_weight, step)
+                losses["gan"] = gan_loss.generator_term(targets, made, total, vae.last_decoder_weight, step)
                 total = total + losses["gan"]
         losses |= {"kl": kl, "alignment": alignment}
         if ratio is not None:

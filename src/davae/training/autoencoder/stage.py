@@ -58,7 +58,7 @@ class AutoencoderStage(Stage):
         self.dataset, self.held_out = as_item_dataset(dataset), as_item_dataset(held_out)
         self.measured_on = (self.held_out,)
         self.workers, self.timeout_s = workers, timeout_s
-        autoencoder.train_levels(together=settings.levels == "together")
+        autoencoder.train_levels(together=settings.levels == "together", detail_encoders=settings.train_detail_encoder)
         self.learning = levels_that_learn(autoencoder)
         if len(autoencoder.levels) > 2:
             numbers = " and ".join(map(str, self.learning))
@@ -71,7 +71,9 @@ class AutoencoderStage(Stage):
             gan_loss, trained = make_gan_loss(settings.reconstruction.gan, name)
             gan_losses.append(gan_loss)
             modules += trained
-        self.objective = self.objective_class(autoencoder, settings.alignment, settings.reconstruction, gan_losses)
+        self.objective = self.objective_class(
+            autoencoder, settings.alignment, settings.reconstruction, gan_losses, target=settings.target
+        )
         self.foundations = self.objective.reconstruction.foundations()
         if cache_latents:
             autoencoder.to(start_processes().device)

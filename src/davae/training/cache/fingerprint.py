@@ -33,6 +33,7 @@ def cache_fingerprint(
     images: ImageDataset | RenderedDataset,
     *,
     text_length: int | None = None,
+    details_seed: int | None = None,
     version: int = VERSION,
 ) -> Fingerprint:
     """The fingerprint of a cache of these images by these models.
@@ -43,6 +44,7 @@ def cache_fingerprint(
         pipe: the base or the upgraded pipeline, for its text encoders.
         images: the training part.
         text_length: tokens of a prompt; by default the family's.
+        details_seed: of the details' draws; by default their mean is cached.
         version: of the cache that it is compared with, see :func:`version_of`.
 
     Raises:
@@ -69,6 +71,8 @@ def cache_fingerprint(
         },
         "dtype": data.cache_dtype,
     }
+    if details_seed is not None:
+        facts["seed of the details' draws"] = details_seed
     if family.conditioned_on == "text":
         facts |= {"text length": text_length or family.text_length, **_text_facts(pipe, by_dtype=version == 1)}
     stamps = images.stamps()

@@ -49,6 +49,7 @@ def write_cache(
     *,
     form: Format = "safetensors",
     text_length: int | None = None,
+    details_seed: int | None = None,
     reopen: Callable[[], DiffusionPipeline] | None = None,
     **writer_options: int,
 ) -> CacheResult:
@@ -67,6 +68,7 @@ def write_cache(
         out: the folder.
         form: ``safetensors`` or ``webdataset``.
         text_length: tokens of a prompt; by default the family's.
+        details_seed: draw the details with this seed; by default their mean is written.
         reopen: opens ``pipe`` again; its text encoders are then not kept in memory while images are encoded.
         writer_options: ``shard_bytes`` and ``shard_records`` of :class:`CacheWriter`.
 
@@ -78,7 +80,9 @@ def write_cache(
     images = open_training_part(data.model_copy(update={"flip": False}), vae, pipe)
     if family.conditioned_on == "text":
         require_captions(images.captions(), pipe)
-    fingerprint = cache_fingerprint(data, vae, pipe, images, text_length=text_length, version=version_of(Path(out)))
+    fingerprint = cache_fingerprint(
+        data, vae, pipe, images, text_length=text_length, details_seed=details_seed, version=version_of(Path(out))
+    )
     if (Path(out) / "fingerprint.json").is_file():
         fingerprint = without_touched(fingerprint, Path(out), images)
     wait_for_everyone()  # only now may the first process write another fingerprint
@@ -104,7 +108,7 @@ def write_cache(
         if not writer.complete:
             if reopen is not None:  # text encoders were needed for the fingerprint, and are again for captions
                 pipe.register_modules(**{name: None for name, _ in pipeline_parts(pipe, "text_encoder")})
-            _write_latents(writer, images, data, vae, family, processes.device)
+            _write_latents(writer, images, data, vae, family, processes.device, details_seed)
             texts = 0
             if family.conditioned_on == "text":
                 encoders = pipe if reopen is None else reopen()
@@ -125,7 +129,12 @@ def write_cache(
 
 
 def open_cache(
-    data: DataSettings, vae: AutoencoderDA | AutoencoderKL, pipe: DiffusionPipeline, *, text_length: int | None = None
+    data: DataSettings,
+    vae: AutoencoderDA | AutoencoderKL,
+    pipe: DiffusionPipeline,
+    *,
+    text_length: int | None = None,
+    details_seed: int | None = None,
 ) -> LatentCache:
     """Open the cache at ``data.cache``, checking that it was made of exactly these images by exactly these models.
 
@@ -136,7 +145,9 @@ def open_cache(
         raise DavaeError("data.cache is not set: name the folder that `davae cache` wrote")
     images = open_training_part(data, vae, pipe)
     folder = Path(data.cache)
-    wanted = cache_fingerprint(data, vae, pipe, images, text_length=text_length, version=version_of(folder))
+    wanted = cache_fingerprint(
+        data, vae, pipe, images, text_length=text_length, details_seed=details_seed, version=version_of(folder)
+    )
     return LatentCache(data.cache, wanted=without_touched(wanted, folder, images))
 
 
@@ -148,6 +159,7 @@ def _write_latents(
     vae: AutoencoderDA | AutoencoderKL,
     family: PipelineFamily,
     device: torch.device,
+    details_seed: int | None,
 ) -> None:
     mirrored = (False, True) if data.flip else (False,)
     done = writer.positions
@@ -166,7 +178,9 @@ def _write_latents(
         for positions, items in zip(parts, loader, strict=True):
             pixels = torch.stack([item["image"] for item in items])  # [B, 3, H, W]
             latents = {
-                flip: family.latents_of(vae, pixels.flip(-1) if flip else pixels)  # [B, C + D, h, w]
+                flip: family.latents_of(
+                    vae, pixels.flip(-1) if flip else pixels, details_seed=details_seed
+                )  # [B, C + D, h, w]
                 for flip in mirrored
             }
             for row, (position, item) in enumerate(zip(positions, items)):

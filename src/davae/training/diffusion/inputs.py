@@ -85,7 +85,7 @@ def prepare_inputs(
     device = start_processes().device
     images, unseen = as_item_dataset(dataset), as_item_dataset(held_out)
     vae.eval().requires_grad_(False).to(device)
-    encode = partial(encode_images, family, vae)
+    encode = partial(encode_images, family, vae, details_seed=details_seed_of(settings))
     measured = LatentsInMemory(unseen, encode, dict, limit=MEASURED, workers=workers, timeout_s=timeout_s)
     prompts = validation_prompts(settings, unseen) if family.conditioned_on == "text" else []
     asked = [*prompts[: settings.loop.validation_images], *(item["caption"] for item in measured.items)]
@@ -117,11 +117,16 @@ def validation_prompts(settings: DiffusionSettings, images: ItemDataset) -> list
     return list(dict.fromkeys(caption for caption in found if caption)) or [""]
 
 
+def details_seed_of(settings: DiffusionSettings) -> int | None:
+    """Seed of the details' draws; none if their mean is taken."""
+    return settings.loop.seed if settings.sample_details else None
+
+
 @torch.no_grad()
-def encode_images(family: PipelineFamily, vae: Any, images: Tensor) -> Tensor:
+def encode_images(family: PipelineFamily, vae: Any, images: Tensor, *, details_seed: int | None = None) -> Tensor:
     """Images ``[B, 3, H, W]`` to the transformer's (scaled) latents ``[B, C + D, h, w]``, without autocast."""
     with torch.autocast(vae.device.type, enabled=False):
-        return torch.cat([family.latents_of(vae, part) for part in in_parts(images)])
+        return torch.cat([family.latents_of(vae, part, details_seed=details_seed) for part in in_parts(images)])
 
 
 def _conditions(

@@ -21,7 +21,7 @@ from davae.runtime.atomic_files import atomic_folder, atomic_write
 from davae.runtime.pictures import save_rows
 from davae.runtime.processes import gathered_in_first, is_first, share, start_processes
 from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings
-from davae.training.diffusion.inputs import Inputs, encode_images
+from davae.training.diffusion.inputs import Inputs, details_seed_of, encode_images
 from davae.training.diffusion.objective import DiffusionObjective, noise_process
 from davae.training.diffusion.tuning import learning_masks, select_trained
 from davae.training.diffusion.validation import generate_classes, generate_prompts, held_out_loss
@@ -79,7 +79,7 @@ class DiffusionStage(Stage):
             layout,
             noise_process(self.family, pipeline, layout, settings.loss, settings.timesteps),
             settings.loss,
-            encode=partial(encode_images, self.family, self.vae),
+            encode=partial(encode_images, self.family, self.vae, details_seed=details_seed_of(settings)),
             unconditional=prompts.unconditional if prompts else None,
             dropout=settings.prompts.dropout if prompts else 0.0,
             guidance=settings.prompts.guidance,

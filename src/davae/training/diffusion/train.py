@@ -3,25 +3,27 @@
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 
 from davae.bases.open import TEXT_ENCODERS, load_recipe_base
 from davae.bases.upgrade import write_text_encoders
 from davae.data import ItemDataset
 from davae.data.cache import weights_hash
-from davae.errors import named
+from davae.errors import DavaeError, named
 from davae.models import AutoencoderDA
 from davae.models.lightningdit import restarted
 from davae.pipelines import upgrade_pipeline
+from davae.pipelines.families import family_of
 from davae.pipelines.saving.opening import load_autoencoder
-from davae.pipelines.upgrade import layout_over
-from davae.recipes.settings import UpgradeRecipe
+from davae.pipelines.upgrade import layout_over, scheduler_for
+from davae.recipes.settings import DiffusionSettings, UpgradeRecipe
 from davae.training.cache.fingerprint import pipeline_parts
 from davae.training.cache.write import open_cache
 from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.checkpoints.foundations import model_hash
 from davae.training.checkpoints.run_directory import RunDirectory, base_facts, data_facts
 from davae.training.data import open_part, open_training_part
-from davae.training.diffusion.inputs import Inputs, prepare_inputs
+from davae.training.diffusion.inputs import Inputs, details_seed_of, prepare_inputs
 from davae.training.diffusion.stage import DiffusionStage
 from davae.training.diffusion.tuning import started_from
 from davae.training.loop.loop import TrainResult, train
@@ -61,6 +63,7 @@ def train_transformer(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Tr
     if settings.start_from is not None and not checkpoints(out / "checkpoints"):
         with named("diffusion.start_from"):
             pipeline = started_from(settings.start_from, pipeline, base, settings.tune.mode)
+    set_sampling_shift(pipeline, settings)
     torch.manual_seed(settings.loop.seed)
     stage = DiffusionStage(
         pipeline,
@@ -78,13 +81,44 @@ def train_transformer(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Tr
     return result
 
 
+def set_sampling_shift(pipeline: DiffusionPipeline, settings: DiffusionSettings) -> None:
+    """Give the pipeline the timestep shift of ``sampling_shift``, else the one that it is trained with, if set.
+
+    Raises:
+        DavaeError: a shift is set, but the pipeline samples without one.
+    """
+    noise = settings.timesteps
+    asked = {
+        "sampling_shift": settings.sampling_shift,
+        "timesteps.table.train_shift": noise.table and noise.table.train_shift,
+        "timesteps.shift": noise.shift,
+    }
+    key, shift = next(((key, value) for key, value in asked.items() if value), ("", None))
+    if shift is None or (key != "sampling_shift" and family_of(pipeline).kind != "flow"):
+        return
+    channels = pipeline.vae.layout.base_channels, pipeline.vae.layout.channels
+    try:
+        scheduler = scheduler_for(pipeline, shift, scale=pipeline.vae.scale, channels=channels)
+    except DavaeError as error:
+        raise DavaeError(
+            f"diffusion.{key}={shift:g}: {type(pipeline).__name__} samples without a timestep shift; leave it out"
+        ) from error
+    pipeline.register_modules(scheduler=scheduler)
+
+
 def _inputs(recipe: UpgradeRecipe, vae: AutoencoderDA, held_out: ItemDataset) -> tuple[Inputs, dict[str, str]]:
     """The stage's inputs, and hashes of the weights that encoded them."""
     data = recipe.data
     encoders = load_recipe_base(recipe, without=("vae", "transformer"))
     weights = {"the autoencoder": model_hash(vae)}
     if data.cache:  # which has hashes of its own
-        train_set: ItemDataset = open_cache(data, vae, encoders, text_length=recipe.diffusion.prompts.max_length)
+        train_set: ItemDataset = open_cache(
+            data,
+            vae,
+            encoders,
+            text_length=recipe.diffusion.prompts.max_length,
+            details_seed=details_seed_of(recipe.diffusion),
+        )
     else:
         train_set = open_training_part(data, vae, encoders)
         parts = pipeline_parts(encoders, "text_encoder")

@@ -41,27 +41,23 @@ def make_optimizer(
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     if not named:
         raise DavaeError(f"{name}: no parameter is trained; check what the recipe tunes")
-    by_rate: dict[float, list[nn.Parameter]] = {}
+    alike: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter_name, parameter in named:
-        by_rate.setdefault(rates.get(parameter_name, settings.learning_rate), []).append(parameter)
+        decays = parameter.ndim > 1 or not settings.decay_only_matrices
+        rate = rates.get(parameter_name, settings.learning_rate)
+        alike.setdefault((rate, settings.weight_decay if decays else 0.0), []).append(parameter)
     groups = [
         {
             "params": parameters,
+            "weight_decay": decay,
             "rate_factor": rate / settings.learning_rate,
             "name": "" if rate == settings.learning_rate else "widened",
         }
-        for rate, parameters in by_rate.items()
+        for (rate, decay), parameters in alike.items()
     ]
     if settings.kind == "adamw8bit":
         return eight_bit_adamw(groups, settings)
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 _WRAPPED = "__bnb_optimizer_quant_state__"
@@ -109,9 +105,7 @@ def eight_bit_adamw(groups: list[dict[str, Any]], settings: OptimizerSettings) -
     for group in groups:  # quantisation blocks follow memory order: make it the same in new and resumed runs
         for parameter in group["params"]:
             parameter.data = parameter.data.contiguous()
-    return GuardedAdamW8bit(
-        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay
-    )
+    return GuardedAdamW8bit(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
 
 
 def _flat(entry: dict[str, Any]) -> dict[str, Any]:

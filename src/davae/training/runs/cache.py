@@ -17,6 +17,7 @@ from davae.runtime.places import check_place
 from davae.runtime.processes import is_first
 from davae.training.cache.write import write_cache
 from davae.training.data import check_images
+from davae.training.diffusion.inputs import details_seed_of
 from davae.training.runs.train import cache_folder, check_upgrade, trained_autoencoder, training_command
 
 
@@ -46,13 +47,15 @@ def run_cache(
         check_images(settings.data)
     check_place(out, "cache")
     vae, open_base = _models(settings, recipe, autoencoder)
+    stage = settings.diffusion if isinstance(settings, UpgradeRecipe) else None
     made = write_cache(
         settings.data,
         vae,
         open_base(),
         out,
         form=form,
-        text_length=settings.diffusion.prompts.max_length if isinstance(settings, UpgradeRecipe) else None,
+        text_length=stage.prompts.max_length if stage else None,
+        details_seed=details_seed_of(stage) if stage else None,
         reopen=open_base,
     )
     if not is_first():
