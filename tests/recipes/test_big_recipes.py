@@ -15,7 +15,7 @@ from davae.planner.architectures import find_architecture
 from davae.planner.plan import VARIANTS
 from davae.planner.recipes import _diffusion_run, dry_run, recipe_plan
 from davae.planner.stages import target_counts
-from davae.planner.text import stage_line
+from davae.planner.text import inference_line, stage_line
 from davae.recipes.presets import find_preset
 from davae.recipes.read import load_recipe
 
@@ -49,12 +49,7 @@ def test_recipe_names_a_bundled_base_and_layers_that_exist(name):
 def expected_lines(name: str) -> list[str]:
     """What the planner expects of a recipe. The speed-up is an image's, with text and decoding."""
     made = _plan(name)
-    sampling = (
-        f"sampling: {made.tokens['upgraded']} tokens for {made.resolution} pixels instead of {made.tokens['native']}, "
-        f"{made.memory_bytes['inference'] / 1e9:.3g} GB, {made.speedup_with_decoding:.2f} times fewer operations an "
-        f"image (transformer {made.speedup:.2f})"
-    )
-    return [sampling, stage_line(made, "autoencoder"), stage_line(made, "diffusion")]
+    return [inference_line(made), stage_line(made, "autoencoder"), stage_line(made, "diffusion")]
 
 
 @pytest.mark.slow

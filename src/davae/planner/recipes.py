@@ -136,6 +136,8 @@ def _autoencoder_run(recipe: UpgradeRecipe) -> AutoencoderRun:
         **_loop(settings.loop, settings.optimizer),  # type: ignore[arg-type]
         gan=settings.reconstruction.gan.weight > 0,
         lpips=settings.reconstruction.lpips_weight > 0,
+        detail_encoder=settings.train_detail_encoder,
+        base_target=settings.target == "base",
     )
 
 

@@ -12,6 +12,7 @@ from davae.choices import FrozenDtype, Precision, TuneMode
 from davae.errors import DavaeError, first_line
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA, PatchDiscriminator
+from davae.models.latent_space import decode, encode
 from davae.planner.architectures import Architecture, block_runs, cost_by_depth
 from davae.planner.memory import Cost, ShapesOnly, bytes_of, checkpointing, cost_of, drop_gradients
 from davae.warm_start import channel_parameters, dummy_arguments
@@ -56,10 +57,19 @@ class Run:
 
 @dataclass(frozen=True)
 class AutoencoderRun(Run):
-    """The autoencoder stage. Attributes: whether the adversarial and the LPIPS (VGG-16) terms are on."""
+    """The autoencoder stage.
+
+    Attributes:
+        gan: the adversarial term is on.
+        lpips: the LPIPS (VGG-16) term is on.
+        detail_encoder: the detail encoder is trained.
+        base_target: the base's reconstructions are the target, at the cost of another pass.
+    """
 
     gan: bool = False
     lpips: bool = False
+    detail_encoder: bool = True
+    base_target: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,7 @@ def autoencoder_stage(
         run: how it is trained.
     """
     vae.train()
+    vae.train_levels(together=False, detail_encoders=run.detail_encoder)
     if run.gradient_checkpointing:
         vae.enable_gradient_checkpointing(checkpointing(run.autocast))
     parts: dict[str, nn.Module] = {"autoencoder": vae}
@@ -126,9 +137,13 @@ def autoencoder_stage(
         made = vae.decode_structured(below, z_d)
         base = below[:, : vae.layout.base_channels]
         aligned = (grouped_mean(z_d, base.shape[1]) - vae.alignment_target(base)).square().mean()
-        loss = (made - images).float().abs().mean() + posterior.kl().mean() + aligned
+        target = images
+        if run.base_target:
+            with torch.no_grad():
+                target = decode(vae.base_vae, encode(vae.base_vae, images))
+        loss = (made - target).float().abs().mean() + posterior.kl().mean() + aligned
         if run.lpips:
-            seen, true = parts["VGG-16"](made), parts["VGG-16"](images)
+            seen, true = parts["VGG-16"](made), parts["VGG-16"](target)
             loss = loss + sum((a - b).square().mean() for a, b in zip(seen, true, strict=True))
         if run.gan:
             loss = loss - parts["discriminator"](made).mean()

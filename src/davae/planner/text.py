@@ -18,11 +18,11 @@ def stage_line(plan: Plan, stage: str) -> str:
 
 
 def inference_line(plan: Plan) -> str:
-    """One line on sampling: tokens, memory, speed-up."""
+    """One line on sampling: tokens, memory, operations of an image with text and decoding. Recipes have it too."""
     return (
-        f"sampling: {plan.tokens['upgraded']} tokens for {plan.resolution} pixels instead of "
-        f"{plan.tokens['native']}, {_gigabytes(plan.memory_bytes['inference'])}, at most "
-        f"{plan.speedup:.1f} times as fast as native"
+        f"sampling: {plan.tokens['upgraded']} tokens for {plan.resolution} pixels instead of {plan.tokens['native']}, "
+        f"{_gigabytes(plan.memory_bytes['inference'])}, {plan.speedup_with_decoding:.2f} times fewer operations an "
+        f"image (transformer {plan.speedup:.2f})"
     )
 
 
