@@ -65,8 +65,8 @@ def structured_mean(errors: Tensor, layout: LatentLayout, weight: float, kept: T
         errors: of each element.
         layout: base and detail channels.
         weight: of the detail channels.
-        kept: ``[B, C + D, 1, 1]``, 1 for channels that count and 0 for others (`davae.latents.prefixes.prefix_mask`), among
-            the former a base channel of every sample; None counts all.
+        kept: ``[B, C + D, 1, 1]``, 1 for channels that count, among them a base channel of every sample, and 0 for
+            others (`davae.latents.prefixes.prefix_mask`); None counts all.
 
     Raises:
         DavaeError: another number of channels, or a weight that is negative or not finite.

@@ -42,11 +42,11 @@ class ChannelPrefixes:
         wrong = [count for count in self.prefixes if not 0 < count < self.channels]
         if wrong:
             raise DavaeError(
-                f"prefixes.channels: {wrong[0]} is no prefix of a latent of {self.channels} channels; take "
+                f"loss.prefixes.channels: {wrong[0]} is no prefix of a latent of {self.channels} channels; take "
                 f"1 to {self.channels - 1}, all {self.channels} are trained anyway"
             )
         if not 0 <= self.share < 1:
-            raise DavaeError(f"prefixes.share must be at least 0 and below 1, got {self.share}")
+            raise DavaeError(f"loss.prefixes.share must be at least 0 and below 1, got {self.share}")
 
     def __bool__(self) -> bool:
         return bool(self.prefixes) and self.share > 0

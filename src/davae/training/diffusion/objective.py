@@ -56,7 +56,7 @@ class DiffusionObjective(nn.Module):
         self.family, self.process, self.encode = family, process, encode
         self.transformer = transformer
         self.layout, self.settings = layout, loss
-        self.prefixes = ChannelPrefixes(layout.channels, loss.prefixes.channels, loss.prefixes.share)
+        self.prefixes = channel_prefixes(loss, layout.channels)
         self.dropout, self.guidance = dropout, guidance
         for name, value in (unconditional or {}).items():
             # A buffer moves with the module; a non-persistent one stays out of checkpoints.
@@ -120,6 +120,15 @@ class DiffusionObjective(nn.Module):
             empty = self.get_buffer(f"unconditional_{name}").to(value)
             mixed[name] = torch.where(where, empty, value)
         return mixed
+
+
+def channel_prefixes(loss: FlowLossSettings, channels: int) -> ChannelPrefixes:
+    """The prefixes that samples of a latent of ``channels`` channels are restricted to.
+
+    Raises:
+        DavaeError: one is not shorter than the latent.
+    """
+    return ChannelPrefixes(channels, loss.prefixes.channels, loss.prefixes.share)
 
 
 def noise_process(
