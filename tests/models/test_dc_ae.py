@@ -148,8 +148,10 @@ def test_the_first_channels_are_those_of_the_whole_and_zeros_are_no_channels(tmp
 
 
 def test_all_channels_are_the_model_itself():
-    model, image = _structured(), torch.randn(1, 3, 16, 16)
-    assert torch.equal(first_channels(model, 4)(image).sample, model(image).sample)
+    model, image = _structured().to(torch.bfloat16), torch.randn(1, 3, 16, 16, dtype=torch.bfloat16)
+    cut = first_channels(model, 4)
+    assert torch.equal(cut(image).sample, model(image).sample)
+    assert not {p.data_ptr() for p in cut.parameters()} & {p.data_ptr() for p in model.parameters()}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ DC-AE (Chen et al. 2024, arXiv 2410.10733) and DC-AE 1.5 (arXiv 2508.00413) them
 from functools import wraps
 from typing import Any, TypeAlias
 
+import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d
 from torch import Tensor, nn
@@ -53,13 +54,14 @@ def first_channels(model: AutoencoderDC, count: int) -> AutoencoderDC:
         raise DavaeError("an AutoencoderDC with shortcuts at the latent cannot be cut: they mix groups of channels")
     if not 0 < count <= config.latent_channels:
         raise DavaeError(f"a latent of {config.latent_channels} channels has no first {count}: take 1 to as many")
-    cut: AutoencoderDC = type(model).from_config({**config, "latent_channels": count})
+    with torch.device("meta"):
+        cut: AutoencoderDC = type(model).from_config({**config, "latent_channels": count})
     state = model.state_dict()
     for name in ("encoder.conv_out.weight", "encoder.conv_out.bias"):
         state[name] = state[name][:count]
     state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"][:, :count]
-    cut.load_state_dict(state)
-    return cut.to(model.device, model.dtype).train(model.training)
+    cut.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    return cut.train(model.training)
 
 
 def latent_layers(model: DeepAutoencoder, stages: int) -> list[nn.Module]:
