@@ -300,7 +300,7 @@ def test_prefixes_change_the_training_and_not_the_measure():
 
     def total(objective):
         torch.manual_seed(3)
-        return float(objective(batch, 0)["total"])
+        return float(objective(batch, 0)["total"].detach())
 
     assert total(with_them.train()) != total(without.train())
     assert total(with_them.eval()) == total(without.eval())
