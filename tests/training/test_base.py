@@ -120,3 +120,9 @@ def test_a_finished_first_half_of_another_recipe_or_of_other_images_is_not_taken
     with pytest.raises(DavaeError, match=words):
         train_base(_recipe(*asked), out)
     assert (out / "autoencoder" / "config.yaml").read_bytes() == before
+
+
+def test_a_prefix_as_long_as_the_latent_is_refused_before_the_first_half(tmp_path: Path) -> None:
+    with pytest.raises(DavaeError, match=r"loss\.prefixes\.channels: 8 is no prefix of a latent of 8 channels"):
+        train_base(_recipe("transformer.loss.prefixes.channels=[8]"), tmp_path / "base")
+    assert not (tmp_path / "base" / "autoencoder").exists()

@@ -61,8 +61,12 @@ def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = N
 def _train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None) -> TrainResult:
     plain = recipe.model_dump(mode="json")
     data = recipe.data
-    shape = base.vae.config if base is not None else recipe.autoencoder and recipe.autoencoder.architecture
-    channel_prefixes(recipe.transformer.loss, shape.latent_channels)  # refused before anything is trained
+    if base is not None:
+        channels = base.vae.config.latent_channels
+    else:
+        assert recipe.autoencoder is not None
+        channels = recipe.autoencoder.architecture.latent_channels
+    channel_prefixes(recipe.transformer.loss, channels)  # refused before anything is trained
     full: ItemDataset
     images: ItemDataset
     if data.cache and base is not None:
