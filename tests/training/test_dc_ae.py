@@ -506,4 +506,4 @@ def test_trained_on_prefixes_it_reconstructs_better_from_them(tmp_path):
     gains = [found["with"][f"psnr_16_first_{n}"] - found["without"][f"psnr_16_first_{n}"] for n in (1, 2, 4)]
     assert min(gains) > 0.2
     assert min(gains[:2]) > 1.0
-    assert found["with"]["psnr_16"] > found["with"]["psnr_16_first_4"] > found["with"]["psnr_16_first_1"]
+    assert found["with"]["psnr_16_first_4"] > found["with"]["psnr_16_first_1"]
