@@ -7,6 +7,7 @@ from torch import Tensor
 from davae.diffusion import FlowLoss, cosine_loss, min_snr_weight, structured_loss
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
+from davae.latents.prefixes import prefix_mask
 
 LAYOUT = LatentLayout(1, 3)
 
@@ -140,3 +141,23 @@ class TestFlowLoss:
 def test_refusals(make, message: str) -> None:
     with pytest.raises(DavaeError, match=message):
         make()
+
+
+def test_of_a_prefix_only_its_channels_count() -> None:
+    """One base channel off by 2 and the first of three details by 1, at half weight: (4 + 0.5) / (1 + 0.5). The second
+    sample keeps the base channel alone, the third everything.
+    """
+    target = draw(3, 4, 2, 2)
+    prediction = target + torch.tensor([2.0, 1.0, 5.0, 7.0]).view(1, 4, 1, 1)
+    kept = prefix_mask(torch.tensor([2, 1, 4]), 4)
+    each = structured_loss(prediction, target, LAYOUT, 0.5, kept=kept, reduction="none")
+    assert each.tolist() == pytest.approx([3.0, 4.0, (4 + 0.5 * (1 + 25 + 49)) / 2.5])
+    whole = structured_loss(prediction, target, LAYOUT, 0.5, reduction="none")
+    assert float(each[2]) == pytest.approx(float(whole[2]))
+
+
+def test_a_prefix_of_base_channels_is_a_base_loss_at_any_weight() -> None:
+    a, b, kept = draw(2, 4, 2, 2), draw(2, 4, 2, 2, seed=1), prefix_mask(torch.tensor([1, 1]), 4)
+    for weight in (0.0, 0.5, 1.0):
+        loss = structured_loss(a, b, LAYOUT, weight, kept=kept)
+        assert float(loss) == pytest.approx(float((a - b)[:, :1].square().mean()))

@@ -13,6 +13,7 @@ from torch import Tensor
 from davae.diffusion import DdpmProcess, FlowLoss, FlowProcess, NoiseProcess, x0_from_velocity
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
+from davae.latents.prefixes import prefix_mask
 
 LAYOUT = LatentLayout(1, 3)
 FLOW = FlowProcess(FlowLoss(LAYOUT), scheme="uniform")
@@ -95,3 +96,27 @@ def test_a_velocity_has_no_variance() -> None:
     sample = FLOW.draw(data())
     with pytest.raises(DavaeError, match="variance_weight=0"):
         FLOW.variance_loss(sample.target, sample.target, sample, 1.0)
+
+
+@pytest.mark.parametrize("form", ["velocity", "x0", "cosine", "ddpm"])
+def test_a_restricted_sample_has_the_loss_of_its_channels_alone(form: str) -> None:
+    """Cutting the latent to two channels and training on those gives the same number, whatever the others hold."""
+
+    def process(layout: LatentLayout) -> NoiseProcess:
+        if form == "ddpm":
+            return DdpmProcess(layout, DDPMScheduler().config, min_snr_gamma=5.0, cosine_weight=0.5)
+        loss = FlowLoss(layout, form="x0", min_snr_gamma=5.0) if form == "x0" else FlowLoss(layout)
+        return FlowProcess(replace(loss, cosine_weight=0.5) if form == "cosine" else loss)
+
+    whole = process(LAYOUT).draw(data())
+    parts = {name: getattr(whole, name)[:, :2] for name in ("data", "noise", "noisy", "target")}
+    prediction = torch.randn(64, 4, 2, 2, requires_grad=True)
+    kept = prefix_mask(torch.full((64,), 2), 4)
+    sample = whole.restricted(kept)
+    assert not sample.noisy[:, 2:].any()
+    loss = process(LAYOUT).loss(prediction * kept, sample, 0.5)
+    alone = process(LatentLayout(1, 1)).loss(prediction[:, :2], replace(whole, **parts), 0.5)
+    torch.testing.assert_close(loss, alone)
+    (gradient,) = torch.autograd.grad(loss, prediction)
+    assert not gradient[:, 2:].any()
+    assert gradient[:, :2].all()

@@ -10,6 +10,7 @@ from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.models.dc_ae import (
     PlainAutoencoderDC,
+    first_channels,
     head_layers,
     last_decoder_weight,
     latent_layers,
@@ -122,3 +123,55 @@ def test_the_last_weight_makes_the_image(name):
     weight = last_decoder_weight(model)
     assert any(weight is p for p in model.decoder.conv_out.parameters())
     assert weight.shape[0] % 3 == 0
+
+
+# ---------------------------------------------------------------- DC-AE 1.5
+
+
+def _structured():
+    """A DC-AE 1.5: residual blocks with RMS norm, no shortcuts at the latent."""
+    blocks = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in BLOCKS.items()}
+    return _dc(**blocks, decoder_norm_types="rms_norm", decoder_act_fns="silu", **NO_SHORTCUTS)
+
+
+BLOCKS = {"block_types": "ResBlock", "qkv_multiscales": ((), (), ())}
+NO_SHORTCUTS = {"encoder_out_shortcut": False, "decoder_in_shortcut": False}
+
+
+def test_the_first_channels_are_those_of_the_whole_and_zeros_are_no_channels(tmp_path):
+    """The official code cuts rows of the last and columns of the first convolution; a whole decoder is given zeros."""
+    model, image = _structured(), torch.randn(2, 3, 16, 16)
+    cut = first_channels(model, 3)
+    latent = model.encode(image).latent
+    torch.testing.assert_close(cut.encode(image).latent, latent[:, :3])
+    padded = torch.cat([latent[:, :3], torch.zeros_like(latent[:, 3:])], 1)
+    torch.testing.assert_close(cut.decode(latent[:, :3]).sample, model.decode(padded).sample)
+    assert not torch.allclose(model.decode(padded).sample, model.decode(latent).sample)
+    cut.save_pretrained(tmp_path)
+    again = AutoencoderDC.from_pretrained(tmp_path)
+    assert again.config.latent_channels == 3
+    torch.testing.assert_close(again(image).sample, cut(image).sample)
+
+
+def test_all_channels_are_the_model_itself():
+    model, image = _structured().to(torch.bfloat16), torch.randn(1, 3, 16, 16, dtype=torch.bfloat16)
+    cut = first_channels(model, 4)
+    assert torch.equal(cut(image).sample, model(image).sample)
+    assert not {p.data_ptr() for p in cut.parameters()} & {p.data_ptr() for p in model.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "words"),
+    [(_dc, 2, "shortcuts at the latent cannot be cut"), (_structured, 5, "4 channels has no first 5")],
+)
+def test_what_cannot_be_cut_is_refused(model, count, words):
+    with pytest.raises(DavaeError, match=words):
+        first_channels(model(), count)
+
+
+def test_it_is_a_base_for_details():
+    base = _structured().requires_grad_(False)
+    model, image = AutoencoderDA.from_base(base, scale=2, detail_channels=8), torch.randn(1, 3, 32, 32)
+    latent = model.encode(image).latent_dist.mode()
+    assert torch.equal(latent[:, :4], base.encode(model.reduce(image)).latent)
+    assert model.decode(latent).sample.shape == image.shape

@@ -149,3 +149,9 @@ def test_the_second_half_may_be_another_on_a_first_half_without_checkpoints(fini
     before = _weights(out / "autoencoder" / "vae")
     train_base(_recipe("transformer.architecture.hidden_size=32"), out)
     assert all(torch.equal(value, before[name]) for name, value in _weights(out / "autoencoder" / "vae").items())
+
+
+def test_a_prefix_as_long_as_the_latent_is_refused_before_the_first_half(tmp_path: Path) -> None:
+    with pytest.raises(DavaeError, match=r"loss\.prefixes\.channels: 8 is no prefix of a latent of 8 channels"):
+        train_base(_recipe("transformer.loss.prefixes.channels=[8]"), tmp_path / "base")
+    assert not (tmp_path / "base" / "autoencoder").exists()

@@ -1,5 +1,6 @@
 """DC-AE's three phases: what each trains, what it leaves alone, what it starts from."""
 
+import itertools
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from diffusers import AutoencoderDC
 
 from davae.cli.main import main
 from davae.errors import DavaeError
+from davae.latents import ChannelPrefixes
 from davae.models import AutoencoderDA
 from davae.models.dc_ae import PlainAutoencoderDC
 from davae.models.latent_space import encode
@@ -342,6 +344,8 @@ def test_windows_are_cut_from_larger_images():
         ("architecture.latent_channels=48", "must divide"),
         ("phase2.stage=2", "did you mean 'phase2.stages'"),
         ("phase1.stages=2", "phase1.stages"),
+        ("phase1.prefixes.channels=[8,32]", "phase1.prefixes.channels has 32; a prefix of 32 channels has 1 to 31"),
+        ("measure.prefixes=[40]", "measure.prefixes has 40"),
     ],
 )
 def test_a_mistake_in_a_recipe_is_named(override, words):
@@ -438,3 +442,70 @@ def test_figures_before_a_phase_are_of_the_weights_that_it_starts_from(tmp_path)
     assert again != known
     fresh = _summary(train_dc_ae(_recipe(), tmp_path / "fresh", phase=2, start=tmp_path / "one"))["before"]
     assert again == fresh
+
+
+# ---------------------------------------------------------------- DC-AE 1.5: prefixes of channels
+
+STRUCTURED = {**DC, "latent_channels": 8, "residual_stages": 4, "batch_norm": False, "latent_shortcuts": False}
+
+
+def test_dc_ae_15_is_the_published_network():
+    """Parameters as counted from the official configuration: in every stage residual blocks of a convolution with bias,
+    one without, and a norm. No shortcuts at the latent, no batch norm, no ReLU.
+    """
+    shape = load_recipe("dc-ae15-f64c128").architecture
+    with torch.device("meta"):
+        model = build_autoencoder(shape)
+    widths, depths, channels = [128, 256, 512, 512, 1024, 1024, 1024], [0, 5, 10, 4, 4, 4, 4], 128
+
+    def conv(a, b, bias=True):
+        return 9 * a * b + bias * b
+
+    blocks = sum(n * (conv(w, w) + conv(w, w, bias=False) + 2 * w) for w, n in zip(widths, depths))
+    steps = list(itertools.pairwise(widths[1:]))
+    down, up = sum(conv(a, b // 4) for a, b in steps), sum(conv(b, 4 * a) for a, b in steps)
+    ends = conv(3, widths[1] // 4) + conv(widths[-1], channels) + conv(channels, widths[-1])
+    head = 2 * widths[1] + conv(widths[1], 12)
+    assert sum(p.numel() for p in model.parameters()) == 2 * blocks + down + up + ends + head
+    assert not any(isinstance(m, torch.nn.BatchNorm2d | torch.nn.ReLU) for m in model.modules())
+    assert not model.encoder.out_shortcut
+    assert not model.decoder.in_shortcut
+
+
+def test_outside_its_prefix_a_sample_gives_no_gradient():
+    torch.manual_seed(0)
+    recipe = _recipe(STRUCTURED)
+    model = build_autoencoder(recipe.architecture)
+
+    def gradients(prefixes, *, train=True):
+        objective = PlainObjective(model, [model], recipe.phase1.reconstruction, prefixes=prefixes).train(train)
+        model.zero_grad()
+        torch.manual_seed(0)
+        objective({"image": torch.randn(2, 3, 16, 16)}, 0)["total"].backward()
+        return model.encoder.conv_out.weight.grad, model.decoder.conv_in.weight.grad.transpose(0, 1)
+
+    nearly_always = ChannelPrefixes(8, [3], share=0.999999)
+    for gradient in gradients(nearly_always):
+        assert gradient[:3].flatten(1).any(1).all()
+        assert not gradient[3:].any()
+    for without in (gradients(None), gradients(nearly_always, train=False)):
+        assert all(gradient.flatten(1).any(1).all() for gradient in without)
+
+
+def test_trained_on_prefixes_it_reconstructs_better_from_them(tmp_path):
+    """With equal seeds, steps and images."""
+    loop = {**LOOP, "steps": 150, "batch_size": 4, "checkpoint_every": 150, "log_every": 150, "validation_images": 8}
+    phase = {"resolution": 16, "optimizer": {"learning_rate": 3e-3}, "loop": loop, "reconstruction": {"mse_weight": 4}}
+    found = {}
+    for name, channels in (("with", [1, 2, 4]), ("without", [])):
+        recipe = _recipe(
+            STRUCTURED,
+            data={"path": "procedural:40", "hold_out": 8, "in_memory": True},
+            phase1={**phase, "prefixes": {"channels": channels, "share": 0.75}},
+            measure={"resolutions": [16], "prefixes": [1, 2, 4]},
+        )
+        found[name] = train_dc_ae(recipe, tmp_path / name, phase=1).metrics
+    gains = [found["with"][f"psnr_16_first_{n}"] - found["without"][f"psnr_16_first_{n}"] for n in (1, 2, 4)]
+    assert min(gains) > 0.2
+    assert min(gains[:2]) > 1.0
+    assert found["with"]["psnr_16_first_4"] > found["with"]["psnr_16_first_1"]

@@ -22,8 +22,10 @@ from davae.training.autoencoder.stage import AutoencoderStage, StructuredObjecti
 from davae.training.checkpoints.run_directory import read_metrics
 from davae.training.diffusion import ClassMap, DiffusionObjective, DiffusionStage
 from davae.training.diffusion.inputs import prepare_inputs
+from davae.training.diffusion.train import train_transformer
 from davae.training.diffusion.validation import held_out_loss
 from davae.training.loop.loop import train
+from davae.warm_start import new_channel_masks
 
 
 def _vae(**options):
@@ -329,3 +331,52 @@ def test_both_learning_rates_are_logged(tmp_path):
     line = read_metrics(tmp_path / "metrics.jsonl")[0]
     assert line["learning_rate"] == pytest.approx(1e-4)
     assert line["learning_rate_widened"] == pytest.approx(1e-3)
+
+
+# ---------------------------------------------------------------- prefixes of channels (DC-AE 1.5)
+
+
+def _prefix_objective(channels, share):
+    torch.manual_seed(0)
+    vae = _vae()
+    pipe = upgrade_pipeline(debug_base(), vae)
+    loss = FlowLossSettings(prefixes={"channels": channels, "share": share})
+    process = FlowProcess(FlowLoss(vae.layout))
+    return DiffusionObjective(family_of(pipe), pipe.transformer, vae.layout, process, loss), vae.layout
+
+
+def test_channels_outside_the_prefix_of_all_samples_get_no_gradient():
+    """Neither their input weights, which see zeros, nor their output weights, which have no loss."""
+    objective, layout = _prefix_objective([4], share=0.999999)
+    batch = {"latent": torch.randn(8, 12, 4, 4), "label": torch.zeros(8, dtype=torch.long)}
+    masks = {f"transformer.{n}": mask for n, mask in new_channel_masks(objective.transformer, layout).items()}
+    for train_mode in (True, False):
+        objective.train(train_mode).zero_grad()
+        losses = objective(batch, 0)
+        losses["total"].backward()
+        moved = [bool(p.grad[masks[n]].any()) for n, p in objective.named_parameters() if n in masks]
+        assert len(moved) == len(masks) >= 2
+        assert any(moved) is not train_mode  # without prefixes the output layer's learn at once
+        assert (float(losses["detail"]) == 0) is train_mode
+        assert any(p.grad.any() for n, p in objective.named_parameters() if n not in masks)
+
+
+def test_prefixes_change_the_training_and_not_the_measure():
+    """All channels count in the held-out loss, so that it compares with a training without prefixes."""
+    with_them, without = _prefix_objective([4, 8], share=0.7)[0], _prefix_objective([], share=0.7)[0]
+    batch = {"latent": torch.randn(8, 12, 4, 4), "label": torch.zeros(8, dtype=torch.long)}
+
+    def total(objective):
+        torch.manual_seed(3)
+        return float(objective(batch, 0)["total"].detach())
+
+    assert total(with_them.train()) != total(without.train())
+    assert total(with_them.eval()) == total(without.eval())
+
+
+def test_a_prefix_that_is_none_is_refused_before_anything_is_encoded(tmp_path, monkeypatch):
+    _vae().save_pretrained(tmp_path / "autoencoder")
+    recipe = load_recipe("debug", ["diffusion.loss.prefixes.channels=[4,12]"])
+    monkeypatch.setattr("davae.training.diffusion.train.load_recipe_base", None)  # a call would be a TypeError
+    with pytest.raises(DavaeError, match=r"loss\.prefixes\.channels: 12 is no prefix of a latent of 12 channels"):
+        train_transformer(recipe, tmp_path / "run", tmp_path / "autoencoder")

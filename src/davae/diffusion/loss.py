@@ -27,7 +27,13 @@ Reduction = Literal["mean", "none"]
 
 
 def structured_loss(
-    prediction: Tensor, target: Tensor, layout: LatentLayout, weight: float, *, reduction: Reduction = "mean"
+    prediction: Tensor,
+    target: Tensor,
+    layout: LatentLayout,
+    weight: float,
+    *,
+    kept: Tensor | None = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Eq. 13: ``(|u_hat - u|^2 + w |u_hat_d - u_d|^2) / (|B| + w |R|)`` per sample, then their mean.
 
@@ -39,6 +45,7 @@ def structured_loss(
         target: the same shape.
         layout: base and detail channels.
         weight: ``w(n)``, see `detail_weight`; at least 0.
+        kept: see `structured_mean`.
         reduction: ``"mean"`` over samples, or ``"none"``.
 
     Returns:
@@ -48,20 +55,30 @@ def structured_loss(
         DavaeError: shapes differ, another number of channels, or a weight that is negative or not finite.
     """
     _check_shapes(prediction, target)
-    return _reduce(structured_mean((prediction.float() - target.float()).square(), layout, weight), reduction)
+    return _reduce(structured_mean((prediction.float() - target.float()).square(), layout, weight, kept), reduction)
 
 
-def structured_mean(errors: Tensor, layout: LatentLayout, weight: float) -> Tensor:
+def structured_mean(errors: Tensor, layout: LatentLayout, weight: float, kept: Tensor | None = None) -> Tensor:
     """Eq. 13's mean over a sample's elements, detail channels counted ``weight`` times: ``[B, C + D, h, w]`` to [B].
+
+    Args:
+        errors: of each element.
+        layout: base and detail channels.
+        weight: of the detail channels.
+        kept: ``[B, C + D, 1, 1]``, 1 for channels that count, among them a base channel of every sample, and 0 for
+            others (`davae.latents.prefixes.prefix_mask`); None counts all.
 
     Raises:
         DavaeError: another number of channels, or a weight that is negative or not finite.
     """
     if not 0 <= weight < math.inf:
         raise DavaeError(f"the detail weight must be finite and not negative, got {weight}")
-    base, detail = layout.split(errors)  # [B, C, h, w], [B, D, h, w]
+    base, detail = layout.split(errors if kept is None else errors * kept)  # [B, C, h, w], [B, D, h, w]
     weighted = base.flatten(1).sum(1) + weight * detail.flatten(1).sum(1)
-    return weighted / (base[0].numel() + weight * detail[0].numel())
+    if kept is None:
+        return weighted / (base[0].numel() + weight * detail[0].numel())
+    of_base, of_detail = (part.sum((1, 2, 3)) * errors[0, 0].numel() for part in layout.split(kept))
+    return weighted / (of_base + weight * of_detail)
 
 
 def cosine_loss(prediction: Tensor, target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
@@ -131,6 +148,7 @@ class FlowLoss:
         sigma: Tensor,
         weight: float,
         noise_share: Tensor | None = None,
+        kept: Tensor | None = None,
         reduction: Reduction = "mean",
     ) -> Tensor:
         """The loss of a predicted velocity.
@@ -142,6 +160,7 @@ class FlowLoss:
             sigma: noise level of each sample, [B].
             weight: detail weight ``w(n)``.
             noise_share: ``t`` of the min-SNR weight, [B]; None for `sigma`.
+            kept: channels that count, see `structured_mean`; the others are 0 in all three latents.
             reduction: ``"mean"`` over samples, or ``"none"``.
 
         Returns:
@@ -152,7 +171,7 @@ class FlowLoss:
         if self.form == "x0":
             noisy = torch.lerp(data, noise, per_sample(sigma, data))  # x_sigma
             prediction, target = x0_from_velocity(velocity, noisy, sigma), data
-        loss = structured_loss(prediction, target, self.layout, weight, reduction="none")  # [B]
+        loss = structured_loss(prediction, target, self.layout, weight, kept=kept, reduction="none")  # [B]
         if self.cosine_weight:
             cosine = cosine_loss(velocity, velocity_of(data, noise), reduction="none")
             loss = loss + self.cosine_weight * cosine

@@ -8,9 +8,11 @@
 tensor(0.)
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +42,7 @@ class NoisySample:
         sigma_or_t: the time given to the transformer's family, [B]: sigma, or the integer timestep (DDPM).
         sigma: the coefficient of the noise in the mixture, in [0, 1], [B].
         target: the velocity or the noise, the same shape as the data.
+        kept: [B, C + D, 1, 1], 1 for the channels that a sample is restricted to, and 0 for others; None for all.
     """
 
     data: Tensor
@@ -48,6 +51,14 @@ class NoisySample:
     sigma_or_t: Tensor
     sigma: Tensor
     target: Tensor
+    kept: Tensor | None = None
+
+    def restricted(self, kept: Tensor) -> NoisySample:
+        """The sample cut to some channels, where the others are 0: a convolution or linear layer over channels sees
+        what it would see of the kept ones alone. Their prediction is to be multiplied by ``kept`` too.
+        """
+        cut = {name: getattr(self, name) * kept for name in ("data", "noise", "noisy", "target")}
+        return replace(self, **cut, kept=kept)
 
 
 class NoiseProcess(ABC):
@@ -118,6 +129,7 @@ class FlowProcess(NoiseProcess):
             sigma=sample.sigma,
             weight=weight,
             noise_share=sample.sigma_or_t,
+            kept=sample.kept,
         )
 
 
@@ -171,9 +183,10 @@ class DdpmProcess(NoiseProcess):
 
     def loss(self, prediction: Tensor, sample: NoisySample, weight: float) -> Tensor:
         """Eq. 13 on the noise; with a min-SNR cap samples are weighted by ``min(SNR, gamma) / SNR``."""
-        loss = structured_loss(prediction, sample.target, self.layout, weight, reduction="none")  # [B]
+        target, kept = sample.target, sample.kept
+        loss = structured_loss(prediction, target, self.layout, weight, kept=kept, reduction="none")  # [B]
         if self.cosine_weight:
-            loss = loss + self.cosine_weight * cosine_loss(prediction, sample.target, reduction="none")
+            loss = loss + self.cosine_weight * cosine_loss(prediction, target, reduction="none")
         if self.min_snr_gamma is not None:
             t = sample.sigma_or_t
             a = self.alphas_cumprod.to(t.device)[t]
@@ -185,4 +198,4 @@ class DdpmProcess(NoiseProcess):
         """The variational bound in bits per element, detail channels weighted as in Eq. 13."""
         t = sample.sigma_or_t
         terms = self.bound(prediction, variance, data=sample.data, noisy=sample.noisy, timestep=t)
-        return structured_mean(terms, self.layout, weight).mean()
+        return structured_mean(terms, self.layout, weight, sample.kept).mean()

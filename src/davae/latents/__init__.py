@@ -1,4 +1,4 @@
-"""Tensor mathematics of structured latents: layout, alignment, KL term, statistics."""
+"""Tensor mathematics of structured latents: layout, alignment, prefixes of channels, KL term, statistics."""
 
 from davae.choices import AlignmentForm
 from davae.latents.alignment import (
@@ -11,11 +11,13 @@ from davae.latents.alignment import (
     self_similarity,
 )
 from davae.latents.layout import LatentLayout, token_count
+from davae.latents.prefixes import ChannelPrefixes
 from davae.latents.statistics import ChannelStatistics, latent_affine, to_raw, to_scaled
 
 __all__ = [
     "AlignmentForm",
     "AlignmentLoss",
+    "ChannelPrefixes",
     "ChannelStatistics",
     "LatentLayout",
     "adaptive_weight",

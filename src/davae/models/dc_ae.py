@@ -1,15 +1,17 @@
 """What training a deep compression autoencoder needs to know about diffusers' models: their parts and shortcuts.
 
-DC-AE (Chen et al. 2024, arXiv 2410.10733) itself is diffusers' ``AutoencoderDC``.
+DC-AE (Chen et al. 2024, arXiv 2410.10733) and DC-AE 1.5 (arXiv 2508.00413) themselves are diffusers' ``AutoencoderDC``.
 """
 
 from functools import wraps
 from typing import Any, TypeAlias
 
+import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d
 from torch import Tensor, nn
 
+from davae.errors import DavaeError
 from davae.models.portable import OpenedWhole
 
 DeepAutoencoder: TypeAlias = AutoencoderDC | AutoencoderKL
@@ -32,6 +34,34 @@ class PlainAutoencoderDC(OpenedWhole, AutoencoderDC):
         for module in self.modules():
             if isinstance(module, (DCDownBlock2d, DCUpBlock2d)):
                 module.shortcut = False
+
+
+def first_channels(model: AutoencoderDC, count: int) -> AutoencoderDC:
+    """The autoencoder cut to the first ``count`` channels of its latent, as DC-AE 1.5 is meant to be cut.
+
+    It encodes to those channels, and decodes them as the whole one decodes them beside zeros. The scaling factor stays
+    that of all channels.
+
+    Args:
+        model: without shortcuts at the latent.
+        count: channels to keep, at least 1.
+
+    Raises:
+        DavaeError: it has such shortcuts, or not so many channels.
+    """
+    config = model.config
+    if config.encoder_out_shortcut or config.decoder_in_shortcut:
+        raise DavaeError("an AutoencoderDC with shortcuts at the latent cannot be cut: they mix groups of channels")
+    if not 0 < count <= config.latent_channels:
+        raise DavaeError(f"a latent of {config.latent_channels} channels has no first {count}: take 1 to as many")
+    with torch.device("meta"):
+        cut: AutoencoderDC = type(model).from_config({**config, "latent_channels": count})
+    state = model.state_dict()
+    for name in ("encoder.conv_out.weight", "encoder.conv_out.bias"):
+        state[name] = state[name][:count]
+    state["decoder.conv_in.weight"] = state["decoder.conv_in.weight"][:, :count]
+    cut.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    return cut.train(model.training)
 
 
 def latent_layers(model: DeepAutoencoder, stages: int) -> list[nn.Module]:

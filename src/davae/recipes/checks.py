@@ -133,7 +133,9 @@ def measured_names(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str
             name for name in _DIFFUSION if section == "diffusion" or name not in ("held_out_base", "held_out_detail")
         ]
     if isinstance(recipe, DcAeRecipe):
-        return [f"{name}_{side}" for side in recipe.measure.resolutions for name in ("psnr", "ssim", "spectrum_db")]
+        of_prefixes = [f"psnr_{{}}_first_{count}" for count in recipe.measure.prefixes]
+        names = ["psnr_{}", "ssim_{}", "spectrum_db_{}", *of_prefixes]
+        return [name.format(side) for side in recipe.measure.resolutions for name in names]
     if not isinstance(settings, AutoencoderSettings):
         return ["psnr"]
     channels = settings.model.detail_channels

@@ -19,7 +19,7 @@ from davae.recipes.loop import (
     Section,
     Share,
 )
-from davae.recipes.settings import ReconstructionSettings
+from davae.recipes.settings import PrefixSettings, ReconstructionSettings
 
 
 class DcArchitecture(Section):
@@ -30,18 +30,22 @@ class DcArchitecture(Section):
     block_out_channels: list[Positive]
     """Channels by stage from the image to the latent, for encoder and decoder."""
     latent_channels: Positive
-    """``C``, a divisor of the last of ``block_out_channels``."""
+    """``C``; with shortcuts at the latent, a divisor of the last of ``block_out_channels``."""
     encoder_layers: list[NotNegative]
     """Blocks per stage; 0 in the first leaves its resolution out, as in the published models."""
     decoder_layers: list[NotNegative]
     """Blocks per stage, from the image to the latent like ``block_out_channels``."""
     residual_stages: Positive = 3
-    """First stages, of plain residual blocks (decoder: batch norm, ReLU). The others have EfficientViT blocks
-    (RMS norm, SiLU)."""
+    """First stages, of plain residual blocks. The others have EfficientViT blocks (RMS norm, SiLU)."""
+    batch_norm: bool = True
+    """The decoder's residual blocks have batch norm and ReLU, and ReLU comes before the output (DC-AE); off: RMS norm
+    and SiLU throughout (DC-AE 1.5)."""
     attention_head_dim: Positive = 32
     """Channels of a head of the linear attention."""
     residual_autoencoding: bool = True
     """The shortcuts without parameters; off for the comparison."""
+    latent_shortcuts: bool = True
+    """Those on both sides of the latent; off in DC-AE 1.5, whose latent can then be cut to its first channels."""
 
     @model_validator(mode="after")
     def _fits(self) -> DcArchitecture:
@@ -49,10 +53,11 @@ class DcArchitecture(Section):
         for name in ("encoder_layers", "decoder_layers"):
             if len(getattr(self, name)) != count:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {count} block_out_channels")
-        if self.block_out_channels[-1] % self.latent_channels:
+        if self.latent_shortcuts and self.block_out_channels[-1] % self.latent_channels:
             raise ValueError(
                 f"latent_channels {self.latent_channels} must divide the last of block_out_channels "
-                f"({self.block_out_channels[-1]}): the shortcut at the latent averages whole groups"
+                f"({self.block_out_channels[-1]}): the shortcut at the latent averages whole groups; take another "
+                "number, or set latent_shortcuts to false"
             )
         return self
 
@@ -92,6 +97,8 @@ class Phase(Section):
     """Also cut windows of ``resolution`` from images read at this side."""
     windows: Share = 0.5
     """Share of the training images that are such windows."""
+    prefixes: PrefixSettings = PrefixSettings()
+    """Latents with a prefix are decoded from it beside zeros; the loss is that of the whole image."""
     reconstruction: ReconstructionSettings = ReconstructionSettings()
     optimizer: OptimizerSettings
     loop: LoopSettings
@@ -124,6 +131,8 @@ class MeasureSettings(Section):
     """Sides in pixels; held-out images are read at each of them."""
     path: str | None = None
     """Other images than ``data.path``; the same share of them is held out."""
+    prefixes: list[Positive] = Field(default=[])
+    """Also measure PSNR from the first so many channels, the others zero."""
     scaling_images: Annotated[Positive, MAY_CHANGE] = 1024
     """Most training images used to measure ``scaling_factor``."""
 
@@ -165,6 +174,16 @@ class DcAeRecipe(Section):
                 below, above = side // f * f, (side // f + 1) * f
                 near = f"{below} or {above}" if below else f"{above}"
                 raise ValueError(f"{where} is {side} pixels, which the compression {f} does not divide; take {near}")
+        return self
+
+    @model_validator(mode="after")
+    def _prefixes_are_shorter(self) -> DcAeRecipe:
+        channels = self.architecture.latent_channels
+        phases = {f"phase{n}": phase for n, phase in enumerate((self.phase1, self.phase2, self.phase3), start=1)}
+        named = {f"{name}.prefixes.channels": phase.prefixes.channels for name, phase in phases.items() if phase}
+        for where, counts in {**named, "measure.prefixes": self.measure.prefixes}.items():
+            if counts and max(counts) >= channels:
+                raise ValueError(f"{where} has {max(counts)}; a prefix of {channels} channels has 1 to {channels - 1}")
         return self
 
     @model_validator(mode="after")

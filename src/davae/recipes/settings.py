@@ -77,6 +77,15 @@ class GanSettings(Section):
     """Of the discriminator's AdamW."""
 
 
+class PrefixSettings(Section):
+    """Channel prefixes (DC-AE 1.5): some training samples keep only their first latent channels."""
+
+    channels: list[Positive] = Field(default=[])
+    """Numbers of channels, all as likely for a sample that gets a prefix; none leaves prefixes out."""
+    share: Probability = 0.5
+    """Share of the samples that get a prefix; the others keep all channels."""
+
+
 class ReconstructionSettings(Section):
     """The terms that compare a reconstruction with its image."""
 
@@ -227,6 +236,8 @@ class FlowLossSettings(Section):
     """``N`` of Eq. 12: steps over which the detail channels' loss fades in."""
     detail_schedule: ScheduleShape = "cosine"
     """How it fades in; ``constant`` gives it full weight from the first step."""
+    prefixes: PrefixSettings = PrefixSettings()
+    """Samples with a prefix are shown it beside zeros, and the loss is that of the prefix."""
 
 
 class TuneSettings(Section):

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from davae.latents import gaussian_kl
+from davae.latents import ChannelPrefixes, gaussian_kl
 from davae.models.dc_ae import DeepAutoencoder, last_decoder_weight
 from davae.recipes.loop import OptimizerSettings
 from davae.recipes.settings import ReconstructionSettings
@@ -22,10 +22,11 @@ def plain_modules(
     layers: Sequence[nn.Module],
     settings: ReconstructionSettings,
     optimizer: OptimizerSettings,
+    prefixes: ChannelPrefixes | None = None,
 ) -> tuple[PlainObjective, list[TrainedModule]]:
     """The objective, and the modules to train: the autoencoder's ``layers``, and the discriminator if there is one."""
     gan_loss, modules = make_gan_loss(settings.gan)
-    objective = PlainObjective(autoencoder, layers, settings, gan_loss)
+    objective = PlainObjective(autoencoder, layers, settings, gan_loss, prefixes)
     adaptive = settings.gan.weight > 0 and settings.gan.adaptive
     return objective, [TrainedModule("model", objective, optimizer, can_be_sharded=not adaptive), *modules]
 
@@ -38,6 +39,7 @@ class PlainObjective(nn.Module):
         layers: the parts to train. The rest takes no gradient and stays in eval mode even after ``train()``.
         settings: weights of the terms.
         gan_loss: the adversarial term, or ``None``.
+        prefixes: in training, the latents that are decoded from their first channels, the others zero.
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class PlainObjective(nn.Module):
         layers: Sequence[nn.Module],
         settings: ReconstructionSettings,
         gan_loss: GanLoss | None = None,
+        prefixes: ChannelPrefixes | None = None,
     ) -> None:
         super().__init__()
-        self.autoencoder, self.settings = autoencoder, settings
+        self.autoencoder, self.settings, self.prefixes = autoencoder, settings, prefixes
         self._layers = list(layers)  # in a list, unregistered: the autoencoder holds them already
         self._gan_loss = [gan_loss]  # in a list: its weights belong to another module
         self.reconstruction = ReconstructionLoss(settings)
@@ -78,6 +81,8 @@ class PlainObjective(nn.Module):
             kl = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
         else:
             z = model.encode(images).latent
+        if self.training and self.prefixes:
+            z = z * self.prefixes.draw(z)
         made = model.decode(z).sample  # [B, 3, H, W]
 
         losses = self.reconstruction(images, made)

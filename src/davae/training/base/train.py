@@ -37,6 +37,7 @@ from davae.training.checkpoints.run_directory import RunDirectory, data_facts
 from davae.training.data import open_part
 from davae.training.diffusion import DiffusionStage
 from davae.training.diffusion.inputs import prepare_inputs
+from davae.training.diffusion.objective import channel_prefixes
 from davae.training.loop.loop import TrainResult, train
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,12 @@ def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = N
 def _train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None) -> TrainResult:
     plain = recipe.model_dump(mode="json")
     data = recipe.data
+    if base is not None:
+        channels = base.vae.config.latent_channels
+    else:
+        assert recipe.autoencoder is not None
+        channels = recipe.autoencoder.architecture.latent_channels
+    channel_prefixes(recipe.transformer.loss, channels)  # refused before anything is trained
     full: ItemDataset
     images: ItemDataset
     if data.cache and base is not None:

@@ -12,7 +12,7 @@ phase resolution       layers                   loss
 ===== ================ ======================== ======================
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,9 +23,10 @@ from torch.utils.data import Dataset
 from davae.data import Item, as_item_dataset
 from davae.errors import DavaeError
 from davae.evaluation import radial_power_spectrum
-from davae.evaluation.metrics.names import SPECTRUM_DB
+from davae.evaluation.metrics.names import PSNR, SPECTRUM_DB
 from davae.evaluation.metrics.psnr_ssim import pair_metrics
 from davae.evaluation.metrics.spectrum import spectra_distance
+from davae.latents import ChannelPrefixes
 from davae.models.dc_ae import DeepAutoencoder, PlainAutoencoderDC, head_layers, latent_layers
 from davae.models.latent_space import encode
 from davae.recipes.dc_ae import DcArchitecture, HeadPhase, KlArchitecture, LatentPhase, Phase
@@ -49,8 +50,9 @@ def build_autoencoder(shape: DcArchitecture | KlArchitecture) -> DeepAutoencoder
         return build_kl(shape)
     attention = count - shape.residual_stages
     blocks = ("ResBlock",) * shape.residual_stages + ("EfficientViTBlock",) * attention
-    norms = ("batch_norm",) * shape.residual_stages + ("rms_norm",) * attention
-    activations = ("relu",) * shape.residual_stages + ("silu",) * attention
+    norm, activation = ("batch_norm", "relu") if shape.batch_norm else ("rms_norm", "silu")
+    norms = (norm,) * shape.residual_stages + ("rms_norm",) * attention
+    activations = (activation,) * shape.residual_stages + ("silu",) * attention
     network = AutoencoderDC if shape.residual_autoencoding else PlainAutoencoderDC
     return network(
         latent_channels=shape.latent_channels,
@@ -65,6 +67,9 @@ def build_autoencoder(shape: DcArchitecture | KlArchitecture) -> DeepAutoencoder
         decoder_qkv_multiscales=((),) * count,
         decoder_norm_types=norms[:count],
         decoder_act_fns=activations[:count],
+        decoder_conv_act_fn=activation,
+        encoder_out_shortcut=shape.latent_shortcuts,
+        decoder_in_shortcut=shape.latent_shortcuts,
     )
 
 
@@ -85,6 +90,7 @@ class DcAeStage(Stage):
         phase: the recipe's section; its class determines which layers are trained.
         dataset: training images at the phase's resolution.
         held_out: validation images by resolution in pixels; each validation measures all resolutions.
+        prefixes: numbers of channels, from the first ones of which PSNR is measured too.
         scaling_images: maximum number of training images for measuring the latent's scale.
         workers: data loader processes.
 
@@ -101,6 +107,7 @@ class DcAeStage(Stage):
         dataset: Dataset[Item],
         held_out: Mapping[int, Dataset[Item]],
         *,
+        prefixes: Sequence[int] = (),
         scaling_images: int = 1024,
         workers: int = 0,
     ) -> None:
@@ -108,7 +115,7 @@ class DcAeStage(Stage):
         self.dataset = as_item_dataset(dataset)
         self.held_out = {side: as_item_dataset(images) for side, images in held_out.items()}
         self.measured_on = tuple(self.held_out.values())
-        self.scaling_images, self.workers = scaling_images, workers
+        self.prefixes, self.scaling_images, self.workers = prefixes, scaling_images, workers
         self.can_recompute = autoencoder._supports_gradient_checkpointing
         if phase.loop.gradient_checkpointing:
             if not autoencoder._supports_gradient_checkpointing:
@@ -120,7 +127,8 @@ class DcAeStage(Stage):
         if phase.reconstruction.gan.weight:
             torch.manual_seed(phase.loop.seed)
         layers = trained_layers(autoencoder, phase)
-        self.objective, self.modules = plain_modules(autoencoder, layers, phase.reconstruction, phase.optimizer)
+        drawn = ChannelPrefixes(autoencoder.config.latent_channels, phase.prefixes.channels, phase.prefixes.share)
+        self.objective, self.modules = plain_modules(autoencoder, layers, phase.reconstruction, phase.optimizer, drawn)
         self.foundations = self.objective.reconstruction.foundations()
         self.spectra: dict[int, dict[str, list[float]]] = {}
         """Radial power spectra of the last validation, by resolution: ``frequency``, and the mean power there of
@@ -128,12 +136,18 @@ class DcAeStage(Stage):
 
     @torch.no_grad()
     def validate(self, samples: Path, step: int) -> dict[str, float]:
-        """PSNR (dB), SSIM and spectral distance (dB), and a picture, at every resolution. Leaves eval mode on."""
+        """PSNR (dB), SSIM and spectral distance (dB), and a picture, at every resolution, and PSNR from prefixes of
+        channels, ``psnr_SIDE_first_CHANNELS``. Leaves eval mode on.
+        """
         self.objective.eval()  # batch norms must not update on held-out images, whoever the caller
         values: dict[str, float] = {}
         for side in self.held_out:
             images, made, count = self._reconstructed(side)
             rows = {"input": images, "reconstruction": made}
+            for channels in self.prefixes:
+                rows[f"first {channels}"] = self._reconstructed(side, channels)[1]
+                found = pair_metrics(images, rows[f"first {channels}"])[PSNR]
+                values[f"{PSNR}_{side}_first_{channels}"] = mean_of_all(found, count)
             save_shared_rows(samples / f"step-{step}-{side}px.png", rows, count, at_most=_PICTURES)
             for name, each in pair_metrics(images, made).items():
                 values[f"{name}_{side}"] = mean_of_all(each, count)
@@ -170,13 +184,18 @@ class DcAeStage(Stage):
         model.to(memory_format=torch.contiguous_format)
         return save_whole(model, out / "autoencoder")
 
-    def _reconstructed(self, side: int) -> tuple[Tensor, Tensor, int]:
+    def _reconstructed(self, side: int, channels: int | None = None) -> tuple[Tensor, Tensor, int]:
         """This process's held-out images and their clamped reconstructions, ``[n, 3, side, side]`` on the CPU, and the
-        number of images over all processes.
+        number of images over all processes. With ``channels``, from the first ones, the others zero.
         """
         held_out, model = self.held_out[side], self.autoencoder
         images, count = rank_share_of_images(held_out, self.loop.validation_images)
-        made = [model.decode(encode(model, part.to(model.device))).sample.float().cpu() for part in in_parts(images)]
+        made = []
+        for part in in_parts(images):
+            latent = encode(model, part.to(model.device))
+            if channels is not None:
+                latent[:, channels:] = 0
+            made.append(model.decode(latent).sample.float().cpu())
         return images, torch.cat(made).clamp(-1, 1), count
 
 

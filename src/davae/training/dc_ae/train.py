@@ -126,6 +126,7 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
         settings,
         training_images(recipe, settings),
         measured_images(recipe),
+        prefixes=recipe.measure.prefixes,
         scaling_images=recipe.measure.scaling_images,
         workers=recipe.data.workers,
     )

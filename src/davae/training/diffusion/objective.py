@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from davae.diffusion.detail_schedule import detail_weight
 from davae.diffusion.loss import FlowLoss
-from davae.diffusion.noise import DdpmProcess, FlowProcess, NoiseProcess
+from davae.diffusion.noise import DdpmProcess, FlowProcess, NoiseProcess, NoisySample
 from davae.diffusion.timesteps import sd3_sigma_table
 from davae.errors import DavaeError
-from davae.latents import LatentLayout
+from davae.latents import ChannelPrefixes, LatentLayout
 from davae.pipelines.families import PipelineFamily
 from davae.recipes.settings import FlowLossSettings, TimestepSettings
 
@@ -20,8 +20,9 @@ from davae.recipes.settings import FlowLossSettings, TimestepSettings
 class DiffusionObjective(nn.Module):
     """The training loss: add noise, predict, and weight the error of base and detail channels by Eq. 12 and 13.
 
-    Random draws of a step are, in this order: noise levels, noise, and which prompts are dropped. They do not depend on
-    whether latents and embeddings come from a cache.
+    Random draws of a step are, in this order: noise levels, noise, prefixes of channels, and which prompts are dropped.
+    They do not depend on whether latents and embeddings come from a cache. Prefixes are drawn in training only: of a
+    sample that gets one, the transformer sees the prefix beside zeros, and its loss is that of the prefix.
 
     Args:
         family: how the transformer is called.
@@ -33,6 +34,9 @@ class DiffusionObjective(nn.Module):
         unconditional: the empty prompt's conditioning, as a batch of 1; needed for prompt dropout.
         dropout: probability of training a sample with the empty prompt, in [0, 1].
         guidance: guidance scale passed to guidance-distilled transformers.
+
+    Raises:
+        DavaeError: a prefix of channels is not shorter than the latent.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class DiffusionObjective(nn.Module):
         self.family, self.process, self.encode = family, process, encode
         self.transformer = transformer
         self.layout, self.settings = layout, loss
+        self.prefixes = channel_prefixes(loss, layout.channels)
         self.dropout, self.guidance = dropout, guidance
         for name, value in (unconditional or {}).items():
             # A buffer moves with the module; a non-persistent one stays out of checkpoints.
@@ -73,16 +78,20 @@ class DiffusionObjective(nn.Module):
 
         # Random draws follow memory order: channels-last latents of an encoder would get other noise than cached ones.
         sample = self.process.draw(data.contiguous())
+        if self.training and self.prefixes:
+            sample = sample.restricted(self.prefixes.draw(data))
         conditioning = self._conditioning(batch)
         prediction, variance = self.family.predict_with_variance(
             self.transformer, sample.noisy, sample.sigma_or_t, conditioning, guidance=self.guidance
         )
 
+        if sample.kept is not None:
+            prediction = prediction * sample.kept
         weight = detail_weight(step, settings.detail_warmup_steps, shape=settings.detail_schedule)  # Eq. 12
         loss = self.process.loss(prediction, sample, weight)  # Eq. 13
         logged: dict[str, Tensor] = {}
         if self.layout.detail_channels:
-            logged = self._parts(prediction, sample.target)
+            logged = self._parts(prediction, sample)
         if variance is not None and settings.variance_weight:
             bound = self.process.variance_loss(prediction, variance, sample, weight)
             loss = loss + settings.variance_weight * bound
@@ -90,10 +99,12 @@ class DiffusionObjective(nn.Module):
         return {"total": loss, **logged, "detail_weight": loss.new_tensor(weight)}
 
     @torch.no_grad()
-    def _parts(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Mean squared errors of base and detail channels (the two parts of Eq. 13), for the log."""
-        base, detail = self.layout.split((prediction.float() - target).square())
-        return {"base": base.mean(), "detail": detail.mean()}
+    def _parts(self, prediction: Tensor, sample: NoisySample) -> dict[str, Tensor]:
+        """Mean squared errors of the kept base and detail channels (the two parts of Eq. 13), for the log."""
+        errors = (prediction.float() - sample.target).square()
+        kept = torch.ones_like(errors) if sample.kept is None else sample.kept.expand_as(errors)
+        parts = zip(("base", "detail"), self.layout.split(errors), self.layout.split(kept), strict=True)
+        return {name: part.sum() / count.sum().clamp(min=1) for name, part, count in parts}
 
     def _conditioning(self, batch: dict[str, Any]) -> Mapping[str, Tensor]:
         if self.family.conditioned_on == "class":  # class-conditional transformers drop labels themselves
@@ -109,6 +120,15 @@ class DiffusionObjective(nn.Module):
             empty = self.get_buffer(f"unconditional_{name}").to(value)
             mixed[name] = torch.where(where, empty, value)
         return mixed
+
+
+def channel_prefixes(loss: FlowLossSettings, channels: int) -> ChannelPrefixes:
+    """The prefixes that samples of a latent of ``channels`` channels are restricted to.
+
+    Raises:
+        DavaeError: one is not shorter than the latent.
+    """
+    return ChannelPrefixes(channels, loss.prefixes.channels, loss.prefixes.share)
 
 
 def noise_process(

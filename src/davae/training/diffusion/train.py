@@ -24,6 +24,7 @@ from davae.training.checkpoints.foundations import model_hash
 from davae.training.checkpoints.run_directory import RunDirectory, base_facts, data_facts
 from davae.training.data import open_part, open_training_part
 from davae.training.diffusion.inputs import Inputs, details_seed_of, prepare_inputs
+from davae.training.diffusion.objective import channel_prefixes
 from davae.training.diffusion.stage import DiffusionStage
 from davae.training.diffusion.tuning import started_from
 from davae.training.loop.loop import TrainResult, train
@@ -51,6 +52,7 @@ def train_transformer(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Tr
     """
     settings, data = recipe.diffusion, recipe.data
     vae = load_autoencoder(autoencoder)
+    channel_prefixes(settings.loss, vae.layout.channels)  # refused before anything is encoded
     held_out = open_part(data, "held_out")
     inputs, weights = _inputs(recipe, vae, held_out)
     base = load_recipe_base(
