@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from davae.evaluation.metrics.names import CLIP_SCORE
 from davae.runtime.console import track
 from davae.runtime.devices import chosen_device, named_dtype
 from davae.runtime.places import check_place, safe_name
-from davae.runtime.processes import claimed_by_first, start_processes, wait_for_everyone
+from davae.runtime.processes import UNEVEN_WAIT, claimed_by_first, start_processes, wait_for_everyone
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +77,7 @@ def evaluate_generation(
     precision, wanted = named_dtype(dtype), chosen_device(device)
     check_place(out, "generation")
     compared = open_reference(str(reference), limit=reference_images)
-    # Waiting for the slowest process may take hours; torch would give up after minutes.
-    state = start_processes(cpu=device == "cpu", timeout=timedelta(days=7))
+    state = start_processes(cpu=device == "cpu", timeout=UNEVEN_WAIT)
     where = str(state.device) if state.num_processes > 1 else wanted
     unavailable: dict[str, str] = {}
     networks, clip_network = [], None

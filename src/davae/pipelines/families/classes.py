@@ -35,7 +35,7 @@ class ClassFamily(PipelineFamily):
         """Labels ``[B]``, of which each becomes the null label with the probability that the transformer names."""
         raise NotImplementedError
 
-    def keep_labels(self, transformer: ModelMixin) -> None:  # noqa: B027  most transformers drop none
+    def keep_labels(self, transformer: ModelMixin) -> None:
         """Keep the transformer from dropping labels by itself, until ``train()`` is called on it the next time."""
 
     def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:

@@ -186,7 +186,7 @@ def synchronise_norms(module: nn.Module) -> None:
     for norm in module.modules():
         if isinstance(norm, _BatchNorm) and norm.training:
             norm.__class__ = nn.SyncBatchNorm
-            norm.process_group = None  # all processes
+            norm.process_group = None  # type: ignore[assignment]  # all processes
 
 
 def unsynced(accelerator: Accelerator, module: nn.Module) -> AbstractContextManager[Any]:

@@ -107,7 +107,7 @@ def restore_module(module: nn.Module, saved: dict[str, Tensor], where: Path) -> 
     The constant buffers that earlier versions saved too are left as they are.
     """
     current = module_tensors(module)
-    constant = {name for name, _ in module.named_buffers()} - current.keys()
+    constant = module.state_dict().keys() - current.keys() - {name for name, _ in module.named_parameters()}
     differing = sorted((current.keys() ^ saved.keys()) - constant)
     if differing:
         raise DavaeError(
