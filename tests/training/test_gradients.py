@@ -31,7 +31,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd3, dual attention in none": ("sd3", {"dual_attention_layers": (), "qk_norm": None}),
     "flux, not distilled": ("flux", {"guidance_embeds": False}),
     "flux, more blocks": ("flux", {"num_layers": 2, "num_single_layers": 2}),
-    "sana, distilled": ("sana", {"guidance_embeds": False, "qk_norm": "rms_norm_across_heads"}),
+    "sana, queries normalised": ("sana", {"qk_norm": "rms_norm_across_heads"}),
     "lightningdit, plain": ("debug", {"qk_norm": False, "rope": False, "swiglu": False}),
 }
 
