@@ -183,10 +183,10 @@ def synchronise_norms(module: nn.Module) -> None:
 
     The layers change their class in place: names, weights, hooks, and whoever holds a layer, stay as they are.
     """
-    for norm in module.modules():
-        if isinstance(norm, _BatchNorm) and norm.training:
-            norm.__class__ = nn.SyncBatchNorm
-            norm.process_group = None  # type: ignore[assignment]  # all processes
+    learning: list[Any] = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    for norm in learning:
+        norm.__class__ = nn.SyncBatchNorm
+        norm.process_group = None  # all processes
 
 
 def unsynced(accelerator: Accelerator, module: nn.Module) -> AbstractContextManager[Any]:
