@@ -5,9 +5,8 @@ Every process seeds torch's generators alike for a training step. With several p
 same noise and time on one process with batch ``2 B`` as on two with batch ``B``. In validation every item has its own
 generator, so that its noise does not depend on the batch at all.
 
-The loop sets how a batch draws (:func:`draws_by`), and the objective makes its draws under :func:`drawing`, before or
-after the model's layers and never around them: layers that are compiled or recomputed
-must not draw, and would be compiled anew under a function mode.
+The loop sets how a batch draws (:func:`draws_by`), and the objective makes its draws under :func:`drawing`, never
+around layers: recomputed ones are not under the mode again, and compiled ones would be compiled anew for it.
 """
 
 import functools
