@@ -124,16 +124,15 @@ def test_swiglu_width_is_two_thirds_of_four_times_hidden() -> None:
     assert int(2 / 3 * 4 * xl) == 3072
 
 
-def test_labels_drop_to_the_null_label_in_training_only() -> None:
+def test_labels_drop_to_the_null_label_where_asked_and_not_in_the_model() -> None:
     model = tiny(class_dropout=0.25)
-    null = model.class_embed.weight[model.null_label]
     labels = torch.zeros(8000, dtype=torch.long)
-    assert torch.equal(model.embed_class(labels), model.class_embed.weight[:1].expand(8000, -1))
-    model.train()
-    rate = (model.embed_class(labels) == null).all(dim=1).float().mean()
+    rate = (model.drop_labels(labels) == model.null_label).float().mean()
     assert abs(rate - 0.25) < 0.02  # four standard deviations
+    embedded = model.train().embed_class(labels)
+    assert torch.equal(embedded, model.class_embed.weight[:1].expand(8000, -1))
     model.register_to_config(class_dropout=0.0)
-    assert torch.equal(model.embed_class(labels), model.class_embed.weight[:1].expand(8000, -1))
+    assert torch.equal(model.drop_labels(labels), labels)
 
 
 def test_a_scalar_time_serves_the_whole_batch() -> None:

@@ -19,7 +19,13 @@ from davae.training.checkpoints.checkpoint import (
     newest_whole,
     save_checkpoint,
 )
-from davae.training.engine.tensors import module_tensors, optimizer_tensors, restore_module, restore_optimizer
+from davae.training.engine.tensors import (
+    changing_buffers,
+    module_tensors,
+    optimizer_tensors,
+    restore_module,
+    restore_optimizer,
+)
 
 
 @pytest.fixture
@@ -85,10 +91,23 @@ def test_moments_get_the_memory_order_of_their_weights(tmp_path):
     assert torch.equal(layer.weight, other.weight)
 
 
-def test_frozen_weights_are_not_written():
+def test_frozen_weights_and_constants_are_not_written():
     model, _ = _fresh()
-    assert "0.bias" not in module_tensors(model)
-    assert "1.running_mean" in module_tensors(model)
+    model.register_buffer("table", torch.ones(3))
+    statistics = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert changing_buffers(model).keys() == statistics
+    assert module_tensors(model).keys() == {"0.weight", "1.weight", "1.bias", "2.weight", "2.bias"} | statistics
+
+
+def test_a_checkpoint_that_holds_constants_too_is_read_and_they_stay(tmp_path):
+    model, _ = _fresh()
+    model.register_buffer("table", torch.ones(3))
+    saved = {name: value + 1 for name, value in module_tensors(model).items()}
+    restore_module(model, {**saved, "table": torch.zeros(3)}, tmp_path)
+    assert all(torch.equal(value, saved[name]) for name, value in module_tensors(model).items())
+    assert torch.equal(model.table, torch.ones(3))
+    with pytest.raises(DavaeError, match=r"1 names differ, first '0\.bias'"):
+        restore_module(model, {**saved, "0.bias": torch.zeros(4)}, tmp_path)  # it was trained then
 
 
 def test_only_the_newest_stay_and_order_is_by_step(tmp_path):

@@ -17,16 +17,29 @@ from torch.distributed.tensor import DTensor
 
 from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
+from davae.models import PatchDiscriminator
+from davae.recipes.loop import LoopSettings, OptimizerSettings
 from davae.training.engine import fsdp as sharding
-from davae.training.engine.fsdp import begin_accelerator, block_classes, unshard_for_good, unsharded
+from davae.training.engine.fsdp import (
+    begin_accelerator,
+    block_classes,
+    leave_constants,
+    replicate,
+    synchronise_norms,
+    unshard_for_good,
+    unsharded,
+)
 from davae.training.engine.tensors import (
     clip_gradients,
     full_state_on_cpu,
     gradient_norms,
     like,
     mask_gradients,
+    module_tensors,
     spread_masks,
 )
+from davae.training.engine.trainer import prepare
+from davae.training.stage import TrainedModule
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "accelerate").glob("*.yaml"))
 SHARDED = [c for c in CONFIGS if load_config_from_file(str(c)).distributed_type == DistributedType.FSDP]
@@ -207,3 +220,67 @@ def test_a_second_training_in_one_process_finds_fsdp_again(monkeypatch):
         PartialState._shared_state.clear()
         PartialState._shared_state.update(before)
         AcceleratorState._reset_state()
+
+
+def test_ddp_sends_running_statistics_and_no_constants(group):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model.register_buffer("table", torch.ones(3))
+    leave_constants(model)
+    sent = {id(buffer) for buffer in replicate(model, torch.device("cpu")).modules_buffers}
+    assert sent == {id(buffer) for buffer in model[1].buffers()}
+
+
+def _norms(module: nn.Module) -> list[type]:
+    return [type(m) for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def test_batch_norms_that_learn_are_synchronised_and_keep_their_names():
+    model = PatchDiscriminator(filters=4, layers=2)
+    learns, frozen = (m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    before = {name: value.clone() for name, value in module_tensors(model).items()}
+    images = torch.randn(2, 3, 32, 32)
+    expected = model.eval()(images)
+    learns.train()
+    synchronise_norms(model)
+    assert _norms(model) == [nn.SyncBatchNorm, nn.BatchNorm2d]
+    assert learns in model.main  # whoever holds a layer holds the one that learns
+    assert frozen in model.main
+    assert module_tensors(model).keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in module_tensors(model).items())
+    assert torch.equal(model.eval()(images), expected)
+    PatchDiscriminator(filters=4, layers=2).load_state_dict(model.state_dict())
+
+
+class _Elsewhere(nn.Sequential):
+    """Says that it is where it is asked to be."""
+
+    def to(self, *_, **__):
+        return self
+
+
+class _Processes:
+    """As many processes as a launcher would start on a kind of device."""
+
+    distributed_type = DistributedType.NO
+
+    def __init__(self, count: int, device: str) -> None:
+        self.num_processes, self.device = count, torch.device(device)
+
+    def prepare(self, *parts):
+        return parts
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "kind"),
+    [
+        (2, "cuda", nn.SyncBatchNorm),
+        (1, "cuda", nn.BatchNorm2d),
+        (2, "cpu", nn.BatchNorm2d),
+    ],
+)
+def test_only_several_cuda_devices_synchronise_norms(count, device, kind):
+    module = _Elsewhere(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    trained = TrainedModule("model", module, OptimizerSettings(learning_rate=0.1))
+    loop = LoopSettings(steps=1, batch_size=1, report_to=[], channels_last=False)
+    prepare(_Processes(count, device), loop, trained, is_model=True)
+    assert _norms(module) == [kind]

@@ -191,10 +191,10 @@ class _WithText(DiffusionObjective):
 
     encode_text: Callable[[int], None] | None = None
 
-    def _conditioning(self, batch: dict[str, Any]) -> Mapping[str, Tensor]:
+    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         if self.encode_text is not None:
             self.encode_text(len(batch["label"]))
-        return super()._conditioning(batch)
+        return super().forward(batch, step)
 
 
 def _autoencoder(architecture: Architecture, settings: StepSettings) -> AutoencoderDA:

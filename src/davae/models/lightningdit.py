@@ -65,7 +65,8 @@ class LightningDiTTransformer2DModel(Portable, ModelMixin, ConfigMixin, PeftAdap
         rope: rotate queries and keys by position, in addition to the fixed sin-cos table.
         rms_norm: RMSNorm with a weight; else LayerNorm, without parameters on tokens.
         adaln_shift: blocks are modulated by shift, scale and gate; else by scale and gate.
-        class_dropout: in training, the probability that a label is replaced by the null label.
+        class_dropout: the probability that :meth:`drop_labels`, which training calls, replaces a label by the null
+            label.
 
     Raises:
         DavaeError: `hidden_size` and `num_attention_heads` do not fit each other.
@@ -168,11 +169,15 @@ class LightningDiTTransformer2DModel(Portable, ModelMixin, ConfigMixin, PeftAdap
         return self.time_embed(self.time_sinusoid(timestep).to(self.patch_embed.weight.dtype))
 
     def embed_class(self, class_labels: Tensor) -> Tensor:
-        """Labels [B] -> [B, hidden_size]; in training each becomes the null label with `class_dropout`."""
-        if self.training and self.config.class_dropout > 0:
-            dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.config.class_dropout
-            class_labels = class_labels.masked_fill(dropped, self.null_label)
+        """Labels [B] -> [B, hidden_size]."""
         return self.class_embed(class_labels)
+
+    def drop_labels(self, class_labels: Tensor) -> Tensor:
+        """Labels [B] for a training step, of which each becomes the null label with `class_dropout`."""
+        if self.config.class_dropout <= 0:
+            return class_labels
+        dropped = torch.rand(class_labels.shape, device=class_labels.device) < self.config.class_dropout
+        return class_labels.masked_fill(dropped, self.null_label)
 
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True

@@ -27,6 +27,8 @@ _SENT_TOGETHER = 256
 LONGEST_WAIT = timedelta(hours=2)
 """Time-out of collective operations: others wait while one process exports. torch's own limit is ten minutes."""
 
+UNEVEN_WAIT = timedelta(days=7)
+"""Time-out where each process works for hours or days by itself, and the fastest waits for the slowest."""
 
 LAUNCHER = "the accelerate configuration (--config_file)"
 """What errors call the configuration file of a launcher."""

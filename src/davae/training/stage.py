@@ -15,7 +15,12 @@ from davae.recipes.loop import LoopSettings, OptimizerSettings
 
 @dataclass
 class TrainedModule:
-    """A module with its own optimizer. ``module(batch, step)`` returns named scalar losses, among them ``total``."""
+    """A module with its own optimizer. ``module(batch, step)`` returns named scalar losses, among them ``total``.
+
+    It makes its random draws under :func:`davae.training.loop.rng.drawing`, so that with several processes each sample
+    has its own. Checkpoints hold the trained parameters and the running statistics of batch norms; other buffers count
+    as constant.
+    """
 
     name: str
     module: nn.Module

@@ -106,10 +106,9 @@ def cut(folder: Path, end: int) -> None:
 def rewrite(folder: Path, index: Index) -> None:
     """Replace the index atomically; ``complete`` and shards without a record are left out."""
     lines: list[dict[str, Any]] = []
-    for name, shard in index.shards.items():
-        inside = [line for line in index.records if line["shard"] == name]
+    for name, inside in _by_shard(index).items():
         if inside:
-            lines += [*inside, {"commit": name, **shard, "entries": len(inside)}]
+            lines += [*inside, {"commit": name, **index.shards[name], "entries": len(inside)}]
     atomic_write(folder / INDEX, "".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -127,11 +126,18 @@ def merge_journals(folder: Path) -> None:
     cut(folder, index.end)
     for journal in sorted(folder.glob(".index-*.jsonl")):
         found = read_index(folder, journal.name)
-        for name, shard in found.shards.items():
+        for name, lines in _by_shard(found).items():
             if name not in index.shards:
-                lines = [line for line in found.records if line["shard"] == name]
-                append(folder, [*lines, {"commit": name, **shard}])
+                append(folder, [*lines, {"commit": name, **found.shards[name]}])
         remove_file(journal)
+
+
+def _by_shard(index: Index) -> dict[str, list[dict[str, Any]]]:
+    """The records of each shard, in one pass: other processes wait while the first one merges millions."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in index.shards}
+    for line in index.records:
+        found[line["shard"]].append(line)
+    return found
 
 
 def verify_cache(folder: str | Path) -> int:

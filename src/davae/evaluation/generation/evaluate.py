@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -23,7 +22,7 @@ from davae.pipelines.saving.opening import pipeline_place
 from davae.runtime.console import track
 from davae.runtime.devices import chosen_device, wanted_dtype
 from davae.runtime.places import check_place, safe_name
-from davae.runtime.processes import claimed_by_first, start_processes, wait_for_everyone
+from davae.runtime.processes import UNEVEN_WAIT, claimed_by_first, start_processes, wait_for_everyone
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +82,7 @@ def evaluate_generation(
         if not is_built_in(name):
             pipeline_place(name)
     compared = open_reference(str(reference), limit=reference_images)
-    # Waiting for the slowest process may take hours; torch would give up after minutes.
-    state = start_processes(cpu=device == "cpu", timeout=timedelta(days=7))
+    state = start_processes(cpu=device == "cpu", timeout=UNEVEN_WAIT)
     where = str(state.device) if state.num_processes > 1 else wanted
     unavailable: dict[str, str] = {}
     networks, clip_network = [], None

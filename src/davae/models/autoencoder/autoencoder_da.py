@@ -471,23 +471,27 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         shift, scale = (v[: z.shape[1], None, None] for v in self.base_affine(z.device))
         return ((z.float() - shift) * scale).to(z.dtype)
 
+    def drop_details(self, z_d: Tensor) -> Tensor:
+        """This level's ``z_d`` for :meth:`decode_structured`; in train mode ``detail_dropout`` zeroes whole samples."""
+        if not self.training or self.config.detail_dropout <= 0:
+            return z_d
+        uniform = torch.rand(z_d.shape[0], device=z_d.device)
+        factor = detail_dropout_factor(uniform, self.config.detail_dropout)
+        return z_d * factor.to(z_d.dtype)[:, None, None, None]
+
     @apply_forward_hook
     def decode_structured(self, z: Tensor, z_d: Tensor) -> Tensor:
-        """Images ``[B, 3, H, W]`` from raw ``z`` and raw ``z_d``, with detail dropout in train mode.
+        """Images ``[B, 3, H, W]`` from raw ``z`` and raw ``z_d``.
 
         Args:
             z, z_d: ``[B, C, h, w]`` and ``[B, D, h, w]``; with levels, the split may also be the one of
-                ``own_layout``. Dropout zeroes this level's own channels only.
+                ``own_layout``.
 
         Raises:
             DavaeError: another number of channels.
         """
         if z.shape[1] != self.own_layout.base_channels:
             z, z_d = self.own_layout.split(torch.cat([z, z_d], dim=1))
-        if self.training and self.config.detail_dropout > 0:
-            uniform = torch.rand(z_d.shape[0], device=z_d.device)
-            factor = detail_dropout_factor(uniform, self.config.detail_dropout)
-            z_d = z_d * factor.to(z_d.dtype)[:, None, None, None]
         z = self.alignment_target(self._bounded(z))
         latent = self.own_layout.join(z, z_d)
         if self.config.decoder_channel_order == "detail_first":  # the one place where the order differs

@@ -1,12 +1,13 @@
 """Class-conditional pipelines: LightningDiT with flow matching, and DiT with DDPM noise prediction."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from davae.errors import DavaeError
 from davae.pipelines.class_conditional import predict_velocity
@@ -29,6 +30,13 @@ class ClassFamily(PipelineFamily):
     def null_label(self, pipe: DiffusionPipeline) -> int:
         """The label that means no class."""
         raise NotImplementedError
+
+    def drop_labels(self, transformer: ModelMixin, labels: Tensor) -> Tensor:
+        """Labels ``[B]``, of which each becomes the null label with the probability that the transformer names."""
+        raise NotImplementedError
+
+    def keep_labels(self, transformer: ModelMixin) -> None:
+        """Keep the transformer from dropping labels by itself, until ``train()`` is called on it the next time."""
 
     def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
         numbers = [self.null_label(pipe) if empty else _number(pipe, name) for name in prompts]
@@ -85,6 +93,11 @@ class ClassConditional(ClassFamily):
         """The number after that of the last class."""
         return int(pipe.transformer.null_label)
 
+    def drop_labels(self, transformer: ModelMixin, labels: Tensor) -> Tensor:
+        """As LightningDiT's own method does; a class without one keeps all labels, or drops them by itself."""
+        drop = getattr(transformer, "drop_labels", None)
+        return labels if drop is None else drop(labels)
+
     def _predict(
         self, transformer: ModelMixin, noisy: Tensor, level: Tensor, conditioning: Conditioning, guidance: float
     ) -> Tensor:
@@ -96,7 +109,11 @@ class ClassConditional(ClassFamily):
 
 
 class DiT(ClassFamily):
-    """DiT: its sampler ignores the learned variance; in training the transformer itself drops labels."""
+    """DiT: its sampler ignores the learned variance.
+
+    In train mode diffusers' class drops labels in every block anew; here they are dropped once for all blocks, as in
+    the original training.
+    """
 
     pipelines = ("DiTPipeline",)
     kind = "ddpm"
@@ -107,10 +124,24 @@ class DiT(ClassFamily):
         """The number after that of the last class."""
         return int(pipe.transformer.config.num_embeds_ada_norm)
 
+    def drop_labels(self, transformer: ModelMixin, labels: Tensor) -> Tensor:
+        """With the probability of its label embeddings, 0.1."""
+        embedding = next(_label_embeddings(transformer), None)
+        return labels if embedding is None or embedding.dropout_prob <= 0 else embedding.token_drop(labels)
+
+    def keep_labels(self, transformer: ModelMixin) -> None:
+        """Put the label embeddings in eval mode."""
+        for embedding in _label_embeddings(transformer):
+            embedding.eval()
+
     def _predict(
         self, transformer: ModelMixin, noisy: Tensor, level: Tensor, conditioning: Conditioning, guidance: float
     ) -> Tensor:
         return transformer(noisy, timestep=level, class_labels=conditioning["class_labels"]).sample
+
+
+def _label_embeddings(transformer: nn.Module) -> Iterator[LabelEmbedding]:
+    return (part for part in transformer.modules() if isinstance(part, LabelEmbedding))
 
 
 def _number(pipe: DiffusionPipeline, name: str) -> int:

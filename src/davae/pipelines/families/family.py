@@ -213,6 +213,13 @@ class PipelineFamily(ABC):
     ) -> Tensor:
         """:meth:`predict` with the conditioning in the dtype of ``noisy``; a learned variance may follow."""
 
+    def idle_layers(self, transformer: ModelMixin) -> list[str]:
+        """Names of the layers of a transformer whose output nothing uses; they never get a gradient.
+
+        Such are the last steps of a text stream that ends with it. They are neither trained nor adapted.
+        """
+        return []
+
     def tokens(self, transformer: ModelMixin, latent: Tensor) -> int:
         """Number of image tokens of a latent ``[B, C + D, h, w]`` in the transformer."""
         patch = 2 if self.packed else int(transformer.config.patch_size)

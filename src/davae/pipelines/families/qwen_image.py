@@ -43,6 +43,11 @@ class QwenImage(PipelineFamily):
         )[0]
         return unpack(tokens, height, width)
 
+    def idle_layers(self, transformer: ModelMixin) -> list[str]:
+        """The last block's output of the text stream."""
+        last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}"
+        return [f"{last}.attn.to_add_out", f"{last}.txt_mlp"]
+
     def _call_arguments(
         self, prompts: list[str], height: int, width: int, guidance_scale: float, max_length: int | None
     ) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from davae.recipes.settings import AlignmentSettings, ReconstructionSettings
 from davae.runtime.pixel_budget import in_parts
 from davae.training.autoencoder.adaptive_weights import Decoded, single_pass
 from davae.training.autoencoder.losses import GanLoss, ReconstructionLoss
+from davae.training.loop.rng import drawing
 
 MAX_ADAPTIVE_ALIGNMENT = 1e8  # official code
 
@@ -107,7 +108,9 @@ class StructuredObjective(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of one level, and the details ``[B, D, h, w]`` that it appends to the ``latent`` below it."""
         posterior = vae.encode_own_details(images)
-        z_d = posterior.sample()  # [B, D, h, w]
+        with drawing():
+            z_d = posterior.sample()  # [B, D, h, w]
+            kept = vae.drop_details(z_d)
         aligned = latent[:, : alignment_layout(vae, self.alignment_settings).base_channels].detach()
         kl = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
         alignment = self.alignments[i](z_d, vae.alignment_target(aligned))
@@ -118,12 +121,12 @@ class StructuredObjective(nn.Module):
         adapts = gan_loss is not None and gan_loss.settings.adaptive and torch.is_grad_enabled()
         ratio: Tensor | None = None
         if aligns or adapts:
-            decoded = self._decode(vae, latent, z_d, targets, gan_loss, step, at_details=aligns)
+            decoded = self._decode(vae, latent, kept, targets, gan_loss, step, at_details=aligns)
             losses, total = decoded.losses, decoded.total
             if aligns:
-                ratio = decoded.alignment_ratio(z_d, alignment, vae.alignment_weight, maximum=MAX_ADAPTIVE_ALIGNMENT)
+                ratio = decoded.alignment_ratio(kept, alignment, vae.alignment_weight, maximum=MAX_ADAPTIVE_ALIGNMENT)
         else:
-            made = vae.decode_structured(latent, z_d)  # [B, 3, H, W]
+            made = vae.decode_structured(latent, kept)  # [B, 3, H, W]
             losses = self.reconstruction(targets, made)
             total = losses["reconstruction"]
             if gan_loss is not None:

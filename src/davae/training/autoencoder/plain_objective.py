@@ -14,6 +14,7 @@ from davae.models.dc_ae import DeepAutoencoder, last_decoder_weight
 from davae.recipes.loop import OptimizerSettings
 from davae.recipes.settings import ReconstructionSettings
 from davae.training.autoencoder.losses import GanLoss, ReconstructionLoss, make_gan_loss
+from davae.training.loop.rng import drawing
 from davae.training.stage import TrainedModule
 
 
@@ -77,7 +78,8 @@ class PlainObjective(nn.Module):
         kl = None
         if isinstance(model, AutoencoderKL):
             posterior = model.encode(images).latent_dist
-            z = posterior.sample()  # [B, C, H / f, W / f]
+            with drawing():
+                z = posterior.sample()  # [B, C, H / f, W / f]
             kl = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
         else:
             z = model.encode(images).latent

@@ -22,7 +22,7 @@ from davae.recipes.data import DataSettings
 from davae.runtime.atomic_files import disk_full_as_error
 from davae.runtime.pixel_budget import images_together
 from davae.runtime.places import claim
-from davae.runtime.processes import everyone, rank_and_world, start_processes, wait_for_everyone
+from davae.runtime.processes import UNEVEN_WAIT, everyone, rank_and_world, start_processes, wait_for_everyone
 from davae.runtime.progress import Progress
 from davae.training.cache.fingerprint import cache_fingerprint, pipeline_parts, version_of, without_touched
 from davae.training.data import open_training_part, require_captions
@@ -76,7 +76,7 @@ def write_cache(
         DavaeError: the images cannot be cached, ``out`` holds another cache or other files, or the disk is full.
     """
     family = family_of(pipe)
-    processes = start_processes()
+    processes = start_processes(timeout=UNEVEN_WAIT)
     images = open_training_part(data.model_copy(update={"flip": False}), vae, pipe)
     if family.conditioned_on == "text":
         require_captions(images.captions(), pipe)

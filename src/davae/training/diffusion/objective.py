@@ -13,16 +13,18 @@ from davae.diffusion.noise import DdpmProcess, FlowProcess, NoiseProcess, NoisyS
 from davae.diffusion.timesteps import sd3_sigma_table
 from davae.errors import DavaeError
 from davae.latents import ChannelPrefixes, LatentLayout
-from davae.pipelines.families import PipelineFamily
+from davae.pipelines.families import ClassFamily, PipelineFamily
 from davae.recipes.settings import FlowLossSettings, TimestepSettings
+from davae.training.loop.rng import drawing
 
 
 class DiffusionObjective(nn.Module):
     """The training loss: add noise, predict, and weight the error of base and detail channels by Eq. 12 and 13.
 
-    Random draws of a step are, in this order: noise levels, noise, prefixes of channels, and which prompts are dropped.
-    They do not depend on whether latents and embeddings come from a cache. Prefixes are drawn in training only: of a
-    sample that gets one, the transformer sees the prefix beside zeros, and its loss is that of the prefix.
+    Random draws of a step are, in this order: noise levels, noise, prefixes of channels, and which prompts or labels are
+    dropped. They do not depend on whether latents and embeddings come from a cache, and the transformer itself draws
+    nothing. Prefixes are drawn in training only: of a sample that gets one, the transformer sees the prefix beside zeros,
+    and its loss is that of the prefix.
 
     Args:
         family: how the transformer is called.
@@ -62,6 +64,13 @@ class DiffusionObjective(nn.Module):
             # A buffer moves with the module; a non-persistent one stays out of checkpoints.
             self.register_buffer(f"unconditional_{name}", value, persistent=False)
 
+    def train(self, mode: bool = True) -> "DiffusionObjective":
+        """As in torch, but labels are dropped here and not once more in the transformer."""
+        super().train(mode)
+        if isinstance(self.family, ClassFamily):
+            self.family.keep_labels(self.transformer)
+        return self
+
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Named scalar losses of a batch: ``total``, for the log its parts, and the ``detail_weight`` of Eq. 12.
 
@@ -76,11 +85,12 @@ class DiffusionObjective(nn.Module):
         else:
             data = batch["latent"]
 
-        # Random draws follow memory order: channels-last latents of an encoder would get other noise than cached ones.
-        sample = self.process.draw(data.contiguous())
-        if self.training and self.prefixes:
-            sample = sample.restricted(self.prefixes.draw(data))
-        conditioning = self._conditioning(batch)
+        with drawing():
+            # Draws follow memory order: channels-last latents of an encoder would get other noise than cached ones.
+            sample = self.process.draw(data.contiguous())
+            if self.training and self.prefixes:
+                sample = sample.restricted(self.prefixes.draw(data))
+            conditioning = self._conditioning(batch)
         prediction, variance = self.family.predict_with_variance(
             self.transformer, sample.noisy, sample.sigma_or_t, conditioning, guidance=self.guidance
         )
@@ -107,8 +117,9 @@ class DiffusionObjective(nn.Module):
         return {name: part.sum() / count.sum().clamp(min=1) for name, part, count in parts}
 
     def _conditioning(self, batch: dict[str, Any]) -> Mapping[str, Tensor]:
-        if self.family.conditioned_on == "class":  # class-conditional transformers drop labels themselves
-            return {"class_labels": batch["label"]}
+        if isinstance(self.family, ClassFamily):
+            labels = batch["label"]
+            return {"class_labels": self.family.drop_labels(self.transformer, labels) if self.training else labels}
         conditioning: Mapping[str, Tensor] = batch["conditioning"]
         if not (self.training and self.dropout):
             return conditioning

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -79,7 +80,8 @@ def select_trained(
 ) -> dict[str, float]:
     """Set which parameters are trained, as ``tune.mode`` says.
 
-    The widened input and output layers are trained in every mode; LoRA cannot represent their new channels.
+    The widened input and output layers are trained in every mode; LoRA cannot represent their new channels. The
+    family's idle layers are trained in none.
 
     Args:
         transformer: a widened transformer; changed in place (adapters, ``requires_grad``, frozen dtype).
@@ -102,7 +104,11 @@ def select_trained(
     transformer.requires_grad_(mode == "full")
     if mode == "lora":
         _attach(transformer, family, tune.lora)
+    idle = family.idle_layers(transformer)
     named = dict(transformer.named_parameters())
+    for name, parameter in named.items():
+        if _is_inside(name, idle):
+            parameter.requires_grad_(False)
     for name in widened:
         named[name].requires_grad_(True)
     _cast(transformer, getattr(torch, tune.frozen_dtype))
@@ -158,24 +164,33 @@ def _start_at_random(transformer: ModelMixin, layout: LatentLayout, seed: int) -
 
 
 def lora_config(transformer: ModelMixin, family: PipelineFamily, settings: LoraSettings) -> LoraConfig:
-    """The adapters' configuration; the widened layers are excluded even if targets match them.
+    """The adapters' configuration; the widened and the idle layers are excluded even if targets match them.
 
     Raises:
-        DavaeError: no linear layer or convolution matches a target; the message names the nearest.
+        DavaeError: no linear layer or convolution matches a target, of which the message names the nearest, or only
+            idle ones do.
     """
     targets = settings.targets or list(family.lora_targets)
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    layers = [name for name, module in transformer.named_modules() if isinstance(module, kinds)]
+    every = [name for name, module in transformer.named_modules() if isinstance(module, kinds)]
+    idle = [name for name in every if _is_inside(name, family.idle_layers(transformer))]
+    layers = [name for name in every if name not in idle]
     for target in targets:
-        if not any(_answers(name, target) for name in layers):
-            suffixes = sorted({_suffix(name) for name in layers})
-            near = difflib.get_close_matches(target, suffixes, n=3, cutoff=0.3)
+        if any(_answers(name, target) for name in layers):
+            continue
+        if any(_answers(name, target) for name in idle):
             raise DavaeError(
-                f"diffusion.tune.lora.targets: no layer of {type(transformer).__name__} is named '{target}'; "
-                f"the nearest are {', '.join(near or suffixes[:5])}"
+                f"diffusion.tune.lora.targets: nothing uses the output of '{target}' in this model, "
+                "so it cannot learn: leave it out"
             )
+        suffixes = sorted({_suffix(name) for name in layers})
+        near = difflib.get_close_matches(target, suffixes, n=3, cutoff=0.3)
+        raise DavaeError(
+            f"diffusion.tune.lora.targets: no layer of {type(transformer).__name__} is named '{target}'; "
+            f"the nearest are {', '.join(near or suffixes[:5])}"
+        )
     widened = sorted({name.rpartition(".")[0] for name in channel_parameters(transformer)})
-    hit = [name for name in widened if any(_answers(name, target) for target in targets)]
+    hit = [name for name in [*widened, *idle] if any(_answers(name, target) for target in targets)]
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -188,6 +203,11 @@ def lora_config(transformer: ModelMixin, family: PipelineFamily, settings: LoraS
 def _answers(name: str, target: str) -> bool:
     """Whether a target matches a layer's name, by peft's rule."""
     return name == target or name.endswith(f".{target}")
+
+
+def _is_inside(name: str, layers: Sequence[str]) -> bool:
+    """Whether a parameter or layer belongs to one of the layers."""
+    return any(f"{name}.".startswith(f"{layer}.") for layer in layers)
 
 
 def _cast(transformer: ModelMixin, frozen: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from davae.recipes.settings import SampleSettings
 from davae.runtime.pixel_budget import images_together
 from davae.runtime.processes import gathered, share
 from davae.training.loop.loop import to_device
-from davae.training.loop.rng import DrawsByItem
+from davae.training.loop.rng import DrawsByItem, draws_by
 
 MEASURED = 256
 """Maximum number of held-out items for the loss."""
@@ -52,7 +52,7 @@ def held_out_loss(
     for number in share(len(parts)):  # the last one may be repeated
         batch = to_device({k: v for k, v in collate(parts[number]).items() if k != "skipped"}, device)
         numbers = range(firsts[number], firsts[number + 1])
-        with DrawsByItem([seed * _SEED_STRIDE + item for item in numbers]):
+        with draws_by(DrawsByItem([seed * _SEED_STRIDE + item for item in numbers])):
             found.append({name: float(value) for name, value in objective(batch, step).items()})
     sums: dict[str, float] = {}
     for part, losses in zip(parts, gathered(found, len(parts)), strict=True):

@@ -19,10 +19,12 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from davae.errors import DavaeError
 from davae.runtime.processes import LAUNCHER, refuse_deepspeed
+from davae.training.engine.tensors import changing_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +170,23 @@ def _checkpoint_activations(module: nn.Module) -> None:
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
     """Wrap a small module beside a sharded one (a discriminator) in DDP: whole in every process, gradients averaged."""
     return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def leave_constants(module: nn.Module) -> None:
+    """Keep DDP from sending the buffers that training does not change to the other processes in every step."""
+    constant = [name for name, _ in module.named_buffers() if name not in changing_buffers(module)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constant)
+
+
+def synchronise_norms(module: nn.Module) -> None:
+    """Let the batch norms that learn compute their statistics over the images of all processes; on CUDA only.
+
+    The layers change their class in place: names, weights, hooks, and whoever holds a layer, stay as they are.
+    """
+    learning: list[Any] = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    for norm in learning:
+        norm.__class__ = nn.SyncBatchNorm
+        norm.process_group = None  # all processes
 
 
 def unsynced(accelerator: Accelerator, module: nn.Module) -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.modules.batchnorm import _NormBase
 
 from davae.errors import DavaeError
 
@@ -81,20 +82,34 @@ def clip_gradients(parameters: list[nn.Parameter], most: float) -> Tensor:
     return whole_tensor(nn.utils.clip_grad_norm_(parameters, most))
 
 
+def changing_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a module that training changes: running statistics of batch norms and their like.
+
+    Others, such as tables of positions, are constants, which no checkpoint needs and no process sends to another.
+    """
+    norms = {name: part for name, part in module.named_modules() if isinstance(part, _NormBase)}
+    return {
+        f"{name}.{own}" if name else own: buffer
+        for name, norm in norms.items()
+        for own, buffer in norm.named_buffers(recurse=False)
+    }
+
+
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a module that training changes: trained parameters and persistent buffers."""
-    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    frozen = {n for n, p in module.named_parameters() if not p.requires_grad}
-    buffers = {n: b for n, b in module.state_dict().items() if n not in trained and n not in frozen}
-    return {**trained, **buffers}
+    """The tensors of a module that training changes: trained parameters and :func:`changing_buffers`."""
+    return {**{n: p for n, p in module.named_parameters() if p.requires_grad}, **changing_buffers(module)}
 
 
 @torch.no_grad()
 def restore_module(module: nn.Module, saved: dict[str, Tensor], where: Path) -> None:
-    """Copy the tensors of checkpoint ``where`` into a module; :class:`DavaeError` if names or shapes differ."""
+    """Copy the tensors of checkpoint ``where`` into a module; :class:`DavaeError` if names or shapes differ.
+
+    The constant buffers that earlier versions saved too are left as they are.
+    """
     current = module_tensors(module)
-    if current.keys() != saved.keys():
-        differing = sorted(current.keys() ^ saved.keys())
+    constant = module.state_dict().keys() - current.keys() - {name for name, _ in module.named_parameters()}
+    differing = sorted((current.keys() ^ saved.keys()) - constant)
+    if differing:
         raise DavaeError(
             f"checkpoint {where} does not hold the weights that this run trains: "
             f"{len(differing)} names differ, first '{differing[0]}'"

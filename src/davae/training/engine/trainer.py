@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from davae.models.fp32_linear_attention import keep_linear_attention_in_float32
 from davae.pipelines.sampling.speed import compile_regions, order_channels_last
 from davae.recipes.loop import LoopSettings
-from davae.training.engine.fsdp import is_sharding, replicate, shard, unsynced
+from davae.training.engine.fsdp import is_sharding, leave_constants, replicate, shard, synchronise_norms, unsynced
 from davae.training.engine.optimizer import make_optimizer
 from davae.training.engine.tensors import (
     clip_gradients,
@@ -117,7 +117,7 @@ class ModuleTrainer:
         return [names[id(p)] for group in self.optimizer.param_groups for p in group["params"]]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Trained weights and buffers by name; sharded ones are not gathered."""
+        """Trained weights and running statistics by name; sharded ones are not gathered."""
         return module_tensors(self.trained.module)
 
     def moments(self, *, keep: bool) -> dict[str, Tensor]:
@@ -157,6 +157,9 @@ def prepare(accelerator: Accelerator, loop: LoopSettings, trained: TrainedModule
         module.to(device)
     module.train()  # loaded models come in eval mode
     keep_linear_attention_in_float32(module)
+    leave_constants(module)
+    if accelerator.num_processes > 1 and device.type == "cuda":
+        synchronise_norms(module)
     if loop.channels_last:
         order_channels_last(module)
     if loop.compile:

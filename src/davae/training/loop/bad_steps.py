@@ -21,6 +21,7 @@ from davae.recipes.loop import LoopSettings
 from davae.runtime.atomic_files import atomic_json, make_folder
 from davae.runtime.processes import rank_and_world
 from davae.runtime.weight_files import atomic_tensors
+from davae.training.engine.tensors import changing_buffers
 from davae.training.stage import Stage
 
 logger = logging.getLogger(__name__)
@@ -248,8 +249,7 @@ class BatchNormSnapshot:
     """Running statistics of batch norms before a step, to be restored if the step is bad."""
 
     def __init__(self, module: nn.Module) -> None:
-        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-        self._buffers = [b for m in norms for b in m.buffers(recurse=False)]
+        self._buffers = list(changing_buffers(module).values())
         self._before = [b.clone() for b in self._buffers]
 
     def restore_unless(self, good: Tensor) -> None:

@@ -13,7 +13,7 @@ import logging
 import signal
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from davae.training.engine.optimizer import learning_rate
 from davae.training.engine.trainer import prepare
 from davae.training.loop.averages import Ema, RunningMeans
 from davae.training.loop.bad_steps import BatchNormSnapshot, NonFiniteGuard, out_of_memory_message
-from davae.training.loop.rng import RankInvariantDraws, _seed_step
+from davae.training.loop.rng import RankInvariantDraws, _seed_step, draws_by
 from davae.training.loop.run_state import RunState
 from davae.training.loop.signals import StopRequest, TrainingStopped
 from davae.training.stage import Stage
@@ -244,7 +244,7 @@ class _Training:
                 finite.append(batch["latent"].isfinite().flatten(1).all(1))
             for i, trainer in enumerate(self.trainers):
                 _seed_step(loop.seed, step, micro)
-                with self._draws():
+                with draws_by(self._draws()):
                     losses[i].append(trainer.losses(batch, step, last=last))
                 trainer.backward(losses[i][-1]["total"] / loop.gradient_accumulation)
 
@@ -272,10 +272,10 @@ class _Training:
             accelerator.scaler.update()
         return batch
 
-    def _draws(self) -> AbstractContextManager[Any]:
+    def _draws(self) -> RankInvariantDraws | None:
         world = self.accelerator.num_processes
         if world == 1:
-            return nullcontext()
+            return None
         return RankInvariantDraws(self.accelerator.process_index, world, self.loop.batch_size)
 
     def _agreed(self, good: Tensor) -> Tensor:

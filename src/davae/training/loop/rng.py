@@ -4,10 +4,15 @@ Every process seeds torch's generators alike for a training step. With several p
 ``_like`` forms and ``randint`` draw for the whole batch and return the process's own rows, so that a sample gets the
 same noise and time on one process with batch ``2 B`` as on two with batch ``B``. In validation every item has its own
 generator, so that its noise does not depend on the batch at all.
+
+The loop sets how a batch draws (:func:`draws_by`), and the objective makes its draws under :func:`drawing`, never
+around layers: recomputed ones are not under the mode again, and compiled ones would be compiled anew for it.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -56,6 +61,24 @@ class _BatchDraws(TorchFunctionMode):
         if not shape or shape[0] != self.batch_size:
             return draw(shape, **kwargs)
         return self._batch(draw, shape, kwargs)
+
+
+_SET: ContextVar[_BatchDraws | None] = ContextVar("how a batch draws", default=None)
+
+
+@contextmanager
+def draws_by(how: _BatchDraws | None) -> Iterator[None]:
+    """Context in which :func:`drawing` draws as ``how`` says, or, with ``None``, as torch does."""
+    token = _SET.set(how)
+    try:
+        yield
+    finally:
+        _SET.reset(token)
+
+
+def drawing() -> AbstractContextManager[Any]:
+    """The context for the random draws of an objective; no layer may run in it."""
+    return _SET.get() or nullcontext()
 
 
 class RankInvariantDraws(_BatchDraws):
