@@ -84,7 +84,8 @@ class PlainObjective(nn.Module):
         else:
             z = model.encode(images).latent
         if self.training and self.prefixes:
-            z = z * self.prefixes.draw(z)
+            with drawing():
+                z = z * self.prefixes.draw(z)
         made = model.decode(z).sample  # [B, 3, H, W]
 
         losses = self.reconstruction(images, made)

@@ -21,10 +21,10 @@ from davae.training.loop.rng import drawing
 class DiffusionObjective(nn.Module):
     """The training loss: add noise, predict, and weight the error of base and detail channels by Eq. 12 and 13.
 
-    Random draws of a step are, in this order: noise levels, noise, prefixes of channels, and which prompts or labels are
-    dropped. They do not depend on whether latents and embeddings come from a cache, and the transformer itself draws
-    nothing. Prefixes are drawn in training only: of a sample that gets one, the transformer sees the prefix beside zeros,
-    and its loss is that of the prefix.
+    Random draws of a step are, in this order: noise levels, noise, prefixes of channels, and which prompts or labels
+    are dropped. They do not depend on whether latents and embeddings come from a cache, and the transformer itself
+    draws nothing. Prefixes are drawn in training only: of a sample that gets one, the transformer sees the prefix
+    beside zeros, and its loss is that of the prefix.
 
     Args:
         family: how the transformer is called.
