@@ -12,7 +12,7 @@ import davae
 from davae.bases.debug_pipelines import call_arguments, small_pipeline
 from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
-from davae.models.base_adapters.image import MemoryEfficientResnetBlock2D
+from davae.models.base_adapters.blocks import MemoryEfficientResnetBlock2D
 from davae.pipelines.sampling.speed import compile_regions, decode_in, regions, set_attention, speed_up
 
 
