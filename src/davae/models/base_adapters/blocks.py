@@ -21,8 +21,9 @@ class InPlaceSiLU(nn.SiLU):
 class MemoryEfficientResnetBlock2D(ResnetBlock2D):
     """A residual block without time embedding or resampling that keeps little.
 
-    Where gradients are off, or frozen blocks see nothing that learns, it works in place. Otherwise it keeps the inputs of its norms alone: norms and activations
-    are computed again on the way back, convolutions are not. Results are the block's bit for bit.
+    Where gradients are off, or frozen blocks see nothing that learns, it works in place. Otherwise it keeps the inputs
+    of its norms alone: norms and activations are computed again on the way back, convolutions are not. Results are the
+    block's bit for bit.
     """
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -99,6 +100,14 @@ def with_memory_efficient_blocks(network: nn.Module) -> nn.Module:
             module.__class__ = PhasedUpsample2D
     if type(getattr(network, "conv_act", None)) is nn.SiLU:  # after a norm, whose output nobody else reads
         network.conv_act = InPlaceSiLU()
+    return network
+
+
+def with_plain_blocks(network: nn.Module) -> nn.Module:
+    """Undo :func:`with_memory_efficient_blocks`, in place."""
+    plain = {MemoryEfficientResnetBlock2D: ResnetBlock2D, PhasedUpsample2D: Upsample2D, InPlaceSiLU: nn.SiLU}
+    for module in network.modules():
+        module.__class__ = plain.get(type(module), type(module))
     return network
 
 

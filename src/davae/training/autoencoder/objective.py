@@ -44,17 +44,19 @@ class StructuredObjective(nn.Module):
         """Named scalar losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is minimised.
 
         With several levels the names begin with the level, as in ``level2_l1``. A batch may contain the
-        :meth:`frozen_latent` of its images as ``base_latent``.
+        :meth:`frozen_latent` of its images as ``base_latent``, and as ``target`` what is to be reconstructed in their
+        place.
         """
         levels = self._levels()
         images = self._images(batch["image"])
+        targets = self._images(batch["target"]) if "target" in batch else images
         cached = batch.get("base_latent")
         latent = self._encode(images[0]) if cached is None else cached
         # [B, C, h, w]; every level appends its details
         total = images[0].new_zeros(())
         named: dict[str, Tensor] = {}
         for i, (number, level) in enumerate(zip(self.learning, levels)):
-            losses, z_d = self._level(i, level, images[i], latent, step)
+            losses, z_d = self._level(i, level, images[i], targets[i], latent, step)
             latent = torch.cat([latent, z_d], dim=1) if i + 1 < len(levels) else latent
             total = total + losses.pop("total")
             prefix = f"level{number}_" if len(self.autoencoder.levels) > 2 else ""
@@ -79,14 +81,14 @@ class StructuredObjective(nn.Module):
             return self._levels()[0].encode_prefix(images)
 
     def _level(
-        self, i: int, vae: AutoencoderDA, images: Tensor, latent: Tensor, step: int
+        self, i: int, vae: AutoencoderDA, images: Tensor, targets: Tensor, latent: Tensor, step: int
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of one level, and the details ``[B, D, h, w]`` that it appends to the ``latent`` below it."""
         posterior = vae.encode_own_details(images)
         z_d = posterior.sample()  # [B, D, h, w]
-        target = latent[:, : alignment_layout(vae, self.alignment_settings).base_channels].detach()
+        base = latent[:, : alignment_layout(vae, self.alignment_settings).base_channels].detach()
         kl = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
-        alignment = self.alignments[i](z_d, vae.alignment_target(target))
+        alignment = self.alignments[i](z_d, vae.alignment_target(base))
 
         weight: Tensor | float = self.alignment_settings.weight
         gan_loss = self._gan_losses[i]
@@ -94,16 +96,16 @@ class StructuredObjective(nn.Module):
         adapts = gan_loss is not None and gan_loss.settings.adaptive and torch.is_grad_enabled()
         ratio: Tensor | None = None
         if aligns or adapts:
-            decoded = self._decode(vae, latent, z_d, images, gan_loss, step, at_details=aligns)
+            decoded = self._decode(vae, latent, z_d, targets, gan_loss, step, at_details=aligns)
             losses, total = decoded.losses, decoded.total
             if aligns:
                 ratio = decoded.alignment_ratio(z_d, alignment, vae.alignment_weight, maximum=MAX_ADAPTIVE_ALIGNMENT)
         else:
             made = vae.decode_structured(latent, z_d)  # [B, 3, H, W]
-            losses = self.reconstruction(images, made)
+            losses = self.reconstruction(targets, made)
             total = losses["reconstruction"]
             if gan_loss is not None:
-                losses["gan"] = gan_loss.generator_term(images, made, total, vae.last_decoder_weight, step)
+                losses["gan"] = gan_loss.generator_term(targets, made, total, vae.last_decoder_weight, step)
                 total = total + losses["gan"]
         losses |= {"kl": kl, "alignment": alignment}
         if ratio is not None:
