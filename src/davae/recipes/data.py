@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,8 @@ from pydantic import AfterValidator, model_validator
 from davae.choices import Crop, StorageDtype
 from davae.errors import DavaeError
 from davae.recipes.loop import MAY_CHANGE, MAY_MOVE, NotNegative, Positive, Section, Weight
+
+_MOST_WORKERS = 8
 
 
 def _share_or_number(hold_out: float) -> float:
@@ -37,10 +40,19 @@ class ImageSettings(Section):
     hold_out: Annotated[Weight, AfterValidator(_share_or_number)] = 0.05
     """Share of the images (below 1) or their number (1 and more) kept for validation; 0 keeps none, and nothing is
     measured."""
-    workers: Annotated[NotNegative, MAY_CHANGE] = 0
-    """Loader processes; 0 decodes in the training process."""
+    workers: Annotated[NotNegative | None, MAY_CHANGE] = 0
+    """Loader processes of each training process; 0 decodes in the training process, ``null`` takes one per processor
+    that it has, at most 8."""
     timeout_s: Annotated[Weight, MAY_CHANGE] = 600.0
     """Seconds to wait for a batch before the run stops and names the files being read; 0 waits indefinitely."""
+
+    @property
+    def loader_workers(self) -> int:
+        """``workers`` as a number for this machine, whose processors are shared by all that a launcher started."""
+        if self.workers is not None:
+            return self.workers
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(_MOST_WORKERS, processors // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 class DataSettings(ImageSettings):

@@ -120,7 +120,7 @@ def _train(
         recipe.autoencoder,
         train_set,
         held_out,
-        workers=data.workers,
+        workers=data.loader_workers,
         timeout_s=data.timeout_s,
         cache_latents=data.cache_latents,
     )

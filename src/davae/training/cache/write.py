@@ -156,7 +156,7 @@ def _write_latents(
     together = images_together(data.resolution, data.resolution)  # buckets have about as many pixels
     parts = list(same_size_batches(images, missing, together))[rank::world]
     loader = DataLoader(
-        images, batch_sampler=parts, num_workers=data.workers, collate_fn=list, generator=torch.Generator()
+        images, batch_sampler=parts, num_workers=data.loader_workers, collate_fn=list, generator=torch.Generator()
     )
     ledger = SkipLedger.for_dataset(images)
     before, training = vae.device, vae.training

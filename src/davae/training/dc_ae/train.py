@@ -122,7 +122,7 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
         training_images(recipe, settings),
         measured_images(recipe),
         scaling_images=recipe.measure.scaling_images,
-        workers=recipe.data.workers,
+        workers=recipe.data.loader_workers,
     )
     stage.section, stage.timeout_s = f"phase{phase}", recipe.data.timeout_s
     if start is not None:

@@ -88,7 +88,7 @@ def _inputs(recipe: UpgradeRecipe, vae: AutoencoderDA, held_out: ItemDataset) ->
         train_set,
         held_out,
         cache_latents=data.cache_latents and not data.cache,
-        workers=data.workers,
+        workers=data.loader_workers,
         timeout_s=data.timeout_s,
     )
     return inputs, weights

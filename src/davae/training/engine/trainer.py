@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from davae.models.fp32_linear_attention import keep_linear_attention_in_float32
 from davae.pipelines.sampling.speed import compile_regions, order_channels_last
 from davae.recipes.loop import LoopSettings
+from davae.runtime.devices import use_gpu_for_training
 from davae.training.engine.fsdp import is_sharding, replicate, shard, unsynced
 from davae.training.engine.optimizer import make_optimizer
 from davae.training.engine.tensors import (
@@ -157,6 +158,9 @@ def prepare(accelerator: Accelerator, loop: LoopSettings, trained: TrainedModule
         module.to(device)
     module.train()  # loaded models come in eval mode
     keep_linear_attention_in_float32(module)
+    use_gpu_for_training()
+    # A GPU's tensor cores take convolutions in this order; cuDNN converts others to it and back. torch's CUDA group
+    # norm gives back contiguous tensors, so that each norm costs one such conversion: no more than without.
     if loop.channels_last:
         order_channels_last(module)
     if loop.compile:
