@@ -3,7 +3,6 @@
 import copy
 import functools
 import operator
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import pytest
 import yaml
 
 from davae.errors import DavaeError
-from davae.recipes.data import DataSettings
 from davae.recipes.read import (
     KINDS,
     differing_keys,
@@ -209,15 +207,3 @@ def test_a_setting_that_was_taken_away_is_dropped_where_it_said_nothing():
     assert "plain" not in load_recipe("debug", ["diffusion.loop.plain=false"]).model_dump()["diffusion"]["loop"]
     with pytest.raises(DavaeError, match=r"diffusion.loop.*'plain' is gone.*Remove it"):
         load_recipe("debug", ["diffusion.loop.plain=true"])
-
-
-@pytest.mark.parametrize(
-    ("asked", "processors", "local", "found"),
-    [(0, 64, None, 0), (3, 2, None, 3), (None, 64, None, 8), (None, 64, "16", 4), (None, 2, "4", 1)],
-)
-def test_workers_suit_the_processors_of_each_process(monkeypatch, asked, processors, local, found):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)), raising=False)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if local is not None:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
-    assert DataSettings(workers=asked).loader_workers == found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +12,6 @@ from pydantic import AfterValidator, model_validator
 from davae.choices import Crop, StorageDtype
 from davae.errors import DavaeError
 from davae.recipes.loop import MAY_CHANGE, MAY_MOVE, NotNegative, Positive, Section, Weight
-
-_MOST_WORKERS = 8
 
 
 def _share_or_number(hold_out: float) -> float:
@@ -45,14 +42,6 @@ class ImageSettings(Section):
     that it has, at most 8."""
     timeout_s: Annotated[Weight, MAY_CHANGE] = 600.0
     """Seconds to wait for a batch before the run stops and names the files being read; 0 waits indefinitely."""
-
-    @property
-    def loader_workers(self) -> int:
-        """``workers`` as a number for this machine, whose processors are shared by all that a launcher started."""
-        if self.workers is not None:
-            return self.workers
-        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(_MOST_WORKERS, processors // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 class DataSettings(ImageSettings):

@@ -27,7 +27,7 @@ from davae.recipes.settings import BaseRecipe, DiffusionSettings
 from davae.runtime.atomic_files import save_whole
 from davae.runtime.model_files import open_model
 from davae.runtime.pictures import reduced
-from davae.runtime.processes import claimed_by_first, is_first, wait_for_everyone
+from davae.runtime.processes import claimed_by_first, is_first, loader_workers, wait_for_everyone
 from davae.training.base.autoencoder_stage import BaseAutoencoderStage, build_kl
 from davae.training.cache.write import open_cache
 from davae.training.checkpoints.checkpoint import checkpoints
@@ -80,7 +80,7 @@ def _train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None) -
         images,
         held_out,
         cache_latents=data.cache_latents and not data.cache,
-        workers=data.loader_workers,
+        workers=loader_workers(data.workers),
         timeout_s=data.timeout_s,
     )
     diffusion = DiffusionStage(pipeline, layout, settings, inputs)
@@ -166,7 +166,7 @@ def _new_pipeline(
     elif _is_saved(vae_folder) and not checkpoints(out / "autoencoder" / "checkpoints"):
         RunDirectory(out / "autoencoder", plain)  # refuses one of other settings
     else:  # a finished one ends at once, when it has been compared with what is asked for
-        workers, timeout_s = recipe.data.loader_workers, recipe.data.timeout_s
+        workers, timeout_s = loader_workers(recipe.data.workers), recipe.data.timeout_s
         kept = full.unmirrored()
         if workers and isinstance(kept, ImagesInMemory):
             kept.read_all(workers, timeout_s)

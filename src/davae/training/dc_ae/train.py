@@ -25,7 +25,7 @@ from davae.runtime.atomic_files import atomic_json
 from davae.runtime.model_files import open_model
 from davae.runtime.pictures import reduced_to
 from davae.runtime.places import check_place
-from davae.runtime.processes import everyone, is_first, start_processes
+from davae.runtime.processes import everyone, is_first, loader_workers, start_processes
 from davae.runtime.text_files import read_object
 from davae.training.checkpoints.foundations import model_hash
 from davae.training.checkpoints.run_directory import RunDirectory, data_facts
@@ -122,7 +122,7 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
         training_images(recipe, settings),
         measured_images(recipe),
         scaling_images=recipe.measure.scaling_images,
-        workers=recipe.data.loader_workers,
+        workers=loader_workers(recipe.data.workers),
     )
     stage.section, stage.timeout_s = f"phase{phase}", recipe.data.timeout_s
     if start is not None:

@@ -14,6 +14,7 @@ from davae.pipelines import upgrade_pipeline
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.pipelines.upgrade import layout_over
 from davae.recipes.settings import UpgradeRecipe
+from davae.runtime.processes import loader_workers
 from davae.training.cache.fingerprint import pipeline_parts
 from davae.training.cache.write import open_cache
 from davae.training.checkpoints.checkpoint import checkpoints
@@ -88,7 +89,7 @@ def _inputs(recipe: UpgradeRecipe, vae: AutoencoderDA, held_out: ItemDataset) ->
         train_set,
         held_out,
         cache_latents=data.cache_latents and not data.cache,
-        workers=data.loader_workers,
+        workers=loader_workers(data.workers),
         timeout_s=data.timeout_s,
     )
     return inputs, weights
