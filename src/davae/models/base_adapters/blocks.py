@@ -55,6 +55,8 @@ def _recomputed(norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
         made: Tensor = conv(F.silu(norm(x)))
         return made
 
+    if norm._forward_hooks:  # tiles of one image share statistics by hooks, which are gone on the way back
+        return activated(x)
     made: Tensor = checkpoint(activated, x, use_reentrant=False, preserve_rng_state=False)
     return made
 
