@@ -1,10 +1,12 @@
 """What is switched on for speed changes images by rounding alone, and waits for no value on the device."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,7 +14,7 @@ import davae
 from davae.bases.debug_pipelines import call_arguments, small_pipeline
 from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
-from davae.models.base_adapters.image import MemoryEfficientResnetBlock2D
+from davae.models.base_adapters.blocks import MemoryEfficientResnetBlock2D, PhasedUpsample2D
 from davae.pipelines.sampling.speed import compile_regions, decode_in, regions, set_attention, speed_up
 
 
@@ -145,8 +147,68 @@ def test_a_frugal_block_is_bit_equal_and_trains(channels, out):
     assert torch.equal(x, kept)
     x.requires_grad_(True)
     assert torch.equal(block(x, None), expected)
-    block(x, None).sum().backward()
-    assert x.grad is not None
+    block.__class__ = ResnetBlock2D
+    wanted = torch.autograd.grad(block(x, None).square().sum(), [x, *block.parameters()])
+    block.__class__ = MemoryEfficientResnetBlock2D
+    found = torch.autograd.grad(block(x, None).square().sum(), [x, *block.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_frugal_block_keeps_the_inputs_of_its_norms_alone():
+    block = ResnetBlock2D(in_channels=8, out_channels=8, temb_channels=None, groups=4)
+    x = torch.randn(1, 8, 32, 32, requires_grad=True)
+    calls = []
+    for conv in (block.conv1, block.conv2):
+        conv.register_forward_hook(lambda *_: calls.append(1))
+    peaks = {}
+    for kind in (ResnetBlock2D, MemoryEfficientResnetBlock2D):
+        block.__class__ = kind
+        with _Stored() as stored:
+            y = block(x, None)
+        peaks[kind] = stored.alive()
+        calls.clear()
+        y.sum().backward()
+        assert calls == []  # a hook runs after its convolution, which is not computed again
+    image = x.numel() * 4
+    assert peaks[ResnetBlock2D] >= 6 * image
+    assert peaks[MemoryEfficientResnetBlock2D] < 3 * image  # the first convolution's result and the block's own
+
+
+class _Stored(TorchDispatchMode):
+    """Follows the storages that operators make."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.seen.setdefault(storage._cdata, (weakref.ref(storage), storage.nbytes()))
+        return result
+
+    def alive(self):
+        return sum(size for storage, size in self.seen.values() if storage() is not None)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_doubling_in_phases_is_doubling_and_convolving(order):
+    torch.manual_seed(0)
+    layer = Upsample2D(6, use_conv=True, out_channels=4).to(memory_format=order)
+    x = torch.randn(2, 6, 5, 7).contiguous(memory_format=order).requires_grad_()
+    there = torch.randn(2, 4, 10, 14)
+    wanted = layer(x)
+    gradients = torch.autograd.grad(wanted, [x, *layer.parameters()], there)
+    layer.__class__ = PhasedUpsample2D
+    made = layer(x)
+    torch.testing.assert_close(made, wanted, atol=1e-5, rtol=1e-5)
+    assert made.is_contiguous(memory_format=order)
+    for one, other in zip(torch.autograd.grad(made, [x, *layer.parameters()], there), gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(layer(x), wanted)
 
 
 class _Reads(TorchDispatchMode):

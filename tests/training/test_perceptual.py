@@ -53,3 +53,45 @@ def test_the_backbone_s_weights_are_taken(tmp_path: Path, monkeypatch) -> None:
     assert torch.equal(loss.network.net.slice1[0].weight, weight)
     assert not any(parameter.requires_grad for parameter in loss.parameters())
     assert loss.describe()["weights_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+class Package(Layers):
+    """The package's own distance, of two layers of features."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
+        self.net = Features(self.net.slice1)
+        self.scaling_layer = nn.Identity()
+        self.lins = nn.ModuleList(nn.Conv2d(4, 1, 1, bias=False) for _ in range(2))
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        total: torch.Tensor = torch.zeros(())
+        for weighted, x, y in zip(self.lins, self.net(a), self.net(b), strict=True):
+            x, y = (f / (f.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for f in (x, y))
+            total = total + weighted((x - y) ** 2).mean(dim=(2, 3), keepdim=True)
+        return total
+
+
+class Features(nn.Module):
+    def __init__(self, slice1: nn.Sequential) -> None:
+        super().__init__()
+        self.slice1 = slice1
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        first = self.slice1(x).sigmoid()
+        return [first, nn.functional.max_pool2d(first, 2)]
+
+
+def test_training_s_distances_and_gradients_are_the_package_s(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Package))
+    file = tmp_path / "backbone.safetensors"
+    save_file({"features.0.weight": torch.randn(4, 3, 3, 3), "features.0.bias": torch.rand(4)}, file)
+    loss = LpipsLoss(str(file))
+    a, b = torch.rand(2, 2, 3, 16, 16) * 2 - 1
+    b.requires_grad_()
+    wanted = loss.network(a, b).flatten()
+    found = loss(a, b)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(each.sum(), b)[0] for each in (found, wanted)))
+    with torch.no_grad():
+        torch.testing.assert_close(loss(a, b), wanted)

@@ -16,8 +16,10 @@ from davae.benchmark.training_stages import (
     autoencoder_stage,
 )
 from davae.cli.main import app
+from davae.data.loading.stream import collate
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
+from davae.pipelines.sampling.speed import order_channels_last
 from davae.planner.architectures import find_architecture
 from davae.recipes.settings import AlignmentSettings, GanSettings, ReconstructionSettings
 from davae.training.autoencoder.adaptive_weights import with_gradients
@@ -86,7 +88,49 @@ def test_one_backward_gives_the_gradients_of_many(gan, alignment, levels):
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[0].items():
         scale = float(expected.abs().max())
-        torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=1e-4 * scale + 1e-7, msg=name)
+        # Two levels with all weights adaptive: the sums of biases' gradients cancel, and rounding reaches 4e-4 of them.
+        torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=1e-3 * scale + 1e-7, msg=name)
+
+
+def test_the_official_losses_and_gradients_are_the_same_in_every_form(architecture):
+    losses, gradients = {}, {}
+    for form in FORMS:
+        stage = autoencoder_stage(architecture, StepSettings(**SMALL, official=True), form)
+        order_channels_last(stage.objective.train()) if form != "plain" else stage.objective.train()
+        items = [stage.dataset[i] for i in range(2)]
+        assert ("target" in items[0]) == (form == "fast, cached")
+        torch.manual_seed(1)
+        losses[form] = stage.objective(collate(items), 0)
+        losses[form]["total"].backward()
+        parameters = dict(stage.autoencoder.named_parameters())
+        gradients[form] = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        assert {name.split(".")[0] for name in gradients[form]} == {"down", "up", "joint_decoder"}
+    for form in FORMS[1:]:
+        for name, value in losses["plain"].items():
+            torch.testing.assert_close(losses[form][name], value, rtol=1e-5, atol=1e-6, msg=name)
+        for name, expected in gradients["plain"].items():
+            bound = 1e-4 * float(expected.abs().max()) + 1e-7
+            torch.testing.assert_close(gradients[form][name], expected, rtol=0, atol=bound, msg=name)
+
+
+def test_the_official_losses_by_hand(architecture):
+    """Against the base's reconstruction of the full image; l1 + 0.2 alignment + 1e-7 KL, summed over a sample."""
+    stage = autoencoder_stage(architecture, StepSettings(**SMALL, official=True), "fast")
+    vae, images = stage.autoencoder.train(), stage.dataset.images[:2]
+    torch.manual_seed(1)
+    found = stage.objective({"image": images}, 0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        target = vae.base.decode(vae.base.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+        posterior = vae.encode_own_details(images)
+        z, z_d = vae.encode_base(images), posterior.sample()
+        made = vae.decode_structured(z, z_d)
+    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).sum((1, 2, 3)).mean()
+    aligned = (z_d.unflatten(1, (z.shape[1], -1)).mean(2) - vae.alignment_target(z)).square().mean()
+    torch.testing.assert_close(found["l1"], (made - target).abs().mean(), rtol=1e-4, atol=1e-6)
+    wanted = (made - target).abs().mean() + 0.2 * aligned + 1e-7 * kl
+    torch.testing.assert_close(found["total"].detach(), wanted, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(target, images, atol=1e-2)
 
 
 def test_a_scalar_with_known_gradients():
@@ -198,6 +242,12 @@ def test_a_base_that_makes_films_takes_a_step_of_the_autoencoder_stage(tmp_path)
 def test_mistakes_are_told():
     with pytest.raises(DavaeError, match="34 pixels are not a multiple of 8"):
         bench_training("debug", resolution=34)
+    with pytest.raises(DavaeError, match="forms must be plain and others"):
+        bench_training("debug", resolution=32, forms=("fast",))
+    with pytest.raises(DavaeError, match="no adversarial term: give --official or --gan"):
+        bench_training("debug", resolution=32, official=True, gan=True)
+    with pytest.raises(DavaeError, match="give --official with it"):
+        bench_training("debug", resolution=32, lpips="vgg16.pth")
     with pytest.raises(DavaeError, match="stages must be among autoencoder, diffusion, not both"):
         bench_training("debug", resolution=32, stages=("both",))
     with pytest.raises(DavaeError, match="repeats must be"):

@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from davae.benchmark.inference import device_name
-from davae.benchmark.timing import peak_tensor_bytes, side_by_side, synchronise
+from davae.benchmark.timing import peak_memory_bytes, peak_tensor_bytes, side_by_side, synchronise
 from davae.benchmark.training_stages import FORMS, DiffusionBenchStage, Form, StepSettings, autoencoder_stage
 from davae.choices import Precision, Scale, check_choice
 from davae.errors import DavaeError
@@ -63,15 +63,19 @@ class TrainingBenchmark:
     scale: int
     batch: int
     gan: bool
+    official: bool
+    lpips: bool
     tune: str
     device: str
     precision: str
     compiled: bool
     repeats: int
     torch: str
+    process_memory_bytes: int
+    """Peak resident memory of the whole process, with all forms in it."""
     rows: list[TrainingRow]
     profiles: dict[str, StepProfile] = field(default_factory=dict)
-    """Profiles of the cached form, by stage."""
+    """Profiles of the last form, by stage."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -86,7 +90,10 @@ def bench_training(
     detail_channels: int | None = None,
     batch: int = 4,
     stages: Sequence[StageName] = STAGES,
+    forms: Sequence[Form] = FORMS,
     gan: bool = False,
+    official: bool = False,
+    lpips: str | None = None,
     tune: Literal["full", "lora"] = "full",
     precision: Precision = "no",
     compile: bool = False,
@@ -96,8 +103,8 @@ def bench_training(
     """Time a training step of both stages in three forms, alternating, with random weights, on training's device.
 
     The plain form uses contiguous memory, compiles nothing, encodes images and prompts in every step and computes
-    adaptive weights by separate full backward passes. All forms make the same steps up to rounding. The three forms of
-    a stage are in memory together.
+    adaptive weights by separate full backward passes, in diffusers' own blocks. All forms make the same steps up to
+    rounding. The forms of a stage are in memory together.
 
     Args:
         base: a preset, a name on the hub, a pipeline folder, ``tiny``, or a debug base such as ``debug``.
@@ -106,12 +113,16 @@ def bench_training(
         detail_channels: ``D``; by default `default_detail_channels`.
         batch: images per step.
         stages: which to measure.
+        forms: which to measure, ``plain`` among them.
         gan: train the autoencoder with the adversarial term, whose weight is adaptive too.
+        official: train the autoencoder with the losses of the official SD3 code: frozen detail encoder, target by the
+            frozen base, fixed alignment weight, no GAN. The cached form keeps targets too.
+        lpips: VGG-16 file of an LPIPS term in the official losses.
         tune: which weights of the transformer are trained.
         precision: as in ``loop.precision``.
         compile: as in ``loop.compile``, for the fast forms.
         repeats: number of rounds; medians are reported.
-        profile: also profile the cached form.
+        profile: also profile the last form.
 
     Raises:
         DavaeError: an unknown base or stage, sizes that do not divide, an untrainable pipeline, or ``repeats`` below 1.
@@ -121,6 +132,12 @@ def bench_training(
     unknown = sorted(set(stages) - set(STAGES))
     if unknown or not stages:
         raise DavaeError(f"stages must be among {', '.join(STAGES)}, not {', '.join(unknown) or 'none'}")
+    if "plain" not in forms or set(forms) - set(FORMS):
+        raise DavaeError(f"forms must be plain and others among {', '.join(FORMS)}, not {', '.join(forms) or 'none'}")
+    if official and gan:
+        raise DavaeError("the official SD3 losses have no adversarial term: give --official or --gan")
+    if lpips and not official:
+        raise DavaeError("--lpips adds a term to the official losses: give --official with it, or leave it out")
     architecture = find_architecture(base)
     check_choice(scale, Scale, "scale")
     settings = StepSettings(
@@ -132,6 +149,8 @@ def bench_training(
         tune=tune,
         precision=precision,
         compile=compile,
+        official=official,
+        lpips=lpips,
     )
     device = "cpu" if use_cpu() else "cuda" if torch.cuda.is_available() else "mps"
     rows: list[TrainingRow] = []
@@ -143,23 +162,26 @@ def bench_training(
                     _MAKERS[stage](architecture, settings, form),
                     Path(opened.enter_context(tempfile.TemporaryDirectory())),
                 )
-                for form in FORMS
+                for form in forms
             }
             rows += _rows(stage, steps, batch, repeats, device)
             if profile:
-                profiles[stage] = profile_step(steps["fast, cached"])
+                profiles[stage] = profile_step(steps[forms[-1]])
     return TrainingBenchmark(
         base=base,
         resolution=resolution,
         scale=scale,
         batch=batch,
         gan=gan,
+        official=official,
+        lpips=lpips is not None,
         tune=tune,
         device=device_name(device),
         precision=precision,
         compiled=compile,
         repeats=repeats,
         torch=torch.__version__,
+        process_memory_bytes=peak_memory_bytes(),
         rows=rows,
         profiles=profiles,
     )

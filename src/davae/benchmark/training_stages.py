@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
+from davae.benchmark.official_stage import ALIGNMENT, OfficialStage, official_model, official_reconstruction
 from davae.benchmark.variants import text_encoders_of
 from davae.choices import Precision, Scale
 from davae.data.images.protocol import Item, ItemDataset
@@ -19,6 +20,7 @@ from davae.diffusion.noise import DdpmProcess, FlowProcess, NoiseProcess
 from davae.errors import DavaeError
 from davae.latents import LatentLayout, gradient_ratio, gradient_scale
 from davae.models import AutoencoderDA
+from davae.models.base_adapters.blocks import with_plain_blocks
 from davae.pipelines.families import PipelineFamily, family_of
 from davae.pipelines.sampling.speed import order_channels_last
 from davae.planner.architectures import Architecture, build, widened_config
@@ -45,6 +47,7 @@ from davae.warm_start import dummy_arguments
 
 Form = Literal["plain", "fast", "fast, cached"]
 FORMS: tuple[Form, ...] = ("plain", "fast", "fast, cached")
+ADAPTIVE = AlignmentSettings(adaptive=True)
 _GAN_WEIGHT = 0.1
 _BATCHES = 2  # of distinct images
 _FROM_TRANSFORMER = {  # a transformer's argument -> its name in a family's conditioning
@@ -67,6 +70,9 @@ class StepSettings:
         tune: which weights of the transformer are trained.
         precision: as in ``loop.precision``.
         compile: as in ``loop.compile``; ignored in the plain form.
+        official: train the autoencoder with the losses of the official SD3 code (see
+            :mod:`davae.benchmark.official_stage`).
+        lpips: VGG-16 file of an LPIPS term in the official losses.
         learning_rate, eps: of AdamW.
     """
 
@@ -78,6 +84,8 @@ class StepSettings:
     tune: Literal["full", "lora"] = "full"
     precision: Precision = "no"
     compile: bool = False
+    official: bool = False
+    lpips: str | None = None
     learning_rate: float = 1e-4
     eps: float = 1e-8
 
@@ -104,22 +112,33 @@ class StepSettings:
 
 
 def autoencoder_stage(architecture: Architecture, settings: StepSettings, form: Form) -> AutoencoderStage:
-    """The autoencoder stage with adaptive alignment; weights and images are the same in every form.
+    """The autoencoder stage, adaptive or with the official losses; weights and images are the same in every form.
 
     Raises:
         DavaeError: the resolution is not a multiple of compression times patch.
     """
-    vae = _autoencoder(architecture, settings)
+    details = settings.details(architecture)
+    if settings.official:
+        model, alignment = official_model(settings.scale, details), ALIGNMENT
+        reconstruction = official_reconstruction(settings.lpips)
+    else:
+        model, alignment = AutoencoderModelSettings(scale=settings.scale, detail_channels=details), ADAPTIVE
+        reconstruction = ReconstructionSettings(gan=GanSettings(weight=_GAN_WEIGHT if settings.gan else 0.0))
+    vae = _autoencoder(architecture, settings, **model.model_dump(exclude={"scale", "detail_channels"}))
     images = RandomImages(_BATCHES * settings.batch, settings.resolution)
     recipe = AutoencoderSettings(
-        model=AutoencoderModelSettings(scale=settings.scale, detail_channels=settings.details(architecture)),
-        alignment=AlignmentSettings(adaptive=True),
-        reconstruction=ReconstructionSettings(gan=GanSettings(weight=_GAN_WEIGHT if settings.gan else 0.0)),
+        model=model,
+        alignment=alignment,
+        reconstruction=reconstruction,
         optimizer=settings.optimizer(),
         loop=settings.loop(form),
     )
+    if form == "plain":
+        with_plain_blocks(vae)
     with _seeded():
-        stage = SeparatePassesStage if form == "plain" else AutoencoderStage
+        stage: type[AutoencoderStage] = SeparatePassesStage if form == "plain" else AutoencoderStage
+        if settings.official:
+            stage = OfficialStage
         return stage(vae, recipe, images, images, cache_latents=form == "fast, cached")
 
 
@@ -197,10 +216,11 @@ class _WithText(DiffusionObjective):
         return super().forward(batch, step)
 
 
-def _autoencoder(architecture: Architecture, settings: StepSettings) -> AutoencoderDA:
+def _autoencoder(architecture: Architecture, settings: StepSettings, **options: Any) -> AutoencoderDA:
+    details = settings.details(architecture)
     with _seeded():
         base = build(architecture.vae, device="cpu")
-        vae = AutoencoderDA.from_base(base, scale=settings.scale, detail_channels=settings.details(architecture))
+        vae = AutoencoderDA.from_base(base, scale=settings.scale, detail_channels=details, **options)
     unit = vae.spatial_compression * architecture.patch
     if settings.resolution % unit:
         raise DavaeError(f"{settings.resolution} pixels are not a multiple of {unit} (compression x patch)")

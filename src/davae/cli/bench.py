@@ -16,6 +16,7 @@ Details = Annotated[int | None, typer.Option("--detail-channels", min=1, help="D
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")]
 Compile = Annotated[bool, typer.Option("--compile", help="torch.compile for all models.")]
 Stage = Literal["autoencoder", "diffusion"]
+Form = Literal["fast", "fast, cached"]
 Tune = Literal["full", "lora"]
 
 
@@ -109,7 +110,10 @@ def training(
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images per step.")] = 4,
     stage: Annotated[Stage | None, typer.Option("--stage", help="One stage alone (default: both).")] = None,
+    form: Annotated[Form | None, typer.Option("--form", help="The one to compare with plain (default: both).")] = None,
     gan: Annotated[bool, typer.Option("--gan", help="With the adversarial term.")] = False,
+    official: Annotated[bool, typer.Option("--official", help="Stage 1 with the official SD3 code's losses.")] = False,
+    lpips: Annotated[str | None, typer.Option("--lpips", help="VGG-16 file: LPIPS in the official losses.")] = None,
     tune: Annotated[Tune, typer.Option("--tune", help="Which weights of the transformer are trained.")] = "full",
     precision: Annotated[Precision, typer.Option("--precision", help="Precision of autocast.")] = "no",
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile in the fast forms.")] = False,
@@ -127,7 +131,10 @@ def training(
         detail_channels=detail_channels,
         batch=batch,
         stages=(stage,) if stage else get_args(Stage),
+        forms=("plain", form) if form else ("plain", *get_args(Form)),
         gan=gan,
+        official=official,
+        lpips=lpips,
         tune=tune,
         precision=precision,
         compile=compile,

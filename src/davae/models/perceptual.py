@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel
 
 from davae.errors import DavaeError
@@ -70,8 +71,26 @@ class LpipsLoss(nn.Module):
         }
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        """Distances ``[B]`` of pairs ``[B, 3, H, W]`` in [-1, 1]."""
-        return self.network(images.float(), reconstruction.float()).flatten()
+        """Distances ``[B]`` of pairs ``[B, 3, H, W]`` in [-1, 1]; gradients flow to ``reconstruction`` only.
+
+        For training only the layers' features are kept, not what their distances are made of.
+        """
+        if not (torch.is_grad_enabled() and reconstruction.requires_grad):
+            return self.network(images.float(), reconstruction.float()).flatten()
+        features, prepared = self.network.net, self.network.scaling_layer
+        with torch.no_grad():
+            wanted = features(prepared(images.float()))
+        found = features(prepared(reconstruction.float()))
+        layers = zip(self.network.lins, wanted, found, strict=True)
+        each = [checkpoint(_distance, *layer, use_reentrant=False, preserve_rng_state=False) for layer in layers]
+        return torch.stack(each).sum(dim=0)
+
+
+def _distance(weighted: nn.Module, a: Tensor, b: Tensor) -> Tensor:
+    """LPIPS' distance ``[B]`` of two images' features of one layer, ``[B, C, h, w]``."""
+    units = [x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for x in (a, b)]
+    made: Tensor = weighted((units[0] - units[1]) ** 2).mean(dim=(1, 2, 3))  # [B, 1, h, w] before the mean
+    return made
 
 
 def _check_layer(file: str, key: str, found: Tensor | None, wanted: Tensor) -> None:

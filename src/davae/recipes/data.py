@@ -37,8 +37,9 @@ class ImageSettings(Section):
     hold_out: Annotated[Weight, AfterValidator(_share_or_number)] = 0.05
     """Share of the images (below 1) or their number (1 and more) kept for validation; 0 keeps none, and nothing is
     measured."""
-    workers: Annotated[NotNegative, MAY_CHANGE] = 0
-    """Loader processes; 0 decodes in the training process."""
+    workers: Annotated[NotNegative | None, MAY_CHANGE] = 0
+    """Loader processes of each training process; 0 decodes in the training process, ``null`` takes one per processor
+    that it has, at most 8."""
     timeout_s: Annotated[Weight, MAY_CHANGE] = 600.0
     """Seconds to wait for a batch before the run stops and names the files being read; 0 waits indefinitely."""
 

@@ -1,5 +1,7 @@
 """The device and precision that models run in, checked before anything is loaded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -87,3 +89,26 @@ def wanted_dtype(name: str | None) -> torch.dtype | Literal["saved"]:
         DavaeError: an unknown name.
     """
     return "saved" if name is None else named_dtype(name)
+
+
+def use_gpu_for_training() -> None:
+    """Let CUDA kernels be chosen for training; without a GPU the switches have no effect."""
+    # Images of a training have one size, or a few (buckets): each is tried once, then cuDNN's fastest kernel is used.
+    torch.backends.cudnn.benchmark = True
+    # Products of float32 matrices then use tensor cores, as convolutions do by torch's default. Training noise is far
+    # above the rounding to 10 bits; sums stay float32, and autocast's products have 7 bits.
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Context in which CUDA multiplies float32 numbers in float32, for comparisons of results."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = False
+    try:
+        # cuDNN would choose TF32 for some channel counts and not for others.
+        with cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False):
+            yield
+    finally:
+        matmul.allow_tf32 = before

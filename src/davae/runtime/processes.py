@@ -23,6 +23,7 @@ from davae.runtime.places import KindName, claim
 T = TypeVar("T")
 
 _SENT_TOGETHER = 256
+_MOST_WORKERS = 8
 
 LONGEST_WAIT = timedelta(hours=2)
 """Time-out of collective operations: others wait while one process exports. torch's own limit is ten minutes."""
@@ -66,6 +67,17 @@ def refuse_deepspeed() -> None:
 def use_cpu() -> bool:
     """Whether there is no accelerator (CUDA or MPS) that training can use."""
     return not torch.cuda.is_available() and not torch.backends.mps.is_available()
+
+
+def loader_workers(asked: int | None) -> int:
+    """The number of loader processes: by default one per processor of this process, at most 8.
+
+    All processes that a launcher started on this machine share its processors.
+    """
+    if asked is not None:
+        return asked
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_MOST_WORKERS, processors // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def rank_and_world() -> tuple[int, int]:

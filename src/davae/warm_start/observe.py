@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from davae.errors import WarmStartError
+from davae.runtime.devices import without_tf32
 
 
 @dataclass
@@ -89,16 +90,14 @@ def first_tensor(value: Any) -> Tensor:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, autocast or TF32 convolutions; every module's mode is restored."""
+    """Eval mode without gradients, autocast or TF32; every module's mode is restored."""
     modes = {module: module.training for module in model.modules()}
-    cudnn = torch.backends.cudnn
     model.eval()
     try:
         with (
             torch.no_grad(),
             torch.autocast(next(model.parameters()).device.type, enabled=False),
-            # cuDNN would choose TF32 for some channel counts and not for others.
-            cudnn.flags(cudnn.enabled, cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False),
+            without_tf32(),
         ):
             yield
     finally:

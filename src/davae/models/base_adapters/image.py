@@ -5,13 +5,13 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from davae.models.base_adapters.adapter import BaseAdapter, Convolution, FeatureChain, register_adapter
+from davae.models.base_adapters.blocks import with_memory_efficient_blocks
 from davae.models.portable import OpenedWhole
 
 
@@ -160,50 +160,6 @@ def _matrix(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
 def _runs(few: int, many: int) -> Tensor:
     """``[many, few]``: 1 where a row is among the column's ``many / few`` consecutive rows, else 0."""
     return torch.eye(few).repeat_interleave(many // few, dim=0)
-
-
-class InPlaceSiLU(nn.SiLU):
-    """``x sigmoid(x)``, in place while gradients are off; for inputs that are not used again."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """SiLU of a tensor of any shape."""
-        return F.silu(input, inplace=not torch.is_grad_enabled())
-
-
-class MemoryEfficientResnetBlock2D(ResnetBlock2D):
-    """A residual block without time embedding or resampling that works in place while gradients are off."""
-
-    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        """``[B, in, h, w]`` to ``[B, out, h, w]``."""
-        if torch.is_grad_enabled() or temb is not None:
-            return super().forward(input_tensor, temb, *args, **kwargs)
-        x = self.conv1(F.silu(self.norm1(input_tensor), inplace=True))  # [B, out, h, w]
-        x = F.silu(self.norm2(x), inplace=True)
-        x = self.conv2(self.dropout(x))
-        x += input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        return x if self.output_scale_factor == 1.0 else x.div_(self.output_scale_factor)
-
-
-def with_memory_efficient_blocks(network: nn.Module) -> nn.Module:
-    """Make diffusers' ``Encoder`` or ``Decoder`` use these blocks; it is changed in place and returned."""
-    for module in network.modules():
-        if _is_plain_block(module):
-            module.__class__ = MemoryEfficientResnetBlock2D
-    if type(getattr(network, "conv_act", None)) is nn.SiLU:  # after a norm, whose output nobody else reads
-        network.conv_act = InPlaceSiLU()
-    return network
-
-
-def _is_plain_block(module: nn.Module) -> bool:
-    return (
-        type(module) is ResnetBlock2D
-        and module.time_emb_proj is None
-        and module.upsample is None
-        and module.downsample is None
-        and type(module.nonlinearity) is nn.SiLU
-        and isinstance(module.norm1, nn.GroupNorm)
-        and isinstance(module.norm2, nn.GroupNorm)
-    )
 
 
 class LDMAutoencoderKL(OpenedWhole, AutoencoderKL):

@@ -60,11 +60,15 @@ class StructuredObjective(nn.Module):
         """Named scalar losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is minimised.
 
         With several levels the names begin with the level, as in ``level2_l1``. A batch may contain the
-        :meth:`frozen_latent` of its images as ``base_latent``.
+        :meth:`frozen_latent` of its images as ``base_latent``, and as ``target`` what is to be reconstructed in their
+        place.
         """
         levels = self._levels()
         images = self._images(batch["image"])
-        targets = images if self.target == "image" else [self._base_reconstruction(image) for image in images]
+        if "target" in batch:
+            targets = self._images(batch["target"])
+        else:
+            targets = images if self.target == "image" else [self._base_reconstruction(image) for image in images]
         cached = batch.get("base_latent")
         latent = self._encode(images[0]) if cached is None else cached
         # [B, C, h, w]; every level appends its details

@@ -13,6 +13,7 @@ from davae.models import AutoencoderDA
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.pipelines.upgrade import layout_over
 from davae.recipes.settings import AutoencoderModelSettings, AutoencoderSettings, UpgradeRecipe
+from davae.runtime.processes import loader_workers
 from davae.training.autoencoder.stage import AutoencoderStage
 from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.checkpoints.foundations import model_hash
@@ -129,7 +130,7 @@ def _train(
         recipe.autoencoder,
         train_set,
         held_out,
-        workers=data.workers,
+        workers=loader_workers(data.workers),
         timeout_s=data.timeout_s,
         cache_latents=data.cache_latents,
     )

@@ -28,7 +28,7 @@ from davae.runtime.atomic_files import save_whole
 from davae.runtime.model_files import open_model
 from davae.runtime.pictures import reduced
 from davae.runtime.places import check_place
-from davae.runtime.processes import claimed_by_first, is_first, wait_for_everyone
+from davae.runtime.processes import claimed_by_first, is_first, loader_workers, wait_for_everyone
 from davae.training.base.autoencoder_stage import BaseAutoencoderStage, build_kl
 from davae.training.cache.write import open_cache
 from davae.training.checkpoints.checkpoint import checkpoints
@@ -98,7 +98,7 @@ def _train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None) -
         images,
         held_out,
         cache_latents=data.cache_latents and not data.cache,
-        workers=data.workers,
+        workers=loader_workers(data.workers),
         timeout_s=data.timeout_s,
     )
     diffusion = DiffusionStage(pipeline, layout, settings, inputs)
@@ -181,7 +181,7 @@ def _new_pipeline(
     plain = recipe.model_dump(mode="json")
     begun = checkpoints(out / "transformer" / "checkpoints")  # it stands on the autoencoder and knows its weights
     if not _is_saved(vae_folder) or (not begun and checkpoints(out / "autoencoder" / "checkpoints")):
-        workers, timeout_s = recipe.data.workers, recipe.data.timeout_s
+        workers, timeout_s = loader_workers(recipe.data.workers), recipe.data.timeout_s
         kept = full.unmirrored()
         if workers and isinstance(kept, ImagesInMemory):
             kept.read_all(workers, timeout_s)

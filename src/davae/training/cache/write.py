@@ -22,7 +22,14 @@ from davae.recipes.data import DataSettings
 from davae.runtime.atomic_files import disk_full_as_error
 from davae.runtime.pixel_budget import images_together
 from davae.runtime.places import claim
-from davae.runtime.processes import UNEVEN_WAIT, everyone, rank_and_world, start_processes, wait_for_everyone
+from davae.runtime.processes import (
+    UNEVEN_WAIT,
+    everyone,
+    loader_workers,
+    rank_and_world,
+    start_processes,
+    wait_for_everyone,
+)
 from davae.runtime.progress import Progress
 from davae.training.cache.fingerprint import cache_fingerprint, pipeline_parts, version_of, without_touched
 from davae.training.data import open_training_part, require_captions
@@ -168,7 +175,11 @@ def _write_latents(
     together = images_together(data.resolution, data.resolution)  # buckets have about as many pixels
     parts = list(same_size_batches(images, missing, together))[rank::world]
     loader = DataLoader(
-        images, batch_sampler=parts, num_workers=data.workers, collate_fn=list, generator=torch.Generator()
+        images,
+        batch_sampler=parts,
+        num_workers=loader_workers(data.workers),
+        collate_fn=list,
+        generator=torch.Generator(),
     )
     ledger = SkipLedger.for_dataset(images)
     before, training = vae.device, vae.training

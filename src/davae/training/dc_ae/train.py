@@ -24,7 +24,7 @@ from davae.recipes.read import differing_keys, dump_recipe, load_recipe
 from davae.runtime.atomic_files import atomic_json
 from davae.runtime.model_files import open_model
 from davae.runtime.pictures import reduced_to
-from davae.runtime.processes import everyone, is_first, start_processes
+from davae.runtime.processes import everyone, is_first, loader_workers, start_processes
 from davae.runtime.text_files import read_object
 from davae.training.checkpoints.foundations import model_hash
 from davae.training.checkpoints.run_directory import RunDirectory, data_facts
@@ -128,7 +128,7 @@ def train_dc_ae(recipe: DcAeRecipe, out: Path, *, phase: int, start: Path | None
         measured_images(recipe),
         prefixes=recipe.measure.prefixes,
         scaling_images=recipe.measure.scaling_images,
-        workers=recipe.data.workers,
+        workers=loader_workers(recipe.data.workers),
     )
     stage.section, stage.timeout_s = f"phase{phase}", recipe.data.timeout_s
     if start is not None:

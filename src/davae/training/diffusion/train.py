@@ -17,6 +17,7 @@ from davae.pipelines.families import family_of
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.pipelines.upgrade import layout_over, scheduler_for
 from davae.recipes.settings import DiffusionSettings, UpgradeRecipe
+from davae.runtime.processes import loader_workers
 from davae.training.cache.fingerprint import pipeline_parts
 from davae.training.cache.write import open_cache
 from davae.training.checkpoints.checkpoint import checkpoints
@@ -132,7 +133,7 @@ def _inputs(recipe: UpgradeRecipe, vae: AutoencoderDA, held_out: ItemDataset) ->
         train_set,
         held_out,
         cache_latents=data.cache_latents and not data.cache,
-        workers=data.workers,
+        workers=loader_workers(data.workers),
         timeout_s=data.timeout_s,
     )
     return inputs, weights

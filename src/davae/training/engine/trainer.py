@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from davae.models.fp32_linear_attention import keep_linear_attention_in_float32
 from davae.pipelines.sampling.speed import compile_regions, order_channels_last
 from davae.recipes.loop import LoopSettings
+from davae.runtime.devices import use_gpu_for_training
 from davae.training.engine.fsdp import is_sharding, leave_constants, replicate, shard, synchronise_norms, unsynced
 from davae.training.engine.optimizer import make_optimizer
 from davae.training.engine.tensors import (
@@ -160,6 +161,9 @@ def prepare(accelerator: Accelerator, loop: LoopSettings, trained: TrainedModule
     leave_constants(module)
     if accelerator.num_processes > 1 and device.type == "cuda":
         synchronise_norms(module)
+    use_gpu_for_training()
+    # A GPU's tensor cores take convolutions in this order; cuDNN converts others to it and back. torch's CUDA group
+    # norm gives back contiguous tensors, so that each norm costs one such conversion: no more than without.
     if loop.channels_last:
         order_channels_last(module)
     if loop.compile:
