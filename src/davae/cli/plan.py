@@ -33,6 +33,7 @@ def plan(
         str | None,
         typer.Option(help="Recipe whose steps and batch sizes to use (default: the bundled one for this upgrade)."),
     ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Memory of a training without a GPU.")] = False,
     json_file: Json = None,
 ) -> None:
     """Estimate tokens, FLOPs, memory, speed-up and training hours of an upgrade, without training."""
@@ -50,6 +51,7 @@ def plan(
         batch=batch,
         recipe=recipe,
         overrides=overrides,
+        cpu=cpu,
     )
     write_figures(json_file, made.to_json())
     from davae.cli.tables import print_plan

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,12 @@ class Cost:
 
 
 def cost_of(
-    fn: Callable[[], object], *, given: Iterable[Tensor] = (), watch: bool = True, autocast: bool = False
+    fn: Callable[[], object],
+    *,
+    given: Iterable[Tensor] = (),
+    watch: bool = True,
+    autocast: bool = False,
+    cpu: bool = False,
 ) -> Cost:
     """Operations and peak memory of one call, forward or forward and backward.
 
@@ -42,11 +48,16 @@ def cost_of(
         fn: what to measure; its tensors are on the meta device.
         given: tensors that exist before, such as weights, and do not count.
         watch: also track memory; without it only operations are counted, several times faster.
-        autocast: 16-bit mixed precision, as on a GPU. Gradient checkpointing must be told separately
-            (:func:`checkpointing`).
+        autocast: 16-bit mixed precision. Gradient checkpointing must be told separately (:func:`checkpointing`).
+        cpu: by a CPU's rules: its autocast leaves norms and softmax in 16 bit.
     """
     meter = Meter(given, watch)
-    with meter, GpuKernels(autocast):
+    # Blocks that recompute by themselves need these kernels then, too.
+    with (
+        patch.object(torch.utils.checkpoint, "checkpoint", checkpointing(autocast, cpu)),
+        meter,
+        Kernels(autocast, cpu),
+    ):
         fn()
     return Cost(meter.flops, meter.peak_bytes)
 
@@ -110,16 +121,16 @@ _NARROW |= {Tensor.matmul, Tensor.__matmul__, Tensor.bmm, Tensor.mm}
 _WIDE = {F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.softmax, torch.softmax, Tensor.softmax}
 
 
-class GpuKernels(TorchFunctionMode):
-    """Makes the meta device compute shapes as a GPU does.
+class Kernels(TorchFunctionMode):
+    """Makes the meta device compute shapes as a GPU does, or a CPU.
 
     Attention goes to the fused kernels, which keep no score matrix. With ``autocast``, operators run in 16 bit or
-    float32 as under CUDA's autocast; trained weights are cast once.
+    float32 as under the device's autocast; trained weights are cast once.
     """
 
-    def __init__(self, autocast: bool = False) -> None:
+    def __init__(self, autocast: bool = False, cpu: bool = False) -> None:
         super().__init__()
-        self.autocast = autocast
+        self.autocast, self.wide = autocast, frozenset() if cpu else _WIDE
         self._cast_weights: dict[int, Tensor] = {}
 
     def __torch_function__(
@@ -129,7 +140,7 @@ class GpuKernels(TorchFunctionMode):
         attention = func is F.scaled_dot_product_attention
         if self.autocast and (attention or func in _NARROW):
             args, kwargs = tree_map_only(Tensor, self._narrow, (args, kwargs))
-        elif self.autocast and func in _WIDE:
+        elif self.autocast and func in self.wide:
             args, kwargs = tree_map_only(Tensor, _wide, (args, kwargs))
         return _fused_attention(*args, **kwargs) if attention else func(*args, **kwargs)
 
@@ -169,17 +180,17 @@ def _fused_attention(
     return efficient(query, key, value, bias, torch.is_grad_enabled(), 0.0, is_causal, scale=scale)[0]
 
 
-def checkpointing(autocast: bool) -> Callable[..., Any]:
+def checkpointing(autocast: bool, cpu: bool = False) -> Callable[..., Any]:
     """The function for ``enable_gradient_checkpointing`` of a model on the meta device."""
 
-    def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
+    def checkpointed(function: Callable[..., Any], *args: Any, **_: Any) -> Any:
         # Recomputation runs in the backward pass, where function modes are off: enable this one again.
         return checkpoint(
             function,
             *args,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), GpuKernels(autocast)),
+            context_fn=lambda: (nullcontext(), Kernels(autocast, cpu)),
         )
 
     return checkpointed

@@ -1,6 +1,7 @@
 """Dry runs: a recipe's real architecture on the meta device, its checks, and the plan of its cost."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -64,6 +65,7 @@ def plan_upgrade(
     batch: int = 1,
     recipe: str | None = None,
     overrides: Sequence[str] = (),
+    cpu: bool = False,
 ) -> Plan:
     """:func:`davae.planner.plan.plan` with the training of a recipe.
 
@@ -72,6 +74,7 @@ def plan_upgrade(
         recipe: name or file; by default the bundled recipe for this base, resolution and scale, if there is
             one, else the planner's defaults.
         overrides: ``section.key=value``, of the recipe.
+        cpu: memory of a training on a CPU.
 
     Raises:
         DavaeError: an unknown base, GPU or recipe, sizes that do not fit, or neither a base nor a recipe.
@@ -87,12 +90,13 @@ def plan_upgrade(
     architecture = find_architecture(str(base))
     resolution, scale = resolution or 1024, scale or 2
     settings = given or _bundled_for(architecture.name, resolution, scale)
-    runs = {}
+    runs: dict[str, AutoencoderRun | DiffusionRun] = {}
     if settings is not None:
         runs = {"autoencoder": _autoencoder_run(settings), "diffusion": _diffusion_run(settings, architecture)}
     elif targets := find_family(architecture.pipeline).lora_targets:
         steps = DiffusionRun(steps=20_000, batch_size=6, gradient_accumulation=16, lora_targets=targets)
         runs = {"diffusion": steps}
+    runs = {name: replace(run, cpu=cpu) for name, run in runs.items()}
     details: int | tuple[int, ...] | None = detail_channels
     if details is None and settings is not None and settings.autoencoder.model.scale == scale:
         details = _detail_channels(settings)

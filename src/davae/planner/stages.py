@@ -32,6 +32,7 @@ class Run:
         gradient_checkpointing: activations of blocks are computed again in the backward.
         ema: a float32 average of the trained weights is kept.
         validation_images: images made or reconstructed in a validation.
+        cpu: on a CPU, whose autocast keeps norms in 16 bit.
         optimizer_bytes: of the optimizer's state, per trained parameter; AdamW keeps two float32 numbers.
     """
 
@@ -42,6 +43,7 @@ class Run:
     gradient_checkpointing: bool = True
     ema: bool = True
     validation_images: int = 16
+    cpu: bool = False
     optimizer_bytes: float = 8.0
 
     @property
@@ -121,7 +123,7 @@ def autoencoder_stage(
     vae.train()
     vae.train_levels(together=False, detail_encoders=run.detail_encoder)
     if run.gradient_checkpointing:
-        vae.enable_gradient_checkpointing(checkpointing(run.autocast))
+        vae.enable_gradient_checkpointing(checkpointing(run.autocast, run.cpu))
     parts: dict[str, nn.Module] = {"autoencoder": vae}
     with torch.device("meta"):
         if run.lpips:
@@ -186,7 +188,7 @@ def diffusion_stage(
         select_trained(model, run)
         model.eval()  # dropping labels reads values; gradients flow all the same
         if run.gradient_checkpointing:
-            model.enable_gradient_checkpointing(checkpointing(run.autocast))
+            model.enable_gradient_checkpointing(checkpointing(run.autocast, run.cpu))
         latent = torch.empty(run.batch_size, layout.channels, side, side, device="meta")
         arguments = dummy_arguments(model, latent, torch.Generator(), **_text(text_tokens))
         return _run_step(lambda: _square(model(**arguments).sample).backward(), [model], run)
@@ -265,7 +267,7 @@ def _run_step(step: Callable[[], None], modules: Iterable[nn.Module], run: Run) 
     for module in modules:
         drop_gradients(module.parameters())
         given += [*module.parameters(), *module.buffers()]
-    return cost_of(step, given=given, autocast=run.autocast)
+    return cost_of(step, given=given, autocast=run.autocast, cpu=run.cpu)
 
 
 def _stage_cost(cost: Cost, learning: list[nn.Parameter], weights: dict[str, int], run: Run) -> StageCost:
