@@ -18,6 +18,7 @@ from davae.planner.memory import checkpointing, cost_of, drop_gradients
 from davae.planner.phases import Phase
 from davae.planner.plan import Plan
 from davae.planner.recipes import _detail_channels, plan_upgrade, recipe_plan
+from davae.recipes.presets import find_preset
 from davae.recipes.read import load_recipe, recipe_names
 from davae.recipes.settings import UpgradeRecipe
 from davae.runtime.pixel_budget import images_together
@@ -27,9 +28,9 @@ from davae.training.diffusion.inputs import encode_images
 
 
 def _real() -> list[str]:
-    """The bundled recipes over bases that are not made in code."""
+    """The bundled recipes over bases with a bundled configuration."""
     found = {name: load_recipe(name) for name in recipe_names()}
-    return [n for n, r in found.items() if isinstance(r, UpgradeRecipe) and "/" in r.base]
+    return [n for n, r in found.items() if isinstance(r, UpgradeRecipe) and find_preset(r.base) is not None]
 
 
 @cache

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 
 class InPlaceSiLU(nn.SiLU):
@@ -57,7 +57,7 @@ def _recomputed(norm: nn.Module, conv: nn.Module, x: Tensor) -> Tensor:
 
     if norm._forward_hooks:  # tiles of one image share statistics by hooks, which are gone on the way back
         return activated(x)
-    made: Tensor = torch.utils.checkpoint.checkpoint(activated, x, use_reentrant=False, preserve_rng_state=False)
+    made: Tensor = checkpoint.checkpoint(activated, x, use_reentrant=False, preserve_rng_state=False)
     return made
 
 
