@@ -563,9 +563,9 @@ def test_a_damaged_saved_set(tmp_path: Path) -> None:
         (folder / "dataset_info.json").write_text("{}")
         with pytest.raises(DavaeError, match=message):
             open_dataset(folder, resolution=16)
-    os.mkfifo(folder / "gone.arrow")
+    os.mkfifo(tmp_path / "3" / "gone.arrow")
     with pytest.raises(DavaeError, match=r"gone\.arrow is a pipe or a device"):
-        open_dataset(folder, resolution=16)
+        open_dataset(tmp_path / "3", resolution=16)
 
 
 # Text

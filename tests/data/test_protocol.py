@@ -39,6 +39,7 @@ OTHERS = {
     "_PlainDataset": "somebody else's data set, tested below",
     "ProceduralScenes": "the painter, which RenderedDataset puts behind the base class",
     "WatchedItems": "read by (epoch, position), by loaders alone",
+    "WithTargets": "kept targets of a benchmark, tested with it",
 }
 
 

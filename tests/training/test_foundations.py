@@ -213,12 +213,16 @@ def test_settings_that_change_nothing_learnt_may_change(place: Path, caplog: pyt
     assert "diffusion.loop.steps: 2 -> 4" in caplog.text
 
 
+OPENERS = ("runs.train.load_recipe_autoencoder", "diffusion.train.load_recipe_base")
+"""What opens a base, in stage 1 and stage 2."""
+
+
 @contextmanager
 def _nothing_opens() -> Iterator[None]:
     """Neither images nor a base."""
     with pytest.MonkeyPatch.context() as closed:
-        for name in ("check_images", "load_recipe_base"):
-            closed.setattr(f"davae.training.runs.train.{name}", lambda *_, **__: pytest.fail("opened"))
+        for name in ("runs.train.check_images", *OPENERS):
+            closed.setattr(f"davae.training.{name}", lambda *_, **__: pytest.fail("opened"))
         yield
 
 
@@ -369,7 +373,8 @@ def test_a_start_that_is_none_is_told(
     section = message.partition(".")[0]
     recipe = _recipe(f"{section}.start_from={start}", f"diffusion.tune.mode={mode}")
     train = train_autoencoder if section == "autoencoder" else partial(train_diffusion, autoencoder=Path("stage1"))
-    monkeypatch.setattr("davae.training.runs.train.load_recipe_base", lambda *_, **__: pytest.fail("opened"))
+    for name in OPENERS:
+        monkeypatch.setattr(f"davae.training.{name}", lambda *_, **__: pytest.fail("opened"))
     with pytest.raises(DavaeError, match=re.escape(message)):
         train(recipe, Path("other"))
 
