@@ -143,6 +143,7 @@ def test_stage_1_takes_what_is_planned(name: str, monkeypatch: pytest.MonkeyPatc
     vae = architecture.build_autoencoder(settings.model.scale, _detail_channels(recipe))
     mixed = settings.loop.precision != "no"
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     if settings.loop.gradient_checkpointing:
         vae.enable_gradient_checkpointing(checkpointing(mixed))
     with torch.device("meta"):
