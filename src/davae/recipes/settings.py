@@ -320,7 +320,8 @@ class UpgradeRecipe(Section):
     description: Annotated[str, MAY_CHANGE]
     """One line for people."""
     base: Annotated[str, MAY_MOVE] = "tiny"
-    """``tiny`` (embedded), ``debug`` (random weights), a pipeline folder, or a name on the hub."""
+    """``tiny`` (embedded), ``debug`` (random weights), a pipeline folder, or a name on the hub; for stage 1 also an
+    autoencoder by itself."""
     base_revision: Annotated[str | None, MAY_MOVE] = None
     """A name on the hub: the branch, tag or commit to take; none takes the newest. The run's environment.json says
     which commit it was, to be pinned here."""
