@@ -22,8 +22,8 @@ from davae.planner.memory import Cost, bytes_of, cost_of
 from davae.planner.stages import AutoencoderRun, DiffusionRun, StageCost, forward_cost
 from davae.runtime.pixel_budget import images_together
 
-PROGRAM = 800_000_000
-"""Bytes that Python with torch, diffusers and transformers takes before anything is opened; measured on Linux."""
+PROGRAM = 450_000_000
+"""Bytes that Python with torch, diffusers and transformers takes before anything is opened, without mapped files."""
 _CLIP_TOKENS = 77
 
 
