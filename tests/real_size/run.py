@@ -151,7 +151,10 @@ def walk(folder: Path, side: int, only: Sequence[str]) -> dict[str, Measured]:
             lambda: False,
         ),
         "generate": ([*davae, "generate", f"{run2}/pipeline", "--out", "images", *size], lambda: False),
-        "export": ([*davae, "export", run2, "--out", "exported", "--license", "other"], lambda: False),
+        "export": (
+            [*davae, "export", run2, "--out", "exported", "--license", "other", "--license-name", "random-weights"],
+            lambda: False,
+        ),
         "open in diffusers": ([sys.executable, "-c", plain], lambda: False),
     }
     found: dict[str, Measured] = {}
