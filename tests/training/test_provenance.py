@@ -1,5 +1,6 @@
 """Bases from the hub: pinned, written down, and never allowed to run code of their own unasked."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,13 +8,16 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from davae.bases.open import load_base
+from davae.bases import open as bases
+from davae.bases.open import load_base, load_recipe_autoencoder
 from davae.bases.tiny import debug_base
 from davae.data import Mirrored, open_dataset
 from davae.data.in_memory import ImagesInMemory
 from davae.errors import DavaeError
+from davae.recipes.presets import find_preset
 from davae.recipes.read import load_recipe
 from davae.training import data as images_of_recipes
 from davae.training.checkpoints.run_directory import base_facts, commit_of, data_facts
@@ -75,6 +79,17 @@ def test_an_autoencoder_on_the_hub_or_in_a_folder_is_a_base_for_stage_1(hub, tmp
     assert "4 base and" in run_autoencoder("debug", [f"base={hub}"], dry_run=True)
     with pytest.raises(DavaeError, match="an autoencoder by itself"):
         run_diffusion("debug", [f"base={hub}"], dry_run=True)
+
+
+def test_stage_1_knows_a_bundled_configuration_by_its_short_name(hub, tmp_path, monkeypatch):
+    """As everything else that opens a base does."""
+    preset = dataclasses.replace(find_preset("sd35-medium"), name="a/b")
+    monkeypatch.setattr(bases, "find_preset", lambda name: preset if name == "short" else None)
+    found = load_recipe_autoencoder(_recipe("base=short"))
+    expected = debug_base().vae.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.state_dict().items())
+    with pytest.raises(DavaeError, match=r"base_revision is set, but .* is a folder"):
+        load_recipe_autoencoder(_recipe(f"base={hub}", "base_revision=main"))
 
 
 def test_the_embedded_base_has_a_name_only():

@@ -16,6 +16,7 @@ from davae.models.latent_space import autoencoder_class
 from davae.pipelines.saving.opening import (
     TEXT_ENCODERS,
     hub_name,
+    is_model_alone,
     open_pipeline,
     opening,
     pipeline_place,
@@ -67,9 +68,9 @@ def load_recipe_autoencoder(recipe: UpgradeRecipe) -> Any:
     Raises:
         DavaeError: there is none, it is of an unknown class, or its files are missing, damaged or pickles.
     """
-    name = recipe.base
-    if is_built_in(name):
+    if is_built_in(recipe.base):
         return load_recipe_base(recipe).vae
+    name = _published_name(recipe.base, recipe.base_revision)
     with _named_causes(name, name, remote_code=False), opening("base", name):
         place, subfolder = _autoencoder_place(name, recipe.base_revision, weights=True)
         folder = str(place / subfolder)
@@ -83,6 +84,23 @@ def load_recipe_autoencoder(recipe: UpgradeRecipe) -> Any:
             return open_model(model_class.from_pretrained, folder, **options)[0]
 
 
+def _published_name(name: str, revision: str | None) -> str:
+    """A folder, or the name on the hub, which a bundled configuration's short name stands for.
+
+    Raises:
+        DavaeError: the base is published as checkpoint files, or a revision of a folder is asked for.
+    """
+    preset = find_preset(name)
+    if preset is not None and preset.pipeline == "ClassConditionalPipeline":
+        raise DavaeError(
+            f"'{name}' is published as checkpoint files, not as a pipeline: convert them with `davae convert vavae` "
+            "and `davae convert lightningdit --vae`, and give the folder; see docs/imagenet.md"
+        )
+    if revision is not None and Path(name).is_dir():
+        raise DavaeError(f"base_revision is set, but {name} is a folder; revisions are of names on the hub")
+    return name if preset is None else preset.name
+
+
 def _autoencoder_place(name: str, revision: str | None, *, weights: bool) -> tuple[Path, str]:
     """The folder of a base, and that of its autoencoder in it: ``vae``, or empty for an autoencoder by itself.
 
@@ -92,11 +110,10 @@ def _autoencoder_place(name: str, revision: str | None, *, weights: bool) -> tup
     if not folder.is_dir():
         fetch = partial(snapshot_download, hub_name("pipeline", name), revision=revision)
         folder = Path(fetch(allow_patterns=["model_index.json", "config.json"]))
-        inside = "vae/" if (folder / "model_index.json").is_file() else ""
+        inside = "" if is_model_alone(folder) else "vae/"
         if weights:
             fetch(allow_patterns=[f"{inside}config.json", f"{inside}diffusion_pytorch_model*.safetensors*"])
-    alone = (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
-    return (folder, "") if alone else (Path(pipeline_place(folder)), "vae")
+    return (folder, "") if is_model_alone(folder) else (Path(pipeline_place(folder)), "vae")
 
 
 def is_pipeline(name: str, revision: str | None = None) -> bool:
@@ -107,6 +124,7 @@ def is_pipeline(name: str, revision: str | None = None) -> bool:
     """
     if is_built_in(name):
         return True
+    name = _published_name(name, revision)
     with opening("base", name):
         return bool(_autoencoder_place(name, revision, weights=False)[1])
 
@@ -147,20 +165,11 @@ def load_base(
             pipe.transformer.to(transformer_dtype)
         pipe = pipe if dtype is None or isinstance(dtype, str) else pipe.to(dtype)
         return _emptied(pipe, without)
-    preset = find_preset(name)
-    if preset is not None and preset.pipeline == "ClassConditionalPipeline":
-        raise DavaeError(
-            f"'{name}' is published as checkpoint files, not as a pipeline: convert them with `davae convert vavae` "
-            "and `davae convert lightningdit --vae`, and give the folder; see docs/imagenet.md"
-        )
-    if preset is not None:
-        name = preset.name  # on the hub
+    name = _published_name(name, revision)
     options: dict[str, Any] = {"use_safetensors": True}
     if transformer_dtype is not None:
         options["dtype"] = {"transformer": transformer_dtype}
     if revision is not None:
-        if Path(name).is_dir():
-            raise DavaeError(f"base_revision is set, but {name} is a folder; revisions are of names on the hub")
         options["revision"] = revision
     if remote_code:
         options["trust_remote_code"] = True

@@ -30,6 +30,7 @@ from davae.latents import LatentLayout
 from davae.models import AutoencoderDA, find_adapter
 from davae.models.base_adapters.adapter import constructor_arguments
 from davae.pipelines.families import find_family
+from davae.pipelines.saving.opening import is_model_alone
 from davae.planner.memory import Cost, ShapesOnly
 from davae.recipes.presets import License, find_preset, preset_names
 from davae.runtime.text_files import read_object
@@ -233,7 +234,7 @@ def find_architecture(base: str | Path | DiffusionPipeline) -> Architecture:
             source=f"bundled configuration '{preset.key}' ({preset.source})",
             steps=preset.steps,
         )
-    if (Path(name) / "config.json").is_file() and not (Path(name) / "model_index.json").is_file():
+    if is_model_alone(Path(name)):
         config = read_object(Path(name) / "config.json")
         return Architecture(
             name, pipeline="", transformer={}, vae=config, text_encoders={}, source=f"autoencoder in {name}"

@@ -223,6 +223,11 @@ def _check_tokenizer(kind: Any, folder: Path) -> None:
                 raise DavaeError(f"the {kind.__name__} in {folder} lacks {' or '.join(sorted(names))}: save it again")
 
 
+def is_model_alone(folder: Path) -> bool:
+    """Whether a folder holds a model by itself, not a pipeline."""
+    return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+
+
 def pipeline_place(folder_or_repo: str | Path) -> str:
     """The folder of a pipeline, given that folder or a run with one; a hub name unchanged.
 

@@ -8,7 +8,7 @@ from davae.bases.open import is_built_in, load_base, load_recipe_autoencoder
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import ClassFamily, find_family
-from davae.pipelines.saving.opening import LAYERS_FILE, pipeline_place
+from davae.pipelines.saving.opening import LAYERS_FILE, is_model_alone, pipeline_place
 from davae.planner.architectures import Architecture, find_architecture
 from davae.planner.recipes import dry_run as describe_run
 from davae.recipes.checks import check_backbones, check_settings, check_start
@@ -147,8 +147,7 @@ def _known_architecture(base: str) -> Architecture | None:
     folder = Path(base).expanduser()
     if not folder.is_dir():
         return None
-    alone = (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
-    return find_architecture(folder if alone else pipeline_place(folder))
+    return find_architecture(folder if is_model_alone(folder) else pipeline_place(folder))
 
 
 def _compression(architecture: Architecture) -> int:
