@@ -19,7 +19,7 @@ from davae.models.latent_space import decode
 from davae.pipelines.families import PROMPTS_TOGETHER
 from davae.planner.architectures import Architecture, block_runs, build_text_encoder, cost_by_depth, shallow_copy
 from davae.planner.memory import Cost, bytes_of, cost_of
-from davae.planner.stages import AutoencoderRun, DiffusionRun, StageCost, forward_cost
+from davae.planner.stages import AutoencoderRun, DiffusionRun, Run, StageCost, forward_cost
 from davae.runtime.pixel_budget import images_together
 
 PROGRAM = 450_000_000
@@ -80,11 +80,9 @@ def autoencoder_phases(
     base = _bytes(architecture.build_vae())
     together, image = images_together(resolution, resolution), 12 * resolution**2
     images = torch.empty(together, 3, resolution, resolution, device="meta")
-    kept = {k: v for k, v in step.memory.items() if k not in ("gradients", "activations")}
-    swapped = {"weights set aside": 4 * step.trained_parameters} if run.ema else {}
+    kept, saved = _between_steps(step, run), _checkpoint(step, run)
     host = {"program": PROGRAM, "base": base}
     shown = 5 * image * run.validation_images  # the images and their rows
-    saved = round((8 + run.optimizer_bytes if run.ema else 4 + run.optimizer_bytes) * step.trained_parameters)
 
     def validate() -> None:
         below, z_d = vae.encode_prefix(images), vae.encode_own_details(images).mean
@@ -93,8 +91,8 @@ def autoencoder_phases(
         del rows
         vae.decode_structured(below, torch.zeros_like(z_d))
 
-    validation = {**kept, **swapped, "activations": _forward(vae, validate)}
-    export = {**kept, **swapped, "activations": _forward(vae, lambda: vae.encode_details(images))}
+    validation = {**kept, "activations": _forward(vae, validate)}
+    export = {**kept, "activations": _forward(vae, lambda: vae.encode_details(images))}
     return {
         "start": Phase({"autoencoder": step.memory["autoencoder"]}, host),
         "step": Phase(step.memory, {**host, "checkpoint": saved, "images": 2 * run.batch_size * image}),
@@ -103,17 +101,41 @@ def autoencoder_phases(
     }
 
 
-def cache_phases(
+@dataclass(frozen=True)
+class Encoding:
+    """Bytes of the autoencoder and of the text encoders (in 16 bit), and of the activations while each encodes."""
+
+    autoencoder: int
+    images: int
+    text_encoders: int
+    texts: int
+
+
+def encoding_costs(
     architecture: Architecture, vae: AutoencoderDA, resolution: int, prompt_length: int | None
-) -> dict[str, Phase]:
+) -> Encoding:
+    """What encoding takes: of as many images, or prompts, as go through together."""
+    together = images_together(resolution, resolution)
+    images = torch.empty(together, 3, resolution, resolution, device="meta")
+    weights = largest = 0
+    for name, config in architecture.text_encoders.items():
+        encoder = nn.Module.to(build_text_encoder(name, config), torch.bfloat16).eval()
+        clip = config["model_type"] == "clip_text_model"
+        length = _CLIP_TOKENS if clip else prompt_length or architecture.prompt_length
+        ids = torch.zeros(PROMPTS_TOGETHER, length, dtype=torch.long, device="meta")
+        largest = max(largest, _forward(encoder, lambda: encoder(input_ids=ids)))  # noqa: B023 (called at once)
+        weights += _bytes(encoder)
+    return Encoding(_bytes(vae), _forward(vae, lambda: vae.encode(images)), weights, largest)
+
+
+def cache_phases(encoding: Encoding, resolution: int) -> dict[str, Phase]:
     """Phases of ``davae cache``: captions by the base's text encoders, images by the upgraded autoencoder."""
-    weights, encoding = encoding_of_images(vae, resolution)
     read = {"images": 2 * images_together(resolution, resolution) * 12 * resolution**2}
-    found = {"images": Phase({"autoencoder": weights, "activations": encoding}, {"program": PROGRAM, **read})}
-    if architecture.text_encoders:
-        encoders, activations = text_encoding(architecture, prompt_length)
-        device = {"text encoders": encoders, "activations": activations}
-        found["text"] = Phase(device, {"program": PROGRAM, "autoencoder": weights})
+    device = {"autoencoder": encoding.autoencoder, "activations": encoding.images}
+    found = {"images": Phase(device, {"program": PROGRAM, **read})}
+    if encoding.text_encoders:
+        device = {"text encoders": encoding.text_encoders, "activations": encoding.texts}
+        found["text"] = Phase(device, {"program": PROGRAM, "autoencoder": encoding.autoencoder})
     return found
 
 
@@ -123,6 +145,7 @@ def diffusion_phases(
     resolution: int,
     run: DiffusionRun,
     step: StageCost,
+    encoding: Encoding,
     *,
     text_tokens: int,
 ) -> dict[str, Phase]:
@@ -134,22 +157,19 @@ def diffusion_phases(
         resolution: side of the images.
         run: how it is trained.
         step: its step, from :func:`davae.planner.stages.diffusion_stage`.
+        encoding: what encoding takes.
         text_tokens: of a prompt.
     """
-    weights, encoding = encoding_of_images(vae, resolution)
-    text, text_activations = text_encoding(architecture, run.prompt_length)
+    weights, text = encoding.autoencoder, encoding.text_encoders
     width = torch.finfo(getattr(torch, run.frozen_dtype)).bits // 8
     transformer = step.memory["transformer"]
-    kept = {k: v for k, v in step.memory.items() if k not in ("gradients", "activations", "autoencoder")}
-    kept["autoencoder"] = weights
-    swapped = {"weights set aside": 4 * step.trained_parameters} if run.ema else {}
+    kept, saved = {**_between_steps(step, run), "autoencoder": weights}, _checkpoint(step, run)
     image = 12 * resolution**2
     host = {"program": PROGRAM, "base autoencoder": _bytes(architecture.build_vae())}
     resting = {"autoencoder": weights} if run.cached else {}
-    saved = round((8 + run.optimizer_bytes if run.ema else 4 + run.optimizer_bytes) * step.trained_parameters)
     sampling = sampling_of_images(architecture, vae, resolution, run, text_tokens)
-    start_text = {"text encoders": text, "activations": text_activations}
-    start_images = {"autoencoder": weights, "activations": encoding}
+    start_text = {"text encoders": text, "activations": encoding.texts}
+    start_images = {"autoencoder": weights, "activations": encoding.images}
     base = width * sum(p.numel() for p in architecture.build_transformer().parameters())
     return {
         "start": max(
@@ -164,31 +184,22 @@ def diffusion_phases(
         ),
         "step": Phase(step.memory, {**host, **resting, "checkpoint": saved}),
         "validation": Phase(
-            {**kept, **swapped, "activations": sampling},
+            {**kept, "activations": sampling},
             {**host, "images": 3 * run.validation_images * image, "checkpoint": saved},
         ),
-        "export": Phase({**kept, **swapped}, {**host, "file": max(transformer, text)}),
+        "export": Phase(kept, {**host, "file": max(transformer, text)}),
     }
 
 
-def encoding_of_images(vae: AutoencoderDA, resolution: int) -> tuple[int, int]:
-    """Bytes of the autoencoder, and of activations while it encodes as many images as it takes together."""
-    together = images_together(resolution, resolution)
-    images = torch.empty(together, 3, resolution, resolution, device="meta")
-    return _bytes(vae), _forward(vae, lambda: vae.encode(images))
+def _between_steps(step: StageCost, run: Run) -> dict[str, int]:
+    """What a device holds where no step is made, while averages stand in for the weights, which are set aside."""
+    kept = {k: v for k, v in step.memory.items() if k not in ("gradients", "activations")}
+    return {**kept, "weights set aside": 4 * step.trained_parameters} if run.ema else kept
 
 
-def text_encoding(architecture: Architecture, prompt_length: int | None) -> tuple[int, int]:
-    """Bytes of the text encoders in 16 bit, and of activations while they encode prompts."""
-    weights = largest = 0
-    for name, config in architecture.text_encoders.items():
-        encoder = nn.Module.to(build_text_encoder(name, config), torch.bfloat16).eval()
-        clip = config["model_type"] == "clip_text_model"
-        length = _CLIP_TOKENS if clip else prompt_length or architecture.prompt_length
-        ids = torch.zeros(PROMPTS_TOGETHER, length, dtype=torch.long, device="meta")
-        largest = max(largest, _forward(encoder, lambda: encoder(input_ids=ids)))  # noqa: B023 (called at once)
-        weights += _bytes(encoder)
-    return weights, largest
+def _checkpoint(step: StageCost, run: Run) -> int:
+    """Bytes of what learns, copied to be written: weights, moments and averages."""
+    return round((4 + run.optimizer_bytes + 4 * run.ema) * step.trained_parameters)
 
 
 def sampling_of_images(

@@ -17,7 +17,7 @@ from davae.errors import DavaeError
 from davae.models import find_adapter
 from davae.planner.architectures import Architecture, block_runs, cost_by_depth, find_architecture, shallow_copy
 from davae.planner.memory import Cost, bytes_of, cost_of
-from davae.planner.phases import Phases, autoencoder_phases, cache_phases, diffusion_phases
+from davae.planner.phases import Phases, autoencoder_phases, cache_phases, diffusion_phases, encoding_costs
 from davae.planner.stages import (
     AutoencoderRun,
     DiffusionRun,
@@ -344,11 +344,12 @@ def _phases(
 ) -> Phases:
     length = diffusion.prompt_length
     tokens = text_tokens if length is None else architecture.text_tokens_at(length)
+    encoded = encoding_costs(architecture, vae, resolution, length)
     return {
         "autoencoder": autoencoder_phases(architecture, vae, resolution, autoencoder, stages["autoencoder"]),
-        "cache": cache_phases(architecture, vae, resolution, length),
+        "cache": cache_phases(encoded, resolution),
         "diffusion": diffusion_phases(
-            architecture, vae, resolution, diffusion, stages["diffusion"], text_tokens=tokens
+            architecture, vae, resolution, diffusion, stages["diffusion"], encoded, text_tokens=tokens
         ),
     }
 
