@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from davae.data.images.protocol import DatasetWrapper, Item
 from davae.models import AutoencoderDA
+from davae.models.latent_space import native_reconstruction
 from davae.recipes.settings import AlignmentSettings, AutoencoderModelSettings, ReconstructionSettings
 from davae.training.autoencoder.objective import StructuredObjective
 from davae.training.autoencoder.stage import AutoencoderStage
@@ -41,7 +42,7 @@ def official_reconstruction(lpips: str | None) -> ReconstructionSettings:
 @torch.no_grad()
 def frozen_reconstruction(vae: AutoencoderDA, images: Tensor) -> Tensor:
     """The base's reconstruction of full-resolution images ``[B, 3, H, W]``, clamped to [-1, 1]."""
-    return vae.adapter.decode(vae.base, vae.adapter.encode(vae.base, images)).clamp(-1, 1)
+    return native_reconstruction(vae, images).clamp(-1, 1)
 
 
 class OfficialObjective(StructuredObjective):
@@ -55,13 +56,12 @@ class OfficialObjective(StructuredObjective):
 
 
 class OfficialStage(AutoencoderStage):
-    """The stage with a frozen detail encoder and the target of :class:`OfficialObjective`."""
+    """The stage with the target of :class:`OfficialObjective`."""
 
     objective_class = OfficialObjective
 
     def __init__(self, autoencoder: AutoencoderDA, *args: Any, cache_latents: bool = False, **kwargs: Any) -> None:
         super().__init__(autoencoder, *args, cache_latents=cache_latents, **kwargs)
-        autoencoder.detail_encoder.requires_grad_(False)
         if cache_latents:
             self.dataset = WithTargets(self.dataset, autoencoder)
 

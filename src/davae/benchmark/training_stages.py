@@ -132,6 +132,7 @@ def autoencoder_stage(architecture: Architecture, settings: StepSettings, form: 
         reconstruction=reconstruction,
         optimizer=settings.optimizer(),
         loop=settings.loop(form),
+        train_detail_encoder=not settings.official,
     )
     if form == "plain":
         with_plain_blocks(vae)

@@ -107,6 +107,12 @@ def decode(model: ModelMixin, latents: Tensor) -> Tensor:
     return _adapter(model).decode(model, latents)
 
 
+@torch.no_grad()
+def native_reconstruction(vae: AutoencoderDA, images: Tensor) -> Tensor:
+    """Reconstructions of ``[B, 3, H, W]`` by the base autoencoder at full resolution, with ``s^2`` times the tokens."""
+    return decode(vae.base_vae, encode(vae.base_vae, images))
+
+
 def to_model_space(model: ModelMixin, latent: Tensor, *, shifted: bool = True) -> Tensor:
     """Raw latents ``[B, C, h, w]`` as a diffusion model sees them: ``(latent - shift) * scale``.
 

@@ -12,7 +12,7 @@ from davae.choices import FrozenDtype, Precision, TuneMode
 from davae.errors import DavaeError, first_line
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA, PatchDiscriminator
-from davae.models.latent_space import decode, encode
+from davae.models.latent_space import native_reconstruction
 from davae.planner.architectures import Architecture, block_runs, cost_by_depth
 from davae.planner.memory import Cost, ShapesOnly, bytes_of, checkpointing, cost_of, drop_gradients
 from davae.warm_start import channel_parameters, dummy_arguments
@@ -139,10 +139,7 @@ def autoencoder_stage(
         made = vae.decode_structured(below, z_d)
         base = below[:, : vae.layout.base_channels]
         aligned = (grouped_mean(z_d, base.shape[1]) - vae.alignment_target(base)).square().mean()
-        target = images
-        if run.base_target:
-            with torch.no_grad():
-                target = decode(vae.base_vae, encode(vae.base_vae, images))
+        target = native_reconstruction(vae, images) if run.base_target else images
         loss = (made - target).float().abs().mean() + posterior.kl().mean() + aligned
         if run.lpips:
             seen, true = parts["VGG-16"](made), parts["VGG-16"](target)

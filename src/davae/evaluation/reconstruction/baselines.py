@@ -13,6 +13,7 @@ from davae.evaluation.metrics.image_set import ImageSet, compare_sets
 from davae.evaluation.metrics.psnr_ssim import PairMeans, Perceptual
 from davae.evaluation.reconstruction.crops import FINE_TEXTURE, fine_texture
 from davae.models import AutoencoderDA
+from davae.models.latent_space import native_reconstruction
 from davae.runtime.pictures import upscaled
 
 UPGRADED, BASE_UPSCALED, BASE_NATIVE, REDUCED = "upgraded", "base, upscaled", "base, native", "image, reduced"
@@ -176,9 +177,3 @@ def reconstruct_all_ways(vae: AutoencoderDA, images: Tensor | None) -> dict[str,
         made[BASE_NATIVE] = native_reconstruction(vae, x)
     made[REDUCED] = upscaled(vae.downsample(x), size)
     return {name: image.float().clamp(-1, 1).cpu() for name, image in made.items()}
-
-
-def native_reconstruction(vae: AutoencoderDA, images: Tensor) -> Tensor:
-    """Reconstructions of ``[B, 3, H, W]`` by the base autoencoder at full resolution, with ``s^2`` times the tokens."""
-    lowest = next(iter(vae.autoencoders()))
-    return lowest.adapter.decode(lowest.base, lowest.adapter.encode(lowest.base, images))

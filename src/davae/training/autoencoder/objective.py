@@ -9,7 +9,7 @@ from davae.choices import ReconstructionTarget
 from davae.errors import DavaeError
 from davae.latents import AlignmentLoss, LatentLayout, gaussian_kl
 from davae.models import AutoencoderDA
-from davae.models.latent_space import decode, encode
+from davae.models.latent_space import native_reconstruction
 from davae.recipes.settings import AlignmentSettings, ReconstructionSettings
 from davae.runtime.pixel_budget import in_parts
 from davae.training.autoencoder.adaptive_weights import Decoded, single_pass
@@ -102,9 +102,8 @@ class StructuredObjective(nn.Module):
     @torch.no_grad()
     def _base_reconstruction(self, images: Tensor) -> Tensor:
         """The base VAE's reconstruction of ``[B, 3, H, W]`` images at full size, clamped to [-1, 1]."""
-        base = self.autoencoder.base_vae
         with torch.autocast(images.device.type, enabled=False):
-            made = [decode(base, encode(base, part)).clamp(-1.0, 1.0) for part in in_parts(images)]
+            made = [native_reconstruction(self.autoencoder, part).clamp(-1.0, 1.0) for part in in_parts(images)]
         return torch.cat(made).to(images.dtype)
 
     def _level(
