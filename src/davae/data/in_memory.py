@@ -223,14 +223,14 @@ def _encoded_share(
     for part in read_items(plain, share(count), batch_size=_READ_TOGETHER, workers=workers, timeout_s=timeout_s):
         items = [dict(item) for item in part]
         images = [item.pop("image") for item in items]
-        latents = [_encode_by_size(images, encode)]
+        latents = [encode_by_size(images, encode)]
         if source.flip:
-            latents.append(_encode_by_size([image.flip(-1) for image in images], encode))
+            latents.append(encode_by_size([image.flip(-1) for image in images], encode))
         yield from zip(items, zip(*latents, strict=True), strict=True)
 
 
 @torch.no_grad()
-def _encode_by_size(images: list[Tensor], encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def encode_by_size(images: list[Tensor], encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Latents of images in the same order, on the CPU; images of equal size are encoded together, within a budget."""
     places: dict[torch.Size, list[int]] = {}
     for i, image in enumerate(images):

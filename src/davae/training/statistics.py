@@ -6,11 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from davae.data import Item, ItemDataset, read_items
+from davae.data import ItemDataset, read_items
+from davae.data.in_memory import encode_by_size
 from davae.latents import ChannelStatistics
-from davae.runtime.pixel_budget import in_parts
 from davae.runtime.processes import everyone, rank_and_world
-from davae.training.data import stack_images
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +50,8 @@ def measure_latents(
         own = ChannelStatistics(channels)
         mine = range(first, last)[rank::world]
         for items in read_items(dataset, mine, batch_size=_READ_TOGETHER, workers=workers, timeout_s=timeout_s):
-            by_size: dict[torch.Size, list[Item]] = {}
-            for item in items:
-                by_size.setdefault(item["image"].shape, []).append(item)
-            for alike in by_size.values():
-                for part in in_parts(stack_images(alike)):
-                    own.update(encode(part))
+            for latent in encode_by_size([item["image"] for item in items], encode):
+                own.update(latent[None])
         before = (measured.mean, measured.std) if measured.count else None
         for state in everyone(own.state_dict()):
             other = ChannelStatistics(channels)
