@@ -27,6 +27,7 @@ from davae.runtime.pixel_budget import images_together
 from davae.training.autoencoder.losses import make_gan_loss
 from davae.training.autoencoder.objective import StructuredObjective
 from davae.training.diffusion.inputs import encode_images
+from tests.recipes import pages
 
 BIG = (
     "sd35-medium-1024",
@@ -195,10 +196,7 @@ def test_the_planner_counts_the_bytes_of_either_optimizer():
 
 
 if __name__ == "__main__":
-    text = PAGE.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text(before + BEGIN + HEAD + "".join(map(_row, _real())) + END + after, encoding="utf-8")
+    pages.replace(PAGE, BEGIN, END, HEAD + "".join(map(_row, _real())))
     for name in BIG:
         file = Path(davae.__file__).parent / "recipes" / f"{name}.yaml"
         lines = iter(expected_lines(name))

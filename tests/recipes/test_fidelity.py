@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from davae.recipes.read import load_recipe, recipe_names
+from tests.recipes import pages
 
 PAGE = Path(__file__).parents[2] / "docs" / "fidelity.md"
 TABLES: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("fidelity.yaml").read_text("utf-8"))
@@ -125,15 +126,8 @@ def _table(shown: list[Row], column: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _split(text: str) -> tuple[str, str, str]:
-    before, _, rest = text.partition(BEGIN)
-    tables, _, after = rest.partition(END)
-    assert END in rest, f"{PAGE} has lost its marks {BEGIN} and {END}"
-    return before, tables, after
-
-
 def test_the_page_is_fresh() -> None:
-    _, tables, _ = _split(PAGE.read_text(encoding="utf-8"))
+    _, tables, _ = pages.parts(PAGE, BEGIN, END)
     assert tables == f"\n{page()}\n", (
         "recipes or sources have changed: write docs/fidelity.md anew with `python -m tests.recipes.test_fidelity`"
     )
@@ -177,5 +171,4 @@ def test_a_changed_recipe_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 if __name__ == "__main__":
-    before, _, after = _split(PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(f"{before}{BEGIN}\n{page()}\n{END}{after}", encoding="utf-8")
+    pages.replace(PAGE, BEGIN, END, f"\n{page()}\n")

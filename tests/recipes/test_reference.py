@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from davae.recipes.loop import MAY_CHANGE, MAY_MOVE, Section
 from davae.recipes.read import KINDS, sections_of
+from tests.recipes import pages
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 BEGIN, END = "<!-- keys: written by python -m tests.recipes.test_reference -->", "<!-- end of keys -->"
@@ -118,15 +119,8 @@ def _constraints(metadata: tuple[Any, ...]) -> list[Any]:
     return [m for entry in metadata for m in (entry.metadata if isinstance(entry, FieldInfo) else [entry])]
 
 
-def _split(text: str) -> tuple[str, str, str]:
-    before, _, rest = text.partition(BEGIN)
-    keys, _, after = rest.partition(END)
-    assert END in rest, f"{PAGE} has lost its marks {BEGIN} and {END}"
-    return before, keys, after
-
-
 def test_the_tables_of_keys_are_fresh() -> None:
-    _, keys, _ = _split(PAGE.read_text(encoding="utf-8"))
+    _, keys, _ = pages.parts(PAGE, BEGIN, END)
     assert keys == f"\n{reference()}\n", (
         "the settings have changed: write docs/training.md anew with `python -m tests.recipes.test_reference`"
     )
@@ -139,5 +133,4 @@ def test_every_setting_has_a_description(section: type[Section]) -> None:
 
 
 if __name__ == "__main__":
-    before, _, after = _split(PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(f"{before}{BEGIN}\n{reference()}\n{END}{after}", encoding="utf-8")
+    pages.replace(PAGE, BEGIN, END, f"\n{reference()}\n")
