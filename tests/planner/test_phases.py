@@ -21,6 +21,13 @@ def test_a_phase_adds_up() -> None:
     assert phase.to_json()["host"] == {"program": 10, "copy": 5}
 
 
+def test_moments_of_a_phase_need_not_be_largest_together() -> None:
+    text, images = Phase({"encoders": 12}, {"program": 1}), Phase({"autoencoder": 3}, {"program": 1, "encoders": 11})
+    both = Phase.of_moments(text, images)
+    assert (both.device_bytes, both.host_bytes, both.together) == (12, 12, 15)
+    assert both.to_json()["device"] == {"encoders": 12}
+
+
 def test_more_pixels_change_validation() -> None:
     small, large = (plan_upgrade(recipe="debug", overrides=[f"data.resolution={side}"]).phases for side in (64, 128))
     for stage in ("autoencoder", "diffusion"):

@@ -34,6 +34,15 @@ class Phase:
     device: Mapping[str, int]
     host: Mapping[str, int]
     copies: Mapping[str, int] = field(default_factory=dict)
+    most_alone: int = 0
+    """Of several moments: the largest without a device, which need be neither of those that the parts are of."""
+
+    @classmethod
+    def of_moments(cls, *moments: Phase) -> Phase:
+        """What a phase of several moments takes: each figure is that of the moment where it is largest."""
+        device = max(moments, key=lambda one: one.device_bytes)
+        host = max(moments, key=lambda one: one.host_bytes)
+        return cls(device.device, host.host, host.copies, max(one.together for one in moments))
 
     @property
     def device_bytes(self) -> int:
@@ -48,7 +57,7 @@ class Phase:
     @property
     def together(self) -> int:
         """Main memory without a device."""
-        return self.device_bytes + sum(self.host.values())
+        return self.most_alone or self.device_bytes + sum(self.host.values())
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -172,7 +181,7 @@ def diffusion_phases(
     start_images = {"autoencoder": weights, "activations": encoding.images}
     base = width * sum(p.numel() for p in architecture.build_transformer().parameters())
     return {
-        "start": max(
+        "start": Phase.of_moments(
             Phase(start_text, {"program": PROGRAM, "autoencoder": weights}),
             Phase(start_images, {"program": PROGRAM, "text encoders": text}),
             Phase(
@@ -180,7 +189,6 @@ def diffusion_phases(
                 {**host, "autoencoder": weights, "widened layers and adapters": max(0, transformer - base)},
                 {"widened transformer": base},  # shares the base's memory, which a device holds again
             ),
-            key=lambda phase: phase.together,
         ),
         "step": Phase(step.memory, {**host, **resting, "checkpoint": saved}),
         "validation": Phase(
