@@ -40,15 +40,15 @@ class Measured:
 
 
 def measured(
-    command: Sequence[str], folder: Path, log: Path, *, stop_when: Callable[[], bool] = lambda: False
+    command: Sequence[str], folder: Path, log: Path, *, stop_when: Callable[[], bool] | None = None
 ) -> Measured:
-    """Run a command in ``folder``, sampling its memory twenty times a second; kill it once ``stop_when`` is true."""
+    """Run a command in ``folder``, sampling its memory twenty times a second; ``stop_when`` says when to kill it."""
     began, peak = time.monotonic(), 0
     with log.open("ab") as output:
         child = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         while child.poll() is None:
             peak = max(peak, sum(map(_in_use, _family(child.pid))))
-            if stop_when():
+            if stop_when is not None and stop_when():
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
             time.sleep(0.05)
@@ -132,6 +132,7 @@ def walk(folder: Path, side: int, only: Sequence[str]) -> dict[str, Measured]:
     stage1 = [*davae, "train", "autoencoder", "--recipe", RECIPE, *data, *first]
     stage2 = [*davae, "train", "diffusion", "--recipe", RECIPE, *data, *second]
     size = ["--height", str(side), "--width", str(side), "--steps", "4", "--prompt", CAPTIONS[0]]
+    licence = ["--license", "other", "--license-name", "random-weights"]
     run1, run2 = (f"runs/{RECIPE}-{stage}" for stage in ("autoencoder", "diffusion"))
     plain = (
         "import torch; from diffusers import DiffusionPipeline; "
@@ -139,30 +140,25 @@ def walk(folder: Path, side: int, only: Sequence[str]) -> dict[str, Measured]:
         "print(type(pipe).__name__, pipe.transformer.config.in_channels)"
     )
     checkpoint = folder / run1 / "checkpoints" / "step-1"
-    commands: dict[str, tuple[list[str], Callable[[], bool]]] = {
-        "plan": ([*davae, "plan", "base", "--resolution", str(side), "--scale", "2"], lambda: False),
-        "dry run": ([*stage1, "--dry-run"], lambda: False),
-        "stage 1 (killed)": (stage1, checkpoint.is_dir),
-        "stage 1": (stage1, lambda: False),
-        "cache": ([*davae, "cache", "--recipe", RECIPE, *data], lambda: False),
-        "stage 2": (stage2, lambda: False),
-        "upgrade": (
-            [*davae, "upgrade", "base", "--autoencoder", f"{run1}/autoencoder", "--out", "upgraded"],
-            lambda: False,
-        ),
-        "generate": ([*davae, "generate", f"{run2}/pipeline", "--out", "images", *size], lambda: False),
-        "export": (
-            [*davae, "export", run2, "--out", "exported", "--license", "other", "--license-name", "random-weights"],
-            lambda: False,
-        ),
-        "open in diffusers": ([sys.executable, "-c", plain], lambda: False),
+    commands = {
+        "plan": [*davae, "plan", "base", "--resolution", str(side), "--scale", "2"],
+        "dry run": [*stage1, "--dry-run"],
+        "stage 1 (killed)": stage1,
+        "stage 1": stage1,
+        "cache": [*davae, "cache", "--recipe", RECIPE, *data],
+        "stage 2": stage2,
+        "upgrade": [*davae, "upgrade", "base", "--autoencoder", f"{run1}/autoencoder", "--out", "upgraded"],
+        "generate": [*davae, "generate", f"{run2}/pipeline", "--out", "images", *size],
+        "export": [*davae, "export", run2, "--out", "exported", *licence],
+        "open in diffusers": [sys.executable, "-c", plain],
     }
+    stops = {"stage 1 (killed)": checkpoint.is_dir}
     found: dict[str, Measured] = {}
-    for name, (command, stop_when) in commands.items():
+    for name, command in commands.items():
         if only and name not in only:
             continue
         log = folder / f"{name.replace(' ', '-').replace(',', '')}.log"
-        found[name] = measured(command, folder, log, stop_when=stop_when)
+        found[name] = measured(command, folder, log, stop_when=stops.get(name))
         one = found[name]
         print(f"{name}: status {one.status}, {one.seconds:.0f} s, {one.peak_bytes / 1e9:.2f} GB", flush=True)
     return found
