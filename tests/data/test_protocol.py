@@ -27,7 +27,7 @@ from davae.data import (
     as_item_dataset,
     open_dataset,
 )
-from davae.data.in_memory import ImagesInMemory, LatentsInMemory, MixedScales, Prepared, WithBaseLatents
+from davae.data.in_memory import ImagesInMemory, LatentsInMemory, MixedScales, Prepared, WithKept
 from tests.data.files import image_folder, picture
 from tests.data.test_cache import write
 
@@ -39,7 +39,6 @@ OTHERS = {
     "_PlainDataset": "somebody else's data set, tested below",
     "ProceduralScenes": "the painter, which RenderedDataset puts behind the base class",
     "WatchedItems": "read by (epoch, position), by loaders alone",
-    "WithTargets": "kept targets of a benchmark, tested with it",
 }
 
 
@@ -80,13 +79,13 @@ WRAPPERS: dict[type[ItemDataset], tuple[Callable[[ItemDataset], ItemDataset], se
     Mirrored: (lambda source: Mirrored(source, seed=3), {"flip", "seed"}),
     MixedScales: (lambda source: MixedScales(source, _halve, 0.5, seed=3), {"crop", "seed"}),
     Prepared: (lambda source: Prepared(source, _prepare), set()),
-    WithBaseLatents: (lambda source: WithBaseLatents(source, _halve), set()),
+    WithKept: (lambda source: WithKept(source, {"base_latent": _halve}), set()),
 }
 """How each is built, and which facts it sets itself."""
 
 
 def _around(wrapper: type[ItemDataset]) -> ItemDataset:
-    crop = "center" if wrapper in (LatentsInMemory, WithBaseLatents) else "random"  # what these refuse
+    crop = "center" if wrapper in (LatentsInMemory, WithKept) else "random"  # what these refuse
     return WRAPPERS[wrapper][0](_Marked(crop))
 
 

@@ -12,7 +12,7 @@ from tests.data.files import image_folder
 from torch import Tensor
 
 from davae.data import Mirrored, RenderedDataset, open_dataset
-from davae.data.in_memory import ImagesInMemory, LatentsInMemory, MixedScales, Prepared, WithBaseLatents
+from davae.data.in_memory import ImagesInMemory, LatentsInMemory, MixedScales, Prepared, WithKept
 from davae.errors import DavaeError
 from davae.recipes.read import load_recipe
 from davae.runtime import processes
@@ -36,7 +36,7 @@ def mirroring(kind: str, tmp_path: Path) -> Any:
 def test_latents_are_those_of_the_images_in_every_epoch(kind: str, tmp_path: Path) -> None:
     source = mirroring(kind, tmp_path)
     kept = LatentsInMemory(source, encode, lambda item: {**item, "prepared": True})
-    beside = WithBaseLatents(source, encode)
+    beside = WithKept(source, {"base_latent": encode})
     halved = LatentsInMemory(Prepared(source, lambda item: {**item, "image": item["image"] / 2}), encode, dict)
     looks: list[list[bool]] = []
     for epoch in range(4):
@@ -65,7 +65,7 @@ def test_kept_images_are_mirrored_anew(kind: str, tmp_path: Path) -> None:
 
 def test_random_crops_cannot_be_kept(tmp_path: Path) -> None:
     source = open_dataset(image_folder(tmp_path, {"a": 2}), resolution=16, crop="random")
-    for keep in (lambda: LatentsInMemory(source, encode, dict), lambda: WithBaseLatents(source, encode)):
+    for keep in (lambda: LatentsInMemory(source, encode, dict), lambda: WithKept(source, {"base_latent": encode})):
         with pytest.raises(DavaeError, match=r"data\.crop=random .*data\.cache_latents=false"):
             keep()
     with pytest.raises(DavaeError, match=r"^recipe 'tiny': data\.crop=random .*data\.cache_latents=true"):

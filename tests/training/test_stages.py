@@ -138,6 +138,29 @@ def test_the_target_may_be_the_base_vae_s_reconstruction(levels):
     torch.testing.assert_close(seen["base"][prefix(vae) + "l1"], (ours - made).abs().mean())
     torch.testing.assert_close(seen["image"][prefix(vae) + "l1"], (ours - images).abs().mean())
     assert seen["base"][prefix(vae) + "alignment"] == seen["image"][prefix(vae) + "alignment"]
+    kept = {name: make(images) for name, make in objective.keepable().items()}
+    assert (kept["target"] - made).abs().max() < 2.5e-4
+    torch.manual_seed(0)
+    again = objective({"image": images, **kept}, 0)
+    torch.testing.assert_close(again["total"], seen["base"]["total"], rtol=0, atol=2.5e-4)
+
+
+def test_what_does_not_change_is_kept_once():
+    """The base latent, and the target where it is the base's; levels that learn together have a target each."""
+    settings = load_recipe("debug", ["autoencoder.target=base"]).autoencoder
+    stage = AutoencoderStage(_vae(), settings, *_parts(), cache_latents=True)
+    image = stage.dataset[0]["image"]
+    assert stage.dataset[0]["target"].dtype is torch.float16
+    assert stage.dataset[0]["target"].shape == image.shape
+    assert "target" not in AutoencoderStage(_vae(), _settings("debug"), *_parts(), cache_latents=True).dataset[0]
+    both = AutoencoderDA.from_base(_vae(), scale=2, detail_channels=8)
+    both.train_levels(together=True)
+    objective = StructuredObjective(both, settings.alignment, settings.reconstruction, target="base")
+    assert list(objective.keepable()) == ["base_latent"]
+
+
+def _settings(recipe):
+    return load_recipe(recipe).autoencoder
 
 
 def prefix(vae):

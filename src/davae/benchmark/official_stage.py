@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from davae.data.images.protocol import DatasetWrapper, Item
-from davae.models import AutoencoderDA
 from davae.models.latent_space import native_reconstruction
 from davae.recipes.settings import AlignmentSettings, AutoencoderModelSettings, ReconstructionSettings
 from davae.training.autoencoder.objective import StructuredObjective
@@ -39,41 +36,15 @@ def official_reconstruction(lpips: str | None) -> ReconstructionSettings:
     )
 
 
-@torch.no_grad()
-def frozen_reconstruction(vae: AutoencoderDA, images: Tensor) -> Tensor:
-    """The base's reconstruction of full-resolution images ``[B, 3, H, W]``, clamped to [-1, 1]."""
-    return native_reconstruction(vae, images).clamp(-1, 1)
-
-
 class OfficialObjective(StructuredObjective):
-    """The loss with a target by the frozen base, computed in the step unless the batch has it."""
+    """The same loss with the target made as the code makes it: under the step's autocast, of the whole batch at once."""
 
-    def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-        """As the base class's."""
-        if "target" not in batch:
-            batch = {**batch, "target": frozen_reconstruction(self.autoencoder, batch["image"])}
-        return super().forward(batch, step)
+    @torch.no_grad()
+    def _base_reconstruction(self, images: Tensor) -> Tensor:
+        return native_reconstruction(self.autoencoder, images).clamp(-1.0, 1.0).to(images.dtype)
 
 
 class OfficialStage(AutoencoderStage):
-    """The stage with the target of :class:`OfficialObjective`."""
+    """The stage with :class:`OfficialObjective`."""
 
     objective_class = OfficialObjective
-
-    def __init__(self, autoencoder: AutoencoderDA, *args: Any, cache_latents: bool = False, **kwargs: Any) -> None:
-        super().__init__(autoencoder, *args, cache_latents=cache_latents, **kwargs)
-        if cache_latents:
-            self.dataset = WithTargets(self.dataset, autoencoder)
-
-
-class WithTargets(DatasetWrapper):
-    """The items of a data set with the frozen base's reconstructions, computed once, as ``target``."""
-
-    def __init__(self, source: Dataset[Item], vae: AutoencoderDA) -> None:
-        super().__init__(source)
-        images = (self.source.item(i, 0)["image"] for i in range(len(self.source)))
-        self.targets = [frozen_reconstruction(vae, x[None].to(vae.device))[0].cpu() for x in images]
-
-    def item(self, index: int, epoch: int) -> Item:
-        """Item ``index`` as it looks in ``epoch``."""
-        return {**self.source.item(index, epoch), "target": self.targets[index]}

@@ -133,13 +133,14 @@ def autoencoder_stage(architecture: Architecture, settings: StepSettings, form: 
         optimizer=settings.optimizer(),
         loop=settings.loop(form),
         train_detail_encoder=not settings.official,
+        target="base" if settings.official else "image",
     )
     if form == "plain":
         with_plain_blocks(vae)
     with _seeded():
-        stage: type[AutoencoderStage] = SeparatePassesStage if form == "plain" else AutoencoderStage
-        if settings.official:
-            stage = OfficialStage
+        stage: type[AutoencoderStage] = AutoencoderStage
+        if form == "plain":
+            stage = OfficialStage if settings.official else SeparatePassesStage
         return stage(vae, recipe, images, images, cache_latents=form == "fast, cached")
 
 

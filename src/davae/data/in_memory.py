@@ -1,6 +1,6 @@
 """Images and latents kept in memory, and data sets that change items on access."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -144,8 +144,8 @@ class LatentsInMemory(DatasetWrapper):
         self.holds_latents = True
         count = len(self.source) if limit is None else min(limit, len(self.source))
         self.bucket_of = None if self.bucket_of is None else self.bucket_of[:count]
-        found = _encoded_share(self.source, count, encode, workers, timeout_s)
-        every = gathered([{**item, "latent": latents} for item, latents in found], count)
+        found = _encoded_share(self.source, count, {"latent": encode}, workers, timeout_s)
+        every = gathered([{**item, **latents} for item, latents in found], count)
         self._latents = [item["latent"] for item in every]
         # Prepared after gathering: what items share (embeddings of a caption) must not be sent with each of them.
         self.items = [prepare({**item, "latent": item["latent"][0]}) for item in every]
@@ -165,14 +165,14 @@ class LatentsInMemory(DatasetWrapper):
         return item
 
 
-class WithBaseLatents(DatasetWrapper):
-    """The items of a data set with latents of a frozen encoder added as ``base_latent``.
+class WithKept(DatasetWrapper):
+    """The items of a data set with what frozen networks make of their images, made once and added under given names.
 
-    As in `LatentsInMemory`, each process encodes its share and keeps all latents, including those of mirrored images.
+    As in `LatentsInMemory`, each process makes its share and keeps all, including what is made of mirrored images.
 
     Args:
         source: a map-style data set of items with an ``image`` in [-1, 1], not cropped at random.
-        encode: ``[B, 3, H, W]`` to ``[B, C, h, w]``.
+        make: by name in the item, a function of ``[B, 3, H, W]`` to ``[B, ...]``.
         workers: loader processes that read the images; 0 reads in this one.
         timeout_s: seconds to wait for a batch; 0 waits indefinitely.
 
@@ -183,20 +183,21 @@ class WithBaseLatents(DatasetWrapper):
     def __init__(
         self,
         source: Dataset[Item],
-        encode: Callable[[Tensor], Tensor],
+        make: Mapping[str, Callable[[Tensor], Tensor]],
         *,
         workers: int = 0,
         timeout_s: float = 0.0,
     ) -> None:
         super().__init__(source)
         count = len(self.source)
-        found = _encoded_share(self.source, count, encode, workers, timeout_s)
-        self.latents = gathered([latents for _, latents in found], count)
+        found = _encoded_share(self.source, count, make, workers, timeout_s)
+        self.kept = gathered([kept for _, kept in found], count)
 
     def item(self, index: int, epoch: int) -> Item:
         """Item ``index`` as it looks in ``epoch``."""
         mirrored = self.flip and is_mirrored(self.seed, epoch, index)
-        return {**self.source.item(index, epoch), "base_latent": self.latents[index][mirrored]}
+        kept = {name: views[mirrored] for name, views in self.kept[index].items()}
+        return {**self.source.item(index, epoch), **kept}
 
 
 def _unaugmented(source: ItemDataset) -> ItemDataset:
@@ -214,19 +215,19 @@ def _unaugmented(source: ItemDataset) -> ItemDataset:
 
 
 def _encoded_share(
-    source: ItemDataset, count: int, encode: Callable[[Tensor], Tensor], workers: int, timeout_s: float
-) -> Iterator[tuple[Item, tuple[Tensor, ...]]]:
-    """This process's share of the first ``count`` items, each without its image, and the latents of the image and, if
-    the data set mirrors, of its mirror image.
+    source: ItemDataset, count: int, encode: Mapping[str, Callable[[Tensor], Tensor]], workers: int, timeout_s: float
+) -> Iterator[tuple[Item, dict[str, tuple[Tensor, ...]]]]:
+    """This process's share of the first ``count`` items, each without its image, and by name what is made of the image
+    and, if the data set mirrors, of its mirror image.
     """
     plain = _unaugmented(source)
     for part in read_items(plain, share(count), batch_size=_READ_TOGETHER, workers=workers, timeout_s=timeout_s):
         items = [dict(item) for item in part]
         images = [item.pop("image") for item in items]
-        latents = [encode_by_size(images, encode)]
-        if source.flip:
-            latents.append(encode_by_size([image.flip(-1) for image in images], encode))
-        yield from zip(items, zip(*latents, strict=True), strict=True)
+        views = [images, [image.flip(-1) for image in images]] if source.flip else [images]
+        made = {name: [encode_by_size(view, one) for view in views] for name, one in encode.items()}
+        for i, item in enumerate(items):
+            yield item, {name: tuple(view[i] for view in of_views) for name, of_views in made.items()}
 
 
 @torch.no_grad()

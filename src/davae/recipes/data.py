@@ -54,8 +54,8 @@ class DataSettings(ImageSettings):
     a list of [width, height]. Held-out images stay square."""
     cache_latents: Annotated[bool, MAY_CHANGE] = False
     """Encode the images once and keep the latents in memory: all of them in the diffusion stage, the base's in the
-    autoencoder stage; with ``flip`` those of the mirrored images too. The training of a base from nothing keeps its
-    images besides, at 3 bytes per pixel."""
+    autoencoder stage; with ``flip`` those of the mirrored images too. Where ``autoencoder.target`` is ``base`` the
+    targets are kept besides, at 6 bytes a pixel; the training of a base from nothing keeps its images, at 3."""
     cache: Annotated[str | None, AT_HOME, MAY_CHANGE] = None
     """Diffusion stage, or a base recipe with ``start_from``: folder that ``davae cache`` wrote; latents and embeddings
     are read from it."""

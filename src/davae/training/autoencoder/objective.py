@@ -1,5 +1,6 @@
 """The loss of the autoencoder stage."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,16 +60,17 @@ class StructuredObjective(nn.Module):
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
         """Named scalar losses of a batch with ``image`` ``[B, 3, H, W]`` in [-1, 1]; ``total`` is minimised.
 
-        With several levels the names begin with the level, as in ``level2_l1``. A batch may contain the
-        :meth:`frozen_latent` of its images as ``base_latent``, and as ``target`` what is to be reconstructed in their
-        place.
+        With several levels the names begin with the level, as in ``level2_l1``. A batch may contain what
+        :meth:`keepable` makes of its images.
         """
         levels = self._levels()
         images = self._images(batch["image"])
-        if "target" in batch:
-            targets = self._images(batch["target"])
+        if self.target == "image":
+            targets = images
+        elif (target := batch.get("target")) is not None:
+            targets = [target.to(images[0].dtype)]
         else:
-            targets = images if self.target == "image" else [self._base_reconstruction(image) for image in images]
+            targets = [self._base_reconstruction(image) for image in images]
         cached = batch.get("base_latent")
         latent = self._encode(images[0]) if cached is None else cached
         # [B, C, h, w]; every level appends its details
@@ -82,10 +84,24 @@ class StructuredObjective(nn.Module):
             named |= {prefix + name: value for name, value in losses.items()}
         return {"total": total, **named}
 
+    def keepable(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What stays the same in every step, by name in a batch, as functions of full-resolution images.
+
+        ``base_latent`` is the latent ``[B, C, h, w]`` below the trained levels. ``target``, where the base's
+        reconstruction is one, is that as float16 (6 bytes a pixel; rounding is below 2.5e-4); with several levels in
+        training it is made in every step, since each has its own.
+        """
+        made: dict[str, Callable[[Tensor], Tensor]] = {"base_latent": self._frozen_latent}
+        if self.target == "base" and len(self.learning) == 1:
+            made["target"] = lambda images: self._base_reconstruction(self._here(images)).half()
+        return made
+
     @torch.no_grad()
-    def frozen_latent(self, images: Tensor) -> Tensor:
-        """The latent ``[B, C, h, w]`` below the trained levels, of full-resolution images; it stays fixed."""
-        return self._encode(self._images(images)[0])
+    def _frozen_latent(self, images: Tensor) -> Tensor:
+        return self._encode(self._images(self._here(images))[0])
+
+    def _here(self, images: Tensor) -> Tensor:
+        return images.to(self.autoencoder.device, self.autoencoder.dtype)
 
     def _images(self, images: Tensor) -> list[Tensor]:
         """The images at the resolution of each trained level, lowest first."""

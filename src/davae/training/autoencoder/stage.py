@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from davae.data import Item, as_item_dataset
-from davae.data.in_memory import WithBaseLatents
+from davae.data.in_memory import WithKept
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA
 from davae.recipes.settings import AutoencoderSettings
@@ -35,8 +35,9 @@ class AutoencoderStage(Stage):
         held_out: validation images.
         workers: data loader processes.
         timeout_s: seconds to wait for a batch of images; 0 waits forever.
-        cache_latents: encode the frozen latents below the trained levels once and keep them in memory, those of
-            mirrored images too. Images must not be cropped at random.
+        cache_latents: make the frozen latents below the trained levels once and keep them in memory, and with
+            ``settings.target`` ``base`` the targets too, those of mirrored images as well. Images must not be cropped
+            at random.
     """
 
     name = section = "autoencoder"
@@ -78,15 +79,12 @@ class AutoencoderStage(Stage):
         if cache_latents:
             autoencoder.to(start_processes().device)
             logger.info("encoding %d images", len(self.dataset))
-            self.dataset = WithBaseLatents(self.dataset, self._frozen_latent, workers=workers, timeout_s=timeout_s)
+            made = self.objective.keepable()
+            self.dataset = WithKept(self.dataset, made, workers=workers, timeout_s=timeout_s)
         gan = settings.reconstruction.gan
         adaptive = settings.alignment.adaptive or (gan.weight > 0 and gan.adaptive)
         model = TrainedModule("model", self.objective, settings.optimizer, can_be_sharded=not adaptive)
         self.modules = [model, *modules]
-
-    def _frozen_latent(self, images: Tensor) -> Tensor:
-        vae = self.autoencoder
-        return self.objective.frozen_latent(images.to(vae.device, vae.dtype))
 
     def validate(self, samples: Path, step: int) -> dict[str, float]:
         """PSNR (dB) of the reconstruction, of the enlarged base and lower levels, and without the last level's details;
