@@ -6,7 +6,8 @@ builds the pipeline in ``FOLDER/base`` (7 GB in bfloat16; T5 is cut to two of it
 ``FOLDER/photos``, unless they are there, and runs each command of the walk in a process of its own: plan, dry run,
 stage 1 for two steps with a kill in between, cache, stage 2 with a LoRA of rank 256 for two steps, upgrade, generate,
 export, and opening the export in plain diffusers without davae. Of each it records seconds, and the largest main memory
-in use: anonymous and shared pages, without mapped files, which the system can drop. Sampling takes four steps.
+in use: anonymous and shared pages, without mapped files, which the system can drop. Of the trainings and the cache it
+records the memory of each phase besides, beside what `davae plan --recipe` says of it. Sampling takes four steps.
 
 Weights are random, so images are noise: what is shown is that everything fits and goes on.
 """
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,28 +32,49 @@ RECIPE = "sd35-medium-1024"
 
 @dataclass
 class Measured:
-    """One command: how it ended, its seconds, and the largest main memory of its processes in bytes."""
+    """One command: how it ended, its seconds, and the largest main memory of its processes in bytes, by phase too."""
 
     command: str
     status: int
     seconds: float
     peak_bytes: int
+    phases: dict[str, int]
+
+
+Ends = Mapping[str, Callable[[], bool]]
+"""Names of the phases of a command, in order, and what is true once each is over."""
 
 
 def measured(
-    command: Sequence[str], folder: Path, log: Path, *, stop_when: Callable[[], bool] | None = None
+    command: Sequence[str], folder: Path, log: Path, *, stop_when: Callable[[], bool] | None = None, ends: Ends
 ) -> Measured:
     """Run a command in ``folder``, sampling its memory twenty times a second; ``stop_when`` says when to kill it."""
     began, peak = time.monotonic(), 0
+    phases, waiting = dict.fromkeys(ends, 0), list(ends)
     with log.open("ab") as output:
         child = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         while child.poll() is None:
-            peak = max(peak, sum(map(_in_use, _family(child.pid))))
+            now = sum(map(_in_use, _family(child.pid)))
+            peak = max(peak, now)
+            while len(waiting) > 1 and ends[waiting[0]]():
+                waiting.pop(0)
+            if waiting:
+                phases[waiting[0]] = max(phases[waiting[0]], now)
             if stop_when is not None and stop_when():
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
             time.sleep(0.05)
-    return Measured(" ".join(command), child.returncode, round(time.monotonic() - began, 1), peak)
+    return Measured(" ".join(command), child.returncode, round(time.monotonic() - began, 1), peak, phases)
+
+
+def training_phases(run: Path, steps: int) -> Ends:
+    """By what a run's directory holds. Writing the checkpoint of the last step belongs to the steps."""
+    return {
+        "start": (run / "config.yaml").is_file,
+        "step": (run / "checkpoints" / f"step-{steps}").is_dir,
+        "validation": (run / "samples" / f"step-{steps}.png").is_file,
+        "export": lambda: False,
+    }
 
 
 def _family(pid: int) -> list[int]:
@@ -142,6 +164,7 @@ def walk(folder: Path, side: int, only: Sequence[str]) -> dict[str, Measured]:
     checkpoint = folder / run1 / "checkpoints" / "step-1"
     commands = {
         "plan": [*davae, "plan", "base", "--resolution", str(side), "--scale", "2"],
+        "plan of phases": [*davae, "plan", "--recipe", RECIPE, *data, *first, *second, "--cpu", "--json", "plan.json"],
         "dry run": [*stage1, "--dry-run"],
         "stage 1 (killed)": stage1,
         "stage 1": stage1,
@@ -153,15 +176,34 @@ def walk(folder: Path, side: int, only: Sequence[str]) -> dict[str, Measured]:
         "open in diffusers": [sys.executable, "-c", plain],
     }
     stops = {"stage 1 (killed)": checkpoint.is_dir}
+    phases = {name: training_phases(folder / run, 2) for name, run in (("stage 1", run1), ("stage 2", run2))}
     found: dict[str, Measured] = {}
     for name, command in commands.items():
         if only and name not in only:
             continue
         log = folder / f"{name.replace(' ', '-').replace(',', '')}.log"
-        found[name] = measured(command, folder, log, stop_when=stops.get(name))
-        one = found[name]
+        found[name] = one = measured(command, folder, log, stop_when=stops.get(name), ends=phases.get(name, {}))
         print(f"{name}: status {one.status}, {one.seconds:.0f} s, {one.peak_bytes / 1e9:.2f} GB", flush=True)
     return found
+
+
+def compare(folder: Path, found: Mapping[str, Measured]) -> dict[str, dict[str, dict[str, float]]]:
+    """Gigabytes of each phase, measured and planned; what `davae plan` gives is of a machine without a device."""
+    planned = json.loads((folder / "plan.json").read_text())["phases"]
+    seen = {"autoencoder": "stage 1", "cache": "cache", "diffusion": "stage 2"}
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    for stage, command in seen.items():
+        if command not in found:
+            continue
+        bytes_planned = {phase: one["without_device_bytes"] for phase, one in planned[stage].items()}
+        bytes_found = found[command].phases
+        if not bytes_found:  # phases alternate
+            bytes_planned, bytes_found = {"all": max(bytes_planned.values())}, {"all": found[command].peak_bytes}
+        for phase, measured_bytes in bytes_found.items():
+            pair = {"measured": measured_bytes / 1e9, "planned": bytes_planned[phase] / 1e9}
+            table.setdefault(command, {})[phase] = {name: round(value, 2) for name, value in pair.items()}
+            print(f"{command}, {phase}: {pair['measured']:.2f} GB, planned {pair['planned']:.2f} GB", flush=True)
+    return table
 
 
 def main() -> int:
@@ -179,6 +221,7 @@ def main() -> int:
     if not (folder / "photos" / f"{IMAGES - 1}.png").is_file():
         write_photographs(folder / "photos", options.side)
     found = walk(folder, options.side, [name for name in options.only.split(",") if name])
+    phases = compare(folder, found) if (folder / "plan.json").is_file() else {}
     if options.json is not None:
         about = {
             "command": "python -m tests.real_size.run FOLDER --json FILE",
@@ -186,6 +229,7 @@ def main() -> int:
             "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
             "side": options.side,
             "commands": {name: asdict(one) | {"command": name} for name, one in found.items()},
+            "phases_gb": phases,
         }
         options.json.write_text(json.dumps(about, indent=1) + "\n")
     killed = {"stage 1 (killed)": -signal.SIGKILL}

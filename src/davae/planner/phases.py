@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from davae.models import AutoencoderDA
-from davae.models.latent_space import decode
+from davae.models.latent_space import decode, encode
 from davae.pipelines.families import PROMPTS_TOGETHER
 from davae.planner.architectures import Architecture, block_runs, build_text_encoder, cost_by_depth, shallow_copy
 from davae.planner.memory import Cost, bytes_of, cost_of
@@ -89,8 +89,9 @@ def autoencoder_phases(
     base = _bytes(architecture.build_vae())
     together, image = images_together(resolution, resolution), 12 * resolution**2
     images = torch.empty(together, 3, resolution, resolution, device="meta")
-    kept, saved = _between_steps(step, run), _checkpoint(step, run)
+    kept = _between_steps(step, run)
     host = {"program": PROGRAM, "base": base}
+    saving = Phase(_while_saving(step), {**host, "checkpoint": _checkpoint(step, run)})
     shown = 5 * image * run.validation_images  # the images and their rows
 
     def validate() -> None:
@@ -104,8 +105,8 @@ def autoencoder_phases(
     export = {**kept, "activations": _forward(vae, lambda: vae.encode_details(images))}
     return {
         "start": Phase({"autoencoder": step.memory["autoencoder"]}, host),
-        "step": Phase(step.memory, {**host, "checkpoint": saved, "images": 2 * run.batch_size * image}),
-        "validation": Phase(validation, {**host, "images": shown, "checkpoint": saved}),
+        "step": Phase.of_moments(Phase(step.memory, {**host, "images": 2 * run.batch_size * image}), saving),
+        "validation": Phase.of_moments(Phase(validation, {**host, "images": shown}), saving),
         "export": Phase(export, {**host, "images": 64 * image, "file": _bytes(vae)}),
     }
 
@@ -172,28 +173,30 @@ def diffusion_phases(
     weights, text = encoding.autoencoder, encoding.text_encoders
     width = torch.finfo(getattr(torch, run.frozen_dtype)).bits // 8
     transformer = step.memory["transformer"]
-    kept, saved = {**_between_steps(step, run), "autoencoder": weights}, _checkpoint(step, run)
+    kept = {**_between_steps(step, run), "autoencoder": weights}
     image = 12 * resolution**2
     host = {"program": PROGRAM, "base autoencoder": _bytes(architecture.build_vae())}
     resting = {"autoencoder": weights} if run.cached else {}
-    sampling = sampling_of_images(architecture, vae, resolution, run, text_tokens)
+    saving = Phase(_while_saving(step), {**host, **resting, "checkpoint": _checkpoint(step, run)})
+    plain, widened = architecture.build_transformer(), architecture.build_transformer(vae.layout.detail_channels)
+    sampling = _sampling(architecture, widened, vae, resolution, run, text_tokens)
+    base_sampling = _sampling(architecture, plain, vae.base_vae, resolution // vae.scale, run, text_tokens)
     start_text = {"text encoders": text, "activations": encoding.texts}
     start_images = {"autoencoder": weights, "activations": encoding.images}
-    base = width * sum(p.numel() for p in architecture.build_transformer().parameters())
+    base = width * sum(p.numel() for p in plain.parameters())
     return {
         "start": Phase.of_moments(
             Phase(start_text, {"program": PROGRAM, "autoencoder": weights}),
             Phase(start_images, {"program": PROGRAM, "text encoders": text}),
             Phase(
-                {"base transformer": base, "activations": sampling},
+                {"base transformer": base, "activations": base_sampling},
                 {**host, "autoencoder": weights, "widened layers and adapters": max(0, transformer - base)},
                 {"widened transformer": base},  # shares the base's memory, which a device holds again
             ),
         ),
-        "step": Phase(step.memory, {**host, **resting, "checkpoint": saved}),
-        "validation": Phase(
-            {**kept, "activations": sampling},
-            {**host, "images": 3 * run.validation_images * image, "checkpoint": saved},
+        "step": Phase.of_moments(Phase(step.memory, {**host, **resting}), saving),
+        "validation": Phase.of_moments(
+            Phase({**kept, "activations": sampling}, {**host, "images": 3 * run.validation_images * image}), saving
         ),
         "export": Phase(kept, {**host, "file": max(transformer, text)}),
     }
@@ -205,37 +208,51 @@ def _between_steps(step: StageCost, run: Run) -> dict[str, int]:
     return {**kept, "weights set aside": 4 * step.trained_parameters} if run.ema else kept
 
 
+def _while_saving(step: StageCost) -> dict[str, int]:
+    """What a device holds while a checkpoint is copied, and written beside the next step's beginning."""
+    return {k: v for k, v in step.memory.items() if k != "activations"}
+
+
 def _checkpoint(step: StageCost, run: Run) -> int:
     """Bytes of what learns, copied to be written: weights, moments and averages."""
     return round((4 + run.optimizer_bytes + 4 * run.ema) * step.trained_parameters)
 
 
-def sampling_of_images(
-    architecture: Architecture, vae: AutoencoderDA, resolution: int, run: DiffusionRun, text_tokens: int
+def _sampling(
+    architecture: Architecture, transformer: nn.Module, vae: Any, side: int, run: DiffusionRun, text_tokens: int
 ) -> int:
-    """Bytes of activations in validation: a denoising step of the images made together, or decoding one of them."""
-    together = min(4, images_together(resolution, resolution))
-    side = resolution // vae.spatial_compression
-    dtype = torch.bfloat16 if run.frozen_dtype == "bfloat16" else torch.float32
-    channels = vae.layout.channels
-    noisy = torch.empty(architecture.passes * together, channels, side, side, device="meta", dtype=dtype)
-    widened = nn.Module.to(architecture.build_transformer(vae.layout.detail_channels), dtype).eval()
+    """Bytes of activations while images are made: a denoising step of those made together, or decoding them.
+
+    Args:
+        architecture: gives the passes a step.
+        transformer: the base's or the widened one; cast in place.
+        vae: its autoencoder.
+        side: of the images in pixels.
+        run: how many are made, and the precision.
+        text_tokens: of a prompt.
+    """
+    together = min(4, images_together(side, side), max(1, run.validation_images))
+    mixed = run.frozen_dtype == "bfloat16"
+    dtype = torch.bfloat16 if mixed else torch.float32
+    narrow = nn.Module.to(transformer, dtype).eval()
+    latent = encode(vae, torch.empty(together, 3, side, side, device="meta"))
+    noisy = torch.empty(architecture.passes * together, *latent.shape[1:], device="meta", dtype=dtype)
 
     def measure(shorten: Callable[[nn.Module], nn.Module]) -> Cost:
-        model: Any = shorten(shallow_copy(widened))
+        model: Any = shorten(shallow_copy(narrow))
         return forward_cost(model, noisy, text_tokens=text_tokens, watch=True)
 
-    steps = cost_by_depth(measure, block_runs(widened))
-    latent = torch.empty(together, channels, side, side, device="meta")
-    return max(steps.peak_bytes, _forward(vae, lambda: decode(vae, latent)))
+    steps = cost_by_depth(measure, block_runs(narrow))
+    return max(steps.peak_bytes, _forward(vae, lambda: decode(vae, latent), autocast=mixed, cpu=run.cpu))
 
 
-def _forward(model: nn.Module, run: Callable[[], object]) -> int:
+def _forward(model: nn.Module, run: Callable[[], object], *, autocast: bool = False, cpu: bool = False) -> int:
     def without_gradients() -> None:
         with torch.no_grad():
             run()
 
-    return cost_of(without_gradients, given=[*model.parameters(), *model.buffers()]).peak_bytes
+    given = [*model.parameters(), *model.buffers()]
+    return cost_of(without_gradients, given=given, autocast=autocast, cpu=cpu).peak_bytes
 
 
 def _bytes(model: nn.Module) -> int:
