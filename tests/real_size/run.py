@@ -6,8 +6,9 @@ builds the pipeline in ``FOLDER/base`` (7 GB in bfloat16; T5 is cut to two of it
 ``FOLDER/photos``, unless they are there, and runs each command of the walk in a process of its own: plan, dry run,
 stage 1 for two steps with a kill in between, cache, stage 2 with a LoRA of rank 256 for two steps, upgrade, generate,
 export, and opening the export in plain diffusers without davae. Of each it records seconds, and the largest main memory
-in use: anonymous and shared pages, without mapped files, which the system can drop. Of the trainings and the cache it
-records the memory of each phase besides, beside what `davae plan --recipe` says of it. Sampling takes four steps.
+in use: anonymous and shared pages, and the same with mapped files, which the system can drop and read again: frozen
+weights are such. Of the trainings and the cache it records the latter for each phase besides, beside what
+`davae plan --recipe` says of it. Sampling takes four steps.
 
 Weights are random, so images are noise: what is shown is that everything fits and goes on.
 """
@@ -32,12 +33,16 @@ RECIPE = "sd35-medium-1024"
 
 @dataclass
 class Measured:
-    """One command: how it ended, its seconds, and the largest main memory of its processes in bytes, by phase too."""
+    """One command: how it ended, its seconds, and the largest main memory of its processes in bytes.
+
+    ``peak_bytes`` is without mapped files; ``resident_bytes`` is with them, and so is that of each of the ``phases``.
+    """
 
     command: str
     status: int
     seconds: float
     peak_bytes: int
+    resident_bytes: int
     phases: dict[str, int]
 
 
@@ -49,13 +54,14 @@ def measured(
     command: Sequence[str], folder: Path, log: Path, *, stop_when: Callable[[], bool] | None = None, ends: Ends
 ) -> Measured:
     """Run a command in ``folder``, sampling its memory twenty times a second; ``stop_when`` says when to kill it."""
-    began, peak = time.monotonic(), 0
+    began, peak, resident = time.monotonic(), 0, 0
     phases, waiting = dict.fromkeys(ends, 0), list(ends)
     with log.open("ab") as output:
         child = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         while child.poll() is None:
-            now = sum(map(_in_use, _family(child.pid)))
-            peak = max(peak, now)
+            found = [_in_use(pid) for pid in _family(child.pid)]
+            now = sum(all_pages for _, all_pages in found)
+            peak, resident = max(peak, sum(own for own, _ in found)), max(resident, now)
             while len(waiting) > 1 and ends[waiting[0]]():
                 waiting.pop(0)
             if waiting:
@@ -64,7 +70,8 @@ def measured(
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
             time.sleep(0.05)
-    return Measured(" ".join(command), child.returncode, round(time.monotonic() - began, 1), peak, phases)
+    seconds = round(time.monotonic() - began, 1)
+    return Measured(" ".join(command), child.returncode, seconds, peak, resident, phases)
 
 
 def training_phases(run: Path, steps: int) -> Ends:
@@ -86,12 +93,16 @@ def _family(pid: int) -> list[int]:
     return [pid, *(found for child in below for found in _family(int(child)))]
 
 
-def _in_use(pid: int) -> int:
+def _in_use(pid: int) -> tuple[int, int]:
+    """Bytes of anonymous and shared pages, and of all resident pages."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
-        return 0
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem")))
+        return 0, 0
+    pages = {
+        key: 1024 * int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in lines) if "Rss" in key
+    }
+    return pages.get("RssAnon", 0) + pages.get("RssShmem", 0), pages.get("VmRSS", 0)
 
 
 def build_base(folder: Path) -> None:
@@ -183,7 +194,8 @@ def walk(folder: Path, side: int, only: Sequence[str]) -> dict[str, Measured]:
             continue
         log = folder / f"{name.replace(' ', '-').replace(',', '')}.log"
         found[name] = one = measured(command, folder, log, stop_when=stops.get(name), ends=phases.get(name, {}))
-        print(f"{name}: status {one.status}, {one.seconds:.0f} s, {one.peak_bytes / 1e9:.2f} GB", flush=True)
+        sizes = f"{one.peak_bytes / 1e9:.2f} GB, {one.resident_bytes / 1e9:.2f} GB with mapped files"
+        print(f"{name}: status {one.status}, {one.seconds:.0f} s, {sizes}", flush=True)
     return found
 
 
@@ -198,7 +210,7 @@ def compare(folder: Path, found: Mapping[str, Measured]) -> dict[str, dict[str, 
         bytes_planned = {phase: one["without_device_bytes"] for phase, one in planned[stage].items()}
         bytes_found = found[command].phases
         if not bytes_found:  # phases alternate
-            bytes_planned, bytes_found = {"all": max(bytes_planned.values())}, {"all": found[command].peak_bytes}
+            bytes_planned, bytes_found = {"all": max(bytes_planned.values())}, {"all": found[command].resident_bytes}
         for phase, measured_bytes in bytes_found.items():
             pair = {"measured": measured_bytes / 1e9, "planned": bytes_planned[phase] / 1e9}
             table.setdefault(command, {})[phase] = {name: round(value, 2) for name, value in pair.items()}

@@ -50,3 +50,4 @@ def test_own_weights_come_back_even_after_an_error():
     except KeyError:
         pass
     assert torch.equal(parameter.detach(), torch.full((2,), 5.0))
+    assert torch.equal(ema.averages[0], torch.zeros(2))

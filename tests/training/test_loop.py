@@ -90,6 +90,20 @@ def test_modules_that_come_in_eval_mode_are_trained_in_train_mode(tmp_path):
     assert modes == [True]
 
 
+def test_gradients_are_let_go_before_checkpoints_and_validations(tmp_path):
+    """Their memory is that of the validation's images."""
+    stage = _Stage(steps=2, validate_every=1)
+    seen = []
+
+    def validate(samples, step):
+        seen.append(stage.objective.layer.weight.grad)
+        return {}
+
+    stage.validate = validate
+    train(stage, tmp_path, {})
+    assert seen == [None, None]
+
+
 def test_every_image_once_an_epoch(tmp_path):
     stage = _Stage(steps=7)
     train(stage, tmp_path, {})

@@ -37,7 +37,7 @@ def official_reconstruction(lpips: str | None) -> ReconstructionSettings:
 
 
 class OfficialObjective(StructuredObjective):
-    """The same loss with the target made as the code makes it: under the step's autocast, of the whole batch at once."""
+    """The same loss with the target made as the code makes it: under the step's autocast, of a batch at once."""
 
     @torch.no_grad()
     def _base_reconstruction(self, images: Tensor) -> Tensor:

@@ -29,7 +29,10 @@ _CLIP_TOKENS = 77
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes by part: on the device, in main memory, and of copies in main memory that only a device makes necessary."""
+    """Bytes by part: on the device, in main memory, and of copies in main memory that only a device makes necessary.
+
+    Such copies are checkpoints and files that are written: what is in main memory already is written from there.
+    """
 
     device: Mapping[str, int]
     host: Mapping[str, int]
@@ -89,9 +92,8 @@ def autoencoder_phases(
     base = _bytes(architecture.build_vae())
     together, image = images_together(resolution, resolution), 12 * resolution**2
     images = torch.empty(together, 3, resolution, resolution, device="meta")
-    kept = _between_steps(step, run)
-    host = {"program": PROGRAM, "base": base}
-    saving = Phase(_while_saving(step), {**host, "checkpoint": _checkpoint(step, run)})
+    kept = _between_steps(step)
+    host, copied = {"program": PROGRAM, "base": base}, {"checkpoint": _checkpoint(step, run)}
     shown = 5 * image * run.validation_images  # the images and their rows
 
     def validate() -> None:
@@ -105,9 +107,9 @@ def autoencoder_phases(
     export = {**kept, "activations": _forward(vae, lambda: vae.encode_details(images))}
     return {
         "start": Phase({"autoencoder": step.memory["autoencoder"]}, host),
-        "step": Phase.of_moments(Phase(step.memory, {**host, "images": 2 * run.batch_size * image}), saving),
-        "validation": Phase.of_moments(Phase(validation, {**host, "images": shown}), saving),
-        "export": Phase(export, {**host, "images": 64 * image, "file": _bytes(vae)}),
+        "step": Phase(step.memory, {**host, "images": 2 * run.batch_size * image}, copied),
+        "validation": Phase(validation, {**host, "images": shown}, copied),
+        "export": Phase(export, {**host, "images": 64 * image}, {"file": _bytes(vae)}),
     }
 
 
@@ -118,6 +120,7 @@ class Encoding:
     autoencoder: int
     images: int
     text_encoders: int
+    largest_text_encoder: int
     texts: int
 
 
@@ -127,15 +130,16 @@ def encoding_costs(
     """What encoding takes: of as many images, or prompts, as go through together."""
     together = images_together(resolution, resolution)
     images = torch.empty(together, 3, resolution, resolution, device="meta")
-    weights = largest = 0
+    weights, activations = [0], [0]
     for name, config in architecture.text_encoders.items():
         encoder = nn.Module.to(build_text_encoder(name, config), torch.bfloat16).eval()
         clip = config["model_type"] == "clip_text_model"
         length = _CLIP_TOKENS if clip else prompt_length or architecture.prompt_length
         ids = torch.zeros(PROMPTS_TOGETHER, length, dtype=torch.long, device="meta")
-        largest = max(largest, _forward(encoder, lambda: encoder(input_ids=ids)))  # noqa: B023 (called at once)
-        weights += _bytes(encoder)
-    return Encoding(_bytes(vae), _forward(vae, lambda: vae.encode(images)), weights, largest)
+        activations.append(_forward(encoder, lambda: encoder(input_ids=ids)))  # noqa: B023 (called at once)
+        weights.append(_bytes(encoder))
+    of_images = _forward(vae, lambda: vae.encode(images))
+    return Encoding(_bytes(vae), of_images, sum(weights), max(weights), max(activations))
 
 
 def cache_phases(encoding: Encoding, resolution: int) -> dict[str, Phase]:
@@ -173,11 +177,11 @@ def diffusion_phases(
     weights, text = encoding.autoencoder, encoding.text_encoders
     width = torch.finfo(getattr(torch, run.frozen_dtype)).bits // 8
     transformer = step.memory["transformer"]
-    kept = {**_between_steps(step, run), "autoencoder": weights}
+    kept = {**_between_steps(step), "autoencoder": weights}
     image = 12 * resolution**2
     host = {"program": PROGRAM, "base autoencoder": _bytes(architecture.build_vae())}
+    copied = {"checkpoint": _checkpoint(step, run)}
     resting = {"autoencoder": weights} if run.cached else {}
-    saving = Phase(_while_saving(step), {**host, **resting, "checkpoint": _checkpoint(step, run)})
     plain, widened = architecture.build_transformer(), architecture.build_transformer(vae.layout.detail_channels)
     sampling = _sampling(architecture, widened, vae, resolution, run, text_tokens)
     base_sampling = _sampling(architecture, plain, vae.base_vae, resolution // vae.scale, run, text_tokens)
@@ -194,27 +198,21 @@ def diffusion_phases(
                 {"widened transformer": base},  # shares the base's memory, which a device holds again
             ),
         ),
-        "step": Phase.of_moments(Phase(step.memory, {**host, **resting}), saving),
-        "validation": Phase.of_moments(
-            Phase({**kept, "activations": sampling}, {**host, "images": 3 * run.validation_images * image}), saving
+        "step": Phase(step.memory, {**host, **resting}, copied),
+        "validation": Phase(
+            {**kept, "activations": sampling}, {**host, "images": 3 * run.validation_images * image}, copied
         ),
-        "export": Phase(kept, {**host, "file": max(transformer, text)}),
+        "export": Phase(kept, {**host, "text encoder": encoding.largest_text_encoder}, {"file": transformer}),
     }
 
 
-def _between_steps(step: StageCost, run: Run) -> dict[str, int]:
-    """What a device holds where no step is made, while averages stand in for the weights, which are set aside."""
-    kept = {k: v for k, v in step.memory.items() if k not in ("gradients", "activations")}
-    return {**kept, "weights set aside": 4 * step.trained_parameters} if run.ema else kept
-
-
-def _while_saving(step: StageCost) -> dict[str, int]:
-    """What a device holds while a checkpoint is copied, and written beside the next step's beginning."""
-    return {k: v for k, v in step.memory.items() if k != "activations"}
+def _between_steps(step: StageCost) -> dict[str, int]:
+    """What a device holds where no step is made."""
+    return {k: v for k, v in step.memory.items() if k not in ("gradients", "activations")}
 
 
 def _checkpoint(step: StageCost, run: Run) -> int:
-    """Bytes of what learns, copied to be written: weights, moments and averages."""
+    """Bytes of what learns, copied from a device to be written: weights, moments and averages."""
     return round((4 + run.optimizer_bytes + 4 * run.ema) * step.trained_parameters)
 
 

@@ -155,8 +155,8 @@ class AutoencoderSettings(Section):
     (official SD3 training; the paper trains it)."""
     target: ReconstructionTarget = "image"
     """What the decoder learns to make: the image (the paper), or the frozen base VAE's reconstruction of it at full
-    size (``base``, official SD3 training; one pass of it more a step, unless ``data.cache_latents`` keeps it). Validation
-    compares with the image."""
+    size (``base``, official SD3 training; one pass of it more a step, unless ``data.cache_latents`` keeps it).
+    Validation compares with the image."""
     optimizer: OptimizerSettings
     loop: LoopSettings
     """With sequential levels, of each level's training."""

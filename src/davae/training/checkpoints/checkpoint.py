@@ -226,23 +226,18 @@ class CheckpointWriter:
             return True
         return value < self.best["value"] if self.best_mode == "min" else value > self.best["value"]
 
-    def save(self, step: int, tensors: Tensors, values: dict[str, Any], *, copied: bool = False) -> None:
-        """Copy the state and start writing it; returns before it is on disk.
+    def save(self, step: int, tensors: Tensors, values: dict[str, Any]) -> None:
+        """Start writing a checkpoint; returns before it is on disk.
 
         Args:
             step: optimizer steps done.
-            tensors: file name (without suffix) to named tensors.
+            tensors: file name (without suffix) to named tensors on the CPU, which must not change until :meth:`wait`.
             values: everything else, as JSON.
-            copied: the tensors are copies already, on the CPU, that nobody else will change.
 
         Raises:
             DavaeError: the disk was full when the previous checkpoint was written.
         """
         self.wait()
-        if not copied:
-            tensors = {
-                name: {k: v.detach().to("cpu", copy=True) for k, v in named.items()} for name, named in tensors.items()
-            }
         self._pending = self._pool.submit(self._write, step, tensors, values)
 
     def keep_best(self, step: int, value: float) -> None:

@@ -22,16 +22,17 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def full_state_on_cpu(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Copies of the whole tensors on the CPU if ``keep``, else an empty dictionary; gathers one tensor at a time.
+    """The whole tensors on the CPU if ``keep``, else an empty dictionary; gathers one tensor at a time.
 
-    All ranks must call this, with the same names in the same order.
+    Tensors that are whole and on the CPU already are not copied. All ranks must call this, with the same names in the
+    same order.
     """
     kept = {}
     for name, tensor in tensors.items():
         if keep or isinstance(tensor, DTensor):
             whole = whole_tensor(tensor.detach())
             if keep:
-                kept[name] = whole.to("cpu", copy=True)
+                kept[name] = whole.to("cpu")
     return kept
 
 

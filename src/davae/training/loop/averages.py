@@ -62,7 +62,7 @@ class Ema:
     Averages of sharded parameters are sharded alike.
 
     Args:
-        parameters: the trained parameters, in a fixed order.
+        parameters: the trained parameters in float32, in a fixed order.
         decay: final decay in [0, 1).
     """
 
@@ -83,13 +83,12 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Context in which the parameters hold the averages; their own values are restored afterwards."""
-        own = [p.detach().clone() for p in self.parameters]
-        self._write(self.averages)
+        """Context in which the parameters and the averages have changed places, one tensor at a time."""
+        self._exchange()
         try:
             yield
         finally:
-            self._write(own)
+            self._exchange()
 
     def tensors(self) -> dict[str, Tensor]:
         """The averages by the parameter's index, as stored in checkpoints."""
@@ -101,6 +100,8 @@ class Ema:
         self.averages = [like(saved[name], average) for name, average in self.tensors().items()]
 
     @torch.no_grad()
-    def _write(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values):
-            parameter.copy_(value)
+    def _exchange(self) -> None:
+        for parameter, average in zip(self.parameters, self.averages):
+            own = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(own)

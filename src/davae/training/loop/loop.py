@@ -226,8 +226,6 @@ class _Training:
     def _step(self, step: int, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         """One optimizer step of every trained module; returns the last batch."""
         loop, accelerator = self.loop, self.accelerator
-        for trainer in self.trainers:
-            trainer.zero_grad()
         kept = [BatchNormSnapshot(trained.module) for trained in self.stage.modules]
         losses: list[list[dict[str, Tensor]]] = [[] for _ in self.trainers]
         ids: list[str] = []
@@ -268,6 +266,8 @@ class _Training:
             trainer.step(learning_rate(trained.optimizer, step, loop.steps), good)
             if i == 0 and self.ema is not None:
                 self.ema.update(good)
+        for trainer in self.trainers:  # validation and checkpoints need the memory
+            trainer.zero_grad()
         if accelerator.scaler is not None:
             accelerator.scaler.update()
         return batch

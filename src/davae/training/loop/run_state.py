@@ -49,7 +49,10 @@ class RunState:
     held_out: set[str]
 
     def save(self, writer: CheckpointWriter, done: int) -> None:
-        """Begin to write a checkpoint in the first process; all ranks must call this.
+        """Write a checkpoint in the first process; all ranks must call this.
+
+        From a device it is copied, and written while the training goes on; in main memory it is written from where it
+        is.
 
         Args:
             writer: writes the checkpoint.
@@ -74,7 +77,9 @@ class RunState:
                 values["ema_updates"] = int(self.ema.updates)
             if self.scaler is not None:
                 values["scaler"] = self.scaler.state_dict()
-            writer.save(done, tensors, values, copied=True)
+            writer.save(done, tensors, values)
+            if self.trainers[0].accelerator.device.type == "cpu":
+                writer.wait()  # these are no copies: the next step would change them
         wait_for_everyone()
 
     def restore(self, checkpoints: Path) -> int:
@@ -110,7 +115,7 @@ class RunState:
 
     def _tensors(self, *, keep: bool) -> dict[str, dict[str, Tensor]]:
         """Whole tensors on the CPU by file name; empty dictionaries unless ``keep``."""
-        tensors = {}
+        tensors: dict[str, dict[str, Tensor]] = {}
         for trainer in self.trainers:
             name = trainer.trained.name
             tensors[name] = full_state_on_cpu(trainer.tensors(), keep=keep)
