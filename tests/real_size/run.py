@@ -100,7 +100,9 @@ def _in_use(pid: int) -> tuple[int, int]:
     except OSError:
         return 0, 0
     pages = {
-        key: 1024 * int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in lines) if "Rss" in key
+        key: 1024 * int(rest.split()[0])
+        for key, _, rest in (line.partition(":") for line in lines)
+        if "rss" in key.lower()
     }
     return pages.get("RssAnon", 0) + pages.get("RssShmem", 0), pages.get("VmRSS", 0)
 

@@ -344,13 +344,11 @@ class _Training:
                 self.writer.keep_best(done, found[0])
 
     def _evaluate(self, done: int) -> None:
-        """Validate with the averaged weights, which the result will have; gradients of the last step are freed.
+        """Validate with the averaged weights, which the result will have.
 
         Raises:
             DavaeError: the device runs out of memory.
         """
-        for trainer in self.trainers:
-            trainer.zero_grad()
         if not self.stage.can_measure:
             logger.info("%s: no image is held out (data.hold_out), so nothing is measured", self.stage.name)
             return
