@@ -61,25 +61,32 @@ def load_recipe_base(
 
 
 def load_recipe_autoencoder(recipe: UpgradeRecipe) -> Any:
-    """The autoencoder of a recipe's base, in float32; nothing else is read or downloaded.
+    """The autoencoder of a recipe's base, see :func:`load_base_autoencoder`."""
+    return load_base_autoencoder(recipe.base, revision=recipe.base_revision, variant=recipe.base_variant)
 
-    The base may be a pipeline, or an autoencoder by itself, in a folder or on the hub.
+
+def load_base_autoencoder(name: str, *, revision: str | None = None, variant: str | None = None) -> Any:
+    """The autoencoder of a base, in float32; nothing else is read or downloaded.
+
+    Args:
+        name: of a pipeline, or of an autoencoder by itself: built in, a folder, or on the hub.
+        revision, variant: as in :func:`load_base`.
 
     Raises:
         DavaeError: there is none, it is of an unknown class, or its files are missing, damaged or pickles.
     """
-    if is_built_in(recipe.base):
-        return load_recipe_base(recipe).vae
-    name = _published_name(recipe.base, recipe.base_revision)
+    if is_built_in(name):
+        return load_base(name, revision=revision, variant=variant).vae
+    name = _published_name(name, revision)
     with _named_causes(name, name, remote_code=False), opening("base", name):
-        place, subfolder = _autoencoder_place(name, recipe.base_revision, weights=True)
+        place, subfolder = _autoencoder_place(name, revision, weights=True)
         folder = str(place / subfolder)
         with opening("autoencoder", folder):
             class_name = str(AutoencoderKL.load_config(folder).get("_class_name"))
             model_class = autoencoder_class(class_name)
             if model_class is None:
                 raise DavaeError(f"{folder} holds a model of class {class_name}, which is no autoencoder davae knows")
-            options: dict[str, Any] = {} if recipe.base_variant is None else {"variant": recipe.base_variant}
+            options: dict[str, Any] = {} if variant is None else {"variant": variant}
             options |= {"dtype": torch.float32, "use_safetensors": True}
             return open_model(model_class.from_pretrained, folder, **options)[0]
 

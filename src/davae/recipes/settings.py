@@ -408,7 +408,7 @@ class BaseTransformerSettings(Section):
 
 
 class BaseRecipe(Section):
-    """A class-conditional base pipeline from nothing: autoencoder, then transformer."""
+    """A class-conditional base pipeline: an autoencoder, trained or given, then a transformer on its latents."""
 
     kind: Literal["base"]
     """Which sections the file has."""
@@ -423,14 +423,23 @@ class BaseRecipe(Section):
     save_dtype: Annotated[SavedDtype, MAY_CHANGE] = "float32"
     """Precision of the saved weights; training is not affected."""
     start_from: StartFromSettings | None = None
-    """A pipeline to fine-tune; none trains both halves from nothing."""
+    """A pipeline to fine-tune; none trains a transformer from nothing, and an autoencoder unless one is given."""
+    pretrained_autoencoder: Annotated[str | None, AT_HOME, MAY_MOVE] = None
+    """An autoencoder to keep instead of training one: its folder or its name on the hub, or those of a pipeline that
+    has it. If its configuration states no scaling, scaling and shift are measured on the training images."""
     autoencoder: BaseAutoencoderSettings | None = None
-    """Left out with ``start_from``, whose pipeline has one."""
+    """Left out with ``start_from``, whose pipeline has one, and with ``pretrained_autoencoder``."""
     transformer: BaseTransformerSettings
 
     @model_validator(mode="after")
     def _one_start(self) -> BaseRecipe:
-        own = {"autoencoder": self.autoencoder, "transformer.architecture": self.transformer.architecture}
+        pretrained = self.pretrained_autoencoder
+        if self.autoencoder is not None and pretrained is not None:
+            raise ValueError(
+                "autoencoder trains one, and pretrained_autoencoder names one to keep: leave one of them out"
+            )
+        name = "autoencoder" if pretrained is None else "pretrained_autoencoder"
+        own = {name: self.autoencoder or pretrained, "transformer.architecture": self.transformer.architecture}
         given = [name for name, value in own.items() if value is not None]
         if self.start_from is not None and given:
             raise ValueError(f"with start_from, {' and '.join(given)} come from its pipeline: leave out")
@@ -444,13 +453,15 @@ class BaseRecipe(Section):
         cached = self.data.cache is not None or self.data.cache_dtype != "float32"
         if cached and (self.start_from is None or self.downsample > 1):
             raise ValueError(
-                "data.cache and data.cache_dtype need start_from, whose autoencoder exists beforehand, and "
+                "data.cache and data.cache_dtype need start_from, whose pipeline encodes beforehand, and "
                 "downsample=1. Leave them out; data.cache_latents=true keeps the latents in memory"
             )
         if self.data.buckets is not False:
             raise ValueError("data.buckets: the training of a base has one size; set data.buckets=false")
-        if self.start_from is not None and self.full_resolution_crops:
-            raise ValueError("full_resolution_crops are for training an autoencoder; with start_from, leave out")
+        if self.autoencoder is None and self.full_resolution_crops:
+            raise ValueError(
+                "full_resolution_crops are for training an autoencoder; without an autoencoder section, leave out"
+            )
         return self
 
 

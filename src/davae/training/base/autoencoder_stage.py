@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from torch.utils.data import Dataset
 
 from davae.data import Item, as_item_dataset
+from davae.latents import ChannelStatistics
 from davae.recipes.dc_ae import KlArchitecture
 from davae.recipes.settings import BaseAutoencoderArchitecture, BaseAutoencoderSettings
 from davae.runtime.atomic_files import save_whole
@@ -33,6 +34,12 @@ def build_kl(shape: BaseAutoencoderArchitecture | KlArchitecture) -> Autoencoder
         force_upcast=False,
         shift_factor=0.0,
     )
+
+
+def set_factors(vae: ModelMixin, measured: ChannelStatistics) -> None:
+    """Set scaling and shift factor so that scaled latents have mean 0 and variance 1 over all elements."""
+    mean, std = measured.of_all_elements()
+    vae.register_to_config(scaling_factor=1.0 / std, shift_factor=mean)
 
 
 class BaseAutoencoderStage(Stage):
@@ -95,8 +102,7 @@ class BaseAutoencoderStage(Stage):
             workers=self.workers,
             timeout_s=self.timeout_s,
         )
-        mean, std = found.of_all_elements()
-        vae.register_to_config(scaling_factor=1.0 / std, shift_factor=mean)
+        set_factors(vae, found)
 
     def export(self, out: Path) -> Path:
         """Write ``out/vae``; returns that folder."""

@@ -1,22 +1,32 @@
-"""Training a base pipeline from scratch: an autoencoder, then a class-conditional transformer on its latents."""
+"""Training a base pipeline: an autoencoder, unless one is given, then a class-conditional transformer on it."""
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+)
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from davae.bases.open import load_base_autoencoder
 from davae.data import Mirrored
 from davae.data.cache import weights_hash
 from davae.data.images.protocol import ItemDataset
 from davae.data.in_memory import ImagesInMemory, MixedScales, Prepared
 from davae.errors import DavaeError
-from davae.latents import LatentLayout
+from davae.latents import LatentLayout, latent_affine
 from davae.models import LightningDiTTransformer2DModel
+from davae.models.latent_space import compression_of, encode, open_autoencoder
 from davae.models.lightningdit import restarted
 from davae.pipelines import ClassConditionalPipeline, load_pipeline
 from davae.planner.architectures import find_architecture
@@ -25,11 +35,10 @@ from davae.planner.plan import TRANSFORMER_UTILISATION, find_gpu, hours
 from davae.recipes.read import dump_recipe
 from davae.recipes.settings import BaseRecipe, DiffusionSettings
 from davae.runtime.atomic_files import save_whole
-from davae.runtime.model_files import open_model
 from davae.runtime.pictures import reduced
 from davae.runtime.places import check_place
-from davae.runtime.processes import claimed_by_first, is_first, loader_workers, wait_for_everyone
-from davae.training.base.autoencoder_stage import BaseAutoencoderStage, build_kl
+from davae.runtime.processes import claimed_by_first, is_first, loader_workers, start_processes, wait_for_everyone
+from davae.training.base.autoencoder_stage import BaseAutoencoderStage, build_kl, set_factors
 from davae.training.cache.write import open_cache
 from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.checkpoints.foundations import model_hash
@@ -39,6 +48,7 @@ from davae.training.diffusion import DiffusionStage
 from davae.training.diffusion.inputs import prepare_inputs
 from davae.training.diffusion.objective import channel_prefixes
 from davae.training.loop.loop import TrainResult, train
+from davae.training.statistics import measure_latents
 
 logger = logging.getLogger(__name__)
 
@@ -72,23 +82,29 @@ def train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None = N
 def _train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None) -> TrainResult:
     plain = recipe.model_dump(mode="json")
     data = recipe.data
-    if base is not None:
-        channels = base.vae.config.latent_channels
-    else:
+    given = _given_autoencoder(recipe) if base is None else base.vae
+    if given is None:
         assert recipe.autoencoder is not None
         channels = recipe.autoencoder.architecture.latent_channels
+    else:
+        channels = given.config.latent_channels
     channel_prefixes(recipe.transformer.loss, channels)  # refused before anything is trained
     full: ItemDataset
     images: ItemDataset
     if data.cache and base is not None:
         full = images = open_cache(data, base.vae, base)
     else:
-        full, images = _training_images(recipe, keep=data.cache_latents and base is None)
+        full, images = _training_images(recipe, keep=data.cache_latents and given is None)
     held_out = ImagesInMemory(open_part(data, "held_out"), partial(reduced, factor=recipe.downsample))
-    if base is None:
-        pipeline = _new_pipeline(recipe, out, full, images, held_out)
-    else:
+    foundations = {}
+    if base is not None:
         pipeline = native_pipeline(recipe, base)
+        foundations["the pipeline's transformer"] = weights_hash(base.transformer)
+    elif given is not None:
+        foundations["the pretrained autoencoder"] = model_hash(given)
+        pipeline = _new_pipeline(recipe, normalised(given, recipe, out, images), images.classes)
+    else:
+        pipeline = _new_pipeline(recipe, _trained_autoencoder(recipe, out, full, images, held_out), images.classes)
     settings = DiffusionSettings(**{k: getattr(recipe.transformer, k) for k in _SHARED_SECTIONS})
     layout = LatentLayout(pipeline.vae.config.latent_channels, 0)
     inputs = prepare_inputs(
@@ -103,8 +119,7 @@ def _train_base(recipe: BaseRecipe, out: Path, base: DiffusionPipeline | None) -
     )
     diffusion = DiffusionStage(pipeline, layout, settings, inputs)
     diffusion.section = "transformer"
-    given = {} if base is None else {"the pipeline's transformer": weights_hash(base.transformer)}
-    diffusion.foundations = {"the autoencoder": model_hash(pipeline.vae), **given}
+    diffusion.foundations = {"the autoencoder": model_hash(pipeline.vae), **foundations}
     diffusion.facts = data_facts(data, held_out)
     result = train(diffusion, out / "transformer", plain)
     assert result is not None
@@ -167,15 +182,63 @@ def _training_images(recipe: BaseRecipe, *, keep: bool) -> tuple[ItemDataset, It
     return (Mirrored(full, found.seed), Mirrored(small, found.seed)) if found.flip else (full, small)
 
 
-def _new_pipeline(
+_DECODES = (AutoencoderKL, AutoencoderDC, AutoencoderTiny)
+
+
+def _given_autoencoder(recipe: BaseRecipe) -> ModelMixin | None:
+    """The autoencoder that a recipe names; None if it trains one.
+
+    Raises:
+        DavaeError: it cannot be opened, is of a class that class-conditional pipelines do not decode with, or its
+            compression does not divide the images.
+    """
+    name, shape = recipe.pretrained_autoencoder, recipe.transformer.architecture
+    if name is None:
+        return None
+    vae = load_base_autoencoder(name)
+    if not isinstance(vae, _DECODES):
+        known = ", ".join(known.__name__ for known in _DECODES)
+        raise DavaeError(
+            f"pretrained_autoencoder is a {type(vae).__name__} ({name}): a class-conditional pipeline decodes with "
+            f"{known}"
+        )
+    assert shape is not None  # the recipe's validation
+    check_divides(recipe.data.resolution // recipe.downsample, compression_of(vae) * shape.patch_size)
+    return vae
+
+
+def normalised(vae: ModelMixin, recipe: BaseRecipe, out: Path, images: ItemDataset) -> ModelMixin:
+    """A pretrained autoencoder with the scaling that its configuration states, or else with a measured one.
+
+    What is measured is scaling and shift factor by which the latents of ``images`` have mean 0 and variance 1. They are
+    kept with the autoencoder in ``out/autoencoder/vae``: a transformer that has begun stands on them. All ranks must
+    call this.
+    """
+    shift, scale = latent_affine(vae.config, vae.config.latent_channels)
+    if shift.any() or (scale != 1).any():
+        return vae
+    folder = out / "autoencoder" / "vae"
+    if not (_is_saved(folder) and checkpoints(out / "transformer" / "checkpoints")):
+        workers, timeout_s = loader_workers(recipe.data.workers), recipe.data.timeout_s
+        vae.eval().to(start_processes().device)
+        measured = measure_latents(
+            images, partial(encode, vae), vae.config.latent_channels, workers=workers, timeout_s=timeout_s
+        )
+        set_factors(vae.to("cpu"), measured)
+        if is_first():
+            save_whole(vae, folder)
+        wait_for_everyone()
+    return open_autoencoder(folder)
+
+
+def _trained_autoencoder(
     recipe: BaseRecipe, out: Path, full: ItemDataset, images: ItemDataset, held_out: ImagesInMemory
-) -> ClassConditionalPipeline:
-    """Train the autoencoder, unless its result exists, and put a random transformer on it."""
+) -> ModelMixin:
+    """Train the autoencoder, unless its result exists."""
     shape = recipe.transformer.architecture
     assert recipe.autoencoder is not None and shape is not None  # noqa: PT018 (the recipe's validation)
     compression = 2 ** (len(recipe.autoencoder.architecture.block_out_channels) - 1)
-    side = recipe.data.resolution // recipe.downsample
-    check_divides(side, compression * shape.patch_size)
+    check_divides(recipe.data.resolution // recipe.downsample, compression * shape.patch_size)
     reduce = partial(reduced, factor=recipe.downsample)
     vae_folder = out / "autoencoder" / "vae"
     plain = recipe.model_dump(mode="json")
@@ -194,20 +257,25 @@ def _new_pipeline(
         unused = [change for change in run.changed() if change.startswith("autoencoder.")]
         if unused:
             logger.warning("%s is finished and stays as it is, without %s", run.path, "; ".join(unused))
-    vae, _ = open_model(AutoencoderKL.from_pretrained, vae_folder)
+    return open_autoencoder(vae_folder)
 
+
+def _new_pipeline(recipe: BaseRecipe, vae: ModelMixin, classes: Sequence[str]) -> ClassConditionalPipeline:
+    """A random transformer on an autoencoder."""
+    shape = recipe.transformer.architecture
+    assert shape is not None  # the recipe's validation
     torch.manual_seed(recipe.transformer.loop.seed)
     transformer = LightningDiTTransformer2DModel(
-        sample_size=side // compression,
+        sample_size=recipe.data.resolution // recipe.downsample // compression_of(vae),
         in_channels=vae.config.latent_channels,
-        num_classes=len(images.classes),
+        num_classes=len(classes),
         **shape.model_dump(),
     )
     return ClassConditionalPipeline(
         vae=vae,
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        id2label=dict(enumerate(images.classes)),
+        id2label=dict(enumerate(classes)),
     )
 
 
@@ -280,17 +348,28 @@ def _transformer(recipe: BaseRecipe) -> tuple[LightningDiTTransformer2DModel, in
         )
         return (model, compression, f"starts from {architecture.name}, whose autoencoder (f{compression}) is kept")
     shape = recipe.transformer.architecture
-    assert recipe.autoencoder is not None and shape is not None  # noqa: PT018 (the recipe's validation)
-    autoencoder = recipe.autoencoder.architecture
-    compression = 2 ** (len(autoencoder.block_out_channels) - 1)
+    assert shape is not None  # the recipe's validation
+    vae, what = _autoencoder_on_meta(recipe)
+    compression = compression_of(vae)
     with torch.device("meta"):
         model = LightningDiTTransformer2DModel(
             sample_size=max(1, recipe.data.resolution // recipe.downsample // compression),
-            in_channels=autoencoder.latent_channels,
+            in_channels=vae.config.latent_channels,
             num_classes=_CLASSES,
             **shape.model_dump(),
         )
-    return model, compression, f"from scratch: autoencoder (f{compression}), then transformer"
+    return model, compression, what.format(f"(f{compression})")
+
+
+def _autoencoder_on_meta(recipe: BaseRecipe) -> tuple[ModelMixin, str]:
+    """The autoencoder of a transformer from scratch, without weights, and a line on where it comes from."""
+    if recipe.pretrained_autoencoder is not None:
+        found = find_architecture(recipe.pretrained_autoencoder)
+        return found.build_vae(), f"transformer from scratch, on the autoencoder {{}} of {found.name}, which is kept"
+    assert recipe.autoencoder is not None  # the recipe's validation
+    with torch.device("meta"):
+        vae = build_kl(recipe.autoencoder.architecture)
+    return vae, "from scratch: autoencoder {}, then transformer"
 
 
 def _encoding_flops(recipe: BaseRecipe, side: int) -> int:
@@ -299,8 +378,7 @@ def _encoding_flops(recipe: BaseRecipe, side: int) -> int:
         if recipe.start_from is not None:
             vae = find_architecture(recipe.start_from.pipeline).build_vae()
         else:
-            assert recipe.autoencoder is not None
-            vae = build_kl(recipe.autoencoder.architecture)
+            vae, _ = _autoencoder_on_meta(recipe)
         image = torch.empty(1, 3, side, side)
     return count_flops(lambda: vae.eval().encode(image))
 
