@@ -9,6 +9,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
+from davae.evaluation import psnr
 from davae.evaluation.reconstruction.baselines import compare_reconstructions
 from davae.models import AutoencoderDA
 
@@ -32,6 +33,9 @@ def test_rows_are_the_autoencoder_and_every_baseline(autoencoder, images):
         "base, upscaled": 1,
         "base, native": 4,
         "image, reduced": 0,
+        "details zeroed": 1,
+        "details shuffled": 1,
+        "details drawn": 1,
     }
     base = debug_base().vae
     with torch.no_grad():
@@ -90,4 +94,35 @@ def test_crops_of_any_size_are_told_apart(autoencoder, images):
 def test_without_its_base_decoder_two_rows_remain(images):
     autoencoder = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8)
     autoencoder.drop_base_decoder()
-    assert list(compare_reconstructions(autoencoder, [images]).rows) == ["upgraded", "image, reduced"]
+    assert list(compare_reconstructions(autoencoder, [images]).rows)[:2] == ["upgraded", "image, reduced"]
+
+
+@torch.no_grad()
+def test_rows_of_other_details_are_what_they_say(images):
+    torch.manual_seed(0)
+    vae = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8)
+    mean, std = torch.linspace(-1, 1, 8), torch.linspace(0.5, 2, 8)
+    vae.set_detail_statistics(mean, std)
+    z, z_d = vae.encode_base(images), vae.encode_details(images).mean
+    noise = torch.stack([torch.randn(8, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(6)])
+    details = {
+        "details zeroed": torch.zeros_like(z_d),
+        "details shuffled": z_d[[5, 0, 1, 2, 3, 4]],
+        "details drawn": noise * std[:, None, None] + mean[:, None, None],
+    }
+    rows = compare_reconstructions(vae, images.split(4)).rows
+    for name, other in details.items():
+        expected = psnr(images, vae.decode_structured(z, other).clamp(-1, 1)).mean()
+        assert rows[name].figures["psnr"] == pytest.approx(float(expected), abs=1e-4)
+    assert "details shuffled" not in compare_reconstructions(vae, [images[:1]]).rows
+
+
+def test_autoencoders_beside_and_a_decoder_alone(autoencoder, images):
+    alone = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8, detail_dropout=1.0)
+    report = compare_reconstructions(autoencoder, [images], beside={"decoder alone": alone})
+    found = compare_reconstructions(alone, [images])
+    assert list(found.rows) == ["upgraded", "base, upscaled", "base, native", "image, reduced"]
+    assert report.rows["decoder alone"].figures == found.rows["upgraded"].figures
+    assert report.rows["decoder alone"].positions == 1
+    with pytest.raises(DavaeError, match="'base, native' names a row"):
+        compare_reconstructions(autoencoder, [images], beside={"base, native": alone})

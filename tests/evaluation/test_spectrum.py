@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from davae.evaluation import log_spectral_distance, radial_power_spectrum
-from davae.evaluation.metrics.spectrum import radial_bins
+from davae.evaluation.metrics.spectrum import SpectrumMean, radial_bins
 
 
 @pytest.mark.parametrize("size", [(16, 16), (15, 15), (16, 24), (9, 40)])
@@ -38,3 +38,14 @@ def test_log_distance_in_decibels() -> None:
     assert log_spectral_distance(x, x) == 0
     assert log_spectral_distance(x, x * math.sqrt(2)) == pytest.approx(10 * math.log10(2), abs=1e-4)
     assert log_spectral_distance(x, x + 5) == pytest.approx(0, abs=1e-4)  # the mean is not counted
+
+
+def test_gains_by_octave() -> None:
+    x = torch.randn(64, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    loud = SpectrumMean().update(x * math.sqrt(2)).gains(SpectrumMean().update(x))
+    assert loud == pytest.approx([10 * math.log10(2)] * 4, abs=1e-4)  # rings 5 to 8, 3 and 4, 2, 1
+    waves = torch.fft.rfft2(x)
+    index, _ = radial_bins(16, 16)
+    waves[..., (index[:, :9] > 2) & (index[:, :9] <= 4)] *= 0.1
+    quiet = SpectrumMean().update(torch.fft.irfft2(waves, s=(16, 16))).gains(SpectrumMean().update(x))
+    assert quiet == pytest.approx([0, -20, 0, 0], abs=1e-3)

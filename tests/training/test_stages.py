@@ -106,6 +106,27 @@ def test_a_frozen_detail_encoder_stays_and_the_rest_learns(adaptive, tmp_path):
     assert not any(m.training for m in vae.detail_encoder.modules())
 
 
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_decoder_alone_learns_from_the_base_latent_alone(adaptive, tmp_path):
+    overrides = [f"alignment.adaptive={str(adaptive).lower()}", "loop.steps=2", "loop.log_every=1"]
+    stage, vae, start = _stage_of(*(f"autoencoder.{o}" for o in overrides), detail_dropout=1.0)
+    result = train(stage, tmp_path, {})
+    moved = {k.partition(".")[0] for k, v in vae.state_dict().items() if not torch.equal(v, start[k])}
+    assert moved == {"up", "joint_decoder"}
+    learning = {id(p) for p in vae.parameters() if p.requires_grad}
+    assert {id(p) for p in vae.trained_parameters()} == learning
+    first = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert not {"kl", "alignment"} & first.keys()
+    assert result.metrics["psnr"] == result.metrics["psnr_no_details"]
+    assert "alignment" not in result.metrics
+    z, z_d = torch.randn(1, 4, 2, 2), torch.randn(1, 8, 2, 2)
+    alone = vae.decode_structured(z, torch.zeros_like(z_d))
+    assert torch.equal(vae.decode_structured(z, z_d), alone)
+    assert torch.equal(vae.train().decode_structured(z, vae.drop_details(z_d)), alone)
+    saved = type(vae).from_pretrained(result.result)
+    assert torch.equal(saved.decode_structured(z, z_d), saved.decode_structured(z, torch.zeros_like(z_d)))
+
+
 def test_the_frozen_detail_encoders_of_all_levels_trained_together():
     level1 = _vae()
     vae = AutoencoderDA.from_base(level1, scale=2, detail_channels=8)
@@ -403,3 +424,20 @@ def test_a_prefix_that_is_none_is_refused_before_anything_is_encoded(tmp_path, m
     monkeypatch.setattr("davae.training.diffusion.train.load_recipe_base", None)  # a call would be a TypeError
     with pytest.raises(DavaeError, match=r"loss\.prefixes\.channels: 12 is no prefix of a latent of 12 channels"):
         train_transformer(recipe, tmp_path / "run", tmp_path / "autoencoder")
+
+
+def test_previews_drift_from_the_base_that_they_start_as(tmp_path):
+    """At a warm start the base part of every sample is the base's own sample; a random start is not."""
+    vae = _vae()
+    vae.save_pretrained(tmp_path / "autoencoder")
+    found = {}
+    for start in ("zero", "random"):
+        changes = ["diffusion.loop.validate_at_start=true", f"diffusion.tune.new_channels_start={start}"]
+        out = tmp_path / start
+        train_transformer(load_recipe("debug", [*changes, "diffusion.loop.steps=2"]), out, tmp_path / "autoencoder")
+        lines = read_metrics(out / "metrics.jsonl")
+        found[start] = {line["step"]: line["preview_drift"] for line in lines if "preview_drift" in line}
+    assert found["zero"].keys() == found["random"].keys() == {0, 2}
+    assert found["zero"][0] == pytest.approx(0, abs=1e-6)
+    assert found["random"][0] > 1e-3
+    assert found["zero"][2] > 1e-5

@@ -25,6 +25,12 @@ def reconstruction(
     data: Annotated[
         str, typer.Option("--data", help="Images, as in a recipe (see docs/data.md).", callback=some_images)
     ],
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--beside", help="NAME=FOLDER of another trained autoencoder to compare with; can be given again."
+        ),
+    ] = None,
     resolution: Annotated[
         int | None, typer.Option("--resolution", min=1, help="Side in pixels (default: the run's).")
     ] = None,
@@ -44,7 +50,8 @@ def reconstruction(
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """Compare an autoencoder with baselines: base upscaled, base at full resolution, and the reduced image."""
+    """Compare an autoencoder with baselines: base upscaled, base at full size, reduced image, other details."""
+    others = named_values(beside, "--beside", "decoder-alone=runs/alone/autoencoder")
     folders = named_values(crops, "--crops", "lettering=crops/lettering")
     from davae.cli.tables import print_figures
     from davae.evaluation.reconstruction.evaluate import evaluate_reconstruction
@@ -52,6 +59,7 @@ def reconstruction(
     found = evaluate_reconstruction(
         autoencoder,
         data,
+        beside=others,
         resolution=resolution,
         images=images,
         crops=folders,

@@ -14,7 +14,7 @@ from davae.recipes.settings import AutoencoderSettings, BaseRecipe, Reconstructi
 
 _PACKAGES = {"comet_ml": "comet-ml"}
 """Names of trackers' packages for pip, if different."""
-_DIFFUSION = ("held_out_total", "held_out_base", "held_out_detail", "held_out_variance", "swd/finest")
+_DIFFUSION = ("held_out_total", "held_out_base", "held_out_detail", "held_out_variance", "swd/finest", "preview_drift")
 
 
 def check_settings(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str) -> None:
@@ -130,7 +130,9 @@ def measured_names(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str
     settings = getattr(recipe, section)
     if section in ("diffusion", "transformer"):
         return [
-            name for name in _DIFFUSION if section == "diffusion" or name not in ("held_out_base", "held_out_detail")
+            name
+            for name in _DIFFUSION
+            if section == "diffusion" or name not in ("held_out_base", "held_out_detail", "preview_drift")
         ]
     if isinstance(recipe, DcAeRecipe):
         of_prefixes = [f"psnr_{{}}_first_{count}" for count in recipe.measure.prefixes]
@@ -140,4 +142,5 @@ def measured_names(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str
         return ["psnr"]
     channels = settings.model.detail_channels
     lower = [f"psnr_level{n}_upscaled" for n in range(1, len(channels) if isinstance(channels, list) else 1)]
-    return ["psnr", "psnr_base_upscaled", "psnr_no_details", *lower, "alignment", "alignment_relative"]
+    aligned = [] if settings.model.detail_dropout == 1 else ["alignment", "alignment_relative"]
+    return ["psnr", "psnr_base_upscaled", "psnr_no_details", *lower, *aligned]

@@ -91,6 +91,8 @@ class LoopSettings(Section):
     """Steps between lines of ``metrics.jsonl``."""
     validate_every: Annotated[NotNegative, MAY_CHANGE] = 0
     """Steps between validations; 0 validates at the end only. Without held-out images there are none."""
+    validate_at_start: Annotated[bool, MAY_CHANGE] = False
+    """Validate before the first step too: what the start is worth."""
     validation_images: Annotated[Positive, MAY_CHANGE] = 16
     """Held-out images that a validation reads."""
     checkpoint_every: Annotated[Positive, MAY_CHANGE] = 100

@@ -124,8 +124,9 @@ class AutoencoderModelSettings(Section):
     """Clamp the reduced image to [-1, 1]."""
     base_latent_space: LatentSpace = "scaled"
     """What alignment and joint decoder see: ``(z - shift) * scale`` as the diffusion model does, or ``z``."""
-    detail_dropout: Probability = 0.1
-    """Share of training samples whose details are zeroed in front of the decoder."""
+    detail_dropout: Share = 0.1
+    """Share of training samples whose details are zeroed in front of the decoder. 1 trains the joint decoder alone, on
+    the base latent: a baseline. Details, their alignment and their KL divergence then have no part."""
     warm_blocks: bool = True
     """Start the new blocks from the base's layers they replace; ``false`` is the official start."""
 
@@ -482,5 +483,11 @@ class AblationRecipe(Section):
     """Images generated for the generation metrics, classes in turn."""
     features: str | None = None
     """A network for distances of features, as ``davae evaluate generation --features`` takes it."""
+    autoencoder_only: bool = False
+    """Train and measure stage 1 alone, whose base may then be an autoencoder by itself. All held-out images are
+    reconstructed in every way of ``davae evaluate reconstruction``."""
+    native: bool = False
+    """Also fine-tune the base itself at full size, with patches ``scale`` times larger and so as many tokens, by the
+    settings of the first variant's stage 2."""
     variants: Annotated[dict[str, list[str]], Field(min_length=1)]
     """Overrides by name of the variant. The others are compared with the first."""

@@ -2,8 +2,9 @@
 
 * means over pairs of images: ``psnr``, ``ssim``, ``lpips``, ``dino`` (see :mod:`davae.evaluation.metrics.psnr_ssim`);
 * between two sets of images (see :mod:`davae.evaluation.metrics.image_set`): ``swd/finest``, ``swd/levelN``,
-  ``swd/mean``, ``spectrum_db``, and of each feature network ``fid/NETWORK``, ``kid/NETWORK``, ``kid_std/NETWORK``,
-  ``precision/NETWORK``, ``recall/NETWORK``, ``inception_score/NETWORK``, ``inception_score_std/NETWORK``;
+  ``swd/mean``, ``spectrum_db``, of reconstructions ``spectral_gain/octaveN`` (octave 0 ends at Nyquist), and of each
+  feature network ``fid/NETWORK``, ``kid/NETWORK``, ``kid_std/NETWORK``, ``precision/NETWORK``, ``recall/NETWORK``,
+  ``inception_score/NETWORK``, ``inception_score_std/NETWORK``;
 * between images and their texts: ``clip_score``.
 
 A training that measures at several resolutions appends the side: ``psnr_128``.
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 PSNR, SSIM, LPIPS, DINO = "psnr", "ssim", "lpips", "dino"
 SWD_FINEST, SWD_MEAN, SPECTRUM_DB, CLIP_SCORE = "swd/finest", "swd/mean", "spectrum_db", "clip_score"
+SPECTRAL_GAIN = "spectral_gain"
 
 _EARLIER = {
     "swd": SWD_FINEST,

@@ -73,9 +73,24 @@ def log_spectral_distance(a: Tensor, b: Tensor) -> float:
 def spectra_distance(frequency: Tensor, power_a: Tensor, power_b: Tensor) -> float:
     """:func:`log_spectral_distance` from two spectra ``[K]`` that :func:`radial_power_spectrum` made."""
     ring = (frequency > 0) & (frequency <= NYQUIST)
+    return float(_decibels(power_a[ring], power_b[ring]).square().mean().sqrt())
+
+
+def spectral_gains(frequency: Tensor, power_a: Tensor, power_b: Tensor) -> list[float]:
+    """Mean ``10 log10(a / b)`` over the rings of each octave, in dB, the octave below Nyquist first; ``[K]`` spectra.
+
+    Below 0 where ``a`` lacks power, such as the fine structure that an enlarged image does not have.
+    """
+    gains, high = [], NYQUIST
+    while (ring := (frequency > high / 2) & (frequency <= high)).any():
+        gains.append(float(_decibels(power_a[ring], power_b[ring]).mean()))
+        high /= 2
+    return gains
+
+
+def _decibels(power_a: Tensor, power_b: Tensor) -> Tensor:
     floor = 1e-20  # a constant image has no power outside ring 0
-    ratio = 10 * torch.log10(power_a[ring].clamp_min(floor) / power_b[ring].clamp_min(floor))
-    return float(ratio.square().mean().sqrt())
+    return 10 * torch.log10(power_a.clamp_min(floor) / power_b.clamp_min(floor))
 
 
 class SpectrumMean:
@@ -99,6 +114,13 @@ class SpectrumMean:
 
     def distance(self, other: SpectrumMean) -> float:
         """:func:`log_spectral_distance` of the two sets, in dB."""
+        return spectra_distance(*self._beside(other))
+
+    def gains(self, other: SpectrumMean) -> list[float]:
+        """:func:`spectral_gains` of this set over the other, in dB."""
+        return spectral_gains(*self._beside(other))
+
+    def _beside(self, other: SpectrumMean) -> tuple[Tensor, Tensor, Tensor]:
         if self.count == 0 or self._size != other._size:
             raise DavaeError(f"spectra of different sizes cannot be compared: {self._size}, {other._size}")
-        return spectra_distance(self._frequency, self._total / self.count, other._total / other.count)
+        return self._frequency, self._total / self.count, other._total / other.count

@@ -1,6 +1,6 @@
 """An autoencoder's reconstructions compared with baselines."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,8 +10,11 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.evaluation.features import FeatureNetwork
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets
+from davae.evaluation.metrics.names import SPECTRAL_GAIN
 from davae.evaluation.metrics.psnr_ssim import PairMeans, Perceptual
 from davae.evaluation.reconstruction.crops import FINE_TEXTURE, fine_texture
+from davae.evaluation.reconstruction.details import MEANING as DETAIL_ROWS
+from davae.evaluation.reconstruction.details import OtherDetails
 from davae.models import AutoencoderDA
 from davae.models.latent_space import native_reconstruction
 from davae.runtime.pictures import upscaled
@@ -90,6 +93,7 @@ def compare_reconstructions(
     vae: AutoencoderDA,
     batches: Iterable[Tensor],
     *,
+    beside: Mapping[str, AutoencoderDA] | None = None,
     crops: dict[str, Iterable[Tensor]] | None = None,
     networks: list[FeatureNetwork] | None = None,
     perceptual: Mapping[str, Perceptual] | None = None,
@@ -97,56 +101,60 @@ def compare_reconstructions(
     """Reconstruct images in every way and measure each.
 
     The squares of fine texture are found in the images (`davae.evaluation.reconstruction.crops`) and cut out of their
-    reconstructions; all other crops are images of their own.
+    reconstructions; all other crops are images of their own, without rows of other details.
 
     Args:
         vae: in any mode; used in evaluation mode, with the mean of its posterior.
         batches: images ``[B, 3, H, W]`` in [-1, 1], all of one size.
+        beside: other autoencoders by the name of their row, such as a joint decoder alone.
         crops: name to images ``[1, 3, H, W]`` of any sizes, reported separately.
         networks: for Fréchet and kernel distances.
         perceptual: further distances of each pair by name, such as LPIPS.
 
     Raises:
-        DavaeError: no image, or sizes that do not fit the autoencoder.
+        DavaeError: no image, sizes that do not fit the autoencoder, or a name in ``beside`` that a row has already.
     """
-    networks, perceptual = networks or [], perceptual or {}
-    was_training = vae.training
-    vae.eval()
-    names = list(reconstruct_all_ways(vae, None))
-    shares = {UPGRADED: 1.0, BASE_UPSCALED: 1.0, BASE_NATIVE: float(vae.scale**2), REDUCED: 0.0}
-    rows = {name: Row(_MEANING[name], shares[name]) for name in names}
+    networks, perceptual, beside = networks or [], perceptual or {}, beside or {}
+    training = {model: model.training for model in (vae, *beside.values())}
+    for model in training:
+        model.eval()
+    rows = _rows(vae, beside)
     real = ImageSet(networks)
-    made = {name: ImageSet(networks) for name in names}
-    means = {name: PairMeans(perceptual) for name in names}
-    textures = {name: PairMeans(perceptual) for name in names}
-    for images in batches:
-        real.update(images)
+    made = {name: ImageSet(networks) for name in rows}
+    means = {name: PairMeans(perceptual) for name in rows}
+    textures = {name: PairMeans(perceptual) for name in rows}
+    for images, reconstructions in _reconstructions(vae, batches, beside):
+        if UPGRADED in reconstructions:
+            real.update(images)
         cut = fine_texture(images)
-        for name, ours in reconstruct_all_ways(vae, images).items():
+        for name, ours in reconstructions.items():
             made[name].update(ours)
             means[name].update(images, ours)
             textures[name].update(cut(images), cut(ours))
     if real.count == 0:
         raise DavaeError("there is no image to reconstruct")
+    rows = {name: row for name, row in rows.items() if made[name].count}
     for name, row in rows.items():
         row.figures |= means[name].figures()
         row.crops[FINE_TEXTURE] = textures[name].figures()
         if real.count > 1:
             distances = compare_sets(made[name], real)
             row.figures |= {k: v for k, v in distances.figures.items() if not k.startswith("inception_score")}
+            row.figures |= _gains(made[name], real)
             row.unavailable |= distances.unavailable
     counts = {FINE_TEXTURE: real.count}
     for crop, images_of in (crops or {}).items():
-        apart = {name: PairMeans(perceptual) for name in names}
+        apart = {name: PairMeans(perceptual) for name in rows if name not in DETAIL_ROWS}
         for images in images_of:
-            for name, ours in reconstruct_all_ways(vae, images).items():
+            for name, ours in _all_ways(vae, images, beside).items():
                 apart[name].update(images, ours)
         counts[crop] = apart[UPGRADED].count
         if not counts[crop]:
             raise DavaeError(f"there is no image among the crops '{crop}'")
-        for name, row in rows.items():
-            row.crops[crop] = apart[name].figures()
-    vae.train(was_training)
+        for name, found in apart.items():
+            rows[name].crops[crop] = found.figures()
+    for model, mode in training.items():
+        model.train(mode)
     return ReconstructionReport(
         images=real.count,
         crops=counts,
@@ -158,22 +166,53 @@ def compare_reconstructions(
     )
 
 
-def reconstruct_all_ways(vae: AutoencoderDA, images: Tensor | None) -> dict[str, Tensor]:
-    """Reconstructions ``[B, 3, H, W]`` by name, float32 on the CPU; with None the names alone.
+def _gains(made: ImageSet, real: ImageSet) -> dict[str, float]:
+    assert made.spectrum is not None
+    assert real.spectrum is not None
+    gains = made.spectrum.gains(real.spectrum)
+    return {f"{SPECTRAL_GAIN}/octave{number}": gain for number, gain in enumerate(gains)}
 
-    An autoencoder whose base decoder was dropped has the rows without it.
-    """
-    names = [UPGRADED, BASE_UPSCALED, BASE_NATIVE, REDUCED]
-    if not vae.config.has_base_decoder:
-        names = [UPGRADED, REDUCED]
-    if images is None:
-        return dict.fromkeys(names, torch.empty(0))
+
+def _rows(vae: AutoencoderDA, beside: Mapping[str, AutoencoderDA]) -> dict[str, Row]:
+    """The rows without figures, in their order; those of the base only if its decoder was not dropped."""
+    shares = {UPGRADED: 1.0} | {
+        name: (vae.spatial_compression / other.spatial_compression) ** 2 for name, other in beside.items()
+    }
+    if taken := [name for name in beside if name in _MEANING | DETAIL_ROWS]:
+        raise DavaeError(f"'{taken[0]}' names a row that every report has: call the other autoencoder something else")
+    if vae.config.has_base_decoder:
+        shares |= {BASE_UPSCALED: 1.0, BASE_NATIVE: float(vae.scale**2)}
+    shares[REDUCED] = 0.0
+    if vae.uses_details:
+        shares |= dict.fromkeys(DETAIL_ROWS, 1.0)
+    meaning = _MEANING | DETAIL_ROWS
+    return {name: Row(meaning.get(name, "another autoencoder"), share) for name, share in shares.items()}
+
+
+def _reconstructions(
+    vae: AutoencoderDA, batches: Iterable[Tensor], beside: Mapping[str, AutoencoderDA]
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Images and their reconstructions by name; every image comes once with each row."""
+    details = OtherDetails(vae)
+    for images in batches:
+        yield images, _all_ways(vae, images, beside)
+        if vae.uses_details:
+            yield from details.of(images)
+    yield from details.rest()
+
+
+def _all_ways(vae: AutoencoderDA, images: Tensor, beside: Mapping[str, AutoencoderDA]) -> dict[str, Tensor]:
+    """Reconstructions ``[B, 3, H, W]`` by name, float32 on the CPU, but for those with other details."""
     size = images.shape[-2:]
     x = images.to(vae.device, vae.dtype)
-    made = {UPGRADED: vae.decode(vae.encode(x).latent_dist.mode()).sample}
-    if BASE_UPSCALED in names:
+    made = {UPGRADED: _reconstructed(vae, x)} | {name: _reconstructed(other, x) for name, other in beside.items()}
+    if vae.config.has_base_decoder:
         small = vae.decode_base(vae.encode_base(x)).float().clamp(-1, 1)
         made[BASE_UPSCALED] = upscaled(small, size)
         made[BASE_NATIVE] = native_reconstruction(vae, x)
     made[REDUCED] = upscaled(vae.downsample(x), size)
     return {name: image.float().clamp(-1, 1).cpu() for name, image in made.items()}
+
+
+def _reconstructed(vae: AutoencoderDA, images: Tensor) -> Tensor:
+    return vae.decode(vae.encode(images).latent_dist.mode()).sample

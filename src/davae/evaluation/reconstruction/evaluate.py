@@ -25,6 +25,7 @@ def evaluate_reconstruction(
     autoencoder: str | Path,
     data: str,
     *,
+    beside: Mapping[str, str | Path] | None = None,
     resolution: int | None = None,
     images: int = 256,
     crops: Mapping[str, str | Path] | None = None,
@@ -34,11 +35,12 @@ def evaluate_reconstruction(
     dino: Path | None = None,
     device: str | None = None,
 ) -> ReconstructionReport:
-    """Compare an autoencoder with baselines: base upscaled, base at full resolution, and the reduced image.
+    """Compare an autoencoder with baselines: base upscaled, base at full resolution, the reduced image, other details.
 
     Args:
         autoencoder: folder of a trained autoencoder.
         data: images, as in a recipe's ``data.path``.
+        beside: name to folder of other trained autoencoders, such as a joint decoder alone.
         resolution: side in pixels; by default the run's.
         images: how many, spaced evenly over the whole set.
         crops: name to folder of crops that are reported separately, such as lettering.
@@ -60,6 +62,7 @@ def evaluate_reconstruction(
     boxed = {} if boxes is None else read_boxes(boxes)
     dataset = open_dataset(data, resolution=side)
     vae = load_autoencoder(folder).to(where)
+    others = {name: load_autoencoder(place).to(where) for name, place in (beside or {}).items()}
     unit = vae.spatial_compression
     apart: dict[str, Iterable[Tensor]] = {
         name: folder_crops(Path(place), unit) for name, place in (crops or {}).items()
@@ -76,6 +79,7 @@ def evaluate_reconstruction(
     report = compare_reconstructions(
         vae,
         (torch.stack([item["image"] for item in items]) for items in spread),
+        beside=others,
         crops=apart,
         networks=open_networks(features or [], where, unavailable),
         perceptual={name: distance for name, distance in perceptual.items() if distance is not None},

@@ -78,7 +78,8 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         decoder_channel_order: channel order at the input of the up block only; ``"detail_first"`` is for
             published weights. Latents are base first everywhere.
         detail_dropout: probability, in training, of zeroing a sample's whole detail latent before decoding;
-            kept ones are scaled by ``1 / (1 - p)``.
+            kept ones are scaled by ``1 / (1 - p)``. With 1 the decoder never sees details, in training or after it
+            (:attr:`uses_details`).
         detail_mean, detail_std: per-channel statistics of ``z_d``; None means 0 and 1. See
             :meth:`set_detail_statistics`.
         branch_config: config of the base class for the detail encoder and the joint decoder, where their
@@ -300,6 +301,13 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
     # ------------------------------------------------------------------ what learns
 
     @property
+    def uses_details(self) -> bool:
+        """Whether the decoder sees this level's details. False for a joint decoder alone, the baseline whose gain over
+        the enlarged base is that of the decoder: its detail encoder and down block do not learn.
+        """
+        return bool(self.config.detail_dropout < 1)
+
+    @property
     def last_decoder_weight(self) -> Tensor:
         """Weight of the joint decoder's last convolution, where the adaptive GAN weight compares gradients."""
         return [m for m in self.joint_decoder.modules() if isinstance(m, nn.Conv2d)][-1].weight
@@ -313,22 +321,25 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         """Parameters of this level that learn (:meth:`train_levels`), preceded by those of the levels below."""
         if self.below is not None and self.trains_below:
             yield from self.below.trained_parameters()
-        for part in (self.detail_encoder, self.down, self.up, self.joint_decoder):
-            if part is not self.detail_encoder or self.trains_detail_encoder:
+        if self.trains_detail_encoder and self.uses_details:
+            yield from self.detail_encoder.parameters()
+        for part in (self.down, self.up, self.joint_decoder):
+            if part is not self.down or self.uses_details:
                 yield from part.parameters()
 
     def train(self, mode: bool = True) -> AutoencoderDA:
         """As in torch, but what does not learn (:meth:`train_levels`) stays in eval mode."""
         super().train(mode)
         self.base.train(mode and self.trains_below)
-        self.detail_encoder.train(mode and self.trains_detail_encoder)
+        self.detail_encoder.train(mode and self.trains_detail_encoder and self.uses_details)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> AutoencoderDA:
         """As in torch, but what does not learn (:meth:`train_levels`) stays frozen."""
         super().requires_grad_(requires_grad)
         self.base.requires_grad_(requires_grad and self.trains_below)
-        self.detail_encoder.requires_grad_(requires_grad and self.trains_detail_encoder)
+        self.detail_encoder.requires_grad_(requires_grad and self.trains_detail_encoder and self.uses_details)
+        self.down.requires_grad_(requires_grad and self.uses_details)
         return self
 
     def drop_base_decoder(self) -> None:
@@ -473,7 +484,7 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
 
     def drop_details(self, z_d: Tensor) -> Tensor:
         """This level's ``z_d`` for :meth:`decode_structured`; in train mode ``detail_dropout`` zeroes whole samples."""
-        if not self.training or self.config.detail_dropout <= 0:
+        if not (self.training and self.uses_details) or self.config.detail_dropout <= 0:
             return z_d
         uniform = torch.rand(z_d.shape[0], device=z_d.device)
         factor = detail_dropout_factor(uniform, self.config.detail_dropout)
@@ -481,7 +492,7 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
 
     @apply_forward_hook
     def decode_structured(self, z: Tensor, z_d: Tensor) -> Tensor:
-        """Images ``[B, 3, H, W]`` from raw ``z`` and raw ``z_d``.
+        """Images ``[B, 3, H, W]`` from raw ``z`` and raw ``z_d``; without :attr:`uses_details` from ``z`` alone.
 
         Args:
             z, z_d: ``[B, C, h, w]`` and ``[B, D, h, w]``; with levels, the split may also be the one of
@@ -492,6 +503,8 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         """
         if z.shape[1] != self.own_layout.base_channels:
             z, z_d = self.own_layout.split(torch.cat([z, z_d], dim=1))
+        if not self.uses_details:
+            z_d = torch.zeros_like(z_d)
         z = self.alignment_target(self._bounded(z))
         latent = self.own_layout.join(z, z_d)
         if self.config.decoder_channel_order == "detail_first":  # the one place where the order differs
@@ -779,8 +792,8 @@ def _check_options(scale: int, space: str, order: str, dropout: float) -> None:
     check_choice(scale, Scale, "scale")
     check_choice(space, LatentSpace, "base_latent_space")
     check_choice(order, ChannelOrder, "decoder_channel_order")
-    if not 0.0 <= dropout < 1.0:
-        raise DavaeError(f"detail_dropout must lie in [0, 1), not {dropout}")
+    if not 0.0 <= dropout <= 1.0:
+        raise DavaeError(f"detail_dropout must lie in [0, 1], not {dropout}")
 
 
 def _check_image_channels(name: str, taken: int, given: int) -> None:

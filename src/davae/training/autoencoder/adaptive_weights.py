@@ -91,7 +91,7 @@ def single_pass(
             losses["gan"] = (weight * hinge).detach()
             at_image = at_image + weight * adverse
         value = value + losses["gan"]
-    leaves = [(details, z_d), (below, latent)] if below.requires_grad else [(details, z_d)]
+    leaves = [(leaf, tensor) for leaf, tensor in ((details, z_d), (below, latent)) if leaf.requires_grad]
     learning = [p for part in (vae.up, vae.joint_decoder) for p in part.parameters() if p.requires_grad]
     gradients = grad(made, [*(leaf for leaf, _ in leaves), *learning], at_image)
     total = with_gradients(value, [*(tensor for _, tensor in leaves), *learning], gradients, scale=scale)

@@ -126,6 +126,10 @@ class StructuredObjective(nn.Module):
         self, i: int, vae: AutoencoderDA, images: Tensor, targets: Tensor, latent: Tensor, step: int
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Losses of one level, and the details ``[B, D, h, w]`` that it appends to the ``latent`` below it."""
+        if not vae.uses_details:
+            z_d = latent.new_zeros(len(latent), vae.own_layout.detail_channels, *latent.shape[-2:])
+            decoded = self._reconstruct(i, vae, latent, z_d, targets, step, aligns=False)
+            return {"total": decoded.total, **decoded.losses}, z_d
         posterior = vae.encode_own_details(images)
         with drawing():
             z_d = posterior.sample()  # [B, D, h, w]
@@ -135,27 +139,37 @@ class StructuredObjective(nn.Module):
         alignment = self.alignments[i](z_d, vae.alignment_target(aligned))
 
         weight: Tensor | float = self.alignment_settings.weight
-        gan_loss = self._gan_losses[i]
         aligns = bool(weight) and self.alignment_settings.adaptive and torch.is_grad_enabled()
-        adapts = gan_loss is not None and gan_loss.settings.adaptive and torch.is_grad_enabled()
-        ratio: Tensor | None = None
-        if aligns or adapts:
-            decoded = self._decode(vae, latent, kept, targets, gan_loss, step, at_details=aligns)
-            losses, total = decoded.losses, decoded.total
-            if aligns:
-                ratio = decoded.alignment_ratio(kept, alignment, vae.alignment_weight, maximum=MAX_ADAPTIVE_ALIGNMENT)
-        else:
-            made = vae.decode_structured(latent, kept)  # [B, 3, H, W]
-            losses = self.reconstruction(targets, made)
-            total = losses["reconstruction"]
-            if gan_loss is not None:
-                losses["gan"] = gan_loss.generator_term(targets, made, total, vae.last_decoder_weight, step)
-                total = total + losses["gan"]
-        losses |= {"kl": kl, "alignment": alignment}
-        if ratio is not None:
+        decoded = self._reconstruct(i, vae, latent, kept, targets, step, aligns=aligns)
+        losses = {**decoded.losses, "kl": kl, "alignment": alignment}
+        if aligns:
+            ratio = decoded.alignment_ratio(kept, alignment, vae.alignment_weight, maximum=MAX_ADAPTIVE_ALIGNMENT)
             losses["alignment_weight"] = weight = weight * ratio
-        total = total + self.settings.kl_weight * kl + weight * alignment
+        total = decoded.total + self.settings.kl_weight * kl + weight * alignment
         return {"total": total, **losses}, z_d
+
+    def _reconstruct(
+        self, i: int, vae: AutoencoderDA, latent: Tensor, z_d: Tensor, targets: Tensor, step: int, *, aligns: bool
+    ) -> Decoded:
+        """Decode one level and compute its reconstruction and adversarial losses.
+
+        Args:
+            i: the level's place among those that are trained.
+            vae, latent, z_d, targets: as in :meth:`_level`.
+            step: the loop's step.
+            aligns: keep the gradient that an adaptive alignment weight needs.
+        """
+        gan_loss = self._gan_losses[i]
+        adapts = gan_loss is not None and gan_loss.settings.adaptive and torch.is_grad_enabled()
+        if aligns or adapts:
+            return self._decode(vae, latent, z_d, targets, gan_loss, step, at_details=aligns)
+        made = vae.decode_structured(latent, z_d)  # [B, 3, H, W]
+        losses = self.reconstruction(targets, made)
+        total = losses["reconstruction"]
+        if gan_loss is not None:
+            losses["gan"] = gan_loss.generator_term(targets, made, total, vae.last_decoder_weight, step)
+            total = total + losses["gan"]
+        return Decoded(losses, total, at_details=None, scale=1.0)
 
     def _decode(
         self,

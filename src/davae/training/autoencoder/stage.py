@@ -117,12 +117,12 @@ class AutoencoderStage(Stage):
         save_shared_rows(samples / f"step-{step}.png", whole, count)
         compared = {"": "reconstruction", "_base_upscaled": "base, upscaled", "_no_details": "no details"}
         compared |= {f"_level{n}_upscaled": f"level {n}, upscaled" for n in lower}
+        figures = {f"psnr{name}": mean_psnr(images, whole[row], count) for name, row in compared.items()}
+        if not vae.uses_details:
+            return figures
         alignment = mean_of_all(torch.cat(aligned), count)
-        return {
-            **{f"psnr{name}": mean_psnr(images, whole[row], count) for name, row in compared.items()},
-            "alignment": alignment,
-            "alignment_relative": alignment / mean_of_all(torch.cat(energy), count),
-        }
+        relative = alignment / mean_of_all(torch.cat(energy), count)
+        return {**figures, "alignment": alignment, "alignment_relative": relative}
 
     def measure_latents(self) -> None:
         """Store mean and standard deviation of each detail channel of the trained levels in the autoencoder's config.

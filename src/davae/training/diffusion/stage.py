@@ -1,8 +1,8 @@
 """The diffusion stage: a widened transformer is tuned on structured latents (Eq. 12 and 13)."""
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from davae.evaluation import sliced_wasserstein
 from davae.evaluation.metrics.names import SWD_FINEST
 from davae.latents import LatentLayout
+from davae.models import AutoencoderDA
 from davae.pipelines.lora import merge_lora
 from davae.pipelines.saving.adapters import save_adapters
 from davae.recipes.settings import DiffusionSettings
@@ -121,13 +122,15 @@ class DiffusionStage(Stage):
                 device=device,
             )
             count = self.loop.validation_images
-            made = self._samples(self.pipeline, count, self._size())
+            with _decoded(self.vae) as latents:
+                made = self._samples(self.pipeline, count, self._size())
+            values |= self._preview_drift(latents, count)
         self._rest_autoencoder()
         if not is_first():  # the first process has all samples
             return values
         rows = {f"samples {i // _PICTURES}": made[i : i + _PICTURES] for i in range(0, min(count, _SHOWN), _PICTURES)}
         if self._base_row is not None:
-            rows["base"] = self._base_row
+            rows["base"] = self._base_row[:_PICTURES]
         save_rows(samples / f"step-{step}.png", rows)
         if isinstance(self.conditions, PromptEmbeddings):
             atomic_write(samples / "prompts.txt", "\n".join(self.inputs.validation_prompts) + "\n")
@@ -137,6 +140,29 @@ class DiffusionStage(Stage):
             if real.shape[1:] == made.shape[1:]:
                 values[SWD_FINEST] = sliced_wasserstein(made, real)[0]
         return values
+
+    def _preview_drift(self, latents: list[Tensor], count: int) -> dict[str, float]:
+        """How far the base part of samples has moved from the base's own samples of the same noise and class.
+
+        ``preview_drift`` is the root mean square difference of both decoded by the base, images in [-1, 1]: 0 before
+        the first step of a warm start. Only of class-conditional pipelines, which draw the base's noise first, and of
+        the first process's share.
+
+        Args:
+            latents: what the autoencoder decoded for the samples of this process, in order.
+            count: number of samples of all processes.
+        """
+        base = self._base_row
+        if base is None or not len(base) or not latents or not self._previews():
+            return {}
+        pairs = [(z, base[i]) for z, i in zip(torch.cat(latents), share(count), strict=True) if i < len(base)]
+        made = [self.vae.decode_base(z[None])[0].float().clamp(-1, 1).cpu() for z, _ in pairs]
+        errors = [(ours - theirs).square().mean() for ours, (_, theirs) in zip(made, pairs, strict=True)]
+        return {"preview_drift": float(torch.stack(errors).mean().sqrt())}
+
+    def _previews(self) -> bool:
+        vae = self.vae
+        return isinstance(self.conditions, ClassMap) and isinstance(vae, AutoencoderDA) and vae.config.has_base_decoder
 
     def _samples(self, pipeline: DiffusionPipeline, count: int, size: tuple[int, int]) -> Tensor:
         """Samples ``[count, 3, H, W]`` in [-1, 1], cycling through the data's classes or the validation prompts.
@@ -169,7 +195,7 @@ class DiffusionStage(Stage):
         for part in parts:
             part.to(self.device)
         with self._precision():
-            made = self._samples(before, min(self.loop.validation_images, _PICTURES), (height // scale, width // scale))
+            made = self._samples(before, min(self.loop.validation_images, _SHOWN), (height // scale, width // scale))
         for part in parts:  # a caller may still refer to them
             part.to("cpu")
         return made
@@ -202,3 +228,19 @@ class DiffusionStage(Stage):
             self.pipeline.save_pretrained(folder)
             self.finish(folder)
         return out / "pipeline"
+
+
+@contextmanager
+def _decoded(vae: Any) -> Iterator[list[Tensor]]:
+    """Within the context, the list gets the latents that pipelines hand to ``vae.decode``."""
+    latents: list[Tensor] = []
+
+    def decode(z: Tensor, *args: Any, **options: Any) -> Any:
+        latents.append(z)
+        return type(vae).decode(vae, z, *args, **options)
+
+    vae.decode = decode
+    try:
+        yield latents
+    finally:
+        del vae.decode

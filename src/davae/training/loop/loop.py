@@ -323,7 +323,8 @@ class _Training:
     def _validates(self, done: int) -> bool:
         """Whether validation is due after a step."""
         every = self.loop.validate_every
-        return self.stage.can_measure and (done == self.loop.steps or bool(every and done % every == 0))
+        due = done == self.loop.steps or bool(every and done % every == 0)
+        return self.stage.can_measure and (due if done else self.loop.validate_at_start)
 
     def _validate(self, done: int, *, saved: bool) -> None:
         """Measure in all processes; keep the checkpoint if the watched metric is the best so far.
@@ -389,8 +390,8 @@ class _Training:
         if self.main:  # also at step 0: a run may have been killed before its first checkpoint
             self.directory.forget_after(step)
         self.first = step
-        if step and self._validates(step) and not self._was_measured(step):  # stopped between saving and measuring
-            self._validate(step, saved=True)
+        if self._validates(step) and not self._was_measured(step):  # stopped between saving and measuring, or new
+            self._validate(step, saved=bool(step))
         return step
 
     def _was_measured(self, step: int) -> bool:
