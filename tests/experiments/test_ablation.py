@@ -11,11 +11,14 @@ from typer.testing import CliRunner
 from davae.bases.tiny import debug_base
 from davae.cli.main import app
 from davae.errors import DavaeError
-from davae.experiments.ablation import Spread, ablate, generated_images
+from davae.evaluation.reconstruction.baselines import compare_reconstructions
+from davae.experiments.ablation import Spread, ablate, generated_images, real_images
 from davae.models import AutoencoderDA
-from davae.pipelines import upgrade_pipeline
+from davae.pipelines import load_pipeline, upgrade_pipeline
 from davae.pipelines.families import family_of
+from davae.pipelines.saving.opening import load_autoencoder
 from davae.recipes.read import load_recipe, load_variant
+from davae.report.ablation import run_ablation
 from davae.training.diffusion.tuning import select_trained
 from davae.warm_start import new_channel_masks
 
@@ -95,9 +98,9 @@ def test_variants_have_folders_of_their_own_inside_the_ablation(tmp_path, monkey
     names = ["no gan", "no-gan", "No Gan", "../../../x", "con"]
     trained = {}
 
-    def train(case, folder, out, progress):
+    def train(case, folder, out):
         assert str(folder) not in trained
-        trained[str(folder)] = progress
+        trained[str(folder)] = case
         assert folder.resolve().is_relative_to((tmp_path / "a" / "out" / "runs").resolve())
         return {"held_out_total": float(len(trained))}
 
@@ -124,6 +127,57 @@ def test_another_base_or_other_images_at_the_same_path_are_another_ablation(abla
     (out / "ablation.recipe.json").write_text(json.dumps(earlier))
     assert ablate(recipe, out)
     assert (out / "ablation.recipe.json").read_text() == kept
+
+
+def test_a_native_fine_tune_has_as_many_tokens(tmp_path):
+    settings = ["variants={full: []}", "seeds=[0]", "native=true"]
+    result = ablate(load_recipe("ablation-debug", settings), tmp_path)
+    folder = tmp_path / "native" / "seed-0" / "pipeline"
+    native, full = (load_pipeline(f) for f in (folder, tmp_path / "runs" / "full" / "seed-0" / "pipeline"))
+    sides = [p.transformer.config.sample_size // p.transformer.config.patch_size for p in (native, full)]
+    assert sides[0] == sides[1]
+    assert native.vae_scale_factor * 2 == full.vae_scale_factor
+    assert result.baselines["native, equal tokens"].keys() == result.real.keys()
+    stamp = folder.stat().st_mtime_ns
+    assert ablate(load_recipe("ablation-debug", settings), tmp_path).baselines == result.baselines
+    assert folder.stat().st_mtime_ns == stamp
+
+
+ALONE = [
+    "autoencoder_only=true",
+    "overrides=[autoencoder.loop.steps=2, autoencoder.loop.validate_every=1, autoencoder.loop.validate_at_start=true]",
+    "variants={full: [], decoder alone: [autoencoder.model.detail_dropout=1]}",
+]
+
+
+def test_autoencoders_alone_are_measured_with_their_baselines_and_over_the_steps(tmp_path, monkeypatch):
+    debug_base().vae.save_pretrained(tmp_path / "vae")
+    settings = [
+        setting.replace("[autoencoder.loop.steps=2", f"[base={tmp_path / 'vae'}, autoencoder.loop.steps=2")
+        for setting in ALONE
+    ]
+    out = tmp_path / "out"
+    result = run_ablation(load_recipe("ablation-debug", settings), out)
+    full, alone = result.variants["full"], result.variants["decoder alone"]
+    assert len(full["autoencoder_psnr"].values) == 2
+    assert full.keys() - alone.keys() >= {"autoencoder_psnr/details zeroed", "autoencoder_alignment_relative"}
+    assert full["autoencoder_probe/base"].mean == alone["autoencoder_probe/base"].mean
+    assert list(result.baselines) == ["base, upscaled", "base, native", "image, reduced"]
+    report = compare_reconstructions(
+        load_autoencoder(next(iter((out / "autoencoders").iterdir())) / "autoencoder"),
+        [real_images(load_variant(load_recipe("ablation-debug", settings), "full", 0), "held_out")],
+    )
+    expected = {f"autoencoder_{k}": v for k, v in report.rows["base, upscaled"].figures.items()}
+    found = {k: spread.mean for k, spread in result.baselines["base, upscaled"].items()}
+    assert found == pytest.approx(expected, rel=1e-5)
+    curve = result.curves["full"]["psnr"]
+    assert list(curve) == [0, 1, 2]
+    assert curve[2].mean == pytest.approx(full["autoencoder_psnr"].mean)
+    assert not result.real
+    assert (out / "curves.png").is_file()
+    monkeypatch.setattr("davae.experiments.ablation.train_autoencoder", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("davae.experiments.ablation.compare_reconstructions", lambda *_, **__: pytest.fail("measured"))
+    assert ablate(load_recipe("ablation-debug", settings), out).variants == result.variants
 
 
 def test_samples_are_of_the_pipeline_that_is_there(ablated, tmp_path):

@@ -1,7 +1,10 @@
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import EntryNotFoundError
 
+from davae.bases.tiny import debug_base
+from davae.errors import DavaeError
 from davae.planner.architectures import build, find_architecture
 from davae.recipes.presets import find_preset, preset_names
 
@@ -71,3 +74,25 @@ def test_preset_can_be_upgraded(key):
 def test_names_on_the_hub_are_known_in_any_case():
     assert find_preset("Stabilityai/Stable-Diffusion-3.5-Medium") is find_preset("sd35-medium")
     assert find_preset("nothing") is None
+
+
+def test_an_autoencoder_by_itself_on_the_hub_has_an_architecture(tmp_path, monkeypatch):
+    vae = debug_base().vae
+    vae.save_config(tmp_path)
+
+    class NotOnTheHub(EntryNotFoundError, OSError):
+        """As of a repository without this file."""
+
+    def download(name, file):
+        if not (tmp_path / file).is_file():
+            raise NotOnTheHub(file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("davae.planner.architectures.hf_hub_download", download)
+    found = find_architecture("someone/taesd")
+    assert found.base_channels == vae.config.latent_channels
+    with pytest.raises(DavaeError, match="an autoencoder by itself"):
+        found.require_transformer()
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(DavaeError, match=r"config\.json could not be fetched"):
+        find_architecture("someone/nothing")

@@ -15,7 +15,9 @@ from davae.recipes.read import (
     KINDS,
     differing_keys,
     dump_recipe,
+    load_ablation,
     load_recipe,
+    load_variant,
     parse_recipe,
     recipe_names,
     resumable_keys,
@@ -95,6 +97,7 @@ RESUMABLE = {
     "channels_last",
     "compile",
     "validate_every",
+    "validate_at_start",
     "validation_images",
     "validation",
     "best_metric",
@@ -209,3 +212,16 @@ def test_a_setting_that_was_taken_away_is_dropped_where_it_said_nothing():
     assert "plain" not in load_recipe("debug", ["diffusion.loop.plain=false"]).model_dump()["diffusion"]["loop"]
     with pytest.raises(DavaeError, match=r"diffusion.loop.*'plain' is gone.*Remove it"):
         load_recipe("debug", ["diffusion.loop.plain=true"])
+
+
+def test_an_ablation_takes_overrides_of_every_variant():
+    recipe = load_ablation("ablation-debug", ["seeds=[4]", "data.resolution=64", "base=tiny"])
+    assert recipe.seeds == (4,)
+    assert recipe.overrides[-2:] == ("data.resolution=64", "base=tiny")
+    for name in recipe.variants:
+        variant = load_variant(recipe, name, 4)
+        assert (variant.data.resolution, variant.base, variant.autoencoder.loop.steps) == (64, "tiny", 2)
+    with pytest.raises(DavaeError, match=r"recipe 'debug': unknown key 'data.sise'"):
+        load_ablation("ablation-debug", ["data.sise=64"])
+    with pytest.raises(DavaeError, match=r"recipe 'ablation-debug': unknown key 'seedz'; did you mean 'seeds'"):
+        load_ablation("ablation-debug", ["seedz=[4]"])

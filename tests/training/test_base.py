@@ -7,15 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from tests.data.files import picture
 
 from davae.errors import DavaeError
+from davae.models import AutoencoderDA
+from davae.models.latent_space import encode, to_model_space
 from davae.pipelines import ClassConditionalPipeline
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe
+from davae.runtime.pictures import reduced
 from davae.training.base import train as base_module
-from davae.training.base.train import train_base
+from davae.training.base.train import dry_run_base, train_base
+from davae.training.data import open_part
 
 _LOOP = {
     "steps": 1,
@@ -155,3 +159,88 @@ def test_a_prefix_as_long_as_the_latent_is_refused_before_the_first_half(tmp_pat
     with pytest.raises(DavaeError, match=r"loss\.prefixes\.channels: 8 is no prefix of a latent of 8 channels"):
         train_base(_recipe("transformer.loss.prefixes.channels=[8]"), tmp_path / "base")
     assert not (tmp_path / "base" / "autoencoder").exists()
+
+
+# ------------------------------------------------------------------ on a pretrained autoencoder
+
+
+@pytest.fixture(scope="module")
+def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ``AutoencoderTiny`` of f4 whose configuration states no scaling, as TAESD's."""
+    torch.manual_seed(0)
+    channels = (8, 8, 8)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        latent_channels=4,
+    )
+    folder = tmp_path_factory.mktemp("taesd")
+    vae.save_pretrained(folder)
+    return folder
+
+
+def _pretrained(folder: Path, *more: str) -> BaseRecipe:
+    plain = ("autoencoder=null", "full_resolution_crops=0", "save_dtype=float32")
+    return _recipe(*plain, f"pretrained_autoencoder={folder}", *more)
+
+
+@pytest.fixture(scope="module")
+def on_pretrained(tiny_vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pretrained")
+    train_base(_pretrained(tiny_vae), out)
+    return out
+
+
+def test_a_pretrained_autoencoder_is_kept_and_its_latents_are_normalised(tiny_vae: Path, on_pretrained: Path) -> None:
+    pipe, given = ClassConditionalPipeline.from_pretrained(on_pretrained / "pipeline"), _weights_of(tiny_vae)
+    assert all(torch.equal(value, given[name]) for name, value in pipe.vae.state_dict().items())
+    data = open_part(_pretrained(tiny_vae).data, "train")
+    images = torch.stack([reduced(data[i]["image"][None], factor=2)[0] for i in range(len(data))])
+    latents = to_model_space(pipe.vae, encode(pipe.vae, images))
+    assert float(latents.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(latents.std(correction=0)) == pytest.approx(1, abs=1e-4)
+    assert pipe.transformer.config.sample_size == 16 // 4
+    assert not (on_pretrained / "autoencoder" / "checkpoints").exists()
+
+
+def _weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoencoderTiny.from_pretrained(folder).state_dict()
+
+
+def test_a_run_on_a_pretrained_autoencoder_goes_on_without_measuring_again(
+    tiny_vae: Path, on_pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(on_pretrained, tmp_path / "base")
+    moved = shutil.copytree(tiny_vae, tmp_path / "moved")
+    monkeypatch.setattr(base_module, "measure_latents", lambda *_, **__: pytest.fail("measured again"))
+    assert train_base(_pretrained(moved, "transformer.loop.steps=2"), out).steps == 2
+    other = AutoencoderTiny.from_pretrained(tiny_vae)
+    next(iter(other.parameters())).data.add_(1e-3)
+    other.save_pretrained(moved)
+    with pytest.raises(DavaeError, match="the pretrained autoencoder: other weights"):
+        train_base(_pretrained(moved, "transformer.loop.steps=3"), out)
+
+
+def test_a_scaling_that_an_autoencoder_states_is_kept(tiny_vae: Path, tmp_path: Path) -> None:
+    stated = AutoencoderTiny.from_pretrained(tiny_vae)
+    stated.register_to_config(scaling_factor=0.5)
+    stated.save_pretrained(tmp_path / "stated")
+    train_base(_pretrained(tmp_path / "stated"), tmp_path / "base")
+    pipe = ClassConditionalPipeline.from_pretrained(tmp_path / "base" / "pipeline")
+    assert (pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor) == (0.5, 0.0)
+
+
+def test_a_pretrained_autoencoder_that_does_not_fit_is_refused(tiny_vae: Path, tmp_path: Path) -> None:
+    with pytest.raises(DavaeError, match="leave one of them out"):
+        _recipe(f"pretrained_autoencoder={tiny_vae}")
+    with pytest.raises(DavaeError, match="full_resolution_crops"):
+        _recipe("autoencoder=null", f"pretrained_autoencoder={tiny_vae}")
+    with pytest.raises(DavaeError, match=r"18 pixels are not a multiple of 4 .* the nearest is 16"):
+        train_base(_pretrained(tiny_vae, "data.resolution=36"), tmp_path / "a")
+    upgraded = AutoencoderDA.from_base(AutoencoderTiny.from_pretrained(tiny_vae), scale=2, detail_channels=4)
+    upgraded.save_pretrained(tmp_path / "upgraded")
+    with pytest.raises(DavaeError, match=r"is a AutoencoderDA .*: a class-conditional pipeline decodes with"):
+        train_base(_pretrained(tmp_path / "upgraded"), tmp_path / "b")
+    assert "autoencoder (f4) of" in dry_run_base(_pretrained(tiny_vae))

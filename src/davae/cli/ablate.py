@@ -10,7 +10,10 @@ from davae.runtime.console import say, wide_console
 
 
 def ablate(
-    overrides: Annotated[list[str] | None, typer.Argument(help="Overrides as key=value, e.g. seeds=[0]")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Overrides as key=value, e.g. seeds=[0], or of every variant, data.path=photos/"),
+    ] = None,
     recipe: Annotated[str, typer.Option("--recipe", help="An ablation's name, or a YAML file.")] = "ablation-tiny",
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder (default runs/RECIPE).", callback=folder_of("ablation"))
@@ -24,9 +27,9 @@ def ablate(
     if dry_run:
         say(dump_recipe(settings))
         return
-    from davae.report.ablation import ablation_table, run_ablation
+    from davae.report.ablation import PICTURES, ablation_table, run_ablation
 
     folder = out or Path("runs") / Path(recipe).stem
     result = run_ablation(settings, folder)
     wide_console().print(ablation_table(result))
-    say(folder / "ablation.json", folder / "ablation.png")
+    say(folder / "ablation.json", *(file for name in PICTURES if (file := folder / name).is_file()))

@@ -19,23 +19,32 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from davae.bases.open import load_recipe_base
+from davae.bases.open import is_pipeline, load_recipe_autoencoder, load_recipe_base
+from davae.data import ItemDataset
 from davae.data.cache import value_hash
 from davae.errors import DavaeError
 from davae.evaluation.features import FeatureNetwork, open_network
 from davae.evaluation.generation.image_run import contents_hash
+from davae.evaluation.images import spread_batches
+from davae.evaluation.latent_space.separability import linear_probe
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets
-from davae.pipelines.saving.opening import load_pipeline
+from davae.evaluation.reconstruction.baselines import UPGRADED, compare_reconstructions
+from davae.evaluation.reconstruction.details import MEANING
+from davae.models import AutoencoderDA
+from davae.pipelines.saving.opening import load_autoencoder, load_pipeline
 from davae.recipes.checks import check_settings
-from davae.recipes.read import load_variant
-from davae.recipes.settings import AblationRecipe, UpgradeRecipe
+from davae.recipes.read import load_variant, with_later_settings
+from davae.recipes.settings import AblationRecipe, BaseRecipe, BaseTransformerSettings, UpgradeRecipe
 from davae.runtime.atomic_files import atomic_json, folder_hash
 from davae.runtime.pictures import to_bytes
+from davae.runtime.pixel_budget import images_together, in_parts
 from davae.runtime.places import check_place, safe_name
 from davae.runtime.processes import claimed_by_first
 from davae.runtime.text_files import read_object
 from davae.runtime.weight_files import atomic_tensors
-from davae.training.checkpoints.run_directory import environment
+from davae.training.base.train import train_base
+from davae.training.checkpoints.foundations import model_hash
+from davae.training.checkpoints.run_directory import environment, read_metrics
 from davae.training.data import open_held_out, open_part
 from davae.training.diffusion.validation import generate_classes
 from davae.training.runs.train import train_autoencoder, train_diffusion
@@ -43,6 +52,7 @@ from davae.training.runs.train import train_autoencoder, train_diffusion
 logger = logging.getLogger(__name__)
 _STANDS_ON = "what it stands on, the weights of a base or the images,"
 _BATCH = 32  # images at a time through the metrics
+NATIVE = "native, equal tokens"
 
 
 @dataclass(frozen=True)
@@ -68,14 +78,18 @@ class Ablation:
         samples: number of images behind each generation metric.
         variants: spread by variant and metric. Metrics of the autoencoder begin with ``autoencoder_``; the others are
             losses on held-out images, and distances of samples to them (:mod:`davae.evaluation.metrics.names`).
+        baselines: the same of what the recipe does not vary: the native fine-tune, or other ways to reconstruct.
+        curves: spread by variant, metric and step, of what the trainings' validations measured.
         real: the same distances for as many training images (of the first variant's data), a reference that models
-            are not expected to beat.
+            are not expected to beat; empty if only autoencoders are trained.
         environment: versions and hardware.
     """
 
     seeds: list[int]
     samples: int
     variants: dict[str, dict[str, Spread]]
+    baselines: dict[str, dict[str, Spread]]
+    curves: dict[str, dict[str, dict[int, Spread]]]
     real: dict[str, float]
     environment: dict[str, Any]
 
@@ -96,8 +110,8 @@ def ablate(recipe: AblationRecipe, out: Path) -> Ablation:
         (name, seed): load_variant(recipe, name, seed) for name in recipe.variants for seed in recipe.seeds
     }  # read all before training any
     for case in cases.values():
-        check_settings(case, "autoencoder")
-        check_settings(case, "diffusion")
+        for stage in ("autoencoder",) if recipe.autoencoder_only else ("autoencoder", "diffusion"):
+            check_settings(case, stage)
     check_place(out, "ablation")
     networks = [] if recipe.features is None else [open_network(recipe.features)]
     with claimed_by_first(out, "ablation"):
@@ -108,33 +122,139 @@ def _ablate(
     recipe: AblationRecipe, cases: dict[tuple[str, int], UpgradeRecipe], networks: list[FeatureNetwork], out: Path
 ) -> Ablation:
     _check_same(recipe, cases, out)
+    measure = _Autoencoders(networks, out) if recipe.autoencoder_only else _Pipelines(recipe, networks, out)
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in recipe.variants}
+    curves: dict[str, list[dict[int, dict[str, float]]]] = {name: [] for name in recipe.variants}
     first = next(iter(cases.values()))
-    held_out: dict[str, ImageSet] = {}  # variants may differ in their data
-
-    def distances(case: UpgradeRecipe, images: Tensor) -> dict[str, float]:
-        key = case.data.model_dump_json()
-        if key not in held_out:
-            held_out[key] = ImageSet(networks).extend(real_images(case, "held_out").split(_BATCH))
-        return compare_sets(ImageSet(networks).extend(images.split(_BATCH)), held_out[key]).figures
-
-    real = distances(first, real_images(first, "train", recipe.samples))
     for seed in recipe.seeds:  # outer loop: a complete comparison after every seed
         for name in recipe.variants:
-            case = cases[name, seed]
-            folder = out / "runs" / safe_name(name) / f"seed-{seed}"
-            trained = _trained(case, folder, out, f"{name}, seed {seed}")
-            made = generated_images(case, folder / "pipeline", recipe.samples, folder)
-            figures[name].append({**trained, **distances(case, made)})
+            logger.info("ablation: %s, seed %d", name, seed)
+            found, run = measure.figures(name, cases[name, seed], seed)
+            figures[name].append(found)
+            curves[name].append(_curve(run))
+        measure.add_baselines(cases[next(iter(recipe.variants)), seed], seed)
         result = Ablation(
             seeds=list(recipe.seeds[: recipe.seeds.index(seed) + 1]),
             samples=recipe.samples,
             variants={n: _spreads(found) for n, found in figures.items()},
-            real=real,
+            baselines={n: _spreads(found) for n, found in measure.baselines.items()},
+            curves={n: _spread_curves(runs) for n, runs in curves.items()},
+            real=measure.real(first),
             environment=environment(),
         )
         atomic_json(out / "ablation.json", result.to_json())
     return result
+
+
+class _Autoencoders:
+    """Trains and measures the autoencoders of variants."""
+
+    def __init__(self, networks: list[FeatureNetwork], out: Path) -> None:
+        self.networks, self.out = networks, out
+        self.baselines: dict[str, list[dict[str, float]]] = {}
+
+    def figures(self, name: str, case: UpgradeRecipe, seed: int) -> tuple[dict[str, float], Path]:
+        """Metrics of a variant's autoencoder, and its run."""
+        autoencoder, trained = _autoencoder(case, self.out)
+        rows = self._measured(case, autoencoder)
+        measured = {metric: value for metric, value in rows[UPGRADED].items() if metric != "psnr"}
+        measured |= {f"{metric}/{row}": value for row in MEANING for metric, value in rows.get(row, {}).items()}
+        return trained | {f"autoencoder_{metric}": value for metric, value in measured.items()}, autoencoder.parent
+
+    def add_baselines(self, case: UpgradeRecipe, seed: int) -> None:
+        """Ways to reconstruct that need no training; they do not depend on the seed."""
+        if not self.baselines:
+            rows = self._measured(case, _autoencoder(case, self.out)[0])
+            kept = {name: row for name, row in rows.items() if name != UPGRADED and name not in MEANING}
+            self.baselines = {
+                name: [{f"autoencoder_{metric}": value for metric, value in row.items()}] for name, row in kept.items()
+            }
+
+    def real(self, case: UpgradeRecipe) -> dict[str, float]:
+        """No samples, so nothing to compare them with."""
+        return {}
+
+    def _measured(self, case: UpgradeRecipe, autoencoder: Path) -> dict[str, dict[str, float]]:
+        """Figures of every way to reconstruct the held-out images, kept beside the autoencoder."""
+        names = [network.name for network in self.networks]
+        file = autoencoder.parent / f"reconstruction-{value_hash(names).removeprefix('sha256:')[:12]}.json"
+        if not file.is_file():
+            vae, images = load_autoencoder(autoencoder), open_held_out(case.data)
+            count = images_together(case.data.resolution, case.data.resolution)
+            batches = (
+                torch.stack([item["image"] for item in part]) for part in spread_batches(images, len(images), count)
+            )
+            rows = compare_reconstructions(vae, batches, networks=self.networks).rows
+            figures = {name: row.figures for name, row in rows.items()}
+            figures[UPGRADED] |= _probes(vae, images)
+            atomic_json(file, figures)
+        return read_object(file)
+
+
+class _Pipelines:
+    """Trains and measures the pipelines of variants."""
+
+    def __init__(self, recipe: AblationRecipe, networks: list[FeatureNetwork], out: Path) -> None:
+        self.recipe, self.networks, self.out = recipe, networks, out
+        self.baselines: dict[str, list[dict[str, float]]] = {}
+        self._held_out: dict[str, ImageSet] = {}  # variants may differ in their data
+
+    def figures(self, name: str, case: UpgradeRecipe, seed: int) -> tuple[dict[str, float], Path]:
+        """Metrics of a variant's pipeline, and its run."""
+        folder = self.out / "runs" / safe_name(name) / f"seed-{seed}"
+        trained = _trained(case, folder, self.out)
+        return trained | self._distances_of_samples(case, folder), folder
+
+    def add_baselines(self, case: UpgradeRecipe, seed: int) -> None:
+        """The native fine-tune of this seed, if wanted."""
+        if self.recipe.native:
+            logger.info("ablation: %s, seed %d", NATIVE, seed)
+            folder = self.out / "native" / f"seed-{seed}"
+            train_native(case, folder)
+            self.baselines.setdefault(NATIVE, []).append(self._distances_of_samples(case, folder))
+
+    def real(self, case: UpgradeRecipe) -> dict[str, float]:
+        """The distances of training images to the held-out ones."""
+        return self._distances(case, real_images(case, "train", self.recipe.samples))
+
+    def _distances_of_samples(self, case: UpgradeRecipe, folder: Path) -> dict[str, float]:
+        return self._distances(case, generated_images(case, folder / "pipeline", self.recipe.samples, folder))
+
+    def _distances(self, case: UpgradeRecipe, images: Tensor) -> dict[str, float]:
+        key = case.data.model_dump_json()
+        if key not in self._held_out:
+            self._held_out[key] = ImageSet(self.networks).extend(real_images(case, "held_out").split(_BATCH))
+        return compare_sets(ImageSet(self.networks).extend(images.split(_BATCH)), self._held_out[key]).figures
+
+
+@torch.no_grad()
+def _probes(vae: AutoencoderDA, images: ItemDataset) -> dict[str, float]:
+    """Accuracy of linear probes of base, detail and structured latents over the images' classes, if they have any."""
+    items = [images[i] for i in range(len(images))]
+    labels = torch.tensor([item["label"] for item in items])
+    counts = labels.unique(return_counts=True)[1]
+    if int(labels.min()) < 0 or len(counts) < 2 or int(counts.min()) < 2:
+        return {}
+    parts = in_parts(torch.stack([item["image"] for item in items]))
+    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in parts])
+    z, details = vae.layout.split(latents)
+    named = {"base": z, "detail": details, "structured": latents}
+    return {f"probe/{name}": linear_probe(part, labels).mean for name, part in named.items()}
+
+
+def _curve(run: Path) -> dict[int, dict[str, float]]:
+    """Metrics of a run's validations by step."""
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if "learning_rate" not in line]
+    return {line["step"]: {k: v for k, v in line.items() if k != "step" and isinstance(v, float)} for line in lines}
+
+
+def _spread_curves(runs: list[dict[int, dict[str, float]]]) -> dict[str, dict[int, Spread]]:
+    """Spread by metric and step over the seeds, of the steps that all have."""
+    found: dict[str, dict[int, Spread]] = {}
+    for step in [step for step in runs[0] if all(step in run for run in runs)]:
+        for name, spread in _spreads([run[step] for run in runs]).items():
+            found.setdefault(name, {})[step] = spread
+    return found
 
 
 def _check_same(recipe: AblationRecipe, cases: dict[tuple[str, int], UpgradeRecipe], out: Path) -> None:
@@ -142,7 +262,7 @@ def _check_same(recipe: AblationRecipe, cases: dict[tuple[str, int], UpgradeReci
     file, asked = out / "ablation.recipe.json", recipe.model_dump(mode="json")
     asked["stands_on"] = _foundations(cases.values())
     if file.is_file():
-        before = read_object(file)
+        before = with_later_settings(read_object(file))
         before.setdefault("stands_on", asked["stands_on"])  # an earlier version did not note it
         differing = [k for k in asked if k not in ("seeds", "description", "features") and asked[k] != before.get(k)]
         if differing:
@@ -157,18 +277,51 @@ def _foundations(cases: Iterable[UpgradeRecipe]) -> dict[str, str]:
     for case in cases:
         base, data = f"{case.base} {case.base_revision or ''}".strip(), case.data.model_dump_json()
         if base not in found:
-            found[base] = contents_hash(load_recipe_base(case))
+            found[base] = _base_hash(case)
         if data not in found:
             stamps = {**open_part(case.data, "train").stamps(), **open_part(case.data, "held_out").stamps()}
             found[data] = value_hash({name: [stamp.partition(",")[0], *of] for name, (stamp, *of) in stamps.items()})
     return found
 
 
-def _trained(recipe: UpgradeRecipe, folder: Path, out: Path, progress: str) -> dict[str, float]:
+def _base_hash(case: UpgradeRecipe) -> str:
+    """A hash of the base's weights; the base may be an autoencoder by itself."""
+    if is_pipeline(case.base, case.base_revision):
+        return contents_hash(load_recipe_base(case))
+    return model_hash(load_recipe_autoencoder(case))
+
+
+def train_native(case: UpgradeRecipe, out: Path) -> Path:
+    """Fine-tune the base at full size in as many tokens as its upgrade, by the settings of the upgrade's stage 2.
+
+    Args:
+        case: the upgrade.
+        out: the run; finished work in it is not repeated.
+
+    Returns:
+        The pipeline's folder.
+    """
+    folder = out / "pipeline"
+    if not folder.is_dir():
+        base, stage = load_recipe_base(case), case.diffusion.model_dump()
+        recipe = {
+            "kind": "base",
+            "description": f"native fine-tune of {case.base}",
+            "data": case.data.model_dump(),
+            "start_from": {
+                "pipeline": case.base,
+                "patch_size": case.autoencoder.model.scale * base.transformer.config.patch_size,
+            },
+            "transformer": {key: stage[key] for key in BaseTransformerSettings.model_fields if key in stage},
+        }
+        train_base(BaseRecipe.model_validate(recipe), out, base)
+    return folder
+
+
+def _trained(recipe: UpgradeRecipe, folder: Path, out: Path) -> dict[str, float]:
     """Validation metrics of both stages, trained unless finished; the pipeline is in ``folder/pipeline``."""
     done = folder / "result.json"
     if not done.is_file():
-        logger.info("ablation: %s", progress)
         autoencoder, figures = _autoencoder(recipe, out)
         trained = train_diffusion(recipe, folder, autoencoder)
         figures |= {k: v for k, v in trained.metrics.items() if k.startswith("held_out_")}

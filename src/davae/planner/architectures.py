@@ -19,7 +19,7 @@ import transformers
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 
 import davae.models
@@ -210,7 +210,7 @@ def find_architecture(base: str | Path | DiffusionPipeline) -> Architecture:
     """The architecture of a pipeline, its folder, a bundled configuration's name, or a name on the hub.
 
     Names mean what they mean to :func:`davae.bases.open.load_base`; those of bundled configurations need no network.
-    The folder of an autoencoder by itself gives an architecture without a transformer.
+    An autoencoder by itself gives an architecture without a transformer.
 
     Raises:
         DavaeError: nothing of that name, or a pipeline without a transformer.
@@ -235,10 +235,7 @@ def find_architecture(base: str | Path | DiffusionPipeline) -> Architecture:
             steps=preset.steps,
         )
     if is_model_alone(Path(name)):
-        config = read_object(Path(name) / "config.json")
-        return Architecture(
-            name, pipeline="", transformer={}, vae=config, text_encoders={}, source=f"autoencoder in {name}"
-        )
+        return _of_autoencoder(name, Path(name) / "config.json")
     if Path(name).is_dir():
         return _of_files(name, lambda file: Path(name) / file, f"folder {name}")
     if "/" not in name:
@@ -248,7 +245,20 @@ def find_architecture(base: str | Path | DiffusionPipeline) -> Architecture:
             f"no pipeline '{name}': it is not a folder, not a bundled configuration ({listed}), and no name of the "
             "hub, which would be user/name"
         )
+    try:
+        _download(name, "model_index.json")
+    except DavaeError as error:
+        cause = error.__cause__
+        if not isinstance(cause, EntryNotFoundError) or isinstance(cause, LocalEntryNotFoundError):
+            raise
+        return _of_autoencoder(name, Path(_download(name, "config.json")))
     return _of_files(name, lambda file: Path(_download(name, file)), f"{name} on the hub")
+
+
+def _of_autoencoder(name: str, config: Path) -> Architecture:
+    """That of an autoencoder by itself."""
+    vae = read_object(config)
+    return Architecture(name, pipeline="", transformer={}, vae=vae, text_encoders={}, source=f"autoencoder in {name}")
 
 
 def _of_pipeline(pipe: DiffusionPipeline, name: str) -> Architecture:

@@ -1,6 +1,7 @@
 """Reading recipes: YAML by name or file, overrides as ``key=value``, errors in one line."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -65,12 +66,18 @@ def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = (), *, stag
 def load_ablation(name_or_file: str | Path, overrides: Sequence[str] = ()) -> AblationRecipe:
     """:func:`load_recipe` for an ablation; its variants are read too.
 
+    Overrides of keys that only the upgrade recipe has, such as ``data.path=...``, are for every variant.
+
     Raises:
         DavaeError: as there, for the ablation or one of its variants, or the recipe is of another kind.
     """
-    recipe = load_recipe(name_or_file, overrides)
+    of_variants = [
+        o for o in overrides if re.split("[.=]", o)[0] in UpgradeRecipe.model_fields.keys() - {"kind", "description"}
+    ]
+    recipe = load_recipe(name_or_file, [o for o in overrides if o not in of_variants])
     if not isinstance(recipe, AblationRecipe):
         raise DavaeError(f"recipe '{name_or_file}' is of kind '{recipe.kind}', not an ablation")
+    recipe = recipe.model_copy(update={"overrides": (*recipe.overrides, *of_variants)})
     for name in recipe.variants:
         load_variant(recipe, name, recipe.seeds[0])
     return recipe

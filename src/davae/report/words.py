@@ -25,8 +25,11 @@ _METRICS = {
     "recall": "recall",
     "inception_score": "Inception Score",
     "clip_score": "CLIP score",
+    "preview_drift": "drift of previews",
+    "alignment_relative": "alignment error, relative",
+    "probe": "linear probe",
 }
-_HIGHER_IS_BETTER = {"psnr", "ssim", "precision", "recall", "inception_score", "clip_score"}
+_HIGHER_IS_BETTER = {"psnr", "ssim", "precision", "recall", "inception_score", "clip_score", "probe"}
 _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
