@@ -12,7 +12,8 @@ from davae.bases.tiny import debug_base
 from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.evaluation.reconstruction.baselines import compare_reconstructions
-from davae.experiments.ablation import Spread, ablate, generated_images, real_images
+from davae.experiments.ablation import Spread, ablate
+from davae.experiments.variants import generated_images, real_images
 from davae.models import AutoencoderDA
 from davae.pipelines import load_pipeline, upgrade_pipeline
 from davae.pipelines.families import family_of
@@ -57,8 +58,8 @@ def test_variants_share_autoencoders_and_a_second_call_does_nothing(ablated, mon
     def refuse(*_):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("davae.experiments.ablation.train_diffusion", refuse)
-    monkeypatch.setattr("davae.experiments.ablation.train_autoencoder", refuse)
+    monkeypatch.setattr("davae.experiments.variants.train_diffusion", refuse)
+    monkeypatch.setattr("davae.experiments.variants.train_autoencoder", refuse)
     assert ablate(recipe, out).variants == result.variants
     with pytest.raises(DavaeError, match=r"another ablation \(samples differ\)"):
         ablate(load_recipe("ablation-debug", [VARIANTS, "samples=13"]), out)
@@ -104,8 +105,8 @@ def test_variants_have_folders_of_their_own_inside_the_ablation(tmp_path, monkey
         assert folder.resolve().is_relative_to((tmp_path / "a" / "out" / "runs").resolve())
         return {"held_out_total": float(len(trained))}
 
-    monkeypatch.setattr("davae.experiments.ablation._trained", train)
-    monkeypatch.setattr("davae.experiments.ablation.generated_images", lambda *_: torch.zeros(40, 3, 32, 32))
+    monkeypatch.setattr("davae.experiments.variants._trained", train)
+    monkeypatch.setattr("davae.experiments.variants.generated_images", lambda *_: torch.zeros(40, 3, 32, 32))
     variants = json.dumps({name: [] for name in names})
     result = ablate(load_recipe("ablation-debug", [f"variants={variants}", "seeds=[0]"]), tmp_path / "a" / "out")
     assert [result.variants[n]["held_out_total"].values for n in names] == [[1.0], [2.0], [3.0], [4.0], [5.0]]
@@ -175,8 +176,8 @@ def test_autoencoders_alone_are_measured_with_their_baselines_and_over_the_steps
     assert curve[2].mean == pytest.approx(full["autoencoder_psnr"].mean)
     assert not result.real
     assert (out / "curves.png").is_file()
-    monkeypatch.setattr("davae.experiments.ablation.train_autoencoder", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr("davae.experiments.ablation.compare_reconstructions", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr("davae.experiments.variants.train_autoencoder", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("davae.experiments.variants.compare_reconstructions", lambda *_, **__: pytest.fail("measured"))
     assert ablate(load_recipe("ablation-debug", settings), out).variants == result.variants
 
 

@@ -6,53 +6,32 @@ the same seed. Finished work is not repeated, so the same command continues an i
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
-
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from typing import Any
 
 from davae.bases.open import is_pipeline, load_recipe_autoencoder, load_recipe_base
-from davae.data import ItemDataset
 from davae.data.cache import value_hash
 from davae.errors import DavaeError
 from davae.evaluation.features import FeatureNetwork, open_network
 from davae.evaluation.generation.image_run import contents_hash
-from davae.evaluation.images import spread_batches
-from davae.evaluation.latent_space.separability import linear_probe
-from davae.evaluation.metrics.image_set import ImageSet, compare_sets
-from davae.evaluation.reconstruction.baselines import UPGRADED, compare_reconstructions
-from davae.evaluation.reconstruction.details import MEANING
-from davae.models import AutoencoderDA
-from davae.pipelines.saving.opening import load_autoencoder, load_pipeline
+from davae.experiments.variants import Autoencoders, Pipelines, curve_of
 from davae.recipes.checks import check_settings
 from davae.recipes.read import load_variant, with_later_settings
-from davae.recipes.settings import AblationRecipe, BaseRecipe, BaseTransformerSettings, UpgradeRecipe
-from davae.runtime.atomic_files import atomic_json, folder_hash
-from davae.runtime.pictures import to_bytes
-from davae.runtime.pixel_budget import images_together, in_parts
-from davae.runtime.places import check_place, safe_name
+from davae.recipes.settings import AblationRecipe, UpgradeRecipe
+from davae.runtime.atomic_files import atomic_json
+from davae.runtime.places import check_place
 from davae.runtime.processes import claimed_by_first
 from davae.runtime.text_files import read_object
-from davae.runtime.weight_files import atomic_tensors
-from davae.training.base.train import train_base
 from davae.training.checkpoints.foundations import model_hash
-from davae.training.checkpoints.run_directory import environment, read_metrics
-from davae.training.data import open_held_out, open_part
-from davae.training.diffusion.validation import generate_classes
-from davae.training.runs.train import train_autoencoder, train_diffusion
+from davae.training.checkpoints.run_directory import environment
+from davae.training.data import open_part
 
 logger = logging.getLogger(__name__)
 _STANDS_ON = "what it stands on, the weights of a base or the images,"
-_BATCH = 32  # images at a time through the metrics
-NATIVE = "native, equal tokens"
 
 
 @dataclass(frozen=True)
@@ -122,7 +101,7 @@ def _ablate(
     recipe: AblationRecipe, cases: dict[tuple[str, int], UpgradeRecipe], networks: list[FeatureNetwork], out: Path
 ) -> Ablation:
     _check_same(recipe, cases, out)
-    measure = _Autoencoders(networks, out) if recipe.autoencoder_only else _Pipelines(recipe, networks, out)
+    measure = Autoencoders(networks, out) if recipe.autoencoder_only else Pipelines(recipe, networks, out)
     figures: dict[str, list[dict[str, float]]] = {name: [] for name in recipe.variants}
     curves: dict[str, list[dict[int, dict[str, float]]]] = {name: [] for name in recipe.variants}
     first = next(iter(cases.values()))
@@ -131,7 +110,7 @@ def _ablate(
             logger.info("ablation: %s, seed %d", name, seed)
             found, run = measure.figures(name, cases[name, seed], seed)
             figures[name].append(found)
-            curves[name].append(_curve(run))
+            curves[name].append(curve_of(run))
         measure.add_baselines(cases[next(iter(recipe.variants)), seed], seed)
         result = Ablation(
             seeds=list(recipe.seeds[: recipe.seeds.index(seed) + 1]),
@@ -144,108 +123,6 @@ def _ablate(
         )
         atomic_json(out / "ablation.json", result.to_json())
     return result
-
-
-class _Autoencoders:
-    """Trains and measures the autoencoders of variants."""
-
-    def __init__(self, networks: list[FeatureNetwork], out: Path) -> None:
-        self.networks, self.out = networks, out
-        self.baselines: dict[str, list[dict[str, float]]] = {}
-
-    def figures(self, name: str, case: UpgradeRecipe, seed: int) -> tuple[dict[str, float], Path]:
-        """Metrics of a variant's autoencoder, and its run."""
-        autoencoder, trained = _autoencoder(case, self.out)
-        rows = self._measured(case, autoencoder)
-        measured = {metric: value for metric, value in rows[UPGRADED].items() if metric != "psnr"}
-        measured |= {f"{metric}/{row}": value for row in MEANING for metric, value in rows.get(row, {}).items()}
-        return trained | {f"autoencoder_{metric}": value for metric, value in measured.items()}, autoencoder.parent
-
-    def add_baselines(self, case: UpgradeRecipe, seed: int) -> None:
-        """Ways to reconstruct that need no training; they do not depend on the seed."""
-        if not self.baselines:
-            rows = self._measured(case, _autoencoder(case, self.out)[0])
-            kept = {name: row for name, row in rows.items() if name != UPGRADED and name not in MEANING}
-            self.baselines = {
-                name: [{f"autoencoder_{metric}": value for metric, value in row.items()}] for name, row in kept.items()
-            }
-
-    def real(self, case: UpgradeRecipe) -> dict[str, float]:
-        """No samples, so nothing to compare them with."""
-        return {}
-
-    def _measured(self, case: UpgradeRecipe, autoencoder: Path) -> dict[str, dict[str, float]]:
-        """Figures of every way to reconstruct the held-out images, kept beside the autoencoder."""
-        names = [network.name for network in self.networks]
-        file = autoencoder.parent / f"reconstruction-{value_hash(names).removeprefix('sha256:')[:12]}.json"
-        if not file.is_file():
-            vae, images = load_autoencoder(autoencoder), open_held_out(case.data)
-            count = images_together(case.data.resolution, case.data.resolution)
-            batches = (
-                torch.stack([item["image"] for item in part]) for part in spread_batches(images, len(images), count)
-            )
-            rows = compare_reconstructions(vae, batches, networks=self.networks).rows
-            figures = {name: row.figures for name, row in rows.items()}
-            figures[UPGRADED] |= _probes(vae, images)
-            atomic_json(file, figures)
-        return read_object(file)
-
-
-class _Pipelines:
-    """Trains and measures the pipelines of variants."""
-
-    def __init__(self, recipe: AblationRecipe, networks: list[FeatureNetwork], out: Path) -> None:
-        self.recipe, self.networks, self.out = recipe, networks, out
-        self.baselines: dict[str, list[dict[str, float]]] = {}
-        self._held_out: dict[str, ImageSet] = {}  # variants may differ in their data
-
-    def figures(self, name: str, case: UpgradeRecipe, seed: int) -> tuple[dict[str, float], Path]:
-        """Metrics of a variant's pipeline, and its run."""
-        folder = self.out / "runs" / safe_name(name) / f"seed-{seed}"
-        trained = _trained(case, folder, self.out)
-        return trained | self._distances_of_samples(case, folder), folder
-
-    def add_baselines(self, case: UpgradeRecipe, seed: int) -> None:
-        """The native fine-tune of this seed, if wanted."""
-        if self.recipe.native:
-            logger.info("ablation: %s, seed %d", NATIVE, seed)
-            folder = self.out / "native" / f"seed-{seed}"
-            train_native(case, folder)
-            self.baselines.setdefault(NATIVE, []).append(self._distances_of_samples(case, folder))
-
-    def real(self, case: UpgradeRecipe) -> dict[str, float]:
-        """The distances of training images to the held-out ones."""
-        return self._distances(case, real_images(case, "train", self.recipe.samples))
-
-    def _distances_of_samples(self, case: UpgradeRecipe, folder: Path) -> dict[str, float]:
-        return self._distances(case, generated_images(case, folder / "pipeline", self.recipe.samples, folder))
-
-    def _distances(self, case: UpgradeRecipe, images: Tensor) -> dict[str, float]:
-        key = case.data.model_dump_json()
-        if key not in self._held_out:
-            self._held_out[key] = ImageSet(self.networks).extend(real_images(case, "held_out").split(_BATCH))
-        return compare_sets(ImageSet(self.networks).extend(images.split(_BATCH)), self._held_out[key]).figures
-
-
-@torch.no_grad()
-def _probes(vae: AutoencoderDA, images: ItemDataset) -> dict[str, float]:
-    """Accuracy of linear probes of base, detail and structured latents over the images' classes, if they have any."""
-    items = [images[i] for i in range(len(images))]
-    labels = torch.tensor([item["label"] for item in items])
-    counts = labels.unique(return_counts=True)[1]
-    if int(labels.min()) < 0 or len(counts) < 2 or int(counts.min()) < 2:
-        return {}
-    parts = in_parts(torch.stack([item["image"] for item in items]))
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in parts])
-    z, details = vae.layout.split(latents)
-    named = {"base": z, "detail": details, "structured": latents}
-    return {f"probe/{name}": linear_probe(part, labels).mean for name, part in named.items()}
-
-
-def _curve(run: Path) -> dict[int, dict[str, float]]:
-    """Metrics of a run's validations by step."""
-    lines = [line for line in read_metrics(run / "metrics.jsonl") if "learning_rate" not in line]
-    return {line["step"]: {k: v for k, v in line.items() if k != "step" and isinstance(v, float)} for line in lines}
 
 
 def _spread_curves(runs: list[dict[int, dict[str, float]]]) -> dict[str, dict[int, Spread]]:
@@ -291,87 +168,6 @@ def _base_hash(case: UpgradeRecipe) -> str:
     return model_hash(load_recipe_autoencoder(case))
 
 
-def train_native(case: UpgradeRecipe, out: Path) -> Path:
-    """Fine-tune the base at full size in as many tokens as its upgrade, by the settings of the upgrade's stage 2.
-
-    Args:
-        case: the upgrade.
-        out: the run; finished work in it is not repeated.
-
-    Returns:
-        The pipeline's folder.
-    """
-    folder = out / "pipeline"
-    if not folder.is_dir():
-        base, stage = load_recipe_base(case), case.diffusion.model_dump()
-        recipe = {
-            "kind": "base",
-            "description": f"native fine-tune of {case.base}",
-            "data": case.data.model_dump(),
-            "start_from": {
-                "pipeline": case.base,
-                "patch_size": case.autoencoder.model.scale * base.transformer.config.patch_size,
-            },
-            "transformer": {key: stage[key] for key in BaseTransformerSettings.model_fields if key in stage},
-        }
-        train_base(BaseRecipe.model_validate(recipe), out, base)
-    return folder
-
-
-def _trained(recipe: UpgradeRecipe, folder: Path, out: Path) -> dict[str, float]:
-    """Validation metrics of both stages, trained unless finished; the pipeline is in ``folder/pipeline``."""
-    done = folder / "result.json"
-    if not done.is_file():
-        autoencoder, figures = _autoencoder(recipe, out)
-        trained = train_diffusion(recipe, folder, autoencoder)
-        figures |= {k: v for k, v in trained.metrics.items() if k.startswith("held_out_")}
-        atomic_json(done, figures)
-    return read_object(done)
-
-
-def _autoencoder(recipe: UpgradeRecipe, out: Path) -> tuple[Path, dict[str, float]]:
-    """The autoencoder of these settings, trained unless another variant did, and its metrics."""
-    settings = recipe.model_dump(mode="json")
-    asked = {key: settings[key] for key in ("base", "data", "autoencoder")}
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-    folder = out / "autoencoders" / key
-    done = folder / "result.json"
-    if not done.is_file():
-        trained = train_autoencoder(recipe, folder)
-        atomic_json(done, {f"autoencoder_{k}": v for k, v in trained.metrics.items()})
-    return folder / "autoencoder", read_object(done)
-
-
 def _spreads(found: list[dict[str, float]]) -> dict[str, Spread]:
     names = [name for name in found[0] if all(name in one for one in found)]
     return {name: Spread.of([one[name] for one in found]) for name in names}
-
-
-def real_images(recipe: UpgradeRecipe, part: Literal["train", "held_out"], count: int | None = None) -> Tensor:
-    """The first ``count`` images (by default all) of a part of the data, ``[N, 3, H, W]`` in [-1, 1]."""
-    images = open_part(recipe.data, "train") if part == "train" else open_held_out(recipe.data)
-    return torch.stack([images[i]["image"] for i in range(min(len(images), count or len(images)))])
-
-
-def generated_images(recipe: UpgradeRecipe, pipeline: Path, count: int, folder: Path) -> Tensor:
-    """Samples ``[count, 3, H, W]`` in [-1, 1], rounded to 8 bits, cycling through the held-out images' classes.
-
-    They are stored in ``folder``, in a file named by a hash of pipeline, count and settings, and read from it if it
-    exists.
-    """
-    made_with = [
-        folder_hash(pipeline),
-        count,
-        recipe.diffusion.sample.model_dump(mode="json"),
-        recipe.diffusion.loop.seed,
-    ]
-    file = folder / f"samples-{value_hash(made_with).removeprefix('sha256:')[:12]}.safetensors"
-    if not file.is_file():
-        pipe = load_pipeline(pipeline)
-        held_out = open_held_out(recipe.data)
-        labels = sorted({held_out[i]["label"] for i in range(len(held_out))} - {-1})
-        known = dict(pipe.labels)
-        numbers = [known[held_out.classes[label]] for label in labels if held_out.classes[label] in known]
-        made = generate_classes(pipe, numbers or [0], count, recipe.diffusion.sample, seed=recipe.diffusion.loop.seed)
-        atomic_tensors(file, {"images": to_bytes(made).to(torch.uint8)})
-    return load_file(file)["images"].float() / 127.5 - 1
