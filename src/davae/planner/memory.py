@@ -49,7 +49,8 @@ def cost_of(
         given: tensors that exist before, such as weights, and do not count.
         watch: also track memory; without it only operations are counted, several times faster.
         autocast: 16-bit mixed precision. Gradient checkpointing must be told separately (:func:`checkpointing`).
-        cpu: by a CPU's rules: its autocast leaves norms and softmax in 16 bit.
+        cpu: by a CPU's rules: its autocast leaves norms and softmax in 16 bit, and while a convolution runs, its input
+            and output exist twice, the second time in oneDNN's order.
     """
     meter = Meter(given, watch)
     # Blocks that recompute by themselves need these kernels then, too.
@@ -91,6 +92,11 @@ class Meter(TorchDispatchMode):
             tree_map_only(Tensor, self._see, out)
         return out
 
+    def leave_out(self, tensor: Tensor) -> None:
+        """Count a tensor no more."""
+        self._given.append(tensor.untyped_storage())
+        self._forget(self._given[-1].nbytes())
+
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata in self._known:
@@ -130,7 +136,7 @@ class Kernels(TorchFunctionMode):
 
     def __init__(self, autocast: bool = False, cpu: bool = False) -> None:
         super().__init__()
-        self.autocast, self.wide = autocast, frozenset() if cpu else _WIDE
+        self.autocast, self.cpu, self.wide = autocast, cpu, frozenset() if cpu else _WIDE
         self._cast_weights: dict[int, Tensor] = {}
 
     def __torch_function__(
@@ -142,6 +148,11 @@ class Kernels(TorchFunctionMode):
             args, kwargs = tree_map_only(Tensor, self._narrow, (args, kwargs))
         elif self.autocast and func in self.wide:
             args, kwargs = tree_map_only(Tensor, _wide, (args, kwargs))
+        if self.cpu and func is torch.conv2d:
+            reordered = [torch.empty_like(args[0])]
+            out = func(*args, **kwargs)
+            reordered.append(torch.empty_like(out))
+            return out
         return _fused_attention(*args, **kwargs) if attention else func(*args, **kwargs)
 
     def _narrow(self, tensor: Tensor) -> Tensor:
@@ -205,6 +216,24 @@ def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(drop)
+
+
+def building_bytes(build: Callable[[], nn.Module]) -> int:
+    """Peak memory while a model is made whose parameters take none: of its buffers, and of computing them.
+
+    Args:
+        build: makes the model on the meta device.
+    """
+    meter, register = Meter(), nn.Module.register_parameter
+
+    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            meter.leave_out(parameter)
+
+    with patch.object(nn.Module, "register_parameter", without_memory), meter:
+        build()
+    return meter.peak_bytes
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -18,12 +18,12 @@ from davae.models import AutoencoderDA
 from davae.models.latent_space import decode, encode
 from davae.pipelines.families import PROMPTS_TOGETHER
 from davae.planner.architectures import Architecture, block_runs, build_text_encoder, cost_by_depth, shallow_copy
-from davae.planner.memory import Cost, bytes_of, cost_of
-from davae.planner.stages import AutoencoderRun, DiffusionRun, Run, StageCost, forward_cost
+from davae.planner.memory import Cost, building_bytes, bytes_of, cost_of
+from davae.planner.stages import AutoencoderRun, DiffusionRun, Run, StageCost, forward_cost, lora_layers
 from davae.runtime.pixel_budget import images_together
 
-PROGRAM = 450_000_000
-"""Bytes that Python with torch, diffusers and transformers takes before anything is opened, without mapped files."""
+PROGRAM = 650_000_000
+"""Bytes that Python with torch, diffusers and transformers takes before anything is opened, libraries included."""
 _CLIP_TOKENS = 77
 
 
@@ -103,8 +103,8 @@ def autoencoder_phases(
         del rows
         vae.decode_structured(below, torch.zeros_like(z_d))
 
-    validation = {**kept, "activations": _forward(vae, validate)}
-    export = {**kept, "activations": _forward(vae, lambda: vae.encode_details(images))}
+    validation = {**kept, "activations": _forward(vae, validate, cpu=run.cpu)}
+    export = {**kept, "activations": _forward(vae, lambda: vae.encode_details(images), cpu=run.cpu)}
     return {
         "start": Phase({"autoencoder": step.memory["autoencoder"]}, host),
         "step": Phase(step.memory, {**host, "images": 2 * run.batch_size * image}, copied),
@@ -124,9 +124,7 @@ class Encoding:
     texts: int
 
 
-def encoding_costs(
-    architecture: Architecture, vae: AutoencoderDA, resolution: int, prompt_length: int | None
-) -> Encoding:
+def encoding_costs(architecture: Architecture, vae: AutoencoderDA, resolution: int, run: DiffusionRun) -> Encoding:
     """What encoding takes: of as many images, or prompts, as go through together."""
     together = images_together(resolution, resolution)
     images = torch.empty(together, 3, resolution, resolution, device="meta")
@@ -134,11 +132,11 @@ def encoding_costs(
     for name, config in architecture.text_encoders.items():
         encoder = nn.Module.to(build_text_encoder(name, config), torch.bfloat16).eval()
         clip = config["model_type"] == "clip_text_model"
-        length = _CLIP_TOKENS if clip else prompt_length or architecture.prompt_length
+        length = _CLIP_TOKENS if clip else run.prompt_length or architecture.prompt_length
         ids = torch.zeros(PROMPTS_TOGETHER, length, dtype=torch.long, device="meta")
-        activations.append(_forward(encoder, lambda: encoder(input_ids=ids)))  # noqa: B023 (called at once)
+        activations.append(_forward(encoder, lambda: encoder(input_ids=ids), cpu=run.cpu))  # noqa: B023 (called at once)
         weights.append(_bytes(encoder))
-    of_images = _forward(vae, lambda: vae.encode(images))
+    of_images = _forward(vae, lambda: vae.encode(images), cpu=run.cpu)
     return Encoding(_bytes(vae), of_images, sum(weights), max(weights), max(activations))
 
 
@@ -183,8 +181,11 @@ def diffusion_phases(
     copied = {"checkpoint": _checkpoint(step, run)}
     resting = {"autoencoder": weights} if run.cached else {}
     plain, widened = architecture.build_transformer(), architecture.build_transformer(vae.layout.detail_channels)
+    widening = building_bytes(lambda: architecture.build_transformer(vae.layout.detail_channels))
     sampling = _sampling(architecture, widened, vae, resolution, run, text_tokens)
     base_sampling = _sampling(architecture, plain, vae.base_vae, resolution // vae.scale, run, text_tokens)
+    # The base's file stays mapped as long as a weight of it is in use.
+    merged = width * sum(layer.weight.numel() for layer in lora_layers(plain, run)) if run.mode == "lora" else 0
     start_text = {"text encoders": text, "activations": encoding.texts}
     start_images = {"autoencoder": weights, "activations": encoding.images}
     base = width * sum(p.numel() for p in plain.parameters())
@@ -192,6 +193,7 @@ def diffusion_phases(
         "start": Phase.of_moments(
             Phase(start_text, {"program": PROGRAM, "autoencoder": weights}),
             Phase(start_images, {"program": PROGRAM, "text encoders": text}),
+            Phase({}, {**host, "autoencoder": weights, "base transformer": base, "widening": widening}),
             Phase(
                 {"base transformer": base, "activations": base_sampling},
                 {**host, "autoencoder": weights, "widened layers and adapters": max(0, transformer - base)},
@@ -202,7 +204,12 @@ def diffusion_phases(
         "validation": Phase(
             {**kept, "activations": sampling}, {**host, "images": 3 * run.validation_images * image}, copied
         ),
-        "export": Phase(kept, {**host, "text encoder": encoding.largest_text_encoder}, {"file": transformer}),
+        "export": Phase(
+            kept,
+            {**host, "text encoder": encoding.largest_text_encoder},
+            {"file": transformer},
+            most_alone=sum([*kept.values(), *host.values()]) + encoding.largest_text_encoder + merged,
+        ),
     }
 
 

@@ -344,7 +344,7 @@ def _phases(
 ) -> Phases:
     length = diffusion.prompt_length
     tokens = text_tokens if length is None else architecture.text_tokens_at(length)
-    encoded = encoding_costs(architecture, vae, resolution, length)
+    encoded = encoding_costs(architecture, vae, resolution, diffusion)
     return {
         "autoencoder": autoencoder_phases(architecture, vae, resolution, autoencoder, stages["autoencoder"]),
         "cache": cache_phases(encoded, resolution),

@@ -230,10 +230,20 @@ def select_trained(transformer: ModelMixin, run: DiffusionRun) -> list[nn.Parame
     return learning
 
 
+def lora_layers(transformer: nn.Module, run: DiffusionRun) -> list[nn.Linear]:
+    """The layers that adapters are attached to."""
+    named = [(name, module) for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    return [module for name, module in named if any(_matches(name, target) for target in run.lora_targets)]
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
 def target_counts(transformer: nn.Module, targets: Iterable[str]) -> dict[str, int]:
     """How many layers each LoRA target matches, by peft's rule: the name, or its end after a dot."""
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    return {t: sum(name == t or name.endswith(f".{t}") for name in names) for t in targets}
+    return {target: sum(_matches(name, target) for name in names) for target in targets}
 
 
 def forward_cost(transformer: ModelMixin, latent: Tensor, *, text_tokens: int, watch: bool = False) -> Cost:
