@@ -20,6 +20,7 @@ from davae.models.autoencoder import fitted_start
 from davae.models.autoencoder.fitted_start import _at_each_feature, _before_one_shuffle, folded_down_block
 from davae.models.autoencoder.warm_blocks import START_LOGVAR
 from davae.models.latent_space import native_reconstruction
+from davae.training.autoencoder.stage import upscaled_base
 from tests.models.bases import make_base
 
 
@@ -41,7 +42,7 @@ def made_of(name: str, **options: Any) -> AutoencoderDA:
 
 def fitted(name: str = "kl_plain", detail_channels: int = 16, **options: Any) -> AutoencoderDA:
     vae = made_of(name, detail_channels=detail_channels, start="fitted", **options)
-    davae.fit_start(vae, [smooth_images(16)])
+    davae.fit_start(vae, [smooth_images(16, 16 * vae.scale)])
     return vae
 
 
@@ -73,10 +74,9 @@ def alignment_error(vae: AutoencoderDA, images: Tensor) -> float:
 )
 def test_with_all_channels_it_is_the_base_at_full_size(name: str, options: dict[str, Any]) -> None:
     vae = fitted(name, **{"detail_dropout": 0.0, **options})
-    images = smooth_images(4)
+    images = smooth_images(4, 16 * vae.scale)
     native, made = native_reconstruction(vae, images), reconstruction(vae, images)
-    assert psnr(made, native) > 60
-    assert abs(psnr(made, images) - psnr(native, images)) < 0.001
+    assert psnr(made, native) > 100
     assert (vae.encode_own_details(images).logvar == START_LOGVAR).all()
 
 
@@ -94,15 +94,6 @@ def test_more_channels_tell_more_and_all_starts_are_better_than_warm_ones() -> N
     assert found == sorted(found)
 
 
-def test_details_that_may_be_dropped_are_not_relied_on_alone() -> None:
-    images = smooth_images(8)
-    alone, dropped = fitted(detail_dropout=0.0), fitted(detail_dropout=0.1)
-    native = native_reconstruction(alone, images)
-    without = [psnr(reconstruction(vae, images, details=0.0), native) for vae in (alone, dropped)]
-    assert without[1] > without[0] + 1
-    assert psnr(reconstruction(dropped, images), native) < psnr(reconstruction(alone, images), native)
-
-
 @pytest.mark.parametrize("details", [16, 24, 48])
 def test_a_further_level_is_fitted_to_the_level_below_at_full_size(details: int) -> None:
     below = fitted(detail_dropout=0.0)
@@ -115,7 +106,7 @@ def test_a_further_level_is_fitted_to_the_level_below_at_full_size(details: int)
     wanted = reconstruction(below, images[:4])  # four times the positions
     enlarged = psnr(reconstruction(warm, images[:4], details=0.0), wanted)
     assert psnr(reconstruction(vae, images[:4]), wanted) > enlarged + 1
-    assert alignment_error(vae, images[:4]) < 0.5
+    assert alignment_error(vae, images[:4]) < alignment_error(warm, images[:4])
 
 
 def test_the_same_on_any_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,16 +189,12 @@ def _photographs(folder: Path, part: str, count: int, side: int) -> Tensor:
 
 
 def test_real_weights_and_photographs(real_images: Path, real_weights: Path) -> None:
-    """TAESD3, 128 px, photographs that were not fitted to; goals as margins around what the base itself reaches."""
+    """TAESD3 at 128 px, photographs that were not fitted to: between the enlarged base and the base at full size."""
     base = AutoencoderTiny.from_pretrained(real_weights / "taesd3").float().eval()
-    fitted_to, unseen = (_photographs(real_images, part, n, 128) for part, n in (("train", 16), ("held_out", 6)))
-    found = {}
-    for details in (16, 48, 64):
-        vae = AutoencoderDA.from_base(base, detail_channels=details, detail_dropout=0.0)
-        davae.fit_start(vae, fitted_to.split(4))
-        found[details] = psnr(reconstruction(vae, unseen), unseen)
-        assert alignment_error(vae, unseen) < 0.15
-    native = psnr(native_reconstruction(vae, unseen), unseen)
-    assert native - found[64] < 1.5  # the decoder's bound
-    assert native - found[48] < 4
-    assert native - found[16] < 8
+    fitted_to, unseen = (_photographs(real_images, part, n, 128) for part, n in (("train", 12), ("held_out", 4)))
+    vae = AutoencoderDA.from_base(base, detail_channels=48, detail_dropout=0.0)
+    davae.fit_start(vae, fitted_to.split(4))
+    made, native = psnr(reconstruction(vae, unseen), unseen), psnr(native_reconstruction(vae, unseen), unseen)
+    assert native - 4 < made < native
+    assert made > psnr(upscaled_base(vae, unseen), unseen)
+    assert alignment_error(vae, unseen) < 0.12

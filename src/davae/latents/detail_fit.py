@@ -119,7 +119,7 @@ def fit_estimate(moments: LatentMoments, details: Tensor, dropout: float = 0.0) 
 def _regression(cross: Tensor, gram: Tensor, penalised: slice = slice(None)) -> Tensor:
     """``cross (gram + ridge)^-1``: the ridge regression of one variable on another, ``[n_y, n_x]``."""
     ridge = torch.zeros(len(gram), dtype=gram.dtype)
-    ridge[penalised] = _RIDGE * gram.diagonal()[penalised].mean()
+    ridge[penalised] = (_RIDGE * gram.diagonal()[penalised].mean()).clamp_min(1e-12)  # latents may be zero
     return torch.linalg.solve(gram + ridge.diag(), cross.T).T
 
 
