@@ -22,6 +22,7 @@ torch.set_num_threads(1)  # as in child processes: sums are made in the same ord
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 PARITY_DIR = Path(os.environ.get("DAVAE_PARITY_DIR", _SHARED / "parity"))
 TEST_DATA = Path(os.environ.get("DAVAE_TEST_DATA", _SHARED / "data"))
+TEST_WEIGHTS = Path(os.environ.get("DAVAE_TEST_WEIGHTS", _SHARED / "weights"))
 
 
 def _seed_everything() -> None:
@@ -120,6 +121,14 @@ def real_images() -> Path:
     if not TEST_DATA.is_dir():
         pytest.skip(f"no real images under {TEST_DATA}; set DAVAE_TEST_DATA to use them")
     return TEST_DATA
+
+
+@pytest.fixture(scope="session")
+def real_weights() -> Path:
+    """The folder of real pretrained autoencoders, in diffusers format."""
+    if not TEST_WEIGHTS.is_dir():
+        pytest.skip(f"no real weights under {TEST_WEIGHTS}; set DAVAE_TEST_WEIGHTS to use them")
+    return TEST_WEIGHTS
 
 
 @contextmanager

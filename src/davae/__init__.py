@@ -22,7 +22,7 @@ from davae.import_hooks import after_import
 from davae.version import __version__
 
 if TYPE_CHECKING:
-    from davae.models import AutoencoderDA, LightningDiTTransformer2DModel
+    from davae.models import AutoencoderDA, LightningDiTTransformer2DModel, fit_start
     from davae.pipelines import (
         ClassConditionalPipeline,
         load_adapters,
@@ -43,6 +43,7 @@ __all__ = [
     "LightningDiTTransformer2DModel",
     "WarmStartError",
     "__version__",
+    "fit_start",
     "load_adapters",
     "load_pipeline",
     "push_to_hub",

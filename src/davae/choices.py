@@ -9,6 +9,8 @@ from davae.errors import DavaeError
 
 Scale = Literal[2, 4, 8]
 LatentSpace = Literal["scaled", "raw"]
+DownMethod = Literal["unshuffle", "stride"]
+BlockStart = Literal["fitted", "warm", "random"]
 ChannelOrder = Literal["base_first", "detail_first"]
 AlignmentForm = Literal["mean", "relational", "projection"]
 AlignmentTarget = Literal["base", "prefix"]

@@ -57,7 +57,7 @@ def test_base_latent_is_bit_equal_and_the_given_base_untouched(name: str, images
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_training_step_moves_everything_but_the_base(name: str, images: Tensor) -> None:
-    model = make(name, warm_blocks=False).train()
+    model = make(name, start="random").train()
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.trained_parameters(), lr=0.1)
     z, posterior = model.encode_base(images), model.encode_details(images)
@@ -236,7 +236,7 @@ def test_other_precisions_come_in(images: Tensor) -> None:
 
 @torch.no_grad()
 def test_channel_order_matters_in_front_of_the_up_block_only(images: Tensor) -> None:
-    first, last = make(warm_blocks=False), make(warm_blocks=False, decoder_channel_order="detail_first")
+    first, last = make(start="random"), make(start="random", decoder_channel_order="detail_first")
     last.load_state_dict(first.state_dict())
     latent = first.encode(images).latent_dist.mode()
     assert torch.equal(last.encode(images).latent_dist.mode(), latent)
@@ -293,7 +293,7 @@ def test_mistakes_are_told_with_numbers() -> None:
     with pytest.raises(DavaeError, match="positive multiple of 8 for scale 4, not 12"):
         make(scale=4, detail_channels=12)
     with pytest.raises(DavaeError, match="detail_dropout must lie in"):
-        make(detail_dropout=1.0)
+        make(detail_dropout=1.1)
     model = make()
     for encode in (model.encode, model.encode_details, model.encode_base):
         with pytest.raises(DavaeError, match=r"36 x 48 pixels .* multiples of 8 \(scale 2 times base compression 4\)"):
@@ -344,7 +344,7 @@ def test_two_methods_make_an_adapter(images: Tensor, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_checkpointing_changes_nothing(name: str, images: Tensor) -> None:
-    model = make(name, warm_blocks=False, detail_dropout=0.0).train()
+    model = make(name, start="random", detail_dropout=0.0).train()
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -375,7 +375,7 @@ def test_slicing_and_bfloat16(name: str, images: Tensor) -> None:
 
 
 def test_forward_reconstructs_and_returns_tuples_on_request(images: Tensor) -> None:
-    model = make(warm_blocks=False)
+    model = make(start="random")
     with torch.no_grad():
         posterior = model.encode(images, return_dict=False)[0]
         expected = model.decode(posterior.mode(), return_dict=False)[0]

@@ -195,14 +195,14 @@ def _train_once(model: AutoencoderDA, images: Tensor) -> set[str]:
 
 
 def test_earlier_levels_stay_frozen_unless_all_learn_together(images: Tensor) -> None:
-    alone = make(warm_blocks=False)
+    alone = make(start="random")
     moved = _train_once(alone, images)
     assert moved
     assert not any(name.startswith("base.") for name in moved)
     assert not any(module.training for module in alone.base.modules())
     assert {id(p) for p in alone.trained_parameters()} == {id(p) for p in alone.parameters() if p.requires_grad}
 
-    together = make(warm_blocks=False)
+    together = make(start="random")
     together.train_levels(together=True)
     moved = _train_once(together, images)
     assert any(name.startswith("base.detail_encoder.") for name in moved)
@@ -311,7 +311,7 @@ def test_tiles_and_slices_reach_every_level(images: Tensor) -> None:
 
 
 def test_gradient_checkpointing_changes_nothing(images: Tensor) -> None:
-    model = make(warm_blocks=False, detail_dropout=0.0)
+    model = make(start="random", detail_dropout=0.0)
     model.at_level(1).register_to_config(detail_dropout=0.0)
     model.train_levels(together=True)
     model.train()

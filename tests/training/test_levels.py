@@ -184,7 +184,7 @@ def test_alignment_against_the_base_or_everything_below(target: str) -> None:
 
 def test_together_the_upper_level_teaches_the_lower_encoder() -> None:
     """The loss of level 2 reaches the details of level 1, which its decoder sees; alignment never does."""
-    options = ("autoencoder.model.warm_blocks=false", "autoencoder.model.detail_dropout=0")  # no zero weights
+    options = ("autoencoder.model.start=random", "autoencoder.model.detail_dropout=0")  # no zero weights
     vae, objective = _objective(*options, together=True)
     batch = {"image": torch.rand(1, 3, 64, 64) * 2 - 1}
     terms = objective(batch, 0)

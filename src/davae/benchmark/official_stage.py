@@ -25,7 +25,7 @@ def official_model(scale: Any, detail_channels: int) -> AutoencoderModelSettings
         antialias=False,
         clamp_base_image=True,
         detail_dropout=0.0,
-        warm_blocks=False,
+        start="random",
     )
 
 

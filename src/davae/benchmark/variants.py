@@ -159,7 +159,7 @@ def make_variants(
     add("native", resolution, 1, base, vae)
     for scale in scales:
         details = detail_channels or default_detail_channels(architecture.base_channels, scale)
-        autoencoder = AutoencoderDA.from_base(vae, scale=scale, detail_channels=details, warm_blocks=False)
+        autoencoder = AutoencoderDA.from_base(vae, scale=scale, detail_channels=details, start="random")
         wide = architecture.build_transformer(details)
         wide_config = {**wide.config, "_class_name": type(wide).__name__}
         nn.Module.to(autoencoder, device, dtype)  # as _real does for the others, norms included

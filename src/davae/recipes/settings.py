@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from davae.choices import (
     AlignmentForm,
     AlignmentTarget,
+    BlockStart,
     FrozenDtype,
     LatentSpace,
     LevelOrder,
@@ -127,8 +128,21 @@ class AutoencoderModelSettings(Section):
     detail_dropout: Share = 0.1
     """Share of training samples whose details are zeroed in front of the decoder. 1 trains the joint decoder alone, on
     the base latent: a baseline. Details, their alignment and their KL divergence then have no part."""
-    warm_blocks: bool = True
-    """Start the new blocks from the base's layers they replace; ``false`` is the official start."""
+    start: BlockStart = "fitted"
+    """Of the new blocks: fitted to images in closed form, from the base's layers that they replace (``warm``), or from
+    torch's initial values, the official start (``random``)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _warm_blocks(cls, values: Any) -> Any:
+        """Accept ``warm_blocks`` of earlier versions."""
+        if not isinstance(values, dict) or "warm_blocks" not in values:
+            return values
+        start = {True: "warm", False: "random"}.get(values["warm_blocks"])
+        if start is None or values.get("start", start) != start:
+            raise ValueError("warm_blocks is now start: remove it, and keep start=fitted, warm or random")
+        rest = {key: value for key, value in values.items() if key != "warm_blocks"}
+        return {**rest, "start": start}
 
     @model_validator(mode="after")
     def _a_factor_of_two_a_level(self) -> AutoencoderModelSettings:
@@ -163,6 +177,8 @@ class AutoencoderSettings(Section):
     """With sequential levels, of each level's training."""
     statistics_images: Annotated[Positive, MAY_CHANGE] = 10_000
     """Most images used to measure the detail channels' mean and standard deviation."""
+    start_images: Positive = 256
+    """Images that ``model.start`` is fitted to."""
 
     @model_validator(mode="before")
     @classmethod

@@ -16,13 +16,13 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, D
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from davae.choices import ChannelOrder, LatentSpace, Scale, check_choice
+from davae.choices import BlockStart, ChannelOrder, DownMethod, LatentSpace, Scale, check_choice
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.latents.statistics import check_channel_statistics, check_statistics
 from davae.models.autoencoder.pipeline_config import DERIVED_KEYS, derived_config
 from davae.models.autoencoder.posterior import EncodedLatents, StructuredPosterior, takes_single_frame, without_alpha
-from davae.models.autoencoder.residual_sampling import ResidualDownsample, ResidualUpsample
+from davae.models.autoencoder.residual_sampling import ResidualUpsample, down_block
 from davae.models.autoencoder.tiling import tiled
 from davae.models.autoencoder.warm_blocks import start_blocks_from_base
 from davae.models.base_adapters import image, video  # noqa: F401  (each registers its adapters)
@@ -86,6 +86,8 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
             architecture differs from the base's (same compression).
         has_base_decoder: False if the base's decoder is missing, as in some published files, or dropped
             (:meth:`drop_base_decoder`). Only :meth:`decode_base` and decoding the lower levels need it.
+        down_method: of the down block, which makes the details: ``"unshuffle"`` is the residual block of the paper,
+            ``"stride"`` one convolution of ``(s + 2) x (s + 2)`` features, which :func:`davae.fit_start` needs.
 
     Raises:
         DavaeError: an unknown base or option, or sizes that do not fit.
@@ -113,8 +115,10 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         detail_std: list[float] | None = None,
         branch_config: dict[str, Any] | None = None,
         has_base_decoder: bool = True,
+        down_method: DownMethod = "unshuffle",
     ) -> None:
         super().__init__()
+        check_choice(down_method, DownMethod, "down_method")
         _check_options(scale, base_latent_space, decoder_channel_order, detail_dropout)
         check_channel_statistics("detail_mean", detail_mean, "detail_std", detail_std, detail_channels)
         model_class, self.adapter = find_adapter(base_class)
@@ -133,7 +137,7 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         networks = self.adapter.network_adapter(self.base)
         encoder_features, self.base_compression = networks.probe_encoder(self.detail_encoder)
         decoder_features = networks.decoder_channels(self.joint_decoder)
-        self.down = ResidualDownsample(encoder_features, 2 * detail_channels, self.scale)  # mean, log-variance
+        self.down = down_block(encoder_features, detail_channels, self.scale, down_method)
         self.up = ResidualUpsample(self.layout.channels, decoder_features, self.scale)
         self._add_pipeline_parts(self.base)
         self._group_offload_block_modules = [*self._group_offload_block_modules, *offloaded_blocks(self.base)]
@@ -165,7 +169,7 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         base_latent_space: LatentSpace = "scaled",
         decoder_channel_order: ChannelOrder = "base_first",
         detail_dropout: float = 0.1,
-        warm_blocks: bool = True,
+        start: BlockStart = "warm",
     ) -> AutoencoderDA:
         """A new autoencoder on a pretrained base, which is copied and not changed.
 
@@ -174,16 +178,18 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
 
         Args:
             base: a diffusers autoencoder, or an :class:`AutoencoderDA`, which becomes the levels below.
-            warm_blocks: start the two new blocks from the base's layers that they replace (see
-                :mod:`davae.models.autoencoder.warm_blocks`); False leaves torch's random start.
+            start: how the two new blocks start. ``"warm"``: from the base's layers that they replace (see
+                :mod:`davae.models.autoencoder.warm_blocks`); ``"random"``: torch's initial values, the official start;
+                ``"fitted"``: not yet, :func:`davae.fit_start` fits them to images.
             scale, detail_channels, antialias, clamp_base_image, base_latent_space, decoder_channel_order,
             detail_dropout:
                 see the class.
 
         Raises:
-            DavaeError: an unknown base (the message names the adapter's methods to write), sizes that do not
-                fit, or a base whose weights are offloaded, absent or not finite.
+            DavaeError: an unknown base (the message names the adapter's methods to write), sizes or a start that do
+                not fit, or a base whose weights are offloaded, absent or not finite.
         """
+        check_choice(start, BlockStart, "start")
         base = getattr(base, "_orig_mod", base)  # of torch.compile
         model_class, _ = find_adapter(type(base).__name__)
         if any(parameter.is_meta for parameter in base.parameters()):
@@ -207,6 +213,7 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
             detail_dropout=detail_dropout,
             detail_mean=None,
             detail_std=None,
+            down_method="stride" if start == "fitted" else "unshuffle",
         )
         for part in model.children():
             nn.Module.to(part, device=base.device, dtype=base.dtype)  # diffusers' own warns of islands
@@ -214,7 +221,7 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         model.detail_encoder.load_state_dict(model.adapter.detail_encoder(base).state_dict())
         model.joint_decoder.load_state_dict(model.adapter.joint_decoder(base).state_dict())
         model._add_pipeline_parts(base)
-        if warm_blocks:
+        if start == "warm":
             start_blocks_from_base(model)
         return model.eval()
 
@@ -505,20 +512,23 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
             z, z_d = self.own_layout.split(torch.cat([z, z_d], dim=1))
         if not self.uses_details:
             z_d = torch.zeros_like(z_d)
-        z = self.alignment_target(self._bounded(z))
+        z = self.decoded_prefix(z)
         latent = self.own_layout.join(z, z_d)
         if self.config.decoder_channel_order == "detail_first":  # the one place where the order differs
             latent = torch.cat([z_d, z], dim=1)
         decode = self._tiled(lambda x: self.joint_decoder(self.up(x)), self.joint_decoder, 1, self.spatial_compression)
         return self._sliced(decode, latent)
 
-    def _bounded(self, z: Tensor) -> Tensor:
-        """A raw latent with the base decoder's own bound applied; details of lower levels are unbounded."""
+    def decoded_prefix(self, z: Tensor) -> Tensor:
+        """A raw latent ``[B, C, h, w]`` of the levels below as the up block takes it: bounded, then scaled.
+
+        The bound is the base decoder's own, such as TAESD's soft clamp; details of lower levels are unbounded.
+        """
         bound = self.adapter.network_adapter(self.base).bound
         if self.below is None:
-            return bound(z)
+            return self.alignment_target(bound(z))
         base, details = self.below.layout.split(z)
-        return self.below.layout.join(bound(base), details)
+        return self.alignment_target(self.below.layout.join(bound(base), details))
 
     # ------------------------------------------------------------------ the statistics of the details
 

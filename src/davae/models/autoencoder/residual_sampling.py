@@ -5,6 +5,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from davae.choices import DownMethod
 from davae.errors import DavaeError
 
 
@@ -18,8 +19,9 @@ class ResidualDownsample(nn.Module):
     Args:
         in_channels, out_channels: channel counts.
         factor: ``f``.
-        method: ``"unshuffle"`` as above, or ``"stride"``: a 3x3 convolution of stride ``f`` in the learned
-            branch.
+        method: ``"unshuffle"`` as above, or ``"stride"``: a convolution of stride ``f`` in the learned branch.
+        kernel_size: of the convolution. With ``"stride"`` and ``f + 2``, an output sees its ``f x f`` features and the
+            ring around them, which is all that the other method's sees.
         shortcut: whether there is a shortcut.
 
     Raises:
@@ -32,7 +34,8 @@ class ResidualDownsample(nn.Module):
         out_channels: int,
         factor: int,
         *,
-        method: Literal["unshuffle", "stride"] = "unshuffle",
+        method: DownMethod = "unshuffle",
+        kernel_size: int = 3,
         shortcut: bool = True,
     ) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ class ResidualDownsample(nn.Module):
             raise DavaeError(f"{out_channels} output channels are not a multiple of {factor}² = {cells}")
         width = out_channels // cells if method == "unshuffle" else out_channels
         stride = 1 if method == "unshuffle" else factor
-        self.conv = nn.Conv2d(in_channels, width, kernel_size=3, stride=stride, padding=1)
+        self.conv = nn.Conv2d(in_channels, width, kernel_size=kernel_size, stride=stride, padding=1)
         self.shortcut_proj: nn.Conv2d | None = None
         if shortcut and in_channels * cells % out_channels:
             self.shortcut_proj = _zero_projection(in_channels * cells, out_channels)
@@ -58,6 +61,15 @@ class ResidualDownsample(nn.Module):
         if self.shortcut_proj is not None:
             return y + self.shortcut_proj(x)
         return y + x.unflatten(1, (self.out_channels, -1)).mean(dim=2)
+
+
+def down_block(features: int, detail_channels: int, factor: int, method: DownMethod) -> ResidualDownsample:
+    """The down block of an autoencoder: last features to mean and log-variance of the details, ``2 D`` channels."""
+    if method == "unshuffle":
+        return ResidualDownsample(features, 2 * detail_channels, factor)
+    return ResidualDownsample(
+        features, 2 * detail_channels, factor, method="stride", kernel_size=factor + 2, shortcut=False
+    )
 
 
 class ResidualUpsample(nn.Module):

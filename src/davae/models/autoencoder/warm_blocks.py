@@ -51,9 +51,9 @@ def warm_up_block(block: ResidualUpsample, stem: Convolution, layout: LatentLayo
         estimate[:, base:] = torch.block_diag(*[centred] * base)
     if detail_first:
         estimate = estimate.roll(details, dims=1)
-    shuffled = _before_shuffle(stem.weight.float().cpu(), block.factor)  # [F s^2, C s^2, 3, 3]
+    shuffled = before_shuffle(stem.weight.float().cpu(), block.factor)  # [F s^2, C s^2, 3, 3]
     weight = torch.einsum("ochw,ci->oihw", shuffled, estimate)
-    _set_up_block(block, Convolution(weight, stem.bias.repeat_interleave(cells)))
+    set_up_block(block, Convolution(weight, stem.bias.repeat_interleave(cells)))
 
 
 @torch.no_grad()
@@ -89,11 +89,11 @@ def warm_nested_up_block(
         mean = mean @ mean.T / repeats
         centred = torch.eye(cells) - torch.kron(mean, mean)  # [s^2, s^2]
         estimate = torch.block_diag(*[centred] * stem.weight.shape[1])  # [C s^2, D]
-        shuffled = _before_shuffle(stem.weight.float().cpu(), block.factor)
+        shuffled = before_shuffle(stem.weight.float().cpu(), block.factor)
         weight[:, base:] = torch.einsum("ochw,ci->oihw", shuffled, estimate)
     if detail_first:
         weight = weight.roll(details, dims=1)
-    _set_up_block(block, Convolution(weight, _repeat_subpixels(below.bias, factor_below, repeats)))
+    set_up_block(block, Convolution(weight, _repeat_subpixels(below.bias, factor_below, repeats)))
 
 
 def _repeat_subpixels(channels: Tensor, factor: int, repeats: int) -> Tensor:
@@ -103,7 +103,7 @@ def _repeat_subpixels(channels: Tensor, factor: int, repeats: int) -> Tensor:
     return grid.flatten(0, 2)
 
 
-def _set_up_block(block: ResidualUpsample, wanted: Convolution) -> None:
+def set_up_block(block: ResidualUpsample, wanted: Convolution) -> None:
     """Set the learned branch so that the whole block computes ``wanted`` before its shuffle."""
     weight = wanted.weight.clone()
     if block.shortcut and block.shortcut_proj is None:  # subtract what the shortcut will add
@@ -135,7 +135,7 @@ def _shortcut(block: ResidualUpsample) -> Tensor:
     return weight
 
 
-def _before_shuffle(weight: Tensor, factor: int) -> Tensor:
+def before_shuffle(weight: Tensor, factor: int) -> Tensor:
     """The 3x3 convolution on the unshuffled grid that exactly equals ``weight`` on the shuffled one.
 
     ``pixel_shuffle(conv(x, result)) = conv(pixel_shuffle(x), weight)``: the neighbour of sub-pixel ``a`` at offset
@@ -203,7 +203,7 @@ def start_blocks_from_base(model: Any) -> None:
     stem = model.adapter.network_adapter(model.base).decoder_stem(model.base_vae)
     if stem is not None:
         stem = stem.after(torch.diag(1.0 / scale), shift)
-    detail_first = _detail_first(model)
+    detail_first = is_detail_first(model)
     if model.below is not None:
         start = _as_seen_above(model.below, *model.base_affine(model.device))
         warm_nested_up_block(model.up, start, stem, model.own_layout, model.below.scale, detail_first=detail_first)
@@ -213,12 +213,13 @@ def start_blocks_from_base(model: Any) -> None:
 
 def _as_seen_above(model: Any, shift: Tensor, scale: Tensor) -> Convolution:
     """The model's up block up to its shuffle, for latents ``(raw - shift) * scale`` of all its channels."""
-    convolution = folded_up_block(model.up, model.own_layout, detail_first=_detail_first(model))
+    convolution = folded_up_block(model.up, model.own_layout, detail_first=is_detail_first(model))
     details = model.own_layout.detail_channels  # its decoder takes its own details raw
     own_shift, own_scale = model.base_affine(shift.device)
     own_shift, own_scale = F.pad(own_shift, (0, details)), F.pad(own_scale, (0, details), value=1.0)
     return convolution.after(torch.diag(own_scale / scale), (shift - own_shift) * own_scale)
 
 
-def _detail_first(model: Any) -> bool:
+def is_detail_first(model: Any) -> bool:
+    """Whether the details come first in the input of the model's up block."""
     return bool(model.config.decoder_channel_order == "detail_first")

@@ -64,7 +64,12 @@ class NestedAdapter(BaseAdapter):
         base.drop_base_decoder()
 
     def encoder_head(self, base: Any) -> Convolution | None:
-        """An estimate of the raw base latent: the grouped mean of the details below, which alignment ties to it."""
+        """An estimate of the raw base latent: the grouped mean of the details below, which alignment ties to it.
+
+        None for a strided down block, which knows no such mean at every feature.
+        """
+        if base.down.method == "stride":
+            return None
         means = base.own_layout.detail_channels // base.down.factor**2  # convolution rows that serve means alone
         if not means:
             return None

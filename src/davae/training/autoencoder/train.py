@@ -1,7 +1,7 @@
 """Stage 1 of an upgrade: one training, or one per level if the details have sequential levels."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from davae.pipelines.saving.opening import load_autoencoder
 from davae.pipelines.upgrade import layout_over
 from davae.recipes.settings import AutoencoderModelSettings, AutoencoderSettings, UpgradeRecipe
 from davae.runtime.processes import loader_workers
+from davae.training.autoencoder.fit import fit_levels
 from davae.training.autoencoder.stage import AutoencoderStage
 from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.checkpoints.foundations import model_hash
@@ -51,20 +52,23 @@ def train_levels(recipe: UpgradeRecipe, base_vae: Any, out: Path) -> TrainResult
     if vae is not None:
         weights["the autoencoder that it starts from"] = model_hash(vae)
     done = 0 if vae is None else len(vae.levels) - 1 - below
+    new = []  # numbers of the levels that the next training starts
     for number in range(done + 1, len(channels) + 1):
         vae = new_level(base_vae if vae is None else vae, model, channels[number - 1])
+        new.append(below + number)
         if number < len(channels) and not together:
             folder = out / f"level-{below + number}"
             following = out / f"level-{below + number + 1}" if number + 1 < len(channels) else out
             if not (checkpoints(following / "checkpoints") and (folder / "autoencoder" / "config.json").is_file()):
                 logger.info("level %d of %d", below + number, below + len(channels))
-                _train(recipe, base_vae, vae, folder, dict(weights))
+                _train(recipe, base_vae, vae, folder, dict(weights), new)
             # else the next level has started from it: it is not trained further
             vae = load_autoencoder(folder / "autoencoder")
             weights["the levels below"] = model_hash(vae)
+            new = []
             torch.manual_seed(recipe.autoencoder.loop.seed)
     assert vae is not None
-    return _train(recipe, base_vae, vae, out, weights)
+    return _train(recipe, base_vae, vae, out, weights, new)
 
 
 def check_levels(recipe: UpgradeRecipe, out: Path) -> None:
@@ -109,9 +113,20 @@ def _start(settings: AutoencoderSettings, base_vae: Any) -> AutoencoderDA | None
 
 
 def _train(
-    recipe: UpgradeRecipe, base_vae: Any, vae: AutoencoderDA, out: Path, weights: Mapping[str, str]
+    recipe: UpgradeRecipe,
+    base_vae: Any,
+    vae: AutoencoderDA,
+    out: Path,
+    weights: Mapping[str, str],
+    new: Sequence[int],
 ) -> TrainResult:
-    """One training, at the resolution of the last level of ``vae``; ``weights`` are hashes of what it starts from."""
+    """One training, at the resolution of the last level of ``vae``.
+
+    Args:
+        recipe, base_vae, vae, out: what to train, and where.
+        weights: hashes of what it starts from.
+        new: numbers of the levels that nothing has trained yet.
+    """
     data = recipe.data
     ratio = recipe.autoencoder.model.scale * getattr(base_vae, "scale", 1) // vae.scale
     if ratio > 1:
@@ -125,12 +140,15 @@ def _train(
     if data.buckets and is_pipeline(recipe.base, recipe.base_revision):
         outline = load_recipe_base(recipe, without=EVERYTHING)
     train_set, held_out = open_training_part(data, vae, outline), open_part(data, "held_out")
+    workers = loader_workers(data.workers)
+    if recipe.autoencoder.model.start == "fitted" and not checkpoints(out / "checkpoints"):
+        fit_levels(vae, new, recipe.autoencoder, train_set, workers=workers, timeout_s=data.timeout_s)
     stage = AutoencoderStage(
         vae,
         recipe.autoencoder,
         train_set,
         held_out,
-        workers=loader_workers(data.workers),
+        workers=workers,
         timeout_s=data.timeout_s,
         cache_latents=data.cache_latents,
     )
