@@ -94,6 +94,7 @@ def autoencoder_phases(
     images = torch.empty(together, 3, resolution, resolution, device="meta")
     kept = _between_steps(step)
     host, copied = {"program": PROGRAM, "base": base}, {"checkpoint": _checkpoint(step, run)}
+    fit = _forward(vae, lambda: encode(vae.base_vae, images), cpu=run.cpu) if run.fitted_start else 0
     shown = 5 * image * run.validation_images  # the images and their rows
 
     def validate() -> None:
@@ -106,7 +107,7 @@ def autoencoder_phases(
     validation = {**kept, "activations": _forward(vae, validate, cpu=run.cpu)}
     export = {**kept, "activations": _forward(vae, lambda: vae.encode_details(images), cpu=run.cpu)}
     return {
-        "start": Phase({"autoencoder": step.memory["autoencoder"]}, host),
+        "start": Phase({"autoencoder": step.memory["autoencoder"], "activations": fit}, host),
         "step": Phase(step.memory, {**host, "images": 2 * run.batch_size * image}, copied),
         "validation": Phase(validation, {**host, "images": shown}, copied),
         "export": Phase(export, {**host, "images": 64 * image}, {"file": _bytes(vae)}),

@@ -142,6 +142,7 @@ def _autoencoder_run(recipe: UpgradeRecipe) -> AutoencoderRun:
         lpips=settings.reconstruction.lpips_weight > 0,
         detail_encoder=settings.train_detail_encoder,
         base_target=settings.target == "base",
+        fitted_start=settings.model.start == "fitted" and settings.start_from is None,
     )
 
 

@@ -66,12 +66,14 @@ class AutoencoderRun(Run):
         lpips: the LPIPS (VGG-16) term is on.
         detail_encoder: the detail encoder is trained.
         base_target: the base's reconstructions are the target, at the cost of another pass.
+        fitted_start: the base encodes images at full size before the first step.
     """
 
     gan: bool = False
     lpips: bool = False
     detail_encoder: bool = True
     base_target: bool = False
+    fitted_start: bool = True
 
 
 @dataclass(frozen=True)
