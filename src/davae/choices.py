@@ -27,6 +27,7 @@ NewChannelsStart = Literal["zero", "random"]
 Crop = Literal["center", "random"]
 StorageDtype = Literal["float32", "float16", "bfloat16"]
 FrozenDtype = Literal["float32", "bfloat16"]
+Quantization = Literal["none", "8bit", "4bit"]
 SavedDtype = Literal["float32", "float16"]
 
 Precision = Literal["no", "bf16", "fp16"]

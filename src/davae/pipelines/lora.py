@@ -127,6 +127,12 @@ def merge_lora(transformer: Any) -> None:
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer) and not module.merged:
             module.merge(safe_merge=True)
+    remove_lora(transformer)
+
+
+def remove_lora(transformer: Any) -> None:
+    """Take the attached adapter off, in place, without adding it to the weights."""
+    transformer = unwrapped(transformer)
     if hasattr(transformer, "unload_lora"):
         transformer.unload_lora()
     else:

@@ -17,6 +17,7 @@ from torch import nn
 from davae.models import AutoencoderDA
 from davae.models.latent_space import decode, encode
 from davae.pipelines.families import PROMPTS_TOGETHER
+from davae.pipelines.sampling.speed import regions
 from davae.planner.architectures import Architecture, block_runs, build_text_encoder, cost_by_depth, shallow_copy
 from davae.planner.memory import Cost, building_bytes, bytes_of, cost_of
 from davae.planner.stages import AutoencoderRun, DiffusionRun, Run, StageCost, forward_cost, lora_layers
@@ -178,38 +179,48 @@ def diffusion_phases(
     transformer = step.memory["transformer"]
     kept = {**_between_steps(step), "autoencoder": weights}
     image = 12 * resolution**2
-    host = {"program": PROGRAM, "base autoencoder": _bytes(architecture.build_vae())}
+    host: dict[str, int] = {"program": PROGRAM, "base autoencoder": _bytes(architecture.build_vae())}
     copied = {"checkpoint": _checkpoint(step, run)}
     resting = {"autoencoder": weights} if run.cached else {}
+    opened = {"text encoder": encoding.largest_text_encoder}
+    stored = {"resting blocks": step.resting} if step.resting else {}
     plain, widened = architecture.build_transformer(), architecture.build_transformer(vae.layout.detail_channels)
     widening = building_bytes(lambda: architecture.build_transformer(vae.layout.detail_channels))
     sampling = _sampling(architecture, widened, vae, resolution, run, text_tokens)
     base_sampling = _sampling(architecture, plain, vae.base_vae, resolution // vae.scale, run, text_tokens)
+    base = width * sum(p.numel() for p in plain.parameters())
+    base_there = base
+    if run.quantization != "none" or run.offload_blocks:  # the base's samples are made with blocks at rest
+        blocks = [_bytes(block) for block in regions(plain)]
+        base_there = base - sum(blocks) + max(blocks)
+    if run.quantization != "none":
+        opened |= {"the base's own weights": base}
     # The base's file stays mapped as long as a weight of it is in use.
     merged = width * sum(layer.weight.numel() for layer in lora_layers(plain, run)) if run.mode == "lora" else 0
     start_text = {"text encoders": text, "activations": encoding.texts}
     start_images = {"autoencoder": weights, "activations": encoding.images}
-    base = width * sum(p.numel() for p in plain.parameters())
     return {
         "start": Phase.of_moments(
             Phase(start_text, {"program": PROGRAM, "autoencoder": weights}),
             Phase(start_images, {"program": PROGRAM, "text encoders": text}),
             Phase({}, {**host, "autoencoder": weights, "base transformer": base, "widening": widening}),
             Phase(
-                {"base transformer": base, "activations": base_sampling},
-                {**host, "autoencoder": weights, "widened layers and adapters": max(0, transformer - base)},
+                {"base transformer": base_there, "activations": base_sampling},
+                {**host, "autoencoder": weights, "widened layers and adapters": 4 * step.trained_parameters},
                 {"widened transformer": base},  # shares the base's memory, which a device holds again
             ),
         ),
-        "step": Phase(step.memory, {**host, **resting}, copied),
+        "step": Phase(step.memory, {**host, **resting, **stored}, copied),
         "validation": Phase(
-            {**kept, "activations": sampling}, {**host, "images": 3 * run.validation_images * image}, copied
+            {**kept, "activations": sampling},
+            {**host, **stored, "images": 3 * run.validation_images * image},
+            copied,
         ),
         "export": Phase(
             kept,
-            {**host, "text encoder": encoding.largest_text_encoder},
+            {**host, **stored, **opened},
             {"file": transformer},
-            most_alone=sum([*kept.values(), *host.values()]) + encoding.largest_text_encoder + merged,
+            most_alone=sum([*kept.values(), *host.values(), *stored.values(), *opened.values()]) + merged,
         ),
     }
 

@@ -162,6 +162,8 @@ def _diffusion_run(recipe: UpgradeRecipe, architecture: Architecture) -> Diffusi
         frozen_dtype=tune.frozen_dtype,
         cached=bool(recipe.data.cache or recipe.data.cache_latents),
         prompt_length=settings.prompts.max_length,
+        quantization=tune.quantization,
+        offload_blocks=tune.offload_blocks,
     )
 
 

@@ -8,11 +8,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from davae.choices import FrozenDtype, Precision, TuneMode
+from davae.choices import FrozenDtype, Precision, Quantization, TuneMode
 from davae.errors import DavaeError, first_line
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA, PatchDiscriminator
 from davae.models.latent_space import native_reconstruction
+from davae.pipelines.quantization import quantizable_layers, quantized_bytes
+from davae.pipelines.sampling.speed import regions
 from davae.planner.architectures import Architecture, block_runs, cost_by_depth
 from davae.planner.memory import Cost, ShapesOnly, bytes_of, checkpointing, cost_of, drop_gradients
 from davae.warm_start import channel_parameters, dummy_arguments
@@ -87,6 +89,8 @@ class DiffusionRun(Run):
         frozen_dtype: of the weights that are not trained.
         cached: latents come from a cache or are kept in memory, so that no image is encoded in a step.
         prompt_length: tokens a prompt is padded to, if not the pipeline's default.
+        quantization: of the frozen linear layers.
+        offload_blocks: frozen weights of blocks rest in main memory.
     """
 
     mode: TuneMode = "lora"
@@ -95,15 +99,18 @@ class DiffusionRun(Run):
     frozen_dtype: FrozenDtype = "bfloat16"
     cached: bool = True
     prompt_length: int | None = None
+    quantization: Quantization = "none"
+    offload_blocks: bool = False
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """Attributes: operations for one image; trained parameters; bytes by part."""
+    """Attributes: operations for one image; trained parameters; bytes by part; those of weights in main memory."""
 
     flops_per_image: float
     trained_parameters: int
     memory: dict[str, int] = field(default_factory=dict)
+    resting: int = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -194,13 +201,33 @@ def diffusion_stage(
 
     transformer = architecture.build_transformer(layout.detail_channels)
     cost = cost_by_depth(measure, block_runs(transformer))
+    quantized = [transformer.get_submodule(name) for name in quantizable_layers(transformer)]
     learning = select_trained(transformer, run)
-    memory = {"transformer": bytes_of([*transformer.parameters(), *transformer.buffers()])}
+    saved, resting = _not_on_the_device(transformer, quantized, run)
+    memory = {"transformer": bytes_of([*transformer.parameters(), *transformer.buffers()]) - saved}
     if not run.cached:
         memory["autoencoder"] = bytes_of([*vae.parameters(), *vae.buffers()])
     stage = _stage_cost(cost, learning, memory, run)
     extra = 0.0 if run.cached else encoding_flops
-    return StageCost(stage.flops_per_image + extra, stage.trained_parameters, stage.memory)
+    return StageCost(stage.flops_per_image + extra, stage.trained_parameters, stage.memory, resting)
+
+
+def _not_on_the_device(transformer: nn.Module, quantized: list[nn.Module], run: DiffusionRun) -> tuple[int, int]:
+    """Bytes of frozen weights that a device is spared, and of those that rest in main memory instead.
+
+    Args:
+        transformer: as it is trained.
+        quantized: its linear layers that ``run.quantization`` would replace.
+        run: how it is trained.
+    """
+    if run.quantization != "none":
+        linear = [layer for layer in quantized if isinstance(layer, nn.Linear)]
+        kept = sum(quantized_bytes(layer, run.quantization) for layer in linear)
+        return bytes_of(layer.weight for layer in linear) - kept, 0
+    if not run.offload_blocks:
+        return 0, 0
+    blocks = [bytes_of(p for p in block.parameters() if not p.requires_grad) for block in regions(transformer)]
+    return sum(blocks) - max(blocks), sum(blocks)
 
 
 def select_trained(transformer: ModelMixin, run: DiffusionRun) -> list[nn.Parameter]:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from davae.errors import DavaeError
 from davae.recipes.data import is_on_hub
 from davae.recipes.dc_ae import DcAeRecipe
-from davae.recipes.loop import LoopSettings, OptimizerSettings
-from davae.recipes.settings import AutoencoderSettings, BaseRecipe, ReconstructionSettings, UpgradeRecipe
+from davae.recipes.loop import LoopSettings
+from davae.recipes.settings import (
+    AutoencoderSettings,
+    BaseRecipe,
+    DiffusionSettings,
+    ReconstructionSettings,
+    UpgradeRecipe,
+)
 
 _PACKAGES = {"comet_ml": "comet-ml"}
 """Names of trackers' packages for pip, if different."""
@@ -31,7 +38,7 @@ def check_settings(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str
     if settings is None:
         return
     check_trackers(settings.loop, section)
-    _check_packages(settings.optimizer, section)
+    _check_packages(settings, section)
     _check_best_metric(recipe, section, settings.loop)
     reconstruction: ReconstructionSettings | None = getattr(settings, "reconstruction", None)
     if reconstruction is not None:
@@ -89,12 +96,16 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def _check_packages(optimizer: OptimizerSettings, section: str) -> None:
-    if optimizer.kind == "adamw8bit" and not _is_installed("bitsandbytes"):
-        raise DavaeError(
-            f"{section}.optimizer.kind=adamw8bit needs bitsandbytes, which is not installed: "
-            f"`pip install bitsandbytes`, or set {section}.optimizer.kind=adamw"
-        )
+def _check_packages(settings: Any, section: str) -> None:
+    used = [("optimizer.kind", settings.optimizer.kind, "adamw")]
+    if isinstance(settings, DiffusionSettings):
+        used.append(("tune.quantization", settings.tune.quantization, "none"))
+    for key, value, without in used:
+        if value != without and not _is_installed("bitsandbytes"):
+            raise DavaeError(
+                f"{section}.{key}={value} needs bitsandbytes, which is not installed: `pip install bitsandbytes`, or "
+                f"set {section}.{key}={without}"
+            )
 
 
 def _check_backbones(settings: ReconstructionSettings, section: str) -> None:

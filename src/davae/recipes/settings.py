@@ -19,6 +19,7 @@ from davae.choices import (
     LevelOrder,
     LossForm,
     NewChannelsStart,
+    Quantization,
     ReconstructionTarget,
     Reduction,
     SavedDtype,
@@ -272,6 +273,12 @@ class TuneSettings(Section):
     frozen_dtype: FrozenDtype = "float32"
     """Precision of the weights that do not learn; those that do stay in float32. ``bfloat16`` halves the memory
     of the transformer, needs ``loop.precision=bf16``, and the result is saved in it."""
+    quantization: Quantization = "none"
+    """Storage of the frozen linear layers while training (bitsandbytes): LLM.int8 or NF4, in place of 2 bytes a weight
+    1 or 0.56. The result has the base's own weights. Needs ``frozen_dtype=bfloat16``."""
+    offload_blocks: Annotated[bool, MAY_CHANGE] = False
+    """Keep the frozen weights of the transformer's blocks in main memory, and on the device only those of the block
+    that computes: the same numbers, slower."""
     add_qk_norm: bool = False
     """LightningDiT without QK-norm: add it, as the official ImageNet training does. Attention changes at once,
     so the start is no longer an exact copy of the base."""
@@ -327,6 +334,21 @@ class DiffusionSettings(Section):
                 raise ValueError("tune.frozen_dtype=bfloat16 needs frozen weights: set tune.mode=lora")
             if self.loop.precision != "bf16":
                 raise ValueError("tune.frozen_dtype=bfloat16 needs loop.precision=bf16")
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_weights_can_be_kept_so(self) -> DiffusionSettings:
+        tune, quantized = self.tune, self.tune.quantization != "none"
+        if quantized and tune.offload_blocks:
+            raise ValueError("tune.quantization and tune.offload_blocks exclude each other: set one of them")
+        asked = f"tune.quantization={tune.quantization}" if quantized else "tune.offload_blocks=true"
+        if quantized and tune.frozen_dtype != "bfloat16" and tune.mode != "full":
+            raise ValueError(f"{asked} needs tune.frozen_dtype=bfloat16 and loop.precision=bf16")
+        if quantized or tune.offload_blocks:
+            if tune.mode == "full":
+                raise ValueError(f"{asked} needs frozen weights: set tune.mode=lora")
+            if self.loop.compile:
+                raise ValueError(f"{asked} does not work with compiled blocks: set loop.compile=false")
         return self
 
 

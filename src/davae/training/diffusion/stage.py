@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from davae.evaluation import sliced_wasserstein
 from davae.evaluation.metrics.names import SWD_FINEST
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
-from davae.pipelines.lora import merge_lora
+from davae.pipelines.lora import attach_lora, attached_lora, merge_lora
+from davae.pipelines.quantization import recompute
 from davae.pipelines.saving.adapters import save_adapters
 from davae.recipes.settings import DiffusionSettings
 from davae.runtime.atomic_files import atomic_folder, atomic_write
@@ -26,6 +28,8 @@ from davae.training.diffusion.inputs import Inputs, details_seed_of, encode_imag
 from davae.training.diffusion.objective import DiffusionObjective, noise_process
 from davae.training.diffusion.tuning import learning_masks, select_trained
 from davae.training.diffusion.validation import generate_classes, generate_prompts, held_out_loss
+from davae.training.engine.offload import BlockOffload
+from davae.training.engine.tensors import restore_module
 from davae.training.stage import Stage, TrainedModule
 
 logger = logging.getLogger(__name__)
@@ -42,6 +46,9 @@ class DiffusionStage(Stage):
         settings: the recipe's section.
         inputs: what it is trained on and measured with.
         before: the pipeline before the upgrade, for samples to compare with; they are made here, and it is not kept.
+            To save memory it loses its transformer if ``tune.quantization`` is set.
+        reopen: makes the widened transformer as it was given, in main memory; needed for ``tune.quantization``, whose
+            result has the base's own weights.
         finish: completes the exported pipeline's folder, such as by text encoders that are not in memory.
 
     Raises:
@@ -59,10 +66,11 @@ class DiffusionStage(Stage):
         inputs: Inputs,
         *,
         before: DiffusionPipeline | None = None,
+        reopen: Callable[[], ModelMixin] | None = None,
         finish: Callable[[Path], object] = lambda folder: None,
     ) -> None:
         self.pipeline, self.layout, self.settings, self.loop = pipeline, layout, settings, settings.loop
-        self.inputs, self.finish = inputs, finish
+        self.inputs, self.reopen, self.finish = inputs, reopen, finish
         self.family, self.conditions, self.images = inputs.family, inputs.conditions, inputs.images
         self.dataset, self.workers, self.timeout_s = inputs.dataset, inputs.workers, inputs.timeout_s
         self.measured_on = (self.images,)
@@ -70,10 +78,14 @@ class DiffusionStage(Stage):
         self.device = start_processes().device
         prompts = self.conditions if isinstance(self.conditions, PromptEmbeddings) else None
 
-        transformer = pipeline.transformer
-        rates = select_trained(transformer, self.family, layout, settings)
+        self._base_row = None if before is None or not self.can_measure else self._base_samples(before)
+        tune, transformer = settings.tune, pipeline.transformer
+        if before is not None and tune.quantization != "none":
+            before.register_modules(transformer=None)  # its weights are those of the widened one
+        rates = select_trained(transformer, self.family, layout, settings, self.device)
         if settings.loop.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
+            transformer.enable_gradient_checkpointing(recompute if tune.quantization == "8bit" else None)
+        self.offload = BlockOffload(transformer, self.device) if tune.offload_blocks else None
         self.objective = DiffusionObjective(
             self.family,
             transformer,
@@ -97,7 +109,6 @@ class DiffusionStage(Stage):
                 },
             )
         ]
-        self._base_row = None if before is None or not self.can_measure else self._base_samples(before)
 
     def to(self, device: torch.device) -> None:
         """Set the device; the autoencoder stays on the CPU unless training needs it."""
@@ -188,14 +199,22 @@ class DiffusionStage(Stage):
         return torch.stack(found) if found else made[:0]
 
     def _base_samples(self, before: DiffusionPipeline) -> Tensor:
-        """Samples of the base pipeline at its own resolution."""
+        """Samples of the base pipeline at its own resolution.
+
+        Where the training saves memory its blocks rest in main memory, which they share with the widened transformer.
+        """
         height, width = self._size()
         scale = getattr(self.pipeline.vae, "scale", 1)
         parts = (before.transformer, before.vae)
+        offload = None
+        if self.settings.tune.quantization != "none" or self.settings.tune.offload_blocks:
+            offload = BlockOffload(before.transformer.requires_grad_(False), self.device, pin=False)
         for part in parts:
             part.to(self.device)
         with self._precision():
             made = self._samples(before, min(self.loop.validation_images, _SHOWN), (height // scale, width // scale))
+        if offload is not None:
+            offload.remove()
         for part in parts:  # a caller may still refer to them
             part.to("cpu")
         return made
@@ -212,11 +231,29 @@ class DiffusionStage(Stage):
         mixed = self.settings.tune.frozen_dtype == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=mixed)
 
+    def _unquantized(self, out: Path) -> ModelMixin:
+        """The tuned transformer with the base's own weights, opened anew, in main memory."""
+        assert self.reopen is not None
+        tuned, plain = self.pipeline.transformer, self.reopen()
+        attached = attached_lora(tuned)
+        if attached is not None:
+            attach_lora(plain, attached[1], attached[0])
+        select_trained(plain, self.family, self.layout, self.settings)
+        learnt = {name: p.detach().cpu() for name, p in tuned.named_parameters() if p.requires_grad}
+        restore_module(plain, learnt, out)
+        return plain
+
     def export(self, out: Path) -> Path:
         """Write ``out/pipeline`` in diffusers format, with the LoRA merged; returns that folder.
 
-        Unless all weights were tuned, the tuned ones are also written by themselves into ``out/adapters``.
+        Unless all weights were tuned, the tuned ones are also written by themselves into ``out/adapters``. Frozen
+        weights are the base's, also where they were quantised.
         """
+        if self.offload is not None:
+            self.offload.remove()
+            self.pipeline.transformer.to("cpu")
+        if self.settings.tune.quantization != "none":
+            self.pipeline.register_modules(transformer=self._unquantized(out))
         transformer = self.pipeline.transformer.eval()
         if self.settings.tune.mode != "full":
             save_adapters(self.pipeline, out / "adapters")

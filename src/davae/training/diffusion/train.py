@@ -4,12 +4,14 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.modeling_utils import ModelMixin
 
 from davae.bases.open import TEXT_ENCODERS, load_recipe_base
 from davae.bases.upgrade import write_text_encoders
 from davae.data import ItemDataset
 from davae.data.cache import weights_hash
 from davae.errors import DavaeError, named
+from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
 from davae.models.lightningdit import restarted
 from davae.pipelines import upgrade_pipeline
@@ -29,6 +31,9 @@ from davae.training.diffusion.objective import channel_prefixes
 from davae.training.diffusion.stage import DiffusionStage
 from davae.training.diffusion.tuning import started_from
 from davae.training.loop.loop import TrainResult, train
+from davae.warm_start import widen_channels
+
+_TRANSFORMER = "the base's transformer"
 
 
 def check_transformer(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> None:
@@ -56,32 +61,63 @@ def train_transformer(recipe: UpgradeRecipe, out: Path, autoencoder: Path) -> Tr
     channel_prefixes(settings.loss, vae.layout.channels)  # refused before anything is encoded
     held_out = open_part(data, "held_out")
     inputs, weights = _inputs(recipe, vae, held_out)
-    base = load_recipe_base(
-        recipe, without=(TEXT_ENCODERS,), transformer_dtype=getattr(torch, settings.tune.frozen_dtype)
-    )
-    if settings.tune.add_qk_norm:
-        base.transformer = restarted(base.transformer, qk_norm=True)
-    weights |= {"the base's transformer": weights_hash(base.transformer)}
+    base = _open_base(recipe)
+    weights |= {_TRANSFORMER: weights_hash(base.transformer)}
     pipeline = upgrade_pipeline(base, vae, copy=False)
     if settings.start_from is not None and not checkpoints(out / "checkpoints"):
         with named("diffusion.start_from"):
             pipeline = started_from(settings.start_from, pipeline, base, settings.tune.mode)
     set_sampling_shift(pipeline, settings)
     torch.manual_seed(settings.loop.seed)
+    facts = base_facts(recipe, *base.components.values()) | data_facts(data, held_out)
+    layout = layout_over(base.vae, vae)
     stage = DiffusionStage(
         pipeline,
-        layout_over(base.vae, vae),
+        layout,
         settings,
         inputs,
         before=base,
+        reopen=lambda: _widened_again(recipe, layout, weights[_TRANSFORMER]),
         finish=lambda folder: write_text_encoders(recipe, folder),
     )
     stage.foundations = weights
-    stage.facts = base_facts(recipe, *base.components.values()) | data_facts(data, held_out)
+    stage.facts = facts
     del base, pipeline
     result = train(stage, out, recipe.model_dump(mode="json") | {"autoencoder_folder": str(autoencoder)})
     assert result is not None
     return result
+
+
+def _open_base(recipe: UpgradeRecipe, *without: str) -> DiffusionPipeline:
+    """The base without its text encoders, as it is tuned."""
+    tune = recipe.diffusion.tune
+    dtype = getattr(torch, tune.frozen_dtype)
+    base = load_recipe_base(recipe, without=(TEXT_ENCODERS, *without), transformer_dtype=dtype)
+    if tune.add_qk_norm:
+        base.transformer = restarted(base.transformer, qk_norm=True)
+    return base
+
+
+def _widened_again(recipe: UpgradeRecipe, layout: LatentLayout, expected: str) -> ModelMixin:
+    """The base's transformer, opened anew and widened.
+
+    Args:
+        recipe: names the base.
+        layout: its channels, and those of the details.
+        expected: hash of the base's weights when training began.
+
+    Raises:
+        DavaeError: the base has other weights now.
+    """
+    transformer = _open_base(recipe, "vae").transformer
+    if weights_hash(transformer) != expected:
+        raise DavaeError(
+            f"base {recipe.base} has other weights than when training began, so that the result cannot be written. "
+            "What was trained is saved: put the base back (a name on the hub: base_revision=... of the run's "
+            "environment.json), and run the same command again"
+        )
+    channels = {"base_channels": layout.base_channels, "detail_channels": layout.detail_channels}
+    return widen_channels(transformer, **channels, copy=False)
 
 
 def set_sampling_shift(pipeline: DiffusionPipeline, settings: DiffusionSettings) -> None:

@@ -9,14 +9,15 @@ from typing import TypeVar
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from davae.choices import TuneMode
+from davae.choices import Quantization, TuneMode
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.pipelines.families import PipelineFamily
-from davae.pipelines.lora import attach_lora, attached_lora, merge_lora
+from davae.pipelines.lora import attach_lora, attached_lora, merge_lora, remove_lora
+from davae.pipelines.quantization import quantize
 from davae.pipelines.saving.adapters import load_adapters
 from davae.pipelines.saving.opening import LAYERS_FILE, opening, pipeline_place
 from davae.recipes.settings import DiffusionSettings, LoraSettings, TuneSettings
@@ -76,24 +77,30 @@ def started_from(start: str, pipeline: P, base: P, mode: TuneMode) -> P:
 
 
 def select_trained(
-    transformer: ModelMixin, family: PipelineFamily, layout: LatentLayout, settings: DiffusionSettings
+    transformer: ModelMixin,
+    family: PipelineFamily,
+    layout: LatentLayout,
+    settings: DiffusionSettings,
+    device: torch.device | None = None,
 ) -> dict[str, float]:
-    """Set which parameters are trained, as ``tune.mode`` says.
+    """Set which parameters are trained, as ``tune.mode`` says, and how the others are stored.
 
     The widened input and output layers are trained in every mode; LoRA cannot represent their new channels. The
     family's idle layers are trained in none.
 
     Args:
-        transformer: a widened transformer; changed in place (adapters, ``requires_grad``, frozen dtype).
+        transformer: a widened transformer; changed in place (adapters, ``requires_grad``, frozen dtype, layers).
         family: gives the default targets of adapters.
         layout: base and detail channels.
         settings: mode, adapters and precision.
+        device: where layers are put that ``tune.quantization`` replaces; None leaves all layers as they are.
 
     Returns:
         Learning rates of the widened layers by parameter name; empty unless ``new_channels_learning_rate`` is set.
 
     Raises:
-        DavaeError: the mode needs detail channels and there are none, or no layer matches a LoRA target.
+        DavaeError: the mode needs detail channels and there are none, no layer matches a LoRA target, or layers cannot
+            be quantised.
     """
     mode, tune = settings.tune.mode, settings.tune
     if mode != "full" and not layout.detail_channels:
@@ -102,6 +109,8 @@ def select_trained(
     if tune.new_channels_start == "random":
         _start_at_random(transformer, layout, settings.loop.seed)
     transformer.requires_grad_(mode == "full")
+    if tune.quantization != "none" and device is not None:
+        _quantize(transformer, tune.quantization, device)
     if mode == "lora":
         _attach(transformer, family, tune.lora)
     idle = family.idle_layers(transformer)
@@ -114,6 +123,19 @@ def select_trained(
     _cast(transformer, getattr(torch, tune.frozen_dtype))
     rate = tune.new_channels_learning_rate
     return {} if rate is None else dict.fromkeys(widened, rate)
+
+
+def _quantize(transformer: ModelMixin, quantization: Quantization, device: torch.device) -> None:
+    """Quantise a transformer; a LoRA is taken off and attached again, since peft's layers depend on what they adapt."""
+    attached = attached_lora(transformer)
+    weights = {}
+    if attached is not None:
+        weights = get_peft_model_state_dict(transformer, adapter_name=attached[0])
+        remove_lora(transformer)
+    quantize(transformer, quantization, device)
+    if attached is not None:
+        attach_lora(transformer, attached[1], attached[0])
+        set_peft_model_state_dict(transformer, weights, adapter_name=attached[0])
 
 
 def _attach(transformer: ModelMixin, family: PipelineFamily, settings: LoraSettings) -> None:
@@ -216,7 +238,7 @@ def _cast(transformer: ModelMixin, frozen: torch.dtype) -> None:
     for name, parameter in transformer.named_parameters():
         insists = any(part in keep for part in name.split("."))
         wanted = torch.float32 if parameter.requires_grad or insists else frozen
-        if parameter.dtype != wanted:
+        if parameter.dtype != wanted and parameter.is_floating_point():  # others are quantised
             parameter.data = parameter.data.to(wanted)
 
 

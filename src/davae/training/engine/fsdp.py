@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from davae.errors import DavaeError
 from davae.runtime.processes import LAUNCHER, refuse_deepspeed
+from davae.training.engine.offload import RestingParameter
 from davae.training.engine.tensors import changing_buffers
 
 logger = logging.getLogger(__name__)
@@ -73,9 +74,14 @@ def _engage(plugin: FullyShardedDataParallelPlugin) -> None:
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
 
 
+def asks_for_fsdp() -> bool:
+    """Whether the launcher's configuration asks for FSDP; ``accelerate launch`` passes it in the environment."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def _plugin() -> FullyShardedDataParallelPlugin | None:
-    """The launcher's FSDP settings, which ``accelerate launch`` passes in the environment; ``None`` without FSDP."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    """The launcher's FSDP settings; ``None`` without FSDP."""
+    if not asks_for_fsdp():
         return None
     if os.environ.get("FSDP_VERSION") != "2":
         raise DavaeError(f"{LAUNCHER} asks for FSDP version 1: set fsdp_version: 2")
@@ -173,8 +179,12 @@ def replicate(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def leave_constants(module: nn.Module) -> None:
-    """Keep DDP from sending the buffers that training does not change to the other processes in every step."""
+    """Keep DDP from sending to the other processes what training does not change.
+
+    These are buffers, in every step, and weights that rest in main memory, at the beginning.
+    """
     constant = [name for name, _ in module.named_buffers() if name not in changing_buffers(module)]
+    constant += [name for name, p in module.named_parameters() if isinstance(p, RestingParameter)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constant)
 
 

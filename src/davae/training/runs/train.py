@@ -15,13 +15,15 @@ from davae.recipes.checks import check_backbones, check_settings, check_start
 from davae.recipes.data import check_data_path, is_procedural
 from davae.recipes.presets import find_preset
 from davae.recipes.read import load_recipe
-from davae.recipes.settings import BaseRecipe, UpgradeRecipe
+from davae.recipes.settings import BaseRecipe, TuneSettings, UpgradeRecipe
+from davae.runtime.processes import LAUNCHER
 from davae.training.autoencoder.train import check_levels, train_levels
 from davae.training.base.train import check_divides, check_halves, train_base
 from davae.training.base.train import dry_run_base as describe_base_run
 from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.data import bucket_sizes, check_images
 from davae.training.diffusion.train import check_transformer, train_transformer
+from davae.training.engine.fsdp import asks_for_fsdp
 from davae.training.loop.loop import TrainResult
 
 
@@ -114,6 +116,8 @@ def check_upgrade(recipe: UpgradeRecipe, section: str, *, without_images: bool =
         DavaeError: settings do not fit each other, the base or the images, or images are missing or unusable.
     """
     check_settings(recipe, section)
+    if section == "diffusion":
+        _check_not_sharded(recipe.diffusion.tune)
     data = recipe.data
     if not without_images:
         check_backbones(recipe, section)
@@ -134,6 +138,17 @@ def check_upgrade(recipe: UpgradeRecipe, section: str, *, without_images: bool =
         bucket_sizes(data, side)
     if _is_there(data.path) or not without_images:
         check_images(data, captions_for=captions_for)
+
+
+def _check_not_sharded(tune: TuneSettings) -> None:
+    """Refuse FSDP where frozen weights are quantised or rest in main memory."""
+    quantized = tune.quantization != "none"
+    if (quantized or tune.offload_blocks) and asks_for_fsdp():
+        key, off = ("quantization", "none") if quantized else ("offload_blocks", "false")
+        raise DavaeError(
+            f"diffusion.tune.{key} does not work with FSDP, which {LAUNCHER} asks for: set diffusion.tune.{key}={off}, "
+            "or use a configuration without FSDP, such as configs/accelerate/eight-gpus.yaml"
+        )
 
 
 def _is_there(path: str) -> bool:
