@@ -102,7 +102,13 @@ class Architecture:
         config = constructor_arguments(model_class, self.vae)
         for channels in added:
             with torch.device("meta"):
-                model = AutoencoderDA(base_class=name, base_config=config, scale=factor, detail_channels=channels)
+                model = AutoencoderDA(
+                    base_class=name,
+                    base_config=config,
+                    scale=factor,
+                    detail_channels=channels,
+                    down_method="stride",  # the recipes' default, and the larger one
+                )
             name, config = "AutoencoderDA", constructor_arguments(AutoencoderDA, model.config)
         return model
 
