@@ -113,6 +113,7 @@ RESUMABLE = {
     "batch_size",
     "gradient_accumulation",
     "gradient_checkpointing",
+    "offload_blocks",
     "precision",
     "workers",
     "timeout_s",
