@@ -62,7 +62,7 @@ def cache_fingerprint(
         "pipeline family": family.name,
         "vae class": type(vae).__name__,
         "vae weights": weights_hash(vae, by_dtype=version == 1),
-        "vae config": plain_config(vae.config),
+        "vae config": _without_added_keys(plain_config(vae.config)),
         "data": {
             "resolution": data.resolution,
             "crop": data.crop,
@@ -80,6 +80,12 @@ def cache_fingerprint(
         stamps = {f"procedural/{name.rpartition('/')[2]}": (stamp, -1, "") for name, (stamp, *_) in stamps.items()}
     sources = {name: SourceFact(stamp, label, caption_key(text)) for name, (stamp, label, text) in stamps.items()}
     return Fingerprint(facts, sources)
+
+
+def _without_added_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, of all levels, without ``down_method`` where it is what autoencoders before that key have."""
+    kept = {key: value for key, value in config.items() if (key, value) != ("down_method", "unshuffle")}
+    return {key: _without_added_keys(value) if key == "base_config" else value for key, value in kept.items()}
 
 
 def version_of(folder: Path) -> int:
