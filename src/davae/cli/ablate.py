@@ -27,9 +27,9 @@ def ablate(
     if dry_run:
         say(dump_recipe(settings))
         return
-    from davae.report.ablation import PICTURES, ablation_table, run_ablation
+    from davae.report.ablation import ablation_table, run_ablation
 
     folder = out or Path("runs") / Path(recipe).stem
     result = run_ablation(settings, folder)
     wide_console().print(ablation_table(result))
-    say(folder / "ablation.json", *(file for name in PICTURES if (file := folder / name).is_file()))
+    say(folder / "ablation.json", folder / "ablation.png")

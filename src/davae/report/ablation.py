@@ -15,7 +15,6 @@ _SHOWN = (
     *("autoencoder_swd/finest", "autoencoder_spectrum_db", "autoencoder_fid", "autoencoder_kid"),
     *("autoencoder_alignment_relative", "autoencoder_probe"),
 )
-PICTURES = ("ablation.png", "curves.png")
 _CURVES = ("psnr", "alignment_relative", "held_out_total", "swd/finest", "preview_drift")
 
 

@@ -167,7 +167,8 @@ class DiffusionStage(Stage):
         if base is None or not len(base) or not latents or not self._previews():
             return {}
         pairs = [(z, base[i]) for z, i in zip(torch.cat(latents), share(count), strict=True) if i < len(base)]
-        made = [self.vae.decode_base(z[None])[0].float().clamp(-1, 1).cpu() for z, _ in pairs]
+        below = self.vae.levels[-1].number - 1  # the level that the pipeline before had
+        made = [self.vae.decode_level(z[None], below)[0].float().clamp(-1, 1).cpu() for z, _ in pairs]
         errors = [(ours - theirs).square().mean() for ours, (_, theirs) in zip(made, pairs, strict=True)]
         return {"preview_drift": float(torch.stack(errors).mean().sqrt())}
 
