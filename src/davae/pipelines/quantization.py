@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from diffusers import BitsAndBytesConfig
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.quantizers import DiffusersAutoQuantizer
-from diffusers.quantizers.bitsandbytes import replace_with_bnb_linear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -56,7 +54,9 @@ def quantize(transformer: ModelMixin, quantization: Quantization, device: torch.
     """
     key = "diffusion.tune.quantization"
     try:
-        import bitsandbytes  # noqa: F401  which diffusers imports only if it finds it
+        import bitsandbytes  # noqa: F401
+        from diffusers.quantizers import DiffusersAutoQuantizer
+        from diffusers.quantizers.bitsandbytes import replace_with_bnb_linear  # imports bitsandbytes if it is there
     except ImportError as error:
         raise DavaeError(
             f"{key}={quantization} needs bitsandbytes, which cannot be imported ({error}): "
