@@ -13,6 +13,11 @@ from davae.errors import DavaeError
 from davae.warm_start.plain_state import unwrapped
 
 
+def is_target(name: str, target: str) -> bool:
+    """Whether a LoRA target means the layer of this name, by peft's rule: the name itself, or its end after a dot."""
+    return name == target or name.endswith(f".{target}")
+
+
 def attach_lora(transformer: Any, config: LoraConfig, adapter_name: str = "default") -> None:
     """Add an adapter to the transformer, in place; the transformer's own weights do not change.
 

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -218,8 +220,8 @@ def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
             parameter.register_post_accumulate_grad_hook(drop)
 
 
-def building_bytes(build: Callable[[], nn.Module]) -> int:
-    """Peak memory while a model is made whose parameters take none: of its buffers, and of computing them.
+def built_without_weights(build: Callable[[], M]) -> tuple[M, int]:
+    """A model, and the peak memory while it is made if its parameters take none: its buffers, and computing them.
 
     Args:
         build: makes the model on the meta device.
@@ -232,8 +234,8 @@ def building_bytes(build: Callable[[], nn.Module]) -> int:
             meter.leave_out(parameter)
 
     with patch.object(nn.Module, "register_parameter", without_memory), meter:
-        build()
-    return meter.peak_bytes
+        model = build()
+    return model, meter.peak_bytes
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

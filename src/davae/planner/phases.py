@@ -8,7 +8,7 @@ main memory holds all. Activations come from running the real classes on the met
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from davae.models.latent_space import decode, encode
 from davae.pipelines.families import PROMPTS_TOGETHER
 from davae.pipelines.sampling.speed import regions
 from davae.planner.architectures import Architecture, block_runs, build_text_encoder, cost_by_depth, shallow_copy
-from davae.planner.memory import Cost, building_bytes, bytes_of, cost_of
+from davae.planner.memory import Cost, built_without_weights, bytes_of, cost_of
 from davae.planner.stages import AutoencoderRun, DiffusionRun, Run, StageCost, forward_cost, lora_layers
 from davae.runtime.pixel_budget import images_together
 
@@ -174,55 +174,56 @@ def diffusion_phases(
         encoding: what encoding takes.
         text_tokens: of a prompt.
     """
-    weights, text = encoding.autoencoder, encoding.text_encoders
-    width = torch.finfo(getattr(torch, run.frozen_dtype)).bits // 8
-    transformer = step.memory["transformer"]
-    kept = {**_between_steps(step), "autoencoder": weights}
-    image = 12 * resolution**2
-    host: dict[str, int] = {"program": PROGRAM, "base autoencoder": _bytes(architecture.build_vae())}
-    copied = {"checkpoint": _checkpoint(step, run)}
-    resting = {"autoencoder": weights} if run.cached else {}
-    opened = {"text encoder": encoding.largest_text_encoder}
-    stored = {"resting blocks": step.resting} if step.resting else {}
-    plain, widened = architecture.build_transformer(), architecture.build_transformer(vae.layout.detail_channels)
-    widening = building_bytes(lambda: architecture.build_transformer(vae.layout.detail_channels))
+    weights, image = encoding.autoencoder, 12 * resolution**2
+    plain = architecture.build_transformer()
+    widened, widening = built_without_weights(lambda: architecture.build_transformer(vae.layout.detail_channels))
     sampling = _sampling(architecture, widened, vae, resolution, run, text_tokens)
     base_sampling = _sampling(architecture, plain, vae.base_vae, resolution // vae.scale, run, text_tokens)
-    base = width * sum(p.numel() for p in plain.parameters())
-    base_there = base
-    if run.quantization != "none" or run.offload_blocks:  # the base's samples are made with blocks at rest
-        blocks = [_bytes(block) for block in regions(plain)]
-        base_there = base - sum(blocks) + max(blocks)
+    base = bytes_of(plain.parameters())  # in the precision that it was sampled in
+    host = {"program": PROGRAM, "base autoencoder": _bytes(architecture.build_vae())}
+    resting = {"resting blocks": step.resting} if step.resting else {}
+    copied = {"checkpoint": _checkpoint(step, run)}
+    kept = {**_between_steps(step), "autoencoder": weights}
+    opened = {"text encoder": encoding.largest_text_encoder}
     if run.quantization != "none":
-        opened |= {"the base's own weights": base}
-    # The base's file stays mapped as long as a weight of it is in use.
-    merged = width * sum(layer.weight.numel() for layer in lora_layers(plain, run)) if run.mode == "lora" else 0
-    start_text = {"text encoders": text, "activations": encoding.texts}
-    start_images = {"autoencoder": weights, "activations": encoding.images}
+        opened["the base's own weights"] = base
+    export = Phase(kept, {**host, **resting, **opened}, {"file": step.memory["transformer"]})
+    # Without a device the base's file stays mapped as long as a weight of it is in use.
+    merged = bytes_of(layer.weight for layer in lora_layers(plain, run)) if run.mode == "lora" else 0
+    between = {"autoencoder": weights} if run.cached else {}  # in main memory, off the device
     return {
         "start": Phase.of_moments(
-            Phase(start_text, {"program": PROGRAM, "autoencoder": weights}),
-            Phase(start_images, {"program": PROGRAM, "text encoders": text}),
+            Phase(
+                {"text encoders": encoding.text_encoders, "activations": encoding.texts},
+                {"program": PROGRAM, "autoencoder": weights},
+            ),
+            Phase(
+                {"autoencoder": weights, "activations": encoding.images},
+                {"program": PROGRAM, "text encoders": encoding.text_encoders},
+            ),
             Phase({}, {**host, "autoencoder": weights, "base transformer": base, "widening": widening}),
             Phase(
-                {"base transformer": base_there, "activations": base_sampling},
+                {"base transformer": base - _at_rest_while_sampled(plain, run), "activations": base_sampling},
                 {**host, "autoencoder": weights, "widened layers and adapters": 4 * step.trained_parameters},
                 {"widened transformer": base},  # shares the base's memory, which a device holds again
             ),
         ),
-        "step": Phase(step.memory, {**host, **resting, **stored}, copied),
+        "step": Phase(step.memory, {**host, **between, **resting}, copied),
         "validation": Phase(
             {**kept, "activations": sampling},
-            {**host, **stored, "images": 3 * run.validation_images * image},
+            {**host, **resting, "images": 3 * run.validation_images * image},
             copied,
         ),
-        "export": Phase(
-            kept,
-            {**host, **stored, **opened},
-            {"file": transformer},
-            most_alone=sum([*kept.values(), *host.values(), *stored.values(), *opened.values()]) + merged,
-        ),
+        "export": replace(export, most_alone=export.together + merged),
     }
+
+
+def _at_rest_while_sampled(base: nn.Module, run: DiffusionRun) -> int:
+    """Bytes of the base's blocks that rest while its samples are made: all but one, where training saves memory."""
+    if run.quantization == "none" and not run.offload_blocks:
+        return 0
+    blocks = [_bytes(block) for block in regions(base)]
+    return sum(blocks) - max(blocks)
 
 
 def _between_steps(step: StageCost) -> dict[str, int]:

@@ -13,6 +13,7 @@ from davae.errors import DavaeError, first_line
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA, PatchDiscriminator
 from davae.models.latent_space import native_reconstruction
+from davae.pipelines.lora import is_target
 from davae.pipelines.quantization import quantizable_layers, quantized_bytes
 from davae.pipelines.sampling.speed import regions
 from davae.planner.architectures import Architecture, block_runs, cost_by_depth
@@ -262,17 +263,13 @@ def select_trained(transformer: ModelMixin, run: DiffusionRun) -> list[nn.Parame
 def lora_layers(transformer: nn.Module, run: DiffusionRun) -> list[nn.Linear]:
     """The layers that adapters are attached to."""
     named = [(name, module) for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    return [module for name, module in named if any(_matches(name, target) for target in run.lora_targets)]
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+    return [module for name, module in named if any(is_target(name, target) for target in run.lora_targets)]
 
 
 def target_counts(transformer: nn.Module, targets: Iterable[str]) -> dict[str, int]:
-    """How many layers each LoRA target matches, by peft's rule: the name, or its end after a dot."""
+    """How many layers each LoRA target means."""
     names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    return {target: sum(_matches(name, target) for name in names) for target in targets}
+    return {target: sum(is_target(name, target) for name in names) for target in targets}
 
 
 def forward_cost(transformer: ModelMixin, latent: Tensor, *, text_tokens: int, watch: bool = False) -> Cost:

@@ -324,29 +324,36 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         """Weight of the down block's convolution, where the adaptive alignment weight compares gradients."""
         return self.down.conv.weight
 
+    def _learns(self) -> dict[str, bool]:
+        """Which parts of the model learn, by name."""
+        return {
+            "base": self.trains_below,
+            "detail_encoder": self.trains_detail_encoder and self.uses_details,
+            "down": self.uses_details,
+            "up": True,
+            "joint_decoder": True,
+        }
+
     def trained_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of this level that learn (:meth:`train_levels`), preceded by those of the levels below."""
         if self.below is not None and self.trains_below:
             yield from self.below.trained_parameters()
-        if self.trains_detail_encoder and self.uses_details:
-            yield from self.detail_encoder.parameters()
-        for part in (self.down, self.up, self.joint_decoder):
-            if part is not self.down or self.uses_details:
-                yield from part.parameters()
+        for name, learns in self._learns().items():
+            if learns and name != "base":
+                yield from getattr(self, name).parameters()
 
     def train(self, mode: bool = True) -> AutoencoderDA:
         """As in torch, but what does not learn (:meth:`train_levels`) stays in eval mode."""
         super().train(mode)
-        self.base.train(mode and self.trains_below)
-        self.detail_encoder.train(mode and self.trains_detail_encoder and self.uses_details)
+        for name, learns in self._learns().items():
+            getattr(self, name).train(mode and learns)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> AutoencoderDA:
         """As in torch, but what does not learn (:meth:`train_levels`) stays frozen."""
         super().requires_grad_(requires_grad)
-        self.base.requires_grad_(requires_grad and self.trains_below)
-        self.detail_encoder.requires_grad_(requires_grad and self.trains_detail_encoder and self.uses_details)
-        self.down.requires_grad_(requires_grad and self.uses_details)
+        for name, learns in self._learns().items():
+            getattr(self, name).requires_grad_(requires_grad and learns)
         return self
 
     def drop_base_decoder(self) -> None:

@@ -349,7 +349,7 @@ def _transformer(recipe: BaseRecipe) -> tuple[LightningDiTTransformer2DModel, in
         return (model, compression, f"starts from {architecture.name}, whose autoencoder (f{compression}) is kept")
     shape = recipe.transformer.architecture
     assert shape is not None  # the recipe's validation
-    vae, what = _autoencoder_on_meta(recipe)
+    vae = _autoencoder_on_meta(recipe)
     compression = compression_of(vae)
     with torch.device("meta"):
         model = LightningDiTTransformer2DModel(
@@ -358,18 +358,21 @@ def _transformer(recipe: BaseRecipe) -> tuple[LightningDiTTransformer2DModel, in
             num_classes=_CLASSES,
             **shape.model_dump(),
         )
-    return model, compression, what.format(f"(f{compression})")
+    given = recipe.pretrained_autoencoder
+    if given is not None:
+        what = f"transformer from scratch, on the autoencoder (f{compression}) of {given}, which is kept"
+    else:
+        what = f"from scratch: autoencoder (f{compression}), then transformer"
+    return model, compression, what
 
 
-def _autoencoder_on_meta(recipe: BaseRecipe) -> tuple[ModelMixin, str]:
-    """The autoencoder of a transformer from scratch, without weights, and a line on where it comes from."""
+def _autoencoder_on_meta(recipe: BaseRecipe) -> ModelMixin:
+    """The autoencoder of a transformer from scratch, without weights."""
     if recipe.pretrained_autoencoder is not None:
-        found = find_architecture(recipe.pretrained_autoencoder)
-        return found.build_vae(), f"transformer from scratch, on the autoencoder {{}} of {found.name}, which is kept"
+        return find_architecture(recipe.pretrained_autoencoder).build_vae()
     assert recipe.autoencoder is not None  # the recipe's validation
     with torch.device("meta"):
-        vae = build_kl(recipe.autoencoder.architecture)
-    return vae, "from scratch: autoencoder {}, then transformer"
+        return build_kl(recipe.autoencoder.architecture)
 
 
 def _encoding_flops(recipe: BaseRecipe, side: int) -> int:
@@ -378,7 +381,7 @@ def _encoding_flops(recipe: BaseRecipe, side: int) -> int:
         if recipe.start_from is not None:
             vae = find_architecture(recipe.start_from.pipeline).build_vae()
         else:
-            vae, _ = _autoencoder_on_meta(recipe)
+            vae = _autoencoder_on_meta(recipe)
         image = torch.empty(1, 3, side, side)
     return count_flops(lambda: vae.eval().encode(image))
 

@@ -212,8 +212,9 @@ class DiffusionStage(Stage):
             offload = BlockOffload(before.transformer.requires_grad_(False), self.device, pin=False)
         for part in parts:
             part.to(self.device)
+        most = _SHOWN if self._previews() else _PICTURES  # previews are compared with them
         with self._precision():
-            made = self._samples(before, min(self.loop.validation_images, _SHOWN), (height // scale, width // scale))
+            made = self._samples(before, min(self.loop.validation_images, most), (height // scale, width // scale))
         if offload is not None:
             offload.remove()
         for part in parts:  # a caller may still refer to them

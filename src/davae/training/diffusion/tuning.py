@@ -16,7 +16,7 @@ from davae.choices import Quantization, TuneMode
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.pipelines.families import PipelineFamily
-from davae.pipelines.lora import attach_lora, attached_lora, merge_lora, remove_lora
+from davae.pipelines.lora import attach_lora, attached_lora, is_target, merge_lora, remove_lora
 from davae.pipelines.quantization import quantize
 from davae.pipelines.saving.adapters import load_adapters
 from davae.pipelines.saving.opening import LAYERS_FILE, opening, pipeline_place
@@ -198,9 +198,9 @@ def lora_config(transformer: ModelMixin, family: PipelineFamily, settings: LoraS
     idle = [name for name in every if _is_inside(name, family.idle_layers(transformer))]
     layers = [name for name in every if name not in idle]
     for target in targets:
-        if any(_answers(name, target) for name in layers):
+        if any(is_target(name, target) for name in layers):
             continue
-        if any(_answers(name, target) for name in idle):
+        if any(is_target(name, target) for name in idle):
             raise DavaeError(
                 f"diffusion.tune.lora.targets: nothing uses the output of '{target}' in this model, "
                 "so it cannot learn: leave it out"
@@ -212,7 +212,7 @@ def lora_config(transformer: ModelMixin, family: PipelineFamily, settings: LoraS
             f"the nearest are {', '.join(near or suffixes[:5])}"
         )
     widened = sorted({name.rpartition(".")[0] for name in channel_parameters(transformer)})
-    hit = [name for name in [*widened, *idle] if any(_answers(name, target) for target in targets)]
+    hit = [name for name in [*widened, *idle] if any(is_target(name, target) for target in targets)]
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -220,11 +220,6 @@ def lora_config(transformer: ModelMixin, family: PipelineFamily, settings: LoraS
         target_modules=targets,
         exclude_modules="|".join(map(re.escape, hit)) or None,
     )
-
-
-def _answers(name: str, target: str) -> bool:
-    """Whether a target matches a layer's name, by peft's rule."""
-    return name == target or name.endswith(f".{target}")
 
 
 def _is_inside(name: str, layers: Sequence[str]) -> bool:

@@ -24,6 +24,39 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from davae.pipelines.sampling.speed import regions
 
+_ALIGNMENT = 64
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+class PageLocked:
+    """Page-locked main memory for many tensors.
+
+    torch rounds every piece of it up to a power of two bytes: for the weights of FLUX.1-dev, one by one, by 56 %. Here
+    they share pieces of a gigabyte.
+
+    Args:
+        together: bytes of all tensors.
+        lock: lock the pages, which needs a CUDA device.
+    """
+
+    def __init__(self, together: int, *, lock: bool = True) -> None:
+        self.lock, self.bytes = lock, 0
+        self._piece = min(1 << 30, _power_of_two(together))
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def moved(self, tensor: Tensor) -> Tensor:
+        """A copy of a dense tensor, of the same strides."""
+        taken = -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if taken > len(self._free):
+            size = max(self._piece, _power_of_two(taken))
+            self._free = torch.empty(size, dtype=torch.uint8, pin_memory=self.lock)
+            self.bytes += size
+        own, self._free = self._free[: tensor.nbytes], self._free[taken:]
+        return own.view(tensor.dtype).as_strided(tensor.size(), tensor.stride()).copy_(tensor)
+
 
 class RestingParameter(nn.Parameter):
     """A frozen parameter that stays in main memory when its module is moved to a device."""
@@ -69,12 +102,12 @@ class BlockOffload:
         transformer: in main memory; which parameters are frozen must not change until then. Its other tensors are
             moved to the device by the caller.
         device: where blocks compute.
-        pin: page-lock the weights when they are first copied to a CUDA device, which makes copies faster. torch rounds
-            each up to a power of two bytes.
+        pin: page-lock the weights before they are first copied to a CUDA device, which makes copies faster.
     """
 
     def __init__(self, transformer: nn.Module, device: torch.device, *, pin: bool = True) -> None:
         self.device, self.pin = device, pin and device.type == "cuda"
+        self._is_locked = False
         self._resting: list[Home] = []
         self._calls: list[dict[int, Home]] = []
         """Of each call in progress what it fetched, by the address of the copy's storage."""
@@ -107,9 +140,15 @@ class BlockOffload:
 
     def copy(self, parameter: RestingParameter) -> Tensor:
         """A copy on the device, of the same strides."""
-        if self.pin and not parameter.is_pinned():
-            parameter.data = parameter.data.pin_memory()
+        if self.pin and not self._is_locked:
+            self._lock()
         return parameter.data.to(self.device, non_blocking=self.pin, copy=True)
+
+    def _lock(self) -> None:
+        memory = PageLocked(sum(parameter.nbytes for _, _, parameter in self._resting))
+        for _, _, parameter in self._resting:
+            parameter.data = memory.moved(parameter.data)
+        self._is_locked = True
 
     def _fetch(self, homes: list[Home], *_: object) -> None:
         """Put copies in place of the parameters that rest, and not of those that an outer call has fetched."""
