@@ -30,7 +30,7 @@ _RIDGE = 1e-6
 
 
 class LatentMoments:
-    """Sums of outer products of ``[1, p, t, w, y]`` over positions, float64 on the CPU; of a few hundred images.
+    """Sums of outer products of ``[1, p, t, w, y]`` over positions, float64 on the CPU; of a hundred images or more.
 
     Args:
         channels: numbers of channels by name: ``prefix``, ``target``, ``source``, ``full``.

@@ -178,7 +178,7 @@ class AutoencoderSettings(Section):
     """With sequential levels, of each level's training."""
     statistics_images: Annotated[Positive, MAY_CHANGE] = 10_000
     """Most images used to measure the detail channels' mean and standard deviation."""
-    start_images: Positive = 256
+    start_images: Positive = 128
     """Images that ``model.start`` is fitted to."""
 
     @model_validator(mode="before")

@@ -36,7 +36,7 @@ from davae.runtime.processes import everyone
 
 @torch.no_grad()
 def fit_start(vae: AutoencoderDA, images: Iterable[Tensor], *, aligned_channels: int | None = None) -> None:
-    """Fit the down and the up block of a new autoencoder to images; a few hundred are enough.
+    """Fit the down and the up block of a new autoencoder to images; a hundred are enough.
 
         vae = davae.AutoencoderDA.from_base(pipe.vae, scale=2, detail_channels=48)
         davae.fit_start(vae, images)

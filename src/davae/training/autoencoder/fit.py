@@ -1,4 +1,4 @@
-"""The fitted start of stage 1: a few hundred training images, once, before the first step."""
+"""The fitted start of stage 1: some training images, once, before the first step."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
