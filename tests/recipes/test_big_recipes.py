@@ -1,4 +1,4 @@
-"""The recipes of real bases: what their comments, docs/memory.md and docs/results.md say is what the planner computes.
+"""The recipes of real bases: what their comments and docs say is what the planner computes.
 
 python -m tests.recipes.test_big_recipes    # writes the comments anew
 """
@@ -72,8 +72,8 @@ def test_comments_say_what_the_planner_expects(name):
 
 
 @pytest.mark.slow
-def test_the_results_page_says_what_the_planner_computes():
-    text = (PAGE.parent / "results.md").read_text(encoding="utf-8")
+def test_results_and_speed_say_what_the_planner_computes():
+    text = "".join((PAGE.parent / page).read_text(encoding="utf-8") for page in ("results.md", "speed.md"))
     medium, large, levels = (_plan(f"sd35-medium-{size}") for size in ("1024", "2048", "2048-x4"))
     assert f"{medium.speedup_with_decoding:.2f} times fewer operations, text and decoding included" in text
     fewer = (
