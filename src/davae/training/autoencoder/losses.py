@@ -10,7 +10,7 @@ from davae.data.cache import weights_hash
 from davae.errors import named
 from davae.latents import adaptive_weight
 from davae.models import PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
-from davae.models.perceptual import DinoDistance, LpipsLoss
+from davae.models.perceptual import DinoDistance, EfficientNetDistance, LpipsLoss
 from davae.recipes.loop import OptimizerSettings
 from davae.recipes.settings import GanSettings, ReconstructionSettings
 from davae.training.stage import TrainedModule
@@ -35,19 +35,26 @@ def laplacian_l1(error: Tensor, levels: int = 3) -> Tensor:
     return (total + error.abs().mean()) / (levels + 1)
 
 
+_NETWORKS = {"lpips": "LPIPS", "dino": "DINO", "efficientnet": "EfficientNet"}
+
+
 class ReconstructionLoss(nn.Module):
-    """Weighted sum of L1, squared error, Laplacian-pyramid L1, LPIPS and DINO distance of images in [-1, 1]."""
+    """Weighted sum of L1, squared error, Laplacian-pyramid L1 and networks' distances of images in [-1, 1]."""
 
     def __init__(self, settings: ReconstructionSettings) -> None:
         super().__init__()
         self.settings = settings
-        self.lpips = LpipsLoss(settings.lpips_backbone) if settings.lpips_weight else None
-        self.dino = _dino(settings.dino_backbone) if settings.dino_weight else None
+        self.networks = nn.ModuleDict()
+        if settings.lpips_weight:
+            self.networks["lpips"] = LpipsLoss(settings.lpips_backbone)
+        if settings.dino_weight:
+            self.networks["dino"] = _dino(settings.dino_backbone)
+        if settings.efficientnet_weight:
+            self.networks["efficientnet"] = EfficientNetDistance()
 
     def foundations(self) -> dict[str, str]:
-        """Hashes of the LPIPS and DINO networks in use, by a readable name."""
-        networks = {"the LPIPS network": self.lpips, "the DINO network": self.dino}
-        return {name: weights_hash(network) for name, network in networks.items() if network is not None}
+        """Hashes of the networks in use, by a readable name."""
+        return {f"the {_NETWORKS[name]} network": weights_hash(network) for name, network in self.networks.items()}
 
     def forward(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """Unweighted scalar terms of two ``[B, 3, H, W]`` batches, and their weighted sum as ``reconstruction``."""
@@ -60,12 +67,9 @@ class ReconstructionLoss(nn.Module):
         if self.settings.laplacian_weight:
             terms["laplacian"] = laplacian_l1(error)
             total = total + self.settings.laplacian_weight * terms["laplacian"]
-        if self.lpips is not None:
-            terms["lpips"] = self.lpips(images, reconstruction).mean()
-            total = total + self.settings.lpips_weight * terms["lpips"]
-        if self.dino is not None:
-            terms["dino"] = self.dino(images, reconstruction).mean()
-            total = total + self.settings.dino_weight * terms["dino"]
+        for name, network in self.networks.items():
+            terms[name] = network(images, reconstruction).mean()
+            total = total + getattr(self.settings, f"{name}_weight") * terms[name]
         return {**terms, "reconstruction": total}
 
 
