@@ -18,7 +18,8 @@ from davae.pipelines.families import family_of
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import FlowLossSettings
 from davae.training.autoencoder.losses import laplacian_l1
-from davae.training.autoencoder.stage import AutoencoderStage, StructuredObjective
+from davae.training.autoencoder.objective import StructuredObjective, noised
+from davae.training.autoencoder.stage import AutoencoderStage
 from davae.training.checkpoints.run_directory import read_metrics
 from davae.training.diffusion import ClassMap, DiffusionObjective, DiffusionStage
 from davae.training.diffusion.inputs import prepare_inputs
@@ -164,6 +165,27 @@ def test_the_target_may_be_the_base_vae_s_reconstruction(levels):
     torch.manual_seed(0)
     again = objective({"image": images, **kept}, 0)
     torch.testing.assert_close(again["total"], seen["base"]["total"], rtol=0, atol=2.5e-4)
+
+
+def test_noise_on_details_is_in_their_standard_deviations_and_in_training_alone():
+    settings = load_recipe("debug", ["autoencoder.alignment.adaptive=false"]).autoencoder
+    z_d = torch.randn(400, 3, 4, 4) * torch.tensor([1.0, 5.0, 0.2])[:, None, None]
+    strength = ((noised(z_d, 0.6) - z_d) / z_d.std(dim=(0, 2, 3), keepdim=True)).std(dim=(1, 2, 3))
+    assert float(strength.mean()) == pytest.approx(0.3, abs=0.03)
+    assert 0.5 < float(strength.max()) < 0.9
+    vae = _vae(detail_dropout=0.0)
+    plain, noisy = (
+        StructuredObjective(vae, settings.alignment, settings.reconstruction, detail_noise=noise) for noise in (0, 1.0)
+    )
+    batch = {"image": _parts()[0][0]["image"][None]}
+    for training in (False, True):
+        vae.train(training)
+        seen = []
+        for objective in (plain, noisy):
+            torch.manual_seed(0)
+            seen.append(objective(batch, 0))
+        assert seen[0]["alignment"] == seen[1]["alignment"]  # the details themselves are untouched
+        assert torch.equal(seen[0]["l1"], seen[1]["l1"]) is not training
 
 
 def test_what_does_not_change_is_kept_once():

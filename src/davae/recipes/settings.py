@@ -171,6 +171,9 @@ class AutoencoderSettings(Section):
     train_detail_encoder: bool = True
     """``false`` leaves the detail encoder, a copy of the base's, as it is: only the new blocks and the decoder learn
     (official SD3 training; the paper trains it)."""
+    detail_noise: Weight = 0.0
+    """Noise on the details in front of the decoder, in their standard deviations: each training sample draws its
+    strength evenly between 0 and this. Makes decoding forgive details that a transformer gets a little wrong."""
     target: ReconstructionTarget = "image"
     """What the decoder learns to make: the image (the paper), or the frozen base VAE's reconstruction of it at full
     size (``base``, official SD3 training; one pass of it more a step, unless ``data.cache_latents`` keeps it).

@@ -28,6 +28,7 @@ class StructuredObjective(nn.Module):
         alignment, reconstruction: the recipe's sections, the same for every level.
         gan_losses: one per trained level, lowest first; ``None`` without a GAN.
         target: what reconstructions are compared with: the images, or the base VAE's reconstructions of them.
+        detail_noise: largest strength of :func:`noised`, drawn evenly between 0 and it for each sample.
 
     Raises:
         DavaeError: the target is the base's, whose decoder was dropped.
@@ -41,6 +42,7 @@ class StructuredObjective(nn.Module):
         gan_losses: list[GanLoss | None] | None = None,
         *,
         target: ReconstructionTarget = "image",
+        detail_noise: float = 0.0,
     ) -> None:
         super().__init__()
         if target == "base" and not autoencoder.config.has_base_decoder:
@@ -48,7 +50,7 @@ class StructuredObjective(nn.Module):
                 "autoencoder.target=base needs the base VAE's decoder, which this autoencoder has dropped: start from "
                 "one that has it, or set autoencoder.target=image"
             )
-        self.autoencoder, self.target = autoencoder, target
+        self.autoencoder, self.target, self.detail_noise = autoencoder, target, detail_noise
         self.alignment_settings, self.settings = alignment, reconstruction
         self.learning = levels_that_learn(autoencoder)
         self.alignments = nn.ModuleList(
@@ -133,7 +135,7 @@ class StructuredObjective(nn.Module):
         posterior = vae.encode_own_details(images)
         with drawing():
             z_d = posterior.sample()  # [B, D, h, w]
-            kept = vae.drop_details(z_d)
+            kept = vae.drop_details(noised(z_d, self.detail_noise) if self.detail_noise and vae.training else z_d)
         aligned = latent[:, : alignment_layout(vae, self.alignment_settings).base_channels].detach()
         kl = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
         alignment = self.alignments[i](z_d, vae.alignment_target(aligned))
@@ -187,6 +189,17 @@ class StructuredObjective(nn.Module):
 
     def _levels(self) -> list[AutoencoderDA]:
         return [self.autoencoder.at_level(number) for number in self.learning]
+
+
+def noised(z_d: Tensor, largest: float) -> Tensor:
+    """Details ``[B, D, h, w]`` with normal noise of ``strength`` times each channel's standard deviation in the batch.
+
+    ``strength`` is drawn evenly from [0, ``largest``] for each sample, so that a decoder trained on them knows exact
+    details and those that a diffusion model gets wrong.
+    """
+    strength = largest * torch.rand(len(z_d), 1, 1, 1, device=z_d.device)
+    deviation = z_d.detach().float().std(dim=(0, 2, 3), keepdim=True)
+    return z_d + (strength * deviation * torch.randn(z_d.shape, device=z_d.device)).to(z_d.dtype)
 
 
 def levels_that_learn(vae: AutoencoderDA) -> list[int]:

@@ -73,7 +73,12 @@ class AutoencoderStage(Stage):
             gan_losses.append(gan_loss)
             modules += trained
         self.objective = self.objective_class(
-            autoencoder, settings.alignment, settings.reconstruction, gan_losses, target=settings.target
+            autoencoder,
+            settings.alignment,
+            settings.reconstruction,
+            gan_losses,
+            target=settings.target,
+            detail_noise=settings.detail_noise,
         )
         self.foundations = self.objective.reconstruction.foundations()
         if cache_latents:
