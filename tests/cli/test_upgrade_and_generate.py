@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from davae.bases.debug_pipelines import SMALL_PIPELINES, small_pipeline
 from davae.cli.main import main
@@ -144,3 +145,21 @@ def test_sizes_are_those_asked_for_where_the_pipeline_would_choose_its_own(name)
     with torch.inference_mode():
         made = next(generate_images(pipe, ["a cat"], steps=1, height=64, width=128))
     assert made.image.size == (128, 64)
+
+
+def test_an_upgrade_without_details_is_the_base_with_an_upscaling_decoder(
+    autoencoder, monkeypatch, capsys, tmp_path
+) -> None:
+    out = tmp_path / "up"
+    arguments = ("upgrade", "debug-sd3", "--autoencoder", autoencoder, "--details", "none", "--out", out)
+    status, message, _ = run(monkeypatch, capsys, *arguments)
+    assert status == 0
+    assert "StableDiffusion3Pipeline with its own 4 latent channels and transformer, decoded 2 times larger" in message
+    found = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    wanted = small_pipeline("sd3").transformer.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    arguments = ("generate", out, "--prompt", "a cat", "--out", tmp_path / "made", "--steps", 1)
+    status, message, _ = run(monkeypatch, capsys, *arguments, "--height", 64, "--width", 64)
+    assert status == 0
+    assert "1 images of 64 x 64 pixels" in message

@@ -390,3 +390,50 @@ def test_residual_blocks_are_never_split_over_devices():
     blocks = {type(module).__name__ for module in vae.modules() if isinstance(module, ResnetBlock2D)}
     assert len(blocks) == 2  # the base's, and the copies that take less memory
     assert blocks <= set(AutoencoderDA._no_split_modules)
+
+
+@pytest.mark.parametrize("order", ["base_first", "detail_first"])
+@pytest.mark.parametrize(("details", "repeats"), [(8, False), (4, True)])
+def test_without_details_the_images_are_those_of_details_of_zero(
+    order: str, details: int, repeats: bool, tmp_path: Path, images: Tensor
+) -> None:
+    """With a shortcut that repeats channels by their position, and with a projection."""
+    vae = make(detail_channels=details, decoder_channel_order=order, start="random")
+    assert (vae.up.shortcut_proj is None) is repeats
+    if not repeats:
+        torch.nn.init.normal_(vae.up.shortcut_proj.weight, std=0.1)
+    alone = vae.without_details()
+    with torch.no_grad():
+        latent = alone.encode(images).latent_dist.mode()
+        assert torch.equal(latent, vae.encode_base(images))
+        wanted = vae.decode_structured(latent, latent.new_zeros(2, details, *latent.shape[-2:]))
+        torch.testing.assert_close(alone.decode(latent).sample, wanted, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(alone.decode_base(latent), vae.decode_base(latent))
+    assert alone.config.latent_channels == vae.layout.base_channels
+    assert len(alone.config.block_out_channels) == len(vae.config.block_out_channels)
+    alone.save_pretrained(tmp_path)
+    assert torch.equal(AutoencoderDA.from_pretrained(tmp_path).decode(latent).sample, alone.decode(latent).sample)
+    alone.train().requires_grad_(True)
+    assert {id(p) for p in alone.trained_parameters()} == {
+        id(p) for part in (alone.up, alone.joint_decoder) for p in part.parameters()
+    }
+
+
+def test_without_the_details_of_all_levels() -> None:
+    vae = AutoencoderDA.from_base(make(start="random"), detail_channels=DETAILS, start="random")
+    latent = torch.randn(1, vae.layout.base_channels, 4, 4)
+    with torch.no_grad():
+        wanted = vae.decode_structured(latent, latent.new_zeros(1, vae.layout.detail_channels, 4, 4))
+        torch.testing.assert_close(vae.without_details().decode(latent).sample, wanted, atol=2e-5, rtol=1e-5)
+    vae.drop_base_decoder()
+    assert vae.without_details().eval().config.has_base_decoder is False
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_every_base_has_an_upscaling_decoder(name: str, images: Tensor) -> None:
+    vae = make(name, start="random")
+    alone = vae.without_details()
+    latent = alone.encode(images).latent_dist.sample()
+    wanted = vae.decode_structured(latent, latent.new_zeros(len(latent), DETAILS, *latent.shape[-2:]))
+    torch.testing.assert_close(alone.decode(latent).sample, wanted, atol=2e-5, rtol=1e-4)

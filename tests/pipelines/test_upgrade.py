@@ -201,3 +201,20 @@ def test_the_guard_of_silent_details_stays_out_of_training() -> None:
         silent = upgraded.transformer(*arguments).sample[:, 4:]
     assert silent.all()
     assert silent.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", SMALL_PIPELINES)
+def test_without_details_the_base_s_own_samples_are_decoded_larger(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = small_pipeline(name)
+    upgraded = upgrade_pipeline(base, autoencoder(name).without_details())
+    assert upgraded.transformer is base.transformer
+    decoded, sides = [], []
+    for pipe, factor in ((base, 1), (upgraded, 2)):
+        decode = pipe.vae.decode
+        monkeypatch.setattr(pipe.vae, "decode", lambda z, *a, of=decode, **k: decoded.append(z) or of(z, *a, **k))
+        arguments = call_arguments(name, scale=factor) | {"generator": torch.Generator().manual_seed(0)}
+        image = torch.as_tensor(pipe(**arguments).images)
+        assert image.isfinite().all()
+        sides.append(max(image.shape[1:]))
+    assert torch.equal(decoded[0], decoded[1])
+    assert sides[1] == 2 * sides[0]

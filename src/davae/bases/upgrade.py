@@ -31,7 +31,7 @@ class WrittenUpgrade:
         pixels_per_latent_position: compression per side.
         layout: channels of the base and of the details.
         scheduler: the part of its configuration that the timestep shift follows from.
-        self_check: of the warm start.
+        self_check: of the warm start; None without details, where the transformer is the base's own.
     """
 
     pipeline: str
@@ -40,7 +40,7 @@ class WrittenUpgrade:
     pixels_per_latent_position: int
     layout: LatentLayout
     scheduler: dict[str, Any]
-    self_check: WarmStartReport
+    self_check: WarmStartReport | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -51,13 +51,17 @@ class WrittenUpgrade:
             "pixels_per_latent_position": self.pixels_per_latent_position,
             "channels": {"base": self.layout.base_channels, "detail": self.layout.detail_channels},
             "scheduler": self.scheduler,
-            "self_check": {
-                **dataclasses.asdict(self.self_check),
-                "dtype": str(self.self_check.dtype).removeprefix("torch."),
-            },
+            "self_check": None
+            if self.self_check is None
+            else {**dataclasses.asdict(self.self_check), "dtype": str(self.self_check.dtype).removeprefix("torch.")},
         }
 
     def __str__(self) -> str:
+        if self.self_check is None:
+            return (
+                f"{self.pipeline} with its own {self.layout.base_channels} latent channels and transformer, decoded "
+                f"{self.scale} times larger: {self.folder}"
+            )
         return (
             f"{self.self_check}\n"
             f"{self.pipeline} with {self.layout.base_channels} + {self.layout.detail_channels} latent channels, images "
@@ -73,6 +77,7 @@ def write_upgraded(
     timestep_shift: TimestepShift = "base",
     variant: str | None = None,
     dtype: str | None = None,
+    details: bool = True,
 ) -> WrittenUpgrade:
     """Open a pipeline, upgrade it, check the warm start, and save the result.
 
@@ -85,6 +90,8 @@ def write_upgraded(
         timestep_shift: see :func:`davae.upgrade_pipeline`.
         variant: of the pipeline's files, see :func:`load_base`.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default each part as it was saved.
+        details: False leaves them out: the base's own transformer, untuned, and the joint decoder as an upscaler
+            (:meth:`davae.AutoencoderDA.without_details`).
 
     Raises:
         DavaeError: one of them cannot be opened, they do not belong together, or ``out`` holds files.
@@ -92,12 +99,16 @@ def write_upgraded(
     """
     check_place(out, "result")
     vae = load_autoencoder(autoencoder)  # first, since errors in it are found quickly
+    if not details:
+        vae = vae.without_details()
     open_base = partial(load_base, pipeline, variant=variant, dtype="parts" if dtype is None else named_dtype(dtype))
     base = open_base(without=(TEXT_ENCODERS,))
     upgraded = upgrade_pipeline(base, vae, timestep_shift=timestep_shift, copy=False)
     layout = layout_over(base.vae, vae)
-    with unguarded(upgraded.transformer):
-        report = check_warm_start(base.transformer, upgraded.transformer, layout)
+    report = None
+    if layout.detail_channels:
+        with unguarded(upgraded.transformer):
+            report = check_warm_start(base.transformer, upgraded.transformer, layout)
     with claim(out, "result") as folder:
         upgraded.save_pretrained(folder)
         kind, scheduler = type(upgraded).__name__, dict(upgraded.scheduler.config)

@@ -17,6 +17,10 @@ def upgrade(
     out: Annotated[
         Path, typer.Option(help="Folder for the warm-started pipeline; new or empty.", callback=folder_of("result"))
     ],
+    details: Annotated[
+        Literal["all", "none"],
+        typer.Option(help="'none': the base's own transformer, untuned, and the joint decoder as an upscaler."),
+    ] = "all",
     timestep_shift: Annotated[str, typer.Option(help="'base', 'native', or a number: see docs/pipelines.md.")] = "base",
     variant: Variant = None,
     dtype: ModelDType = None,
@@ -26,7 +30,9 @@ def upgrade(
     shift = _shift(timestep_shift)
     from davae.bases.upgrade import write_upgraded
 
-    written = write_upgraded(pipeline, autoencoder, out, timestep_shift=shift, variant=variant, dtype=dtype)
+    written = write_upgraded(
+        pipeline, autoencoder, out, timestep_shift=shift, variant=variant, dtype=dtype, details=details == "all"
+    )
     say(json.dumps(written.to_json(), indent=2) if as_json else str(written))
 
 

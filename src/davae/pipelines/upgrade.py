@@ -45,6 +45,9 @@ def upgrade_pipeline(
     schedule that depends on the size is by default the one that the base was trained with at the same number of
     tokens; the scheduler is a copy that has it in its configuration.
 
+    A ``vae`` without details (:meth:`AutoencoderDA.without_details`) leaves the transformer, and what was loaded into
+    it, as they are: the result shares them with ``pipe``.
+
     Other models that read latents are widened with the transformer: ControlNets, and a second transformer. Parts with
     offloading, caches, hooks, adapters or quantised weights are refused: switch these on for the result instead.
     Compilation, tiling, slicing and a replaced ``vae.decode`` are not carried over either, and a warning names them.
@@ -92,7 +95,8 @@ def upgrade_pipeline(
         scale=vae.scale // getattr(base_vae, "scale", 1),
         channels=(layout.base_channels, layout.channels),
     )
-    replaced = {"vae": _placed_as(base_vae, vae), **_widened_parts(pipe, layout, copy=copy), "scheduler": scheduler}
+    widened = _widened_parts(pipe, layout, copy=copy) if layout.detail_channels else {}
+    replaced = {"vae": _placed_as(base_vae, vae), **widened, "scheduler": scheduler}
     arguments = {**_constructor_arguments(pipe), **replaced}
     upgraded = fit_to_autoencoder(type(pipe)(**arguments))
     if "id2label" in arguments and "id2label" not in upgraded.config:  # otherwise it would not be saved
@@ -101,7 +105,7 @@ def upgrade_pipeline(
         upgraded.set_progress_bar_config(**pipe._progress_bar_config)
     if preview_decoder is not None:
         set_preview_decoder(upgraded, preview_decoder)
-    _tell_what_is_off(pipe)
+    _tell_what_is_off({name: pipe.components[name] for name in ("vae", *widened)})
     return upgraded
 
 
@@ -141,16 +145,14 @@ def _reads_latents(model: ModelMixin) -> bool:
     return any(key.endswith(("in_channels", "in_dim")) for key in model.config)
 
 
-def _tell_what_is_off(pipe: DiffusionPipeline) -> None:
-    """Warn of what was switched on for the base's parts and can be switched on for the result again."""
+def _tell_what_is_off(parts: dict[str, Any]) -> None:
+    """Warn of what was switched on for the base's replaced parts and can be switched on for the result again."""
     off = []
-    for name, part in pipe.components.items():
+    for name, part in parts.items():
         model = unwrapped(part)
-        if name != "vae" and not (isinstance(model, ModelMixin) and _reads_latents(model)):
-            continue
         if model is not part or any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
             off.append(f"the {name} was compiled")
-    vae = unwrapped(pipe.vae)
+    vae = unwrapped(parts["vae"])
     off += [f"the VAE's {switch} was on" for switch in ("tiling", "slicing") if getattr(vae, f"use_{switch}", False)]
     if "decode" in vars(vae):
         off.append("the VAE's decode was replaced (as speed_up does)")

@@ -70,7 +70,8 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         base_class: class name of the base, see :func:`davae.models.find_adapter`.
         base_config: its config.
         scale: 2, 4 or 8: ``s``, or on a base with levels the factor by which this level multiplies its scale.
-        detail_channels: ``D``, the channels that this level adds; a multiple of ``s^2 / 2`` for the total ``s``.
+        detail_channels: ``D``, the channels that this level adds; a multiple of ``s^2 / 2`` for the total ``s``. With 0
+            the latent is the base's own, and the decoder upscales (:meth:`without_details`).
         antialias: antialias the bicubic reduction to base resolution.
         clamp_base_image: clamp the reduced image to [-1, 1].
         base_latent_space: the space of ``z`` in the alignment loss and the joint decoder: ``"scaled"``,
@@ -132,12 +133,15 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         self.layout = LatentLayout(base_layout.base_channels, base_layout.detail_channels + detail_channels)
 
         branch = self.base if branch_config is None else model_class.from_config(branch_config)
-        self.detail_encoder = self.adapter.detail_encoder(branch)
+        detail_encoder = self.adapter.detail_encoder(branch)
         self.joint_decoder = self.adapter.joint_decoder(branch)
         networks = self.adapter.network_adapter(self.base)
-        encoder_features, self.base_compression = networks.probe_encoder(self.detail_encoder)
+        encoder_features, self.base_compression = networks.probe_encoder(detail_encoder)
         decoder_features = networks.decoder_channels(self.joint_decoder)
-        self.down = down_block(encoder_features, detail_channels, self.scale, down_method)
+        self.detail_encoder: Any = detail_encoder if detail_channels else None
+        self.down: Any = None
+        if detail_channels:
+            self.down = down_block(encoder_features, detail_channels, self.scale, down_method)
         self.up = ResidualUpsample(self.layout.channels, decoder_features, self.scale)
         self._add_pipeline_parts(self.base)
         self._group_offload_block_modules = [*self._group_offload_block_modules, *offloaded_blocks(self.base)]
@@ -190,6 +194,11 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
                 not fit, or a base whose weights are offloaded, absent or not finite.
         """
         check_choice(start, BlockStart, "start")
+        if detail_channels == 0:
+            raise DavaeError(
+                "a decoder without details is cut out of one that was trained, vae.without_details(); train it with "
+                "detail_dropout=1"
+            )
         base = getattr(base, "_orig_mod", base)  # of torch.compile
         model_class, _ = find_adapter(type(base).__name__)
         if any(parameter.is_meta for parameter in base.parameters()):
@@ -310,9 +319,9 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
     @property
     def uses_details(self) -> bool:
         """Whether the decoder sees this level's details. False for a joint decoder alone, the baseline whose gain over
-        the enlarged base is that of the decoder: its detail encoder and down block do not learn.
+        the enlarged base is that of the decoder: its detail encoder and down block do not learn, or do not exist.
         """
-        return bool(self.config.detail_dropout < 1)
+        return bool(self.own_layout.detail_channels and self.config.detail_dropout < 1)
 
     @property
     def last_decoder_weight(self) -> Tensor:
@@ -325,14 +334,15 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         return self.down.conv.weight
 
     def _learns(self) -> dict[str, bool]:
-        """Which parts of the model learn, by name."""
-        return {
+        """Which parts of the model learn, by name; absent parts are left out."""
+        learns = {
             "base": self.trains_below,
             "detail_encoder": self.trains_detail_encoder and self.uses_details,
             "down": self.uses_details,
             "up": True,
             "joint_decoder": True,
         }
+        return {name: value for name, value in learns.items() if getattr(self, name) is not None}
 
     def trained_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of this level that learn (:meth:`train_levels`), preceded by those of the levels below."""
@@ -364,6 +374,38 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         self.register_to_config(has_base_decoder=False)
         self.adapter.drop_decoder(self.base)
 
+    @torch.no_grad()
+    def without_details(self) -> AutoencoderDA:
+        """A copy whose latent is the base's alone, ``[B, C, h, w]``, and whose images are this one's with details of 0.
+
+        It decodes what an untouched base pipeline samples into images ``s`` times larger per side, as an upscaling
+        decoder. The up block keeps the columns of the base channels, with what its shortcut makes of them.
+        """
+        base = self.base_vae
+        model = AutoencoderDA(
+            base_class=type(base).__name__,
+            base_config=constructor_arguments(type(base), base.config),
+            scale=self.scale,
+            detail_channels=0,
+            antialias=self.config.antialias,
+            clamp_base_image=self.config.clamp_base_image,
+            base_latent_space=self.config.base_latent_space,
+            branch_config=self.config.branch_config,
+            has_base_decoder=self.config.has_base_decoder,
+        )
+        for part in model.children():
+            nn.Module.to(part, device=self.device, dtype=self.dtype)
+        model.base.load_state_dict(base.state_dict())
+        model.joint_decoder.load_state_dict(self.joint_decoder.state_dict())
+        first = self.own_layout.detail_channels if self.config.decoder_channel_order == "detail_first" else 0
+        kept = slice(first, first + self.layout.base_channels)
+        model.up.conv.weight.zero_()
+        own_shortcut = model.up.columns(slice(None))
+        model.up.conv.weight.copy_(self.up.columns(kept) - own_shortcut)
+        model.up.conv.bias.copy_(self.up.conv.bias)
+        model._add_pipeline_parts(base)
+        return model.eval()
+
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
         """As in diffusers: detail encoder and joint decoder recompute activations in the backward pass.
 
@@ -371,6 +413,8 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
             DavaeError: the adapter's networks do not support it, so the call would have no effect.
         """
         for name in ("detail_encoder", "joint_decoder"):
+            if getattr(self, name) is None:
+                continue
             if not any(hasattr(module, "gradient_checkpointing") for module in getattr(self, name).modules()):
                 raise DavaeError(
                     f"{name} of {type(self.adapter).__name__} does not support gradient checkpointing: build it with "
@@ -471,6 +515,9 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
     def encode_own_details(self, images: Tensor) -> DiagonalGaussianDistribution:
         """As :meth:`encode_details`, but only the channels that this level adds."""
         self._check_sides(images)
+        if self.detail_encoder is None:  # no channels
+            none = images.new_zeros(len(images), 0, *(side // self.spatial_compression for side in images.shape[-2:]))
+            return DiagonalGaussianDistribution(none)
         encode = self._tiled(
             lambda x: self.down(self.detail_encoder(x)), self.detail_encoder, self.spatial_compression, 1
         )
@@ -824,7 +871,7 @@ def _check_image_channels(name: str, taken: int, given: int) -> None:
 
 def _check_detail_channels(detail_channels: int, scale: int) -> None:
     """Raise a :class:`DavaeError` for a channel count that the down block of factor ``scale`` cannot produce."""
-    if detail_channels < 1 or 2 * detail_channels % scale**2:
+    if detail_channels < 0 or 2 * detail_channels % scale**2:
         raise DavaeError(
             f"detail_channels must be a positive multiple of {scale**2 // 2} for scale {scale}, not {detail_channels}"
         )

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -97,6 +98,7 @@ class ResidualUpsample(nn.Module):
     ) -> None:
         super().__init__()
         self.factor, self.method, self.shortcut = factor, method, shortcut
+        self.in_channels = in_channels
         self.shortcut_channels = out_channels * factor * factor
         width = self.shortcut_channels if method == "shuffle" else out_channels
         self.conv = nn.Conv2d(in_channels, width, kernel_size=3, padding=1)
@@ -118,6 +120,21 @@ class ResidualUpsample(nn.Module):
             repeats = self.shortcut_channels // x.shape[1]
             x = x.unsqueeze(2).expand(-1, -1, repeats, -1, -1).flatten(1, 2)  # [B, out f^2, h, w]
         return y + F.pixel_shuffle(x, self.factor)
+
+    @torch.no_grad()
+    def columns(self, kept: slice) -> Tensor:
+        """Weight ``[out f^2, n, 3, 3]`` of convolution and shortcut together; of the method ``shuffle``.
+
+        Args:
+            kept: the input channels, ``n``.
+        """
+        weight = self.conv.weight.detach().float().clone()
+        if self.shortcut_proj is not None:
+            weight[:, :, 1, 1] += self.shortcut_proj.weight.float()[:, :, 0, 0]
+        elif self.shortcut:
+            repeats = self.shortcut_channels // self.in_channels
+            weight[:, :, 1, 1] += torch.eye(self.in_channels, device=weight.device).repeat_interleave(repeats, dim=0)
+        return weight[:, kept]
 
 
 def _zero_projection(in_channels: int, out_channels: int) -> nn.Conv2d:
