@@ -20,6 +20,7 @@ from davae.pipelines.families import family_of
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.recipes.read import load_recipe, load_variant
 from davae.report.ablation import run_ablation
+from davae.training.cache.write import write_cache
 from davae.training.diffusion.tuning import select_trained
 from davae.warm_start import new_channel_masks
 
@@ -63,6 +64,24 @@ def test_variants_share_autoencoders_and_a_second_call_does_nothing(ablated, mon
     assert ablate(recipe, out).variants == result.variants
     with pytest.raises(DavaeError, match=r"another ablation \(samples differ\)"):
         ablate(load_recipe("ablation-debug", [VARIANTS, "samples=13"]), out)
+
+
+def test_variants_share_the_latents_of_their_autoencoder(tmp_path, monkeypatch):
+    """Encoded once for each autoencoder; what is trained is the same as from a variant's own."""
+    written = []
+
+    def write(data, vae, pipe, out, **options):
+        written.append((out, (out / "fingerprint.json").is_file()))
+        return write_cache(data, vae, pipe, out, **options)
+
+    monkeypatch.setattr("davae.experiments.variants.write_cache", write)
+    settings = ["seeds=[0]", "overrides=[data.cache_latents=true]"]
+    found = ablate(load_recipe("ablation-debug", [VARIANTS, *settings]), tmp_path / "shared").variants
+    assert [known for _, known in written] == [False, True, False]
+    assert written[0][0] == written[1][0] != written[2][0]
+    monkeypatch.setattr("davae.experiments.variants._from_cache", lambda recipe, _: recipe)
+    own = ablate(load_recipe("ablation-debug", ["variants={full: []}", *settings]), tmp_path / "own").variants["full"]
+    assert found["full"]["held_out_total"].mean == pytest.approx(own["held_out_total"].mean, rel=1e-5)
 
 
 def test_a_random_start_is_random_in_the_new_channels_only():

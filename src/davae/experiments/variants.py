@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -31,8 +32,10 @@ from davae.runtime.places import safe_name
 from davae.runtime.text_files import read_object
 from davae.runtime.weight_files import atomic_tensors
 from davae.training.base.train import train_base
+from davae.training.cache.write import write_cache
 from davae.training.checkpoints.run_directory import read_metrics
 from davae.training.data import open_held_out, open_part
+from davae.training.diffusion.inputs import details_seed_of
 from davae.training.diffusion.validation import generate_classes
 from davae.training.runs.train import train_autoencoder, train_diffusion
 
@@ -175,10 +178,25 @@ def _trained(recipe: UpgradeRecipe, folder: Path, out: Path) -> dict[str, float]
     done = folder / "result.json"
     if not done.is_file():
         autoencoder, figures = _autoencoder(recipe, out)
-        trained = train_diffusion(recipe, folder, autoencoder)
+        trained = train_diffusion(_from_cache(recipe, autoencoder), folder, autoencoder)
         figures |= {k: v for k, v in trained.metrics.items() if k.startswith(("held_out_", "preview_"))}
         atomic_json(done, figures)
     return read_object(done)
+
+
+def _from_cache(recipe: UpgradeRecipe, autoencoder: Path) -> UpgradeRecipe:
+    """With ``data.cache_latents`` latents are encoded once for all variants of an autoencoder, and lie beside it."""
+    if not recipe.data.cache_latents:
+        return recipe
+    kept: dict[str, Any] = {
+        "text_length": recipe.diffusion.prompts.max_length,
+        "details_seed": details_seed_of(recipe.diffusion),
+    }
+    folder = autoencoder.parent / f"cache-{value_hash(kept).removeprefix('sha256:')[:12]}"
+    open_base = partial(load_recipe_base, recipe, without=("vae", "transformer"))
+    write_cache(recipe.data, load_autoencoder(autoencoder), open_base(), folder, reopen=open_base, **kept)
+    data = recipe.data.model_copy(update={"cache": str(folder), "cache_latents": False})
+    return recipe.model_copy(update={"data": data})
 
 
 def _autoencoder(recipe: UpgradeRecipe, out: Path) -> tuple[Path, dict[str, float]]:
