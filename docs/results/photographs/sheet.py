@@ -1,0 +1,26 @@
+"""Cut the sheet of docs/photographs.md out of a picture that `davae reconstruct` made of six photographs at 512 px.
+
+python docs/results/photographs/sheet.py PICTURE docs/images/photographs.jpg
+"""
+
+import sys
+
+from PIL import Image
+
+CELL, SIDE, GAP = 514, 256, 4  # a reconstruction and its border; a cut; between cuts
+CUTS = ((2, 40, 150), (4, 200, 130), (0, 110, 60), (5, 130, 230))  # column, left, top
+
+
+def main(picture: str, out: str) -> None:
+    """Write a row per cut: the photograph, the base enlarged, the reconstruction, pixel by pixel."""
+    whole = Image.open(picture).convert("RGB")
+    sheet = Image.new("RGB", (3 * SIDE + 2 * GAP, len(CUTS) * (SIDE + GAP) - GAP), "white")
+    for row, (column, left, top) in enumerate(CUTS):
+        for kind in range(3):
+            x, y = column * CELL + left, kind * CELL + top
+            sheet.paste(whole.crop((x, y, x + SIDE, y + SIDE)), (kind * (SIDE + GAP), row * (SIDE + GAP)))
+    sheet.save(out, quality=90)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
