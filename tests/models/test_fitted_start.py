@@ -102,7 +102,7 @@ def test_a_further_level_is_fitted_to_the_level_below_at_full_size(details: int)
         AutoencoderDA.from_base(below, detail_channels=details, detail_dropout=0.0, start=start)
         for start in ("warm", "fitted")
     )
-    davae.fit_start(vae, images.split(4))
+    davae.fit_start(vae, images)
     wanted = reconstruction(below, images[:4])  # four times the positions
     enlarged = psnr(reconstruction(warm, images[:4], details=0.0), wanted)
     assert psnr(reconstruction(vae, images[:4]), wanted) > enlarged + 1

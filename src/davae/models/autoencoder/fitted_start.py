@@ -46,7 +46,7 @@ def fit_start(vae: AutoencoderDA, images: Iterable[Tensor], *, aligned_channels:
 
     Args:
         vae: made by :meth:`AutoencoderDA.from_base` and not trained; its last level is changed in place.
-        images: batches ``[B, 3, H, W]`` in [-1, 1], ``H`` and ``W`` multiples of ``s * f``.
+        images: batches ``[B, 3, H, W]`` in [-1, 1], or one batch, ``H`` and ``W`` multiples of ``s * f``.
         aligned_channels: how many channels of the levels below the details are aligned with; by default the base's.
 
     Raises:
@@ -73,7 +73,7 @@ def _measured(vae: AutoencoderDA, images: Iterable[Tensor], aligned: int) -> Lat
     source = prefix if below is None else below.own_layout.detail_channels
     channels = {"prefix": prefix, "target": aligned, "source": source * cells, "full": prefix * cells}
     moments = LatentMoments(channels)
-    for batch in images:
+    for batch in [images] if isinstance(images, Tensor) else images:
         for part in in_parts(batch):
             moments.update(_latents(vae, part.to(vae.device, vae.dtype), aligned))
     moments.sums = torch.stack(everyone(moments.sums)).sum(dim=0)
