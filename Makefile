@@ -6,12 +6,13 @@ STAMP  := $(VENV)/.installed
 # Threads used by one process; the demo and the trainings follow it.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint docs clean
 
 help:
 	@echo "make demo   train both stages on the embedded base and write runs/demo/report.html (about 5 minutes)"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff and mypy"
+	@echo "make docs   the documentation as a site, site/index.html"
 	@echo "make setup  create .venv with the pinned dependencies (the others do it by themselves)"
 
 setup: $(STAMP)
@@ -33,5 +34,8 @@ test: setup
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) runs build dist site .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

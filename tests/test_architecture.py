@@ -11,7 +11,7 @@ ROOT = Path(davae.__file__).parent
 LAYERS = [
     {"choices", "errors", "import_hooks", "version"},
     {"runtime", "latents", "recipes"},
-    {"models", "diffusion", "warm_start", "data"},
+    {"configs", "models", "diffusion", "warm_start", "data"},
     {"pipelines"},
     {"bases", "evaluation", "interop"},
     {"planner"},

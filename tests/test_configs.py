@@ -1,11 +1,15 @@
-"""The launch configurations are ones that accelerate reads, and say what they are called."""
+"""The launch configurations are ones that accelerate reads, say what they are called, and come with the package."""
 
+from importlib import resources
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
+from davae.configs import write_configs
+from davae.errors import DavaeError
+
+CONFIGS = Path(str(resources.files("davae.configs"))) / "accelerate"
 
 
 @pytest.mark.parametrize(
@@ -26,3 +30,15 @@ def test_accelerate_reads_the_configurations(name, kind, processes, machines):
 
 def test_every_configuration_is_tested():
     assert len(list(CONFIGS.glob("*.yaml"))) == 5
+
+
+def test_they_are_written_where_the_documentation_names_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written = write_configs("configs")
+    names = ["eight-gpus", "fsdp2-zero2", "fsdp2", "one-gpu", "two-nodes"]
+    assert written == [*(Path(f"configs/accelerate/{n}.yaml") for n in names), Path("configs/slurm/train.sbatch")]
+    for file in written:
+        assert file.read_bytes() == (CONFIGS.parent / file.relative_to("configs")).read_bytes()
+        assert f"{file}" in file.read_text(encoding="utf-8")  # the command that uses it
+    with pytest.raises(DavaeError, match="is not empty"):
+        write_configs("configs")

@@ -23,7 +23,7 @@ from davae.training.checkpoints.run_directory import read_metrics
 from davae.warm_start import new_channel_masks
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs" / "accelerate"
+CONFIGS = ROOT / "src" / "davae" / "configs" / "accelerate"
 SPREAD = ["fsdp2", "fsdp2-zero2"]
 STEPS, MIDDLE, LOGGED = 4, 3, 2  # what the middle keeps of an unlogged window counts too
 OFFICIAL = ["autoencoder.target=base", "autoencoder.optimizer.weight_decay=0.1"]

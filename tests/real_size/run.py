@@ -1,4 +1,4 @@
-"""README's "Your pipeline" on a pipeline of SD3.5-medium's real architecture and size, with random weights.
+"""The commands of docs/my-pipeline.md on a pipeline of SD3.5-medium's real architecture and size, with random weights.
 
     python -m tests.real_size.run FOLDER [--json FILE] [--only plan,cache] [--side 1024]
 

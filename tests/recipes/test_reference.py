@@ -1,4 +1,4 @@
-"""The tables of keys in docs/training.md are made from the settings.
+"""The tables of keys in docs/training.md and of recipes in docs/recipes.md are made from settings and recipes.
 
 python -m tests.recipes.test_reference    # writes them anew
 """
@@ -15,11 +15,23 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from davae.recipes.loop import MAY_CHANGE, MAY_MOVE, Section
-from davae.recipes.read import KINDS, sections_of
+from davae.recipes.read import KINDS, load_recipe, recipe_names, sections_of
+from davae.recipes.settings import UpgradeRecipe
 from tests.recipes import pages
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 BEGIN, END = "<!-- keys: written by python -m tests.recipes.test_reference -->", "<!-- end of keys -->"
+RECIPES = PAGE.with_name("recipes.md")
+RECIPES_BEGIN, RECIPES_END = (
+    "<!-- recipes: written by python -m tests.recipes.test_reference -->",
+    "<!-- end of recipes -->",
+)
+_VERBS = {
+    "upgrade": "`davae train autoencoder`, then `davae train diffusion`",
+    "base": "`davae train base`",
+    "dc-ae": "`davae train dc-ae`, phase by phase",
+    "ablation": "`davae ablate`",
+}
 _WORDS = {int: "integer", float: "number", str: "text", bool: "`true`, `false`"}
 _BOUNDS = {Gt: ("gt", ">"), Ge: ("ge", "≥"), Lt: ("lt", "<"), Le: ("le", "≤")}
 
@@ -36,6 +48,20 @@ def sections() -> dict[type[Section], dict[str, list[str]]]:
 def reference() -> str:
     """A table for each section, in the order of the files."""
     return "".join(_table(section, places) for section, places in sections().items())
+
+
+def recipes() -> str:
+    """A table of the recipes of each kind, with the base of those that have one."""
+    found = {name: load_recipe(name) for name in recipe_names()}
+    tables = []
+    for kind, verb in _VERBS.items():
+        rows = [
+            f"| `{name}` | {f'`{r.base}`: ' if isinstance(r, UpgradeRecipe) else ''}{_markdown(r.description)} |"
+            for name, r in found.items()
+            if r.kind == kind
+        ]
+        tables.append("\n".join([f"\n**{kind}**: {verb}\n", "| recipe | |\n|---|---|", *rows, ""]))
+    return "".join(tables)
 
 
 def _table(section: type[Section], places: dict[str, list[str]]) -> str:
@@ -126,6 +152,14 @@ def test_the_tables_of_keys_are_fresh() -> None:
     )
 
 
+def test_the_table_of_recipes_is_fresh() -> None:
+    _, table, _ = pages.parts(RECIPES, RECIPES_BEGIN, RECIPES_END)
+    assert table == f"\n{recipes()}\n", (
+        "the recipes have changed: write docs/recipes.md anew with `python -m tests.recipes.test_reference`"
+    )
+    assert table.count("\n| `") == len(recipe_names())
+
+
 @pytest.mark.parametrize("section", sections())
 def test_every_setting_has_a_description(section: type[Section]) -> None:
     for name, field in section.model_fields.items():
@@ -134,3 +168,4 @@ def test_every_setting_has_a_description(section: type[Section]) -> None:
 
 if __name__ == "__main__":
     pages.replace(PAGE, BEGIN, END, f"\n{reference()}\n")
+    pages.replace(RECIPES, RECIPES_BEGIN, RECIPES_END, f"\n{recipes()}\n")

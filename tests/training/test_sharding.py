@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+import davae
 from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
 from davae.models import PatchDiscriminator
@@ -41,7 +42,7 @@ from davae.training.engine.tensors import (
 from davae.training.engine.trainer import prepare
 from davae.training.stage import TrainedModule
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "accelerate").glob("*.yaml"))
+CONFIGS = sorted((Path(davae.__file__).parent / "configs" / "accelerate").glob("*.yaml"))
 SHARDED = [c for c in CONFIGS if load_config_from_file(str(c)).distributed_type == DistributedType.FSDP]
 
 
@@ -167,7 +168,6 @@ def test_accelerate_reads_every_configuration(config):
     read = load_config_from_file(str(config))
     assert read.mixed_precision == "no"  # the recipe's
     assert read.num_processes % read.num_machines == 0
-    assert f"configs/accelerate/{config.name}" in config.read_text()  # the command that uses it
 
 
 def _launched(config: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from davae.cli import (
     bench,
     cache,
     compare,
+    configs,
     convert,
     demo,
     doctor,
@@ -68,6 +69,7 @@ app.command()(inspect.inspect)
 app.command()(ablate.ablate)
 app.command()(export.export)
 app.command()(report.report)
+app.command()(configs.configs)
 app.command()(doctor.doctor)
 
 

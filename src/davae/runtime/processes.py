@@ -60,7 +60,8 @@ def refuse_deepspeed() -> None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise DavaeError(
             f"{LAUNCHER} asks for DeepSpeed, which davae does not use. torch alone does the same: use "
-            "configs/accelerate/fsdp2-zero2.yaml for ZeRO-2, configs/accelerate/fsdp2.yaml for ZeRO-3"
+            "configs/accelerate/fsdp2-zero2.yaml for ZeRO-2, configs/accelerate/fsdp2.yaml for ZeRO-3 "
+            "(`davae configs` writes them)"
         )
 
 

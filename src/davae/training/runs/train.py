@@ -147,7 +147,8 @@ def _check_not_sharded(tune: TuneSettings) -> None:
         key, off = ("quantization", "none") if quantized else ("offload_blocks", "false")
         raise DavaeError(
             f"diffusion.tune.{key} does not work with FSDP, which {LAUNCHER} asks for: set diffusion.tune.{key}={off}, "
-            "or use a configuration without FSDP, such as configs/accelerate/eight-gpus.yaml"
+            "or use a configuration without FSDP, such as configs/accelerate/eight-gpus.yaml "
+            "(`davae configs` writes it)"
         )
 
 
