@@ -19,7 +19,7 @@ from davae.bases.tiny import debug_base
 from davae.bases.upgrade import write_upgraded
 from davae.benchmark.autoencoder import bench_autoencoder
 from davae.benchmark.training import StageName, bench_training
-from davae.cli import bench, cache, convert, inspect
+from davae.cli import bench, cache, convert, export, inspect
 from davae.cli.main import app
 from davae.data import render_scene
 from davae.data.cache import Format
@@ -38,6 +38,7 @@ from davae.report.inspection import write_inspection
 from davae.training.checkpoints.run_directory import installation, installation_text
 from davae.training.dc_ae.train import run_dc_ae
 from davae.training.runs.cache import run_cache
+from davae.training.runs.export import Format as ExportFormat
 from davae.training.runs.export import export_run
 from davae.training.runs.reconstruct import reconstruct_images
 from davae.training.runs.train import run_autoencoder, run_base, run_diffusion
@@ -242,6 +243,7 @@ def test_choices_are_those_of_the_functions() -> None:
         (bench.Precision, of_training["precision"]),
         (cache.ShardFormat, Format),
         (convert.Which, Which),
+        (export.Format, ExportFormat),
         (inspect.Method, Method),
         (convert.ChannelOrder, ChannelOrder),
     ):

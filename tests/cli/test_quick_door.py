@@ -34,6 +34,7 @@ VERBS = [
     "convert lightningdit",
     "convert vavae",
     "convert davae-imagenet",
+    "convert comfyui",
     "convert davae-sd3",
     "generate",
     "reconstruct",

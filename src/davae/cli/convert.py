@@ -95,3 +95,20 @@ def davae_sd3(
         file, out, base=base, statistics=statistics, weights=weights, lora=lora, vae=vae, order=order
     )
     say(str(made))
+
+
+@app.command()
+def comfyui(
+    file: Annotated[Path, typer.Argument(help="A file of `davae export --format comfyui`.")],
+    out: Out,
+    base: Annotated[
+        str | None, typer.Option("--base", help="With --vae, a transformer's base pipeline: writes a whole one.")
+    ] = None,
+    vae: Annotated[
+        Path | None, typer.Option("--vae", help="The autoencoder's file, to write a whole pipeline.")
+    ] = None,
+) -> None:
+    """Convert a single file for ComfyUI back to diffusers' folders."""
+    from davae.interop.conversion import convert_comfyui_file
+
+    say(str(convert_comfyui_file(file, out, base=base, vae=vae)))

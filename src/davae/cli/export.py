@@ -1,16 +1,18 @@
 """``davae export``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from davae.cli.options import folder_of
 from davae.runtime.console import say
 
+Format = Literal["diffusers", "comfyui"]
+
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    run: Annotated[Path, typer.Argument(help="A run directory, or the folder of an upgraded pipeline.")],
     out: Annotated[
         Path, typer.Option(help="Folder for the result; must not hold files.", callback=folder_of("result"))
     ],
@@ -23,6 +25,10 @@ def export(
     adapters: Annotated[
         bool, typer.Option("--adapters", help="LoRA, widened layers and autoencoder instead of the merged pipeline.")
     ] = False,
+    format: Annotated[
+        Format,
+        typer.Option(help="'comfyui': single files, in folders named as those of its models: see docs/comfyui.md."),
+    ] = "diffusers",
     push_to_hub: Annotated[str | None, typer.Option(help="Publish the folder as user/name on the hub.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
 ) -> None:
@@ -36,6 +42,7 @@ def export(
         license_name=license_name,
         license_link=license_link,
         adapters=adapters,
+        format=format,
         repo_id=push_to_hub,
         private=private or None,
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from davae.choices import ChannelOrder
 from davae.errors import DavaeError
 from davae.interop import official_lightningdit
+from davae.interop.comfyui import load_model, read_header, write_adapters
 from davae.interop.official_autoencoders import convert_imagenet, convert_sd3
 from davae.interop.official_vavae import convert_vavae
 from davae.interop.sd3_transformer_files import convert_transformer, is_transformer
@@ -177,6 +178,41 @@ def convert_sd3_file(
     return _saved(model, out, unused)
 
 
+def convert_comfyui_file(file: Path, out: Path, *, base: str | None = None, vae: Path | None = None) -> Converted:
+    """A file of ``davae export --format comfyui`` to the folder of a model, of adapters, or of a whole pipeline.
+
+    Args:
+        file: see :mod:`davae.interop.comfyui`.
+        out: a new or an empty folder.
+        base: with ``vae``, for a transformer: folder or hub name of the base pipeline, whose other parts are taken.
+        vae: the autoencoder's file.
+
+    Raises:
+        DavaeError: not such a file, or parts that do not belong together.
+    """
+    check_place(out, "result")
+    header = read_header(file)
+    if (base is None) != (vae is None) or (base is not None and header.kind != "transformer"):
+        raise DavaeError("--base and --vae go together, with the transformer's file")
+    if header.kind == "adapters":
+        with claim(out, "result") as folder:
+            write_adapters(file, folder)
+        return Converted(out, "adapters", sum(value.numel() for value in read_tensors(file).values()))
+    model = load_model(file)
+    if isinstance(model, AutoencoderDA):
+        return _saved(model, out, [])
+    if base is not None and vae is not None:
+        read_header(vae, "autoencoder")
+        autoencoder: Any = load_model(vae)
+        pipe = load_pipeline(base, transformer=model, dtype=model.dtype)
+        scheduler = type(pipe.scheduler).from_config(header.scheduler)
+        layout = LatentLayout(header.base_channels, header.detail_channels)
+        _save(_joined(pipe, model, layout, autoencoder, scheduler, about=vae), out)
+    else:
+        _save(model, out)
+    return Converted(out, f"{type(model).__name__}, {header.channels} channels", _count(model))
+
+
 def _sd3_entries(weights: Which) -> tuple[str, ...]:
     other = "model" if weights == "ema" else "ema"
     return (f"{weights}_state_dict", weights, f"{other}_state_dict", other, "state_dict")
@@ -190,13 +226,26 @@ def _sd3_pipeline(
     if not isinstance(vae, AutoencoderDA):
         raise DavaeError(f"{folder} holds a {type(vae).__name__}: convert the authors' autoencoder first")
     pipe = load_pipeline(base, transformer=transformer, dtype=transformer.dtype)
+    scheduler = scheduler_for(pipe, SD3_SHIFT, scale=vae.scale, channels=(layout.base_channels, layout.channels))
+    return _joined(pipe, transformer, layout, vae, scheduler, about=folder)
+
+
+def _joined(
+    pipe: DiffusionPipeline,
+    transformer: SD3Transformer2DModel,
+    layout: LatentLayout,
+    vae: AutoencoderDA,
+    scheduler: Any,
+    *,
+    about: Path,
+) -> DiffusionPipeline:
+    """The pipeline with these parts in place of its own; the autoencoder, read from ``about``, must fit the others."""
     expected = layout_over(pipe.vae, vae)
     if expected != layout:
         raise DavaeError(
             f"the transformer has {layout.base_channels} + {layout.detail_channels} channels, the autoencoder of "
-            f"{folder} {expected.base_channels} + {expected.detail_channels}"
+            f"{about} {expected.base_channels} + {expected.detail_channels}"
         )
-    scheduler = scheduler_for(pipe, SD3_SHIFT, scale=vae.scale, channels=(layout.base_channels, layout.channels))
     parts = pipe.components | {"vae": vae.to(transformer.dtype), "scheduler": scheduler}
     return fit_to_autoencoder(type(pipe)(**parts))
 

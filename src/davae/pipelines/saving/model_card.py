@@ -83,6 +83,11 @@ pipe = davae.load_adapters(base, "{name}/autoencoder", "{name}")  # local folder
 
 The LoRA alone is not enough: the input and output layers with the detail channels are in `{layers}`.
 """,
+    "comfyui": """
+With davae's nodes for ComfyUI. Copy the folders here into `models` of ComfyUI:
+
+{files}
+""",
 }
 
 
@@ -135,6 +140,8 @@ def write_model_card(
     license: str | Licence | None = None,
     making: Making | None = None,
     name: str | None = None,
+    files: Sequence[Path] = (),
+    out: Path | None = None,
 ) -> Path:
     """Write ``README.md`` into a folder that davae saved. Private paths in it are shortened to their last part.
 
@@ -144,6 +151,8 @@ def write_model_card(
         license: of the result; the base's own if None, see :func:`davae.pipelines.saving.licence.find_licence`.
         making: figures and commands.
         name: under which the result is or will be published; the folder's name if None.
+        files: single files for ComfyUI that the card is about, relative to ``out``.
+        out: the folder of the card; ``folder`` if None.
 
     Returns:
         The path of the card.
@@ -154,9 +163,11 @@ def write_model_card(
     folder = Path(folder)
     licence = find_licence(base_model, license)
     facts = _Facts.of(folder)
+    facts = replace(facts, files=tuple(file.as_posix() for file in files))
     text = _card(facts, name or folder.resolve().name, public_name(base_model), licence, (making or Making()).public())
-    atomic_write(folder / CARD, text)
-    return folder / CARD
+    card = (out or folder) / CARD
+    atomic_write(card, text)
+    return card
 
 
 @dataclass(frozen=True)
@@ -171,6 +182,7 @@ class _Facts:
     pixels: int | None  # per latent position and side
     task: str | None
     own_pipeline: bool = False  # the pipeline's class is not part of diffusers
+    files: tuple[str, ...] = ()  # single files for ComfyUI
 
     @classmethod
     def of(cls, folder: Path) -> _Facts:
@@ -254,7 +266,8 @@ def _use(facts: _Facts, name: str, base_model: str) -> str:
     custom = ', custom_pipeline="pipeline"' if facts.own_pipeline else ""
     name, base = (printable(json.dumps(text, ensure_ascii=False)[1:-1]) for text in (name, base_model))
     values = {"name": name, "base": base, "custom": custom, "layers": LAYERS_FILE, "sizes": _sizes(facts)}
-    return _USE[facts.kind].format(**values).strip()
+    values["files"] = "\n".join(f"* {_code(file)}" for file in facts.files)
+    return _USE["comfyui" if facts.files else facts.kind].format(**values).strip()
 
 
 def _sizes(facts: _Facts) -> str:

@@ -1,14 +1,17 @@
 """Exporting a run's result to a folder that can be shared or published."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from davae.bases.tiny import TINY
 from davae.errors import DavaeError
+from davae.interop.comfyui import write_single_files
 from davae.models.portable import CODE_FILE
 from davae.pipelines import Licence, Making, find_licence, push_to_hub, write_model_card
+from davae.pipelines.saving.licence import read_front_matter
+from davae.pipelines.saving.model_card import CARD
 from davae.pipelines.saving.opening import LAYERS_FILE
 from davae.pipelines.saving.publishing import copy_model, public_name
 from davae.runtime.places import check_place, claim
@@ -22,6 +25,9 @@ _ADAPTERS = ("adapters", "diffusion/adapters")
 _AUTOENCODER = ("autoencoder", "autoencoder/autoencoder")
 
 
+Format = Literal["diffusers", "comfyui"]
+
+
 def export_run(
     run: Path,
     out: Path,
@@ -30,6 +36,7 @@ def export_run(
     license_name: str | None = None,
     license_link: str | None = None,
     adapters: bool = False,
+    format: Format = "diffusers",
     repo_id: str | None = None,
     private: bool | None = None,
 ) -> str:
@@ -39,12 +46,15 @@ def export_run(
     reads are copied, links are refused, and local paths are reduced to their last component.
 
     Args:
-        run: a run directory of either stage, or one that holds both (such as the demo's).
+        run: a run directory of either stage, or one that holds both (such as the demo's); or the folder of an upgraded
+            pipeline or of an autoencoder.
         out: a folder that does not exist or is empty.
         license: of the result; by default the base's own.
         license_name, license_link: of a licence that the hub has no id for, see
             :func:`davae.pipelines.saving.licence.find_licence`.
         adapters: export LoRA, widened layers and autoencoder instead of the merged pipeline.
+        format: ``"comfyui"`` writes single files into folders that are named as those of ComfyUI's ``models``, see
+            :mod:`davae.interop.comfyui`.
         repo_id: publish the folder under this name on the hub.
         private: visibility of a new repository.
 
@@ -57,27 +67,50 @@ def export_run(
     """
     check_place(out, "result")
     result = _find_result(run, adapters=adapters)
-    _check_portable(result)
+    if format == "diffusers":
+        _check_portable(result)
     stage = result.parent
-    recipe = _recipe(stage)
-    base = str(recipe.get("base", ""))
-    card_of = TINY if base == "tiny" else base
-    licence = find_licence(card_of, license, name=license_name, link=license_link)
+    recipe = {} if result == run else _recipe(stage)
+    base = str(recipe.get("base", "")) if recipe else _base_of(run)
+    card_of = TINY if base == "tiny" else base if recipe else run
+    licence = find_licence(str(card_of), license, name=license_name, link=license_link)
     with claim(out, "result") as folder:
-        copy_model(result, folder)
-        if adapters:
-            copy_model(_autoencoder_of(stage, recipe), folder / "autoencoder")
+        name, files = repo_id or out.resolve().name, []
+        if format == "comfyui":
+            autoencoder = _autoencoder_of(stage, recipe) if adapters else None
+            files = write_single_files(result, folder, Path(name).name, autoencoder=autoencoder)
+        else:
+            copy_model(result, folder)
+            if adapters:
+                copy_model(_autoencoder_of(stage, recipe), folder / "autoencoder")
+        making = _making(stage, recipe) if recipe else None
         card = write_model_card(
-            folder, base_model=base, license=licence, making=_making(stage, recipe), name=repo_id or out.resolve().name
+            result if files else folder,
+            base_model=base,
+            license=licence,
+            making=making,
+            name=name,
+            files=files,
+            out=folder,
         )
     message = f"{out}\nlicence {licence.title}, from {public_name(base)}; the card is {out / card.name}"
+    message += "".join(f"\n{out / file}" for file in files)
     if repo_id is not None:
         message += f"\n{push_to_hub(out, repo_id, private=private)}"
     return message
 
 
+def _base_of(folder: Path) -> str:
+    """The base that the card of a folder names; the folder itself without one."""
+    card = folder / CARD
+    return str((read_front_matter(card) if card.is_file() else {}).get("base_model", folder))
+
+
 def _find_result(run: Path, *, adapters: bool) -> Path:
     places = _ADAPTERS if adapters else (*_PIPELINE, *_AUTOENCODER)
+    itself = "model_index.json" if (run / "model_index.json").is_file() else "config.json"
+    if not adapters and (run / itself).is_file():
+        return run
     marks = (LAYERS_FILE,) if adapters else ("model_index.json", "config.json")
     for place in places:
         if any((run / place / mark).is_file() for mark in marks):
