@@ -97,7 +97,8 @@ def test_upgrade_as_json(autoencoder, monkeypatch, capsys, tmp_path) -> None:
     [
         (["generate", "debug-sd3", "cat"], "makes images of prompts: give --prompt"),
         (["generate", "debug-sd3"], "makes images of prompts: give --prompt"),
-        (["generate", "debug-dit", "--prompt", "cat"], "makes images of classes: give their names"),
+        (["generate", "debug-dit", "--prompt", "cat"], "makes images of classes: give names or numbers of class 0, "),
+        (["generate", "tiny"], "makes images of classes: give names or numbers of balloon, basket, book, "),
         (["generate", "debug-dit", "cat"], "has no class 'cat'"),
         (["generate", "debug-dit", "1001"], "class 1001 is out of range: the model knows 0 to 999"),
         (["generate", "debug", "99"], "class label 99 is out of range"),
