@@ -98,7 +98,7 @@ class Progress:
         self.name, self.total, self.done, self.enabled = name, total, start, enabled
         self._first = start
         self._began = self._last_line = time.monotonic()
-        self._losses = ""
+        self._losses = self._whole = ""
         console = PlainConsole(stderr=True)
         self._bar: RichProgress | None = None
         if enabled and console.is_terminal:
@@ -137,14 +137,13 @@ class Progress:
         now = time.monotonic()
         seconds = max(now - self._began, 1e-9) / max(1, self.done - self._first)
         rate = f"{1 / seconds:.2f} steps/s" if seconds < 1 else f"{seconds:.2f} s/step"
-        whole = ""
         if Phases.current is not None:
             Phases.current.advanced(self.name, (self.done - self._first) / max(1, self.total - self._first))
-            whole = f"{Phases.current.name}: {Phases.current.told()}  "
+            self._whole = f"{Phases.current.name}: {Phases.current.told()}  "
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, whole=whole, rate=rate, losses=self._losses)
+            self._bar.update(self._task, completed=self.done, whole=self._whole, rate=rate, losses=self._losses)
         elif self.enabled and (now - self._last_line > _SECONDS_BETWEEN_LINES or self.done == self.total):
             self._last_line = now
             left = seconds * (self.total - self.done)
             line = "%s %d/%d  %s  %.0f s left  %s%s"
-            logger.info(line, self.name, self.done, self.total, rate, left, whole, self._losses)
+            logger.info(line, self.name, self.done, self.total, rate, left, self._whole, self._losses)
