@@ -329,9 +329,10 @@ def _expected(recipe: UpgradeRecipe, *, generates: bool) -> dict[str, float]:
         return found.phases
     stage1, stage2, pixels = recipe.autoencoder.loop, recipe.diffusion.loop, (recipe.data.resolution / 128) ** 2
     sampling = recipe.diffusion.sample.num_inference_steps / 20 * pixels
-    fitted = recipe.autoencoder.start_images if recipe.autoencoder.model.start == "fitted" else 0
+    besides = recipe.autoencoder.statistics_images / 4
+    besides += recipe.autoencoder.start_images / 2 if recipe.autoencoder.model.start == "fitted" else 0
     work = {
-        "autoencoder": (stage1.steps * stage1.batch_size + fitted / 4) / 1800 * pixels,
+        "autoencoder": (stage1.steps * stage1.batch_size + besides) / 1800 * pixels,
         "diffusion": stage2.steps * stage2.batch_size / 5120 * pixels,
         "reconstruction": stage1.validation_images / 96 * pixels,
         "samples": stage2.validation_images / 36 * sampling,

@@ -67,7 +67,7 @@ def test_a_prompt_that_is_not_utf8_is_read_with_a_sign_for_it(monkeypatch, capsy
     arguments = ("generate", "debug-sd3", "--prompt", prompt, "--negative", prompt, "--out", tmp_path, "--steps", 1)
     status, message, problem = run(monkeypatch, capsys, *arguments)
     assert (status, problem) == (0, "")
-    assert message.startswith("1 images of")
+    assert message.startswith("1 image of")
 
 
 @pytest.mark.parametrize("name", SMALL_PIPELINES)
@@ -163,4 +163,4 @@ def test_an_upgrade_without_details_is_the_base_with_an_upscaling_decoder(
     arguments = ("generate", out, "--prompt", "a cat", "--out", tmp_path / "made", "--steps", 1)
     status, message, _ = run(monkeypatch, capsys, *arguments, "--height", 64, "--width", 64)
     assert status == 0
-    assert "1 images of 64 x 64 pixels" in message
+    assert "1 image of 64 x 64 pixels" in message
