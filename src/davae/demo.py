@@ -1,29 +1,35 @@
-"""The whole method on the embedded base: both stages, samples, figures, one report."""
+"""The whole method on the embedded base, or stage 1 over any other on photographs: samples, figures, one report."""
 
 import logging
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from davae.bases.open import load_recipe_base
+from davae.bases.open import EVERYTHING, is_pipeline, load_recipe_autoencoder, load_recipe_base
 from davae.benchmark import count_flops, peak_memory_bytes, side_by_side
 from davae.data import ItemDataset
 from davae.errors import DavaeError
 from davae.evaluation import PatchSet
 from davae.evaluation.metrics.psnr_ssim import pair_metrics
+from davae.evaluation.reconstruction.baselines import BASE_NATIVE, BASE_UPSCALED, REDUCED, UPGRADED, all_reconstructions
 from davae.latents import token_count
 from davae.models import AutoencoderDA
+from davae.models.base_adapters.adapter import adapter_of
+from davae.models.latent_space import encode, native_reconstruction
 from davae.pipelines import ClassConditionalPipeline, load_pipeline, upgrade_pipeline
 from davae.pipelines.saving.opening import load_autoencoder
+from davae.recipes.data import is_procedural
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import UpgradeRecipe
 from davae.report import (
+    STAGES,
     Alignment,
     FigureRecorder,
     Generation,
@@ -32,10 +38,12 @@ from davae.report import (
     ThreeWay,
     WarmStart,
     build_report,
+    usual_run,
 )
 from davae.runtime.pictures import save_rows, upscaled
+from davae.runtime.pixel_budget import in_parts
 from davae.runtime.places import claim
-from davae.training.autoencoder.stage import upscaled_base
+from davae.runtime.progress import Phases, Progress
 from davae.training.checkpoints.run_directory import environment, read_metrics
 from davae.training.data import open_held_out
 from davae.training.diffusion import ClassMap, generate_classes
@@ -56,102 +64,281 @@ _QUICK = (
     "diffusion.sample.num_inference_steps=12",
 )
 _SHOWN = 6  # reconstructions and samples that the report shows
+_SAMPLED_TOGETHER = 6
+_ROUNDS = 5  # of timing
 
 
 def run_demo(
-    out: Path | str = "runs/demo", *, seed: int = 0, quick: bool = False, data: str | None = None, recipe: str = "tiny"
+    out: Path | str = "runs/demo",
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    data: str | None = None,
+    base: str | None = None,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> Path:
-    """Train both stages on the embedded base, compare, and write ``out/report.html``.
+    """Train both stages on a base, compare, and write ``out/report.html``.
 
-    An interrupted demo continues when it is run again.
+    Over a base that cannot be sampled by class (an autoencoder alone, a pipeline that takes prompts) stage 1 is trained
+    and reconstructions are compared. An interrupted demo continues when it is run again.
 
     Args:
         out: run directory.
         seed: of both training stages, the samples and the metrics.
         quick: few steps of each stage, to show that everything works, not how well.
         data: images to use instead of the procedural scenes: anything that ``davae train`` takes.
-        recipe: an upgrade recipe of a class-conditional base, by name or file.
+        base: an autoencoder or a pipeline, a folder or a name on the hub, instead of the recipe's; needs ``data``.
+        recipe: an upgrade recipe by name or file; by default ``tiny``, with ``base`` ``taesd3-photos``.
+        overrides: of the recipe, ``section.key=value``.
 
     Returns:
         Path of the report.
 
     Raises:
-        DavaeError: the recipe or the data is invalid, or ``out`` holds another run.
+        DavaeError: the recipe, the base or the data is invalid, or ``out`` holds another run.
     """
     out = Path(out)
-    settings = _settings(recipe, seed, quick, data)
+    given = {"--quick": quick or None, "--data": data, "--base": base, "--recipe": recipe}
+    options = [word for key, value in given.items() if value is not None for word in (key, value) if word is not True]
+    command = shlex.join(["davae", "demo", "--out", str(out), "--seed", str(seed), *map(str, options), *overrides])
+    settings, cannot = _settings(seed, quick, data, base, recipe, overrides)
     with claim(out, "demo"):
-        _run(out, settings, seed=seed, quick=quick, data=data, recipe=recipe)
+        _Demo(out, settings, cannot).run(command, quick=quick)
     return build_report(out)
 
 
-def _run(out: Path, settings: UpgradeRecipe, *, seed: int, quick: bool, data: str | None, recipe: str) -> None:
-    """Everything but the report."""
-    began = time.perf_counter()
-    held_out = open_held_out(settings.data)  # fails before any training if there are none
-    base = load_recipe_base(settings)
-
-    stage1 = train_autoencoder(settings, out / "autoencoder")
-    vae = load_autoencoder(stage1.result)
-    warm_start = check_warm_start(base.transformer, upgrade_pipeline(base, vae).transformer, vae.layout)
-    stage2 = train_diffusion(settings, out / "diffusion", stage1.result)
-    upgraded = load_pipeline(stage2.result)
-
-    logger.info("comparing base, native and upgraded")
-    recorder = FigureRecorder(out, classes=list(held_out.classes) or ["images"])
-    images, labels, names = _first_images(held_out, settings.autoencoder.loop.validation_images)
-    reconstruction, alignment = _compare_reconstructions(base, vae, images, labels, names, recorder)
-    sampled = ClassMap(list(held_out.classes), base).known
-    generation = _compare_samples(base, upgraded, images, sampled, settings, recorder)
-    flops, seconds = _compare_cost(base, upgraded, settings)
-    recorder.write()
-
-    full, small = settings.data.resolution, settings.data.resolution // vae.scale
-    f = vae.base_compression
-    logged = [line for line in read_metrics(out / "autoencoder" / "metrics.jsonl") if "alignment" in line]
-    facts = environment()
-    Summary(
-        title="davae on its own pictures" if data is None else f"davae on {data}",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=_command(out, seed, quick, data, recipe),
-        hardware={k: v for k, v in facts.items() if isinstance(v, str | int | None) and k != "command"},
-        image_size=ThreeWay[int](base=small, native=full, upgraded=full),
-        tokens=ThreeWay[int](
-            base=token_count(small, small, spatial_compression=f),
-            native=token_count(full, full, spatial_compression=f),
-            upgraded=token_count(full, full, spatial_compression=vae.spatial_compression),
-        ),
-        flops_per_image=flops,
-        seconds_per_image=seconds,
-        reconstruction=reconstruction,
-        generation=generation,
-        alignment=Alignment(**alignment, loss=stage1.metrics["alignment"], loss_start=logged[0]["alignment"]),
-        warm_start=WarmStart(
-            max_base_difference=warm_start.max_base_difference, max_detail_output=warm_start.max_detail_output
-        ),
-        wall_seconds=time.perf_counter() - began,
-        peak_memory_bytes=peak_memory_bytes(),
-        settings=settings.model_dump(mode="json"),
-        skipped=stage1.skipped.entries,
-    ).write(out)
-
-
-def _settings(recipe: str, seed: int, quick: bool, data: str | None) -> UpgradeRecipe:
-    if not isinstance(load_recipe(recipe), UpgradeRecipe):
-        raise DavaeError(f"recipe '{recipe}' is not an upgrade of a base pipeline, which the demo needs")
-    overrides = [f"autoencoder.loop.seed={seed}", f"diffusion.loop.seed={seed}", *(_QUICK if quick else ())]
-    if data is not None:
-        overrides += [f"data.path={data}", "data.hold_out=0.1"]
-    settings = load_recipe(recipe, overrides)
+def _settings(
+    seed: int, quick: bool, data: str | None, base: str | None, recipe: str | None, overrides: Sequence[str]
+) -> tuple[UpgradeRecipe, str]:
+    """The resolved recipe, and why its base cannot be sampled, empty if it can."""
+    name = recipe or ("tiny" if base is None else "taesd3-photos")
+    if base is not None and data is None and not any(override.startswith("data.path=") for override in overrides):
+        raise DavaeError("--base is tried on images of your own: name their folder with --data")
+    if not isinstance(load_recipe(name), UpgradeRecipe):
+        raise DavaeError(f"recipe '{name}' is not an upgrade of a base pipeline, which the demo needs")
+    given = [f"autoencoder.loop.seed={seed}", f"diffusion.loop.seed={seed}", *(_QUICK if quick else ())]
+    given += [f"data.path={data}"] if data is not None else []
+    given += [f"base={base}"] if base is not None else []
+    settings = load_recipe(name, [*given, *overrides])
     assert isinstance(settings, UpgradeRecipe)
-    return settings
+    outline, cannot = None, ""
+    if not is_pipeline(settings.base, settings.base_revision):
+        cannot = f"{settings.base} is an autoencoder alone, so nothing was generated: that takes a pipeline over it"
+    else:
+        outline = load_recipe_base(settings, without=EVERYTHING)
+        if not isinstance(outline, ClassConditionalPipeline):
+            cannot = (
+                f"{settings.base} takes prompts, so nothing was generated: its transformer is tuned on captions by "
+                "davae train diffusion"
+            )
+    if base is not None:
+        given += _fitting(settings, None if cannot else outline)
+        settings = load_recipe(name, [*given, *overrides])
+        assert isinstance(settings, UpgradeRecipe)
+    return settings, cannot
 
 
-def _command(out: Path, seed: int, quick: bool, data: str | None, recipe: str) -> str:
-    words = ["davae", "demo", "--out", str(out), "--seed", str(seed)]
-    words += ["--quick"] if quick else []
-    words += ["--data", data] if data is not None else []
-    return shlex.join([*words, *(["--recipe", recipe] if recipe != "tiny" else [])])
+def _fitting(recipe: UpgradeRecipe, pipe: Any) -> list[str]:
+    """Overrides that fit a recipe to its base: three times its channels, and the size that its transformer makes."""
+    vae = load_recipe_autoencoder(recipe)
+    adapter = adapter_of(vae)
+    if adapter is None:
+        raise DavaeError(f"--base {recipe.base}: davae has no adapter for {type(vae).__name__}; see docs/pipelines.md")
+    found = [f"autoencoder.model.detail_channels={3 * adapter.latent_layout(vae).channels}"]
+    if pipe is not None:
+        side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+        found.append(f"data.resolution={side * recipe.autoencoder.model.scale}")
+    return found
+
+
+class _Demo:
+    """One run.
+
+    Args:
+        out: its folder.
+        settings: the resolved recipe.
+        cannot: why the base cannot be sampled, empty if it can.
+    """
+
+    def __init__(self, out: Path, settings: UpgradeRecipe, cannot: str) -> None:
+        self.out, self.settings, self.cannot = out, settings, cannot
+        self.held_out = open_held_out(settings.data)  # fails before any training if there are none
+        names = list(self.held_out.classes) or ["images"]
+        self.recorder = FigureRecorder(out, classes=names, curves=STAGES[:1] if cannot else STAGES)
+
+    def run(self, command: str, *, quick: bool) -> None:
+        """Everything but the report."""
+        out, settings, began = self.out, self.settings, time.perf_counter()
+        with Phases("demo", _expected(settings, generates=not self.cannot)) as phases:
+            pipe = None if self.cannot else load_recipe_base(settings)
+            phases.begin("autoencoder")
+            stage1 = train_autoencoder(settings, out / "autoencoder")
+            vae = load_autoencoder(stage1.result).eval()
+            generated: dict[str, Any] = {}
+            if pipe is not None:
+                phases.begin("diffusion")
+                warm = check_warm_start(pipe.transformer, upgrade_pipeline(pipe, vae).transformer, vae.layout)
+                stage2 = train_diffusion(settings, out / "diffusion", stage1.result)
+                upgraded = load_pipeline(stage2.result)
+                differences = {name: getattr(warm, name) for name in WarmStart.model_fields}
+                generated["warm_start"] = WarmStart(**differences)
+            phases.begin("reconstruction")
+            images, labels, names = _first_images(self.held_out, settings.autoencoder.loop.validation_images)
+            reconstruction, alignment = self._reconstructions(vae, images, labels, names)
+            if pipe is not None:
+                phases.begin("samples")
+                classes = list(self.held_out.classes)
+                known = ClassMap(classes, pipe)
+                drift = stage2.metrics.get("preview_drift")
+                generated["generation"] = self._samples(pipe, upgraded, images, known.known, drift)
+                generated["unlabelled"] = known.known == [known.null]
+                generated["unknown_classes"] = [c for c, n in zip(classes, known.numbers) if n == known.null]
+            phases.begin("cost")
+            if pipe is None:
+                flops, seconds = _cost_of_a_round_trip(vae, images[:1])
+            else:
+                flops, seconds = _cost_of_an_image(pipe, upgraded, settings)
+            self.recorder.write()
+
+        full, small, f = settings.data.resolution, settings.data.resolution // vae.scale, vae.base_compression
+        logged = [line for line in read_metrics(out / "autoencoder" / "metrics.jsonl") if "alignment" in line]
+        facts = environment()
+        over = "" if settings.base == "tiny" else f"over {settings.base}, "
+        Summary(
+            title=f"davae {over}on {'its own pictures' if is_procedural(settings.data.path) else settings.data.path}",
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=command,
+            hardware={k: v for k, v in facts.items() if isinstance(v, str | int | None) and k != "command"},
+            image_size=ThreeWay[int](base=small, native=full, upgraded=full),
+            tokens=ThreeWay[int](
+                base=token_count(small, small, spatial_compression=f),
+                native=token_count(full, full, spatial_compression=f),
+                upgraded=token_count(full, full, spatial_compression=vae.spatial_compression),
+            ),
+            flops_per_image=flops,
+            seconds_per_image=seconds,
+            reconstruction=reconstruction,
+            alignment=Alignment(
+                **alignment, loss=stage1.metrics.get("alignment"), loss_start=logged[0]["alignment"] if logged else None
+            ),
+            not_generated=self.cannot,
+            quick=quick,
+            phases=phases.seconds,
+            wall_seconds=time.perf_counter() - began,
+            peak_memory_bytes=peak_memory_bytes(),
+            settings=settings.model_dump(mode="json"),
+            skipped=stage1.skipped.entries,
+            **generated,
+        ).write(out)
+
+    @torch.no_grad()
+    def _reconstructions(
+        self, vae: AutoencoderDA, images: Tensor, labels: Tensor, names: list[str]
+    ) -> tuple[Reconstruction, dict[str, Any]]:
+        """Reconstruct held-out images with the base alone and with the upgraded autoencoder."""
+        base = load_recipe_autoencoder(self.settings)
+        latents, equal = [], True
+        rows: dict[str, list[Tensor]] = {}
+        with Progress("reconstruction", len(images)) as progress:
+            for part in in_parts(images):
+                latents.append(vae.encode(part).latent_dist.mode())  # [n, C + D, h, w]
+                own = encode(base, vae.downsample(part))
+                equal &= torch.equal(vae.layout.split(latents[-1])[0], own)
+                for name, made in all_reconstructions(vae, part).items():
+                    rows.setdefault(name, []).append(made)
+                for _ in part:
+                    progress.advance()
+        whole, latent = {name: torch.cat(parts) for name, parts in rows.items()}, torch.cat(latents)
+        self.recorder.add_reconstructions(
+            images[:_SHOWN],
+            vae.decode_base(latent[:_SHOWN]).clamp(-1, 1),
+            whole[UPGRADED][:_SHOWN],
+            names[:_SHOWN],
+            native=whole[BASE_NATIVE][:_SHOWN] if self.cannot else None,
+        )
+        shown = {"input": images, "base, upscaled": whole[BASE_UPSCALED], "reconstruction": whole[UPGRADED]}
+        shown |= {"base, native": whole[BASE_NATIVE]} if self.cannot else {}
+        save_rows(self.out / "reconstructions.png", {k: v[: 2 * _SHOWN] for k, v in shown.items()})
+        lines = {"Images": images, "Base, enlarged": whole[BASE_UPSCALED], "Upgraded": whole[UPGRADED]}
+        self.recorder.add_spectra("images", lines)
+        several = labels.bincount()[labels] > 1  # a probe needs one latent of a class to fit and one to score
+        probes: dict[str, Any] = {}
+        if len(labels[several].unique()) > 1:
+            probes = self.recorder.add_latents(*vae.layout.split(latent[several]), labels[several])
+        keys = {UPGRADED: "upgraded", BASE_UPSCALED: "base_upscaled", BASE_NATIVE: "base_native", REDUCED: "reduced"}
+        figures = {
+            f"{name}_{keys[row]}": float(values.mean())
+            for row, made in whole.items()
+            for name, values in pair_metrics(images, made).items()
+        }
+        return Reconstruction(**figures, images=len(images)), {"base_latents_equal": equal, **probes}
+
+    @torch.no_grad()
+    def _samples(
+        self,
+        base: ClassConditionalPipeline,
+        upgraded: ClassConditionalPipeline,
+        images: Tensor,
+        sampled: list[int],
+        drift: float | None,
+    ) -> Generation:
+        """Sample both pipelines from the same seeds and compare with real images at full resolution."""
+        stage = self.settings.diffusion
+        count, seed = stage.loop.validation_images, stage.loop.seed
+        with Progress("samples", 2 * count) as progress:
+
+            def samples(pipe: ClassConditionalPipeline) -> Tensor:
+                made = []
+                for first in range(0, count, _SAMPLED_TOGETHER):
+                    positions = range(first, min(first + _SAMPLED_TOGETHER, count))
+                    made.append(generate_classes(pipe, sampled, count, stage.sample, seed=seed, positions=positions))
+                    for _ in positions:
+                        progress.advance()
+                return torch.cat(made)
+
+            made, small = samples(upgraded), samples(base)
+        names = {number: name for name, number in base.labels.items()}
+        captions = [f"{names.get(sampled[i % len(sampled)], 'no class')}, seed {seed + i}" for i in range(count)]
+        shown = min(2 * _SHOWN, count)
+        self.recorder.add_samples(small[:shown], made[:shown], captions[:shown])
+        enlarged = upscaled(small, made.shape[-2:])
+        save_rows(self.out / "samples.png", {"base, upscaled": enlarged[:shown], "upgraded": made[:shown]})
+        real = PatchSet(seed=seed).update(images)
+        distances = [list(real.distance(PatchSet(seed=seed).update(x)).values()) for x in (made, enlarged)]
+        apart = (small[len(sampled) :] - small[: -len(sampled)]).square().mean().sqrt()  # one class, two seeds
+        return Generation(
+            swd_finest_upgraded=distances[0][0],
+            swd_finest_base_upscaled=distances[1][0],
+            swd_levels_upgraded=distances[0],
+            swd_levels_base_upscaled=distances[1],
+            preview_drift=drift,
+            seeds_apart=float(apart) if count > len(sampled) else None,
+            images=count,
+        )
+
+
+_SECONDS = {"autoencoder": 174.0, "diffusion": 99.0, "reconstruction": 10.0, "samples": 16.0, "cost": 22.0}
+"""Of the demo without options on two cores, for runs like no recorded one."""
+
+
+def _expected(recipe: UpgradeRecipe, *, generates: bool) -> dict[str, float]:
+    """Seconds that each phase may take: a recorded run's, else those of the ``tiny`` recipe by the amount of work."""
+    found = usual_run(recipe.model_dump(mode="json"))
+    if found is not None and found.phases:
+        return found.phases
+    stage1, stage2, pixels = recipe.autoencoder.loop, recipe.diffusion.loop, (recipe.data.resolution / 128) ** 2
+    sampling = recipe.diffusion.sample.num_inference_steps / 20 * pixels
+    besides = recipe.autoencoder.statistics_images / 4
+    besides += recipe.autoencoder.start_images / 2 if recipe.autoencoder.model.start == "fitted" else 0
+    work = {
+        "autoencoder": (stage1.steps * stage1.batch_size + besides) / 1800 * pixels,
+        "diffusion": stage2.steps * stage2.batch_size / 5120 * pixels,
+        "reconstruction": stage1.validation_images / 96 * pixels,
+        "samples": stage2.validation_images / 36 * sampling,
+        "cost": sampling if generates else pixels / 10,
+    }
+    return {k: 4 + v * _SECONDS[k] for k, v in work.items() if generates or k not in ("diffusion", "samples")}
 
 
 def _first_images(dataset: ItemDataset, count: int) -> tuple[Tensor, Tensor, list[str]]:
@@ -161,95 +348,61 @@ def _first_images(dataset: ItemDataset, count: int) -> tuple[Tensor, Tensor, lis
     return (torch.stack([item["image"] for item in items]), labels, [item["caption"] or item["id"] for item in items])
 
 
-@torch.no_grad()
-def _compare_reconstructions(
-    base: ClassConditionalPipeline,
-    vae: AutoencoderDA,
-    images: Tensor,
-    labels: Tensor,
-    names: list[str],
-    recorder: FigureRecorder,
-) -> tuple[Reconstruction, dict[str, Any]]:
-    """Reconstruct held-out images with the base alone and with the upgraded autoencoder."""
-    latent = vae.encode(images).latent_dist.mode()  # [N, C + D, h, w]
-    z, _ = vae.layout.split(latent)
-    own = base.vae.encode(vae.downsample(images)).latent_dist.mode()
-    reconstruction = vae.decode(latent).sample.clamp(-1, 1)
-    preview, enlarged = vae.decode_base(latent).clamp(-1, 1), upscaled_base(vae, images)
-    recorder.add_reconstructions(images[:_SHOWN], preview[:_SHOWN], reconstruction[:_SHOWN], names[:_SHOWN])
-    rows = {"input": images, "base, upscaled": enlarged, "reconstruction": reconstruction}
-    save_rows(recorder.run_dir / "reconstructions.png", {k: v[: 2 * _SHOWN] for k, v in rows.items()})
-    recorder.add_spectra("images", {"Images": images, "Base, upscaled": enlarged, "Reconstruction": reconstruction})
-    several = labels.bincount()[labels] > 1  # a probe needs one latent of a class to fit and one to score
-    probes: dict[str, Any] = {}
-    if len(labels[several].unique()) > 1:
-        probes = recorder.add_latents(*vae.layout.split(latent[several]), labels[several])
-    figures = {
-        f"{name}_{row}": float(values.mean())
-        for row, made in (("upgraded", reconstruction), ("base_upscaled", enlarged))
-        for name, values in pair_metrics(images, made).items()
-    }
-    return Reconstruction(**figures, images=len(images)), {"base_latents_equal": torch.equal(z, own), **probes}
+def _side_by_side(
+    ways: dict[str, Callable[[], object]], single: dict[str, Callable[[], object]], batch: int = 1
+) -> tuple[ThreeWay[float], ThreeWay[float]]:
+    """FLOPs of ``single`` images, and seconds per image in batches.
+
+    Args:
+        ways: what to time, by ``base``, ``native`` and ``upgraded``.
+        single: the same for one image.
+        batch: images that a call of ``ways`` makes.
+    """
+    with Progress("cost", len(ways) * (_ROUNDS + 2)) as progress:
+
+        def counted(run: Callable[[], object]) -> object:
+            made = run()
+            progress.advance()
+            return made
+
+        flops = {name: float(count_flops(partial(counted, run))) for name, run in single.items()}
+        timed = side_by_side({name: partial(counted, run) for name, run in ways.items()}, repeats=_ROUNDS)
+    return ThreeWay[float](**flops), ThreeWay[float](**{name: value / batch for name, value in timed.medians.items()})
 
 
-@torch.no_grad()
-def _compare_samples(
-    base: ClassConditionalPipeline,
-    upgraded: ClassConditionalPipeline,
-    images: Tensor,
-    sampled: list[int],
-    recipe: UpgradeRecipe,
-    recorder: FigureRecorder,
-) -> Generation:
-    """Sample both pipelines from the same seeds and compare with real images at full resolution."""
-    count, seed = recipe.diffusion.loop.validation_images, recipe.diffusion.loop.seed
-    made = generate_classes(upgraded, sampled, count, recipe.diffusion.sample, seed=seed)
-    small = generate_classes(base, sampled, count, recipe.diffusion.sample, seed=seed)
-    names = {number: name for name, number in base.labels.items()}
-    captions = [f"{names.get(sampled[i % len(sampled)], 'no class')}, seed {seed + i}" for i in range(count)]
-    shown = min(2 * _SHOWN, count)
-    recorder.add_samples(small[:shown], made[:shown], captions[:shown])
-    rows = {"base, upscaled": upscaled(small[:shown], made.shape[-2:]), "upgraded": made[:shown]}
-    save_rows(recorder.run_dir / "samples.png", rows)
-    real = PatchSet(seed=seed).update(images)
-    distances = [
-        list(real.distance(PatchSet(seed=seed).update(x)).values()) for x in (made, upscaled(small, made.shape[-2:]))
-    ]
-    return Generation(
-        swd_finest_upgraded=distances[0][0],
-        swd_finest_base_upscaled=distances[1][0],
-        swd_levels_upgraded=distances[0],
-        swd_levels_base_upscaled=distances[1],
-        images=count,
-    )
-
-
-def _compare_cost(
+def _cost_of_an_image(
     base: ClassConditionalPipeline, upgraded: ClassConditionalPipeline, recipe: UpgradeRecipe
 ) -> tuple[ThreeWay[float], ThreeWay[float]]:
     """FLOPs and seconds per image: base, base at full resolution (native), and upgraded."""
-    full, batch = recipe.data.resolution, 2
-    sample = recipe.diffusion.sample
+    full, batch, sample = recipe.data.resolution, 2, recipe.diffusion.sample
 
     def generating(pipe: ClassConditionalPipeline, side: int | None, count: int) -> Callable[[], object]:
-        def run() -> object:
-            return pipe(
-                [0] * count,
-                height=side,
-                width=side,
-                num_inference_steps=sample.num_inference_steps,
-                guidance_scale=sample.guidance_scale,
-                guidance_interval=sample.guidance_interval,
-                generator=torch.Generator().manual_seed(0),
-                output_type="pt",
-            )
-
-        return run
+        return lambda: pipe(
+            [0] * count,
+            height=side,
+            width=side,
+            num_inference_steps=sample.num_inference_steps,
+            guidance_scale=sample.guidance_scale,
+            guidance_interval=sample.guidance_interval,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        )
 
     pipes = {"base": (base, None), "native": (base, full), "upgraded": (upgraded, None)}
     for pipe, _ in pipes.values():
         pipe.set_progress_bar_config(disable=True)
-    flops = {name: float(count_flops(generating(pipe, side, 1))) for name, (pipe, side) in pipes.items()}
-    timed = side_by_side({name: generating(pipe, side, batch) for name, (pipe, side) in pipes.items()}, repeats=5)
-    seconds = {name: value / batch for name, value in timed.medians.items()}
-    return ThreeWay[float](**flops), ThreeWay[float](**seconds)
+    ways, single = (
+        {name: generating(pipe, side, count) for name, (pipe, side) in pipes.items()} for count in (batch, 1)
+    )
+    return _side_by_side(ways, single, batch)
+
+
+@torch.no_grad()
+def _cost_of_a_round_trip(vae: AutoencoderDA, images: Tensor) -> tuple[ThreeWay[float], ThreeWay[float]]:
+    """FLOPs and seconds of encoding and decoding an image: base, base at full size (native), and upgraded."""
+    ways: dict[str, Callable[[], object]] = {
+        "base": lambda: vae.decode_base(vae.encode_base(images)),
+        "native": lambda: native_reconstruction(vae, images),
+        "upgraded": lambda: vae.decode(vae.encode(images).latent_dist.mode()),
+    }
+    return _side_by_side(ways, ways)

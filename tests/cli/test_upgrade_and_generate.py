@@ -67,7 +67,7 @@ def test_a_prompt_that_is_not_utf8_is_read_with_a_sign_for_it(monkeypatch, capsy
     arguments = ("generate", "debug-sd3", "--prompt", prompt, "--negative", prompt, "--out", tmp_path, "--steps", 1)
     status, message, problem = run(monkeypatch, capsys, *arguments)
     assert (status, problem) == (0, "")
-    assert message.startswith("1 images of")
+    assert message.startswith("1 image of")
 
 
 @pytest.mark.parametrize("name", SMALL_PIPELINES)
@@ -97,7 +97,8 @@ def test_upgrade_as_json(autoencoder, monkeypatch, capsys, tmp_path) -> None:
     [
         (["generate", "debug-sd3", "cat"], "makes images of prompts: give --prompt"),
         (["generate", "debug-sd3"], "makes images of prompts: give --prompt"),
-        (["generate", "debug-dit", "--prompt", "cat"], "makes images of classes: give their names"),
+        (["generate", "debug-dit", "--prompt", "cat"], "makes images of classes: give names or numbers of class 0, "),
+        (["generate", "tiny"], "makes images of classes: give names or numbers of balloon, basket, book, "),
         (["generate", "debug-dit", "cat"], "has no class 'cat'"),
         (["generate", "debug-dit", "1001"], "class 1001 is out of range: the model knows 0 to 999"),
         (["generate", "debug", "99"], "class label 99 is out of range"),
@@ -162,4 +163,4 @@ def test_an_upgrade_without_details_is_the_base_with_an_upscaling_decoder(
     arguments = ("generate", out, "--prompt", "a cat", "--out", tmp_path / "made", "--steps", 1)
     status, message, _ = run(monkeypatch, capsys, *arguments, "--height", 64, "--width", 64)
     assert status == 0
-    assert "1 images of 64 x 64 pixels" in message
+    assert "1 image of 64 x 64 pixels" in message

@@ -9,6 +9,8 @@ import torch
 
 from davae.data import CLASSES, BatchStream, SkipLedger, open_dataset
 from davae.errors import DavaeError
+from davae.recipes.data import DataSettings
+from davae.training.data import open_part
 from tests.data.files import image_folder, picture
 
 
@@ -50,6 +52,30 @@ def test_hold_out_of_a_folder(tmp_path: Path) -> None:
     image_folder(tmp_path, {"new": 10})
     later = open_dataset(root, resolution=16, hold_out=0.25, part="held_out")
     assert {n for i in range(len(later)) if not (n := later.id(i)).startswith("new")} == ids[1]
+
+
+def test_a_recipes_number_is_a_tenth_of_a_small_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Told once; a number of at most a third of the images holds, and those of a tenth are among its images."""
+    root = image_folder(tmp_path, {"a": 12, "b": 12})
+    data = DataSettings(path=str(root), resolution=16, hold_out=9)
+
+    def ids(**changes: object) -> set[str]:
+        part = open_part(data.model_copy(update=changes), "held_out")
+        return {part.id(i) for i in range(len(part))}
+
+    with caplog.at_level("INFO"):
+        train = open_part(data, "train")
+    assert (
+        "hold_out=9 is more than a third of its 24 images, so about a tenth is held out (hold_out=0.1)" in caplog.text
+    )
+    assert len(train) + len(ids()) == 24
+    assert ids() == ids(hold_out=0.1)
+    assert ids() < ids(hold_out=8)
+    assert len(ids(hold_out=8)) == 8
+    caplog.clear()
+    open_part(data.model_copy(update={"hold_out": 8}), "train")
+    assert "tenth" not in caplog.text
+    assert len(open_dataset(root, resolution=16, hold_out=9, part="held_out")) == 9  # as it is said in Python
 
 
 def test_images_win_over_other_files_in_a_folder(tmp_path: Path) -> None:

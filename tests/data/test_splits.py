@@ -39,7 +39,7 @@ def test_impossible_requests() -> None:
     ]:
         with pytest.raises(DavaeError, match=message):
             choose_part(NAMES, hold_out, part)  # type: ignore[arg-type]
-    with pytest.raises(DavaeError, match="only 1 images: set it to 0"):
+    with pytest.raises(DavaeError, match="hold_out is 1 and there are only 1 images: set it to 0"):
         choose_part(["a"], 1, "train")
 
 

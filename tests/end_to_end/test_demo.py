@@ -3,9 +3,13 @@
 import json
 
 import pytest
+from tests.data.files import image_folder
 
+from davae.bases.tiny import debug_base
+from davae.cli.tables import print_demo
 from davae.demo import run_demo
 from davae.errors import DavaeError
+from davae.report import Summary
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,68 @@ def test_the_identities_of_the_method(demo):
     assert summary["alignment"]["base_latents_equal"] is True
     assert summary["warm_start"]["max_detail_output"] == 0
     assert summary["warm_start"]["max_base_difference"] <= 1e-6
+
+
+def test_every_phase_has_its_time_and_samples_their_distance(demo):
+    _, out = demo
+    summary = Summary.read(out)
+    assert list(summary.phases) == ["autoencoder", "diffusion", "reconstruction", "samples", "cost"]
+    assert sum(summary.phases.values()) <= summary.wall_seconds
+    assert summary.generation.preview_drift > 0
+    assert summary.unknown_classes == []
+    assert not summary.unlabelled
+    assert summary.reconstruction.psnr_base_native is not None
+    assert summary.command == f"davae demo --out {out.name} --seed 0 --recipe debug"
+
+
+def test_the_terminal_tells_every_unit_once(demo, capsys):
+    print_demo(Summary.read(demo[1]))
+    printed = capsys.readouterr().out
+    for name in ("tokens", "GFLOP", "seconds"):
+        assert f" {name} " in printed
+    assert "per image" not in printed
+    assert printed.count("next: ") >= 1
+
+
+def test_a_base_that_is_an_autoencoder_alone_is_compared_with_itself_at_full_size(tmp_path):
+    debug_base().vae.save_pretrained(tmp_path / "base")
+    photos = image_folder(tmp_path / "photos", {"a": 6, "b": 6})
+    few = ["data.resolution=32", "autoencoder.loop.steps=2"]
+    options = {"base": str(tmp_path / "base"), "data": str(photos), "recipe": "debug", "overrides": few}
+    report = run_demo(tmp_path / "run", **options)
+    summary = Summary.read(tmp_path / "run")
+    assert (summary.generation, summary.warm_start) == (None, None)
+    assert summary.not_generated.startswith("base is an autoencoder alone, so nothing was generated")
+    assert summary.settings["autoencoder"]["model"]["detail_channels"] == 12  # three times the base's 4
+    assert summary.reconstruction.images == 3  # about a tenth of twelve, by their names
+    assert (summary.tokens.base, summary.tokens.native, summary.tokens.upgraded) == (16, 64, 16)
+    assert summary.alignment.base_latents_equal
+    assert summary.title == "davae over base, on photos"
+    page = report.read_text()
+    assert "an autoencoder alone, so nothing was generated" in page
+    assert "Base at full size" in page
+    assert not (tmp_path / "run" / "diffusion").exists()
+    assert run_demo(tmp_path / "run", **options) == report  # the same command goes on, here from the end
+    with pytest.raises(DavaeError, match="name their folder with --data"):
+        run_demo(tmp_path / "other", base=str(tmp_path / "base"))
+
+
+def test_a_base_that_takes_prompts_gives_its_autoencoder_alone(tmp_path):
+    photos = image_folder(tmp_path / "photos", {"a": 4})
+    few = ["data.resolution=32", "autoencoder.loop.steps=1"]
+    run_demo(tmp_path / "run", base="debug-sd3", data=str(photos), recipe="debug", overrides=few)
+    assert "debug-sd3 takes prompts" in Summary.read(tmp_path / "run").not_generated
+
+
+def test_classes_that_the_base_does_not_know_are_told(tmp_path):
+    photos = image_folder(tmp_path / "photos", {"zebra": 4, "yak": 4})
+    few = ["autoencoder.loop.steps=1", "diffusion.loop.steps=1"]
+    report = run_demo(tmp_path / "run", base="debug", data=str(photos), recipe="debug", overrides=few)
+    summary = Summary.read(tmp_path / "run")
+    assert summary.unknown_classes == ["yak", "zebra"]
+    assert summary.unlabelled
+    assert summary.image_size.upgraded == 2 * 16  # the size that the transformer makes
+    assert "does not know yak, zebra: their images were trained without a label" in report.read_text()
 
 
 def test_a_base_recipe_is_refused(tmp_path):

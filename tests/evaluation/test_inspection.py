@@ -148,13 +148,13 @@ def test_what_was_held_out_does_not_depend_on_the_resolution_of_a_measurement(tm
     for i in range(12):
         Image.effect_noise((8 + 8 * (i % 4), 64), 50).save(photos / f"{i}.png")
     (tmp_path / "run").mkdir()
-    data = {"path": str(photos), "resolution": 64, "hold_out": 4, "split": "train"}
+    data = {"path": str(photos), "resolution": 64, "hold_out": 3, "split": "train"}
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"data": data}))
-    trained = open_dataset(photos, resolution=64, hold_out=4)
+    trained = open_dataset(photos, resolution=64, hold_out=3)
     for resolution in (16, 64, 112):
         held = held_out_images(tmp_path / "run" / "autoencoder", resolution)
         ids = {held.id(i) for i in range(len(held))}
-        assert len(ids) == 4
+        assert len(ids) == 3
         assert not ids & {trained.id(i) for i in range(len(trained))}
         assert held[0]["image"].shape[-1] == resolution
 

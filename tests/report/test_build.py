@@ -1,16 +1,22 @@
 import json
 import re
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
 
 from davae.errors import DavaeError
-from davae.report import FigureRecorder, build_report
+from davae.recipes.read import load_recipe
+from davae.report import STAGES, FigureRecorder, Generation, Summary, build_report, usual_run, words
+from davae.report.build import REPORT_FILE
 from tests.report.conftest import make_summary
 
+PAGE = (files("davae.report") / REPORT_FILE).read_text(encoding="utf-8")
+
 VOID = {"meta", "link", "img", "br", "input"}
+SCRIPTS = re.compile(r"<script>.*?</script>", re.S)
 
 
 class _Page(HTMLParser):
@@ -36,7 +42,7 @@ class _Page(HTMLParser):
         assert self.open.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
+        if not {"style", "script"} & set(self.open):
             self.text += f"{data} "
 
 
@@ -49,8 +55,10 @@ def page(run_dir: Path) -> str:
 
 def test_stands_alone(page: str) -> None:
     parsed = _Page(page)
+    assert [attributes for tag, attributes in parsed.tags if tag == "script"] == [{}]  # the page's own, inside
     for tag, attributes in parsed.tags:
-        assert tag not in ("script", "iframe", "object")
+        assert tag not in ("iframe", "object")
+        assert not [name for name in attributes if name.startswith("on")]
         for name in ("src", "href", "xlink:href"):
             address = attributes.get(name)
             assert address is None or address.startswith(("data:", "#")), f"<{tag} {name}={address[:60]}>"
@@ -72,7 +80,7 @@ def test_ids_are_unique_and_links_lead_somewhere(page: str) -> None:
 
 def test_names_from_outside_show_as_text(page: str) -> None:
     parsed = _Page(page)
-    assert "<script" not in page
+    assert SCRIPTS.findall(page) == SCRIPTS.findall(PAGE)
     assert "<script>alert('class')</script>" in parsed.text
     assert "A run <b>of tests</b>" in parsed.text
     assert "davae demo --out 'runs/<demo>'" in parsed.text
@@ -90,8 +98,7 @@ def test_a_prompt_with_a_script_is_text(run_dir: Path) -> None:
     make_summary(settings={"diffusion": {"prompts": {"validation": [prompt]}}}).write(run_dir)
     text = build_report(run_dir).read_text(encoding="utf-8")
     parsed = _Page(text)
-    assert "<script" not in text
-    assert "script" not in [tag for tag, _ in parsed.tags]
+    assert SCRIPTS.findall(text) == SCRIPTS.findall(PAGE)
     assert "<script>alert('prompt')</script>" in parsed.text
 
 
@@ -108,9 +115,12 @@ def test_every_picture_is_there_and_described(page: str) -> None:
 def test_headline_and_table_carry_the_runs_numbers(page: str) -> None:
     text = " ".join(_Page(page).text.split())
     assert (
-        "32 × 32 pixel images from 4 tokens instead of 16, 3.0 times as fast as the base model does, "
-        "and rebuilds held-out images 2.2 dB closer"
+        "32 × 32 pixel images from 4 tokens instead of the 16 that the base takes for this size, 3.0 times as fast. "
+        "It rebuilds held-out images 2.2 dB closer to the original than enlarging the base, "
+        "and its samples are 25 % closer to real images"
     ) in text
+    assert "0.050 away from the base's own samples" in text
+    assert "two seeds are 0.40 apart, so the scene is kept" in text
     assert "−25 %" in text  # sliced Wasserstein distance
     assert "4.40 G 1.10 G 4.0×" in text  # native, upgraded, ratio
     assert "100 ms 360 ms 120 ms 3.0×" in text
@@ -121,11 +131,21 @@ def test_a_worse_result_is_told_as_it_is(run_dir: Path) -> None:
     worse = make_summary()
     data = worse.model_dump()
     data["reconstruction"]["psnr_upgraded"] = 23.0
+    data["generation"]["swd_finest_upgraded"] = data["generation"]["swd_levels_upgraded"][0] = 0.5
+    data |= {"unlabelled": True, "unknown_classes": ["hat", "dress"]}
     data["seconds_per_image"]["upgraded"] = 0.72
     data["alignment"]["base_latents_equal"] = False
     type(worse).model_validate(data).write(run_dir)
-    text = _Page(build_report(run_dir).read_text(encoding="utf-8")).text
+    page = build_report(run_dir).read_text(encoding="utf-8")
+    text = _Page(page).text
     assert "2.0 times more slowly" in text
+    assert "and its samples are 25 % farther from real images at the finest scale than the base's" in text
+    assert "does not know hat, dress: their images were trained without a label. So the samples are of no class" in text
+    assert 'class="strong">24.00 dB' in page  # the better one is bold
+    assert 'class="strong">0.400' in page
+    assert page.count('class="strong"') == 4  # fewer tokens and operations, and these
+    for advice in ("autoencoder.loop.steps=", "diffusion.loop.steps=", "davae train base"):
+        assert advice in text
     assert "1.0 dB farther from the original" in text
     assert "The base part of the latents differs" in text
 
@@ -153,7 +173,7 @@ def test_the_same_files_give_the_same_bytes(run_dir: Path) -> None:
 def test_a_stage_without_losses_says_so(run_dir: Path) -> None:
     (run_dir / "diffusion" / "metrics.jsonl").unlink()
     text = _Page(build_report(run_dir).read_text(encoding="utf-8")).text
-    assert "No losses were logged in diffusion/metrics.jsonl" in " ".join(text.split())
+    assert "There are no losses to draw in diffusion/metrics.jsonl" in " ".join(text.split())
 
 
 def test_mistakes_are_named(run_dir: Path) -> None:
@@ -179,3 +199,72 @@ def test_mistakes_are_named(run_dir: Path) -> None:
     (run_dir / "summary.json").unlink()
     with pytest.raises(DavaeError, match=r"summary\.json does not exist"):
         build_report(run_dir)
+
+
+def test_the_headline_looks_at_every_scale_of_the_samples_and_at_their_scenes() -> None:
+    made = {
+        "swd_finest_upgraded": 0.29,
+        "swd_finest_base_upscaled": 0.38,
+        "swd_levels_upgraded": [0.29, 0.24, 0.19, 0.25],
+        "swd_levels_base_upscaled": [0.38, 0.09, 0.08, 0.69],
+        "preview_drift": 0.49,
+        "seeds_apart": 0.51,
+    }
+    summary = make_summary(generation=Generation(**made))
+    _, samples, scenes = words.headline(summary)
+    assert samples.endswith(
+        "samples are 24 % closer to real images at the finest scale than the base's, but farther at 16 px and 8 px."
+    )
+    assert scenes == "They show other scenes than the base's from the same seeds."
+    assert "the scene changes" in words.scene(summary)
+    assert "diffusion.tune.mode=lora" in dict(words.next_steps(summary)).values()
+
+
+def test_a_slider_takes_its_two_pictures_from_the_rows_beside_it(page: str) -> None:
+    sliders = [a for tag, a in _Page(page).tags if a.get("class") == "slider"]
+    assert [s["data-pair"] for s in sliders] == ["1 2", "0 1"]
+    assert all("hidden" in s for s in sliders)  # until the script shows it; paper and readers without scripts have rows
+    ranges = [a for tag, a in _Page(page).tags if tag == "input"]
+    assert [r["type"] for r in ranges] == ["range", "range"]
+    assert ranges[0]["aria-label"] == "Where Base, enlarged ends and Upgraded begins"
+    assert page.count("<option") == 4
+
+
+def test_an_autoencoder_alone_has_a_page_without_samples(run_dir: Path) -> None:
+    recorder = FigureRecorder(run_dir, curves=STAGES[:1])
+    images = torch.zeros(1, 3, 32, 32)
+    recorder.add_reconstructions(images, images[..., :16, :16], images, ["one"], native=images)
+    recorder.write()
+    rebuilt = {"psnr_upgraded": 28.5, "psnr_base_upscaled": 27.0, "psnr_base_native": 30.0, "psnr_reduced": 27.5}
+    alone = make_summary().model_dump() | {
+        "generation": None,
+        "warm_start": None,
+        "reconstruction": rebuilt,
+        "not_generated": "some/base is an autoencoder alone, so nothing was generated",
+    }
+    Summary.model_validate(alone).write(run_dir)
+    page = build_report(run_dir).read_text(encoding="utf-8")
+    text = " ".join(_Page(page).text.split())
+    assert "With 4 latent positions for 32 × 32 pixels this run rebuilds held-out images 1.5 dB closer" in text
+    assert "The base at full size comes 1.5 dB closer to it, from 4.0 times the positions." in text
+    assert "some/base is an autoencoder alone, so nothing was generated." in text
+    assert "27.00 dB 28.50 dB 30.00 dB 27.50 dB higher" in text
+    assert "Base at full size" in text
+    for absent in ("Generation", "widened transformer", "tokens per image", "samples are"):
+        assert absent not in text
+
+
+def test_what_a_recorded_run_reached_stands_beside(run_dir: Path) -> None:
+    recorded = json.loads((files("davae.report") / "usual" / "tiny.json").read_text(encoding="utf-8"))
+    make_summary(settings=recorded["settings"]).write(run_dir)
+    text = " ".join(_Page(build_report(run_dir).read_text(encoding="utf-8")).text.split())
+    assert f"This demo usually reaches {recorded['reconstruction']['psnr_upgraded']:.1f} dB" in text
+    assert f"24.00 dB 26.25 dB {recorded['reconstruction']['psnr_upgraded']:.2f} dB higher" in text
+    recorded["settings"]["autoencoder"]["loop"]["steps"] += 1
+    make_summary(settings=recorded["settings"]).write(run_dir)
+    assert "usually" not in build_report(run_dir).read_text(encoding="utf-8")
+
+
+def test_the_recorded_run_is_of_the_demos_recipe() -> None:
+    """Else nothing stands beside any more: put the ``summary.json`` of a new ``davae demo`` in its place."""
+    assert usual_run(load_recipe("tiny").model_dump(mode="json")) is not None

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import davae
 from davae.cli.main import app
 from davae.data.sources.bad_files import describe
-from davae.runtime.console import PlainConsole, PlainFormatter, printable, say, shown, tell, track
+from davae.runtime.console import PlainConsole, PlainFormatter, ToldOnce, printable, say, shown, tell, track
 
 SOURCE = Path(davae.__file__).parent
 NASTY = "a[/x]:smile:\x1b[31m\x9b2J\u202eb\ud800\rdavae: all is well"
@@ -64,6 +64,19 @@ def test_a_closed_output_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_log_line_is_no_other_line() -> None:
     record = logging.LogRecord("davae", logging.WARNING, "", 0, "%s: cut", (f"{NASTY}\n12:00:00 step 9",), None)
     assert PlainFormatter("%(message)s").format(record) == f"{SEEN}\n  12:00:00 step 9: cut"
+
+
+def test_what_a_command_told_it_does_not_tell_again() -> None:
+    once = ToldOnce()
+
+    def shows(name: str, level: int, text: str, *values: object) -> bool:
+        return once.filter(logging.LogRecord(name, level, "", 0, text, values, None))
+
+    assert shows("davae.data.open", logging.INFO, "%s: %d images", "photos", 60)
+    assert not shows("davae.data.open", logging.INFO, "photos: 60 images")
+    assert shows("davae.data.open", logging.INFO, "%s: %d images", "photos", 61)
+    assert [shows("davae.x", logging.ERROR, "failed") for _ in range(2)] == [True, True]
+    assert [shows("elsewhere", logging.INFO, "said") for _ in range(2)] == [True, True]
 
 
 def test_a_skipped_file_has_one_line() -> None:

@@ -10,7 +10,7 @@ from davae.bases.open import load_base
 from davae.errors import DavaeError
 from davae.pipelines import speed_up
 from davae.pipelines.families import find_family
-from davae.pipelines.sampling.generate import generate_images, read_prompts, takes_prompts
+from davae.pipelines.sampling.generate import classes_of, generate_images, read_prompts, takes_prompts
 from davae.runtime.console import track
 from davae.runtime.devices import chosen_device, wanted_dtype
 from davae.runtime.pictures import save_image
@@ -103,6 +103,6 @@ def _subjects(pipe: DiffusionPipeline, labels: Sequence[str], texts: Sequence[st
     """The subjects that the pipeline takes: texts or classes."""
     subjects, wrong = (texts, labels) if takes_prompts(pipe) else (labels, texts)
     if wrong or not subjects:
-        wanted = "prompts: give --prompt or --prompts" if takes_prompts(pipe) else "classes: give their names"
+        wanted = "prompts: give --prompt or --prompts" if takes_prompts(pipe) else f"classes: {classes_of(pipe)}"
         raise DavaeError(f"{type(pipe).__name__} makes images of {wanted}")
     return subjects

@@ -6,11 +6,12 @@ from typing import Annotated
 import typer
 
 from davae.choices import LAST_SEED
-from davae.cli.options import check_recipe, folder_of, some_images
+from davae.cli.options import Overrides, check_recipe, folder_of, some_images
 from davae.runtime.console import say, shown
 
 
 def demo(
+    overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="Run directory.", callback=folder_of("demo"))] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(min=0, max=LAST_SEED, help="Seed of training and samples.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Only a few steps, to see whether it works.")] = False,
@@ -18,15 +19,23 @@ def demo(
         str | None,
         typer.Option(help="A folder or data set of images to use instead of procedural scenes.", callback=some_images),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="A recipe's name, or a YAML file.")] = "tiny",
+    base: Annotated[
+        str | None,
+        typer.Option(help="An autoencoder or a pipeline, a folder or a name on the hub: stage 1 over it on --data."),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe's name, or a YAML file (default: tiny; with --base taesd3-photos).")
+    ] = None,
 ) -> None:
     """Run the whole method on the embedded base: both stages, samples, report. No download, no GPU needed."""
-    check_recipe(recipe, (), images=data is None)
+    check_recipe(
+        recipe or ("tiny" if base is None else "taesd3-photos"), overrides, images=data is None and base is None
+    )
     from davae.demo import run_demo
 
-    report = run_demo(out, seed=seed, quick=quick, data=data, recipe=recipe)
+    report = run_demo(out, seed=seed, quick=quick, data=data, base=base, recipe=recipe, overrides=overrides or ())
     from davae.cli.tables import print_demo
-    from davae.runtime.text_files import read_object
+    from davae.report import Summary
 
-    print_demo(read_object(report.parent / "summary.json"))
+    print_demo(Summary.read(report.parent))
     say(f"report: {shown(report)}")

@@ -65,4 +65,5 @@ def generate(
         dtype=dtype,
         variant=variant,
     )
-    say(f"{len(written.files)} images of {written.width} x {written.height} pixels in {shown(out)}")
+    count = f"{len(written.files)} image{'s' if len(written.files) > 1 else ''}"
+    say(f"{count} of {written.width} x {written.height} pixels in {shown(out)}")

@@ -83,7 +83,7 @@ def _options(
         raise typer.Exit
     from rich.logging import RichHandler
 
-    from davae.runtime.console import PlainConsole, PlainFormatter
+    from davae.runtime.console import PlainConsole, PlainFormatter, ToldOnce
 
     console = PlainConsole(stderr=True)
     handler: logging.Handler = logging.StreamHandler()  # not a terminal: one line per message, not wrapped
@@ -93,6 +93,9 @@ def _options(
         form = "%(message)s"
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     handler.setFormatter(PlainFormatter(form, "%H:%M:%S"))
+    if not verbose:
+        handler.addFilter(ToldOnce())
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of an optional kernel on every CPU
     logging.getLogger("davae").setLevel(logging.DEBUG if verbose else logging.INFO)
 
     def quiet(library: ModuleType) -> None:

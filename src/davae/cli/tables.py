@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from davae.planner.text import notes, tables
-from davae.report.words import metric_label
+from davae.report.schema import usual_run
+from davae.report.words import classes, memory, metric_label, next_steps, seconds, usual_text
 from davae.runtime.console import PlainConsole, wide_console
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from davae.evaluation.latent_space.inspect import Inspection
     from davae.experiments.compare import AutoencoderScore, Comparison, DiffusionScore
     from davae.planner.plan import Plan
+    from davae.report import Summary
 
 
 def print_plan(plan: Plan) -> None:
@@ -29,21 +31,34 @@ def print_plan(plan: Plan) -> None:
         console.print(line)
 
 
-def print_demo(summary: Mapping[str, Any]) -> None:
-    """Print the cost and quality of images from a demo's ``summary.json``."""
+def print_demo(summary: Summary) -> None:
+    """Print the cost and quality of images from a demo, and what to try next."""
     console = PlainConsole()
+    made, rebuilt = summary.generation, summary.reconstruction
     table = Table("", "base", "native", "upgraded", title="what an image costs")
-    for row, unit, scale in (("tokens", "", 1), ("flops_per_image", "GFLOP", 1e-9), ("seconds_per_image", "s", 1)):
-        values = [f"{summary[row][k] * scale:.4g}" for k in ("base", "native", "upgraded")]
-        table.add_row(f"{row.replace('_', ' ')} {unit}".strip(), *values)
+    for name, row, scale in (
+        ("tokens" if made else "latent positions", summary.tokens, 1),
+        ("GFLOP", summary.flops_per_image, 1e-9),
+        ("seconds", summary.seconds_per_image, 1),
+    ):
+        table.add_row(name, *(f"{value * scale:.4g}" for value in (row.base, row.native, row.upgraded)))
     console.print(table)
-    r, g = summary["reconstruction"], summary["generation"]
-    console.print(
-        f"reconstruction: {r['psnr_upgraded']:.2f} dB, base upscaled {r['psnr_base_upscaled']:.2f} dB\n"
-        f"samples against real images (sliced Wasserstein, finest level, lower is better): "
-        f"{g['swd_finest_upgraded']:.3f}, base upscaled {g['swd_finest_base_upscaled']:.3f}\n"
-        f"{summary['wall_seconds']:.0f} s, {summary['peak_memory_bytes'] / 2**30:.1f} GiB at most",
-    )
+    native = "" if rebuilt.psnr_base_native is None else f", base at full size {rebuilt.psnr_base_native:.2f} dB"
+    lines = [
+        f"reconstruction: {rebuilt.psnr_upgraded:.2f} dB, base enlarged {rebuilt.psnr_base_upscaled:.2f} dB{native}"
+    ]
+    if made is not None:
+        lines.append(
+            "samples against real images (sliced Wasserstein, finest level, lower is better): "
+            f"{made.swd_finest_upgraded:.3f}, base enlarged {made.swd_finest_base_upscaled:.3f}"
+        )
+    lines += [
+        line for line in (summary.not_generated, classes(summary), usual_text(usual_run(summary.settings))) if line
+    ]
+    lines.append(f"{seconds(summary.wall_seconds)}, {memory(summary.peak_memory_bytes)} at most")
+    lines += [f"next: {text} {command}" for text, command in next_steps(summary)]
+    for line in lines:
+        console.print(line, soft_wrap=True)
 
 
 def inference_table(result: InferenceBenchmark) -> Table:

@@ -40,6 +40,7 @@ def open_dataset(
     seed: int = 0,
     split: str | None = "train",
     hold_out: float = 0,
+    tenth_of_few: bool = False,
     part: Part = "train",
     min_size: int | None = None,
     buckets: Sequence[Size] | None = None,
@@ -64,6 +65,7 @@ def open_dataset(
         seed: of crops and flips. It changes neither the order nor what is held out.
         split: which of several splits; ``None`` takes all images of a folder that consists of splits.
         hold_out: share (below 1) or number of images kept for validation, chosen by a hash of their names.
+        tenth_of_few: hold out a tenth where that number is more than a third of the images, as recipes do.
         part: ``train`` or ``held_out``.
         min_size: images with a shorter side are skipped; by default a quarter of ``resolution``.
         buckets: sizes (width, height); each image takes the one with the nearest aspect ratio. By default all are
@@ -97,6 +99,11 @@ def open_dataset(
         if source.problems:
             logger.warning("%s: %s", source.name, describe(source.problems, one="problem", many="problems"))
     good = [i for i in range(len(source)) if i not in bad]
+    if tenth_of_few and hold_out >= 1 and 3 * hold_out > len(good):
+        if part == "train" and not quiet:
+            told = "%s: hold_out=%g is more than a third of its %d images, so about a tenth is held out (hold_out=0.1)"
+            logger.info(told, shown(source.name), hold_out, len(good))
+        hold_out = 0.1
     chosen = choose_part([source.id(i) for i in good], hold_out, part)
     indices = [good[i] for i in chosen]
     return ImageDataset(
@@ -210,7 +217,7 @@ def choose_part(ids: Sequence[str], hold_out: float, part: Part) -> list[int]:
         count = int(hold_out)
         if count >= len(ids):
             raise DavaeError(
-                f"hold_out (a recipe's data.hold_out) is {count} and there are only {len(ids)} images: set it to "
+                f"hold_out is {count} and there are only {len(ids)} images: set it to "
                 f"{f'at most {len(ids) - 1}' if len(ids) > 1 else '0, for no validation'}"
             )
     else:

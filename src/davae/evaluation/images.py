@@ -32,6 +32,7 @@ def held_out_images(autoencoder: Path, resolution: int) -> ItemDataset:
             resolution=resolution,
             split=settings["split"],
             hold_out=hold_out,
+            tenth_of_few=True,
             part="held_out",
             min_size=int(settings["resolution"]) // 4,  # as in training: smaller images count in neither part
             revision=settings.get("revision"),

@@ -35,8 +35,8 @@ class ImageSettings(Section):
     """A name on the hub: the branch, tag or commit to take; none takes the newest. The run's ``environment.json`` says
     which commit it was, to be pinned here."""
     hold_out: Annotated[Weight, AfterValidator(_share_or_number)] = 0.05
-    """Share of the images (below 1) or their number (1 and more) kept for validation; 0 keeps none, and nothing is
-    measured."""
+    """Share of the images (below 1) or their number (1 and more) kept for validation; a tenth where that number is more
+    than a third of them; 0 keeps none, and nothing is measured."""
     workers: Annotated[NotNegative | None, MAY_CHANGE] = 0
     """Loader processes of each training process; 0 decodes in the training process, ``null`` takes one per processor
     that it has, at most 8."""

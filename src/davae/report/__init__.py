@@ -1,10 +1,11 @@
 """The HTML report of a run, in one file: recording its contents, and building the page."""
 
 from davae.report.build import build_report
-from davae.report.recorder import FigureRecorder
-from davae.report.schema import Alignment, Figures, Generation, Reconstruction, Summary, ThreeWay, WarmStart
+from davae.report.recorder import STAGES, FigureRecorder
+from davae.report.schema import Alignment, Figures, Generation, Reconstruction, Summary, ThreeWay, WarmStart, usual_run
 
 __all__ = [
+    "STAGES",
     "Alignment",
     "FigureRecorder",
     "Figures",
@@ -14,4 +15,5 @@ __all__ = [
     "ThreeWay",
     "WarmStart",
     "build_report",
+    "usual_run",
 ]

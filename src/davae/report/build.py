@@ -2,7 +2,7 @@
 
 import html
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from davae.errors import DavaeError
 from davae.report import words
 from davae.report.plots import COLOURS, SHAPES, loss_plot, scatter_plot, spectrum_plot
 from davae.report.recorder import data_uri
-from davae.report.schema import TENSOR_FILE, Curve, Figures, Picture, Summary
+from davae.report.schema import TENSOR_FILE, Curve, Figures, Generation, Picture, Summary, usual_run
 from davae.report.words import loss_terms, read_metrics, smoothed
 from davae.runtime.atomic_files import atomic_write
 
@@ -40,11 +40,19 @@ def build_report(run_dir: Path | str) -> Path:
     summary, figures = Summary.read(run_dir), Figures.read(run_dir)
     tensors = load_file(run_dir / TENSOR_FILE) if (run_dir / TENSOR_FILE).is_file() else {}
     page = _environment().get_template("report.html")
+    usual = usual_run(summary.settings)
+    usual = None if usual is not None and usual.created == summary.created else usual
     text = page.render(
         summary=summary,
         headline=words.headline(summary),
+        change=words.sample_change(summary),
+        hardware=words.hardware(summary.hardware),
+        usual=words.usual_text(usual),
+        classes=words.classes(summary),
+        scene=words.scene(summary),
+        next_steps=words.next_steps(summary),
         cost=_cost_rows(summary),
-        levels=_level_rows(summary),
+        quality=_quality(summary, usual),
         sections=[_section(run_dir, section.model_dump()) for section in figures.sections],
         curves=[_curve(run_dir, i, curve) for i, curve in enumerate(figures.curves)],
         maps=_maps(figures, tensors),
@@ -84,7 +92,7 @@ def _cost_rows(summary: Summary) -> list[dict[str, Any]]:
     """Rows of the cost table; the ratio is native over upgraded, so larger is better."""
     rows = (
         ("Image side", summary.image_size, lambda v: f"{v} px", False),
-        ("Tokens per image", summary.tokens, str, True),
+        ("Tokens per image" if summary.generation else "Latent positions per image", summary.tokens, str, True),
         ("FLOPs per image", summary.flops_per_image, words.operations, True),
         ("Time per image", summary.seconds_per_image, words.seconds, True),
     )
@@ -92,17 +100,54 @@ def _cost_rows(summary: Summary) -> list[dict[str, Any]]:
         {
             "name": name,
             "cells": [show(values.base), show(values.native), show(values.upgraded)],
+            "saves": ratio and values.upgraded < values.native,
             "ratio": words.times(values.native / values.upgraded) if ratio and values.upgraded else "",
         }
         for name, values, show, ratio in rows
     ]
 
 
-def _level_rows(summary: Summary) -> list[tuple[str, float, float]]:
-    """Sliced Wasserstein distances by pyramid level: name, base upscaled, upgraded."""
-    both = zip(summary.generation.swd_levels_base_upscaled, summary.generation.swd_levels_upgraded)
-    size = summary.image_size.upgraded
-    return [(f"{size // 2**i} px", base, upgraded) for i, (base, upgraded) in enumerate(both)]
+_COLUMNS = {
+    "base_upscaled": "Base, enlarged",
+    "upgraded": "Upgraded",
+    "base_native": "Base at full size",
+    "reduced": "Image reduced, enlarged",
+}
+
+
+def _quality(summary: Summary, usual: Summary | None) -> dict[str, Any]:
+    """The table of figures: its columns, those that have any, and rows of cells as text.
+
+    The first two columns have equal tokens, and ``best`` of a row is the better one.
+    """
+    found: list[tuple[str, list[float | None], Callable[[float], str], str]] = []
+    for name, form in (("psnr", "{:.2f} dB"), ("ssim", "{:.3f}")):
+        values = [getattr(summary.reconstruction, f"{name}_{kind}") for kind in _COLUMNS]
+        values.append(None if usual is None else getattr(usual.reconstruction, f"{name}_upgraded"))
+        found.append((f"Reconstruction, {name.upper()}", values, form.format, "higher"))
+    if summary.generation is not None:
+        (enlarged, made), size = _levels(summary.generation), summary.image_size.upgraded
+        reached = _levels(usual.generation)[1] if usual is not None and usual.generation is not None else []
+        for level, (first, second) in enumerate(zip(enlarged, made)):
+            name = f"Generation, distance at {size // 2**level} px{'' if level else ' (finest)'}"
+            row = [first, second, None, None, reached[level] if level < len(reached) else None]
+            found.append((name, row, words.significant, "lower"))
+    found = [row for row in found if None not in row[1][:2]]
+    shown = [i for i in range(len(_COLUMNS) + 1) if any(values[i] is not None for _, values, _, _ in found)]
+    rows = []
+    for name, values, text, better in found:
+        base, ours = (value or 0.0 for value in values[:2])
+        best = None if base == ours else int((ours > base) == (better == "higher"))
+        cells = ["" if (value := values[i]) is None else text(value) for i in shown]
+        rows.append({"name": name, "cells": cells, "best": best, "better": better})
+    return {"columns": [[*_COLUMNS.values(), "Usual"][i] for i in shown], "rows": rows}
+
+
+def _levels(made: Generation) -> tuple[list[float], list[float]]:
+    """Distances by pyramid level, of the base enlarged and of the upgrade; the finest alone if not all are known."""
+    if made.swd_levels_base_upscaled and made.swd_levels_upgraded:
+        return made.swd_levels_base_upscaled, made.swd_levels_upgraded
+    return [made.swd_finest_base_upscaled], [made.swd_finest_upgraded]
 
 
 def _section(run_dir: Path, section: dict[str, Any]) -> dict[str, Any]:
@@ -135,6 +180,8 @@ def _curve(run_dir: Path, index: int, curve: Curve) -> dict[str, Any]:
     missing = [term for term in terms if term not in series]
     if missing:
         raise DavaeError(f"{path} logs no {', '.join(missing)}; it has {', '.join(series) or 'nothing'}")
+    if not terms:
+        return {**curve.model_dump(), "svg": None, "legend": []}
     chosen = {term: series[term] for term in terms[:COLOURS]}
     last = {term: next((v for v in reversed(y) if math.isfinite(v)), math.nan) for term, (_, y) in chosen.items()}
     ends = ", ".join(f"{term} ends at {words.significant(value)}" for term, value in last.items())

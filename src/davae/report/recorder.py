@@ -60,6 +60,7 @@ class FigureRecorder:
         captions: Sequence[str] | None = None,
         zoom: int | None = None,
         zoom_from: str | None = None,
+        slider: tuple[str, str] | None = None,
     ) -> None:
         """Add a section with the same pictures from several sources side by side.
 
@@ -71,6 +72,7 @@ class FigureRecorder:
             captions: one per row.
             zoom: side of a magnified part in pixels; None for none.
             zoom_from: label of the column whose busiest part is magnified in all; the first by default.
+            slider: labels of two columns that the reader can slide over each other.
 
         Raises:
             DavaeError: there are no columns, or the lengths of columns and captions differ.
@@ -98,10 +100,17 @@ class FigureRecorder:
                     save_png(images[i][:, crop[0], crop[1]], self.run_dir / f"{name}-zoom.png")
                     zooms.append(Picture(file=f"{name}-zoom.png", alt=f"{alt}, a magnified part"))
             rows.append(PictureRow(caption=caption, pictures=pictures, zooms=zooms))
-        self._sections.append(Section(id=section_id, title=title, text=text, rows=rows))
+        places = None if slider is None else (list(full).index(slider[0]), list(full).index(slider[1]))
+        self._sections.append(Section(id=section_id, title=title, text=text, rows=rows, slider=places))
 
     def add_reconstructions(
-        self, images: Tensor, base_previews: Tensor, reconstructions: Tensor, captions: Sequence[str]
+        self,
+        images: Tensor,
+        base_previews: Tensor,
+        reconstructions: Tensor,
+        captions: Sequence[str],
+        *,
+        native: Tensor | None = None,
     ) -> None:
         """Add input, preview of the base, and reconstruction, side by side with a magnified part.
 
@@ -110,17 +119,21 @@ class FigureRecorder:
             base_previews: [N, 3, h, w], decoded from the base latent (``decode_base``).
             reconstructions: [N, 3, H, W].
             captions: one per image.
+            native: [N, 3, H, W], of the base at full resolution.
         """
+        columns = {"Input": images, "Base, enlarged": base_previews, "Upgraded": reconstructions}
+        last = "" if native is None else " The last column is the base at full size, from more positions."
         self.add_comparison(
             "reconstruction",
             title="Reconstruction",
-            text="Held-out images, never seen in training. The base preview is what the frozen base "
-            "autoencoder keeps, upscaled; the reconstruction adds the detail channels. Both come from the "
-            "same latent grid. Look at the magnified squares: the reconstruction should bring back lines and "
-            "grain that the preview has lost, without inventing others.",
-            columns={"Input": images, "Base preview": base_previews, "Reconstruction": reconstructions},
+            text="Held-out images, never seen in training. The second column is what the frozen base "
+            "autoencoder keeps, enlarged; the third adds the detail channels. Both come from the "
+            f"same latent grid.{last} Look at the magnified squares: the upgrade should bring back lines and "
+            "grain that the base has lost, without inventing others.",
+            columns=columns | ({} if native is None else {"Base at full size": native}),
             captions=captions,
             zoom=max(images.shape[-1] // 4, 8),
+            slider=("Base, enlarged", "Upgraded"),
         )
 
     def add_samples(self, base: Tensor, upgraded: Tensor, captions: Sequence[str]) -> None:
@@ -135,12 +148,13 @@ class FigureRecorder:
             "samples",
             title="Samples",
             text="Generated from the same seeds with the same number of tokens. Left, the base's sample, "
-            "upscaled; right, the upgraded pipeline's, which generates the detail channels as well. The "
+            "enlarged; right, the upgraded pipeline's, which generates the detail channels as well. The "
             "scene stays about the same, or changes where tuning moved the base; edges and textures become finer.",
-            columns={"Base, upscaled": base, "Upgraded": upgraded},
+            columns={"Base, enlarged": base, "Upgraded": upgraded},
             captions=captions,
             zoom=max(upgraded.shape[-1] // 4, 8),
             zoom_from="Upgraded",
+            slider=("Base, enlarged", "Upgraded"),
         )
 
     def add_latents(

@@ -6,6 +6,10 @@
 * the ``metrics.jsonl`` files that ``figures.json`` names, one JSON object per logged step.
 """
 
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import reduce
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
@@ -15,7 +19,7 @@ from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_names
 from davae.pipelines.saving.publishing import public_command, public_text, public_values
 from davae.runtime.atomic_files import atomic_write
-from davae.runtime.text_files import read_json
+from davae.runtime.text_files import plain_json, read_json
 
 Number = TypeVar("Number", int, float)
 Scalar = str | int | float | bool | None
@@ -75,8 +79,14 @@ class Reconstruction(_Record):
     """dB."""
     psnr_base_upscaled: float
     """dB, of the base's own reconstruction after bicubic upscaling."""
+    psnr_base_native: float | None = None
+    """dB, of the base's reconstruction at full resolution, from more positions."""
+    psnr_reduced: float | None = None
+    """dB, of the image reduced to the base's size and enlarged, without an autoencoder."""
     ssim_upgraded: float | None = None
     ssim_base_upscaled: float | None = None
+    ssim_base_native: float | None = None
+    ssim_reduced: float | None = None
     images: int | None = None
     """Number of compared images."""
 
@@ -91,6 +101,11 @@ class Generation(_Record):
     swd_levels_upgraded: list[float] = []
     """All pyramid levels, finest first."""
     swd_levels_base_upscaled: list[float] = []
+    preview_drift: float | None = None
+    """Root mean square difference of the samples' base previews from the base's own samples of the same seeds, images
+    in [-1, 1]."""
+    seeds_apart: float | None = None
+    """The same between the base's samples of one class from two seeds."""
     images: int | None = None
     """Generated images in each set."""
 
@@ -133,13 +148,24 @@ class Summary(_File):
     image_size: ThreeWay[int]
     """Side in pixels."""
     tokens: ThreeWay[int]
+    """Of the transformer; without one, positions of the latent."""
     flops_per_image: ThreeWay[float]
-    """Of one image from noise to pixels, with guidance as sampled."""
+    """Of one image from noise to pixels, with guidance as sampled; without a transformer, encoded and decoded."""
     seconds_per_image: ThreeWay[float]
     reconstruction: Reconstruction
-    generation: Generation
+    generation: Generation | None = None
     alignment: Alignment
-    warm_start: WarmStart
+    warm_start: WarmStart | None = None
+    not_generated: Public = ""
+    """Why nothing was generated, in one sentence."""
+    unknown_classes: list[Public] = []
+    """Classes of the images that the base pipeline does not know."""
+    unlabelled: bool = False
+    """Whether the samples are of no class, since the base knows none of the images' classes."""
+    quick: bool = False
+    """Whether the run was cut to a few steps."""
+    phases: dict[str, float] = {}
+    """Seconds by phase."""
     wall_seconds: float
     peak_memory_bytes: int
     settings: dict[str, JsonValue] = {}
@@ -162,6 +188,31 @@ class Summary(_File):
     @classmethod
     def file_name(cls) -> str:  # noqa: D102
         return "summary.json"
+
+
+_DECISIVE = (
+    *("base", "data.path", "data.resolution", "autoencoder.model.scale", "autoencoder.model.detail_channels"),
+    *(f"autoencoder.loop.{key}" for key in ("steps", "batch_size", "validation_images")),
+    *(f"diffusion.loop.{key}" for key in ("steps", "batch_size", "validation_images")),
+)
+"""Settings that decide what a demo reaches in which time."""
+
+
+def usual_run(settings: Mapping[str, Any]) -> Summary | None:
+    """The recorded run with the same decisive settings; None if none was recorded.
+
+    Each file of the folder ``usual`` is the ``summary.json`` of one.
+    """
+
+    def decisive(values: Mapping[str, Any]) -> list[Any]:
+        return [reduce(lambda inner, name: inner[name], key.split("."), values) for key in _DECISIVE]
+
+    for file in sorted((files("davae.report") / "usual").iterdir(), key=lambda file: file.name):
+        run = Summary.model_validate(plain_json(file.read_text(encoding="utf-8")))
+        with suppress(KeyError, TypeError):  # of a run without a stage, or of other settings altogether
+            if decisive(run.settings) == decisive(settings):
+                return run
+    return None
 
 
 class Picture(_Record):
@@ -190,6 +241,8 @@ class Section(_Record):
     title: str
     text: str = ""
     rows: list[PictureRow] = []
+    slider: tuple[int, int] | None = None
+    """Positions in a row of the two pictures that a slider compares."""
 
 
 class Curve(_Record):

@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_name
@@ -116,22 +117,163 @@ def speed_up(summary: Summary) -> float:
     return summary.seconds_per_image.native / summary.seconds_per_image.upgraded
 
 
-def headline(summary: Summary) -> str:
-    """One sentence with the run's figures, good or bad."""
+def headline(summary: Summary) -> list[str]:
+    """The run's figures in two sentences, good or bad: of cost and reconstructions, and of samples if there are any."""
     size, tokens = summary.image_size.upgraded, summary.tokens
+    rebuilt, change = summary.reconstruction, sample_change(summary)
+    gain = rebuilt.psnr_upgraded - rebuilt.psnr_base_upscaled
+    told = f"rebuilds held-out images {abs(gain):.1f} dB {_nearer(gain)} the original than enlarging the base"
+    if summary.generation is None:
+        sentences = [f"With {tokens.upgraded} latent positions for {size} × {size} pixels this run {told}."]
+        native = rebuilt.psnr_base_native
+        if native is not None:
+            above, share = native - rebuilt.psnr_upgraded, significant(tokens.native / tokens.upgraded, 2)
+            whole = f"comes {abs(above):.1f} dB {_nearer(above)} it, from {share} times the positions"
+            sentences.append(f"The base at full size {whole}.")
+        return sentences
     ratio = speed_up(summary)
-    pace = (
-        f"{significant(ratio, 2)} times as fast as the base model does"
-        if ratio >= 1
-        else f"{significant(1 / ratio, 2)} times more slowly than the base model does"
+    pace = f"{significant(ratio, 2)} times as fast" if ratio >= 1 else f"{significant(1 / ratio, 2)} times more slowly"
+    made = f"The upgraded pipeline makes {size} × {size} pixel images from {tokens.upgraded} tokens instead of the"
+    sentences = [f"{made} {tokens.native} that the base takes for this size, {pace}."]
+    if change is None:
+        return [*sentences, f"It {told}."]
+    joined = "but" if (gain >= 0) != (change <= 0) else "and"
+    finest = f"{abs(change):.0%}".replace("%", " %") + f" {_nearer(-change)} real images at the finest scale"
+    worse = worse_levels(summary)
+    farther = f", but farther at {' and '.join(worse)}" if worse and change <= 0 else ""
+    sentences.append(f"It {told}, {joined} its samples are {finest} than the base's{farther}.")
+    if scene_moved(summary) > _OTHER:
+        sentences.append("They show other scenes than the base's from the same seeds.")
+    return sentences
+
+
+def _nearer(gain: float) -> str:
+    return "closer to" if gain >= 0 else "farther from"
+
+
+def sample_change(summary: Summary) -> float | None:
+    """Change of the samples' finest distance to real images against the base's, enlarged; None without samples."""
+    made = summary.generation
+    if made is None or made.swd_finest_base_upscaled <= 0:
+        return None
+    return made.swd_finest_upgraded / made.swd_finest_base_upscaled - 1
+
+
+def worse_levels(summary: Summary) -> list[str]:
+    """Sizes of the pyramid levels at which the samples are farther from real images than the base's, finest first."""
+    made, size = summary.generation, summary.image_size.upgraded
+    both = [] if made is None else zip(made.swd_levels_upgraded, made.swd_levels_base_upscaled)
+    return [f"{size // 2**level} px" for level, (ours, base) in enumerate(both) if ours > base]
+
+
+def scene_moved(summary: Summary) -> float:
+    """Drift of the samples' base previews as a share of the distance between two seeds; 0 if it was not measured."""
+    made = summary.generation
+    return made.preview_drift / made.seeds_apart if made and made.preview_drift and made.seeds_apart else 0.0
+
+
+def hardware(facts: Mapping[str, object]) -> str:
+    """The machine of a run in words: ``AMD EPYC, 2 processor cores, of which torch used 1``."""
+    words = [str(facts["device"])] if facts.get("device") else []
+    cores, used = facts.get("cpu_count"), facts.get("torch_threads")
+    if isinstance(cores, int):
+        words.append(f"{cores} processor core{'s' if cores > 1 else ''}")
+        if isinstance(used, int) and used < cores:
+            words.append(f"of which torch used {used}")
+    return ", ".join(words)
+
+
+def named(names: Sequence[str]) -> str:
+    """Up to five names, and how many more."""
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
+def classes(summary: Summary) -> str:
+    """What the base does not know of the images' classes, in a sentence or two; empty if it knows all."""
+    if not summary.unlabelled and not summary.unknown_classes:
+        return ""
+    unknown = (
+        f"The base pipeline does not know {named(summary.unknown_classes)}: their images were trained without a label."
     )
-    gain = summary.reconstruction.psnr_upgraded - summary.reconstruction.psnr_base_upscaled
-    nearer = "closer to" if gain >= 0 else "farther from"
-    return (
-        f"The upgraded pipeline makes {size} × {size} pixel images from {tokens.upgraded} tokens instead of "
-        f"{tokens.native}, {pace}, and rebuilds held-out images {abs(gain):.1f} dB {nearer} the original "
-        f"than upscaling the base."
+    text = unknown if summary.unknown_classes else "The images have no classes: they were trained without a label."
+    return text + (" So the samples are of no class, which is harder than of one." if summary.unlabelled else "")
+
+
+def scene(summary: Summary) -> str:
+    """How far the samples have moved from the base's own scenes; empty if that was not measured."""
+    made = summary.generation
+    if made is None or made.preview_drift is None:
+        return ""
+    drift = made.preview_drift
+    text = (
+        f"Decoded by the base, the base part of the samples is {significant(drift, 2)} away from the base's own "
+        "samples of the same seeds (root mean square, images in [−1, 1])"
     )
+    if not made.seeds_apart:
+        return f"{text}."
+    share = scene_moved(summary)
+    verdict = "the scene is kept" if share <= _KEPT else "the scene changes" if share > _OTHER else "the scene moves"
+    return f"{text}; the base's samples of two seeds are {significant(made.seeds_apart, 2)} apart, so {verdict}."
+
+
+_KEPT, _OTHER = 1 / 3, 2 / 3
+"""Drift of previews as a share of the distance between two seeds: up to where a scene is kept, from where another."""
+_NAMED = 5
+
+
+def usual_text(usual: Summary | None) -> str:
+    """What a recorded run of the same settings reached, in a sentence; empty without one."""
+    if usual is None:
+        return ""
+    text = f"This demo usually reaches {usual.reconstruction.psnr_upgraded:.1f} dB"
+    if usual.generation is not None:
+        text += f" and a finest distance of {significant(usual.generation.swd_finest_upgraded)}"
+    return f"{text} in {seconds(usual.wall_seconds)} ({hardware(usual.hardware)}, {usual.created[:10]})."
+
+
+def next_steps(summary: Summary) -> list[tuple[str, str]]:
+    """What to try next, the most pressing first: a sentence, and the command or setting that it is about."""
+    rebuilt, made, change = summary.reconstruction, summary.generation, sample_change(summary)
+
+    def longer(stage: str) -> str:
+        settings: Any = summary.settings.get(stage) or {}
+        steps = settings.get("loop", {}).get("steps")
+        return f"{stage}.loop.steps={'...' if steps is None else 3 * steps}"
+
+    steps = []
+    if summary.quick:
+        steps.append(("A quick run shows that everything works, not how well: run the same without", "--quick"))
+    if summary.unlabelled:
+        train = "davae train base --recipe classes-taesd3-base data.path=FOLDER"
+        steps.append(("For samples of your own classes train a small base on them, and name it with --base:", train))
+    if rebuilt.psnr_upgraded < rebuilt.psnr_base_upscaled + 1 or made is None:
+        steps.append(("Let the autoencoder learn for longer, in another folder, by", longer("autoencoder")))
+    poor = (rebuilt.psnr_base_native or math.inf) < (rebuilt.psnr_reduced or 0)
+    if poor and summary.settings.get("base") == "tiny":
+        better_base = "davae demo --base madebyollin/taesd3 --data FOLDER"
+        steps.append(
+            (
+                "The base loses more than reducing and enlarging the image does. Try a better one:",
+                better_base,
+            )
+        )
+    if change is not None and (change > -0.1 or len(worse_levels(summary)) > 1):
+        steps.append(
+            ("Let the transformer learn for longer, in the same folder, where it goes on, by", longer("diffusion"))
+        )
+    if scene_moved(summary) > _KEPT:
+        steps.append(
+            ("To keep the base's scenes tune fewer weights, in another folder, by", "diffusion.tune.mode=lora")
+        )
+    if made is None:
+        train = "davae train base --recipe classes-taesd3-base data.path=FOLDER"
+        steps.append(("Samples take a pipeline over this autoencoder, such as a small one of your classes:", train))
+    return steps or [
+        (
+            "See it on your own photographs, in a real latent space:",
+            "davae demo --base madebyollin/taesd3 --data FOLDER",
+        )
+    ]
 
 
 _BOOKKEEPING = re.compile(

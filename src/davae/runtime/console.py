@@ -73,6 +73,22 @@ def indented(text: str) -> str:
     return text.replace("\n", "\n  ")
 
 
+class ToldOnce(logging.Filter):
+    """Drops davae's messages that were shown already: several stages of one command open the same images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to show a record."""
+        text = record.getMessage()
+        if not record.name.startswith("davae") or record.levelno >= logging.ERROR or text not in self._told:
+            self._told.add(text)
+            return True
+        return False
+
+
 class PlainFormatter(logging.Formatter):
     """Log messages made :func:`printable` and :func:`indented`; tracebacks are unchanged."""
 

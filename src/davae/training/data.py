@@ -39,6 +39,7 @@ def open_part(
         flip=data.flip and training,
         split=data.split,
         hold_out=data.hold_out,
+        tenth_of_few=True,
         part=part,
         buckets=bucket_sizes(data, unit) if training else None,
         revision=data.revision,

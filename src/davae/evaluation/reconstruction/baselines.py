@@ -146,7 +146,7 @@ def compare_reconstructions(
     for crop, images_of in (crops or {}).items():
         apart = {name: PairMeans(perceptual) for name in rows if name not in DETAIL_ROWS}
         for images in images_of:
-            for name, ours in _all_ways(vae, images, beside).items():
+            for name, ours in all_reconstructions(vae, images, beside).items():
                 apart[name].update(images, ours)
         counts[crop] = apart[UPGRADED].count
         if not counts[crop]:
@@ -195,17 +195,21 @@ def _reconstructions(
     """Images and their reconstructions by name; every image comes once with each row."""
     details = OtherDetails(vae)
     for images in batches:
-        yield images, _all_ways(vae, images, beside)
+        yield images, all_reconstructions(vae, images, beside)
         if vae.uses_details:
             yield from details.of(images)
     yield from details.rest()
 
 
-def _all_ways(vae: AutoencoderDA, images: Tensor, beside: Mapping[str, AutoencoderDA]) -> dict[str, Tensor]:
-    """Reconstructions ``[B, 3, H, W]`` by name, float32 on the CPU, but for those with other details."""
+@torch.no_grad()
+def all_reconstructions(
+    vae: AutoencoderDA, images: Tensor, beside: Mapping[str, AutoencoderDA] | None = None
+) -> dict[str, Tensor]:
+    """Reconstructions ``[B, 3, H, W]`` by name of their row, float32 on the CPU, but for those with other details."""
     size = images.shape[-2:]
     x = images.to(vae.device, vae.dtype)
-    made = {UPGRADED: _reconstructed(vae, x)} | {name: _reconstructed(other, x) for name, other in beside.items()}
+    models = {UPGRADED: vae, **(beside or {})}
+    made = {name: _reconstructed(model, x) for name, model in models.items()}
     if vae.config.has_base_decoder:
         small = vae.decode_base(vae.encode_base(x)).float().clamp(-1, 1)
         made[BASE_UPSCALED] = upscaled(small, size)

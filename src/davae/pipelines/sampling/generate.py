@@ -12,8 +12,11 @@ from PIL import Image
 
 from davae.errors import DavaeError
 from davae.pipelines.families import ClassFamily, find_family
+from davae.runtime.console import shown
 from davae.runtime.places import safe_name
 from davae.runtime.text_files import lines_of, read_text
+
+_NAMED = 20
 
 
 class Generated(NamedTuple):
@@ -32,6 +35,16 @@ class Generated(NamedTuple):
 def takes_prompts(pipe: DiffusionPipeline) -> bool:
     """Whether the pipeline makes images of prompts; otherwise of classes."""
     return "prompt" in _parameters(pipe)
+
+
+def classes_of(pipe: DiffusionPipeline) -> str:
+    """What to give to a class-conditional pipeline, with the first of its classes' names."""
+    numbers: dict[str, int] = getattr(pipe, "labels", None) or {}
+    names = sorted(numbers, key=lambda name: numbers[name])
+    if not names:
+        return "give their numbers"
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"give names or numbers of {', '.join(map(shown, names[:_NAMED]))}{more}"
 
 
 def generate_images(
@@ -174,7 +187,7 @@ def _subject(pipe: DiffusionPipeline, subject: str) -> dict[str, Any]:
         return {"class_labels": [_number(pipe, int(subject))]}
     labels, family = getattr(pipe, "labels", {}), find_family(pipe)
     if subject not in labels and not (isinstance(family, ClassFamily) and family.takes_names):
-        raise DavaeError(f"the pipeline has no class '{subject}': give its number, or one of its names")
+        raise DavaeError(f"the pipeline has no class '{subject}': {classes_of(pipe)}")
     return {"class_labels": [labels.get(subject, subject)]}
 
 

@@ -83,7 +83,7 @@ class AutoencoderStage(Stage):
         self.foundations = self.objective.reconstruction.foundations()
         if cache_latents:
             autoencoder.to(start_processes().device)
-            logger.info("encoding %d images", len(self.dataset))
+            logger.info("%s: encoding %d images", self.name, len(self.dataset))
             made = self.objective.keepable()
             self.dataset = WithKept(self.dataset, made, workers=workers, timeout_s=timeout_s)
         gan = settings.reconstruction.gan
