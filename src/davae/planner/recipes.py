@@ -167,6 +167,10 @@ def _diffusion_run(recipe: UpgradeRecipe, architecture: Architecture) -> Diffusi
     )
 
 
+_OPTIMIZER_BYTES = {"adamw8bit": 2.0, "paged_adamw8bit": 2.0, "adafactor": 0.1, "prodigy": 16.0}
+"""Of the state per trained parameter, where it is not two float32 numbers; Muon has one for matrices."""
+
+
 def _loop(loop: LoopSettings, optimizer: OptimizerSettings) -> dict[str, object]:
     return {
         "steps": loop.steps,
@@ -176,7 +180,7 @@ def _loop(loop: LoopSettings, optimizer: OptimizerSettings) -> dict[str, object]
         "gradient_checkpointing": loop.gradient_checkpointing,
         "ema": loop.ema_decay is not None,
         "validation_images": loop.validation_images,
-        "optimizer_bytes": 2.0 if optimizer.kind == "adamw8bit" else 8.0,
+        "optimizer_bytes": _OPTIMIZER_BYTES.get(optimizer.kind, 8.0),
     }
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -170,6 +170,17 @@ def differing_keys(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "
         elif a != b:
             found.append(f"{prefix}{key}: {b} -> {a}")
     return found
+
+
+def flatten(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
+    """Nested mappings as rows with dotted names."""
+    rows: list[tuple[str, object]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            rows += flatten(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", value))
+    return rows
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

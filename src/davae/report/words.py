@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from davae.errors import DavaeError
@@ -98,17 +97,6 @@ def any_value(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(any_value(v) for v in value) or "none"
     return str(value)
-
-
-def flatten(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
-    """Nested mappings as rows with dotted names."""
-    rows: list[tuple[str, object]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            rows += flatten(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", value))
-    return rows
 
 
 def speed_up(summary: Summary) -> float:
