@@ -99,6 +99,7 @@ RESUMABLE = {
     "detail_warmup_steps",
     "tracker_project_name",
     "tracker_run_name",
+    "offload_ema",
     "max_grad_norm",
     "skip_grad_norm",
     "max_skipped_steps",

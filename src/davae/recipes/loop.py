@@ -92,6 +92,8 @@ class LoopSettings(Section):
     """Skipped steps in a row after which the run stops and saves what is needed to find the cause."""
     ema_decay: Probability | None = None
     """Decay of the exponential moving average of the weights per step; none keeps no average."""
+    offload_ema: Annotated[bool, MAY_CHANGE] = False
+    """Keep the average in main memory: 4 bytes a trained weight less on a GPU, and a copy of the weights each step."""
     precision: Annotated[Precision, MAY_CHANGE] = "no"
     """Autocast of the forward pass; ``no`` computes in float32."""
     channels_last: Annotated[bool, MAY_CHANGE] = True

@@ -33,7 +33,7 @@ from davae.runtime.progress import Progress
 from davae.training.checkpoints.checkpoint import CheckpointWriter
 from davae.training.checkpoints.foundations import Foundations
 from davae.training.checkpoints.run_directory import RunDirectory, read_metrics
-from davae.training.engine.fsdp import begin_accelerator, unshard_for_good, unsharded
+from davae.training.engine.fsdp import begin_accelerator, is_sharding, unshard_for_good, unsharded
 from davae.training.engine.optimizer import learning_rate
 from davae.training.engine.trainer import prepare
 from davae.training.loop.averages import Ema, RunningMeans
@@ -163,7 +163,12 @@ class _Training:
         self.trainers = [
             prepare(accelerator, loop, trained, is_model=trained is stage.modules[0]) for trained in stage.modules
         ]
-        self.ema = Ema(stage.modules[0].parameters(), loop.ema_decay) if loop.ema_decay is not None else None
+        if loop.offload_ema and is_sharding(accelerator):
+            key = f"{stage.section}.loop.offload_ema".lstrip(".")
+            raise DavaeError(f"{key} does not work with FSDP, which shards averages too: set {key}=false")
+        where = "cpu" if loop.offload_ema else None
+        decay = loop.ema_decay
+        self.ema = None if decay is None else Ema(stage.modules[0].parameters(), decay, device=where)
         self.dataset = as_item_dataset(stage.dataset)
         self.stream = BatchStream(
             self.dataset,
@@ -195,7 +200,8 @@ class _Training:
         """The loop. Returns whether it reached the last step."""
         loop = self.loop
         batches = iter(self.stream)
-        with Progress(self.stage.name, loop.steps, start, enabled=self.main) as progress:
+        images = loop.batch_size * loop.gradient_accumulation * self.accelerator.num_processes
+        with Progress(self.stage.name, loop.steps, start, images=images, enabled=self.main) as progress:
             for step in range(start, loop.steps):
                 batch = self._step(step, batches)
                 done = step + 1
