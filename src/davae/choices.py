@@ -30,6 +30,7 @@ FrozenDtype = Literal["float32", "bfloat16"]
 Quantization = Literal["none", "8bit", "4bit"]
 SavedDtype = Literal["float32", "float16"]
 
+Offload = Literal["model", "sequential"]
 Precision = Literal["no", "bf16", "fp16"]
 OptimizerKind = Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "muon", "prodigy", "schedule_free"]
 LearningRateSchedule = Literal[

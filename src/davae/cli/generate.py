@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from davae.choices import LAST_SEED
+from davae.choices import LAST_SEED, Offload
 from davae.cli.options import Device, ModelDType, Variant, folder_of
 from davae.runtime.console import say, shown
 
@@ -38,6 +38,10 @@ def generate(
     attention: Annotated[
         str | None, typer.Option("--attention", help="With --fast: diffusers' attention backend.")
     ] = None,
+    offload: Annotated[
+        Offload | None,
+        typer.Option("--offload", help="Weights in main memory, on the GPU only the model or layer that computes."),
+    ] = None,
     device: Device = None,
     dtype: ModelDType = None,
     variant: Variant = None,
@@ -61,6 +65,7 @@ def generate(
         fast=fast,
         compile=compile,
         attention=attention,
+        offload=offload,
         device=device,
         dtype=dtype,
         variant=variant,

@@ -16,6 +16,7 @@ from davae.recipes.dc_ae import DcAeRecipe
 from davae.recipes.loop import MAY_CHANGE, MAY_MOVE, Section
 from davae.recipes.settings import AblationRecipe, BaseRecipe, UpgradeRecipe
 from davae.recipes.yaml_text import Plain, field_of, parse_yaml, read_text, takes_text, typed
+from davae.runtime.atomic_files import atomic_write
 
 Recipe = UpgradeRecipe | BaseRecipe | DcAeRecipe | AblationRecipe
 KINDS: dict[str, type[UpgradeRecipe] | type[BaseRecipe] | type[DcAeRecipe] | type[AblationRecipe]] = {
@@ -30,6 +31,39 @@ def recipe_names() -> list[str]:
     """Names of the recipes that come with davae."""
     folder = resources.files("davae.recipes")
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def recipe_table() -> list[tuple[str, str, str]]:
+    """Name, kind and description of each recipe that comes with davae."""
+    recipes = ((name, load_recipe(name)) for name in recipe_names())
+    return [(name, recipe.kind, recipe.description) for name, recipe in recipes]
+
+
+def recipe_text(name: str) -> str:
+    """The file of a recipe that comes with davae, comments included.
+
+    Raises:
+        DavaeError: there is none of that name.
+    """
+    if name not in recipe_names():
+        raise DavaeError(
+            f"no recipe named '{name}'{_nearest(name, recipe_names())}; "
+            f"there are {', '.join(recipe_names())}, or give a .yaml file"
+        )
+    return (resources.files("davae.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def write_recipe(text: str, file: Path) -> Path:
+    """Write a recipe to a new file and return it, with ``.yaml`` added to a name without it.
+
+    Raises:
+        DavaeError: the file exists.
+    """
+    file = file if file.suffix.lower() in {".yaml", ".yml"} else file.with_name(f"{file.name}.yaml")
+    if file.exists():
+        raise DavaeError(f"{file} exists: name another file, or remove it")
+    atomic_write(file, text)
+    return file
 
 
 def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = (), *, stage: str | None = None) -> Recipe:
@@ -47,14 +81,7 @@ def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = (), *, stag
     if path.suffix.lower() in {".yaml", ".yml"}:
         text, source = read_text(path), str(path)
     else:
-        name = str(name_or_file)
-        if name not in recipe_names():
-            raise DavaeError(
-                f"no recipe named '{name}'{_nearest(name, recipe_names())}; "
-                f"there are {', '.join(recipe_names())}, or give a .yaml file"
-            )
-        text = (resources.files("davae.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
-        source = f"recipe '{name}'"
+        text, source = recipe_text(str(name_or_file)), f"recipe '{name_or_file}'"
     values = parse_yaml(text, source)
     if not isinstance(values, dict):
         raise DavaeError(f"{source} must hold sections with keys, not {_kind_of(values)}")
