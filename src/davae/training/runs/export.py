@@ -1,5 +1,6 @@
 """Exporting a run's result to a folder that can be shared or published."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from davae.models.portable import CODE_FILE
 from davae.pipelines import Licence, Making, find_licence, push_to_hub, write_model_card
 from davae.pipelines.saving.opening import LAYERS_FILE
 from davae.pipelines.saving.publishing import copy_model, public_name
+from davae.recipes.data import is_on_hub
+from davae.runtime.atomic_files import copy_file
 from davae.runtime.places import check_place, claim
 from davae.runtime.text_files import read_object
 from davae.training.checkpoints.run_directory import read_config, read_metrics
@@ -67,13 +70,30 @@ def export_run(
         copy_model(result, folder)
         if adapters:
             copy_model(_autoencoder_of(stage, recipe), folder / "autoencoder")
-        card = write_model_card(
-            folder, base_model=base, license=licence, making=_making(stage, recipe), name=repo_id or out.resolve().name
-        )
+        making = replace(_making(stage, recipe), pictures=_copy_samples(result, folder))
+        name = repo_id or out.resolve().name
+        card = write_model_card(folder, base_model=base, license=licence, making=making, name=name)
     message = f"{out}\nlicence {licence.title}, from {public_name(base)}; the card is {out / card.name}"
     if repo_id is not None:
         message += f"\n{push_to_hub(out, repo_id, private=private)}"
     return message
+
+
+def _copy_samples(result: Path, folder: Path) -> dict[str, str]:
+    """Copy the last validation's samples of a transformer; those of an autoencoder show photographs.
+
+    Returns:
+        The name of the picture, with what it shows.
+    """
+    steps = {
+        int(file.stem.removeprefix("step-")): file
+        for file in (result.parent / "samples").glob("step-*.png")
+        if file.stem.removeprefix("step-").isdecimal()
+    }
+    if not steps or result.name not in ("pipeline", "adapters"):
+        return {}
+    copy_file(steps[max(steps)], folder / "samples.png")
+    return {"samples.png": f"samples of the last validation, at step {max(steps)}; the base's below"}
 
 
 def _find_result(run: Path, *, adapters: bool) -> Path:
@@ -124,10 +144,13 @@ def _making(stage: Path, recipe: dict[str, Any]) -> Making:
     sections = {key: value for key, value in summary.items() if key not in ("hardware", "title", "created")}
     commands = [str(summary["command"])] if "command" in summary else _commands(stage, recipe)
     own = {key: value for key, value in recipe.items() if key != "autoencoder_folder"}
+    data = recipe.get("data") or {}
+    names = [str(images.get("path", "")) for images in (data, *data.get("more", ()))]
     return Making(
         figures=sections or _last_figures(stage),
         commands=commands,
         hardware=hardware,
+        datasets=[name for name in names if is_on_hub(name)],
         recipe=yaml.safe_dump(own, sort_keys=False),
     )
 
