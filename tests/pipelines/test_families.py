@@ -354,10 +354,10 @@ def test_classes_without_a_family_get_the_defaults_and_are_not_trained():
         None,
         (),
     )
-    assert find_family("Flux2Pipeline").shift_rule is not None
-    with pytest.raises(DavaeError, match="how to train a Flux2Pipeline"):
-        family_of("Flux2Pipeline")
-    assert "Flux2Pipeline" not in registered_pipelines()
+    assert find_family("HiDreamImagePipeline").shift_rule is not None
+    with pytest.raises(DavaeError, match="how to train a HiDreamImagePipeline"):
+        family_of("HiDreamImagePipeline")
+    assert "HiDreamImagePipeline" not in registered_pipelines()
 
 
 def test_an_upgraded_dit_keeps_its_class_names(tmp_path, pipelines):
