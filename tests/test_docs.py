@@ -2,12 +2,13 @@
 
 import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from davae.cli.main import app
-from davae.recipes.read import recipe_names
+from davae.recipes.read import load_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -17,7 +18,10 @@ FILE = re.compile(
 NAME = re.compile(r"(?<![\w./@-])davae(?:\.[A-Za-z_]\w*)+(?![\w/-])")
 RECIPE = re.compile(r"--recipe ([\w.-]+)(?=[\s`])")
 VERB = re.compile(r"(?:^    |`)davae ([a-z][\w-]*)", re.M)
-NO_NAMES = {"davae.py", "davae.egg"}  # the file of code beside saved weights
+NO_NAMES = {
+    *("davae.py", "davae.egg"),  # the file of code beside saved weights
+    *("davae.families", "davae.adapters", "davae.sources"),  # groups of entry points
+}
 MADE_BY_HAND = {"my", "mine"}  # recipes of a reader's own
 
 
@@ -55,3 +59,12 @@ def test_what_a_page_names_is_there(page: Path):
 
 def _is_recipe(name: str) -> bool:
     return name in recipe_names() or name.endswith((".yaml", ".yml")) or name.isupper()
+
+
+def test_settings_that_the_comforts_name_are_taken():
+    """Those in one code span together."""
+    text = (ROOT / "docs" / "comforts.md").read_text(encoding="utf-8")
+    spans = [shlex.split(span) for span in re.findall(r"`([\w.]+=[^`]+)`", text)]
+    assert len(spans) > 15
+    for overrides in spans:
+        load_recipe("debug-text", overrides)
