@@ -57,6 +57,7 @@ ANSWERS = [
     ("--help", 0, "Usage"),
     ("--version", 0, "davae "),
     *((f"{verb} --help", 0, "Usage") for verb in VERBS),
+    ("recipes list", 0, "sd35-medium-1024"),
     ("recipes show tiny", 0, "lr_warmup_steps: 0.022"),
     ("recipes copy tniy", 2, "did you mean 'tiny'"),
     ("trian", 2, "No such command 'trian'"),

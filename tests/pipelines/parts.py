@@ -60,7 +60,7 @@ def upgraded(base: DiffusionPipeline, *, detail_channels: int = 4, seed: int = 0
 
 
 def without_encoders(name: str) -> tuple[Any, dict[str, Any]]:
-    """A small pipeline that takes embeddings, and what its call takes: Flux2 (klein), Chroma or ZImage."""
+    """A small pipeline that takes embeddings, and what its call takes: Flux2 (klein), Krea2, Chroma or ZImage."""
     torch.manual_seed(0)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     call: dict[str, Any] = {"height": 64, "width": 96, "num_inference_steps": 2, "output_type": "pt"}
@@ -76,6 +76,12 @@ def without_encoders(name: str) -> tuple[Any, dict[str, Any]]:
         pipe = diffusers.ChromaPipeline(scheduler, small_pipeline("flux").vae, None, None, transformer)
         call |= {"prompt_embeds": torch.randn(1, 3, transformer.config.joint_attention_dim), "guidance_scale": 1.0}
         call["prompt_attention_mask"] = torch.ones(1, 3)
+    elif name == "Krea2":
+        transformer = small_transformer("Krea2Transformer2DModel")
+        pipe = diffusers.Krea2Pipeline(scheduler, small_pipeline("qwenimage").vae, None, None, transformer)
+        sizes = transformer.config.num_text_layers, transformer.config.text_hidden_dim
+        call |= {"prompt_embeds": torch.randn(1, 3, *sizes), "guidance_scale": 0.0}
+        call["prompt_embeds_mask"] = torch.tensor([[True, True, False]])
     else:
         transformer = small_transformer("ZImageTransformer2DModel")
         pipe = diffusers.ZImagePipeline(scheduler, small_pipeline("flux").vae, None, None, transformer)

@@ -15,10 +15,9 @@ Name = Annotated[str, typer.Argument(help="A recipe that comes with davae.")]
 @app.command("list")
 def list_() -> None:
     """List the recipes that come with davae."""
-    from davae.cli.tables import print_recipes
     from davae.recipes.read import recipe_table
 
-    print_recipes(recipe_table())
+    say(recipe_table())
 
 
 @app.command()

@@ -29,14 +29,6 @@ def print_plan(plan: Plan) -> None:
         console.print(line)
 
 
-def print_recipes(rows: Sequence[tuple[str, str, str]]) -> None:
-    """Print names, kinds and descriptions of recipes."""
-    table = Table("recipe", "kind", "description")
-    for row in rows:
-        table.add_row(*row)
-    wide_console().print(table)
-
-
 def print_demo(summary: Mapping[str, Any]) -> None:
     """Print the cost and quality of images from a demo's ``summary.json``."""
     console = PlainConsole()

@@ -104,7 +104,7 @@ class DataSettings(ImageSettings):
     @property
     def repeated(self) -> bool:
         """Whether images are shown several times in an epoch."""
-        return any(images.repeats > 1 for images in (self, *self.more))
+        return self.repeats > 1 or any(images.repeats > 1 for images in self.more)
 
 
 _PROCEDURAL = re.compile(r"procedural(:.*)?")

@@ -33,10 +33,11 @@ def recipe_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
-def recipe_table() -> list[tuple[str, str, str]]:
-    """Name, kind and description of each recipe that comes with davae."""
-    recipes = ((name, load_recipe(name)) for name in recipe_names())
-    return [(name, recipe.kind, recipe.description) for name, recipe in recipes]
+def recipe_table() -> str:
+    """Name, kind and description of each recipe that comes with davae, one a line."""
+    recipes = [(name, load_recipe(name)) for name in recipe_names()]
+    width = max(len(name) for name, _ in recipes)
+    return "\n".join(f"{name:<{width}}  {recipe.kind:<8}  {recipe.description}" for name, recipe in recipes)
 
 
 def recipe_text(name: str) -> str:

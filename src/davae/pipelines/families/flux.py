@@ -50,13 +50,13 @@ class Flux(PipelineFamily):
             pooled_projections=conditioning["pooled_prompt_embeds"],
             encoder_hidden_states=text,
             txt_ids=text.new_zeros(text.shape[1], 3),
-            img_ids=_positions(height // 2, width // 2).to(text),
+            img_ids=token_positions(height // 2, width // 2).to(text),
             return_dict=False,
         )[0]
         return unpack(tokens, height, width)
 
 
-def _positions(rows: int, columns: int) -> Tensor:
+def token_positions(rows: int, columns: int) -> Tensor:
     """``[rows * columns, 3]``: 0, row, column of each token."""
     grid = torch.zeros(rows, columns, 3)
     grid[..., 1] = torch.arange(rows)[:, None]
@@ -87,7 +87,7 @@ class Flux2(PipelineFamily):
         height, width = noisy.shape[-2:]
         embedded = noisy.new_full((len(noisy),), guidance, dtype=torch.float32)
         # Frame, row, column and place in the text of each token.
-        image_places = F.pad(_positions(height // 2, width // 2), (0, 1))
+        image_places = F.pad(token_positions(height // 2, width // 2), (0, 1))
         text_places = F.pad(torch.arange(text.shape[1])[:, None], (3, 0))
         tokens = transformer(
             hidden_states=pack(noisy),
