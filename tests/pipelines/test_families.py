@@ -308,7 +308,7 @@ def _shift_in_words(pipe):
 def test_the_documented_table_says_what_the_families_say(pipelines):
     table = TRAINING_DOC.partition("### What is known about each family")[2].partition("\n\n|")[2]
     rows = [line.strip("| ").split(" | ") for line in table.partition("\n\n")[0].splitlines()[2:]]
-    documented = {re.findall(r"`(\w+)`", row[0])[0]: row[1:] for row in rows}
+    documented = {name: row[1:] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     found = {}
     newer = [without_encoders(name)[0] for name in ("Flux2", "Krea2", "ZImage")]
     for pipe, options in zip(newer, [{"use_dynamic_shifting": True}] * 2 + [{"shift": 3.0}]):
@@ -318,6 +318,9 @@ def test_the_documented_table_says_what_the_families_say(pipelines):
         objective = {"flow": "flow", "ddpm": "noise prediction"}[family.kind]
         targets = ", ".join(f"`{target}`" for target in family.lora_targets)
         found[family.name] = [objective, _shift_in_words(pipe), targets]
+    for name in ("Flux2Pipeline", "Flux2KleinKVPipeline"):  # as klein
+        assert family_of(name).lora_targets == family_of("Flux2KleinPipeline").lora_targets
+        found[name] = found["Flux2KleinPipeline"]
     assert documented == found
     assert found.keys() == {family_of(name).name for name in registered_pipelines()}
 
