@@ -27,7 +27,7 @@ LAYERS = [
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 LARGEST_FOLDER = 15
 LARGER = {"cli": 22}
-MOST_FILES, MOST_LINES, MOST_IGNORES = 305, 45_500, 11
+MOST_FILES, MOST_LINES, MOST_IGNORES = 310, 47_500, 11
 
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -41,7 +41,10 @@ FILE = re.compile(
 NAME = re.compile(r"(?<![\w./@-])davae(?:\.[A-Za-z_]\w*)+(?![\w/-])")
 RECIPE = re.compile(r"--recipe ([\w.-]+)(?=[\s`])")
 VERB = re.compile(r"(?:^    |`)davae ([a-z][\w-]*)", re.M)
-NO_NAMES = {"davae.py", "davae.egg"}  # the file of code beside saved weights
+NO_NAMES = {
+    *("davae.py", "davae.egg"),  # the file of code beside saved weights
+    *("davae.families", "davae.adapters", "davae.sources"),  # groups of entry points
+}
 MADE_BY_HAND = {"my", "mine"}  # recipes of a reader's own
 
 
@@ -321,3 +324,12 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path):
             assert not styles.search(file.read_text(encoding="utf-8")), file
     assert (site / "search" / "search_index.js").is_file()
     assert 'src="assets/iframe-worker.js"' in (site / "index.html").read_text(encoding="utf-8")
+
+
+def test_settings_that_the_comforts_name_are_taken():
+    """Those in one code span together."""
+    text = (ROOT / "docs" / "comforts.md").read_text(encoding="utf-8")
+    spans = [shlex.split(span) for span in re.findall(r"`([\w.]+=[^`]+)`", text)]
+    assert len(spans) > 15
+    for overrides in spans:
+        load_recipe("debug-text", overrides)

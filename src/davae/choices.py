@@ -30,9 +30,18 @@ FrozenDtype = Literal["float32", "bfloat16"]
 Quantization = Literal["none", "8bit", "4bit"]
 SavedDtype = Literal["float32", "float16"]
 
+Offload = Literal["model", "sequential"]
 Precision = Literal["no", "bf16", "fp16"]
-OptimizerKind = Literal["adamw", "adamw8bit"]
-LearningRateSchedule = Literal["constant", "cosine"]
+OptimizerKind = Literal["adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "muon", "prodigy", "schedule_free"]
+LearningRateSchedule = Literal[
+    "constant",
+    "constant_with_warmup",
+    "cosine",
+    "cosine_with_restarts",
+    "linear",
+    "polynomial",
+    "piecewise_constant",
+]
 BestMode = Literal["min", "max"]
 Tracker = Literal["tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"]
 

@@ -1,12 +1,49 @@
-"""Callbacks that run when a module is first imported."""
+"""Callbacks that run when a module is first imported, and plug-ins: entry points of other packages."""
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
+
+from davae.errors import DavaeError
 
 Action = Callable[[ModuleType], None]
+_called: set[str] = set()
+
+
+def plugin_names(group: str) -> list[str]:
+    """Names of the installed plug-ins of a group, without loading them."""
+    return sorted(entry.name for entry in metadata.entry_points(group=group))
+
+
+def plugin(group: str, name: str) -> Callable[..., Any]:
+    """The function that a plug-in names.
+
+    Raises:
+        DavaeError: it cannot be imported, or is no function; the message names its package.
+    """
+    entry = next(entry for entry in metadata.entry_points(group=group) if entry.name == name)
+    told = f"the plug-in {name} = {entry.value} ({group})"
+    told += f" of the package {entry.dist.name}" if entry.dist is not None else ""
+    try:
+        found = entry.load()
+    except Exception as error:
+        raise DavaeError(f"{told} cannot be loaded ({error}): mend it, or uninstall its package") from error
+    if not callable(found):
+        raise DavaeError(f"{told} is no function: name one (docs/training.md, Plug-ins)")
+    function: Callable[..., Any] = found
+    return function
+
+
+def call_plugins(group: str) -> None:
+    """Call the functions of all plug-ins of a group, once: they register what they bring."""
+    if group not in _called:
+        _called.add(group)
+        for name in plugin_names(group):
+            plugin(group, name)()
 
 
 def after_import(name: str, action: Action) -> None:

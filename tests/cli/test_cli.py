@@ -6,11 +6,14 @@ import sys
 import pytest
 import yaml
 from PIL import Image
+from tests.pipelines.parts import upgraded
 
+from davae.bases.generate import offload_weights
 from davae.bases.tiny import debug_base
 from davae.cli.main import main
 from davae.data import render_scene
 from davae.models import AutoencoderDA
+from davae.recipes.read import load_recipe
 
 
 def _run(monkeypatch, capsys, *arguments):
@@ -38,6 +41,7 @@ def autoencoder(tmp_path):
     [
         "demo",
         "plan",
+        "recipes",
         "train",
         "cache",
         "upgrade",
@@ -102,6 +106,36 @@ def test_upgrade_then_generate_at_twice_the_size(autoencoder, monkeypatch, capsy
     found = sorted((tmp_path / "images").glob("*.png"))
     assert [p.name for p in found] == ["3-1.png", "tree-0.png"]
     assert {Image.open(p).size for p in found} == {(32, 32)}
+
+
+def test_weights_rest_in_main_memory_only_where_there_is_a_gpu(monkeypatch, capsys, tmp_path):
+    arguments = ["generate", "debug", "3", "--out", tmp_path / "images", "--device", "cpu", "--offload", "model"]
+    status, _, err = _run(monkeypatch, capsys, *arguments)
+    assert status == 2
+    assert "here is none, leave it out" in err
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_offloaded_weights_are_put_in_the_hands_of_diffusers_and_images_are_decoded_in_tiles(offload, monkeypatch):
+    """Without a GPU: the calls alone."""
+    pipe, called = upgraded(debug_base()), []
+    for name in ("model", "sequential"):
+        monkeypatch.setattr(pipe, f"enable_{name}_cpu_offload", lambda device, name=name: called.append((name, device)))
+    offload_weights(pipe, offload, "cuda:1")
+    assert called == [(offload, "cuda:1")]
+    assert pipe.vae.use_tiling
+    assert pipe.vae.use_slicing
+
+
+def test_recipes_are_listed_shown_copied_and_made(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert "class-conditional" in _run(monkeypatch, capsys, "recipes", "list")[1].lower()
+    assert "# " in _run(monkeypatch, capsys, "recipes", "show", "tiny")[1]
+    assert _run(monkeypatch, capsys, "recipes", "copy", "tiny", "mine")[:2] == (0, "mine.yaml\n")
+    assert load_recipe("mine.yaml") == load_recipe("tiny")
+    assert _run(monkeypatch, capsys, "recipes", "copy", "tiny", "mine.yaml")[0] == 2
+    assert _run(monkeypatch, capsys, "recipes", "new", "tiny", "new.yaml", "--steps", "20")[0] == 0
+    assert load_recipe("new.yaml").diffusion.loop.steps == 20
 
 
 def test_a_class_that_does_not_exist_is_named(monkeypatch, capsys, tmp_path):

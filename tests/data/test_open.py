@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from davae.data import CLASSES, BatchStream, SkipLedger, open_dataset
 from davae.errors import DavaeError
-from davae.recipes.data import DataSettings
+from davae.recipes.data import DataSettings, MoreImages
+from davae.recipes.read import load_recipe
 from davae.training.data import open_part
 from tests.data.files import image_folder, picture
 
@@ -96,3 +98,35 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for missing in (tmp_path / "nowhere", "./nowhere", "nowhere", "src/nowhere"):
         with pytest.raises(DavaeError, match="no such folder or file"):
             open_dataset(missing, resolution=16)
+
+
+def test_several_sets_become_one_with_weights(tmp_path: Path) -> None:
+    """Classes by name, ids that do not clash, held-out images of both and never among the training images."""
+    first = image_folder(tmp_path / "photos", {"cat": 6, "dog": 4})
+    second = image_folder(tmp_path / "drawings", {"dog": 5, "fox": 5})
+    more = [MoreImages(path=str(second), repeats=3)]
+    train = open_dataset(first, resolution=16, hold_out=0.2, repeats=2, more=more)
+    held = open_dataset(first, resolution=16, hold_out=0.2, repeats=2, more=more, part="held_out")
+    assert list(train.classes) == ["cat", "dog", "fox"]
+    shown, kept = Counter(train.id(i) for i in range(len(train))), {held.id(i) for i in range(len(held))}
+    assert not kept & shown.keys()
+    assert len(kept) + len(shown) == 20
+    assert set(shown.values()) == {2, 3}
+    for i in range(len(train)):
+        assert train.classes[train[i]["label"]] in train.id(i)
+        assert shown[train.id(i)] == (3 if train.id(i).startswith("drawings:") else 2)
+    assert train[0]["image"].shape == (3, 16, 16)
+    alone = open_dataset(first, resolution=16)
+    assert {name for name in shown | dict.fromkeys(kept) if not name.startswith("drawings:")} == {
+        alone.id(i) for i in range(len(alone))
+    }
+
+
+def test_sets_that_cannot_be_joined_or_kept_are_told(tmp_path: Path) -> None:
+    first = image_folder(tmp_path / "photos", {"cat": 2})
+    with pytest.raises(DavaeError, match="procedural scenes cannot be joined"):
+        open_dataset(first, resolution=16, more=[MoreImages(path="procedural")])
+    with pytest.raises(DavaeError, match="no images at 'nowhere/at/all'"):
+        open_dataset(first, resolution=16, more=[MoreImages(path="nowhere/at/all")])
+    with pytest.raises(DavaeError, match=r"data\.cache holds each image once"):
+        load_recipe("debug-text", ["data.cache=somewhere", "data.more=[{path: drawings, repeats: 2}]"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from peft import LoraConfig
+from PIL import Image
 from tests.dying import every_death
 from tests.pipelines.parts import upgraded
 
@@ -17,6 +18,7 @@ import davae
 from davae.bases.tiny import debug_base
 from davae.cli.main import main
 from davae.pipelines import attach_lora, merge_lora
+from davae.pipelines.saving import adapters
 from davae.training.runs.export import export_run
 
 
@@ -51,7 +53,12 @@ def davae_verb(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def test_merged_pipeline_and_adapters(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (run / "samples").mkdir()
+    for step in (2, 10):
+        Image.new("RGB", (step, 1)).save(run / "samples" / f"step-{step}.png")
     assert davae_verb(monkeypatch, "export", run, "--out", tmp_path / "merged") == 0
+    assert Image.open(tmp_path / "merged" / "samples.png").size == (10, 1)
+    assert "](<samples.png>)" in (tmp_path / "merged" / "README.md").read_text()
     assert "licence apache-2.0, from tiny" in capsys.readouterr().out
     assert isinstance(davae.load_pipeline(tmp_path / "merged").vae, davae.AutoencoderDA)
     card = (tmp_path / "merged" / "README.md").read_text()
@@ -63,6 +70,8 @@ def test_merged_pipeline_and_adapters(
     folder = tmp_path / "small"
     pipe = davae.load_adapters(debug_base(), folder / "autoencoder", folder)
     assert pipe.transformer.peft_config
+    monkeypatch.setattr(adapters, "snapshot_download", lambda name, **_: {"me/small": folder}[name])
+    assert davae.load_adapters(debug_base(), None, "me/small").transformer.peft_config
     assert "base_model_relation: adapter" in (folder / "README.md").read_text()
 
 

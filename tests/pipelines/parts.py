@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.models.modeling_utils import ModelMixin
+from tests.models.bases import make_base
 
+from davae.bases.debug_pipelines import small_pipeline
+from davae.bases.debug_transformers import small_transformer
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.class_conditional import ClassConditionalPipeline
@@ -53,3 +57,34 @@ def upgraded(base: DiffusionPipeline, *, detail_channels: int = 4, seed: int = 0
         values += 0.02 * torch.randn(values.shape, generator=generator)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def without_encoders(name: str) -> tuple[Any, dict[str, Any]]:
+    """A small pipeline that takes embeddings, and what its call takes: Flux2 (klein), Krea2, Chroma or ZImage."""
+    torch.manual_seed(0)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    call: dict[str, Any] = {"height": 64, "width": 96, "num_inference_steps": 2, "output_type": "pt"}
+    if name == "Flux2":
+        vae = make_base("flux2")
+        vae.bn.running_mean.copy_(torch.randn(16))
+        vae.bn.running_var.copy_(torch.rand(16) + 0.5)
+        transformer = small_transformer("Flux2Transformer2DModel")
+        pipe = diffusers.Flux2KleinPipeline(scheduler, vae, None, None, transformer, is_distilled=True)
+        call["prompt_embeds"] = torch.randn(1, 3, transformer.config.joint_attention_dim)
+    elif name == "Chroma":
+        transformer = small_transformer("ChromaTransformer2DModel")
+        pipe = diffusers.ChromaPipeline(scheduler, small_pipeline("flux").vae, None, None, transformer)
+        call |= {"prompt_embeds": torch.randn(1, 3, transformer.config.joint_attention_dim), "guidance_scale": 1.0}
+        call["prompt_attention_mask"] = torch.ones(1, 3)
+    elif name == "Krea2":
+        transformer = small_transformer("Krea2Transformer2DModel")
+        pipe = diffusers.Krea2Pipeline(scheduler, small_pipeline("qwenimage").vae, None, None, transformer)
+        sizes = transformer.config.num_text_layers, transformer.config.text_hidden_dim
+        call |= {"prompt_embeds": torch.randn(1, 3, *sizes), "guidance_scale": 0.0}
+        call["prompt_embeds_mask"] = torch.tensor([[True, True, False]])
+    else:
+        transformer = small_transformer("ZImageTransformer2DModel")
+        pipe = diffusers.ZImagePipeline(scheduler, small_pipeline("flux").vae, None, None, transformer)
+        call |= {"prompt_embeds": [torch.randn(3, transformer.config.cap_feat_dim)], "guidance_scale": 0.0}
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, call

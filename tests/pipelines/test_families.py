@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from tests.pipelines.parts import without_encoders
 
 import davae
 from davae.bases.debug_pipelines import SMALL_PIPELINES, call_arguments, small_pipeline
@@ -307,13 +308,19 @@ def _shift_in_words(pipe):
 def test_the_documented_table_says_what_the_families_say(pipelines):
     table = TRAINING_DOC.partition("### What is known about each family")[2].partition("\n\n|")[2]
     rows = [line.strip("| ").split(" | ") for line in table.partition("\n\n")[0].splitlines()[2:]]
-    documented = {re.findall(r"`(\w+)`", row[0])[0]: row[1:] for row in rows}
+    documented = {name: row[1:] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     found = {}
-    for pipe in (debug_base(), *map(pipelines, SMALL_PIPELINES)):
+    newer = [without_encoders(name)[0] for name in ("Flux2", "Krea2", "ZImage")]
+    for pipe, options in zip(newer, [{"use_dynamic_shifting": True}] * 2 + [{"shift": 3.0}]):
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**options)
+    for pipe in (debug_base(), *map(pipelines, SMALL_PIPELINES), *newer):
         family = family_of(pipe)
         objective = {"flow": "flow", "ddpm": "noise prediction"}[family.kind]
         targets = ", ".join(f"`{target}`" for target in family.lora_targets)
         found[family.name] = [objective, _shift_in_words(pipe), targets]
+    for name in ("Flux2Pipeline", "Flux2KleinKVPipeline"):  # as klein
+        assert family_of(name).lora_targets == family_of("Flux2KleinPipeline").lora_targets
+        found[name] = found["Flux2KleinPipeline"]
     assert documented == found
     assert found.keys() == {family_of(name).name for name in registered_pipelines()}
 
@@ -354,10 +361,10 @@ def test_classes_without_a_family_get_the_defaults_and_are_not_trained():
         None,
         (),
     )
-    assert find_family("Flux2Pipeline").shift_rule is not None
-    with pytest.raises(DavaeError, match="how to train a Flux2Pipeline"):
-        family_of("Flux2Pipeline")
-    assert "Flux2Pipeline" not in registered_pipelines()
+    assert find_family("HiDreamImagePipeline").shift_rule is not None
+    with pytest.raises(DavaeError, match="how to train a HiDreamImagePipeline"):
+        family_of("HiDreamImagePipeline")
+    assert "HiDreamImagePipeline" not in registered_pipelines()
 
 
 def test_an_upgraded_dit_keeps_its_class_names(tmp_path, pipelines):

@@ -185,6 +185,25 @@ def test_publishing_uploads_the_folder_with_card_and_code(tmp_path: Path, monkey
             assert f"{component}/{value[0]}.py" in files
 
 
+def test_a_hub_that_is_out_of_reach_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unreachable(StubHub):
+        def create_repo(self, repo_id: str, **options: Any) -> SimpleNamespace:
+            raise ConnectionError("[Errno -3] Temporary failure in name resolution\nmore")
+
+    monkeypatch.setattr(saving, "HfApi", Unreachable)
+    out = davae.save_pipeline(upgraded(debug_base()), tmp_path / "out", base_model="x/y", license="mit")
+    with pytest.raises(DavaeError, match=r"was not published as me/fox: .*name resolution \(log in.*hf upload me/fox"):
+        davae.push_to_hub(out, "me/fox")
+
+
+def test_a_card_shows_its_pictures_and_names_its_data(tmp_path: Path) -> None:
+    making = model_card.Making(datasets=["me/foxes"], pictures={"samples.png": "samples of [step] 4"})
+    out = davae.save_pipeline(upgraded(debug_base()), tmp_path / "out", base_model="x/y", license="mit", making=making)
+    card = (out / "README.md").read_text()
+    assert r"![samples of \[step\] 4](<samples.png>)" in card
+    assert "datasets:\n- me/foxes\n" in card
+
+
 def test_what_is_published_is_said_before_and_holds_nothing_private(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

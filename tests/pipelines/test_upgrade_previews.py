@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from tests.models.bases import make_base
+from tests.pipelines.parts import without_encoders
 from tests.pipelines.upgrades import DETAILS, autoencoder, base_and_upgraded, base_image, noises
 from torch import Tensor
 
 from davae.bases.debug_pipelines import SMALL_PIPELINES, base_resolution, call_arguments, small_pipeline
-from davae.bases.debug_transformers import small_transformer
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines import Previews, set_preview_decoder, upgrade_pipeline
@@ -138,35 +136,10 @@ def test_what_cannot_be() -> None:
         set_preview_decoder(upgraded, tiny_decoder(16))
 
 
-def untrained(name: str) -> tuple[Any, dict[str, Any]]:
-    """A small pipeline of a family that davae upgrades without training it, and what its call takes."""
-    torch.manual_seed(0)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    call: dict[str, Any] = {"height": 64, "width": 96, "num_inference_steps": 2, "output_type": "pt"}
-    if name == "Flux2":
-        vae = make_base("flux2")
-        vae.bn.running_mean.copy_(torch.randn(16))
-        vae.bn.running_var.copy_(torch.rand(16) + 0.5)
-        transformer = small_transformer("Flux2Transformer2DModel")
-        pipe = diffusers.Flux2KleinPipeline(scheduler, vae, None, None, transformer, is_distilled=True)
-        call["prompt_embeds"] = torch.randn(1, 3, transformer.config.joint_attention_dim)
-    elif name == "Chroma":
-        transformer = small_transformer("ChromaTransformer2DModel")
-        pipe = diffusers.ChromaPipeline(scheduler, small_pipeline("flux").vae, None, None, transformer)
-        call |= {"prompt_embeds": torch.randn(1, 3, transformer.config.joint_attention_dim), "guidance_scale": 1.0}
-        call["prompt_attention_mask"] = torch.ones(1, 3)
-    else:
-        transformer = small_transformer("ZImageTransformer2DModel")
-        pipe = diffusers.ZImagePipeline(scheduler, small_pipeline("flux").vae, None, None, transformer)
-        call |= {"prompt_embeds": [torch.randn(3, transformer.config.cap_feat_dim)], "guidance_scale": 0.0}
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, call
-
-
 @pytest.mark.parametrize("name", ["Flux2", "Chroma", "ZImage"])
-def test_previews_of_families_that_are_not_trained(name: str) -> None:
+def test_previews_of_pipelines_without_text_encoders(name: str) -> None:
     """The last preview is the base's image of what the pipeline itself hands to its autoencoder in the end."""
-    base, call = untrained(name)
+    base, call = without_encoders(name)
     pipe = upgrade_pipeline(base, AutoencoderDA.from_base(base.vae, detail_channels=DETAILS))
     previews = Previews(pipe, output_type="pt", height=64, width=96)
     decoded: list[torch.Tensor] = []
@@ -180,7 +153,7 @@ def test_previews_of_families_that_are_not_trained(name: str) -> None:
 
 
 def test_latents_in_a_packing_of_their_own_are_refused_by_name() -> None:
-    base, _ = untrained("ZImage")
+    base, _ = without_encoders("ZImage")
     pipe = upgrade_pipeline(base, AutoencoderDA.from_base(base.vae, detail_channels=DETAILS))
     with pytest.raises(DavaeError, match=r"ZImagePipeline have shape .* does not know how it packs"):
         Previews(pipe).decode(torch.zeros(1, 16, 48))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -12,12 +13,14 @@ from davae.bases.open import load_base
 from davae.errors import DavaeError
 from davae.pipelines.saving.publishing import public_name
 from davae.planner import plan as planner
+from davae.planner import recipes
 from davae.planner.architectures import find_architecture
 from davae.planner.memory import checkpointing, cost_of, drop_gradients
 from davae.planner.plan import GPUS, find_gpu, hours
+from davae.planner.recipes import new_recipe
 from davae.planner.stages import DiffusionRun, diffusion_stage, forward_cost, target_counts
 from davae.planner.text import stage_line
-from davae.recipes.read import load_recipe
+from davae.recipes.read import load_recipe, write_recipe
 from davae.training.runs.train import check_upgrade
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
@@ -240,3 +243,23 @@ def test_each_text_encoder_sees_its_own_tokens():
     tokens = {"T5EncoderModel": 256, "CLIPTextModelWithProjection": 77}
     assert found.text_flops == sum(2 * size.multiplied * tokens[size.class_name] for size in sizes)
     assert found.speedup_with_decoding == pytest.approx(4.24, abs=0.005)
+
+
+@pytest.mark.parametrize(("base", "mode"), [("tiny", "full"), ("debug-sd3", "full"), ("sd35-medium", "lora")])
+def test_a_recipe_for_a_pipeline_reads_fits_it_and_follows_its_steps(base, mode, tmp_path):
+    text = new_recipe(base, data="my photos", steps=100)
+    recipe = load_recipe(write_recipe(text, tmp_path / "mine"))
+    assert (recipe.base, recipe.data.path, recipe.diffusion.tune.mode) == (base, "my photos", mode)
+    assert (recipe.autoencoder.loop.steps, recipe.diffusion.loss.detail_warmup_steps) == (100, 40)
+    longer = load_recipe(tmp_path / "mine.yaml", ["diffusion.loop.steps=1000"])
+    assert longer.diffusion.loss.detail_warmup_steps == 400
+    assert "tokens for" in text.splitlines()[0]
+    with pytest.raises(DavaeError, match="exists: name another"):
+        write_recipe(text, tmp_path / "mine.yaml")
+
+
+def test_a_recipe_for_what_cannot_be_trained_is_refused(monkeypatch):
+    other = dataclasses.replace(find_architecture(MEDIUM), pipeline="HiDreamImagePipeline")
+    monkeypatch.setattr(recipes, "find_architecture", lambda base: other)
+    with pytest.raises(DavaeError, match="how to train a HiDreamImagePipeline"):
+        new_recipe("mine")

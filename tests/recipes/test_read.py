@@ -15,6 +15,7 @@ from davae.recipes.read import (
     KINDS,
     differing_keys,
     dump_recipe,
+    flatten,
     load_ablation,
     load_recipe,
     load_variant,
@@ -43,6 +44,7 @@ def test_overrides_change_exactly_what_they_name():
         "data.path",
         "autoencoder.optimizer.learning_rate",
         "autoencoder.loop.steps",
+        "autoencoder.optimizer.lr_warmup_steps",  # a share of the steps
     }
     assert changed["autoencoder"]["optimizer"]["learning_rate"] == 1e-4
 
@@ -91,6 +93,13 @@ RESUMABLE = {
     "lr_scheduler",
     "lr_warmup_steps",
     "lr_end",
+    "lr_num_cycles",
+    "lr_power",
+    "lr_step_rules",
+    "detail_warmup_steps",
+    "tracker_project_name",
+    "tracker_run_name",
+    "offload_ema",
     "max_grad_norm",
     "skip_grad_norm",
     "max_skipped_steps",
@@ -226,3 +235,7 @@ def test_an_ablation_takes_overrides_of_every_variant():
         load_ablation("ablation-debug", ["data.sise=64"])
     with pytest.raises(DavaeError, match=r"recipe 'ablation-debug': unknown key 'seedz'; did you mean 'seeds'"):
         load_ablation("ablation-debug", ["seedz=[4]"])
+
+
+def test_nested_settings_become_dotted_rows():
+    assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == [("a.b", 1), ("a.c.d", 2), ("e", 3)]

@@ -123,6 +123,8 @@ def _one(part: Any, metadata: list[Any]) -> str:
     origin, inner = get_origin(part), get_args(part)
     if origin is Annotated:
         return _one(inner[0], [*_constraints(inner[1:]), *metadata])
+    if isinstance(part, type) and issubclass(part, Section):
+        return "sections"
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inner)
     if origin is list:

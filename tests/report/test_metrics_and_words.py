@@ -72,7 +72,3 @@ def test_losses_that_are_zero_or_negative_or_not_finite_can_be_drawn() -> None:
 )
 def test_numbers_as_a_person_reads_them(written: str, expected: str) -> None:
     assert written == expected
-
-
-def test_nested_settings_become_dotted_rows() -> None:
-    assert words.flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == [("a.b", 1), ("a.c.d", 2), ("e", 3)]

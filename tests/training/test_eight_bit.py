@@ -13,7 +13,7 @@ from davae.errors import DavaeError
 from davae.recipes.loop import OptimizerSettings
 from davae.recipes.read import load_recipe
 from davae.training.engine.optimizer import make_optimizer
-from davae.training.engine.tensors import optimizer_tensors, restore_optimizer
+from davae.training.engine.tensors import optimizer_tensors
 from davae.training.runs.train import train_autoencoder
 
 SETTINGS = OptimizerSettings(kind="adamw8bit", learning_rate=1e-2, weight_decay=0.1)
@@ -59,35 +59,6 @@ def test_moments_are_bytes_and_steps_are_near_those_of_adamw():
     state = optimizer_tensors(ours)
     assert state["0.state1"].dtype == state["0.state2"].dtype == torch.uint8
     assert state["2.state1"].dtype == torch.float32  # small tensors keep all digits
-
-
-@needs_bitsandbytes
-def test_a_state_that_was_kept_goes_on_bit_by_bit():
-    undisturbed, first, second = _module(), _module(), _module()
-    optimizer = make_optimizer("model", undisturbed, SETTINGS, {})
-    _steps(undisturbed, optimizer, range(6))
-    optimizer = make_optimizer("model", first, SETTINGS, {})
-    _steps(first, optimizer, range(3))
-    kept = {name: value.clone().contiguous() for name, value in optimizer_tensors(optimizer).items()}
-    second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
-    optimizer = make_optimizer("model", second, SETTINGS, {})
-    restore_optimizer(optimizer, kept)
-    _steps(second, optimizer, range(3, 6))
-    assert torch.equal(_weights(undisturbed), _weights(second))
-
-
-@needs_bitsandbytes
-def test_a_step_that_is_not_finite_is_left_out():
-    module = _module()
-    optimizer = make_optimizer("model", module, SETTINGS, {})
-    _steps(module, optimizer, range(1))
-    before = _weights(module)
-    optimizer.found_inf = torch.tensor(1.0)
-    _steps(module, optimizer, range(1, 2))
-    assert torch.equal(_weights(module), before)
-    optimizer.found_inf = torch.tensor(0.0)
-    _steps(module, optimizer, range(2, 3))
-    assert not torch.equal(_weights(module), before)
 
 
 @needs_bitsandbytes

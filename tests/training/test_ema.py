@@ -51,3 +51,14 @@ def test_own_weights_come_back_even_after_an_error():
         pass
     assert torch.equal(parameter.detach(), torch.full((2,), 5.0))
     assert torch.equal(ema.averages[0], torch.zeros(2))
+
+
+def test_it_may_be_kept_elsewhere_and_in_another_precision_than_the_weights():
+    """On the meta device nothing is computed, but everything is put in its place."""
+    parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    beside, apart = Ema([parameter], decay=0.9), Ema([parameter], decay=0.9, device="meta")
+    apart.update()
+    assert (apart.averages[0].device.type, apart.averages[0].dtype) == ("meta", torch.float32)
+    assert apart.updates.device.type == "meta"
+    assert beside.averages[0].device.type == "cpu"
+    assert beside.averages[0].data_ptr() != parameter.data_ptr()

@@ -1,16 +1,24 @@
 """The loop on a stage small enough to follow: stopping, continuing, averaging, schedules, guards."""
 
+import functools
+import importlib.machinery
+import importlib.util
 import json
 import os
+import shutil
 import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 from davae.errors import DavaeError
 from davae.recipes.loop import LoopSettings, OptimizerSettings
+from davae.runtime.atomic_files import make_folder
 from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.checkpoints.run_directory import read_metrics
 from davae.training.engine.optimizer import learning_rate
@@ -427,3 +435,107 @@ def test_a_loader_process_that_dies_in_the_middle_of_a_step_is_told(tmp_path):
     stage.objective.register_forward_pre_hook(news)
     with pytest.raises(DavaeError, match=r"toy: a loader process was killed.*data\.workers"):
         train(stage, tmp_path, {})
+
+
+class _Tracker:
+    """Stands for the module ``wandb``: keeps what it is given."""
+
+    __spec__ = importlib.machinery.ModuleSpec("wandb", None)
+
+    def __init__(self):
+        self.begun, self.logged, self.config, self.finished = [], [], {}, 0
+
+    def init(self, **options):
+        self.begun.append(options)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def Image(self, picture):
+        return picture.size
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_a_tracker_gets_name_settings_and_pictures_and_goes_on_with_the_run(tmp_path, monkeypatch):
+    wandb = _Tracker()
+    wandb.config = SimpleNamespace(update=lambda values, **_: wandb.logged.append(("config", values)))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    recipe = {"kind": "toy", "section": {"steps": 2, "sizes": [1, 2]}}
+
+    def stage(**loop):
+        made = _Stage(report_to=["wandb"], tracker_project_name="photos", **loop)
+        made.validate = functools.partial(_validate, name="step-{}.png")
+        return made
+
+    train(stage(validate_every=4), tmp_path / "runs" / "mine", recipe, stop_after=4)
+    train(stage(), tmp_path / "runs" / "mine", recipe)
+    first, second = wandb.begun
+    assert first == second
+    assert (first["project"], first["name"], first["resume"]) == ("photos", "mine", "allow")
+    assert ("config", {"kind": "toy", "section.steps": 2, "section.sizes": "[1, 2]"}) in wandb.logged
+    pictures = [(step, values["samples"]) for step, values in wandb.logged if "samples" in values]
+    assert pictures == [(4, [(4, 2)]), (8, [(4, 2)])]
+    assert wandb.finished == 2
+
+
+def _validate(samples, step, name):
+    """Write a picture of 4 x 2 pixels."""
+    Image.new("RGB", (4, 2)).save(make_folder(samples) / name.format(step))
+    return {"weight": 1.0}
+
+
+def test_tensorboard_has_settings_and_pictures_and_hides_what_is_made_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def stage():
+        made = _Stage(report_to=["tensorboard"])
+        made.validate = functools.partial(_validate, name="step-{}-side.png")
+        return made
+
+    train(stage(), tmp_path, {"kind": "toy"}, stop_after=6)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-6")
+    train(stage(), tmp_path, {"kind": "toy"})
+    found = EventAccumulator(str(tmp_path / "tracking"))
+    found.Reload()
+    assert [event.step for event in found.Scalars("total")] == list(range(1, 9))
+    assert [event.step for event in found.Images("samples/side")] == [8]
+    assert b"kind: toy" in found.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0]
+
+
+def test_a_tracker_that_does_not_start_is_told_in_one_line(tmp_path, monkeypatch):
+    wandb = _Tracker()
+
+    def init(**_):
+        raise ValueError("api_key not configured\n(no-tty)")
+
+    wandb.init = init
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(
+        DavaeError, match=r"^loop.report_to: wandb does not start \(api_key not configured \(no-tty\)\)"
+    ):
+        train(_Stage(report_to=["wandb"]), tmp_path, {})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("schedulefree") is None, reason="needs schedulefree")
+def test_schedule_free_training_measures_and_exports_its_averages_and_goes_on_exactly(tmp_path):
+    def stage():
+        made = _Stage(validate_every=2)
+        made.modules[0].optimizer = OptimizerSettings(kind="schedule_free", learning_rate=0.01)
+        made.export = lambda out: exported.append(_weights(made).clone()) or out
+        return made
+
+    exported = []
+    whole = stage()
+    train(whole, tmp_path / "whole", {})
+    assert train(stage(), tmp_path / "parts", {}, stop_after=3) is None
+    last = stage()
+    train(last, tmp_path / "parts", {})
+    assert torch.equal(_weights(whole), _weights(last))
+    assert torch.equal(exported[0], exported[1])
+    assert not torch.equal(exported[0], _weights(whole))
+    measured = [line for line in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "weight" in line]
+    assert measured == [line for line in read_metrics(tmp_path / "parts" / "metrics.jsonl") if "weight" in line]
+    assert measured[-1]["weight"] == pytest.approx(float(exported[0][:3].sum()))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from diffusers import DiffusionPipeline
 
 from davae.bases.open import load_base
+from davae.choices import Offload, check_choice
 from davae.errors import DavaeError
 from davae.pipelines import speed_up
 from davae.pipelines.families import find_family
@@ -43,6 +44,7 @@ def write_images(
     fast: bool = False,
     compile: bool = False,
     attention: str | None = None,
+    offload: Offload | None = None,
     device: str | None = None,
     dtype: str | None = None,
     variant: str | None = None,
@@ -60,6 +62,9 @@ def write_images(
         negative: a prompt to guide away from.
         fast: all optimisations that change images only by rounding, see :func:`davae.speed_up`.
         compile, attention: see :func:`davae.speed_up`; with ``fast`` only.
+        offload: weights in main memory, on the GPU only those of the model (``model``) or layer (``sequential``) that
+            computes, and images decoded in tiles: less GPU memory, more time. Images change by rounding, and where
+            tiles meet.
         device: ``cpu``, ``cuda`` or ``cuda:1``; by default the GPU, if any.
         variant: of the weights' files, see :func:`davae.bases.open.load_base`.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default as saved.
@@ -70,9 +75,21 @@ def write_images(
     if (compile or attention) and not fast:
         raise DavaeError("--compile and --attention belong to --fast: give it too")
     where = chosen_device(device)
+    if offload is not None:
+        check_choice(offload, Offload, "--offload")
+        if where == "cpu":
+            raise DavaeError(
+                f"--offload {offload} moves weights to a GPU as they are needed: here is none, leave it out"
+            )
+        if fast:
+            raise DavaeError("--fast needs the weights on the GPU: leave out --offload, or --fast")
     check_place(out, "images")
     texts = [*map(whole_text, prompt), *(read_prompts(prompts) if prompts else [])]
-    pipe = load_base(pipeline, variant=variant, dtype=wanted_dtype(dtype)).to(where)
+    pipe = load_base(pipeline, variant=variant, dtype=wanted_dtype(dtype))
+    if offload is None:
+        pipe.to(where)
+    else:
+        offload_weights(pipe, offload, where)
     if fast:  # its measures follow from the device
         speed_up(pipe, compile=compile, attention=attention)
     pipe.set_progress_bar_config(disable=True)
@@ -97,6 +114,17 @@ def write_images(
             save_image(made.image, folder / made.file_name)
             files.append(folder / made.file_name)
     return WrittenImages(files, *made.image.size)
+
+
+def offload_weights(pipe: DiffusionPipeline, offload: Offload, device: str) -> None:
+    """Keep a pipeline's weights in main memory while they rest, see :func:`write_images`."""
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.enable_sequential_cpu_offload(device=device)
+    for saving in ("enable_tiling", "enable_slicing"):
+        if hasattr(pipe.vae, saving):
+            getattr(pipe.vae, saving)()
 
 
 def _subjects(pipe: DiffusionPipeline, labels: Sequence[str], texts: Sequence[str]) -> Sequence[str]:

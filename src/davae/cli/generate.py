@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from davae.choices import LAST_SEED
+from davae.choices import LAST_SEED, Offload
 from davae.cli.options import Device, ModelDType, Variant, folder_of
 from davae.runtime.console import say, shown
 
@@ -38,6 +38,10 @@ def generate(
     attention: Annotated[
         str | None, typer.Option("--attention", help="With --fast: diffusers' attention backend.")
     ] = None,
+    offload: Annotated[
+        Offload | None,
+        typer.Option("--offload", help="Weights in main memory, on the GPU only the model or layer that computes."),
+    ] = None,
     device: Device = None,
     dtype: ModelDType = None,
     variant: Variant = None,
@@ -61,9 +65,10 @@ def generate(
         fast=fast,
         compile=compile,
         attention=attention,
+        offload=offload,
         device=device,
         dtype=dtype,
         variant=variant,
     )
-    count = f"{len(written.files)} image{'s' if len(written.files) > 1 else ''}"
-    say(f"{count} of {written.width} x {written.height} pixels in {shown(out)}")
+    made = f"{len(written.files)} image{'s' if len(written.files) > 1 else ''}"
+    say(f"{made} of {written.width} x {written.height} pixels in {shown(out)}")

@@ -23,6 +23,7 @@ from davae.cli import (
     generate,
     inspect,
     plan,
+    recipes,
     reconstruct,
     report,
     train,
@@ -57,6 +58,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.add_typer(train.app, name="train", help="Train a stage of a recipe; the same command continues a stopped run.")
 app.command()(plan.plan)
+app.add_typer(recipes.app, name="recipes", help="List, show and copy recipes; write one for a pipeline of your own.")
 app.command()(upgrade.upgrade)
 app.command()(cache.cache)
 app.add_typer(bench.app, name="bench", help="Benchmark base and upgraded models side by side in one process.")

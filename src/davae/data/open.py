@@ -11,7 +11,7 @@ from typing import Literal
 
 from davae.choices import Crop
 from davae.data.images.buckets import assign_buckets
-from davae.data.images.dataset import ImageDataset, Source
+from davae.data.images.dataset import ImageDataset, JoinedSource, Source
 from davae.data.images.decode import UnreadableImage
 from davae.data.images.transforms import Size, SquareCrop
 from davae.data.scenes import ProceduralScenes
@@ -22,7 +22,8 @@ from davae.data.sources.scenes import RenderedDataset
 from davae.data.sources.tables import TABLE_SUFFIXES, open_hub, open_saved, open_tables
 from davae.data.sources.webdataset import ShardSource, find_shards, matching_files
 from davae.errors import DavaeError
-from davae.recipes.data import check_data_path, is_on_hub, is_procedural
+from davae.import_hooks import plugin
+from davae.recipes.data import SOURCES, MoreImages, check_data_path, is_on_hub, is_procedural, plugin_scheme
 from davae.runtime.console import shown
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ def open_dataset(
     min_size: int | None = None,
     buckets: Sequence[Size] | None = None,
     revision: str | None = None,
+    repeats: int = 1,
+    more: Sequence[MoreImages] = (),
     quiet: bool = False,
 ) -> ImageDataset | RenderedDataset:
     """Open a set of images for training or validation.
@@ -55,7 +58,8 @@ def open_dataset(
     * a folder that ``datasets`` saved, ``.parquet`` or ``.arrow`` files, or a folder of them;
     * WebDataset ``.tar`` shards: a folder, a file, or a pattern such as ``shards/{000..015}.tar``;
     * ``owner/name`` on the Hugging Face hub;
-    * ``procedural`` or ``procedural:LENGTH``: rendered scenes, those held out from another seed.
+    * ``procedural`` or ``procedural:LENGTH``: rendered scenes, those held out from another seed;
+    * ``NAME://...``: what a plug-in of that name opens (``davae.sources``).
 
     Args:
         path_or_name: as above; what exists on disk comes first.
@@ -71,6 +75,8 @@ def open_dataset(
         buckets: sizes (width, height); each image takes the one with the nearest aspect ratio. By default all are
             square; procedural scenes always are.
         revision: of a name on the hub: branch, tag or commit; by default the newest.
+        repeats: how often each training image is in the data set.
+        more: further sets of images to be joined with this one, each with its own ``repeats``.
         quiet: do not log what was found, for a set that is opened again.
 
     Returns:
@@ -82,10 +88,17 @@ def open_dataset(
     """
     transform = SquareCrop(resolution, crop, flip)
     name = str(path_or_name)
+    if (more or repeats > 1) and any(is_procedural(place) for place in (name, *(images.path for images in more))):
+        raise DavaeError("procedural scenes cannot be joined with other images, nor repeated: leave data.more out")
     if is_procedural(name) and revision is None:
         return RenderedDataset(_procedural(name, resolution, hold_out, part), flip=flip, seed=seed)
     shortest = max(1, resolution // 4 if min_size is None else min_size)
     source = find_source(path_or_name, split, revision)
+    times = [repeats] * len(source)
+    if more:
+        others = [find_source(images.path, images.split, images.revision) for images in more]
+        times += [images.repeats for images, other in zip(more, others) for _ in range(len(other))]
+        source = JoinedSource([source, *others])
     warn_below = resolution if part == "train" and not quiet else 0  # once is enough when both parts are opened
     bad = check_headers(source, min_size=shortest, warn_below=warn_below)
     skipped = [(source.id(i), reason) for i, reason in bad.items()]
@@ -106,6 +119,8 @@ def open_dataset(
         hold_out = 0.1
     chosen = choose_part([source.id(i) for i in good], hold_out, part)
     indices = [good[i] for i in chosen]
+    if part == "train":
+        indices = [index for index in indices for _ in range(times[index])]
     return ImageDataset(
         source,
         indices,
@@ -137,6 +152,9 @@ def find_source(path_or_name: str | Path, split: str | None = "train", revision:
     name = str(path_or_name)
     path = Path(name).expanduser()
     check_data_path(name, revision)
+    if scheme := plugin_scheme(name):
+        source: Source = plugin(SOURCES, scheme)(name.partition("://")[2], split)
+        return source
     if is_on_hub(name):
         return open_hub(name, split, revision)
     if path.is_dir():

@@ -1,19 +1,21 @@
 """Dry runs: a recipe's real architecture on the meta device, its checks, and the plan of its cost."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from davae.errors import DavaeError
-from davae.pipelines.families import find_family
+from davae.pipelines.families import family_of, find_family
 from davae.planner.architectures import Architecture, find_architecture
 from davae.planner.plan import Plan, plan
 from davae.planner.stages import AutoencoderRun, DiffusionRun, autoencoder_stage, target_counts
 from davae.planner.text import inference_line, notes, stage_line
 from davae.recipes.loop import LoopSettings, OptimizerSettings
-from davae.recipes.read import dump_recipe, load_recipe, recipe_names
+from davae.recipes.read import dump_recipe, load_recipe, parse_recipe, recipe_names
 from davae.recipes.settings import UpgradeRecipe
+from davae.recipes.yaml_text import parse_yaml
 from davae.warm_start import description_of
 
 Stage = Literal["autoencoder", "diffusion"]
@@ -111,6 +113,111 @@ def plan_upgrade(
     )
 
 
+_FULL_BELOW = 3e8
+"""Parameters of a transformer that is tuned in full; larger ones get LoRA."""
+
+
+def new_recipe(
+    base: str, *, data: str = "images", resolution: int | None = None, scale: int = 2, steps: int = 20_000
+) -> str:
+    """A recipe for a pipeline, as YAML with comments: what depends on it, and schedules that follow ``steps``.
+
+    Args:
+        base: a pipeline's folder, its name on the hub, or that of a bundled configuration.
+        data: the recipe's ``data.path``.
+        resolution: side of the full image in pixels; by default the base's own, times ``scale``.
+        scale: of the upgrade.
+        steps: of each stage.
+
+    Raises:
+        DavaeError: the base is unknown, has no transformer or cannot be trained, or sizes do not fit.
+    """
+    architecture = find_architecture(base)
+    architecture.require_transformer()
+    family = family_of(architecture.pipeline)
+    native = int(architecture.transformer.get("sample_size") or 0) * architecture.base_compression
+    resolution = resolution or (architecture.resolution or native or 1024) * scale
+    made = plan(architecture, resolution=resolution, scale=scale)
+    text = family.conditioned_on == "text"
+    lora = bool(family.lora_targets) and made.parameters["transformer"] > _FULL_BELOW
+    values = {
+        "base": json.dumps(base),
+        "pipeline": made.pipeline,
+        "data": json.dumps(data),
+        "told": "with captions in .txt files beside them or in metadata.jsonl"
+        if text
+        else "in a folder for each class",
+        "resolution": resolution,
+        "scale": scale,
+        "tokens": made.tokens["upgraded"],
+        "details": made.detail_channels,
+        "steps": steps,
+        "tune": "lora\n    lora: {rank: 64, alpha: 64}\n    frozen_dtype: bfloat16" if lora else "full",
+        "often": max(1, steps // 10),
+    }
+    found = NEW_RECIPE.format(**values)
+    recipe = parse_recipe(parse_yaml(found, base), f"the recipe for {base}")
+    assert isinstance(recipe, UpgradeRecipe)
+    cost = recipe_plan(recipe, architecture)
+    lines = [inference_line(cost), stage_line(cost, "autoencoder"), stage_line(cost, "diffusion")]
+    return "".join(f"# {line.strip()}\n" for line in lines) + found
+
+
+NEW_RECIPE = """\
+description: {pipeline} at {resolution} pixels, {tokens} tokens an image
+base: {base}
+
+data:
+  path: {data}        # {told}
+  resolution: {resolution}
+  hold_out: 0.05              # share of the images that validation measures on
+  workers: null               # one per processor, at most 8
+
+autoencoder:                  # davae train autoencoder --recipe THIS.yaml
+  model:
+    scale: {scale}
+    detail_channels: {details}
+  reconstruction:
+    l1_weight: 1.0
+    laplacian_weight: 1.0
+  optimizer:
+    learning_rate: 1.0e-4
+    betas: [0.9, 0.99]
+    lr_scheduler: cosine
+    lr_warmup_steps: 0.05     # below 1: a share of loop.steps
+    lr_end: 1.0e-5
+  loop:
+    steps: {steps}
+    batch_size: 2             # images at a time: memory
+    gradient_accumulation: 8
+    max_grad_norm: 1.0
+    precision: bf16           # "no" without a GPU
+    gradient_checkpointing: true
+    validate_every: {often}
+    checkpoint_every: {often}
+
+diffusion:                    # davae train diffusion --recipe THIS.yaml
+  tune:
+    mode: {tune}
+  loss:
+    detail_warmup_steps: 0.4  # the details' loss fades in over this share of the steps
+  optimizer:
+    learning_rate: 1.0e-4
+    lr_warmup_steps: 0.02
+  loop:
+    steps: {steps}
+    batch_size: 2
+    gradient_accumulation: 16
+    max_grad_norm: 1.0
+    ema_decay: 0.999
+    precision: bf16
+    gradient_checkpointing: true
+    validate_every: {often}
+    validate_at_start: true   # what the start is worth
+    checkpoint_every: {often}
+"""
+
+
 def _upgrade_recipe(name: str, overrides: Sequence[str]) -> UpgradeRecipe:
     settings = load_recipe(name, overrides)
     if not isinstance(settings, UpgradeRecipe):
@@ -167,6 +274,10 @@ def _diffusion_run(recipe: UpgradeRecipe, architecture: Architecture) -> Diffusi
     )
 
 
+_OPTIMIZER_BYTES = {"adamw8bit": 2.0, "paged_adamw8bit": 2.0, "adafactor": 0.1, "prodigy": 16.0}
+"""Of the state per trained parameter, where it is not two float32 numbers; Muon has one for matrices."""
+
+
 def _loop(loop: LoopSettings, optimizer: OptimizerSettings) -> dict[str, object]:
     return {
         "steps": loop.steps,
@@ -174,9 +285,9 @@ def _loop(loop: LoopSettings, optimizer: OptimizerSettings) -> dict[str, object]
         "gradient_accumulation": loop.gradient_accumulation,
         "precision": loop.precision,
         "gradient_checkpointing": loop.gradient_checkpointing,
-        "ema": loop.ema_decay is not None,
+        "ema": loop.ema_decay is not None and not loop.offload_ema,
         "validation_images": loop.validation_images,
-        "optimizer_bytes": 2.0 if optimizer.kind == "adamw8bit" else 8.0,
+        "optimizer_bytes": _OPTIMIZER_BYTES.get(optimizer.kind, 8.0),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from davae.recipes.settings import (
     UpgradeRecipe,
 )
 
+logger = logging.getLogger(__name__)
 _PACKAGES = {"comet_ml": "comet-ml"}
 """Names of trackers' packages for pip, if different."""
 _DIFFUSION = ("held_out_total", "held_out_base", "held_out_detail", "held_out_variance", "swd/finest", "preview_drift")
@@ -39,6 +41,7 @@ def check_settings(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str
         return
     check_trackers(settings.loop, section)
     _check_packages(settings, section)
+    _check_optimizer(settings, section)
     _check_best_metric(recipe, section, settings.loop)
     reconstruction: ReconstructionSettings | None = getattr(settings, "reconstruction", None)
     if reconstruction is not None:
@@ -105,15 +108,60 @@ def _is_installed(package: str) -> bool:
         return False
 
 
+_OF_OPTIMIZERS = {
+    "adamw8bit": "bitsandbytes",
+    "paged_adamw8bit": "bitsandbytes",
+    "prodigy": "prodigyopt",
+    "schedule_free": "schedulefree",
+}
+
+
 def _check_packages(settings: Any, section: str) -> None:
-    used = [("optimizer.kind", settings.optimizer.kind, "adamw")]
+    kind = settings.optimizer.kind
+    used = [("optimizer.kind", kind, "adamw", _OF_OPTIMIZERS.get(kind))]
     if isinstance(settings, DiffusionSettings):
-        used.append(("tune.quantization", settings.tune.quantization, "none"))
-    for key, value, without in used:
-        if value != without and not _is_installed("bitsandbytes"):
+        quantization = settings.tune.quantization
+        used.append(("tune.quantization", quantization, "none", "bitsandbytes" if quantization != "none" else None))
+    for key, value, without, package in used:
+        if package is not None and not _is_installed(package):
             raise DavaeError(
-                f"{section}.{key}={value} needs bitsandbytes, which is not installed: `pip install bitsandbytes`, or "
+                f"{section}.{key}={value} needs {package}, which is not installed: `pip install {package}`, or "
                 f"set {section}.{key}={without}"
+            )
+
+
+def _check_optimizer(settings: Any, section: str) -> None:
+    """Refuse what does not go with an optimizer, and warn of warm-ups that a run does not finish."""
+    optimizer, loop = settings.optimizer, settings.loop
+    if optimizer.kind == "schedule_free":
+        told = f"{section}.optimizer.kind=schedule_free averages the weights itself"
+        if loop.ema_decay is not None:
+            raise DavaeError(f"{told}: set {section}.loop.ema_decay=null")
+        if not optimizer.lr_scheduler.startswith("constant"):
+            raise DavaeError(f"{told}, instead of a falling rate: set {section}.optimizer.lr_scheduler=constant")
+        if not optimizer.betas[0]:
+            raise DavaeError(f"{told}, by the first of {section}.optimizer.betas: set it above 0, such as [0.9, 0.999]")
+    if optimizer.kind == "prodigy":
+        if optimizer.learning_rate < 0.1:
+            raise DavaeError(
+                f"{section}.optimizer.kind=prodigy finds the rate itself, and learning_rate is a factor of it: set "
+                f"{section}.optimizer.learning_rate=1, not {optimizer.learning_rate:g}"
+            )
+        if getattr(getattr(settings, "tune", None), "new_channels_learning_rate", None) is not None:
+            raise DavaeError(
+                f"{section}.optimizer.kind=prodigy has one rate for all weights: set "
+                f"{section}.tune.new_channels_learning_rate=null"
+            )
+    warmups = {"optimizer.lr_warmup_steps": optimizer.lr_warmup_steps}
+    loss = getattr(settings, "loss", None)
+    if loss is not None and loss.detail_schedule != "constant":
+        warmups["loss.detail_warmup_steps"] = loss.detail_warmup_steps
+    for key, steps in warmups.items():
+        if steps > loop.steps:
+            what = "the details hardly learn" if key.startswith("loss") else "the learning rate never reaches its value"
+            logger.warning(
+                "%s.%s is %s and the run has %d steps: %s. Set it to a share of the steps, such as %s.%s=0.4",
+                *(section, key, steps, loop.steps, what, section, key),
             )
 
 

@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from davae.choices import Crop, StorageDtype
 from davae.errors import DavaeError
+from davae.import_hooks import plugin_names
 from davae.recipes.loop import AT_HOME, MAY_CHANGE, MAY_MOVE, NotNegative, Positive, Section, Weight
 
 
@@ -44,9 +45,32 @@ class ImageSettings(Section):
     """Seconds to wait for a batch before the run stops and names the files being read; 0 waits indefinitely."""
 
 
+class MoreImages(Section):
+    """A further set of images, joined with that of ``data.path``."""
+
+    path: str
+    """As ``data.path``; image files, not ``procedural``."""
+    split: str = "train"
+    """As ``data.split``."""
+    revision: str | None = None
+    """As ``data.revision``."""
+    repeats: Positive = 1
+    """As ``data.repeats``."""
+
+
+KEPT_ONCE = (
+    "data.cache holds each image once: leave out data.repeats and those of data.more, or set data.cache=null "
+    "(data.cache_latents=true keeps the latents in memory)"
+)
+
+
 class DataSettings(ImageSettings):
     """Where images come from and how they become tensors."""
 
+    more: list[MoreImages] = Field(default=[])
+    """Further sets of images. Classes of the same name are one class; held-out images are chosen from all sets."""
+    repeats: Positive = 1
+    """How often each training image of ``path`` is shown in an epoch: the weight of this set beside others."""
     resolution: Positive = 128
     """Side of the square training image in pixels, at full resolution."""
     buckets: bool | list[tuple[Positive, Positive]] = False
@@ -71,6 +95,17 @@ class DataSettings(ImageSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _kept_once(self) -> DataSettings:
+        if self.cache is not None and self.repeated:
+            raise ValueError(KEPT_ONCE)
+        return self
+
+    @property
+    def repeated(self) -> bool:
+        """Whether images are shown several times in an epoch."""
+        return self.repeats > 1 or any(images.repeats > 1 for images in self.more)
+
 
 _PROCEDURAL = re.compile(r"procedural(:.*)?")
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+)?")
@@ -89,6 +124,28 @@ def is_on_hub(name: str) -> bool:
     return not local and _HUB_NAME.fullmatch(name) is not None
 
 
+SOURCES = "davae.sources"
+"""Entry points of plug-ins that open data sets: functions of the text after ``NAME://`` and the split."""
+
+
+def plugin_scheme(name: str) -> str | None:
+    """``NAME`` in ``NAME://...`` if a plug-in opens such data sets; none for other names.
+
+    Raises:
+        DavaeError: the name has this form and there is no such plug-in.
+    """
+    scheme, separator, _ = name.partition("://")
+    if not separator:
+        return None
+    known = plugin_names(SOURCES)
+    if scheme not in known:
+        raise DavaeError(
+            f"'{name}': no plug-in opens {scheme}:// (entry points {SOURCES}: {', '.join(known) or 'none'}); download "
+            "the images and give their folder, or install the plug-in"
+        )
+    return scheme
+
+
 def check_data_path(name: str, revision: str | None = None) -> None:
     """Check that a data path exists; a name on the hub is looked up when it is opened.
 
@@ -99,7 +156,7 @@ def check_data_path(name: str, revision: str | None = None) -> None:
     Raises:
         DavaeError: there is no such folder or file; or a revision is given for what is not on the hub.
     """
-    if is_on_hub(name):
+    if is_on_hub(name) or (plugin_scheme(name) and revision is None):
         return
     if revision is not None:
         raise DavaeError(f"data.revision is set, but '{name}' is not a name on the hub; only those have revisions")

@@ -18,6 +18,7 @@ from davae.recipes.loop import (
     Positive,
     Section,
     Share,
+    TrainedSection,
 )
 from davae.recipes.settings import PrefixSettings, ReconstructionSettings
 
@@ -86,7 +87,7 @@ class DcAeDataSettings(ImageSettings):
     """Decode each image once and keep it; crops and flips are then drawn once too, windows every time."""
 
 
-class Phase(Section):
+class Phase(TrainedSection):
     """One phase: its images, its losses, its loop."""
 
     resolution: Positive

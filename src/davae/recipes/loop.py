@@ -1,7 +1,7 @@
 """The ``loop`` and ``optimizer`` sections of a recipe, the same for every stage."""
 
 import os
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -13,6 +13,22 @@ Weight = Annotated[float, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def in_steps(value: int | float, steps: int) -> int:
+    """A number of steps, or a share of ``steps`` below 1, as a number of steps."""
+    return round(value * steps) if value < 1 else int(value)
+
+
+def _whole_or_share(value: int | float) -> int | float:
+    if value < 1:
+        return value
+    if value != int(value):
+        raise ValueError("give whole steps, or a share of the run's steps below 1")
+    return int(value)
+
+
+StepsOrShare = Annotated[int | float, Field(ge=0), AfterValidator(_whole_or_share)]
 Seed = Annotated[int, Field(ge=0, le=LAST_SEED)]
 
 
@@ -76,6 +92,8 @@ class LoopSettings(Section):
     """Skipped steps in a row after which the run stops and saves what is needed to find the cause."""
     ema_decay: Probability | None = None
     """Decay of the exponential moving average of the weights per step; none keeps no average."""
+    offload_ema: Annotated[bool, MAY_CHANGE] = False
+    """Keep the average in main memory: 4 bytes a trained weight less on a GPU, and a copy of the weights each step."""
     precision: Annotated[Precision, MAY_CHANGE] = "no"
     """Autocast of the forward pass; ``no`` computes in float32."""
     channels_last: Annotated[bool, MAY_CHANGE] = True
@@ -105,13 +123,34 @@ class LoopSettings(Section):
     """Whether the least or the greatest ``best_metric`` is best."""
     report_to: Annotated[list[Tracker], BeforeValidator(_as_list), MAY_CHANGE] = Field(default=["tensorboard"])
     """Trackers known to accelerate; ``metrics.jsonl`` is written in any case."""
+    tracker_project_name: Annotated[str, MAY_CHANGE] = "davae"
+    """Project of the trackers that have projects."""
+    tracker_run_name: Annotated[str | None, MAY_CHANGE] = None
+    """Name of the run there; none takes its folder's."""
+
+
+def _rules(text: str) -> str:
+    """Check the rules of ``piecewise_constant``."""
+    *rules, last = text.split(",")
+    try:
+        float(last)
+        for rule in rules:
+            factor, step = rule.split(":")
+            float(factor), int(step)
+    except ValueError:
+        raise ValueError("give factor:step, ..., and the last factor, such as 1:1000,0.1:2000,0.01") from None
+    return text
 
 
 class OptimizerSettings(Section):
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
     kind: OptimizerKind = "adamw"
-    """``adamw8bit`` keeps the moments in 8 bits, a quarter of the memory; it needs bitsandbytes, and no FSDP."""
+    """``adamw8bit`` keeps the moments in 8 bits, a quarter of the memory, and ``paged_adamw8bit`` lets them move to
+    main memory when a GPU's is full; ``adafactor`` keeps rows and columns of the second moment; ``muon`` is for
+    matrices within blocks, with AdamW for the rest; ``prodigy`` finds the rate (``learning_rate: 1``);
+    ``schedule_free`` needs no decay and averages by itself (``ema_decay: null``). All but ``adamw`` need whole weights,
+    no FSDP."""
     learning_rate: Annotated[PositiveFloat, MAY_CHANGE]
     """After the warm-up."""
     betas: Annotated[tuple[Probability, Probability], MAY_CHANGE] = (0.9, 0.999)
@@ -123,8 +162,29 @@ class OptimizerSettings(Section):
     eps: Annotated[PositiveFloat, MAY_CHANGE] = 1e-8
     """Added to the root of the second moment."""
     lr_scheduler: Annotated[LearningRateSchedule, MAY_CHANGE] = "constant"
-    """Shape of the learning rate after the warm-up."""
-    lr_warmup_steps: Annotated[NotNegative, MAY_CHANGE] = 0
-    """Steps over which the learning rate rises linearly from 0."""
+    """Shape of the learning rate after the warm-up: those of diffusers."""
+    lr_warmup_steps: Annotated[StepsOrShare, MAY_CHANGE] = 0
+    """Steps over which the learning rate rises linearly from 0; below 1 a share of ``loop.steps``."""
     lr_end: Annotated[Weight, MAY_CHANGE] = 0.0
-    """Learning rate at the last step of the cosine schedule."""
+    """Learning rate at the last step of the schedules that fall."""
+    lr_num_cycles: Annotated[Positive, MAY_CHANGE] = 1
+    """Cycles of ``cosine_with_restarts``."""
+    lr_power: Annotated[PositiveFloat, MAY_CHANGE] = 1.0
+    """Power of ``polynomial``."""
+    lr_step_rules: Annotated[str, MAY_CHANGE, AfterValidator(_rules)] = "1"
+    """Factors of ``piecewise_constant`` with the steps before which they hold, and the last one, such as
+    ``1:1000,0.1:2000,0.01``."""
+
+
+class TrainedSection(Section):
+    """A section with ``loop`` and ``optimizer``: shares of the run's steps become steps."""
+
+    @model_validator(mode="after")
+    def _shares_in_steps(self) -> Self:
+        loop: LoopSettings = self.__dict__["loop"]
+        for part, key in (("optimizer", "lr_warmup_steps"), ("loss", "detail_warmup_steps")):
+            section = getattr(self, part, None)
+            value = getattr(section, key, 0)
+            if section is not None and 0 < value < 1:  # sections cannot be changed from outside
+                object.__setattr__(self, part, section.model_copy(update={key: in_steps(value, loop.steps)}))
+        return self

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +16,7 @@ from davae.recipes.dc_ae import DcAeRecipe
 from davae.recipes.loop import MAY_CHANGE, MAY_MOVE, Section
 from davae.recipes.settings import AblationRecipe, BaseRecipe, UpgradeRecipe
 from davae.recipes.yaml_text import Plain, field_of, parse_yaml, read_text, takes_text, typed
+from davae.runtime.atomic_files import atomic_write
 
 Recipe = UpgradeRecipe | BaseRecipe | DcAeRecipe | AblationRecipe
 KINDS: dict[str, type[UpgradeRecipe] | type[BaseRecipe] | type[DcAeRecipe] | type[AblationRecipe]] = {
@@ -30,6 +31,40 @@ def recipe_names() -> list[str]:
     """Names of the recipes that come with davae."""
     folder = resources.files("davae.recipes")
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def recipe_table() -> str:
+    """Name, kind and description of each recipe that comes with davae, one a line."""
+    recipes = [(name, load_recipe(name)) for name in recipe_names()]
+    width = max(len(name) for name, _ in recipes)
+    return "\n".join(f"{name:<{width}}  {recipe.kind:<8}  {recipe.description}" for name, recipe in recipes)
+
+
+def recipe_text(name: str) -> str:
+    """The file of a recipe that comes with davae, comments included.
+
+    Raises:
+        DavaeError: there is none of that name.
+    """
+    if name not in recipe_names():
+        raise DavaeError(
+            f"no recipe named '{name}'{_nearest(name, recipe_names())}; "
+            f"there are {', '.join(recipe_names())}, or give a .yaml file"
+        )
+    return (resources.files("davae.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def write_recipe(text: str, file: Path) -> Path:
+    """Write a recipe to a new file and return it, with ``.yaml`` added to a name without it.
+
+    Raises:
+        DavaeError: the file exists.
+    """
+    file = file if file.suffix.lower() in {".yaml", ".yml"} else file.with_name(f"{file.name}.yaml")
+    if file.exists():
+        raise DavaeError(f"{file} exists: name another file, or remove it")
+    atomic_write(file, text)
+    return file
 
 
 def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = (), *, stage: str | None = None) -> Recipe:
@@ -47,14 +82,7 @@ def load_recipe(name_or_file: str | Path, overrides: Sequence[str] = (), *, stag
     if path.suffix.lower() in {".yaml", ".yml"}:
         text, source = read_text(path), str(path)
     else:
-        name = str(name_or_file)
-        if name not in recipe_names():
-            raise DavaeError(
-                f"no recipe named '{name}'{_nearest(name, recipe_names())}; "
-                f"there are {', '.join(recipe_names())}, or give a .yaml file"
-            )
-        text = (resources.files("davae.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
-        source = f"recipe '{name}'"
+        text, source = recipe_text(str(name_or_file)), f"recipe '{name_or_file}'"
     values = parse_yaml(text, source)
     if not isinstance(values, dict):
         raise DavaeError(f"{source} must hold sections with keys, not {_kind_of(values)}")
@@ -170,6 +198,17 @@ def differing_keys(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "
         elif a != b:
             found.append(f"{prefix}{key}: {b} -> {a}")
     return found
+
+
+def flatten(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
+    """Nested mappings as rows with dotted names."""
+    rows: list[tuple[str, object]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            rows += flatten(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", value))
+    return rows
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -42,6 +42,8 @@ from davae.recipes.loop import (
     Section,
     Seed,
     Share,
+    StepsOrShare,
+    TrainedSection,
     Weight,
 )
 
@@ -157,7 +159,7 @@ class AutoencoderModelSettings(Section):
         return self
 
 
-class AutoencoderSettings(Section):
+class AutoencoderSettings(TrainedSection):
     """The autoencoder stage: detail encoder and joint decoder."""
 
     model: AutoencoderModelSettings
@@ -256,8 +258,8 @@ class FlowLossSettings(Section):
     variance_weight: Weight = 1.0
     """Weight of the variational bound of variances that a transformer predicts beside the noise (DiT, PixArt), in
     bits; 0 leaves them as they are. Others have no such term."""
-    detail_warmup_steps: NotNegative = 0
-    """``N`` of Eq. 12: steps over which the detail channels' loss fades in."""
+    detail_warmup_steps: Annotated[StepsOrShare, MAY_CHANGE] = 0
+    """``N`` of Eq. 12: steps over which the detail channels' loss fades in; below 1 a share of ``loop.steps``."""
     detail_schedule: ScheduleShape = "cosine"
     """How it fades in; ``constant`` gives it full weight from the first step."""
     prefixes: PrefixSettings = PrefixSettings()
@@ -313,7 +315,7 @@ class SampleSettings(Section):
     """Class-conditional pipelines: guide only while ``start <= t <= end``, where t = 0 is noise."""
 
 
-class DiffusionSettings(Section):
+class DiffusionSettings(TrainedSection):
     """The diffusion stage: the warm-started transformer."""
 
     start_from: Annotated[str | None, AT_HOME] = None
@@ -393,7 +395,7 @@ class BaseAutoencoderArchitecture(Section):
     """Groups of each group norm; divides every entry of ``block_out_channels``."""
 
 
-class BaseAutoencoderSettings(Section):
+class BaseAutoencoderSettings(TrainedSection):
     """First half of a base training: the autoencoder."""
 
     architecture: BaseAutoencoderArchitecture
@@ -439,7 +441,7 @@ class StartFromSettings(Section):
     """``true`` adds QK-norm, which cannot be removed again; none keeps the pipeline's transformer as it is."""
 
 
-class BaseTransformerSettings(Section):
+class BaseTransformerSettings(TrainedSection):
     """Second half of a base training: the transformer on the autoencoder's latents."""
 
     architecture: BaseTransformerArchitecture | None = None

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.recipes.read import flatten
 from davae.report import words
 from davae.report.plots import COLOURS, SHAPES, loss_plot, scatter_plot, spectrum_plot
 from davae.report.recorder import data_uri
@@ -59,8 +60,8 @@ def build_report(run_dir: Path | str) -> Path:
         map_method=figures.map_method,
         map_legend=_legend(figures.classes),
         spectra=_spectra(summary, figures, tensors),
-        settings=words.flatten(summary.settings),
-        everything=words.flatten(summary.model_dump(exclude={"settings", "hardware", "skipped", "command"})),
+        settings=flatten(summary.settings),
+        everything=flatten(summary.model_dump(exclude={"settings", "hardware", "skipped", "command"})),
     )
     path = run_dir / REPORT_FILE
     atomic_write(path, text)

@@ -101,17 +101,6 @@ def any_value(value: object) -> str:
     return str(value)
 
 
-def flatten(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
-    """Nested mappings as rows with dotted names."""
-    rows: list[tuple[str, object]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            rows += flatten(value, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", value))
-    return rows
-
-
 def speed_up(summary: Summary) -> float:
     """Speed-up of the upgraded pipeline over the base at full resolution."""
     return summary.seconds_per_image.native / summary.seconds_per_image.upgraded

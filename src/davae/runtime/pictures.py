@@ -1,12 +1,13 @@
 """Resizing of images, and picture sheets that show many of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from davae.errors import DavaeError
@@ -15,6 +16,7 @@ from davae.runtime.processes import gathered_in_first, is_first, share
 
 PICTURES = 8  # images in a row of a validation picture
 _GAP = 2  # pixels between tiles
+_LINE = 12  # pixels of a line of text
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -49,24 +51,37 @@ def reduced_to(images: Tensor, side: int) -> Tensor:
     return resize_bicubic(images, side, side)
 
 
-def image_grid(rows: list[Tensor]) -> Image.Image:
+def image_grid(rows: list[Tensor], labels: Sequence[Sequence[str]] = ()) -> Image.Image:
     """Tile rows of ``[N, 3, h, w]`` images in [-1, 1] into one picture.
 
     Rows may differ in resolution; smaller images are enlarged to the largest side by nearest neighbour, which shows
     their pixels as they are.
+
+    Args:
+        rows: the images.
+        labels: of the images of each row, written below them and cut to their width; rows without any have no text.
     """
     side = max(row.shape[-1] for row in rows)
     tiles = []
-    for row in rows:
+    texts: list[tuple[int, int, str]] = []
+    height = 0
+    for number, row in enumerate(rows):
         row = row.detach().float().cpu()
         if row.shape[-1] != side:
             row = F.interpolate(row, size=(side, side), mode="nearest-exact")
-        padded = F.pad(row, (0, _GAP, 0, _GAP), value=1.0)
+        own = labels[number][: len(row)] if number < len(labels) else []
+        texts += [(i * (side + _GAP), height + row.shape[-2], text[: max(1, side // 6)]) for i, text in enumerate(own)]
+        padded = F.pad(row, (0, _GAP, 0, _LINE if own else _GAP), value=1.0)
         tiles.append(torch.cat(list(padded), dim=2))  # [3, side, N * side]
+        height += padded.shape[-2]
     width = max(t.shape[2] for t in tiles)
     whole = torch.cat([F.pad(t, (0, width - t.shape[2]), value=1.0) for t in tiles], dim=1)
     pixels = to_bytes(whole).to(torch.uint8).permute(1, 2, 0).numpy()
-    return Image.fromarray(np.ascontiguousarray(pixels))
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default()
+    for left, top, text in texts:
+        draw.text((left, top), text.replace("\n", " "), fill="black", font=font)
+    return picture
 
 
 def save_image(image: Image.Image, path: Path, **options: Any) -> None:
@@ -95,10 +110,10 @@ def save_shared_rows(path: Path, rows: dict[str, Tensor], count: int, *, at_most
         save_rows(path, shown)
 
 
-def save_rows(path: Path, rows: dict[str, Tensor]) -> None:
-    """Write a grid with one row per entry; the names of the rows are stored in the PNG's text."""
+def save_rows(path: Path, rows: dict[str, Tensor], labels: Sequence[Sequence[str]] = ()) -> None:
+    """Write an :func:`image_grid` with one row per entry; the names of the rows are stored in the PNG's text."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_text("Rows", " | ".join(rows))
-    save_image(image_grid(list(rows.values())), path, pnginfo=info)
+    save_image(image_grid(list(rows.values()), labels), path, pnginfo=info)

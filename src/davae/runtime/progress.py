@@ -1,19 +1,23 @@
-"""A progress bar with rate, remaining time and losses; log lines where standard error is no terminal."""
+"""A progress line with count, time left, rate, memory and losses; log lines where standard error is no terminal."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import torch
 from rich.progress import Progress as RichProgress
+from rich.progress import TextColumn
+from rich.table import Column
 
 from davae.runtime.console import PlainConsole
 
 logger = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 20.0
+_BAR = 20  # characters
 _PRIOR_SECONDS = 5.0  # of a pace as expected, so that the first steps decide little
 
 
@@ -91,27 +95,22 @@ class Progress:
         name: what is running.
         total: number of steps.
         start: steps done earlier.
+        images: per step, for images a second; 0 leaves them out.
         enabled: show anything; turn it off in all but the main process.
     """
 
-    def __init__(self, name: str, total: int, start: int = 0, *, enabled: bool = True) -> None:
-        self.name, self.total, self.done, self.enabled = name, total, start, enabled
+    def __init__(self, name: str, total: int, start: int = 0, *, images: int = 0, enabled: bool = True) -> None:
+        self.name, self.total, self.done, self.images, self.enabled = name, total, start, images, enabled
         self._first = start
         self._began = self._last_line = time.monotonic()
-        self._losses = self._whole = ""
+        self._losses: list[str] = []
+        self._whole = ""
         console = PlainConsole(stderr=True)
         self._bar: RichProgress | None = None
         if enabled and console.is_terminal:
-            self._bar = RichProgress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[whole]}{task.fields[rate]}  {task.fields[losses]}", markup=False),
-                console=console,
-            )
-            self._task = self._bar.add_task(name, total=total, completed=start, whole="", rate="", losses="")
+            column = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="crop"))
+            self._bar = RichProgress(column, console=console)
+            self._task = self._bar.add_task(f"{name} {start}/{total}", total=total)
 
     def __enter__(self) -> Progress:
         if Phases.current is not None:
@@ -127,23 +126,63 @@ class Progress:
             self._bar.stop()
 
     def losses(self, values: dict[str, float]) -> None:
-        """Show the first four values, without learning rate and gradient norm, beside the bar."""
+        """Show the first four values, without learning rate and gradient norm."""
         shown = [(k, v) for k, v in values.items() if k not in {"learning_rate", "gradient_norm"}]
-        self._losses = "  ".join(f"{k} {v:.4g}" for k, v in shown[:4])
+        self._losses = [f"{k} {v:.4g}" for k, v in shown[:4]]
 
     def advance(self) -> None:
         """Count one more step as done."""
         self.done += 1
         now = time.monotonic()
-        seconds = max(now - self._began, 1e-9) / max(1, self.done - self._first)
-        rate = f"{1 / seconds:.2f} steps/s" if seconds < 1 else f"{seconds:.2f} s/step"
         if Phases.current is not None:
             Phases.current.advanced(self.name, (self.done - self._first) / max(1, self.total - self._first))
-            self._whole = f"{Phases.current.name}: {Phases.current.told()}  "
+            self._whole = f"{Phases.current.name}: {Phases.current.told()}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, whole=self._whole, rate=rate, losses=self._losses)
+            self._bar.update(self._task, description=self.line(now - self._began, self._bar.console.width))
         elif self.enabled and (now - self._last_line > _SECONDS_BETWEEN_LINES or self.done == self.total):
             self._last_line = now
-            left = seconds * (self.total - self.done)
-            line = "%s %d/%d  %s  %.0f s left  %s%s"
-            logger.info(line, self.name, self.done, self.total, rate, left, self._whole, self._losses)
+            logger.info("%s", self.line(now - self._began))
+
+    def line(self, seconds: float, width: int | None = None) -> str:
+        """What is shown ``seconds`` after the start: count and time left, and what else fits the ``width``.
+
+        A name that is too long is cut, the count and the time left never are.
+        """
+        step = seconds / max(1, self.done - self._first)
+        needed = f" {self.done}/{self.total}  {_clock(step * (self.total - self.done))} left"
+        rate = f"{1 / step:.2f} steps/s" if 0 < step < 1 else f"{step:.2f} s/step"
+        more = [
+            self._whole,
+            rate,
+            *([f"{self.images / step:.3g} images/s"] if self.images and step else []),
+            *self._losses,
+            _memory(),
+        ]
+        line = (self.name if width is None else self.name[: max(0, width - len(needed))]) + needed
+        for part in filter(None, more):
+            if width is None or len(line) + 2 + len(part) <= width:
+                line += f"  {part}"
+        if width is not None and len(line) + _BAR + 2 <= width:
+            filled = _BAR * self.done // max(1, self.total)
+            line += "  " + "━" * filled + "╌" * (_BAR - filled)
+        return line
+
+
+def _clock(seconds: float) -> str:
+    """``2d 03:04:05``, ``3:04:05`` or ``4:05``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24}d {hours % 24:02d}:{minutes:02d}:{rest:02d}"
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _memory() -> str:
+    """The most memory so far: of tensors on the GPU, or of the process; empty where it is not known."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.3g} GB"
+    if sys.platform != "linux":
+        return ""
+    import resource
+
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.3g} GB"

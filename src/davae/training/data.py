@@ -43,6 +43,8 @@ def open_part(
         part=part,
         buckets=bucket_sizes(data, unit) if training else None,
         revision=data.revision,
+        repeats=data.repeats,
+        more=data.more,
         quiet=quiet,
     )
 

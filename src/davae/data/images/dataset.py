@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 from davae.data.images.decode import Result, UnreadableImage, decode_image, patiently
@@ -53,6 +56,67 @@ class Source(Protocol):
 
     def stamp(self, index: int) -> str:
         """Text that changes with the file, without reading it: its size and modification time."""
+
+
+class JoinedSource:
+    """Sources one after the other; classes of the same name are one.
+
+    Names of images are those of the first source, and those of the others with the last part of their source's name
+    before them, so that they stay the same when another source is added.
+
+    Args:
+        sources: at least one.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = list(sources)
+        self.name = " + ".join(source.name for source in sources)
+        self.classes = list(dict.fromkeys(name for source in sources for name in source.classes))
+        self.commit = sources[0].commit
+        self._starts = [0, *itertools.accumulate(map(len, sources))]
+        self._prefixes = [""]
+        for number, source in enumerate(self.sources[1:], start=1):
+            prefix = f"{Path(source.name).name}:"
+            self._prefixes.append(prefix if prefix not in self._prefixes else f"{number}:{prefix}")
+        self.problems = [
+            (prefix + name, reason)
+            for prefix, source in zip(self._prefixes, sources)
+            for name, reason in source.problems
+        ]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def summary(self) -> str:
+        """The summaries of all."""
+        return "; ".join(f"{source.name}: {source.summary}" for source in self.sources)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        number = bisect.bisect_right(self._starts, index) - 1
+        return number, index - self._starts[number]
+
+    def id(self, index: int) -> str:
+        """See :class:`Source`."""
+        number, own = self._place(index)
+        return self._prefixes[number] + self.sources[number].id(own)
+
+    def open(self, index: int) -> BinaryIO:
+        """See :class:`Source`."""
+        number, own = self._place(index)
+        return self.sources[number].open(own)
+
+    def facts(self, index: int) -> Facts:
+        """See :class:`Source`."""
+        number, own = self._place(index)
+        label, caption = self.sources[number].facts(own)
+        names = self.sources[number].classes
+        return Facts(self.classes.index(names[label]) if 0 <= label < len(names) else label, caption)
+
+    def stamp(self, index: int) -> str:
+        """See :class:`Source`."""
+        number, own = self._place(index)
+        return self.sources[number].stamp(own)
 
 
 def size_in(stamp: str) -> str:

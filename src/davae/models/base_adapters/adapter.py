@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from davae.errors import DavaeError
+from davae.import_hooks import call_plugins
 from davae.latents import LatentLayout, latent_affine
 
 _PROBE_SIDE = 256  # pixels; reveals any compression up to 256, and costs nothing on the meta device
@@ -209,9 +210,12 @@ def register_adapter(base_class: type[ModelMixin], adapter: BaseAdapter) -> None
 def find_adapter(name: str) -> tuple[type[ModelMixin], BaseAdapter]:
     """Class and adapter of a base by its class name.
 
+    Adapters of plug-ins (``davae.adapters``) are known too.
+
     Raises:
         DavaeError: no adapter is registered; the message says what to write.
     """
+    call_plugins("davae.adapters")
     if name not in _ADAPTERS:
         raise DavaeError(
             f"{name} is not a base that davae knows ({', '.join(_ADAPTERS)}). To use it, subclass "
@@ -225,6 +229,7 @@ def find_adapter(name: str) -> tuple[type[ModelMixin], BaseAdapter]:
 
 def adapter_of(model: ModelMixin) -> BaseAdapter | None:
     """The adapter of a model's class or of its nearest registered ancestor; None if there is none."""
+    call_plugins("davae.adapters")
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     named = (_ADAPTERS.get(cls.__name__) for cls in type(model).__mro__)
     return next((found[1] for found in named if found is not None), None)

@@ -9,6 +9,7 @@ from davae.pipelines.families import (  # noqa: F401  (each registers its famili
     sana,
     sd3,
     upgrade_only,
+    z_image,
 )
 from davae.pipelines.families.classes import ClassFamily
 from davae.pipelines.families.family import (

@@ -25,6 +25,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from davae.errors import DavaeError
+from davae.import_hooks import call_plugins
 from davae.models import AutoencoderDA
 from davae.models.latent_space import encode, from_model_space, to_model_space
 from davae.pipelines.families.class_fixes import check_sizes, fit_base_loras, fit_sizes
@@ -396,8 +397,10 @@ def registered_pipelines() -> list[str]:
 def find_family(pipe: DiffusionPipeline | type[DiffusionPipeline] | str) -> PipelineFamily:
     """The family of a pipeline, given as object, class or class name, whether it can be trained or not.
 
-    It is the family that names the class or its nearest ancestor; without one, a family with all the defaults.
+    It is the family that names the class or its nearest ancestor; without one, a family with all the defaults. Families
+    of plug-ins (``davae.families``) are known too.
     """
+    call_plugins("davae.families")
     if isinstance(pipe, str):
         cls = getattr(diffusers, pipe, None)
         names = [pipe, *(parent.__name__ for parent in getattr(cls, "__mro__", ()))]

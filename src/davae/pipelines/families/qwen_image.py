@@ -1,5 +1,6 @@
-"""Qwen-Image: a language model's last states with a mask, packed latents, channels normalised separately."""
+"""Qwen-Image and Krea 2: a language model's states with a mask, packed latents, channels normalised separately."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from davae.pipelines.families.family import Conditioning, PipelineFamily, pack, register_family, unpack
+from davae.pipelines.families.flux import token_positions
 
 
 class QwenImage(PipelineFamily):
@@ -57,4 +59,45 @@ class QwenImage(PipelineFamily):
         return arguments | {"true_cfg_scale": guidance_scale} | negative
 
 
+class Krea2(PipelineFamily):
+    """Krea 2: states of several layers of a language model, on Qwen-Image's autoencoder."""
+
+    pipelines = ("Krea2Pipeline",)
+    text_length = 512
+    packed = True
+    lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+
+    def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
+        embeds, mask = pipe.encode_prompt(prompts, device=pipe.text_encoder.device, max_sequence_length=length)
+        return {"prompt_embeds": embeds, "prompt_embeds_mask": mask}
+
+    def _predict(
+        self, transformer: ModelMixin, noisy: Tensor, level: Tensor, conditioning: Conditioning, guidance: float
+    ) -> Tensor:
+        text = conditioning["prompt_embeds"]
+        height, width = noisy.shape[-2:]
+        places = F.pad(token_positions(height // 2, width // 2), (0, 0, text.shape[1], 0))  # texts are at the origin
+        tokens = transformer(
+            hidden_states=pack(noisy),
+            timestep=level,
+            encoder_hidden_states=text,
+            encoder_attention_mask=conditioning["prompt_embeds_mask"],
+            position_ids=places.to(noisy.device),
+            return_dict=False,
+        )[0]
+        return unpack(tokens, height, width)
+
+    def timestep_shift(self, pipe: DiffusionPipeline, tokens: int) -> float:
+        """As in the base class; distilled models sample with one shift at every number of tokens."""
+        dynamic = pipe.scheduler.config.use_dynamic_shifting and pipe.config.is_distilled
+        return math.exp(1.15) if dynamic else super().timestep_shift(pipe, tokens)
+
+    def _call_arguments(
+        self, prompts: list[str], height: int, width: int, guidance_scale: float, max_length: int | None
+    ) -> dict[str, Any]:
+        arguments = super()._call_arguments(prompts, height, width, guidance_scale, max_length)
+        return arguments | {"guidance_scale": max(0.0, guidance_scale - 1)}  # the pipeline's 0 is none
+
+
 register_family(QwenImage())
+register_family(Krea2())

@@ -2,26 +2,9 @@
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from davae.models import AutoencoderDA
 from davae.pipelines.families.family import UpgradeOnlyFamily, register_family
-
-
-class Flux2(UpgradeOnlyFamily):
-    """FLUX.2 and its distilled forms: each feature of a packed token is normalised separately."""
-
-    packed = True
-    pipelines = ("Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline")
-    shift_rule = "has its own rule for the shift, which depends only on the number of tokens and of steps"
-
-    def raw_base(self, base_vae: ModelMixin, base: Tensor) -> Tensor:
-        """As in the base class; the scale is that of the batch norm's statistics."""
-        mean, variance = (v.view(1, -1, 1, 1).to(base) for v in (base_vae.bn.running_mean, base_vae.bn.running_var))
-        std = (variance + base_vae.config.batch_norm_eps).sqrt()
-        return pixel_shuffle(pixel_unshuffle(base, 2) * std + mean, 2)
 
 
 class Packed(UpgradeOnlyFamily):
@@ -97,5 +80,5 @@ class ListedSizes(UpgradeOnlyFamily):
     sizes = "listed"
 
 
-for _family in (Flux2, Packed, FluxKontext, HiDream, Ideogram4, QwenImageLayered, Lumina, ListedSizes):
+for _family in (Packed, FluxKontext, HiDream, Ideogram4, QwenImageLayered, Lumina, ListedSizes):
     register_family(_family())

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.lora import acting_lora, attach_lora
-from davae.pipelines.saving.opening import LAYERS_FILE, load_autoencoder
+from davae.pipelines.saving.opening import LAYERS_FILE, hub_name, load_autoencoder, opening
 from davae.pipelines.upgrade import upgrade_pipeline
 from davae.runtime.model_files import not_finite
 from davae.runtime.places import claim
@@ -119,14 +120,15 @@ def _widened(pipe: DiffusionPipeline, adapter: str | None) -> tuple[dict[str, Te
     return tensors, {"format": "pt", "davae": json.dumps(asdict(header), indent=1)}
 
 
-def load_adapters(base: P, vae: AutoencoderDA | str | Path, folder: str | Path) -> P:
+def load_adapters(base: P, vae: AutoencoderDA | str | Path | None, folder: str | Path) -> P:
     """Upgrade a base pipeline and load what :func:`save_adapters` wrote: the tuned pipeline in one call.
 
     Args:
         base: the base pipeline, on any device and in any precision, which the result keeps (see
             :func:`upgrade_pipeline`); it is not changed, and shares its other parts with the result.
-        vae: the autoencoder of the tuned pipeline, or its folder; not changed.
-        folder: the folder of the two files.
+        vae: the autoencoder of the tuned pipeline, or its folder; not changed. ``None`` takes the one that
+            ``davae export --adapters`` puts beside the files.
+        folder: the folder of the two files, or its name on the hub.
 
     Returns:
         The tuned pipeline, of the base's class, with the LoRA attached: ``fuse_lora``, ``set_adapters`` and the like
@@ -136,8 +138,14 @@ def load_adapters(base: P, vae: AutoencoderDA | str | Path, folder: str | Path) 
         DavaeError: a file is missing or damaged, the base or the autoencoder is not the one that was tuned (the first
             weight that differs is named), or a tensor is missing, unexpected, of another shape or not finite.
     """
+    if not Path(folder).is_dir():
+        with opening("adapters", str(folder)):
+            files = [LAYERS_FILE, LORA_FILE, "autoencoder/*"]
+            folder = snapshot_download(hub_name("adapters", str(folder)), allow_patterns=files)
     folder = Path(folder)
     header, tensors = _read(folder / LAYERS_FILE)
+    if vae is None:
+        vae = folder / "autoencoder"
     autoencoder = load_autoencoder(vae) if isinstance(vae, str | Path) else unwrapped(vae)
     _check_kind(base, autoencoder, header)
     _check_samples("autoencoder", tensors["check.vae"], dict(autoencoder.named_parameters()))

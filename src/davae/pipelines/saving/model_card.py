@@ -78,7 +78,7 @@ import davae
 from diffusers import DiffusionPipeline
 
 base = DiffusionPipeline.from_pretrained("{base}")
-pipe = davae.load_adapters(base, "{name}/autoencoder", "{name}")  # local folders
+pipe = davae.load_adapters(base, None, "{name}")  # a folder, or the name on the hub
 ```
 
 The LoRA alone is not enough: the input and output layers with the detail channels are in `{layers}`.
@@ -101,6 +101,7 @@ class Making:
         hardware: device and versions, by name.
         datasets: hub names of the data sets it was trained on.
         recipe: text of the resolved recipe.
+        pictures: names of pictures in the folder, with what they show.
     """
 
     figures: Mapping[str, Any] = field(default_factory=dict)
@@ -108,6 +109,7 @@ class Making:
     hardware: Mapping[str, Any] = field(default_factory=dict)
     datasets: Sequence[str] = ()
     recipe: str | None = None
+    pictures: Mapping[str, str] = field(default_factory=dict)
 
     def public(self) -> Making:
         """A copy without private paths, see :mod:`davae.pipelines.saving.publishing`."""
@@ -238,6 +240,7 @@ def _card(facts: _Facts, name: str, base_model: str, licence: Licence, making: M
         f"---\n{head}---",
         f"# {_plain(Path(name).name)}\n\n{_introduction(facts, base_model)}",
         f"## Use\n\n{_use(facts, name, base_model)}",
+        _gallery(making.pictures),
         _figures(making.figures),
         _making(making),
         f"## Licence\n\nThe base's licence applies to this model too: {_named(licence)}.",
@@ -284,6 +287,11 @@ def _sizes(facts: _Facts) -> str:
             "pass `use_resolution_binning=False`."
         )
     return _FULL
+
+
+def _gallery(pictures: Mapping[str, str]) -> str:
+    shown = [f"![{_plain(what)}](<{name}>)" for name, what in pictures.items()]
+    return "\n\n".join(["## Samples", *shown]) if shown else ""
 
 
 def _figures(figures: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 
-from davae.errors import DavaeError
+from davae.errors import DavaeError, first_line
 from davae.models import AutoencoderDA
 from davae.pipelines.lora import attached_lora, merge_lora
 from davae.pipelines.saving.licence import Licence, find_licence, read_front_matter
@@ -86,7 +86,8 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None
         The address of the commit.
 
     Raises:
-        DavaeError: there is no card, it names no licence, a JSON file is not valid, or a file is a link or hidden.
+        DavaeError: there is no card, it names no licence, a JSON file is not valid, a file is a link or hidden, or the
+            hub is out of reach or refuses.
     """
     folder = Path(folder)
     card = folder / CARD
@@ -112,6 +113,13 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None
     shown = "\n".join(f"  {file.relative_to(folder).as_posix()}, {file.stat().st_size:,} bytes" for file in files)
     logger.info("publishing as %s:\n%s", repo_id, shown)
     api = HfApi(token=token)
-    repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a model made with davae")
+    try:
+        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        message = "Upload a model made with davae"
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    except Exception as error:  # of the hub, of its network library, of names
+        raise DavaeError(
+            f"{folder} is written, and was not published as {repo_id}: {first_line(error)} (log in with `hf auth "
+            f"login`, then publish it with `hf upload {repo_id} {folder}`)"
+        ) from error
     return str(commit.commit_url)

@@ -97,7 +97,7 @@ class DiffusionObjective(nn.Module):
 
         if sample.kept is not None:
             prediction = prediction * sample.kept
-        weight = detail_weight(step, settings.detail_warmup_steps, shape=settings.detail_schedule)  # Eq. 12
+        weight = detail_weight(step, int(settings.detail_warmup_steps), shape=settings.detail_schedule)  # Eq. 12
         loss = self.process.loss(prediction, sample, weight)  # Eq. 13
         logged: dict[str, Tensor] = {}
         if self.layout.detail_channels:

@@ -142,7 +142,9 @@ class DiffusionStage(Stage):
         rows = {f"samples {i // _PICTURES}": made[i : i + _PICTURES] for i in range(0, min(count, _SHOWN), _PICTURES)}
         if self._base_row is not None:
             rows["base"] = self._base_row[:_PICTURES]
-        save_rows(samples / f"step-{step}.png", rows)
+        names = self._names(count)
+        labels = [names[i : i + _PICTURES] for i in range(0, min(count, _SHOWN), _PICTURES)]
+        save_rows(samples / f"step-{step}.png", rows, [*labels, names[:_PICTURES]])
         if isinstance(self.conditions, PromptEmbeddings):
             atomic_write(samples / "prompts.txt", "\n".join(self.inputs.validation_prompts) + "\n")
         if len(self.images):
@@ -151,6 +153,14 @@ class DiffusionStage(Stage):
             if real.shape[1:] == made.shape[1:]:
                 values[SWD_FINEST] = sliced_wasserstein(made, real)[0]
         return values
+
+    def _names(self, count: int) -> list[str]:
+        """The classes or prompts of the samples, in order."""
+        names = self.inputs.validation_prompts
+        if isinstance(self.conditions, ClassMap):
+            known = {number: name for name, number in self.pipeline.labels.items()}
+            names = [known.get(number, str(number)) for number in self.conditions.known]
+        return [names[i % len(names)] for i in range(count)]
 
     def _preview_drift(self, latents: list[Tensor], count: int) -> dict[str, float]:
         """How far the base part of samples has moved from the base's own samples of the same noise and class.

@@ -123,12 +123,26 @@ def restore_module(module: nn.Module, saved: dict[str, Tensor], where: Path) -> 
         tensor.copy_(like(saved[name], tensor))
 
 
+GROUP_STATE = ("k", "weight_sum", "lr_max", "d", "d_max", "d_hat", "d_numerator", "d_denom")
+"""Numbers that optimizers (schedule-free, Prodigy) keep in their parameter groups and change in their steps."""
+_OF_GROUP = "group_"
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state (moments, step counts) by ``<parameter index>.<name>``."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value) for index, entry in state.items() for name, value in entry.items()
+    """The optimizer's state (moments, step counts) by ``<parameter index>.<name>``.
+
+    A group's numbers stand with its first parameter, as ``<parameter index>.group_<name>`` in float64.
+    """
+    whole = optimizer.state_dict()
+    found = {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, entry in whole["state"].items()
+        for name, value in entry.items()
     }
+    for group in whole["param_groups"]:
+        for name in (name for name in GROUP_STATE if name in group):
+            found[f"{group['params'][0]}.{_OF_GROUP}{name}"] = torch.tensor(group[name], dtype=torch.float64)
+    return found
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
@@ -139,10 +153,20 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
+    numbers: dict[int, dict[str, float]] = {}
     for key, value in saved.items():
         index, _, name = key.partition(".")
+        if name.startswith(_OF_GROUP):
+            number = value.item()
+            short = name.removeprefix(_OF_GROUP)
+            numbers.setdefault(int(index), {})[short] = int(number) if short == "k" else number
+            continue
         parameter = parameters[int(index)]
         if value.shape == parameter.shape:
             value = like(value, parameter)
         state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    for group in groups:  # with other rates groups differ: then those of any parameter in it, or of another group
+        own = [numbers[index] for index in (*group["params"], *numbers) if index in numbers]
+        group.update(own[0] if own else {})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -4,10 +4,12 @@ Weights and moments are whole in every process or sharded by FSDP2 (:mod:`davae.
 processes all ranks must call every method.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -102,6 +104,26 @@ class ModuleTrainer:
         optimizer = self.optimizer.optimizer  # accelerate's wrapper asks the scaler, which sees gradients only
         optimizer.found_inf = (~good).float()  # the fused optimizer reads it on the device
         optimizer.step()
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Context in which the parameters are those to evaluate and to export: schedule-free training has averages.
+
+        Those of training come back bit by bit.
+        """
+        if self.trained.optimizer.kind != "schedule_free":
+            yield
+            return
+        optimizer, parameters = self.optimizer.optimizer, self.trained.parameters()
+        kept = [parameter.detach().clone() for parameter in parameters]
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+            with torch.no_grad():
+                for parameter, own in zip(parameters, kept):
+                    parameter.copy_(own)
 
     @property
     def learning_rates(self) -> dict[str, float]:

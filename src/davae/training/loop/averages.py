@@ -64,22 +64,24 @@ class Ema:
     Args:
         parameters: the trained parameters in float32, in a fixed order.
         decay: final decay in [0, 1).
+        device: where the averages are kept; by default beside the parameters.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float, *, device: str | None = None) -> None:
         self.parameters = list(parameters)
         self.decay = decay
-        self.averages = [p.detach().float().clone() for p in self.parameters]
+        self.averages = [p.detach().to(device or p.device, torch.float32, copy=True) for p in self.parameters]
         self.updates = torch.zeros((), dtype=torch.int64, device=self.averages[0].device)
-        """How many, on the device, which alone knows whether a step was good."""
+        """How many, where the averages are: a device alone knows whether a step was good."""
 
     @torch.no_grad()
     def update(self, good: Tensor | bool = True) -> None:
         """Move the averages towards the current weights after a ``good`` step, a boolean scalar on the device."""
+        good = torch.as_tensor(good, device=self.updates.device)
         self.updates += good
         share = (9 / (10 + self.updates)).clamp(min=1 - self.decay) * good  # 1 - d
         for average, parameter in zip(self.averages, self.parameters):
-            average.lerp_(parameter.detach().float(), share)
+            average.lerp_(parameter.detach().to(average.device, torch.float32), share)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ import logging
 import signal
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from davae.runtime.progress import Progress
 from davae.training.checkpoints.checkpoint import CheckpointWriter
 from davae.training.checkpoints.foundations import Foundations
 from davae.training.checkpoints.run_directory import RunDirectory, read_metrics
-from davae.training.engine.fsdp import begin_accelerator, unshard_for_good, unsharded
+from davae.training.engine.fsdp import begin_accelerator, is_sharding, unshard_for_good, unsharded
 from davae.training.engine.optimizer import learning_rate
 from davae.training.engine.trainer import prepare
 from davae.training.loop.averages import Ema, RunningMeans
@@ -41,6 +41,7 @@ from davae.training.loop.bad_steps import BatchNormSnapshot, NonFiniteGuard, out
 from davae.training.loop.rng import RankInvariantDraws, _seed_step, draws_by
 from davae.training.loop.run_state import RunState
 from davae.training.loop.signals import StopRequest, TrainingStopped
+from davae.training.loop.trackers import Trackers
 from davae.training.stage import Stage
 
 logger = logging.getLogger(__name__)
@@ -121,13 +122,12 @@ class _Training:
         check_trackers(loop, stage.section)
         self.accelerator = begin_accelerator(
             mixed_precision=loop.precision,
-            log_with=loop.report_to or None,
-            project_dir=str(out),
             cpu=use_cpu(),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
         )
         self.main = self.accelerator.is_main_process
         self.directory = RunDirectory(out, recipe, facts=stage.facts, other_sections=stage.other_sections)
+        self.trackers = Trackers(loop, out, recipe, stage.section, enabled=self.main)
         self.metrics: dict[str, float] = {}
 
     def run(self, stop_after: int | None) -> TrainResult | None:
@@ -145,11 +145,10 @@ class _Training:
                 )
             )
             self.stop = opened.enter_context(StopRequest(quiet=not self.main))
+            opened.callback(self.trackers.finish)
             finished = self._steps(self._resume(), stop_after)
             self.writer.wait()
             result = self._result() if finished else None
-        for tracker in self.accelerator.trackers:
-            tracker.finish()  # accelerate's end_training would end the process group that later stages need
         if result is not None and self._signal() is not None:
             raise self._stopped(self.loop.steps, result.result)
         return result
@@ -160,13 +159,16 @@ class _Training:
 
     def _prepare(self) -> None:
         stage, loop, accelerator = self.stage, self.loop, self.accelerator
-        if loop.report_to and self.main:
-            accelerator.init_trackers("tracking")
         stage.to(accelerator.device)
         self.trainers = [
             prepare(accelerator, loop, trained, is_model=trained is stage.modules[0]) for trained in stage.modules
         ]
-        self.ema = Ema(stage.modules[0].parameters(), loop.ema_decay) if loop.ema_decay is not None else None
+        if loop.offload_ema and is_sharding(accelerator):
+            key = f"{stage.section}.loop.offload_ema".lstrip(".")
+            raise DavaeError(f"{key} does not work with FSDP, which shards averages too: set {key}=false")
+        where = "cpu" if loop.offload_ema else None
+        decay = loop.ema_decay
+        self.ema = None if decay is None else Ema(stage.modules[0].parameters(), decay, device=where)
         self.dataset = as_item_dataset(stage.dataset)
         self.stream = BatchStream(
             self.dataset,
@@ -198,7 +200,8 @@ class _Training:
         """The loop. Returns whether it reached the last step."""
         loop = self.loop
         batches = iter(self.stream)
-        with Progress(self.stage.name, loop.steps, start, enabled=self.main) as progress:
+        images = loop.batch_size * loop.gradient_accumulation * self.accelerator.num_processes
+        with Progress(self.stage.name, loop.steps, start, images=images, enabled=self.main) as progress:
             for step in range(start, loop.steps):
                 batch = self._step(step, batches)
                 done = step + 1
@@ -317,7 +320,7 @@ class _Training:
             values["skipped_steps"] = self.guard.skipped
         if self.main:
             self.directory.write_metrics(done, values)
-            self.accelerator.log(values, step=done)
+            self.trackers.log(values, done)
         return values
 
     def _validates(self, done: int) -> bool:
@@ -355,17 +358,21 @@ class _Training:
             return
         model = self.stage.modules[0].module
         model.eval()
-        averaged = self.ema.applied() if self.ema is not None else nullcontext()
-        with averaged, unsharded(model), torch.no_grad():
+        with self._averaged(), unsharded(model), torch.no_grad():
             try:
                 self.metrics = self.stage.validate(self.directory.samples, done)
             except torch.OutOfMemoryError as error:
                 raise DavaeError(out_of_memory_message(self.stage, validating=True)) from error
         model.train()
 
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Context with the weights of the result in place: averages, or those of training if there are none."""
+        return self.ema.applied() if self.ema is not None else self.trainers[0].evaluated()
+
     def _measured(self, done: int) -> float | None:
         self.directory.write_metrics(done, self.metrics)
-        self.accelerator.log(self.metrics, step=done)
+        self.trackers.log(self.metrics, done)
+        self.trackers.pictures(self.directory.samples, done)
         if self.loop.best_metric is None:
             return None
         best = current_name(self.loop.best_metric)
@@ -389,6 +396,7 @@ class _Training:
             logger.info("%s continues from step %d", self.stage.name, step)
         if self.main:  # also at step 0: a run may have been killed before its first checkpoint
             self.directory.forget_after(step)
+        self.trackers.start(step)
         self.first = step
         if self._validates(step) and not self._was_measured(step):  # stopped between saving and measuring, or new
             self._validate(step, saved=bool(step))
@@ -406,7 +414,7 @@ class _Training:
         result = self.out
         if not self.metrics:  # resumed at its end: measure again rather than report nothing
             self._evaluate(self.loop.steps)
-        with self.ema.applied() if self.ema is not None else nullcontext():
+        with self._averaged():
             unshard_for_good(self.stage.modules[0].module)
             self.stage.measure_latents()
             if self.main:

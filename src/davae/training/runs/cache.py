@@ -11,6 +11,7 @@ from davae.data.cache import Format, verify_cache
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.saving.opening import load_autoencoder
+from davae.recipes.data import KEPT_ONCE
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe, UpgradeRecipe
 from davae.runtime.places import check_place
@@ -40,6 +41,8 @@ def run_cache(
     settings = _cached_recipe(recipe, overrides)
     if isinstance(settings, BaseRecipe) and autoencoder is not None:
         raise DavaeError(f"recipe '{recipe}' keeps its pipeline's autoencoder: remove --autoencoder")
+    if settings.data.repeated:
+        raise DavaeError(KEPT_ONCE)
     out = out or cache_folder(settings, recipe)
     if isinstance(settings, UpgradeRecipe):
         check_upgrade(settings, "diffusion")

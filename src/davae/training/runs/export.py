@@ -1,5 +1,6 @@
 """Exporting a run's result to a folder that can be shared or published."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,8 @@ from davae.pipelines.saving.licence import read_front_matter
 from davae.pipelines.saving.model_card import CARD
 from davae.pipelines.saving.opening import LAYERS_FILE
 from davae.pipelines.saving.publishing import copy_model, public_name
+from davae.recipes.data import is_on_hub
+from davae.runtime.atomic_files import copy_file
 from davae.runtime.places import check_place, claim
 from davae.runtime.text_files import read_object
 from davae.training.checkpoints.run_directory import read_config, read_metrics
@@ -83,7 +86,9 @@ def export_run(
             copy_model(result, folder)
             if adapters:
                 copy_model(_autoencoder_of(stage, recipe), folder / "autoencoder")
-        making = _making(stage, recipe) if recipe else None
+        making = None
+        if recipe:
+            making = replace(_making(stage, recipe), pictures={} if files else _copy_samples(result, folder))
         card = write_model_card(
             result if files else folder,
             base_model=base,
@@ -104,6 +109,23 @@ def _base_of(folder: Path) -> str:
     """The base that the card of a folder names; the folder itself without one."""
     card = folder / CARD
     return str((read_front_matter(card) if card.is_file() else {}).get("base_model", folder))
+
+
+def _copy_samples(result: Path, folder: Path) -> dict[str, str]:
+    """Copy the last validation's samples of a transformer; those of an autoencoder show photographs.
+
+    Returns:
+        The name of the picture, with what it shows.
+    """
+    steps = {
+        int(file.stem.removeprefix("step-")): file
+        for file in (result.parent / "samples").glob("step-*.png")
+        if file.stem.removeprefix("step-").isdecimal()
+    }
+    if not steps or result.name not in ("pipeline", "adapters"):
+        return {}
+    copy_file(steps[max(steps)], folder / "samples.png")
+    return {"samples.png": f"samples of the last validation, at step {max(steps)}; the base's below"}
 
 
 def _find_result(run: Path, *, adapters: bool) -> Path:
@@ -157,10 +179,13 @@ def _making(stage: Path, recipe: dict[str, Any]) -> Making:
     sections = {key: value for key, value in summary.items() if key not in ("hardware", "title", "created")}
     commands = [str(summary["command"])] if "command" in summary else _commands(stage, recipe)
     own = {key: value for key, value in recipe.items() if key != "autoencoder_folder"}
+    data = recipe.get("data") or {}
+    names = [str(images.get("path", "")) for images in (data, *data.get("more", ()))]
     return Making(
         figures=sections or _last_figures(stage),
         commands=commands,
         hardware=hardware,
+        datasets=[name for name in names if is_on_hub(name)],
         recipe=yaml.safe_dump(own, sort_keys=False),
     )
 
