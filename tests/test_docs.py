@@ -280,7 +280,7 @@ def test_the_description_on_an_index_page_has_no_relative_link():
     spec.loader.exec_module(setup)
     links = re.findall(r"!?\[[^]]*\]\(([^)]*)\)", setup.description())
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
-    assert f"{ADDRESS}/raw/main/docs/images/samples.png" in links
+    assert f"{ADDRESS}/raw/main/docs/images/lettering.jpg" in links
     assert f"{ADDRESS}/blob/main/docs/data.md" in links
 
 

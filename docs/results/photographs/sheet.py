@@ -1,6 +1,7 @@
 """Cut the sheet of docs/photographs.md out of a picture that `davae reconstruct` made of six photographs at 512 px.
 
 python docs/results/photographs/sheet.py PICTURE docs/images/photographs.jpg
+python docs/results/photographs/sheet.py PICTURE docs/images/lettering.jpg 1    # the first cut alone, for the README
 """
 
 import sys
@@ -11,11 +12,12 @@ CELL, SIDE, GAP = 514, 256, 4  # a reconstruction and its border; a cut; between
 CUTS = ((2, 40, 150), (4, 200, 130), (0, 110, 60), (5, 130, 230))  # column, left, top
 
 
-def main(picture: str, out: str) -> None:
+def main(picture: str, out: str, rows: str = "4") -> None:
     """Write a row per cut: the photograph, the base enlarged, the reconstruction, pixel by pixel."""
     whole = Image.open(picture).convert("RGB")
-    sheet = Image.new("RGB", (3 * SIDE + 2 * GAP, len(CUTS) * (SIDE + GAP) - GAP), "white")
-    for row, (column, left, top) in enumerate(CUTS):
+    cuts = CUTS[: int(rows)]
+    sheet = Image.new("RGB", (3 * SIDE + 2 * GAP, len(cuts) * (SIDE + GAP) - GAP), "white")
+    for row, (column, left, top) in enumerate(cuts):
         for kind in range(3):
             x, y = column * CELL + left, kind * CELL + top
             sheet.paste(whole.crop((x, y, x + SIDE, y + SIDE)), (kind * (SIDE + GAP), row * (SIDE + GAP)))
