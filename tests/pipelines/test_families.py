@@ -3,7 +3,6 @@
 import inspect
 import math
 import re
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -326,8 +325,8 @@ def test_the_documented_table_says_what_the_families_say(pipelines):
 
 
 def test_the_documented_example_of_a_family_works():
-    text = TRAINING_DOC.partition("Another family is one class")[2].partition("\n\n")[2]
-    code = textwrap.dedent(text.partition("\n\nOther differences")[0])
+    text = TRAINING_DOC.partition("Another family is one class")[2]
+    code = text.partition("```python\n")[2].partition("```")[0]
     pipeline = type("MyPipeline", (diffusers.FluxFillPipeline,), {})
     with pytest.raises(DavaeError, match="how to train a MyPipeline"):
         family_of(pipeline)

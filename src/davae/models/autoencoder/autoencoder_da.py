@@ -133,12 +133,13 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         self.layout = LatentLayout(base_layout.base_channels, base_layout.detail_channels + detail_channels)
 
         branch = self.base if branch_config is None else model_class.from_config(branch_config)
+        # In this order, which saved averages and moments of earlier runs have.
         detail_encoder = self.adapter.detail_encoder(branch)
+        self.detail_encoder: Any = detail_encoder if detail_channels else None
         self.joint_decoder = self.adapter.joint_decoder(branch)
         networks = self.adapter.network_adapter(self.base)
         encoder_features, self.base_compression = networks.probe_encoder(detail_encoder)
         decoder_features = networks.decoder_channels(self.joint_decoder)
-        self.detail_encoder: Any = detail_encoder if detail_channels else None
         self.down: Any = None
         if detail_channels:
             self.down = down_block(encoder_features, detail_channels, self.scale, down_method)
