@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,27 @@ _EXAMPLE = "facebook/dinov2-base"
 _WEIGHTS = "model.safetensors"
 
 
-class DinoDistance(nn.Module):
+class _LayersDistance(nn.Module, ABC):
+    """The mean over layers of the mean squared difference of two images' features."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode: a distance has no dropout."""
+        return super().train(False)
+
+    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
+        """Distances ``[B]`` of pairs ``[B, 3, H, W]`` in [-1, 1]; gradients flow to ``reconstruction`` only."""
+        with torch.no_grad():
+            wanted = self._layers(images)
+        found = self._layers(reconstruction)
+        each = [(a - b).square().flatten(1).mean(dim=1) for a, b in zip(found, wanted, strict=True)]
+        return torch.stack(each).mean(dim=0)
+
+    @abstractmethod
+    def _layers(self, images: Tensor) -> list[Tensor]:
+        """Features of each layer, ``[B, ...]``."""
+
+
+class DinoDistance(_LayersDistance):
     """Distance of image pairs as in the package dino-perceptual, for DINOv2, DINOv3 and other vision transformers.
 
     The tokens of every layer l (class, register and patch tokens) are normalised to unit length, and
@@ -170,18 +191,6 @@ class DinoDistance(nn.Module):
             "range": f"mean {self.mean.flatten().tolist()}, std {self.std.flatten().tolist()}",
         }
 
-    def train(self, mode: bool = True) -> DinoDistance:
-        """Stays in eval mode: a distance has no dropout."""
-        return super().train(False)
-
-    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        """Distances ``[B]`` of pairs ``[B, 3, H, W]`` in [-1, 1]; gradients flow to ``reconstruction`` only."""
-        with torch.no_grad():
-            wanted = self._layers(images)
-        found = self._layers(reconstruction)
-        each = [(a - b).square().mean(dim=(1, 2)) for a, b in zip(found, wanted, strict=True)]
-        return torch.stack(each).mean(dim=0)
-
     def _layers(self, images: Tensor) -> list[Tensor]:
         x = (images.float() + 1) / 2
         longer = max(x.shape[-2:])
@@ -216,7 +225,7 @@ def efficientnet_lite0() -> tuple[nn.Module, Path]:
     return network.eval().requires_grad_(False), file
 
 
-class EfficientNetDistance(nn.Module):
+class EfficientNetDistance(_LayersDistance):
     """Distance of image pairs through the layers of EfficientNet-Lite0: a perceptual term that needs no download.
 
     With the features f_l before each halving of their resolution and after the last block, of unit length over their
@@ -234,18 +243,6 @@ class EfficientNetDistance(nn.Module):
         super().__init__()
         self.network, _ = efficientnet_lite0()
 
-    def train(self, mode: bool = True) -> EfficientNetDistance:
-        """Stays in eval mode: a distance has no dropout."""
-        return super().train(False)
-
-    def forward(self, images: Tensor, reconstruction: Tensor) -> Tensor:
-        """Distances ``[B]`` of pairs ``[B, 3, H, W]`` in [-1, 1]; gradients flow to ``reconstruction`` only."""
-        with torch.no_grad():
-            wanted = self._layers(images)
-        found = self._layers(reconstruction)
-        each = [(a - b).square().sum(dim=1).mean(dim=(1, 2)) for a, b in zip(found, wanted, strict=True)]
-        return torch.stack(each).mean(dim=0)
-
     def _layers(self, images: Tensor) -> list[Tensor]:
         network: Any = self.network
         x = ((images.float() + 1) / 2 - EFFICIENTNET_MEAN) / EFFICIENTNET_STD
@@ -256,4 +253,5 @@ class EfficientNetDistance(nn.Module):
             if made.shape[-2:] != x.shape[-2:]:
                 layers.append(x)
             x = made
-        return [F.normalize(layer.float(), dim=1, eps=1e-6) for layer in (*layers, x)]
+        # times the root of the channels: their mean is then the squared distance of unit vectors
+        return [F.normalize(layer.float(), dim=1, eps=1e-6) * layer.shape[1] ** 0.5 for layer in (*layers, x)]

@@ -454,6 +454,15 @@ def fit_to_autoencoder(pipe: P) -> P:
     return pipe
 
 
+def embedded_guidance(transformer: ModelMixin, noisy: Tensor, guidance: float) -> Tensor | None:
+    """The guidance scale of each sample, float32 ``[B]``, as a transformer distilled from guidance takes it; None for
+    others.
+    """
+    if not transformer.config.guidance_embeds:
+        return None
+    return noisy.new_full((len(noisy),), guidance, dtype=torch.float32)
+
+
 def pack(latent: Tensor) -> Tensor:
     """``[B, C, h, w]``, h and w even, to tokens ``[B, h/2 * w/2, C * 4]``, row by row, channel slowest in a token."""
     batch, channels, height, width = latent.shape

@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from davae.models.latent_space import encode
-from davae.pipelines.families.family import Conditioning, PipelineFamily, pack, register_family, unpack
+from davae.pipelines.families.family import (
+    Conditioning,
+    PipelineFamily,
+    embedded_guidance,
+    pack,
+    register_family,
+    unpack,
+)
 
 
 class Flux(PipelineFamily):
@@ -42,11 +49,10 @@ class Flux(PipelineFamily):
     ) -> Tensor:
         text = conditioning["prompt_embeds"]
         height, width = noisy.shape[-2:]
-        embedded = noisy.new_full((len(noisy),), guidance, dtype=torch.float32)
         tokens = transformer(
             hidden_states=pack(noisy),
             timestep=level,
-            guidance=embedded if transformer.config.guidance_embeds else None,
+            guidance=embedded_guidance(transformer, noisy, guidance),
             pooled_projections=conditioning["pooled_prompt_embeds"],
             encoder_hidden_states=text,
             txt_ids=text.new_zeros(text.shape[1], 3),
@@ -85,14 +91,13 @@ class Flux2(PipelineFamily):
     ) -> Tensor:
         text = conditioning["prompt_embeds"]
         height, width = noisy.shape[-2:]
-        embedded = noisy.new_full((len(noisy),), guidance, dtype=torch.float32)
         # Frame, row, column and place in the text of each token.
         image_places = F.pad(token_positions(height // 2, width // 2), (0, 1))
         text_places = F.pad(torch.arange(text.shape[1])[:, None], (3, 0))
         tokens = transformer(
             hidden_states=pack(noisy),
             timestep=level,
-            guidance=embedded if transformer.config.guidance_embeds else None,
+            guidance=embedded_guidance(transformer, noisy, guidance),
             encoder_hidden_states=text,
             txt_ids=text_places.expand(len(noisy), -1, -1).to(noisy.device),
             img_ids=image_places.expand(len(noisy), -1, -1).to(noisy.device),

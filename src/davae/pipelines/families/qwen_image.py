@@ -9,7 +9,14 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from davae.pipelines.families.family import Conditioning, PipelineFamily, pack, register_family, unpack
+from davae.pipelines.families.family import (
+    Conditioning,
+    PipelineFamily,
+    embedded_guidance,
+    pack,
+    register_family,
+    unpack,
+)
 from davae.pipelines.families.flux import token_positions
 
 
@@ -33,11 +40,10 @@ class QwenImage(PipelineFamily):
         self, transformer: ModelMixin, noisy: Tensor, level: Tensor, conditioning: Conditioning, guidance: float
     ) -> Tensor:
         height, width = noisy.shape[-2:]
-        embedded = noisy.new_full((len(noisy),), guidance, dtype=torch.float32)
         tokens = transformer(
             hidden_states=pack(noisy),
             timestep=level,
-            guidance=embedded if transformer.config.guidance_embeds else None,
+            guidance=embedded_guidance(transformer, noisy, guidance),
             encoder_hidden_states=conditioning["prompt_embeds"],
             encoder_hidden_states_mask=conditioning["prompt_embeds_mask"],
             img_shapes=[[(1, height // 2, width // 2)]] * len(noisy),
