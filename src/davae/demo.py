@@ -26,7 +26,7 @@ from davae.models.latent_space import encode, native_reconstruction
 from davae.pipelines import ClassConditionalPipeline, load_pipeline, upgrade_pipeline
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.recipes.data import is_procedural
-from davae.recipes.read import load_recipe
+from davae.recipes.read import demo_recipe, load_recipe
 from davae.recipes.settings import UpgradeRecipe
 from davae.report import (
     STAGES,
@@ -112,7 +112,7 @@ def _settings(
     seed: int, quick: bool, data: str | None, base: str | None, recipe: str | None, overrides: Sequence[str]
 ) -> tuple[UpgradeRecipe, str]:
     """The resolved recipe, and why its base cannot be sampled, empty if it can."""
-    name = recipe or ("tiny" if base is None else "taesd3-photos")
+    name = recipe or demo_recipe(base)
     if base is not None and data is None and not any(override.startswith("data.path=") for override in overrides):
         raise DavaeError("--base is tried on images of your own: name their folder with --data")
     if not isinstance(load_recipe(name), UpgradeRecipe):
@@ -318,27 +318,38 @@ class _Demo:
         )
 
 
-_SECONDS = {"autoencoder": 174.0, "diffusion": 99.0, "reconstruction": 10.0, "samples": 16.0, "cost": 22.0}
-"""Of the demo without options on two cores, for runs like no recorded one."""
-
-
 def _expected(recipe: UpgradeRecipe, *, generates: bool) -> dict[str, float]:
-    """Seconds that each phase may take: a recorded run's, else those of the ``tiny`` recipe by the amount of work."""
+    """Seconds that each phase may take: a recorded run's, else those of the demo without options by the work in it."""
     found = usual_run(recipe.model_dump(mode="json"))
     if found is not None and found.phases:
         return found.phases
-    stage1, stage2, pixels = recipe.autoencoder.loop, recipe.diffusion.loop, (recipe.data.resolution / 128) ** 2
-    sampling = recipe.diffusion.sample.num_inference_steps / 20 * pixels
+    plain = load_recipe(demo_recipe(None))
+    assert isinstance(plain, UpgradeRecipe)
+    recorded = usual_run(plain.model_dump(mode="json"))
+    assert recorded is not None
+    usual, work = _work(plain), _work(recipe)
+    if not generates:
+        work["cost"] = 0.1 * usual["cost"] * (recipe.data.resolution / plain.data.resolution) ** 2  # without sampling
+    return {
+        phase: 4 + work[phase] / usual[phase] * seconds
+        for phase, seconds in recorded.phases.items()
+        if generates or phase not in ("diffusion", "samples")
+    }
+
+
+def _work(recipe: UpgradeRecipe) -> dict[str, float]:
+    """What each phase's time is proportional to: images, or images in steps, times pixels."""
+    stage1, stage2, pixels = recipe.autoencoder.loop, recipe.diffusion.loop, recipe.data.resolution**2
+    sampling = recipe.diffusion.sample.num_inference_steps * pixels
     besides = recipe.autoencoder.statistics_images / 4
     besides += recipe.autoencoder.start_images / 2 if recipe.autoencoder.model.start == "fitted" else 0
-    work = {
-        "autoencoder": (stage1.steps * stage1.batch_size + besides) / 1800 * pixels,
-        "diffusion": stage2.steps * stage2.batch_size / 5120 * pixels,
-        "reconstruction": stage1.validation_images / 96 * pixels,
-        "samples": stage2.validation_images / 36 * sampling,
-        "cost": sampling if generates else pixels / 10,
+    return {
+        "autoencoder": (stage1.steps * stage1.batch_size + besides) * pixels,
+        "diffusion": stage2.steps * stage2.batch_size * pixels,
+        "reconstruction": stage1.validation_images * pixels,
+        "samples": stage2.validation_images * sampling,
+        "cost": sampling,
     }
-    return {k: 4 + v * _SECONDS[k] for k, v in work.items() if generates or k not in ("diffusion", "samples")}
 
 
 def _first_images(dataset: ItemDataset, count: int) -> tuple[Tensor, Tensor, list[str]]:

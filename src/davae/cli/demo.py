@@ -28,9 +28,9 @@ def demo(
     ] = None,
 ) -> None:
     """Run the whole method on the embedded base: both stages, samples, report. No download, no GPU needed."""
-    check_recipe(
-        recipe or ("tiny" if base is None else "taesd3-photos"), overrides, images=data is None and base is None
-    )
+    from davae.recipes.read import demo_recipe
+
+    check_recipe(recipe or demo_recipe(base), overrides, images=data is None and base is None)
     from davae.demo import run_demo
 
     report = run_demo(out, seed=seed, quick=quick, data=data, base=base, recipe=recipe, overrides=overrides or ())

@@ -40,6 +40,11 @@ def recipe_table() -> str:
     return "\n".join(f"{name:<{width}}  {recipe.kind:<8}  {recipe.description}" for name, recipe in recipes)
 
 
+def demo_recipe(base: str | None) -> str:
+    """The recipe of ``davae demo`` where none is named, with the embedded base or over another."""
+    return "tiny" if base is None else "taesd3-photos"
+
+
 def recipe_text(name: str) -> str:
     """The file of a recipe that comes with davae, comments included.
 

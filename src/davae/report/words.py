@@ -220,6 +220,10 @@ def usual_text(usual: Summary | None) -> str:
     return f"{text} in {seconds(usual.wall_seconds)} ({hardware(usual.hardware)}, {usual.created[:10]})."
 
 
+_OWN = "davae train base --recipe classes-taesd3-base data.path=FOLDER"
+_REAL = "davae demo --base madebyollin/taesd3 --data FOLDER"
+
+
 def next_steps(summary: Summary) -> list[tuple[str, str]]:
     """What to try next, the most pressing first: a sentence, and the command or setting that it is about."""
     rebuilt, made, change = summary.reconstruction, summary.generation, sample_change(summary)
@@ -233,19 +237,12 @@ def next_steps(summary: Summary) -> list[tuple[str, str]]:
     if summary.quick:
         steps.append(("A quick run shows that everything works, not how well: run the same without", "--quick"))
     if summary.unlabelled:
-        train = "davae train base --recipe classes-taesd3-base data.path=FOLDER"
-        steps.append(("For samples of your own classes train a small base on them, and name it with --base:", train))
+        steps.append(("For samples of your own classes train a small base on them, and name it with --base:", _OWN))
     if rebuilt.psnr_upgraded < rebuilt.psnr_base_upscaled + 1 or made is None:
         steps.append(("Let the autoencoder learn for longer, in another folder, by", longer("autoencoder")))
     poor = (rebuilt.psnr_base_native or math.inf) < (rebuilt.psnr_reduced or 0)
     if poor and summary.settings.get("base") == "tiny":
-        better_base = "davae demo --base madebyollin/taesd3 --data FOLDER"
-        steps.append(
-            (
-                "The base loses more than reducing and enlarging the image does. Try a better one:",
-                better_base,
-            )
-        )
+        steps.append(("The base loses more than reducing and enlarging the image does. Try a better one:", _REAL))
     if change is not None and (change > -0.1 or len(worse_levels(summary)) > 1):
         steps.append(
             ("Let the transformer learn for longer, in the same folder, where it goes on, by", longer("diffusion"))
@@ -255,14 +252,8 @@ def next_steps(summary: Summary) -> list[tuple[str, str]]:
             ("To keep the base's scenes tune fewer weights, in another folder, by", "diffusion.tune.mode=lora")
         )
     if made is None:
-        train = "davae train base --recipe classes-taesd3-base data.path=FOLDER"
-        steps.append(("Samples take a pipeline over this autoencoder, such as a small one of your classes:", train))
-    return steps or [
-        (
-            "See it on your own photographs, in a real latent space:",
-            "davae demo --base madebyollin/taesd3 --data FOLDER",
-        )
-    ]
+        steps.append(("Samples take a pipeline over this autoencoder, such as a small one of your classes:", _OWN))
+    return steps or [("See it on your own photographs, in a real latent space:", _REAL)]
 
 
 _BOOKKEEPING = re.compile(
