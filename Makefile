@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 .PHONY: help setup demo test lint docs clean
 
 help:
-	@echo "make demo   train both stages on the embedded base and write runs/demo/report.html (about 5 minutes)"
+	@echo "make demo   train both stages on the embedded base and write runs/demo/report.html (5 to 7 minutes)"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   the documentation as a site, site/index.html"
