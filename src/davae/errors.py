@@ -1,6 +1,6 @@
 """Errors meant for the user."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -20,6 +20,11 @@ def named(setting: str) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """What an error says in its first line that is not empty; its class where it says nothing."""
     return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+
+
+def first_names(names: Sequence[str], most: int) -> str:
+    """The first names of many, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class WarmStartError(DavaeError):

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from davae.errors import DavaeError
+from davae.errors import DavaeError, first_names
 from davae.latents.statistics import check_channel_statistics
 from davae.runtime.model_files import not_finite
 
@@ -17,11 +17,7 @@ _SHOWN = 20  # most names of a kind in a message; a model of another size differ
 
 def listed(faults: Mapping[str, Sequence[str]]) -> str:
     """Names by kind of fault in one line, at most the first ``_SHOWN`` of each."""
-    return "; ".join(
-        f"{kind}: {', '.join(names[:_SHOWN])}" + (f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN))
-        for kind, names in faults.items()
-        if names
-    )
+    return "; ".join(f"{kind}: {first_names(names, _SHOWN)}" for kind, names in faults.items() if names)
 
 
 def require(weights: Mapping[str, Tensor], names: Sequence[str], what: str) -> None:

@@ -2,11 +2,11 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from davae.errors import DavaeError
+from davae.errors import DavaeError, first_names
 from davae.evaluation.metrics.names import current_name
 from davae.report.schema import Summary
 from davae.runtime.text_files import lines_of, plain_json, read_text
@@ -172,18 +172,11 @@ def hardware(facts: Mapping[str, object]) -> str:
     return ", ".join(words)
 
 
-def named(names: Sequence[str]) -> str:
-    """Up to five names, and how many more."""
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
-
-
 def classes(summary: Summary) -> str:
     """What the base does not know of the images' classes, in a sentence or two; empty if it knows all."""
     if not summary.unlabelled and not summary.unknown_classes:
         return ""
-    unknown = (
-        f"The base pipeline does not know {named(summary.unknown_classes)}: their images were trained without a label."
-    )
+    unknown = f"The base pipeline does not know {first_names(summary.unknown_classes, _NAMED)}: their images were trained without a label."
     text = unknown if summary.unknown_classes else "The images have no classes: they were trained without a label."
     return text + (" So the samples are of no class, which is harder than of one." if summary.unlabelled else "")
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from davae.data.cache.shards import MAKE_AGAIN
-from davae.errors import DavaeError
+from davae.errors import DavaeError, first_names
 from davae.runtime.atomic_files import atomic_file, atomic_json, remove_file
 from davae.runtime.text_files import plain_json
 
@@ -212,5 +212,4 @@ def _shown(value: Any) -> str:
 def _count(what: str, happened: str, names: list[str]) -> str:
     if not names:
         return ""
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} {happened}: {', '.join(names[:_NAMED])}{more}"
+    return f"{len(names)} {what}{'s' if len(names) > 1 else ''} {happened}: {first_names(names, _NAMED)}"

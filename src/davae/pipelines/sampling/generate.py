@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from davae.errors import DavaeError
+from davae.errors import DavaeError, first_names
 from davae.pipelines.families import ClassFamily, find_family
 from davae.runtime.console import shown
 from davae.runtime.places import safe_name
@@ -43,8 +43,7 @@ def classes_of(pipe: DiffusionPipeline) -> str:
     names = sorted(numbers, key=lambda name: numbers[name])
     if not names:
         return "give their numbers"
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"give names or numbers of {', '.join(map(shown, names[:_NAMED]))}{more}"
+    return f"give names or numbers of {first_names([shown(name) for name in names], _NAMED)}"
 
 
 def generate_images(
