@@ -176,7 +176,8 @@ def classes(summary: Summary) -> str:
     """What the base does not know of the images' classes, in a sentence or two; empty if it knows all."""
     if not summary.unlabelled and not summary.unknown_classes:
         return ""
-    unknown = f"The base pipeline does not know {first_names(summary.unknown_classes, _NAMED)}: their images were trained without a label."
+    names = first_names(summary.unknown_classes, _NAMED)
+    unknown = f"The base pipeline does not know {names}: their images were trained without a label."
     text = unknown if summary.unknown_classes else "The images have no classes: they were trained without a label."
     return text + (" So the samples are of no class, which is harder than of one." if summary.unlabelled else "")
 
