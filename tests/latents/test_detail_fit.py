@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from davae.errors import DavaeError
@@ -13,21 +14,30 @@ from davae.latents.detail_fit import LatentMoments, fit_details, fit_estimate
 C, CELLS = 3, 4
 
 
-def latents(noise: float = 0.3) -> dict[str, Tensor]:
-    """A full-size latent whose channels vary unequally, and a base latent that is near to its mean over cells."""
+def latents(noise: float = 0.3, count: int = 64) -> dict[str, Tensor]:
+    """A full-size latent whose channels vary unequally, and a base latent that is near to its mean over cells.
+
+    Cells are independent of each other.
+    """
     spread = torch.tensor([[2.0, 0.5, 0.3, 0.1], [1.5, 1.0, 0.2, 0.1], [1.0, 0.9, 0.8, 0.1]])
-    common = torch.randn(8, C, 1, 8, 8)
-    full = common + spread[None, :, :, None, None] * torch.randn(8, C, CELLS, 8, 8)
-    base = full.mean(dim=2) + noise * torch.randn(8, C, 8, 8)
+    common = torch.randn(count, C, 1, 8, 8)
+    full = common + spread[None, :, :, None, None] * torch.randn(count, C, CELLS, 8, 8)
+    base = full.mean(dim=2) + noise * torch.randn(count, C, 8, 8)
     return {"prefix": base, "target": base, "source": full.flatten(1, 2), "full": full.flatten(1, 2)}
 
 
 def fit(given: dict[str, Tensor], details: int, dropout: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     moments = LatentMoments({name: latent.shape[1] for name, latent in given.items()})
-    for name_and_parts in zip(*(latent.split(3) for latent in given.values()), strict=True):
+    for name_and_parts in zip(*(latent.split(24) for latent in given.values()), strict=True):
         moments.update(dict(zip(given, name_and_parts, strict=True)))
     down = fit_details(moments, details)
     return down, *fit_estimate(moments, down, dropout)
+
+
+def estimate(weight: Tensor, offset: Tensor, prefix: Tensor, z_d: Tensor) -> Tensor:
+    """The estimate of the position's own cell, by the convolution that it is the middle of."""
+    given = torch.cat([prefix.double(), z_d.double()], dim=1)
+    return F.conv2d(given, weight[4::9].unflatten(1, (-1, 3, 3)), offset[4::9], padding=1)
 
 
 def apply(weight: Tensor, latent: Tensor) -> Tensor:
@@ -38,7 +48,7 @@ def estimate_error(given: dict[str, Tensor], details: int, dropout: float = 0.0,
     """Mean squared error of the full latent, relative."""
     down, weight, offset = fit(given, details, dropout)
     z_d = kept * apply(down, given["source"])
-    made = apply(weight, torch.cat([given["prefix"], z_d], dim=1)) + offset[:, None, None]
+    made = estimate(weight, offset, given["prefix"], z_d)
     return float((made - given["full"]).square().mean() / given["full"].square().mean())
 
 
@@ -75,6 +85,35 @@ def test_residuals_are_the_principal_components_of_what_group_means_leave() -> N
         assert estimate_error(given, details) == pytest.approx(left, rel=0.02)  # a constant helps by chance
 
 
+def test_what_the_cells_around_tell_is_used() -> None:
+    """Details that are too few for the full latent, which follows its neighbour to the left: a cell cannot know it."""
+    given = latents()
+    moved = F.pad(given["prefix"], (1, 0, 0, 0))[..., :-1]
+    given["full"] = given["full"] + 3 * moved.repeat_interleave(CELLS, dim=1)
+    down, weight, offset = fit(given, C)
+    z_d = apply(down, given["source"])
+    around = estimate(weight, offset, given["prefix"], z_d)
+    own = weight[4::9].unflatten(1, (-1, 9))[..., 4]
+    alone = apply(own, torch.cat([given["prefix"], z_d], dim=1)) + offset[4::9, None, None]
+    left, left_alone = ((made - given["full"]).square().mean() for made in (around, alone))
+    assert left_alone - left > 0.8 * (3 * moved).square().mean()
+
+
+def test_few_images_are_not_learnt_by_heart() -> None:
+    """With fewer positions than regressors unseen latents are estimated about as well as from the cell alone."""
+    few, unseen = latents(count=2), latents(count=16)
+    down, weight, offset = fit(few, 6)
+    z_d, unseen_z_d = (apply(down, given["source"]) for given in (few, unseen))
+    made = estimate(weight, offset, unseen["prefix"], unseen_z_d)
+
+    def rows(*parts: Tensor) -> Tensor:
+        return torch.cat([part.double() for part in parts], dim=1).movedim(1, -1).flatten(0, -2)
+
+    in_cell = torch.linalg.lstsq(rows(few["prefix"], z_d), rows(few["full"])).solution
+    alone = rows(unseen["prefix"], unseen_z_d) @ in_cell - rows(unseen["full"])
+    assert float((made - unseen["full"]).square().mean()) < 1.3 * float(alone.square().mean())
+
+
 def test_where_details_are_dropped_the_base_latent_is_relied_on() -> None:
     given = latents()
     alone, dropped = ([estimate_error(given, 12, q, kept) for kept in (1.0, 0.0)] for q in (0.0, 0.1))
@@ -94,7 +133,7 @@ def test_a_bound_of_the_decoder_is_estimated_as_well_as_a_linear_map_can() -> No
     given["full"] = torch.tanh(given["full"])
     w, y = (given[name].double().movedim(1, -1).flatten(0, -2) for name in ("source", "full"))
     best = (y - w @ torch.linalg.lstsq(w, y).solution).square().mean() / y.square().mean()
-    assert estimate_error(given, 12) == pytest.approx(float(best), rel=0.01)
+    assert estimate_error(given, 12) == pytest.approx(float(best), rel=0.04)
 
 
 def test_the_fit_is_the_same_each_time_and_needs_values() -> None:

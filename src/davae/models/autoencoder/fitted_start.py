@@ -5,7 +5,8 @@ latent are single convolutions and a convolution composed with a linear map is o
 
 * down: the base's last convolution, whose kernel at each of the ``s x s`` features of a cell lies within
   ``(s + 2) x (s + 2)`` of them, then the map from full-size latent to details;
-* up: the estimate of the full-size latent, then the base decoder's first convolution, before the shuffle.
+* up: the base decoder's first convolution, before the shuffle, of the full-size latent that is estimated in the nine
+  cells it sees.
 
 With ``D = s^2 C``, no detail dropout and a base that does not bound its latent, the result is the base VAE at full
 size, but for the outermost ring of the latent where the base has an offset that its zero padding lacks (a
@@ -60,10 +61,17 @@ def fit_start(vae: AutoencoderDA, images: Iterable[Tensor], *, aligned_channels:
     details = fit_details(moments, vae.own_layout.detail_channels)
     estimate, offset = fit_estimate(moments, details, vae.config.detail_dropout)
     _set_down_block(vae, _at_each_feature(head, vae.factor), details)
-    wanted = _before_one_shuffle(stem, vae.factor, vae.scale // vae.factor).after(estimate.float(), offset.float())
+    wanted = _of_estimate(_before_one_shuffle(stem, vae.factor, vae.scale // vae.factor), estimate, offset)
     if is_detail_first(vae):
         wanted = Convolution(wanted.weight.roll(vae.own_layout.detail_channels, dims=1), wanted.bias)
     set_up_block(vae.up, wanted)
+
+
+def _of_estimate(conv: Convolution, estimate: Tensor, offset: Tensor) -> Convolution:
+    """A 3x3 convolution ``[F, n_y, 3, 3]`` of what is estimated of the nine cells it sees: ``[F, n_p + D, 3, 3]``."""
+    seen = conv.weight.double().flatten(1).cpu()
+    weight = (seen @ estimate).unflatten(1, (-1, 3, 3))
+    return Convolution(weight.to(conv.weight), conv.bias + (seen @ offset).to(conv.bias))
 
 
 def _measured(vae: AutoencoderDA, images: Iterable[Tensor], aligned: int) -> LatentMoments:
