@@ -399,6 +399,28 @@ def test_both_learning_rates_are_logged(tmp_path):
     assert line["learning_rate_widened"] == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize("mode", ["full", "lora", "new_channels"])
+def test_the_rate_of_new_channels_is_theirs_alone(mode, tmp_path):
+    """AdamW's first step moves a weight by its rate: the base's own part of a widened layer has the optimizer's."""
+    base, pipe, _ = _diffusion(
+        tmp_path,
+        f"diffusion.tune.mode={mode}",
+        "diffusion.tune.new_channels_learning_rate=1e-3",
+        "diffusion.loss.detail_schedule=constant",
+        "diffusion.optimizer.learning_rate=1e-4",
+        "diffusion.loop.steps=1",
+    )
+    start = upgrade_pipeline(base, _vae()).transformer
+    trained = dict(pipe.transformer.named_parameters())
+    new, own = [], []
+    for name, mask in new_channel_masks(start, LatentLayout(4, 8)).items():
+        moved = (trained[name] - start.get_parameter(name)).detach().abs()
+        new.append(moved[mask])
+        own.append(moved[~mask])
+    assert float(torch.cat(new).median()) == pytest.approx(1e-3, rel=0.01)
+    assert float(torch.cat(own).median()) == pytest.approx(0 if mode == "new_channels" else 1e-4, rel=0.01)
+
+
 # ---------------------------------------------------------------- prefixes of channels (DC-AE 1.5)
 
 

@@ -141,17 +141,17 @@ def _check_optimizer(settings: Any, section: str) -> None:
             raise DavaeError(f"{told}, instead of a falling rate: set {section}.optimizer.lr_scheduler=constant")
         if not optimizer.betas[0]:
             raise DavaeError(f"{told}, by the first of {section}.optimizer.betas: set it above 0, such as [0.9, 0.999]")
-    if optimizer.kind == "prodigy":
-        if optimizer.learning_rate < 0.1:
-            raise DavaeError(
-                f"{section}.optimizer.kind=prodigy finds the rate itself, and learning_rate is a factor of it: set "
-                f"{section}.optimizer.learning_rate=1, not {optimizer.learning_rate:g}"
-            )
-        if getattr(getattr(settings, "tune", None), "new_channels_learning_rate", None) is not None:
-            raise DavaeError(
-                f"{section}.optimizer.kind=prodigy has one rate for all weights: set "
-                f"{section}.tune.new_channels_learning_rate=null"
-            )
+    if optimizer.kind == "prodigy" and optimizer.learning_rate < 0.1:
+        raise DavaeError(
+            f"{section}.optimizer.kind=prodigy finds the rate itself, and learning_rate is a factor of it: set "
+            f"{section}.optimizer.learning_rate=1, not {optimizer.learning_rate:g}"
+        )
+    new_rate = getattr(getattr(settings, "tune", None), "new_channels_learning_rate", None)
+    if optimizer.kind in ("prodigy", "schedule_free") and new_rate is not None:
+        raise DavaeError(
+            f"{section}.optimizer.kind={optimizer.kind} has one rate for the whole of a layer: set "
+            f"{section}.tune.new_channels_learning_rate=null"
+        )
     warmups = {"optimizer.lr_warmup_steps": optimizer.lr_warmup_steps}
     loss = getattr(settings, "loss", None)
     if loss is not None and loss.detail_schedule != "constant":

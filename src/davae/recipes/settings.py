@@ -273,7 +273,8 @@ class TuneSettings(Section):
     """All weights, adapters with the widened layers in full, or the new channels only (base weights stay bit-equal)."""
     lora: LoraSettings = LoraSettings()
     new_channels_learning_rate: Annotated[PositiveFloat | None, MAY_CHANGE] = None
-    """Learning rate of the widened input and output layers; none takes the optimizer's."""
+    """Learning rate of the new channels in the input and output layers, whose weights start at zero; none takes the
+    optimizer's, which the base's own channels have in any case."""
     new_channels_start: NewChannelsStart = "zero"
     """Weights of the new channels at step 0. ``random`` is for ablations: with the spread of the base's own weights,
     so that step 0 is no longer the pretrained model."""

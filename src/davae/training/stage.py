@@ -29,6 +29,8 @@ class TrainedModule:
     """Learning rates by exact parameter name, where they differ from the optimizer's."""
     gradient_masks: dict[str, Tensor] = field(default_factory=dict)
     """Boolean masks by exact parameter name; the gradient is set to zero where the mask is false."""
+    rate_masks: dict[str, Tensor] = field(default_factory=dict)
+    """Boolean masks by the names of ``learning_rates``; where the mask is false the rate is the optimizer's."""
     can_be_sharded: bool = True
     """False if ``module`` itself computes gradients with respect to single weights, which FSDP does not support."""
 

@@ -26,11 +26,12 @@ from davae.runtime.processes import gathered_in_first, is_first, share, start_pr
 from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings
 from davae.training.diffusion.inputs import Inputs, details_seed_of, encode_images
 from davae.training.diffusion.objective import DiffusionObjective, noise_process
-from davae.training.diffusion.tuning import learning_masks, select_trained
+from davae.training.diffusion.tuning import select_trained
 from davae.training.diffusion.validation import generate_classes, generate_prompts, held_out_loss
 from davae.training.engine.offload import BlockOffload
 from davae.training.engine.tensors import restore_module
 from davae.training.stage import Stage, TrainedModule
+from davae.warm_start import new_channel_masks
 
 logger = logging.getLogger(__name__)
 _PICTURES = 12  # in a row
@@ -97,16 +98,17 @@ class DiffusionStage(Stage):
             dropout=settings.prompts.dropout if prompts else 0.0,
             guidance=settings.prompts.guidance,
         )
+        only_new = tune.mode == "new_channels"
+        masks = new_channel_masks(transformer, layout) if only_new or rates else {}
+        new = {f"transformer.{name}": mask for name, mask in masks.items()}
         self.modules = [
             TrainedModule(
                 "model",
                 self.objective,
                 settings.optimizer,
                 {f"transformer.{name}": rate for name, rate in rates.items()},
-                gradient_masks={
-                    f"transformer.{name}": mask
-                    for name, mask in learning_masks(transformer, layout, settings.tune).items()
-                },
+                gradient_masks=new if only_new else {},
+                rate_masks=new if rates else {},
             )
         ]
 

@@ -10,7 +10,6 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
 
 from davae.choices import Quantization, TuneMode
 from davae.errors import DavaeError
@@ -20,7 +19,7 @@ from davae.pipelines.lora import attach_lora, attached_lora, is_target, merge_lo
 from davae.pipelines.quantization import quantize
 from davae.pipelines.saving.adapters import load_adapters
 from davae.pipelines.saving.opening import LAYERS_FILE, opening, pipeline_place
-from davae.recipes.settings import DiffusionSettings, LoraSettings, TuneSettings
+from davae.recipes.settings import DiffusionSettings, LoraSettings
 from davae.runtime.model_files import open_model
 from davae.warm_start import channel_parameters, new_channel_masks
 
@@ -96,7 +95,8 @@ def select_trained(
         device: where layers are put that ``tune.quantization`` replaces; None leaves all layers as they are.
 
     Returns:
-        Learning rates of the widened layers by parameter name; empty unless ``new_channels_learning_rate`` is set.
+        Learning rates of the widened layers' new channels by parameter name; empty unless
+        ``new_channels_learning_rate`` is set.
 
     Raises:
         DavaeError: the mode needs detail channels and there are none, no layer matches a LoRA target, or layers cannot
@@ -164,14 +164,6 @@ def _attach(transformer: ModelMixin, family: PipelineFamily, settings: LoraSetti
             )
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_("lora_" in name)
-
-
-def learning_masks(transformer: ModelMixin, layout: LatentLayout, tune: TuneSettings) -> dict[str, Tensor]:
-    """Boolean masks of the new entries in the widened layers, by parameter name; empty unless mode ``new_channels``.
-
-    Gradients outside them are set to zero.
-    """
-    return new_channel_masks(transformer, layout) if tune.mode == "new_channels" else {}
 
 
 @torch.no_grad()

@@ -51,6 +51,7 @@ class ModuleTrainer:
         self.module: Any = module
         self.optimizer = optimizer
         self.masks = spread_masks(trained.module, trained.gradient_masks)
+        self._rate_masks = spread_masks(trained.module, trained.rate_masks)
         self.names = [n for n, p in trained.module.named_parameters() if p.requires_grad]
         """The trained parameters, in the order of :meth:`norms`."""
 
@@ -103,7 +104,21 @@ class ModuleTrainer:
             group["lr"] = rate * group["rate_factor"]
         optimizer = self.optimizer.optimizer  # accelerate's wrapper asks the scaler, which sees gradients only
         optimizer.found_inf = (~good).float()  # the fused optimizer reads it on the device
-        optimizer.step()
+        with self._rates_of_parts():
+            optimizer.step()
+
+    @contextmanager
+    def _rates_of_parts(self) -> Iterator[None]:
+        """Context of a step in which entries whose rate mask is false move as far as with the optimizer's own rate."""
+        trained = self.trained
+        parts = {name: trained.module.get_parameter(name) for name in self._rate_masks}
+        before = {name: parameter.detach().clone() for name, parameter in parts.items()}
+        yield
+        with torch.no_grad():
+            for name, parameter in parts.items():
+                own = trained.optimizer.learning_rate / trained.learning_rates[name]
+                share = own + (1 - own) * self._rate_masks[name]
+                parameter.copy_(before[name] + share * (parameter - before[name]))
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
