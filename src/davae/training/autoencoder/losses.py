@@ -12,7 +12,7 @@ from davae.latents import adaptive_weight
 from davae.models import PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
 from davae.models.perceptual import DinoDistance, EfficientNetDistance, LpipsLoss
 from davae.recipes.loop import OptimizerSettings
-from davae.recipes.settings import GanSettings, ReconstructionSettings
+from davae.recipes.settings import GanSettings, ImageTerms, ReconstructionSettings
 from davae.training.stage import TrainedModule
 
 
@@ -39,37 +39,64 @@ _NETWORKS = {"lpips": "LPIPS", "dino": "DINO", "efficientnet": "EfficientNet"}
 
 
 class ReconstructionLoss(nn.Module):
-    """Weighted sum of L1, squared error, Laplacian-pyramid L1 and networks' distances of images in [-1, 1]."""
+    """Weighted sum of L1, squared error, Laplacian-pyramid L1 and networks' distances of images in [-1, 1].
 
-    def __init__(self, settings: ReconstructionSettings) -> None:
+    Args:
+        settings: the weights, and the networks' files.
+        alone: weights for the samples without details; None takes the same.
+    """
+
+    def __init__(self, settings: ReconstructionSettings, alone: ImageTerms | None = None) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.alone = settings, alone
         self.networks = nn.ModuleDict()
-        if settings.lpips_weight:
+        if self._has("lpips"):
             self.networks["lpips"] = LpipsLoss(settings.lpips_backbone)
-        if settings.dino_weight:
+        if self._has("dino"):
             self.networks["dino"] = _dino(settings.dino_backbone)
-        if settings.efficientnet_weight:
+        if self._has("efficientnet"):
             self.networks["efficientnet"] = EfficientNetDistance()
+
+    def _has(self, term: str) -> bool:
+        return any(getattr(part, f"{term}_weight") for part in (self.settings, self.alone) if part is not None)
 
     def foundations(self) -> dict[str, str]:
         """Hashes of the networks in use, by a readable name."""
         return {f"the {_NETWORKS[name]} network": weights_hash(network) for name, network in self.networks.items()}
 
-    def forward(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """Unweighted scalar terms of two ``[B, 3, H, W]`` batches, and their weighted sum as ``reconstruction``."""
+    def forward(self, images: Tensor, reconstruction: Tensor, without: Tensor | None = None) -> dict[str, Tensor]:
+        """Unweighted scalar terms of two ``[B, 3, H, W]`` batches, and their weighted sum as ``reconstruction``.
+
+        Args:
+            images, reconstruction: to be compared.
+            without: ``[B]``, which samples were decoded without details. All are means over the batch, in which a
+                sample without a term counts as 0.
+        """
+        if self.alone is None or without is None:
+            return self._terms(images, reconstruction, self.settings)
+        names = ["l1", *(name for name in ("mse", "laplacian", *self.networks) if self._has(name)), "reconstruction"]
+        sums = {name: reconstruction.new_zeros((), dtype=torch.float32) for name in names}
+        for part, chosen in ((self.settings, ~without), (self.alone, without)):
+            share = float(chosen.sum()) / len(chosen)
+            if share:
+                for name, value in self._terms(images[chosen], reconstruction[chosen], part).items():
+                    sums[name] = sums[name] + share * value
+        return sums
+
+    def _terms(self, images: Tensor, reconstruction: Tensor, weights: ImageTerms) -> dict[str, Tensor]:
         error = (reconstruction - images).float()
         terms = {"l1": error.abs().mean()}
-        total = self.settings.l1_weight * terms["l1"]
-        if self.settings.mse_weight:
+        total = weights.l1_weight * terms["l1"]
+        if weights.mse_weight:
             terms["mse"] = error.square().mean()
-            total = total + self.settings.mse_weight * terms["mse"]
-        if self.settings.laplacian_weight:
+            total = total + weights.mse_weight * terms["mse"]
+        if weights.laplacian_weight:
             terms["laplacian"] = laplacian_l1(error)
-            total = total + self.settings.laplacian_weight * terms["laplacian"]
+            total = total + weights.laplacian_weight * terms["laplacian"]
         for name, network in self.networks.items():
-            terms[name] = network(images, reconstruction).mean()
-            total = total + getattr(self.settings, f"{name}_weight") * terms[name]
+            if weight := getattr(weights, f"{name}_weight"):
+                terms[name] = network(images, reconstruction).mean()
+                total = total + weight * terms[name]
         return {**terms, "reconstruction": total}
 
 
