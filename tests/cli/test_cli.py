@@ -154,4 +154,4 @@ def test_reconstruct_writes_the_picture_and_the_gain(autoencoder, monkeypatch, c
     status, out, _ = _run(monkeypatch, capsys, *arguments)
     assert status == 0
     assert "dB over the base, enlarged; decoder alone " in out
-    assert Image.open(picture).size == (3 * 34, 3 * 34)
+    assert Image.open(picture).size == (3 * 34, 4 * 34)

@@ -38,6 +38,19 @@ def laplacian_l1(error: Tensor, levels: int = 3) -> Tensor:
 _NETWORKS = {"lpips": "LPIPS", "dino": "DINO", "efficientnet": "EfficientNet"}
 
 
+def _weights(terms: ImageTerms) -> dict[str, float]:
+    """The weights above 0, by the name of their term."""
+    found = {
+        "l1": terms.l1_weight,
+        "mse": terms.mse_weight,
+        "laplacian": terms.laplacian_weight,
+        "lpips": terms.lpips_weight,
+        "dino": terms.dino_weight,
+        "efficientnet": terms.efficientnet_weight,
+    }
+    return {name: weight for name, weight in found.items() if weight}
+
+
 class ReconstructionLoss(nn.Module):
     """Weighted sum of L1, squared error, Laplacian-pyramid L1 and networks' distances of images in [-1, 1].
 
@@ -49,16 +62,14 @@ class ReconstructionLoss(nn.Module):
     def __init__(self, settings: ReconstructionSettings, alone: ImageTerms | None = None) -> None:
         super().__init__()
         self.settings, self.alone = settings, alone
+        self.names = list(dict.fromkeys(["l1", *_weights(settings), *_weights(alone or settings), "reconstruction"]))
         self.networks = nn.ModuleDict()
-        if self._has("lpips"):
+        if "lpips" in self.names:
             self.networks["lpips"] = LpipsLoss(settings.lpips_backbone)
-        if self._has("dino"):
+        if "dino" in self.names:
             self.networks["dino"] = _dino(settings.dino_backbone)
-        if self._has("efficientnet"):
+        if "efficientnet" in self.names:
             self.networks["efficientnet"] = EfficientNetDistance()
-
-    def _has(self, term: str) -> bool:
-        return any(getattr(part, f"{term}_weight") for part in (self.settings, self.alone) if part is not None)
 
     def foundations(self) -> dict[str, str]:
         """Hashes of the networks in use, by a readable name."""
@@ -74,8 +85,7 @@ class ReconstructionLoss(nn.Module):
         """
         if self.alone is None or without is None:
             return self._terms(images, reconstruction, self.settings)
-        names = ["l1", *(name for name in ("mse", "laplacian", *self.networks) if self._has(name)), "reconstruction"]
-        sums = {name: reconstruction.new_zeros((), dtype=torch.float32) for name in names}
+        sums = {name: reconstruction.new_zeros((), dtype=torch.float32) for name in self.names}
         for part, chosen in ((self.settings, ~without), (self.alone, without)):
             share = float(chosen.sum()) / len(chosen)
             if share:
@@ -83,20 +93,18 @@ class ReconstructionLoss(nn.Module):
                     sums[name] = sums[name] + share * value
         return sums
 
-    def _terms(self, images: Tensor, reconstruction: Tensor, weights: ImageTerms) -> dict[str, Tensor]:
-        error = (reconstruction - images).float()
+    def _terms(self, images: Tensor, reconstruction: Tensor, settings: ImageTerms) -> dict[str, Tensor]:
+        error, weights = (reconstruction - images).float(), _weights(settings)
         terms = {"l1": error.abs().mean()}
-        total = weights.l1_weight * terms["l1"]
-        if weights.mse_weight:
-            terms["mse"] = error.square().mean()
-            total = total + weights.mse_weight * terms["mse"]
-        if weights.laplacian_weight:
-            terms["laplacian"] = laplacian_l1(error)
-            total = total + weights.laplacian_weight * terms["laplacian"]
-        for name, network in self.networks.items():
-            if weight := getattr(weights, f"{name}_weight"):
-                terms[name] = network(images, reconstruction).mean()
-                total = total + weight * terms[name]
+        total = settings.l1_weight * terms["l1"]
+        for name in [name for name in weights if name != "l1"]:
+            if name == "mse":
+                terms[name] = error.square().mean()
+            elif name == "laplacian":
+                terms[name] = laplacian_l1(error)
+            else:
+                terms[name] = self.networks[name](images, reconstruction).mean()
+            total = total + weights[name] * terms[name]
         return {**terms, "reconstruction": total}
 
 
