@@ -17,8 +17,9 @@ from davae.benchmark import count_flops, peak_memory_bytes, side_by_side
 from davae.data import ItemDataset
 from davae.errors import DavaeError
 from davae.evaluation import PatchSet
+from davae.evaluation.metrics.names import BASE_ENLARGED, BASE_NATIVE, DECODER_ALONE, REDUCED, UPGRADED
 from davae.evaluation.metrics.psnr_ssim import pair_metrics
-from davae.evaluation.reconstruction.baselines import BASE_NATIVE, BASE_UPSCALED, REDUCED, UPGRADED, all_reconstructions
+from davae.evaluation.reconstruction.baselines import all_reconstructions
 from davae.latents import token_count
 from davae.models import AutoencoderDA
 from davae.models.base_adapters.adapter import adapter_of
@@ -31,11 +32,11 @@ from davae.recipes.settings import UpgradeRecipe
 from davae.report import (
     STAGES,
     Alignment,
+    EachWay,
     FigureRecorder,
     Generation,
     Reconstruction,
     Summary,
-    ThreeWay,
     WarmStart,
     build_report,
     usual_run,
@@ -188,17 +189,18 @@ class _Demo:
             reconstruction, alignment = self._reconstructions(vae, images, labels, names)
             if pipe is not None:
                 phases.begin("samples")
+                alone = upgrade_pipeline(pipe, vae.without_details())
                 classes = list(self.held_out.classes)
                 known = ClassMap(classes, pipe)
                 drift = stage2.metrics.get("preview_drift")
-                generated["generation"] = self._samples(pipe, upgraded, images, known.known, drift)
+                generated["generation"] = self._samples(pipe, alone, upgraded, images, known.known, drift)
                 generated["unlabelled"] = known.known == [known.null]
                 generated["unknown_classes"] = [c for c, n in zip(classes, known.numbers) if n == known.null]
             phases.begin("cost")
             if pipe is None:
                 flops, seconds = _cost_of_a_round_trip(vae, images[:1])
             else:
-                flops, seconds = _cost_of_an_image(pipe, upgraded, settings)
+                flops, seconds = _cost_of_an_image(pipe, alone, upgraded, settings)
             self.recorder.write()
 
         full, small, f = settings.data.resolution, settings.data.resolution // vae.scale, vae.base_compression
@@ -210,10 +212,11 @@ class _Demo:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             command=command,
             hardware={k: v for k, v in facts.items() if isinstance(v, str | int | None) and k != "command"},
-            image_size=ThreeWay[int](base=small, native=full, upgraded=full),
-            tokens=ThreeWay[int](
+            image_size=EachWay[int](base=small, native=full, decoder_alone=full, upgraded=full),
+            tokens=EachWay[int](
                 base=token_count(small, small, spatial_compression=f),
                 native=token_count(full, full, spatial_compression=f),
+                decoder_alone=token_count(small, small, spatial_compression=f),
                 upgraded=token_count(full, full, spatial_compression=vae.spatial_compression),
             ),
             flops_per_image=flops,
@@ -255,18 +258,20 @@ class _Demo:
             vae.decode_base(latent[:_SHOWN]).clamp(-1, 1),
             whole[UPGRADED][:_SHOWN],
             names[:_SHOWN],
+            alone=whole[DECODER_ALONE][:_SHOWN] if DECODER_ALONE in whole else None,
             native=whole[BASE_NATIVE][:_SHOWN] if self.cannot else None,
         )
-        shown = {"input": images, "base, upscaled": whole[BASE_UPSCALED], "reconstruction": whole[UPGRADED]}
-        shown |= {"base, native": whole[BASE_NATIVE]} if self.cannot else {}
+        equal_tokens = [row for row in (BASE_ENLARGED, DECODER_ALONE, UPGRADED) if row in whole]
+        shown = {"input": images} | {row: whole[row] for row in [*equal_tokens, *([BASE_NATIVE] * bool(self.cannot))]}
         save_rows(self.out / "reconstructions.png", {k: v[: 2 * _SHOWN] for k, v in shown.items()})
-        lines = {"Images": images, "Base, enlarged": whole[BASE_UPSCALED], "Upgraded": whole[UPGRADED]}
+        lines = {"Images": images} | {row.capitalize(): whole[row] for row in equal_tokens}
         self.recorder.add_spectra("images", lines)
         several = labels.bincount()[labels] > 1  # a probe needs one latent of a class to fit and one to score
         probes: dict[str, Any] = {}
         if len(labels[several].unique()) > 1:
             probes = self.recorder.add_latents(*vae.layout.split(latent[several]), labels[several])
-        keys = {UPGRADED: "upgraded", BASE_UPSCALED: "base_upscaled", BASE_NATIVE: "base_native", REDUCED: "reduced"}
+        keys = {UPGRADED: "upgraded", DECODER_ALONE: "decoder_alone", BASE_ENLARGED: "base_upscaled"}
+        keys |= {BASE_NATIVE: "base_native", REDUCED: "reduced"}
         figures = {
             f"{name}_{keys[row]}": float(values.mean())
             for row, made in whole.items()
@@ -278,15 +283,16 @@ class _Demo:
     def _samples(
         self,
         base: ClassConditionalPipeline,
+        alone: ClassConditionalPipeline,
         upgraded: ClassConditionalPipeline,
         images: Tensor,
         sampled: list[int],
         drift: float | None,
     ) -> Generation:
-        """Sample both pipelines from the same seeds and compare with real images at full resolution."""
+        """Sample the pipelines from the same seeds and compare with real images at full resolution."""
         stage = self.settings.diffusion
         count, seed = stage.loop.validation_images, stage.loop.seed
-        with Progress("samples", 2 * count) as progress:
+        with Progress("samples", 3 * count) as progress:
 
             def samples(pipe: ClassConditionalPipeline) -> Tensor:
                 made = []
@@ -297,21 +303,24 @@ class _Demo:
                         progress.advance()
                 return torch.cat(made)
 
-            made, small = samples(upgraded), samples(base)
+            made, small, larger = samples(upgraded), samples(base), samples(alone)
         names = {number: name for name, number in base.labels.items()}
         captions = [f"{names.get(sampled[i % len(sampled)], 'no class')}, seed {seed + i}" for i in range(count)]
         shown = min(2 * _SHOWN, count)
-        self.recorder.add_samples(small[:shown], made[:shown], captions[:shown])
+        self.recorder.add_samples(small[:shown], made[:shown], captions[:shown], alone=larger[:shown])
         enlarged = upscaled(small, made.shape[-2:])
-        save_rows(self.out / "samples.png", {"base, upscaled": enlarged[:shown], "upgraded": made[:shown]})
+        rows = {BASE_ENLARGED: enlarged, DECODER_ALONE: larger, UPGRADED: made}
+        save_rows(self.out / "samples.png", {name: row[:shown] for name, row in rows.items()})
         real = PatchSet(seed=seed).update(images)
-        distances = [list(real.distance(PatchSet(seed=seed).update(x)).values()) for x in (made, enlarged)]
+        distances = [list(real.distance(PatchSet(seed=seed).update(x)).values()) for x in (made, enlarged, larger)]
         apart = (small[len(sampled) :] - small[: -len(sampled)]).square().mean().sqrt()  # one class, two seeds
         return Generation(
             swd_finest_upgraded=distances[0][0],
             swd_finest_base_upscaled=distances[1][0],
+            swd_finest_decoder_alone=distances[2][0],
             swd_levels_upgraded=distances[0],
             swd_levels_base_upscaled=distances[1],
+            swd_levels_decoder_alone=distances[2],
             preview_drift=drift,
             seeds_apart=float(apart) if count > len(sampled) else None,
             images=count,
@@ -361,11 +370,11 @@ def _first_images(dataset: ItemDataset, count: int) -> tuple[Tensor, Tensor, lis
 
 def _side_by_side(
     ways: dict[str, Callable[[], object]], single: dict[str, Callable[[], object]], batch: int = 1
-) -> tuple[ThreeWay[float], ThreeWay[float]]:
+) -> tuple[EachWay[float], EachWay[float]]:
     """FLOPs of ``single`` images, and seconds per image in batches.
 
     Args:
-        ways: what to time, by ``base``, ``native`` and ``upgraded``.
+        ways: what to time, by the fields of the results.
         single: the same for one image.
         batch: images that a call of ``ways`` makes.
     """
@@ -378,13 +387,16 @@ def _side_by_side(
 
         flops = {name: float(count_flops(partial(counted, run))) for name, run in single.items()}
         timed = side_by_side({name: partial(counted, run) for name, run in ways.items()}, repeats=_ROUNDS)
-    return ThreeWay[float](**flops), ThreeWay[float](**{name: value / batch for name, value in timed.medians.items()})
+    return EachWay[float](**flops), EachWay[float](**{name: value / batch for name, value in timed.medians.items()})
 
 
 def _cost_of_an_image(
-    base: ClassConditionalPipeline, upgraded: ClassConditionalPipeline, recipe: UpgradeRecipe
-) -> tuple[ThreeWay[float], ThreeWay[float]]:
-    """FLOPs and seconds per image: base, base at full resolution (native), and upgraded."""
+    base: ClassConditionalPipeline,
+    alone: ClassConditionalPipeline,
+    upgraded: ClassConditionalPipeline,
+    recipe: UpgradeRecipe,
+) -> tuple[EachWay[float], EachWay[float]]:
+    """FLOPs and seconds per image: base, base at full resolution (native), its decoder alone, and upgraded."""
     full, batch, sample = recipe.data.resolution, 2, recipe.diffusion.sample
 
     def generating(pipe: ClassConditionalPipeline, side: int | None, count: int) -> Callable[[], object]:
@@ -399,7 +411,7 @@ def _cost_of_an_image(
             output_type="pt",
         )
 
-    pipes = {"base": (base, None), "native": (base, full), "upgraded": (upgraded, None)}
+    pipes = {"base": (base, None), "native": (base, full), "decoder_alone": (alone, None), "upgraded": (upgraded, None)}
     for pipe, _ in pipes.values():
         pipe.set_progress_bar_config(disable=True)
     ways, single = (
@@ -409,11 +421,13 @@ def _cost_of_an_image(
 
 
 @torch.no_grad()
-def _cost_of_a_round_trip(vae: AutoencoderDA, images: Tensor) -> tuple[ThreeWay[float], ThreeWay[float]]:
-    """FLOPs and seconds of encoding and decoding an image: base, base at full size (native), and upgraded."""
+def _cost_of_a_round_trip(vae: AutoencoderDA, images: Tensor) -> tuple[EachWay[float], EachWay[float]]:
+    """FLOPs and seconds of encoding and decoding an image: base, at full size (native), decoder alone, and upgraded."""
+    alone = vae.without_details()
     ways: dict[str, Callable[[], object]] = {
         "base": lambda: vae.decode_base(vae.encode_base(images)),
         "native": lambda: native_reconstruction(vae, images),
+        "decoder_alone": lambda: alone.decode(alone.encode(images).latent_dist.mode()),
         "upgraded": lambda: vae.decode(vae.encode(images).latent_dist.mode()),
     }
     return _side_by_side(ways, ways)

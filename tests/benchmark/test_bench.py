@@ -26,16 +26,17 @@ def variants():
 def test_tokens_and_sizes_of_the_contestants(variants):
     tokens = {c.name: c.tokens for c in variants}
     assert tokens["native"] == 4 * tokens["upgraded x2"] == 16 * tokens["upgraded x4"]
-    assert tokens["base"] == tokens["upgraded x2"]
+    assert tokens["base"] == tokens["upgraded x2"] == tokens["decoder alone x2"]
+    assert tokens["upgraded x4"] == tokens["decoder alone x4"]
     for variant in variants:
         with torch.no_grad():
             image = variant.vae.decode(variant.latent).sample
         assert image.shape[-2:] == (variant.resolution, variant.resolution)
-    assert [c.resolution for c in variants] == [64, 128, 128, 128]
+    assert [c.resolution for c in variants] == [64, 128, 128, 128, 128, 128]
 
 
 def test_counts_are_those_of_the_calls_that_are_timed(variants):
-    for variant in variants[:3]:
+    for variant in [*variants[:3], variants[-1]]:
         assert variant.step_flops() == count_flops(variant.step)
         assert variant.decode_flops() == count_flops(variant.decode)
 
@@ -87,14 +88,14 @@ def test_rows_add_up():
 def test_autoencoder_rows_and_tiles():
     result = bench_autoencoder("debug-sd3", resolution=64, repeats=1, tile=32, device="cpu")
     rows = {row.name: row for row in result.rows}
-    assert list(rows) == ["base", "base, tiled", "upgraded", "upgraded, tiled"]
+    assert list(rows) == ["base", "base, tiled", "upgraded", "upgraded, tiled", "decoder alone", "decoder alone, tiled"]
     assert rows["base"].decode_over_base == rows["base, tiled"].decode_over_base == 1.0
     assert rows["upgraded, tiled"].decode_memory_bytes < rows["upgraded"].decode_memory_bytes
 
 
 def test_a_base_that_makes_films_is_timed_on_images():
     result = bench_autoencoder("debug-qwenimage", resolution=64, repeats=1, device="cpu")
-    assert [row.name for row in result.rows] == ["base", "upgraded"]
+    assert [row.name for row in result.rows] == ["base", "upgraded", "decoder alone"]
     rows = bench_inference("debug-qwenimage", resolution=64, repeats=1, steps=1, device="cpu").rows
     assert all(row.decode_flops > 0 for row in rows)
 
@@ -112,7 +113,7 @@ def test_both_autoencoders_are_cut_into_tiles_of_the_same_size():
 
 
 def test_the_upgraded_decoder_takes_no_more_memory_than_the_bases():
-    base, upgraded = bench_autoencoder("debug-sd3", resolution=128, repeats=1, device="cpu").rows
+    base, upgraded, _ = bench_autoencoder("debug-sd3", resolution=128, repeats=1, device="cpu").rows
     assert upgraded.decode_memory_bytes <= base.decode_memory_bytes
 
 
@@ -142,4 +143,5 @@ def test_the_verb_writes_its_json(tmp_path):
     arguments = ["bench", "inference", "debug-sd3", "--resolution", "64", "--repeats", "1", "--steps", "1"]
     done = CliRunner().invoke(app, [*arguments, "--json", str(file), "--device", "cpu"])
     assert done.exit_code == 0, done.output
-    assert {row["name"] for row in json.loads(file.read_text())["rows"]} == {"base", "native", "upgraded x2"}
+    names = {row["name"] for row in json.loads(file.read_text())["rows"]}
+    assert names == {"base", "native", "upgraded x2", "decoder alone x2"}

@@ -153,5 +153,5 @@ def test_reconstruct_writes_the_picture_and_the_gain(autoencoder, monkeypatch, c
     arguments = ["reconstruct", autoencoder, photos, "--resolution", "32", "--out", picture]
     status, out, _ = _run(monkeypatch, capsys, *arguments)
     assert status == 0
-    assert "dB over the base upscaled (3 images)" in out
-    assert Image.open(picture).size == (3 * 34, 3 * 34)
+    assert "dB over the base, enlarged; decoder alone " in out
+    assert Image.open(picture).size == (3 * 34, 4 * 34)

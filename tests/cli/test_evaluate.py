@@ -40,12 +40,20 @@ def test_reconstruction_tells_every_baseline_and_what_is_missing(autoencoder, tm
         "--json", tmp_path / "r.json", "--device", "cpu",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    for words in ("base, upscaled", "base, native", "lettering: psnr", "swd/finest", "spectrum_db"):
+    for words in (
+        "decoder alone: its joint decoder",
+        "base, enlarged",
+        "base, native",
+        "seconds to decode",
+        "lettering: psnr",
+        "swd/finest",
+        "spectrum_db",
+    ):
         assert words in done.output
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["images"] == 5
     assert found["crops"] == {"fine texture": 5, "lettering": 2, "faces": 1}
-    assert found["rows"]["base, upscaled"]["crops"]["faces"]["dino"] > 0
+    assert found["rows"]["base, enlarged"]["crops"]["faces"]["dino"] > 0
     assert len(found["perceptual"]["dino"]["weights_sha256"]) == 64
     assert len(found["reference"]["pixels_sha256"]) == 64
     assert "lpips" in found["unavailable"]
@@ -99,6 +107,7 @@ def test_statistics_are_saved_and_serve_as_the_reference(tmp_path):
         (["generation", "debug", "--reference", "procedural:4", "--count", "1"], "at least 2 images"),
         (["generation", "debug", "--reference", "procedural:4", "--dtype", "int8"], "--dtype"),
         (["generation", "debug", "--reference", "procedural:4", "--prompts", "p.txt"], "leave --prompts out"),
+        (["generation", "debug", "--reference", "procedural:4", "--upscaler", "x=a.pth"], "a.pth is a pickle"),
         (["reconstruction", "absent", "--data", "procedural:4"], "no autoencoder in absent"),
     ],
 )

@@ -29,14 +29,15 @@ def test_one_file_with_its_pictures_inside(demo):
 def test_the_summary_holds_every_figure(demo):
     _, out = demo
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["tokens"] == {"base": 16, "native": 64, "upgraded": 16}
-    assert set(summary["reconstruction"]) >= {"psnr_upgraded", "psnr_base_upscaled"}
-    assert set(summary["generation"]) >= {"swd_finest_upgraded", "swd_finest_base_upscaled"}
+    assert summary["tokens"] == {"base": 16, "native": 64, "decoder_alone": 16, "upgraded": 16}
+    for way in ("upgraded", "base_upscaled", "decoder_alone"):
+        assert summary["reconstruction"][f"psnr_{way}"] > 0
+        assert summary["generation"][f"swd_finest_{way}"] > 0
     assert summary["wall_seconds"] > 0
     assert summary["peak_memory_bytes"] > 2**20
     flops = summary["flops_per_image"]
     assert flops["native"] > 3 * flops["base"]
-    assert flops["base"] < flops["upgraded"] < flops["native"]
+    assert flops["base"] < flops["decoder_alone"] < flops["upgraded"] < flops["native"]
     assert all(value > 0 for value in summary["seconds_per_image"].values())
 
 
@@ -67,6 +68,8 @@ def test_the_terminal_tells_every_unit_once(demo, capsys):
         assert f" {name} " in printed
     assert "per image" not in printed
     assert printed.count("next: ") >= 1
+    assert "decoder alone" in printed.partition("GFLOP")[0]  # a column
+    assert printed.count("; decoder alone ") == 2  # of reconstructions and samples
 
 
 def test_a_base_that_is_an_autoencoder_alone_is_compared_with_itself_at_full_size(tmp_path):

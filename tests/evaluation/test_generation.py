@@ -22,6 +22,7 @@ from davae.evaluation.metrics.fid import GaussianStatistics, save_statistics
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.report.recorder import save_png
+from tests.evaluation.test_upscalers import Nearest
 
 _SETTINGS = RunSettings("debug", {"kind": "classes"}, steps=1, guidance=1.0, batch=3)
 _COUNT = 40
@@ -236,10 +237,12 @@ def test_a_text_pipeline_beside_its_baselines_and_the_geneval_folder(sd3, tmp_pa
     variants = generate_variants(sd3.__getitem__, settings, tmp_path, base="base", prompts=tmp_path / "g.jsonl")
     assert variants.count == 8
     sizes = {name: Image.open(run.path(0)).size for name, run in variants.runs.items()}
-    assert sizes == {"upgraded": (64, 64), "base": (32, 32), "native": (64, 64)}
+    assert sizes == {"upgraded": (64, 64), "base": (32, 32), "decoder alone": (64, 64), "native": (64, 64)}
     assert {tuple(next(iter(make())).shape[-2:]) for make in variants.models.values()} == {(64, 64)}
     report = compare_generation(variants.models, open_reference("procedural:12"), prompts=variants.prompts)
-    assert list(report.rows) == ["upgraded", "base, upscaled", "base, native"]
+    assert list(report.rows) == ["upgraded", "decoder alone", "base, enlarged", "base, native"]
+    assert list(variants.meanings) == list(variants.seconds) == list(report.rows)
+    assert min(variants.seconds.values()) > 0
     assert report.rows["upgraded"].figures["spectrum_db"] > 0
     out = write_geneval_folder(variants.runs["upgraded"], variants.prompts, variants.count, tmp_path / "geneval")
     assert sorted(p.name for p in out.iterdir()) == ["00000", "00001"]
@@ -247,6 +250,83 @@ def test_a_text_pipeline_beside_its_baselines_and_the_geneval_folder(sd3, tmp_pa
     samples = sorted((out / "00001" / "samples").iterdir())
     assert [s.name for s in samples] == [f"{i:05d}.png" for i in range(4)]
     assert samples[2].read_bytes() == variants.runs["upgraded"].path(5).read_bytes()
+
+
+def _pictures(folder):
+    return [file.read_bytes() for file in sorted((folder / "images").iterdir())]
+
+
+def test_the_decoder_alone_decodes_the_base_s_own_samples(sd3, tmp_path):
+    """It is the upgrade without details, whose latents the base samples as if there were no upgrade."""
+    (tmp_path / "p.txt").write_text("a fox\na boat\n")
+    settings = RunSettings("upgraded", steps=1, guidance=1.0, height=64, width=64, batch=2)
+    asked = {"base": "base", "prompts": tmp_path / "p.txt"}
+    variants = generate_variants(sd3.__getitem__, settings, tmp_path / "out", **asked)
+    alone = sd3["upgraded"].vae.without_details()
+    options = {"height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+    latents = [
+        sd3["base"](prompt=text, generator=torch.Generator().manual_seed(seed), **options).images
+        for seed, text in enumerate(("a fox", "a boat"))
+    ]
+    vae = sd3["base"].vae
+    raw = torch.cat(latents) / vae.config.scaling_factor + vae.config.shift_factor
+    with torch.no_grad():
+        expected = alone.decode(raw).sample.clamp(-1, 1)
+    found = next(iter(variants.models["decoder alone"]()))
+    torch.testing.assert_close(found, expected, atol=0.01, rtol=0)  # 8 bits
+    again = generate_variants(sd3.__getitem__, settings, tmp_path / "out", **asked)
+    assert again.seconds == variants.seconds  # nothing was made, and the times are those noted
+    with pytest.raises(DavaeError, match="cannot be called 'decoder-alone'"):
+        generate_variants(sd3.__getitem__, settings, tmp_path / "out", others={"decoder-alone": "base"}, **asked)
+
+
+def test_where_there_is_no_decoder_alone_the_reason_is_told(sd3, tmp_path):
+    (tmp_path / "p.txt").write_text("a fox\na boat\n")
+    without = upgrade_pipeline(small_pipeline("sd3"), sd3["upgraded"].vae.without_details())
+    torch.manual_seed(1)
+    stranger = small_pipeline("sd3")
+    for parameter in stranger.vae.parameters():
+        parameter.data.mul_(1.1)
+    opened = sd3 | {"without": without, "stranger": stranger}
+    for i, (pipeline, base, reason) in enumerate(
+        [
+            ("without", "base", "it is its decoder alone itself"),
+            ("base", "base", "the pipeline is not upgraded"),
+            ("upgraded", "stranger", "made from another"),
+        ]
+    ):
+        settings = RunSettings(pipeline, steps=1, guidance=1.0, height=64, width=64, batch=2)
+        found = generate_variants(
+            opened.__getitem__, settings, tmp_path / str(i), base=base, prompts=tmp_path / "p.txt"
+        )
+        assert "decoder alone" not in found.models
+        assert reason in found.unavailable["decoder alone"]
+
+
+def test_upscalers_enlarge_the_base_s_images_from_their_seeds_and_prompts(sd3, tmp_path):
+    (tmp_path / "p.txt").write_text("a fox\na boat\na tree\n")
+    settings = RunSettings("upgraded", steps=1, guidance=1.0, height=64, width=64, batch=2, seed=5)
+    upscaler = Nearest(noise=0.1)
+    asked = {"prompts": tmp_path / "p.txt", "upscalers": {"noisy": lambda: upscaler}}
+    with pytest.raises(DavaeError, match="--base"):
+        generate_variants(sd3.__getitem__, settings, tmp_path / "out", **asked)
+    variants = generate_variants(sd3.__getitem__, settings, tmp_path / "out", base="base", **asked)
+    assert list(variants.models) == ["upgraded", "decoder alone", "base, enlarged", "base, native", "noisy"]
+    assert upscaler.asked == [([5, 6], ["a fox", "a boat"]), ([7], ["a tree"])]
+    small = variants.runs["base"].images(range(3))
+    expected = Nearest(noise=0.1)(small, (64, 64), seeds=[5, 6, 7])
+    torch.testing.assert_close(variants.runs["noisy"].images(range(3)), expected, atol=0.01, rtol=0)
+    assert variants.seconds["noisy"] > variants.seconds["base, enlarged"]
+    before = _pictures(variants.runs["noisy"].folder)
+    variants.runs["noisy"].path(1).unlink()
+    again = generate_variants(sd3.__getitem__, settings, tmp_path / "out", base="base", **asked)
+    assert _pictures(again.runs["noisy"].folder) == before
+    other = Nearest(noise=0.2)
+    other.weights = "others"
+    with pytest.raises(DavaeError, match="images are of other weights"):
+        generate_variants(
+            sd3.__getitem__, settings, tmp_path / "out", base="base", **asked | {"upscalers": {"noisy": lambda: other}}
+        )
 
 
 def test_another_pipeline_of_equal_tokens_stands_beside(sd3, tmp_path):

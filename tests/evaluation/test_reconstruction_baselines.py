@@ -30,10 +30,10 @@ def test_rows_are_the_autoencoder_and_every_baseline(autoencoder, images):
     assert report.images == 6
     assert {name: row.positions for name, row in report.rows.items()} == {
         "upgraded": 1,
-        "base, upscaled": 1,
+        "decoder alone": 1,
+        "base, enlarged": 1,
         "base, native": 4,
         "image, reduced": 0,
-        "details zeroed": 1,
         "details shuffled": 1,
         "details drawn": 1,
     }
@@ -43,7 +43,7 @@ def test_rows_are_the_autoencoder_and_every_baseline(autoencoder, images):
         small = F.interpolate(images, scale_factor=0.5, mode="bicubic", antialias=True)
         small = base.decode(base.encode(small).latent_dist.mode()).sample.clamp(-1, 1)
         upscaled = F.interpolate(small, scale_factor=2, mode="bicubic").clamp(-1, 1)
-    for name, made in (("base, native", native), ("base, upscaled", upscaled)):
+    for name, made in (("base, native", native), ("base, enlarged", upscaled)):
         pairs = [(a.permute(1, 2, 0).numpy(), b.permute(1, 2, 0).numpy()) for a, b in zip(images, made)]
         psnr = [peak_signal_noise_ratio(a, b, data_range=2) for a, b in pairs]
         ssim = [
@@ -55,6 +55,10 @@ def test_rows_are_the_autoencoder_and_every_baseline(autoencoder, images):
         assert report.rows[name].figures["psnr"] == pytest.approx(sum(psnr) / 6, abs=1e-3)
         assert report.rows[name].figures["ssim"] == pytest.approx(sum(ssim) / 6, abs=1e-4)
     json.dumps(report.to_json())
+    timed = {name for name, row in report.rows.items() if row.seconds}
+    assert timed == {"upgraded", "decoder alone", "base, enlarged", "base, native"}
+    assert {name for name, row in report.figures().items() if "seconds to decode an image" in row} == timed
+    assert list(report.meanings()) == list(report.rows)
 
 
 def test_batches_do_not_show(autoencoder, images):
@@ -91,10 +95,11 @@ def test_crops_of_any_size_are_told_apart(autoencoder, images):
         compare_reconstructions(autoencoder, [images], crops={"empty": []})
 
 
-def test_without_its_base_decoder_two_rows_remain(images):
+def test_without_its_base_decoder_no_row_of_the_base_remains(images):
     autoencoder = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8)
     autoencoder.drop_base_decoder()
-    assert list(compare_reconstructions(autoencoder, [images]).rows)[:2] == ["upgraded", "image, reduced"]
+    rows = list(compare_reconstructions(autoencoder, [images]).rows)
+    assert rows[:3] == ["upgraded", "decoder alone", "image, reduced"]
 
 
 @torch.no_grad()
@@ -106,7 +111,7 @@ def test_rows_of_other_details_are_what_they_say(images):
     z, z_d = vae.encode_base(images), vae.encode_details(images).mean
     noise = torch.stack([torch.randn(8, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(6)])
     details = {
-        "details zeroed": torch.zeros_like(z_d),
+        "decoder alone": torch.zeros_like(z_d),
         "details shuffled": z_d[[5, 0, 1, 2, 3, 4]],
         "details drawn": noise * std[:, None, None] + mean[:, None, None],
     }
@@ -117,12 +122,24 @@ def test_rows_of_other_details_are_what_they_say(images):
     assert "details shuffled" not in compare_reconstructions(vae, [images[:1]]).rows
 
 
-def test_autoencoders_beside_and_a_decoder_alone(autoencoder, images):
-    alone = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8, detail_dropout=1.0)
-    report = compare_reconstructions(autoencoder, [images], beside={"decoder alone": alone})
-    found = compare_reconstructions(alone, [images])
-    assert list(found.rows) == ["upgraded", "base, upscaled", "base, native", "image, reduced"]
-    assert report.rows["decoder alone"].figures == found.rows["upgraded"].figures
-    assert report.rows["decoder alone"].positions == 1
-    with pytest.raises(DavaeError, match="'base, native' names a row"):
-        compare_reconstructions(autoencoder, [images], beside={"base, native": alone})
+def test_the_decoder_alone_and_one_that_was_trained_so_are_told_apart(autoencoder, images):
+    other = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=4)
+    trained = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8, detail_dropout=1.0)
+    report = compare_reconstructions(autoencoder, [images], beside={"other": other, "trained alone": trained})
+    names = ["upgraded", "decoder alone", "other", "other, decoder alone", "trained alone", "base, enlarged"]
+    assert list(report.rows)[:6] == names
+    for name, model in (("other", other), ("trained alone", trained)):
+        found = compare_reconstructions(model, [images])
+        assert report.rows[name].figures == found.rows["upgraded"].figures
+        assert report.rows[name].positions == 1
+    assert list(found.rows) == ["upgraded", "base, enlarged", "base, native", "image, reduced"]
+    alone = compare_reconstructions(other, [images]).rows["decoder alone"].figures
+    assert report.rows["other, decoder alone"].figures == alone
+    latent = compare_reconstructions(other.without_details(), [images]).rows["upgraded"].figures
+    assert alone["psnr"] == pytest.approx(latent["psnr"], abs=1e-3)
+    meanings = [report.rows[name].meaning for name in names]
+    assert len(set(meanings)) == len(meanings)
+    assert meanings[4] == "another autoencoder, a joint decoder trained without details"
+    for name in ("base, native", "decoder alone", "other, decoder alone"):
+        with pytest.raises(DavaeError, match=f"'{name}' names a row"):
+            compare_reconstructions(autoencoder, [images], beside={"other": other, name: trained})

@@ -13,13 +13,14 @@ from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.evaluation.reconstruction.baselines import compare_reconstructions
 from davae.experiments.ablation import Spread, ablate
-from davae.experiments.variants import generated_images, real_images
+from davae.experiments.variants import base_images, generated_images, real_images
 from davae.models import AutoencoderDA
 from davae.pipelines import load_pipeline, upgrade_pipeline
 from davae.pipelines.families import family_of
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.recipes.read import load_recipe, load_variant
 from davae.report.ablation import run_ablation
+from davae.runtime.pictures import upscaled
 from davae.training.cache.write import write_cache
 from davae.training.diffusion.tuning import select_trained
 from davae.warm_start import new_channel_masks
@@ -51,6 +52,9 @@ def test_variants_share_autoencoders_and_a_second_call_does_nothing(ablated, mon
     assert list(result.variants) == list(recipe.variants) == ["full", "without schedule", "without alignment"]
     assert len(list((out / "autoencoders").iterdir())) == 4  # two seeds, with and without alignment
     full, unscheduled = result.variants["full"], result.variants["without schedule"]
+    rows = ["base, enlarged", "full, decoder alone", "without alignment, decoder alone"]
+    assert list(result.baselines) == rows  # two variants share an autoencoder
+    assert all(len(result.baselines[row]["swd/finest"].values) == 2 for row in rows)
     assert full["autoencoder_psnr"] == unscheduled["autoencoder_psnr"]
     assert len(full["swd/finest"].values) == 2
     assert full["swd/finest"].values[0] != full["swd/finest"].values[1]
@@ -180,15 +184,20 @@ def test_autoencoders_alone_are_measured_with_their_baselines_and_over_the_steps
     result = run_ablation(load_recipe("ablation-debug", settings), out)
     full, alone = result.variants["full"], result.variants["decoder alone"]
     assert len(full["autoencoder_psnr"].values) == 2
-    assert full.keys() - alone.keys() >= {"autoencoder_psnr/details zeroed", "autoencoder_alignment_relative"}
+    assert full.keys() - alone.keys() >= {"autoencoder_psnr/details drawn", "autoencoder_alignment_relative"}
     assert full["autoencoder_probe/base"].mean == alone["autoencoder_probe/base"].mean
-    assert list(result.baselines) == ["base, upscaled", "base, native", "image, reduced"]
+    # The variant of that name was trained so, and has no details to leave out.
+    rows = ["full, decoder alone", "base, enlarged", "base, native", "image, reduced"]
+    assert list(result.baselines) == rows
+    without = result.baselines["full, decoder alone"]
+    assert len(without["autoencoder_psnr"].values) == 2
+    assert without["autoencoder_psnr"].mean == pytest.approx(full["autoencoder_psnr_no_details"].mean)
     report = compare_reconstructions(
         load_autoencoder(next(iter((out / "autoencoders").iterdir())) / "autoencoder"),
         [real_images(load_variant(load_recipe("ablation-debug", settings), "full", 0), "held_out")],
     )
-    expected = {f"autoencoder_{k}": v for k, v in report.rows["base, upscaled"].figures.items()}
-    found = {k: spread.mean for k, spread in result.baselines["base, upscaled"].items()}
+    expected = {f"autoencoder_{k}": v for k, v in report.rows["base, enlarged"].figures.items()}
+    found = {k: spread.mean for k, spread in result.baselines["base, enlarged"].items()}
     assert found == pytest.approx(expected, rel=1e-5)
     curve = result.curves["full"]["psnr"]
     assert list(curve) == [0, 1, 2]
@@ -198,6 +207,24 @@ def test_autoencoders_alone_are_measured_with_their_baselines_and_over_the_steps
     monkeypatch.setattr("davae.experiments.variants.train_autoencoder", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr("davae.experiments.variants.compare_reconstructions", lambda *_, **__: pytest.fail("measured"))
     assert ablate(load_recipe("ablation-debug", settings), out).variants == result.variants
+    for file in out.glob("autoencoders/*/reconstruction-*.json"):  # as an earlier version named the rows
+        text = file.read_text().replace("base, enlarged", "base, upscaled").replace("decoder alone", "details zeroed")
+        file.write_text(text)
+    assert ablate(load_recipe("ablation-debug", settings), out).baselines == result.baselines
+
+
+def test_the_base_s_samples_are_enlarged_and_decoded_alone(ablated, tmp_path):
+    _, out = ablated
+    case = load_variant(load_recipe("ablation-debug", [VARIANTS]), "full", 0)
+    vae = next((out / "autoencoders").glob("*/autoencoder"))
+    debug_base().save_pretrained(tmp_path / "base")
+    upgrade_pipeline(debug_base(), load_autoencoder(vae).without_details()).save_pretrained(tmp_path / "alone")
+    small, larger = (generated_images(case, tmp_path / name, 12, tmp_path) for name in ("base", "alone"))
+    before = sorted((out / "base").iterdir())
+    enlarged = base_images(case, None, 12, out / "base")
+    assert sorted((out / "base").iterdir()) == before  # it was made by the ablation
+    torch.testing.assert_close(enlarged, upscaled(small, (32, 32)), atol=0.02, rtol=0)
+    assert torch.equal(base_images(case, vae, 12, tmp_path), larger)
 
 
 def test_samples_are_of_the_pipeline_that_is_there(ablated, tmp_path):

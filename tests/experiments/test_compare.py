@@ -19,6 +19,7 @@ from davae.cli.tables import comparison_table
 from davae.errors import DavaeError
 from davae.evaluation.features import Features
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets
+from davae.evaluation.reconstruction.baselines import compare_reconstructions
 from davae.experiments.compare import (
     DiffusionOptions,
     compare_autoencoders,
@@ -29,6 +30,7 @@ from davae.experiments.compare.diffusion import TinyRun, transformer_size
 from davae.models import AutoencoderDA
 from davae.models.latent_space import compression_of, decode, encode, open_autoencoder
 from davae.models.lightningdit import SIZES
+from tests.evaluation.test_upscalers import Nearest
 
 SIZE = {"num_layers": 1, "hidden_size": 16, "num_attention_heads": 2}
 
@@ -247,8 +249,12 @@ def test_table_two_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         features=["colours"],
         lpips=tmp_path,
     )
-    assert [row.patch for row in result.autoencoders] == [4, 2, 1]
+    assert [row.name for row in result.autoencoders] == ["f2", "f4", "f4, decoder alone", "f8", "base, enlarged"]
+    assert [row.patch for row in result.autoencoders] == [4, 2, 2, 1, 2]
     assert {row.tokens for row in result.diffusion} == {16}
+    alone, enlarged = result.diffusion[2], result.diffusion[4]
+    assert alone.loss == enlarged.loss  # one transformer over one base
+    assert alone.figures != enlarged.figures
     blocks = {row.parameters for row in result.diffusion}
     assert max(blocks) - min(blocks) < 3000  # the first and the last layer
     for row in result.autoencoders:
@@ -266,6 +272,38 @@ def test_table_two_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "PSNR, dB",
         "SSIM",
     } <= set(named)
+
+
+def test_other_images_of_the_base_s_latents_stand_beside() -> None:
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    first, second = (AutoencoderDA.from_base(kl(), scale=2, detail_channels=d).eval() for d in (4, 8))
+    given = {"first": first, "second": second, "f8": dc()}
+    found = open_candidates(given, 32, upscalers={"nearest": Nearest()})
+    names = ["first", "first, decoder alone", "second", "second, decoder alone", "f8", "base, enlarged", "nearest"]
+    assert [c.name for c in found] == names
+    shared = "first, decoder alone"
+    assert {c.name: c.latents_of for c in found if c.latents_of} == dict.fromkeys([names[3], *names[5:]], shared)
+    rows, _ = score_autoencoders(found, images, batch=2, repeats=1)
+    report = compare_reconstructions(first, [images], beside={"second": second}, upscalers={"nearest": Nearest()})
+    expected = {shared: "decoder alone"} | {name: name for name in (names[3], *names[5:])}
+    for row in rows:
+        if row.name in expected:
+            assert row.figures["psnr"] == pytest.approx(report.rows[expected[row.name]].figures["psnr"], abs=1e-3)
+    assert rows[5].parameters == rows[6].parameters == sum(p.numel() for p in kl().parameters())
+    assert [row.kind for row in rows[5:]] == ["AutoencoderKL", "Nearest"]
+    # Another base has latents of its own.
+    other = AutoencoderDA.from_base(kl().requires_grad_(False).apply(_doubled), scale=2, detail_channels=4)
+    found = open_candidates({"first": first, "other": other}, 32)
+    assert [c.latents_of for c in found] == [None, None, None, None, shared]
+    with pytest.raises(DavaeError, match="compare an AutoencoderDA with details"):
+        open_candidates({"f8": dc()}, 32, upscalers={"nearest": Nearest()})
+    with pytest.raises(DavaeError, match="'base, enlarged' is the name of two columns"):
+        open_candidates({"first": first, "base, enlarged": dc()}, 32)
+
+
+def _doubled(module: torch.nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.mul_(2)
 
 
 def test_distances_of_features_are_zero_for_a_lossless_autoencoder() -> None:

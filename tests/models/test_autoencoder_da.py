@@ -274,6 +274,7 @@ def test_detail_dropout_zeroes_whole_samples_and_keeps_the_mean() -> None:
     values = model.drop_details(z_d).flatten(1)
     assert (values == values[:, :1]).all()  # by sample
     assert set(values[:, 0].tolist()) == {0.0, 2.0}
+    assert set(model.drop_details(z_d, rescale=False).unique().tolist()) == {0.0, 1.0}
     assert model.eval().drop_details(z_d) is z_d
 
 

@@ -27,7 +27,7 @@ OF_OUR_OWN = {
     "imagenet-small-base", "imagenet-small-davae", "imagenet-small-native",
     "dc-ae15-small-f64", "dc-ae-small-f32", "dc-ae-small-f64", "dc-ae-small-f64-plain", "sd-vae-small-f64",
     "classes-taesd3-base", "classes-taesd3", "taesd3-photos", "taesd-photos", "starts-taesd3", "alignment-taesd3",
-    "generation-classes", "dc-ae-small-f16", "sd-vae-small-f16",
+    "upscaler-taesd3", "generation-classes", "dc-ae-small-f16", "sd-vae-small-f16",
     "sd-vae-f32", "sd-vae-f64",  # the DC-AE paper's baseline, of which it gives neither widths nor training
 }  # fmt: skip
 """Recipes without a counterpart in a paper; sizes for a CPU, mostly."""

@@ -104,7 +104,7 @@ def test_a_prompt_with_a_script_is_text(run_dir: Path) -> None:
 
 def test_every_picture_is_there_and_described(page: str) -> None:
     pictures = [attributes for tag, attributes in _Page(page).tags if tag == "img"]
-    assert len(pictures) == 2 * 3 * 2 + 2 * 2 * 2  # rows x columns, each whole and magnified
+    assert len(pictures) == 2 * 4 * 2 + 2 * 3 * 2  # rows x columns, each whole and magnified
     assert all((p["src"] or "").startswith("data:image/png;base64,iVBOR") for p in pictures)
     assert all(p["alt"] for p in pictures)
     drawings = [a for tag, a in _Page(page).tags if tag == "svg" and a.get("aria-hidden") != "true"]
@@ -122,8 +122,8 @@ def test_headline_and_table_carry_the_runs_numbers(page: str) -> None:
     assert "0.050 away from the base's own samples" in text
     assert "two seeds are 0.40 apart, so the scene is kept" in text
     assert "−25 %" in text  # sliced Wasserstein distance
-    assert "4.40 G 1.10 G 4.0×" in text  # native, upgraded, ratio
-    assert "100 ms 360 ms 120 ms 3.0×" in text
+    assert "4.40 G 1.05 G 1.10 G 4.0×" in text  # native, decoder alone, upgraded, ratio
+    assert "100 ms 360 ms 110 ms 120 ms 3.0×" in text
     assert "autoencoder.learning_rate 0.0003" in text
 
 
@@ -141,8 +141,8 @@ def test_a_worse_result_is_told_as_it_is(run_dir: Path) -> None:
     assert "2.0 times more slowly" in text
     assert "and its samples are 25 % farther from real images at the finest scale than the base's" in text
     assert "does not know hat, dress: their images were trained without a label. So the samples are of no class" in text
-    assert 'class="strong">24.00 dB' in page  # the better one is bold
-    assert 'class="strong">0.400' in page
+    assert 'class="strong">25.25 dB' in page  # the best one is bold, here the decoder alone
+    assert 'class="strong">0.250' in page
     assert page.count('class="strong"') == 4  # fewer tokens and operations, and these
     for advice in ("autoencoder.loop.steps=", "diffusion.loop.steps=", "davae train base"):
         assert advice in text
@@ -222,7 +222,7 @@ def test_the_headline_looks_at_every_scale_of_the_samples_and_at_their_scenes() 
 
 def test_a_slider_takes_its_two_pictures_from_the_rows_beside_it(page: str) -> None:
     sliders = [a for tag, a in _Page(page).tags if a.get("class") == "slider"]
-    assert [s["data-pair"] for s in sliders] == ["1 2", "0 1"]
+    assert [s["data-pair"] for s in sliders] == ["1 3", "0 2"]
     assert all("hidden" in s for s in sliders)  # until the script shows it; paper and readers without scripts have rows
     ranges = [a for tag, a in _Page(page).tags if tag == "input"]
     assert [r["type"] for r in ranges] == ["range", "range"]
@@ -254,12 +254,30 @@ def test_an_autoencoder_alone_has_a_page_without_samples(run_dir: Path) -> None:
         assert absent not in text
 
 
+def test_the_decoder_alone_stands_between_and_an_earlier_run_has_none(run_dir: Path) -> None:
+    text = " ".join(_Page(build_report(run_dir).read_text(encoding="utf-8")).text.split())
+    assert "Base Native Decoder alone Upgraded Ratio" in text
+    assert "Base, enlarged Decoder alone Upgraded Better Reconstruction, PSNR 24.00 dB 25.25 dB 26.25 dB" in text
+    assert "Generation, distance at 32 px (finest) 0.400 0.250 0.300 lower" in text
+    earlier = make_summary().model_dump()
+    for part in ("image_size", "tokens", "flops_per_image", "seconds_per_image"):
+        del earlier[part]["decoder_alone"]
+    del earlier["reconstruction"]["psnr_decoder_alone"], earlier["generation"]["swd_finest_decoder_alone"]
+    earlier["generation"] |= {"swd_levels_base_upscaled": [0.4, 0.2]}
+    Summary.model_validate(earlier).write(run_dir)
+    page = _Page(build_report(run_dir).read_text(encoding="utf-8")).text.partition("What an image costs")[2]
+    text = " ".join(page.split())
+    assert "Base Native Upgraded Ratio" in text
+    assert "Base, enlarged Upgraded Better Reconstruction, PSNR 24.00 dB 26.25 dB higher" in text
+    assert "Generation, distance at 16 px 0.200 0.100 lower" in text
+
+
 def test_what_a_recorded_run_reached_stands_beside(run_dir: Path) -> None:
     recorded = json.loads((files("davae.report") / "usual" / "tiny.json").read_text(encoding="utf-8"))
     make_summary(settings=recorded["settings"]).write(run_dir)
     text = " ".join(_Page(build_report(run_dir).read_text(encoding="utf-8")).text.split())
     assert f"This demo usually reaches {recorded['reconstruction']['psnr_upgraded']:.1f} dB" in text
-    assert f"24.00 dB 26.25 dB {recorded['reconstruction']['psnr_upgraded']:.2f} dB higher" in text
+    assert f"24.00 dB 25.25 dB 26.25 dB {recorded['reconstruction']['psnr_upgraded']:.2f} dB higher" in text
     recorded["settings"]["autoencoder"]["loop"]["steps"] += 1
     make_summary(settings=recorded["settings"]).write(run_dir)
     assert "usually" not in build_report(run_dir).read_text(encoding="utf-8")

@@ -80,6 +80,13 @@ def _recipe(overrides: list[str], recipe: str = "debug") -> UpgradeRecipe:
             "bitsandbytes",
             "autoencoder.optimizer.kind=adamw",
         ),
+        (
+            "debug",
+            "autoencoder.decoder_alone.l1_weight=1 autoencoder.model.detail_dropout=0",
+            "autoencoder",
+            "makes none",
+            "autoencoder.model.detail_dropout=0.5",
+        ),
         ("debug", "data.resolution=50", "autoencoder", "the nearest is 48", "data.resolution=48"),
         ("debug", "data.resolution=50", "diffusion", "the nearest is 48", "data.resolution=48"),
         ("debug", "data.buckets=[[32,30]]", "autoencoder", "in multiples of 8 pixels", "data.buckets=[[32,32]]"),

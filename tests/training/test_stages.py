@@ -16,8 +16,8 @@ from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families import family_of
 from davae.recipes.read import load_recipe
-from davae.recipes.settings import FlowLossSettings
-from davae.training.autoencoder.losses import laplacian_l1
+from davae.recipes.settings import FlowLossSettings, ImageTerms, ReconstructionSettings
+from davae.training.autoencoder.losses import ReconstructionLoss, laplacian_l1
 from davae.training.autoencoder.objective import StructuredObjective, noised
 from davae.training.autoencoder.stage import AutoencoderStage
 from davae.training.checkpoints.run_directory import read_metrics
@@ -83,6 +83,69 @@ def test_the_total_is_the_sum_of_its_weighted_terms():
         + settings.alignment.weight * terms["alignment"]
     )
     torch.testing.assert_close(terms["total"], expected)
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_samples_without_details_have_terms_of_their_own(adaptive, monkeypatch):
+    """The loss is the mean over the samples of each one's own weighted terms."""
+    stage, vae, _ = _stage_of(
+        "autoencoder.reconstruction.gan.weight=0",
+        f"autoencoder.alignment.adaptive={str(adaptive).lower()}",
+        "autoencoder.reconstruction.laplacian_weight=0",
+        "autoencoder.decoder_alone.l1_weight=0.5",
+        "autoencoder.decoder_alone.mse_weight=3",
+        "autoencoder.rescale_details=false",
+        detail_dropout=0.5,
+    )
+    objective, weight = stage.objective.train(), stage.settings.reconstruction.l1_weight
+    images = torch.stack([_parts()[0][i]["image"] for i in range(8)])
+    decode, seen = vae.decode_structured, []
+
+    def decoded(z, z_d):
+        made = decode(z, z_d)
+        seen.append((z_d.detach(), made.detach()))
+        return made
+
+    monkeypatch.setattr(vae, "decode_structured", decoded)
+    terms = objective({"image": images}, 0)
+    ((z_d, made),) = seen
+    without = [bool((details == 0).all()) for details in z_d]
+    assert 0 < sum(without) < 8
+    errors = made - images
+    l1, mse = errors.abs().flatten(1).mean(1), errors.square().flatten(1).mean(1)
+    own = [0.5 * a + 3 * b if gone else weight * a for a, b, gone in zip(l1, mse, without, strict=True)]
+    torch.testing.assert_close(terms["reconstruction"], torch.stack(own).mean())
+    torch.testing.assert_close(terms["l1"], l1.mean())
+    torch.testing.assert_close(terms["mse"], (mse * torch.tensor(without)).mean())
+    terms["total"].backward()
+    assert vae.last_decoder_weight.grad.abs().sum() > 0
+
+
+def test_kept_details_are_rescaled_or_not(monkeypatch):
+    vae = _vae(detail_dropout=0.5).train()
+    seen = []
+    decode = vae.decode_structured
+    monkeypatch.setattr(vae, "decode_structured", lambda z, z_d: seen.append(z_d.detach()) or decode(z, z_d))
+    settings = load_recipe("debug", ["autoencoder.reconstruction.gan.weight=0"]).autoencoder
+    images = torch.stack([_parts()[0][i]["image"] for i in range(8)])
+    for rescaled in (True, False):
+        torch.manual_seed(0)
+        parts = settings.alignment, settings.reconstruction
+        StructuredObjective(vae, *parts, rescale_details=rescaled).train()({"image": images}, 0)
+    assert seen[1].abs().max() > 0
+    torch.testing.assert_close(seen[0], 2 * seen[1])
+
+
+def test_a_batch_without_dropped_samples_has_the_same_terms():
+    terms = ImageTerms(l1_weight=0.0, mse_weight=2.0)
+    loss = ReconstructionLoss(ReconstructionSettings(laplacian_weight=1.0), terms)
+    images, made = torch.rand(2, 4, 3, 16, 16).unbind(0)
+    plain = ReconstructionLoss(ReconstructionSettings(laplacian_weight=1.0))(images, made)
+    none, every = (loss(images, made, torch.full((4,), gone)) for gone in (False, True))
+    assert none.keys() == every.keys() == {"l1", "mse", "laplacian", "reconstruction"}
+    assert {k: none[k] for k in plain} == plain
+    assert none["mse"] == 0
+    torch.testing.assert_close(every["reconstruction"], 2 * (made - images).square().mean())
 
 
 def _stage_of(*overrides, **options):

@@ -14,13 +14,16 @@ CUTS = ((2, 40, 150), (4, 200, 130), (0, 110, 60), (5, 130, 230))  # column, lef
 
 def main(picture: str, out: str, rows: str = "4") -> None:
     """Write a row per cut: the photograph, the base enlarged, the reconstruction, pixel by pixel."""
-    whole = Image.open(picture).convert("RGB")
+    opened = Image.open(picture)
+    names = opened.text["Rows"].split(" | ")
+    kinds = [names.index(name) for name in ("input", "base, enlarged", "reconstruction")]
+    whole = opened.convert("RGB")
     cuts = CUTS[: int(rows)]
     sheet = Image.new("RGB", (3 * SIDE + 2 * GAP, len(cuts) * (SIDE + GAP) - GAP), "white")
     for row, (column, left, top) in enumerate(cuts):
-        for kind in range(3):
+        for place, kind in enumerate(kinds):
             x, y = column * CELL + left, kind * CELL + top
-            sheet.paste(whole.crop((x, y, x + SIDE, y + SIDE)), (kind * (SIDE + GAP), row * (SIDE + GAP)))
+            sheet.paste(whole.crop((x, y, x + SIDE, y + SIDE)), (place * (SIDE + GAP), row * (SIDE + GAP)))
     sheet.save(out, quality=90)
 
 

@@ -14,6 +14,7 @@ from davae.benchmark.inference import device_name
 from davae.benchmark.timing import peak_tensor_bytes, side_by_side
 from davae.benchmark.variants import Variant, make_variants
 from davae.errors import DavaeError
+from davae.evaluation.metrics.names import DECODER_ALONE
 from davae.models import find_adapter
 from davae.planner.architectures import find_architecture
 from davae.runtime.devices import chosen_device, named_dtype
@@ -24,7 +25,7 @@ class AutoencoderRow:
     """Measurements of one autoencoder.
 
     Attributes:
-        name: ``base`` or ``upgraded``; ``, tiled`` is appended for tiled ones.
+        name: ``base``, ``upgraded`` or ``decoder alone``; ``, tiled`` is appended for tiled ones.
         encode_images_per_second, decode_images_per_second: from median times.
         decode_over_base: decoding time relative to the base's (tiled to tiled), median of the ratios of all rounds.
         decode_memory_bytes: peak memory of tensors allocated during a decode, without weights.
@@ -70,7 +71,8 @@ def bench_autoencoder(
     dtype: str = "float32",
     compile: bool = False,
 ) -> AutoencoderBenchmark:
-    """Time encoding and decoding by the base VAE and by the upgraded one, alternating, with random weights.
+    """Time encoding and decoding by the base VAE, by the upgraded one and by its joint decoder alone, alternating, with
+    random weights.
 
     Args:
         base: a preset, a name on the hub, or a pipeline folder.
@@ -79,16 +81,16 @@ def bench_autoencoder(
         detail_channels: ``D``; by default `default_detail_channels`.
         batch: images at a time.
         repeats: number of rounds; medians are reported.
-        tile: measure both also with tiles of this side in pixels.
+        tile: measure all also with tiles of this side in pixels.
         device: ``cpu`` or ``cuda``; by default the GPU if there is one.
-        dtype: of both.
-        compile: compile encoders and decoders of both, except tiled ones.
+        dtype: of all.
+        compile: compile encoders and decoders of all, except tiled ones.
 
     Raises:
         DavaeError: an unknown base, dtype or device, or sizes that do not divide.
     """
     where, precision = chosen_device(device), named_dtype(dtype)
-    _, native, upgraded = make_variants(
+    _, native, upgraded, alone = make_variants(
         find_architecture(base),
         resolution=resolution,
         scales=(scale,),
@@ -108,7 +110,7 @@ def bench_autoencoder(
     images = images.contiguous(memory_format=torch.channels_last)
     encoders: dict[str, Callable[[], None]] = {}
     decoders: dict[str, Callable[[], None]] = {}
-    for name, variant in (("base", native), ("upgraded", upgraded)):
+    for name, variant in (("base", native), ("upgraded", upgraded), (DECODER_ALONE, alone)):
         for tiled in (False, True) if tile else (False,):
             key = f"{name}, tiled" if tiled else name
             side = tile if tiled else None

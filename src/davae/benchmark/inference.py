@@ -21,7 +21,7 @@ class InferenceRow:
     """Cost of one image for one variant.
 
     Attributes:
-        name: ``base``, ``native`` or ``upgraded xS``.
+        name: ``base``, ``native``, ``upgraded xS`` or ``decoder alone xS``.
         resolution: side of the image in pixels.
         tokens: image tokens.
         steps: denoising steps.
@@ -98,7 +98,7 @@ def bench_inference(
     text: bool = True,
     end_to_end: bool = False,
 ) -> InferenceBenchmark:
-    """Time base, native and upgraded models with random weights, alternating in one process.
+    """Time base, native and upgraded models, and the decoder alone, with random weights, alternating in one process.
 
     Text encoding, a step and the decoder are timed separately, and every round times all variants once, so that drift
     of the machine affects them alike. The time of an image is the sum of its parts and, with ``end_to_end``, also

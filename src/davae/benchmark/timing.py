@@ -1,7 +1,6 @@
 """Wall-clock time and peak memory, measured for fair comparisons."""
 
 import sys
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,22 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from davae.errors import DavaeError
-
-
-def synchronise() -> None:
-    """Wait until the accelerator, if there is one, has finished its queued work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    elif torch.backends.mps.is_available():
-        torch.mps.synchronize()
-
-
-def _seconds(fn: Callable[[], object]) -> float:
-    synchronise()
-    start = time.perf_counter()
-    fn()
-    synchronise()
-    return time.perf_counter() - start
+from davae.runtime.devices import timed
 
 
 @dataclass(frozen=True)
@@ -84,7 +68,7 @@ def side_by_side(functions: Mapping[str, Callable[[], object]], repeats: int = 5
     for turn in range(repeats):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(_seconds(functions[name]))
+            times[name].append(timed(functions[name])[1])
     return SideBySide(times)
 
 

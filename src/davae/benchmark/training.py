@@ -13,11 +13,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from davae.benchmark.inference import device_name
-from davae.benchmark.timing import peak_memory_bytes, peak_tensor_bytes, side_by_side, synchronise
+from davae.benchmark.timing import peak_memory_bytes, peak_tensor_bytes, side_by_side
 from davae.benchmark.training_stages import FORMS, DiffusionBenchStage, Form, StepSettings, autoencoder_stage
 from davae.choices import Precision, Scale, check_choice
 from davae.errors import DavaeError
 from davae.planner.architectures import Architecture, find_architecture
+from davae.runtime.devices import synchronise
 from davae.runtime.processes import use_cpu
 from davae.training.loop.loop import steps_of
 from davae.training.stage import Stage

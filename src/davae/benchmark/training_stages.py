@@ -36,7 +36,7 @@ from davae.recipes.settings import (
     ReconstructionSettings,
     TuneSettings,
 )
-from davae.training.autoencoder.adaptive_weights import Decoded
+from davae.training.autoencoder.adaptive_weights import Decoded, Measure
 from davae.training.autoencoder.losses import MAX_ADAPTIVE_GAN, GanLoss
 from davae.training.autoencoder.objective import StructuredObjective
 from davae.training.autoencoder.stage import AutoencoderStage
@@ -326,13 +326,14 @@ class SeparatePassesObjective(StructuredObjective):
         latent: Tensor,
         z_d: Tensor,
         images: Tensor,
+        measure: Measure,
         gan_loss: GanLoss | None,
         step: int,
         *,
         at_details: bool,
     ) -> _Decoded:
         made = vae.decode_structured(latent, z_d)
-        losses = self.reconstruction(images, made)
+        losses = measure(images, made)
         total, among = losses["reconstruction"], list(vae.trained_parameters())
         if gan_loss is not None:
             hinge = gan_loss.hinge(images, made, step)

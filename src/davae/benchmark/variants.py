@@ -28,7 +28,7 @@ class Variant:
     """One way to generate an image: text encoders, a transformer and an autoencoder, with inputs.
 
     Attributes:
-        name: ``base``, ``native`` or ``upgraded xS``.
+        name: ``base``, ``native``, ``upgraded xS`` or ``decoder alone xS``.
         resolution: side of the image in pixels.
         scale: of the upgrade; 1 for base and native.
         tokens: image tokens.
@@ -104,7 +104,8 @@ def make_variants(
     dtype: torch.dtype = torch.float32,
     encode_text: bool = True,
 ) -> list[Variant]:
-    """The base at reduced resolution, the same model (native) at full resolution, and an upgraded one per scale.
+    """The base at reduced resolution, the same model (native) at full resolution, an upgraded one per scale, and per
+    scale the base with the joint decoder alone, which makes a full-size image of the base's latent.
 
     Args:
         architecture: what to build.
@@ -157,6 +158,7 @@ def make_variants(
 
     add("base", resolution // scales[0], 1, base, vae)
     add("native", resolution, 1, base, vae)
+    alone = {}
     for scale in scales:
         details = detail_channels or default_detail_channels(architecture.base_channels, scale)
         autoencoder = AutoencoderDA.from_base(vae, scale=scale, detail_channels=details, start="random")
@@ -165,6 +167,10 @@ def make_variants(
         nn.Module.to(autoencoder, device, dtype)  # as _real does for the others, norms included
         order_channels_last(autoencoder)
         add(f"upgraded x{scale}", resolution, scale, _real(wide_config, device, dtype), autoencoder)
+        alone[scale] = autoencoder.without_details()
+    for scale, decoder in alone.items():
+        order_channels_last(decoder)
+        add(f"decoder alone x{scale}", resolution, scale, base, decoder)
     return made
 
 

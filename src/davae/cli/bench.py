@@ -39,7 +39,7 @@ def inference(
     end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Also time whole images.")] = False,
     json_file: Json = None,
 ) -> None:
-    """Seconds, FLOPs and memory per image of base, native and upgraded models with random weights."""
+    """Seconds, FLOPs and memory per image of base, native, upgraded and decoder alone, with random weights."""
     from davae.benchmark.inference import bench_inference
 
     result = bench_inference(
@@ -77,7 +77,7 @@ def autoencoder(
     compile: Compile = False,
     json_file: Json = None,
 ) -> None:
-    """Encoding and decoding speed of the upgraded autoencoder and of the base VAE at the same resolution."""
+    """Encoding and decoding speed of the upgraded autoencoder, its decoder alone, and the base VAE."""
     from davae.benchmark.autoencoder import bench_autoencoder
 
     result = bench_autoencoder(

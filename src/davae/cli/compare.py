@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import Device, FeatureNames, Json, Repeats, folder_of, named_values, some_images, write_figures
+from davae.cli.options import (
+    Device,
+    FeatureNames,
+    Json,
+    Repeats,
+    Upscalers,
+    folder_of,
+    named_values,
+    some_images,
+    write_figures,
+)
 from davae.runtime.console import wide_console
 
 app = typer.Typer(no_args_is_help=True)
@@ -24,6 +34,7 @@ def autoencoder(
     data: Annotated[str, typer.Option("--data", help="A folder or data set of images.", callback=some_images)],
     resolution: Annotated[int, typer.Option("--resolution", min=1, help="Side of the square image in pixels.")],
     images: Annotated[int, typer.Option("--images", min=1, help="Images to reconstruct, held out of training.")] = 64,
+    upscaler: Upscalers = None,
     tokens: Annotated[
         int | None,
         typer.Option("--tokens", min=1, help="Tokens per image for all, by choice of patch size (default: patch 1)."),
@@ -80,6 +91,7 @@ def autoencoder(
         out=out,
         features=features or (),
         lpips=lpips,
+        upscalers=named_values(upscaler, "--upscaler", "esrgan=RealESRGAN_x2plus.safetensors"),
     )
     write_figures(json_file, result.to_json())
     from davae.cli.tables import comparison_table

@@ -11,6 +11,7 @@ from davae.cli.options import (
     FeatureNames,
     Json,
     ModelDType,
+    Upscalers,
     folder_of,
     named_values,
     new_file,
@@ -31,6 +32,7 @@ def reconstruction(
             "--beside", help="NAME=FOLDER of another trained autoencoder to compare with; can be given again."
         ),
     ] = None,
+    upscaler: Upscalers = None,
     resolution: Annotated[
         int | None, typer.Option("--resolution", min=1, help="Side in pixels (default: the run's).")
     ] = None,
@@ -50,8 +52,9 @@ def reconstruction(
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """Compare an autoencoder with baselines: base upscaled, base at full size, reduced image, other details."""
-    others = named_values(beside, "--beside", "decoder-alone=runs/alone/autoencoder")
+    """Compare an autoencoder with baselines: decoder alone, base enlarged and at full size, reduced image."""
+    others = named_values(beside, "--beside", "trained-alone=runs/alone/autoencoder")
+    upscalers = named_values(upscaler, "--upscaler", "esrgan=RealESRGAN_x2plus.safetensors")
     folders = named_values(crops, "--crops", "lettering=crops/lettering")
     from davae.cli.tables import print_figures
     from davae.evaluation.reconstruction.evaluate import evaluate_reconstruction
@@ -60,6 +63,7 @@ def reconstruction(
         autoencoder,
         data,
         beside=others,
+        upscalers=upscalers,
         resolution=resolution,
         images=images,
         crops=folders,
@@ -70,7 +74,7 @@ def reconstruction(
         device=device,
     )
     write_figures(json_file, found.to_json())
-    print_figures(found.figures(), found.unavailable)
+    print_figures(found.figures(), found.unavailable, found.meanings())
     if json_file is not None:
         say(json_file)
 
@@ -85,12 +89,14 @@ def generation(
         ),
     ] = Path("generation"),
     base: Annotated[
-        str | None, typer.Option("--base", help="The base pipeline, to compare with: upscaled, and native.")
+        str | None,
+        typer.Option("--base", help="The base pipeline, to compare with: enlarged, native, and its decoder alone."),
     ] = None,
     beside: Annotated[
         list[str] | None,
         typer.Option("--beside", help="NAME=PIPELINE to compare with; can be given again."),
     ] = None,
+    upscaler: Upscalers = None,
     count: Annotated[
         int | None, typer.Option("--count", min=1, help="Images (default: one per prompt, or 50000 for classes).")
     ] = None,
@@ -118,6 +124,7 @@ def generation(
 ) -> None:
     """Generate images, then measure them. The same command continues a stopped run; torchrun divides the work."""
     others = named_values(beside, "--beside", "equal-tokens=PIPELINE")
+    upscalers = named_values(upscaler, "--upscaler", "esrgan=RealESRGAN_x2plus.safetensors")
     from davae.cli.tables import print_figures
     from davae.evaluation.generation.evaluate import evaluate_generation
 
@@ -127,6 +134,7 @@ def generation(
         out=out,
         base=base,
         beside=others,
+        upscalers=upscalers,
         count=count,
         prompts=prompts,
         features=features,
@@ -144,7 +152,7 @@ def generation(
     )
     if found is not None:
         write_figures(json_file or out / "evaluation.json", found.to_json())
-        print_figures(found.figures(), found.missing())
+        print_figures(found.figures(), found.missing(), found.meanings)
         say(json_file or out / "evaluation.json")
 
 

@@ -36,7 +36,7 @@ def inspect(
     method: Annotated[Method, typer.Option("--method", help="Projection of the class maps to the plane.")] = "tsne",
     device: Device = None,
 ) -> None:
-    """Show class maps, spectra, channel statistics, and reconstructions with details zeroed and shuffled."""
+    """Show class maps, spectra, channel statistics, and reconstructions, by the decoder alone and shuffled too."""
     from davae.cli.tables import inspection_table
     from davae.evaluation.latent_space.inspect import inspect_latents
     from davae.report.inspection import write_inspection

@@ -143,6 +143,14 @@ ModelDType = Annotated[
     str | None,
     typer.Option("--dtype", help="float32, bfloat16 or float16 (default: as saved)."),
 ]
+Upscalers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--upscaler",
+        help="NAME=FILE.safetensors (spandrel) or NAME=FOLDER (an upscaling pipeline of diffusers) that enlarges the "
+        "base's images, to compare with; can be given again.",
+    ),
+]
 Variant = Annotated[
     str | None,
     typer.Option("--variant", help="Of the pipeline's files, such as fp16 (default: those without, or the only one)."),

@@ -28,12 +28,13 @@ def reconstruct(
     resolution: Annotated[int, typer.Option(min=1, help="Side of the square crop in pixels.")] = 128,
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 8,
     out: Annotated[
-        Path, typer.Option(help="The picture: input, base upscaled, reconstruction.", callback=_new_picture)
+        Path,
+        typer.Option(help="The picture: input, base enlarged, decoder alone, reconstruction.", callback=_new_picture),
     ] = Path("reconstructions.png"),
     device: Device = None,
     dtype: ModelDType = None,
 ) -> None:
-    """Reconstruct images with an autoencoder, and with its base alone for comparison."""
+    """Reconstruct images with an autoencoder, its base and its decoder alone."""
     from davae.training.runs.reconstruct import reconstruct_images
 
     say(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from davae.evaluation.metrics.names import BASE_ENLARGED, DECODER_ALONE
 from davae.planner.text import notes, tables
 from davae.report.schema import usual_run
 from davae.report.words import classes, memory, metric_label, next_steps, seconds, usual_text
@@ -35,22 +36,28 @@ def print_demo(summary: Summary) -> None:
     """Print the cost and quality of images from a demo, and what to try next."""
     console = PlainConsole()
     made, rebuilt = summary.generation, summary.reconstruction
-    table = Table("", "base", "native", "upgraded", title="what an image costs")
+    ways = [way for way, value in summary.seconds_per_image.model_dump().items() if value is not None]
+    table = Table("", *(way.replace("_", " ") for way in ways), title="what an image costs")
     for name, row, scale in (
         ("tokens" if made else "latent positions", summary.tokens, 1),
         ("GFLOP", summary.flops_per_image, 1e-9),
         ("seconds", summary.seconds_per_image, 1),
     ):
-        table.add_row(name, *(f"{value * scale:.4g}" for value in (row.base, row.native, row.upgraded)))
+        table.add_row(name, *("" if (value := getattr(row, way)) is None else f"{value * scale:.4g}" for way in ways))
     console.print(table)
-    native = "" if rebuilt.psnr_base_native is None else f", base at full size {rebuilt.psnr_base_native:.2f} dB"
-    lines = [
-        f"reconstruction: {rebuilt.psnr_upgraded:.2f} dB, base enlarged {rebuilt.psnr_base_upscaled:.2f} dB{native}"
-    ]
+    others = {BASE_ENLARGED: rebuilt.psnr_base_upscaled, DECODER_ALONE: rebuilt.psnr_decoder_alone}
+    others["base at full size"] = rebuilt.psnr_base_native
+    beside = [f"{name} {value:.2f} dB" for name, value in others.items() if value is not None]
+    lines = [f"reconstruction: {rebuilt.psnr_upgraded:.2f} dB; {'; '.join(beside)}"]
     if made is not None:
         lines.append(
             "samples against real images (sliced Wasserstein, finest level, lower is better): "
-            f"{made.swd_finest_upgraded:.3f}, base enlarged {made.swd_finest_base_upscaled:.3f}"
+            f"{made.swd_finest_upgraded:.3f}; {BASE_ENLARGED} {made.swd_finest_base_upscaled:.3f}"
+            + (
+                ""
+                if made.swd_finest_decoder_alone is None
+                else f"; {DECODER_ALONE} {made.swd_finest_decoder_alone:.3f}"
+            )
         )
     lines += [
         line for line in (summary.not_generated, classes(summary), usual_text(usual_run(summary.settings))) if line
@@ -207,8 +214,10 @@ def _figure_lines(
     }
 
 
-def print_figures(rows: Mapping[str, Mapping[str, float]], unavailable: Mapping[str, str]) -> None:
-    """Print one row per metric and one column per variant, then what is missing and why."""
+def print_figures(
+    rows: Mapping[str, Mapping[str, float]], unavailable: Mapping[str, str], meanings: Mapping[str, str]
+) -> None:
+    """Print one row per metric and one column per variant, what each variant is, then what is missing and why."""
     table = Table()
     table.add_column("")
     for name in rows:
@@ -218,6 +227,8 @@ def print_figures(rows: Mapping[str, Mapping[str, float]], unavailable: Mapping[
         table.add_row(metric, *("-" if value is None else f"{value:.4g}" for value in values))
     console = wide_console()
     console.print(table)
+    for name, meaning in meanings.items():
+        console.print(f"{name}: {meaning}", soft_wrap=True)
     for name, reason in unavailable.items():
         console.print(f"{name}: not measured. {reason}", soft_wrap=True)
 
@@ -235,9 +246,9 @@ def inspection_table(found: dict[str, Inspection]) -> Table:
     some = list(found.values())
     for kind, label in (
         ("whole", "PSNR, reconstruction"),
-        ("zeroed", "PSNR, details zeroed"),
+        ("zeroed", "PSNR, decoder alone"),
         ("shuffled", "PSNR, details shuffled"),
-        ("base", "PSNR, base enlarged"),
+        ("base", "PSNR, base, enlarged"),
     ):
         row(label, [i.psnr.get(kind) for i in some], ".2f")
     row("alignment error, relative", [i.alignment_error for i in some], ".3f")

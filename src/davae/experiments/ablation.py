@@ -57,7 +57,8 @@ class Ablation:
         samples: number of images behind each generation metric.
         variants: spread by variant and metric. Metrics of the autoencoder begin with ``autoencoder_``; the others are
             losses on held-out images, and distances of samples to them (:mod:`davae.evaluation.metrics.names`).
-        baselines: the same of what the recipe does not vary: the native fine-tune, or other ways to reconstruct.
+        baselines: the same of other ways to an image: the base enlarged, the decoder alone of each autoencoder, the
+            native fine-tune, further ways to reconstruct.
         curves: spread by variant, metric and step, of what the trainings' validations measured.
         real: the same distances for as many training images (of the first variant's data), a reference that models
             are not expected to beat; empty if only autoencoders are trained.
@@ -111,7 +112,7 @@ def _ablate(
             found, run = measure.figures(name, cases[name, seed], seed)
             figures[name].append(found)
             curves[name].append(curve_of(run))
-        measure.add_baselines(cases[next(iter(recipe.variants)), seed], seed)
+        measure.add_baselines({name: cases[name, seed] for name in recipe.variants}, seed)
         result = Ablation(
             seeds=list(recipe.seeds[: recipe.seeds.index(seed) + 1]),
             samples=recipe.samples,

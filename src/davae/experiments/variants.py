@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,13 +22,15 @@ from davae.evaluation.features import FeatureNetwork
 from davae.evaluation.images import spread_batches
 from davae.evaluation.latent_space.separability import linear_probe
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets
-from davae.evaluation.reconstruction.baselines import UPGRADED, compare_reconstructions
+from davae.evaluation.metrics.names import BASE_ENLARGED, DECODER_ALONE, UPGRADED, alone, current_way
+from davae.evaluation.reconstruction.baselines import compare_reconstructions
 from davae.evaluation.reconstruction.details import MEANING
 from davae.models import AutoencoderDA
+from davae.pipelines import upgrade_pipeline
 from davae.pipelines.saving.opening import load_autoencoder, load_pipeline
 from davae.recipes.settings import AblationRecipe, BaseRecipe, BaseTransformerSettings, UpgradeRecipe
 from davae.runtime.atomic_files import atomic_json, folder_hash
-from davae.runtime.pictures import to_bytes
+from davae.runtime.pictures import to_bytes, upscaled
 from davae.runtime.pixel_budget import images_together, in_parts
 from davae.runtime.places import safe_name
 from davae.runtime.text_files import read_object
@@ -59,14 +63,24 @@ class Autoencoders:
         measured |= {f"{metric}/{row}": value for row in MEANING for metric, value in rows.get(row, {}).items()}
         return trained | {f"autoencoder_{metric}": value for metric, value in measured.items()}, autoencoder.parent
 
-    def add_baselines(self, case: UpgradeRecipe, seed: int) -> None:
-        """Ways to reconstruct that need no training; they do not depend on the seed."""
-        if not self.baselines:
-            rows = self._measured(case, _autoencoder(case, self.out)[0])
-            kept = {name: row for name, row in rows.items() if name != UPGRADED and name not in MEANING}
-            self.baselines = {
-                name: [{f"autoencoder_{metric}": value for metric, value in row.items()}] for name, row in kept.items()
-            }
+    def add_baselines(self, cases: Mapping[str, UpgradeRecipe], seed: int) -> None:
+        """The decoder alone of each autoencoder of this seed, and once the ways to reconstruct that need no training.
+
+        Args:
+            cases: all variants with this seed, by name.
+            seed: for the log.
+        """
+        autoencoders = {name: _autoencoder(case, self.out)[0] for name, case in cases.items()}
+        measured = {name: self._measured(cases[name], folder) for name, folder in autoencoders.items()}
+        for row, name in _decoders_alone(autoencoders).items():
+            self._add(row, measured[name][DECODER_ALONE])
+        for row, figures in next(iter(measured.values())).items():
+            if row not in (UPGRADED, DECODER_ALONE, *MEANING) and row not in self.baselines:
+                self._add(row, figures)
+
+    def _add(self, row: str, figures: Mapping[str, float]) -> None:
+        named = {f"autoencoder_{metric}": value for metric, value in figures.items()}
+        self.baselines.setdefault(row, []).append(named)
 
     def real(self, case: UpgradeRecipe) -> dict[str, float]:
         """No samples, so nothing to compare them with."""
@@ -86,7 +100,21 @@ class Autoencoders:
             figures = {name: row.figures for name, row in rows.items()}
             figures[UPGRADED] |= _probes(vae, images)
             atomic_json(file, figures)
-        return read_object(file)
+        return {current_way(name): row for name, row in read_object(file).items()}
+
+
+def _decoders_alone(autoencoders: Mapping[str, Path]) -> dict[str, str]:
+    """Rows for the decoders alone, with the first variant of each autoencoder that has details.
+
+    Args:
+        autoencoders: folders by variant; variants may share one.
+    """
+    found: dict[Path, str] = {}
+    for name, folder in autoencoders.items():
+        if read_object(folder / "config.json").get("detail_dropout", 0) < 1:
+            found.setdefault(folder, name)
+    only = len(found) == 1 and DECODER_ALONE not in autoencoders
+    return {DECODER_ALONE if only else alone(name): name for name in found.values()}
 
 
 class Pipelines:
@@ -103,9 +131,27 @@ class Pipelines:
         trained = _trained(case, folder, self.out)
         return trained | self._distances_of_samples(case, folder), folder
 
-    def add_baselines(self, case: UpgradeRecipe, seed: int) -> None:
-        """The native fine-tune of this seed, if wanted."""
+    def add_baselines(self, cases: Mapping[str, UpgradeRecipe], seed: int) -> None:
+        """The base's samples of this seed, enlarged and decoded by each decoder alone; the native fine-tune, if wanted.
+
+        Args:
+            cases: all variants with this seed, by name.
+            seed: of the native fine-tune.
+        """
+        trained = {name: _autoencoder(case, self.out) for name, case in cases.items()}
+        rows = {BASE_ENLARGED: next(iter(cases))} | _decoders_alone(
+            {name: folder for name, (folder, _) in trained.items()}
+        )
+        for row, name in rows.items():
+            case, (autoencoder, figures) = cases[name], trained[name]
+            larger = row != BASE_ENLARGED
+            images = base_images(case, autoencoder if larger else None, self.recipe.samples, self.out / "base")
+            found, measured = self._distances(case, images), f"psnr_{'no_details' if larger else 'base_upscaled'}"
+            if not isinstance(case.autoencoder.model.detail_channels, list):  # of nested ones only the last is left out
+                found["autoencoder_psnr"] = figures[f"autoencoder_{measured}"]
+            self.baselines.setdefault(row, []).append(found)
         if self.recipe.native:
+            case = next(iter(cases.values()))
             logger.info("ablation: %s, seed %d", NATIVE, seed)
             folder = self.out / "native" / f"seed-{seed}"
             train_native(case, folder)
@@ -231,12 +277,44 @@ def generated_images(recipe: UpgradeRecipe, pipeline: Path, count: int, folder: 
         recipe.diffusion.loop.seed,
     ]
     file = folder / f"samples-{value_hash(made_with).removeprefix('sha256:')[:12]}.safetensors"
+    return _kept(file, lambda: _samples(recipe, load_pipeline(pipeline), count))
+
+
+def base_images(recipe: UpgradeRecipe, autoencoder: Path | None, count: int, folder: Path) -> Tensor:
+    """The base's own samples as :func:`generated_images` makes them, at full resolution.
+
+    Args:
+        recipe: names the base, the classes and how to sample.
+        autoencoder: whose joint decoder decodes them with details of 0; None enlarges the base's images bicubically.
+        count: how many.
+        folder: for the file they are kept in.
+    """
+    made_with = [
+        None if autoencoder is None else folder_hash(autoencoder),
+        *(recipe.base, recipe.base_revision, count, recipe.diffusion.sample.model_dump(mode="json")),
+        *(recipe.diffusion.loop.seed, recipe.data.model_dump(mode="json")),
+    ]
+
+    def make() -> Tensor:
+        base, side = load_recipe_base(recipe), recipe.data.resolution
+        if autoencoder is not None:
+            base = upgrade_pipeline(base, load_autoencoder(autoencoder).without_details())
+        made = _samples(recipe, base, count)
+        return made if autoencoder is not None else upscaled(made, (side, side))
+
+    return _kept(folder / f"samples-{value_hash(made_with).removeprefix('sha256:')[:12]}.safetensors", make)
+
+
+def _samples(recipe: UpgradeRecipe, pipe: DiffusionPipeline, count: int) -> Tensor:
+    held_out = open_held_out(recipe.data)
+    labels = sorted({held_out[i]["label"] for i in range(len(held_out))} - {-1})
+    known = dict(pipe.labels)
+    numbers = [known[held_out.classes[label]] for label in labels if held_out.classes[label] in known]
+    return generate_classes(pipe, numbers or [0], count, recipe.diffusion.sample, seed=recipe.diffusion.loop.seed)
+
+
+def _kept(file: Path, make: Callable[[], Tensor]) -> Tensor:
+    """Images in [-1, 1], rounded to 8 bits: those of the file, which is made if it does not exist."""
     if not file.is_file():
-        pipe = load_pipeline(pipeline)
-        held_out = open_held_out(recipe.data)
-        labels = sorted({held_out[i]["label"] for i in range(len(held_out))} - {-1})
-        known = dict(pipe.labels)
-        numbers = [known[held_out.classes[label]] for label in labels if held_out.classes[label] in known]
-        made = generate_classes(pipe, numbers or [0], count, recipe.diffusion.sample, seed=recipe.diffusion.loop.seed)
-        atomic_tensors(file, {"images": to_bytes(made).to(torch.uint8)})
+        atomic_tensors(file, {"images": to_bytes(make()).to(torch.uint8)})
     return load_file(file)["images"].float() / 127.5 - 1

@@ -246,7 +246,7 @@ def _autoencoder_run(recipe: UpgradeRecipe) -> AutoencoderRun:
     return AutoencoderRun(
         **_loop(settings.loop, settings.optimizer),  # type: ignore[arg-type]
         gan=settings.reconstruction.gan.weight > 0,
-        lpips=settings.reconstruction.lpips_weight > 0,
+        lpips=any(terms.lpips_weight for terms in (settings.reconstruction, settings.decoder_alone) if terms),
         detail_encoder=settings.train_detail_encoder,
         base_target=settings.target == "base",
         fitted_start=settings.model.start == "fitted" and settings.start_from is None,

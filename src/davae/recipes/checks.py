@@ -16,6 +16,7 @@ from davae.recipes.settings import (
     AutoencoderSettings,
     BaseRecipe,
     DiffusionSettings,
+    ImageTerms,
     ReconstructionSettings,
     UpgradeRecipe,
 )
@@ -43,9 +44,19 @@ def check_settings(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str
     _check_packages(settings, section)
     _check_optimizer(settings, section)
     _check_best_metric(recipe, section, settings.loop)
-    reconstruction: ReconstructionSettings | None = getattr(settings, "reconstruction", None)
-    if reconstruction is not None:
-        _check_backbones(reconstruction, section)
+    for _, terms in _terms(settings):
+        _check_backbones(terms, settings.reconstruction, section)
+    if isinstance(settings, AutoencoderSettings) and settings.decoder_alone and not settings.model.detail_dropout:
+        raise DavaeError(
+            f"{section}.decoder_alone is for samples without details, and {section}.model.detail_dropout=0 makes none: "
+            f"set {section}.model.detail_dropout=0.5, or {section}.decoder_alone=null"
+        )
+
+
+def _terms(settings: Any) -> list[tuple[str, ImageTerms]]:
+    """The sections of a stage with terms of images, by name."""
+    found = {key: getattr(settings, key, None) for key in ("reconstruction", "decoder_alone")}
+    return [(key, terms) for key, terms in found.items() if terms is not None]
 
 
 _OF_NETWORKS: dict[str, tuple[str, ...]] = {
@@ -59,15 +70,17 @@ _EXTRAS = {"lpips": "lpips", "efficientnet": "features"}
 
 def check_backbones(recipe: UpgradeRecipe | BaseRecipe | DcAeRecipe, section: str) -> None:
     """Check that the networks of a stage's losses are installed and given; a dry run does without."""
-    found: ReconstructionSettings | None = getattr(getattr(recipe, section), "reconstruction", None)
-    settings = {} if found is None else found.model_dump()
-    for name, packages in _OF_NETWORKS.items():
-        key = f"{section}.reconstruction.{name}"
-        missing = f"{key}_backbone, which is not set: give it" if settings.get(f"{name}_backbone", "") is None else ""
-        if absent := [package for package in packages if not _is_installed(package)]:
-            missing = f"{absent[0]}, which is not installed: `pip install 'davae[{_EXTRAS[name]}]'`"
-        if missing and settings.get(f"{name}_weight"):
-            raise DavaeError(f"{key}_weight needs {missing}, or set {key}_weight=0")
+    settings = getattr(recipe, section)
+    for key, terms in _terms(settings):
+        for name, packages in _OF_NETWORKS.items():
+            backbone = f"{section}.reconstruction.{name}_backbone"
+            given = getattr(settings.reconstruction, f"{name}_backbone", "")
+            missing = f"{backbone}, which is not set: give it" if given is None else ""
+            if absent := [package for package in packages if not _is_installed(package)]:
+                missing = f"{absent[0]}, which is not installed: `pip install 'davae[{_EXTRAS[name]}]'`"
+            if missing and getattr(terms, f"{name}_weight"):
+                weight = f"{section}.{key}.{name}_weight"
+                raise DavaeError(f"{weight} needs {missing}, or set {weight}=0")
 
 
 def check_start(start: str | None, key: str, files: Sequence[str]) -> None:
@@ -165,9 +178,9 @@ def _check_optimizer(settings: Any, section: str) -> None:
             )
 
 
-def _check_backbones(settings: ReconstructionSettings, section: str) -> None:
+def _check_backbones(terms: ImageTerms, settings: ReconstructionSettings, section: str) -> None:
     """Check that files exist; LPIPS and DINO check their contents when they are opened."""
-    for weight, key in ((settings.lpips_weight, "lpips_backbone"), (settings.dino_weight, "dino_backbone")):
+    for weight, key in ((terms.lpips_weight, "lpips_backbone"), (terms.dino_weight, "dino_backbone")):
         place = getattr(settings, key)
         if weight and place is not None and not Path(place).exists():
             raise DavaeError(f"{section}.reconstruction.{key}: there is nothing at {place}")

@@ -90,8 +90,8 @@ class PrefixSettings(Section):
     """Share of the samples that get a prefix; the others keep all channels."""
 
 
-class ReconstructionSettings(Section):
-    """The terms that compare a reconstruction with its image."""
+class ImageTerms(Section):
+    """The terms that compare the image of a decoder with its target."""
 
     l1_weight: Weight = 1.0
     """Mean absolute error of pixels in [-1, 1]."""
@@ -101,14 +101,19 @@ class ReconstructionSettings(Section):
     """L1 on a Laplacian pyramid: weight-free, keeps fine structure from blurring."""
     lpips_weight: Weight = 0.0
     """LPIPS (VGG); needs the ``lpips`` extra and its backbone file."""
-    lpips_backbone: Annotated[str | None, AT_HOME, MAY_MOVE] = None
-    """File of the VGG-16 weights (torchvision layout, safetensors or .pth)."""
     dino_weight: Weight = 0.0
     """Distance through the layers of a DINO network; 250 to 1000 beside an L1 of weight 1 is usual."""
-    dino_backbone: Annotated[str | None, AT_HOME, MAY_MOVE] = None
-    """Folder of the network (transformers layout: ``config.json``, ``model.safetensors``)."""
     efficientnet_weight: Weight = 0.0
     """Distance through the layers of EfficientNet-Lite0; needs the ``features`` extra and no download besides."""
+
+
+class ReconstructionSettings(ImageTerms):
+    """The terms that compare a reconstruction with its image, and the files of their networks."""
+
+    lpips_backbone: Annotated[str | None, AT_HOME, MAY_MOVE] = None
+    """File of the VGG-16 weights (torchvision layout, safetensors or .pth)."""
+    dino_backbone: Annotated[str | None, AT_HOME, MAY_MOVE] = None
+    """Folder of the network (transformers layout: ``config.json``, ``model.safetensors``)."""
     kl_weight: Weight = 1e-6
     """KL divergence of the posterior from a standard normal."""
     kl_reduction: Reduction = "mean"
@@ -131,8 +136,8 @@ class AutoencoderModelSettings(Section):
     base_latent_space: LatentSpace = "scaled"
     """What alignment and joint decoder see: ``(z - shift) * scale`` as the diffusion model does, or ``z``."""
     detail_dropout: Share = 0.1
-    """Share of training samples whose details are zeroed in front of the decoder. 1 trains the joint decoder alone, on
-    the base latent: a baseline. Details, their alignment and their KL divergence then have no part."""
+    """Share of training samples whose details are zeroed in front of the decoder: what the decoder alone learns from.
+    1 trains nothing else, a baseline: details, their alignment and their KL divergence then have no part."""
     start: BlockStart = "fitted"
     """Of the new blocks: fitted to images in closed form, from the base's layers that they replace (``warm``), or from
     torch's initial values, the official start (``random``)."""
@@ -168,6 +173,12 @@ class AutoencoderSettings(TrainedSection):
     no others, they are trained further."""
     alignment: AlignmentSettings = AlignmentSettings()
     reconstruction: ReconstructionSettings = ReconstructionSettings()
+    decoder_alone: ImageTerms | None = None
+    """Terms for the samples whose details are zeroed (``model.detail_dropout``), in place of those of
+    ``reconstruction``, whose networks' files they take; none means the same for all."""
+    rescale_details: bool = True
+    """Divide the details that ``model.detail_dropout`` keeps by the share of samples that keep theirs, in training, as
+    the official code does. ``false`` gives the decoder what it gets afterwards: for shares well above 0.1."""
     levels: LevelOrder = "sequential"
     """Several levels: one training after another, each with the lower levels frozen, or one training for all."""
     train_detail_encoder: bool = True

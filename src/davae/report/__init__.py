@@ -2,17 +2,17 @@
 
 from davae.report.build import build_report
 from davae.report.recorder import STAGES, FigureRecorder
-from davae.report.schema import Alignment, Figures, Generation, Reconstruction, Summary, ThreeWay, WarmStart, usual_run
+from davae.report.schema import Alignment, EachWay, Figures, Generation, Reconstruction, Summary, WarmStart, usual_run
 
 __all__ = [
     "STAGES",
     "Alignment",
+    "EachWay",
     "FigureRecorder",
     "Figures",
     "Generation",
     "Reconstruction",
     "Summary",
-    "ThreeWay",
     "WarmStart",
     "build_report",
     "usual_run",

@@ -100,7 +100,7 @@ def _cost_rows(summary: Summary) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "cells": [show(values.base), show(values.native), show(values.upgraded)],
+            "cells": [show(value) for value in values.model_dump().values() if value is not None],
             "saves": ratio and values.upgraded < values.native,
             "ratio": words.times(values.native / values.upgraded) if ratio and values.upgraded else "",
         }
@@ -110,16 +110,18 @@ def _cost_rows(summary: Summary) -> list[dict[str, Any]]:
 
 _COLUMNS = {
     "base_upscaled": "Base, enlarged",
+    "decoder_alone": "Decoder alone",
     "upgraded": "Upgraded",
     "base_native": "Base at full size",
     "reduced": "Image reduced, enlarged",
 }
+_EQUAL = 3
 
 
 def _quality(summary: Summary, usual: Summary | None) -> dict[str, Any]:
     """The table of figures: its columns, those that have any, and rows of cells as text.
 
-    The first two columns have equal tokens, and ``best`` of a row is the better one.
+    The first ``_EQUAL`` columns have equal tokens, and ``best`` of a row is the best one of them.
     """
     found: list[tuple[str, list[float | None], Callable[[float], str], str]] = []
     for name, form in (("psnr", "{:.2f} dB"), ("ssim", "{:.3f}")):
@@ -127,28 +129,35 @@ def _quality(summary: Summary, usual: Summary | None) -> dict[str, Any]:
         values.append(None if usual is None else getattr(usual.reconstruction, f"{name}_upgraded"))
         found.append((f"Reconstruction, {name.upper()}", values, form.format, "higher"))
     if summary.generation is not None:
-        (enlarged, made), size = _levels(summary.generation), summary.image_size.upgraded
-        reached = _levels(usual.generation)[1] if usual is not None and usual.generation is not None else []
-        for level, (first, second) in enumerate(zip(enlarged, made)):
+        sets, size = _levels(summary.generation), summary.image_size.upgraded
+        reached = _levels(usual.generation)["upgraded"] if usual is not None and usual.generation is not None else []
+        for level in range(len(sets["upgraded"])):
             name = f"Generation, distance at {size // 2**level} px{'' if level else ' (finest)'}"
-            row = [first, second, None, None, reached[level] if level < len(reached) else None]
+            row = [dict(enumerate(sets.get(kind, ()))).get(level) for kind in _COLUMNS]
+            row.append(reached[level] if level < len(reached) else None)
             found.append((name, row, words.significant, "lower"))
-    found = [row for row in found if None not in row[1][:2]]
+    kinds = list(_COLUMNS)
+    needed = kinds.index("base_upscaled"), kinds.index("upgraded")
+    found = [row for row in found if all(row[1][i] is not None for i in needed)]
     shown = [i for i in range(len(_COLUMNS) + 1) if any(values[i] is not None for _, values, _, _ in found)]
     rows = []
     for name, values, text, better in found:
-        base, ours = (value or 0.0 for value in values[:2])
-        best = None if base == ours else int((ours > base) == (better == "higher"))
+        equal = [value for value in values[:_EQUAL] if value is not None]
+        first = max(equal) if better == "higher" else min(equal)
+        best = shown.index(values.index(first)) if equal.count(first) == 1 else None
         cells = ["" if (value := values[i]) is None else text(value) for i in shown]
         rows.append({"name": name, "cells": cells, "best": best, "better": better})
     return {"columns": [[*_COLUMNS.values(), "Usual"][i] for i in shown], "rows": rows}
 
 
-def _levels(made: Generation) -> tuple[list[float], list[float]]:
-    """Distances by pyramid level, of the base enlarged and of the upgrade; the finest alone if not all are known."""
-    if made.swd_levels_base_upscaled and made.swd_levels_upgraded:
-        return made.swd_levels_base_upscaled, made.swd_levels_upgraded
-    return [made.swd_finest_base_upscaled], [made.swd_finest_upgraded]
+def _levels(made: Generation) -> dict[str, list[float]]:
+    """Distances by pyramid level, of the columns that have any; the finest alone if not all are known."""
+    whole = bool(made.swd_levels_base_upscaled and made.swd_levels_upgraded)
+    found = {}
+    for kind in list(_COLUMNS)[:_EQUAL]:
+        levels, finest = getattr(made, f"swd_levels_{kind}"), getattr(made, f"swd_finest_{kind}")
+        found[kind] = levels if whole else [finest]
+    return found
 
 
 def _section(run_dir: Path, section: dict[str, Any]) -> dict[str, Any]:

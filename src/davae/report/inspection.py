@@ -17,7 +17,7 @@ from davae.runtime.atomic_files import atomic_json
 from davae.runtime.places import claim
 
 _PARTS = {"base": "base latent", "detail": "detail latent"}
-_MADE = {"whole": "reconstruction", "zeroed": "details zeroed", "shuffled": "details shuffled", "base": "base enlarged"}
+_MADE = {"whole": "reconstruction", "zeroed": "decoder alone", "shuffled": "details shuffled", "base": "base, enlarged"}
 _GROUP = re.compile(r"details (of level )?\d+$")
 _COLOURS = {"z": "black", "images": "black", "reconstruction": "tab:blue", "without details": "tab:red"}
 _COLOURS["added by all details"] = "tab:orange"

@@ -110,6 +110,7 @@ class FigureRecorder:
         reconstructions: Tensor,
         captions: Sequence[str],
         *,
+        alone: Tensor | None = None,
         native: Tensor | None = None,
     ) -> None:
         """Add input, preview of the base, and reconstruction, side by side with a magnified part.
@@ -119,15 +120,19 @@ class FigureRecorder:
             base_previews: [N, 3, h, w], decoded from the base latent (``decode_base``).
             reconstructions: [N, 3, H, W].
             captions: one per image.
+            alone: [N, 3, H, W], of the joint decoder with details of 0.
             native: [N, 3, H, W], of the base at full resolution.
         """
-        columns = {"Input": images, "Base, enlarged": base_previews, "Upgraded": reconstructions}
+        columns = {"Input": images, "Base, enlarged": base_previews}
+        columns |= {} if alone is None else {"Decoder alone": alone}
+        columns["Upgraded"] = reconstructions
+        between = "" if alone is None else "the next is what the upgrade's decoder makes of the same without details; "
         last = "" if native is None else " The last column is the base at full size, from more positions."
         self.add_comparison(
             "reconstruction",
             title="Reconstruction",
             text="Held-out images, never seen in training. The second column is what the frozen base "
-            "autoencoder keeps, enlarged; the third adds the detail channels. Both come from the "
+            f"autoencoder keeps, enlarged; {between}the upgraded one adds the detail channels. All come from the "
             f"same latent grid.{last} Look at the magnified squares: the upgrade should bring back lines and "
             "grain that the base has lost, without inventing others.",
             columns=columns | ({} if native is None else {"Base at full size": native}),
@@ -136,21 +141,26 @@ class FigureRecorder:
             slider=("Base, enlarged", "Upgraded"),
         )
 
-    def add_samples(self, base: Tensor, upgraded: Tensor, captions: Sequence[str]) -> None:
-        """Add samples of the base, upscaled, beside those of the upgraded pipeline from the same seeds.
+    def add_samples(
+        self, base: Tensor, upgraded: Tensor, captions: Sequence[str], *, alone: Tensor | None = None
+    ) -> None:
+        """Add samples of the base, enlarged, beside those of the upgraded pipeline from the same seeds.
 
         Args:
             base: [N, 3, h, w] in [-1, 1].
             upgraded: [N, 3, H, W].
             captions: one per sample, such as its class and seed.
+            alone: [N, 3, H, W], the base's samples decoded by the joint decoder with details of 0.
         """
+        columns = {"Base, enlarged": base} | ({} if alone is None else {"Decoder alone": alone})
+        between = "" if alone is None else "then the same sample, decoded by the upgrade's decoder without details; "
         self.add_comparison(
             "samples",
             title="Samples",
             text="Generated from the same seeds with the same number of tokens. Left, the base's sample, "
-            "enlarged; right, the upgraded pipeline's, which generates the detail channels as well. The "
+            f"enlarged; {between}right, the upgraded pipeline's, which generates the detail channels as well. The "
             "scene stays about the same, or changes where tuning moved the base; edges and textures become finer.",
-            columns={"Base, enlarged": base, "Upgraded": upgraded},
+            columns={**columns, "Upgraded": upgraded},
             captions=captions,
             zoom=max(upgraded.shape[-1] // 4, 8),
             zoom_from="Upgraded",

@@ -64,11 +64,13 @@ class _File(_Record):
             raise DavaeError(f"{path}: {place}: {first['msg']}{more}") from error
 
 
-class ThreeWay(_Record, Generic[Number]):
-    """One number for the base, the base at full resolution (native), and the upgraded pipeline."""
+class EachWay(_Record, Generic[Number]):
+    """One number for the base, the base at full resolution (native), the base decoded larger by the upgrade's joint
+    decoder alone (None in earlier runs), and the upgraded pipeline."""
 
     base: Number
     native: Number
+    decoder_alone: Number | None = None
     upgraded: Number
 
 
@@ -79,12 +81,15 @@ class Reconstruction(_Record):
     """dB."""
     psnr_base_upscaled: float
     """dB, of the base's own reconstruction after bicubic upscaling."""
+    psnr_decoder_alone: float | None = None
+    """dB, of the joint decoder on the base latent, with details of 0."""
     psnr_base_native: float | None = None
     """dB, of the base's reconstruction at full resolution, from more positions."""
     psnr_reduced: float | None = None
     """dB, of the image reduced to the base's size and enlarged, without an autoencoder."""
     ssim_upgraded: float | None = None
     ssim_base_upscaled: float | None = None
+    ssim_decoder_alone: float | None = None
     ssim_base_native: float | None = None
     ssim_reduced: float | None = None
     images: int | None = None
@@ -96,11 +101,14 @@ class Generation(_Record):
 
     swd_finest_upgraded: float
     swd_finest_base_upscaled: float
+    swd_finest_decoder_alone: float | None = None
+    """Of the base's own samples, decoded larger by the joint decoder with details of 0."""
     swd_finest_real: float | None = None
     """The same distance between two sets of real images, as a lower bound."""
     swd_levels_upgraded: list[float] = []
     """All pyramid levels, finest first."""
     swd_levels_base_upscaled: list[float] = []
+    swd_levels_decoder_alone: list[float] = []
     preview_drift: float | None = None
     """Root mean square difference of the samples' base previews from the base's own samples of the same seeds, images
     in [-1, 1]."""
@@ -145,13 +153,13 @@ class Summary(_File):
     command: str
     """The command of the run."""
     hardware: dict[str, Scalar]
-    image_size: ThreeWay[int]
+    image_size: EachWay[int]
     """Side in pixels."""
-    tokens: ThreeWay[int]
+    tokens: EachWay[int]
     """Of the transformer; without one, positions of the latent."""
-    flops_per_image: ThreeWay[float]
+    flops_per_image: EachWay[float]
     """Of one image from noise to pixels, with guidance as sampled; without a transformer, encoded and decoded."""
-    seconds_per_image: ThreeWay[float]
+    seconds_per_image: EachWay[float]
     reconstruction: Reconstruction
     generation: Generation | None = None
     alignment: Alignment

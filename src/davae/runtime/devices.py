@@ -1,9 +1,10 @@
 """The device and precision that models run in, checked before anything is loaded."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from davae.errors import DavaeError
 from davae.runtime.model_files import variant_of
 
+Result = TypeVar("Result")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The precisions accepted on the command line."""
 _SAVED_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -89,6 +91,23 @@ def wanted_dtype(name: str | None) -> torch.dtype | Literal["saved"]:
         DavaeError: an unknown name.
     """
     return "saved" if name is None else named_dtype(name)
+
+
+def synchronise() -> None:
+    """Wait until the accelerator, if there is one, has finished its queued work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
+
+
+def timed(call: Callable[[], Result]) -> tuple[Result, float]:
+    """The result of a call, and its seconds until the accelerator has finished its work."""
+    synchronise()
+    start = time.perf_counter()
+    result = call()
+    synchronise()
+    return result, time.perf_counter() - start
 
 
 def use_gpu_for_training() -> None:

@@ -101,6 +101,9 @@ class GenerationReport:
         networks: preprocessing and weights of each feature network.
         settings: of the metrics.
         runs: folder and settings of the images by model, if davae generated them.
+        meanings: what each model is.
+        seconds: per image by model, as far as they were measured: from noise to the image at full resolution.
+        upscalers: what each upscaler is, by name.
     """
 
     count: int
@@ -110,6 +113,9 @@ class GenerationReport:
     networks: list[dict[str, Any]]
     settings: dict[str, Any]
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    meanings: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    upscalers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -119,7 +125,8 @@ class GenerationReport:
         """The figures of each model, followed by Fréchet distance and CLIP score of its categories."""
         shown: dict[str, dict[str, float]] = {}
         for model, row in self.rows.items():
-            shown[model] = dict(row.figures)
+            shown[model] = {"seconds per image": self.seconds[model]} if model in self.seconds else {}
+            shown[model] |= row.figures
             for category, part in row.categories.items():
                 shown[model] |= {
                     f"{category}: {metric}": value

@@ -18,6 +18,7 @@ from davae.evaluation.generation.baselines import generate_variants
 from davae.evaluation.generation.compare import GenerationReport, compare_generation, open_reference
 from davae.evaluation.generation.image_run import RunSettings, write_geneval_folder
 from davae.evaluation.metrics.names import CLIP_SCORE
+from davae.evaluation.upscalers import check_upscaler, open_upscaler
 from davae.pipelines.saving.opening import pipeline_place
 from davae.runtime.console import track
 from davae.runtime.devices import chosen_device, wanted_dtype
@@ -34,6 +35,7 @@ def evaluate_generation(
     out: str | Path = "generation",
     base: str | None = None,
     beside: Mapping[str, str] | None = None,
+    upscalers: Mapping[str, str] | None = None,
     count: int | None = None,
     prompts: Path | None = None,
     features: Sequence[str] | None = None,
@@ -55,8 +57,11 @@ def evaluate_generation(
         pipeline: a folder, a run, a name on the hub, ``tiny`` or ``debug``.
         reference: images, as in a recipe's ``data.path``, or an ``.npz`` of statistics.
         out: folder of the images.
-        base: the base pipeline, measured upscaled and at full resolution.
+        base: the base pipeline, measured enlarged, decoded by the upgrade's joint decoder alone, and at full
+            resolution.
         beside: further pipelines by the name they are reported under.
+        upscalers: by the name they are reported under, what enlarges the base's images, see
+            :func:`davae.evaluation.upscalers.open_upscaler`; needs ``base``.
         count: images of each; by default one per prompt (GenEval: four), or 50,000 for classes.
         prompts: text, MJHQ-30K ``.json`` or GenEval ``.jsonl``.
         features: feature networks (:func:`davae.evaluation.features.open_network`); by default ``inception``.
@@ -81,6 +86,8 @@ def evaluate_generation(
     for name in (str(pipeline), *([] if base is None else [base]), *(beside or {}).values()):
         if not is_built_in(name):
             pipeline_place(name)
+    for name, place in (upscalers or {}).items():
+        check_upscaler(name, place)
     compared = open_reference(str(reference), limit=reference_images)
     state = start_processes(cpu=device == "cpu", timeout=UNEVEN_WAIT)
     where = str(state.device) if state.num_processes > 1 else wanted
@@ -115,6 +122,7 @@ def evaluate_generation(
             out,
             base=base,
             others=beside,
+            upscalers={name: partial(open_upscaler, name, place, where) for name, place in (upscalers or {}).items()},
             prompts=prompts,
             count=count,
             progress=partial(_progress, shown=state.is_main_process),
@@ -136,7 +144,13 @@ def evaluate_generation(
             for name, run in variants.runs.items():
                 write_geneval_folder(run, variants.prompts, variants.count, Path(out) / "geneval" / safe_name(name))
         runs = {name: run.describe() | {"folder": str(run.folder)} for name, run in variants.runs.items()}
-        return replace(report, runs=runs)
+        return replace(
+            report,
+            runs=runs,
+            meanings=variants.meanings,
+            seconds=variants.seconds,
+            upscalers=variants.upscalers,
+        )
 
 
 def _open_pipeline(name: str, dtype: torch.dtype | Literal["saved"], device: str) -> DiffusionPipeline:

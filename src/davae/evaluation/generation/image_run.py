@@ -7,9 +7,11 @@ which is determined by number, not by what is missing.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -23,10 +25,13 @@ from davae.errors import DavaeError
 from davae.evaluation.generation.prompts import PromptSet
 from davae.pipelines.sampling.generate import generate_batch
 from davae.runtime.atomic_files import atomic_json, atomic_write, make_folder
+from davae.runtime.devices import timed
 from davae.runtime.pictures import save_image
 from davae.runtime.text_files import read_object
 
-_SETTINGS = "settings.json"
+_SETTINGS, _TIMES = "settings.json", "seconds.json"
+Paint = Callable[[range], list[Image.Image]]
+"""Makes the images of these numbers; images at the end may be left out."""
 _SAYS_NOTHING = ("transformers_version", "torch_dtype", "dtype", "name_or_path")
 
 
@@ -134,22 +139,16 @@ class ImageRun:
     def make(
         self, pipe: DiffusionPipeline, prompts: PromptSet, count: int, *, rank: int = 0, world: int = 1
     ) -> Iterator[int]:
-        """Generate the missing images of this process's share; yields the number of each image once it is on disk.
-
-        An interrupted batch is generated again as a whole, and only its missing images are written, so the results are
-        those of an uninterrupted run, bit for bit.
+        """:meth:`fill` with images of a pipeline.
 
         Args:
             pipe: the pipeline.
             prompts: subjects of the images.
-            count: images of the whole run; a larger number than before extends the run.
-            rank, world: number of this process, and of all processes.
+            count, rank, world: as for :meth:`fill`.
         """
-        size = self.settings.batch
-        for block in sorted({i // size for i in self.share_missing(count, rank, world)}):
-            # The last batch is always filled up: a run that is extended later meets the same batches.
-            indices = range(block * size, (block + 1) * size)
-            images = generate_batch(
+
+        def paint(indices: range) -> list[Image.Image]:
+            return generate_batch(
                 pipe,
                 [prompts.subject(i) for i in indices],
                 [self.settings.seed + i for i in indices],
@@ -158,10 +157,43 @@ class ImageRun:
                 height=self.settings.height,
                 width=self.settings.width,
             )
-            for index, image in zip(indices, images, strict=True):
-                if index < count and not self.path(index).exists():
-                    save_image(image, self.path(index))
-                    yield index
+
+        return self.fill(paint, count, rank=rank, world=world)
+
+    def fill(self, paint: Paint, count: int, *, rank: int = 0, world: int = 1) -> Iterator[int]:
+        """Make the missing images of this process's share; yields the number of each image once it is on disk.
+
+        An interrupted batch is made again as a whole, and only its missing images are written, so the results are
+        those of an uninterrupted run, bit for bit. The first process notes the seconds of its batches.
+
+        Args:
+            paint: makes a batch.
+            count: images of the whole run; a larger number than before extends the run.
+            rank, world: number of this process, and of all processes.
+        """
+        size, seconds = self.settings.batch, list[float]()
+        try:
+            for block in sorted({i // size for i in self.share_missing(count, rank, world)}):
+                # The last batch is always filled up: a run that is extended later meets the same batches.
+                indices = range(block * size, (block + 1) * size)
+                images, taken = timed(partial(paint, indices))
+                seconds.append(taken / len(images))
+                for index, image in zip(indices, images):
+                    if index < count and not self.path(index).exists():
+                        save_image(image, self.path(index))
+                        yield index
+        finally:
+            if seconds and rank == 0:
+                atomic_json(self.folder / _TIMES, {"seconds": [*self._times(), *seconds]})
+
+    def seconds(self) -> float | None:
+        """Median of the seconds per image over the batches that were noted; None if there are none."""
+        times = self._times()
+        return median(times) if times else None
+
+    def _times(self) -> list[float]:
+        file = self.folder / _TIMES
+        return list(read_object(file)["seconds"]) if file.is_file() else []
 
     def batches(self, count: int, *, size: int = 32) -> Iterator[Tensor]:
         """The first ``count`` images in order, ``[B, 3, H, W]`` in [-1, 1].
@@ -170,7 +202,15 @@ class ImageRun:
             DavaeError: an image is missing or cannot be read.
         """
         for start in range(0, count, size):
-            yield torch.stack([self._read(i) for i in range(start, min(start + size, count))])
+            yield self.images(range(start, min(start + size, count)))
+
+    def images(self, indices: range) -> Tensor:
+        """The images of these numbers, ``[B, 3, H, W]`` in [-1, 1].
+
+        Raises:
+            DavaeError: as for :meth:`batches`.
+        """
+        return torch.stack([self._read(i) for i in indices])
 
     def _read(self, index: int) -> Tensor:
         try:

@@ -1,7 +1,9 @@
 """An autoencoder's reconstructions compared with baselines."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -10,19 +12,29 @@ from torch import Tensor
 from davae.errors import DavaeError
 from davae.evaluation.features import FeatureNetwork
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets
-from davae.evaluation.metrics.names import SPECTRAL_GAIN
+from davae.evaluation.metrics.names import (
+    BASE_ENLARGED,
+    BASE_NATIVE,
+    DECODER_ALONE,
+    REDUCED,
+    SPECTRAL_GAIN,
+    UPGRADED,
+    alone,
+)
 from davae.evaluation.metrics.psnr_ssim import PairMeans, Perceptual
 from davae.evaluation.reconstruction.crops import FINE_TEXTURE, fine_texture
 from davae.evaluation.reconstruction.details import MEANING as DETAIL_ROWS
 from davae.evaluation.reconstruction.details import OtherDetails
+from davae.evaluation.upscalers import Upscaler
 from davae.models import AutoencoderDA
-from davae.models.latent_space import native_reconstruction
+from davae.models.latent_space import decode, encode
+from davae.runtime.devices import timed
 from davae.runtime.pictures import upscaled
 
-UPGRADED, BASE_UPSCALED, BASE_NATIVE, REDUCED = "upgraded", "base, upscaled", "base, native", "image, reduced"
 _MEANING = {
     UPGRADED: "the autoencoder itself",
-    BASE_UPSCALED: "the base latent alone, decoded at base resolution and enlarged bicubically: equal tokens",
+    DECODER_ALONE: "its joint decoder on the base latent, with details of 0: equal tokens",
+    BASE_ENLARGED: "the base latent decoded by the base at base resolution, enlarged bicubically: equal tokens",
     BASE_NATIVE: "the base autoencoder at full resolution: more tokens",
     REDUCED: "no autoencoder: the image at base resolution, enlarged bicubically",
 }
@@ -35,6 +47,8 @@ class Row:
     Attributes:
         meaning: description.
         positions: latent positions of an image, relative to the autoencoder; 0 if nothing is encoded.
+        seconds: of decoding an image from its latent, median over the batches (without the first of several); None
+            where nothing is decoded, or with other details.
         figures: means by metric, and distances between the sets.
         crops: means by metric, by name of the set of crops.
         unavailable: reasons for missing metrics, by name.
@@ -42,6 +56,7 @@ class Row:
 
     meaning: str
     positions: float
+    seconds: float | None = None
     figures: dict[str, float] = field(default_factory=dict)
     crops: dict[str, dict[str, float]] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
@@ -58,6 +73,7 @@ class ReconstructionReport:
         networks: preprocessing and weights of each feature network.
         perceptual: the same of each perceptual distance, by name.
         reference: hashes of the images' 8-bit pixels and of the moments of their features.
+        upscalers: what each upscaler is, by name.
         autoencoder, data, resolution: what was measured, if given by name.
         unavailable: reasons for metrics that are missing in some row.
     """
@@ -69,6 +85,7 @@ class ReconstructionReport:
     networks: list[dict[str, Any]]
     perceptual: dict[str, dict[str, Any]]
     reference: dict[str, Any]
+    upscalers: dict[str, dict[str, Any]] = field(default_factory=dict)
     autoencoder: str | None = None
     data: str | None = None
     resolution: int | None = None
@@ -82,10 +99,16 @@ class ReconstructionReport:
         """The figures of each row, followed by those of its crops."""
         shown: dict[str, dict[str, float]] = {}
         for name, row in self.rows.items():
-            shown[name] = {"latent positions, relative": row.positions} | row.figures
+            shown[name] = {"latent positions, relative": row.positions}
+            shown[name] |= {} if row.seconds is None else {"seconds to decode an image": row.seconds}
+            shown[name] |= row.figures
             for crop, figures in row.crops.items():
                 shown[name] |= {f"{crop}: {metric}": value for metric, value in figures.items()}
         return shown
+
+    def meanings(self) -> dict[str, str]:
+        """What each row is, by name."""
+        return {name: row.meaning for name, row in self.rows.items()}
 
 
 @torch.no_grad()
@@ -94,6 +117,7 @@ def compare_reconstructions(
     batches: Iterable[Tensor],
     *,
     beside: Mapping[str, AutoencoderDA] | None = None,
+    upscalers: Mapping[str, Upscaler] | None = None,
     crops: dict[str, Iterable[Tensor]] | None = None,
     networks: list[FeatureNetwork] | None = None,
     perceptual: Mapping[str, Perceptual] | None = None,
@@ -106,24 +130,27 @@ def compare_reconstructions(
     Args:
         vae: in any mode; used in evaluation mode, with the mean of its posterior.
         batches: images ``[B, 3, H, W]`` in [-1, 1], all of one size.
-        beside: other autoencoders by the name of their row, such as a joint decoder alone.
+        beside: other autoencoders by the name of their row. One with details has a second row, ``NAME, decoder alone``.
+        upscalers: what enlarges the base's image, by the name of its row; image ``i`` has the seed ``i``.
         crops: name to images ``[1, 3, H, W]`` of any sizes, reported separately.
         networks: for Fréchet and kernel distances.
         perceptual: further distances of each pair by name, such as LPIPS.
 
     Raises:
-        DavaeError: no image, sizes that do not fit the autoencoder, or a name in ``beside`` that a row has already.
+        DavaeError: no image, sizes that do not fit the autoencoder, a name that a row has already, or upscalers where
+            the base's decoder was dropped.
     """
-    networks, perceptual, beside = networks or [], perceptual or {}, beside or {}
+    networks, perceptual, beside, upscalers = networks or [], perceptual or {}, beside or {}, upscalers or {}
     training = {model: model.training for model in (vae, *beside.values())}
     for model in training:
         model.eval()
-    rows = _rows(vae, beside)
+    rows = _rows(vae, beside, upscalers)
     real = ImageSet(networks)
     made = {name: ImageSet(networks) for name in rows}
     means = {name: PairMeans(perceptual) for name in rows}
     textures = {name: PairMeans(perceptual) for name in rows}
-    for images, reconstructions in _reconstructions(vae, batches, beside):
+    times: dict[str, list[float]] = {}
+    for images, reconstructions in _reconstructions(vae, batches, beside, upscalers, times):
         if UPGRADED in reconstructions:
             real.update(images)
         cut = fine_texture(images)
@@ -135,6 +162,7 @@ def compare_reconstructions(
         raise DavaeError("there is no image to reconstruct")
     rows = {name: row for name, row in rows.items() if made[name].count}
     for name, row in rows.items():
+        row.seconds = median(times[name][1:] or times[name]) if row.positions and name in times else None
         row.figures |= means[name].figures()
         row.crops[FINE_TEXTURE] = textures[name].figures()
         if real.count > 1:
@@ -146,7 +174,7 @@ def compare_reconstructions(
     for crop, images_of in (crops or {}).items():
         apart = {name: PairMeans(perceptual) for name in rows if name not in DETAIL_ROWS}
         for images in images_of:
-            for name, ours in all_reconstructions(vae, images, beside).items():
+            for name, ours in all_reconstructions(vae, images, beside, upscalers).items():
                 apart[name].update(images, ours)
         counts[crop] = apart[UPGRADED].count
         if not counts[crop]:
@@ -163,6 +191,7 @@ def compare_reconstructions(
         networks=[network.describe() for network in networks],
         perceptual={name: distance.describe() for name, distance in perceptual.items()},
         reference=real.hashes(),
+        upscalers={name: upscaler.describe() for name, upscaler in upscalers.items()},
     )
 
 
@@ -173,29 +202,53 @@ def _gains(made: ImageSet, real: ImageSet) -> dict[str, float]:
     return {f"{SPECTRAL_GAIN}/octave{number}": gain for number, gain in enumerate(gains)}
 
 
-def _rows(vae: AutoencoderDA, beside: Mapping[str, AutoencoderDA]) -> dict[str, Row]:
+def _rows(vae: AutoencoderDA, beside: Mapping[str, AutoencoderDA], upscalers: Mapping[str, Upscaler]) -> dict[str, Row]:
     """The rows without figures, in their order; those of the base only if its decoder was not dropped."""
-    shares = {UPGRADED: 1.0} | {
-        name: (vae.spatial_compression / other.spatial_compression) ** 2 for name, other in beside.items()
-    }
-    if taken := [name for name in beside if name in _MEANING | DETAIL_ROWS]:
-        raise DavaeError(f"'{taken[0]}' names a row that every report has: call the other autoencoder something else")
+    given = [*beside, *upscalers]
+    taken = {*_MEANING, *DETAIL_ROWS, *map(alone, beside), *(name for name in given if given.count(name) > 1)}
+    if wrong := [name for name in given if name in taken]:
+        raise DavaeError(f"'{wrong[0]}' names a row that the report has already: call what you set beside it otherwise")
+    if upscalers and not vae.config.has_base_decoder:
+        raise DavaeError(
+            "upscalers enlarge the base's image, and this autoencoder has dropped the base's decoder: leave them out, "
+            "or evaluate one that has it"
+        )
+    meaning, shares = _MEANING | DETAIL_ROWS, dict[str, float]()
+    for name, model in {UPGRADED: vae, **beside}.items():
+        shares[name] = (vae.spatial_compression / model.spatial_compression) ** 2
+        trained_so = "" if model.uses_details else ", a joint decoder trained without details"
+        meaning.setdefault(name, f"another autoencoder{trained_so}")
+        if model.uses_details:
+            shares[alone(name)] = shares[name]
+            meaning.setdefault(alone(name), f"the joint decoder of '{name}' on the base latent, with details of 0")
     if vae.config.has_base_decoder:
-        shares |= {BASE_UPSCALED: 1.0, BASE_NATIVE: float(vae.scale**2)}
+        shares |= {BASE_ENLARGED: 1.0, **dict.fromkeys(upscalers, 1.0), BASE_NATIVE: float(vae.scale**2)}
+        meaning |= {name: f"the base's image enlarged by {found.title}" for name, found in upscalers.items()}
     shares[REDUCED] = 0.0
     if vae.uses_details:
         shares |= dict.fromkeys(DETAIL_ROWS, 1.0)
-    meaning = _MEANING | DETAIL_ROWS
-    return {name: Row(meaning.get(name, "another autoencoder"), share) for name, share in shares.items()}
+    return {name: Row(meaning[name], share) for name, share in shares.items()}
 
 
 def _reconstructions(
-    vae: AutoencoderDA, batches: Iterable[Tensor], beside: Mapping[str, AutoencoderDA]
+    vae: AutoencoderDA,
+    batches: Iterable[Tensor],
+    beside: Mapping[str, AutoencoderDA],
+    upscalers: Mapping[str, Upscaler],
+    times: dict[str, list[float]],
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Images and their reconstructions by name; every image comes once with each row."""
-    details = OtherDetails(vae)
+    """Images and their reconstructions by name; every image comes once with each row.
+
+    Seconds per image are added to ``times``, by row and batch.
+    """
+    details, count = OtherDetails(vae), 0
     for images in batches:
-        yield images, all_reconstructions(vae, images, beside)
+        made = {}
+        for name, way in _ways(vae, images, beside, upscalers, count).items():
+            made[name], seconds = timed(way)
+            times.setdefault(name, []).append(seconds / len(images))
+        count += len(images)
+        yield images, {name: _finished(image) for name, image in made.items()}
         if vae.uses_details:
             yield from details.of(images)
     yield from details.rest()
@@ -203,20 +256,56 @@ def _reconstructions(
 
 @torch.no_grad()
 def all_reconstructions(
-    vae: AutoencoderDA, images: Tensor, beside: Mapping[str, AutoencoderDA] | None = None
+    vae: AutoencoderDA,
+    images: Tensor,
+    beside: Mapping[str, AutoencoderDA] | None = None,
+    upscalers: Mapping[str, Upscaler] | None = None,
 ) -> dict[str, Tensor]:
     """Reconstructions ``[B, 3, H, W]`` by name of their row, float32 on the CPU, but for those with other details."""
-    size = images.shape[-2:]
+    ways = _ways(vae, images, beside or {}, upscalers or {}, 0)
+    return {name: _finished(way()) for name, way in ways.items()}
+
+
+def _finished(image: Tensor) -> Tensor:
+    return image.float().clamp(-1, 1).cpu()
+
+
+def _ways(
+    vae: AutoencoderDA,
+    images: Tensor,
+    beside: Mapping[str, AutoencoderDA],
+    upscalers: Mapping[str, Upscaler],
+    first: int,
+) -> dict[str, Callable[[], Tensor]]:
+    """What makes the reconstructions ``[B, 3, H, W]``, by name of their row, of latents that are encoded here.
+
+    Args:
+        vae, beside, upscalers: as for :func:`compare_reconstructions`.
+        images: ``[B, 3, H, W]`` in [-1, 1].
+        first: number of the first image.
+    """
+    size = (images.shape[-2], images.shape[-1])
     x = images.to(vae.device, vae.dtype)
-    models = {UPGRADED: vae, **(beside or {})}
-    made = {name: _reconstructed(model, x) for name, model in models.items()}
+    ways: dict[str, Callable[[], Tensor]] = {}
+    for name, model in {UPGRADED: vae, **beside}.items():
+        latent = encode(model, x)
+        ways[name] = partial(decode, model, latent)
+        if model.uses_details:
+            z, z_d = model.layout.split(latent)
+            ways[alone(name)] = partial(model.decode_structured, z, torch.zeros_like(z_d))
     if vae.config.has_base_decoder:
-        small = vae.decode_base(vae.encode_base(x)).float().clamp(-1, 1)
-        made[BASE_UPSCALED] = upscaled(small, size)
-        made[BASE_NATIVE] = native_reconstruction(vae, x)
-    made[REDUCED] = upscaled(vae.downsample(x), size)
-    return {name: image.float().clamp(-1, 1).cpu() for name, image in made.items()}
+        z = vae.encode_base(x)
+
+        def small() -> Tensor:
+            return vae.decode_base(z).float().clamp(-1, 1)
+
+        ways[BASE_ENLARGED] = lambda: upscaled(small(), size)
+        seeds = range(first, first + len(images))
+        ways |= {name: partial(_enlarged, upscaler, small, size, seeds) for name, upscaler in upscalers.items()}
+        ways[BASE_NATIVE] = partial(decode, vae.base_vae, encode(vae.base_vae, x))
+    ways[REDUCED] = lambda: upscaled(vae.downsample(x), size)
+    return ways
 
 
-def _reconstructed(vae: AutoencoderDA, images: Tensor) -> Tensor:
-    return vae.decode(vae.encode(images).latent_dist.mode()).sample
+def _enlarged(upscaler: Upscaler, small: Callable[[], Tensor], size: tuple[int, int], seeds: range) -> Tensor:
+    return upscaler(small(), size, seeds=seeds)

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from davae.models import AutoencoderDA
 
-ZEROED, SHUFFLED, DRAWN = "details zeroed", "details shuffled", "details drawn"
+SHUFFLED, DRAWN = "details shuffled", "details drawn"
 MEANING = {
-    ZEROED: "the base latent with details of 0",
     SHUFFLED: "the base latent with the details of the image before it; the first image has those of the last",
     DRAWN: "the base latent with details drawn from a normal distribution of each channel's mean and deviation",
 }
@@ -32,7 +31,7 @@ class OtherDetails:
         """Pairs of images and their reconstructions by name, of the next images ``[B, 3, H, W]`` in [-1, 1]."""
         x = images.to(self.vae.device, self.vae.dtype)
         z, z_d = self.vae.encode_base(x), self.vae.encode_details(x).mean
-        yield images, {ZEROED: self._decode(z, torch.zeros_like(z_d)), DRAWN: self._decode(z, self._drawn(z_d))}
+        yield images, {DRAWN: self._decode(z, self._drawn(z_d))}
         if self._first is None or self._last is None:
             self._first = images[:1], z[:1]
             if len(images) > 1:

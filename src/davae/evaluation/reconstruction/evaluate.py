@@ -15,6 +15,7 @@ from davae.evaluation.metrics.names import DINO, LPIPS
 from davae.evaluation.metrics.psnr_ssim import Perceptual
 from davae.evaluation.reconstruction.baselines import ReconstructionReport, compare_reconstructions
 from davae.evaluation.reconstruction.crops import folder_crops, read_boxes
+from davae.evaluation.upscalers import check_upscaler, open_upscalers
 from davae.models.perceptual import DinoDistance, LpipsLoss
 from davae.pipelines.saving.opening import autoencoder_folder, load_autoencoder
 from davae.runtime.devices import chosen_device
@@ -26,6 +27,7 @@ def evaluate_reconstruction(
     data: str,
     *,
     beside: Mapping[str, str | Path] | None = None,
+    upscalers: Mapping[str, str] | None = None,
     resolution: int | None = None,
     images: int = 256,
     crops: Mapping[str, str | Path] | None = None,
@@ -35,12 +37,14 @@ def evaluate_reconstruction(
     dino: Path | None = None,
     device: str | None = None,
 ) -> ReconstructionReport:
-    """Compare an autoencoder with baselines: base upscaled, base at full resolution, the reduced image, other details.
+    """Compare an autoencoder with baselines: its decoder alone, the base enlarged and at full resolution, the reduced
+    image, other details.
 
     Args:
         autoencoder: folder of a trained autoencoder.
         data: images, as in a recipe's ``data.path``.
-        beside: name to folder of other trained autoencoders, such as a joint decoder alone.
+        beside: name to folder of other trained autoencoders, such as a joint decoder trained alone.
+        upscalers: name to what enlarges the base's image, see :func:`davae.evaluation.upscalers.open_upscaler`.
         resolution: side in pixels; by default the run's.
         images: how many, spaced evenly over the whole set.
         crops: name to folder of crops that are reported separately, such as lettering.
@@ -59,6 +63,8 @@ def evaluate_reconstruction(
     folder, where = Path(autoencoder), chosen_device(device)
     autoencoder_folder(folder)
     side = resolution or trained_resolution(folder)
+    for name, upscaler in (upscalers or {}).items():
+        check_upscaler(name, upscaler)
     boxed = {} if boxes is None else read_boxes(boxes)
     dataset = open_dataset(data, resolution=side)
     vae = load_autoencoder(folder).to(where)
@@ -80,6 +86,7 @@ def evaluate_reconstruction(
         vae,
         (torch.stack([item["image"] for item in items]) for items in spread),
         beside=others,
+        upscalers=open_upscalers(upscalers or {}, where),
         crops=apart,
         networks=open_networks(features or [], where, unavailable),
         perceptual={name: distance for name, distance in perceptual.items() if distance is not None},

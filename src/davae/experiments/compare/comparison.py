@@ -14,6 +14,7 @@ from davae.errors import DavaeError
 from davae.evaluation.features import open_network
 from davae.evaluation.metrics.names import LPIPS
 from davae.evaluation.metrics.psnr_ssim import Perceptual
+from davae.evaluation.upscalers import check_upscaler, open_upscalers
 from davae.experiments.compare.autoencoders import AutoencoderScore, open_candidates, score_autoencoders
 from davae.experiments.compare.diffusion import DiffusionOptions, DiffusionScore, score_diffusion
 from davae.models.perceptual import LpipsLoss
@@ -38,6 +39,7 @@ class Comparison:
         options: of the diffusion part.
         training_images: number of images that the transformers were trained on.
         networks: weights and preprocessing of the feature networks.
+        upscalers: what each upscaler is, by name.
     """
 
     data: str
@@ -50,6 +52,7 @@ class Comparison:
     options: DiffusionOptions | None = None
     training_images: int = 0
     networks: list[dict[str, Any]] = field(default_factory=list)
+    upscalers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -71,6 +74,7 @@ def compare_autoencoders(
     out: Path | None = None,
     features: Sequence[str] = (),
     lpips: Path | None = None,
+    upscalers: Mapping[str, str] | None = None,
 ) -> Comparison:
     """Measure autoencoders on the same images and, with ``diffusion``, a transformer trained on each one's latents.
 
@@ -89,6 +93,8 @@ def compare_autoencoders(
         features: networks for feature distances of reconstructions (rFID) and samples (FID), as in
             :func:`davae.evaluation.features.open_network`.
         lpips: file of torchvision's VGG-16 weights; ``None`` skips LPIPS.
+        upscalers: by name, what enlarges the images of an upgraded autoencoder's base, see
+            :func:`davae.evaluation.upscalers.open_upscaler`.
 
     Raises:
         DavaeError: there are no images, an autoencoder does not fit, or weights are missing.
@@ -98,7 +104,10 @@ def compare_autoencoders(
         check_place(out, "comparison")
     networks = [open_network(name, device=where) for name in features]
     perceptual = {} if lpips is None else {LPIPS: Perceptual(LpipsLoss(str(lpips)), where)}
-    candidates = open_candidates(autoencoders, resolution, tokens=tokens, device=where)
+    for name, place in (upscalers or {}).items():
+        check_upscaler(name, place)
+    opened = open_upscalers(upscalers or {}, str(where))
+    candidates = open_candidates(autoencoders, resolution, tokens=tokens, upscalers=opened, device=where)
     if diffusion is None:
         held_out, _, _ = _images(data, resolution, images)
     else:
@@ -125,6 +134,7 @@ def compare_autoencoders(
         options=diffusion,
         training_images=0 if diffusion is None else len(learned),
         networks=[network.describe() for network in networks],
+        upscalers={name: upscaler.describe() for name, upscaler in opened.items()},
     )
     if out is not None:
         with claim(out, "comparison") as folder:

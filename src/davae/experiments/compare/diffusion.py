@@ -7,6 +7,7 @@ images, steps, batches, noise levels and learning rate. Fewer tokens make it fas
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -24,7 +25,6 @@ from davae.evaluation.metrics.image_set import ImageSet, compare_sets, spatial_d
 from davae.experiments.compare.autoencoders import Candidate, decode_all, encode_all
 from davae.latents import LatentLayout
 from davae.models import LightningDiTTransformer2DModel
-from davae.models.latent_space import decode
 from davae.models.lightningdit import SIZES, Size
 from davae.pipelines.class_conditional import guided_velocity
 from davae.pipelines.families.classes import ClassConditional
@@ -95,11 +95,17 @@ def score_diffusion(
     if networks:
         real.extend(images.split(options.batch))
     unseen = ImageSet().extend(held_out.split(options.batch))
-    trials = {c.name: TinyRun(c, images, labels, classes, options) for c in candidates}
+    trials: dict[str, TinyRun] = {}
+    for c in candidates:
+        trials[c.name] = (
+            TinyRun(c, images, labels, classes, options) if c.latents_of is None else trials[c.latents_of].of(c)
+        )
     wanted = labels[torch.arange(options.samples) % len(labels)]
-    losses, found, shown = {}, {}, {}
+    losses: dict[str, list[float]] = {}
+    found, shown = {}, {}
     for name, trial in trials.items():
-        losses[name] = trial.train()
+        source = trial.candidate.latents_of
+        losses[name] = trial.train() if source is None else losses[source]
         found[name], shown[name] = _gather(trial.batches(wanted), networks)
     cost = _Cost(trials, options)
     rows = []
@@ -236,6 +242,12 @@ class TinyRun:
         self.optimizer = make_optimizer(candidate.name, self.objective, settings, {})
         self.ema = Ema(self.transformer.parameters(), options.ema)
 
+    def of(self, candidate: Candidate) -> TinyRun:
+        """The same run, whose samples another candidate decodes."""
+        shared = copy(self)
+        shared.candidate = candidate
+        return shared
+
     def step(self, number: int) -> float:
         """One training step; returns its loss. The batch and its noise depend only on the seed and ``number``."""
         generator = torch.Generator().manual_seed(self.options.seed + number)
@@ -299,7 +311,7 @@ class TinyRun:
         return {
             "train": lambda: self.step(0),
             "denoise": lambda: self.velocity(latents, 0.5, labels),
-            "decode": lambda: decode(self.candidate.model, raw),
+            "decode": lambda: self.candidate.decode(raw),
         }
 
     def flops(self) -> tuple[int, int]:

@@ -544,12 +544,18 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         shift, scale = (v[: z.shape[1], None, None] for v in self.base_affine(z.device))
         return ((z.float() - shift) * scale).to(z.dtype)
 
-    def drop_details(self, z_d: Tensor) -> Tensor:
-        """This level's ``z_d`` for :meth:`decode_structured`; in train mode ``detail_dropout`` zeroes whole samples."""
+    def drop_details(self, z_d: Tensor, *, rescale: bool = True) -> Tensor:
+        """This level's ``z_d`` for :meth:`decode_structured`; in train mode ``detail_dropout`` zeroes whole samples.
+
+        Args:
+            z_d: ``[B, D, h, w]``.
+            rescale: divide the others by the share that is kept, as the official code does.
+        """
         if not (self.training and self.uses_details) or self.config.detail_dropout <= 0:
             return z_d
         uniform = torch.rand(z_d.shape[0], device=z_d.device)
         factor = detail_dropout_factor(uniform, self.config.detail_dropout)
+        factor = factor if rescale else factor.clamp(max=1.0)
         return z_d * factor.to(z_d.dtype)[:, None, None, None]
 
     @apply_forward_hook

@@ -12,7 +12,7 @@ from davae.latents import adaptive_weight
 from davae.models import PatchDiscriminator, hinge_discriminator_loss, hinge_generator_loss
 from davae.models.perceptual import DinoDistance, EfficientNetDistance, LpipsLoss
 from davae.recipes.loop import OptimizerSettings
-from davae.recipes.settings import GanSettings, ReconstructionSettings
+from davae.recipes.settings import GanSettings, ImageTerms, ReconstructionSettings
 from davae.training.stage import TrainedModule
 
 
@@ -38,38 +38,73 @@ def laplacian_l1(error: Tensor, levels: int = 3) -> Tensor:
 _NETWORKS = {"lpips": "LPIPS", "dino": "DINO", "efficientnet": "EfficientNet"}
 
 
-class ReconstructionLoss(nn.Module):
-    """Weighted sum of L1, squared error, Laplacian-pyramid L1 and networks' distances of images in [-1, 1]."""
+def _weights(terms: ImageTerms) -> dict[str, float]:
+    """The weights above 0, by the name of their term."""
+    found = {
+        "l1": terms.l1_weight,
+        "mse": terms.mse_weight,
+        "laplacian": terms.laplacian_weight,
+        "lpips": terms.lpips_weight,
+        "dino": terms.dino_weight,
+        "efficientnet": terms.efficientnet_weight,
+    }
+    return {name: weight for name, weight in found.items() if weight}
 
-    def __init__(self, settings: ReconstructionSettings) -> None:
+
+class ReconstructionLoss(nn.Module):
+    """Weighted sum of L1, squared error, Laplacian-pyramid L1 and networks' distances of images in [-1, 1].
+
+    Args:
+        settings: the weights, and the networks' files.
+        alone: weights for the samples without details; None takes the same.
+    """
+
+    def __init__(self, settings: ReconstructionSettings, alone: ImageTerms | None = None) -> None:
         super().__init__()
-        self.settings = settings
+        self.settings, self.alone = settings, alone
+        self.names = list(dict.fromkeys(["l1", *_weights(settings), *_weights(alone or settings), "reconstruction"]))
         self.networks = nn.ModuleDict()
-        if settings.lpips_weight:
+        if "lpips" in self.names:
             self.networks["lpips"] = LpipsLoss(settings.lpips_backbone)
-        if settings.dino_weight:
+        if "dino" in self.names:
             self.networks["dino"] = _dino(settings.dino_backbone)
-        if settings.efficientnet_weight:
+        if "efficientnet" in self.names:
             self.networks["efficientnet"] = EfficientNetDistance()
 
     def foundations(self) -> dict[str, str]:
         """Hashes of the networks in use, by a readable name."""
         return {f"the {_NETWORKS[name]} network": weights_hash(network) for name, network in self.networks.items()}
 
-    def forward(self, images: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """Unweighted scalar terms of two ``[B, 3, H, W]`` batches, and their weighted sum as ``reconstruction``."""
-        error = (reconstruction - images).float()
+    def forward(self, images: Tensor, reconstruction: Tensor, without: Tensor | None = None) -> dict[str, Tensor]:
+        """Unweighted scalar terms of two ``[B, 3, H, W]`` batches, and their weighted sum as ``reconstruction``.
+
+        Args:
+            images, reconstruction: to be compared.
+            without: ``[B]``, which samples were decoded without details. All are means over the batch, in which a
+                sample without a term counts as 0.
+        """
+        if self.alone is None or without is None:
+            return self._terms(images, reconstruction, self.settings)
+        sums = {name: reconstruction.new_zeros((), dtype=torch.float32) for name in self.names}
+        for part, chosen in ((self.settings, ~without), (self.alone, without)):
+            share = float(chosen.sum()) / len(chosen)
+            if share:
+                for name, value in self._terms(images[chosen], reconstruction[chosen], part).items():
+                    sums[name] = sums[name] + share * value
+        return sums
+
+    def _terms(self, images: Tensor, reconstruction: Tensor, settings: ImageTerms) -> dict[str, Tensor]:
+        error, weights = (reconstruction - images).float(), _weights(settings)
         terms = {"l1": error.abs().mean()}
-        total = self.settings.l1_weight * terms["l1"]
-        if self.settings.mse_weight:
-            terms["mse"] = error.square().mean()
-            total = total + self.settings.mse_weight * terms["mse"]
-        if self.settings.laplacian_weight:
-            terms["laplacian"] = laplacian_l1(error)
-            total = total + self.settings.laplacian_weight * terms["laplacian"]
-        for name, network in self.networks.items():
-            terms[name] = network(images, reconstruction).mean()
-            total = total + getattr(self.settings, f"{name}_weight") * terms[name]
+        total = settings.l1_weight * terms["l1"]
+        for name in [name for name in weights if name != "l1"]:
+            if name == "mse":
+                terms[name] = error.square().mean()
+            elif name == "laplacian":
+                terms[name] = laplacian_l1(error)
+            else:
+                terms[name] = self.networks[name](images, reconstruction).mean()
+            total = total + weights[name] * terms[name]
         return {**terms, "reconstruction": total}
 
 

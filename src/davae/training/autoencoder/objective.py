@@ -1,6 +1,7 @@
 """The loss of the autoencoder stage."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from davae.errors import DavaeError
 from davae.latents import AlignmentLoss, LatentLayout, gaussian_kl
 from davae.models import AutoencoderDA
 from davae.models.latent_space import native_reconstruction
-from davae.recipes.settings import AlignmentSettings, ReconstructionSettings
+from davae.recipes.settings import AlignmentSettings, ImageTerms, ReconstructionSettings
 from davae.runtime.pixel_budget import in_parts
-from davae.training.autoencoder.adaptive_weights import Decoded, single_pass
+from davae.training.autoencoder.adaptive_weights import Decoded, Measure, single_pass
 from davae.training.autoencoder.losses import GanLoss, ReconstructionLoss
 from davae.training.loop.rng import drawing
 
@@ -29,6 +30,8 @@ class StructuredObjective(nn.Module):
         gan_losses: one per trained level, lowest first; ``None`` without a GAN.
         target: what reconstructions are compared with: the images, or the base VAE's reconstructions of them.
         detail_noise: largest strength of :func:`noised`, drawn evenly between 0 and it for each sample.
+        alone: terms for the samples whose details are zeroed; None takes those of ``reconstruction``.
+        rescale_details: see :meth:`AutoencoderDA.drop_details`.
 
     Raises:
         DavaeError: the target is the base's, whose decoder was dropped.
@@ -43,6 +46,8 @@ class StructuredObjective(nn.Module):
         *,
         target: ReconstructionTarget = "image",
         detail_noise: float = 0.0,
+        alone: ImageTerms | None = None,
+        rescale_details: bool = True,
     ) -> None:
         super().__init__()
         if target == "base" and not autoencoder.config.has_base_decoder:
@@ -51,12 +56,13 @@ class StructuredObjective(nn.Module):
                 "one that has it, or set autoencoder.target=image"
             )
         self.autoencoder, self.target, self.detail_noise = autoencoder, target, detail_noise
+        self.rescale_details = rescale_details
         self.alignment_settings, self.settings = alignment, reconstruction
         self.learning = levels_that_learn(autoencoder)
         self.alignments = nn.ModuleList(
             AlignmentLoss(alignment_layout(level, alignment), alignment.form) for level in self._levels()
         )
-        self.reconstruction = ReconstructionLoss(reconstruction)
+        self.reconstruction = ReconstructionLoss(reconstruction, alone)
         self._gan_losses = gan_losses or [None] * len(self.learning)  # in a list: their weights belong to other modules
 
     def forward(self, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
@@ -135,7 +141,8 @@ class StructuredObjective(nn.Module):
         posterior = vae.encode_own_details(images)
         with drawing():
             z_d = posterior.sample()  # [B, D, h, w]
-            kept = vae.drop_details(noised(z_d, self.detail_noise) if self.detail_noise and vae.training else z_d)
+            kept = noised(z_d, self.detail_noise) if self.detail_noise and vae.training else z_d
+            kept = vae.drop_details(kept, rescale=self.rescale_details)
         aligned = latent[:, : alignment_layout(vae, self.alignment_settings).base_channels].detach()
         kl = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
         alignment = self.alignments[i](z_d, vae.alignment_target(aligned))
@@ -162,11 +169,12 @@ class StructuredObjective(nn.Module):
             aligns: keep the gradient that an adaptive alignment weight needs.
         """
         gan_loss = self._gan_losses[i]
+        measure = self._measure(z_d)
         adapts = gan_loss is not None and gan_loss.settings.adaptive and torch.is_grad_enabled()
         if aligns or adapts:
-            return self._decode(vae, latent, z_d, targets, gan_loss, step, at_details=aligns)
+            return self._decode(vae, latent, z_d, targets, measure, gan_loss, step, at_details=aligns)
         made = vae.decode_structured(latent, z_d)  # [B, 3, H, W]
-        losses = self.reconstruction(targets, made)
+        losses = measure(targets, made)
         total = losses["reconstruction"]
         if gan_loss is not None:
             losses["gan"] = gan_loss.generator_term(targets, made, total, vae.last_decoder_weight, step)
@@ -179,13 +187,20 @@ class StructuredObjective(nn.Module):
         latent: Tensor,
         z_d: Tensor,
         images: Tensor,
+        measure: Measure,
         gan_loss: GanLoss | None,
         step: int,
         *,
         at_details: bool,
     ) -> Decoded:
         """Decode and compute the losses where a weight is adaptive."""
-        return single_pass(vae, latent, z_d, images, self.reconstruction, gan_loss, step, at_details=at_details)
+        return single_pass(vae, latent, z_d, images, measure, gan_loss, step, at_details=at_details)
+
+    def _measure(self, z_d: Tensor) -> Measure:
+        """The reconstruction loss of a batch with the details ``[B, D, h, w]`` that its decoder is given."""
+        if self.reconstruction.alone is None:
+            return self.reconstruction
+        return partial(self.reconstruction, without=(z_d.detach() == 0).flatten(1).all(1))
 
     def _levels(self) -> list[AutoencoderDA]:
         return [self.autoencoder.at_level(number) for number in self.learning]

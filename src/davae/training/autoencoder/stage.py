@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from davae.data import Item, as_item_dataset
 from davae.data.in_memory import WithKept
+from davae.evaluation.metrics.names import BASE_ENLARGED, DECODER_ALONE
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA
 from davae.recipes.settings import AutoencoderSettings
@@ -79,6 +80,8 @@ class AutoencoderStage(Stage):
             gan_losses,
             target=settings.target,
             detail_noise=settings.detail_noise,
+            alone=settings.decoder_alone,
+            rescale_details=settings.rescale_details,
         )
         self.foundations = self.objective.reconstruction.foundations()
         if cache_latents:
@@ -98,8 +101,9 @@ class AutoencoderStage(Stage):
         vae = self.autoencoder
         images, count = rank_share_of_images(self.held_out, self.loop.validation_images)
         lower = [level.number for level in vae.levels[1:-1]]
-        names = ["input", "base, upscaled", *(f"level {n}, upscaled" for n in lower)]
-        rows: dict[str, list[Tensor]] = {name: [] for name in [*names, "reconstruction", "no details"]}
+        names = ["input", BASE_ENLARGED, *(f"level {n}, enlarged" for n in lower)]
+        alone = "without the last details" if lower else DECODER_ALONE
+        rows: dict[str, list[Tensor]] = {name: [] for name in [*names, alone, "reconstruction"]}
         aligned, energy = [], []  # mean squares per image
         layout = alignment_layout(vae, self.settings.alignment)
         for part in in_parts(images):
@@ -107,21 +111,21 @@ class AutoencoderStage(Stage):
             below, z_d = vae.encode_prefix(part), vae.encode_own_details(part).mean
             latent = vae.encode(part).latent_dist.mode() if lower else None
             rows["input"].append(part.cpu())
-            rows["base, upscaled"].append(upscaled_base(vae, part).cpu())
+            rows[BASE_ENLARGED].append(upscaled_base(vae, part).cpu())
             for number in lower:
                 assert latent is not None
                 made = vae.decode_level(latent, number)
-                rows[f"level {number}, upscaled"].append(upscaled(made, part.shape[-2:]).cpu())
+                rows[f"level {number}, enlarged"].append(upscaled(made, part.shape[-2:]).cpu())
             rows["reconstruction"].append(vae.decode_structured(below, z_d).cpu())
-            rows["no details"].append(vae.decode_structured(below, torch.zeros_like(z_d)).cpu())
+            rows[alone].append(vae.decode_structured(below, torch.zeros_like(z_d)).cpu())
             target = vae.alignment_target(below[:, : layout.base_channels]).float()
             projected = grouped_mean(z_d.float(), layout.base_channels)
             aligned.append((projected - target).square().flatten(1).mean(1).cpu())
             energy.append(target.square().flatten(1).mean(1).cpu())
         whole = {name: torch.cat(parts) for name, parts in rows.items()}
         save_shared_rows(samples / f"step-{step}.png", whole, count)
-        compared = {"": "reconstruction", "_base_upscaled": "base, upscaled", "_no_details": "no details"}
-        compared |= {f"_level{n}_upscaled": f"level {n}, upscaled" for n in lower}
+        compared = {"": "reconstruction", "_base_upscaled": BASE_ENLARGED, "_no_details": alone}
+        compared |= {f"_level{n}_upscaled": f"level {n}, enlarged" for n in lower}
         figures = {f"psnr{name}": mean_psnr(images, whole[row], count) for name, row in compared.items()}
         if not vae.uses_details:
             return figures

@@ -268,6 +268,7 @@ _OPTIONAL = {
     "lpips": ("the LPIPS loss and metric", "pip install 'davae[lpips]'"),
     "torchvision": ("LPIPS", "install the build that matches your torch"),
     "efficientnet_lite_pytorch": ("feature distances without a download", "pip install 'davae[features]'"),
+    "spandrel": ("upscalers to compare with", "pip install 'davae[upscalers]'"),
     "bitsandbytes": ("AdamW with 8-bit moments, weights in 8 or 4 bits", "pip install 'davae[eight-bit]'"),
     "schedulefree": ("schedule-free AdamW", "pip install 'davae[optimizers]'"),
     "prodigyopt": ("Prodigy", "pip install 'davae[optimizers]'"),

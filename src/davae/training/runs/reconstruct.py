@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.evaluation import psnr
+from davae.evaluation.metrics.names import BASE_ENLARGED, DECODER_ALONE
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.runtime.devices import chosen_device, wanted_dtype
 from davae.runtime.pictures import save_rows
@@ -23,10 +25,13 @@ class Reconstructed(NamedTuple):
     gain: float
     """PSNR minus that of the base's enlarged reconstruction, dB."""
     images: int
+    alone: float | None = None
+    """PSNR of the joint decoder without details, dB; None for an autoencoder that has none."""
 
     def __str__(self) -> str:
+        alone = "" if self.alone is None else f"; {DECODER_ALONE} {self.alone:.2f} dB"
         return (
-            f"{self.picture}: PSNR {self.psnr:.2f} dB, {self.gain:+.2f} dB over the base upscaled "
+            f"{self.picture}: PSNR {self.psnr:.2f} dB, {self.gain:+.2f} dB over the {BASE_ENLARGED}{alone} "
             f"({self.images} images)"
         )
 
@@ -42,13 +47,13 @@ def reconstruct_images(
     device: str | None = None,
     dtype: str | None = None,
 ) -> Reconstructed:
-    """Reconstruct images with an autoencoder, and with its base alone for comparison.
+    """Reconstruct images with an autoencoder, and for comparison with its base and with its decoder alone.
 
     Args:
         autoencoder: folder of a trained `AutoencoderDA`.
         images: a folder or data set of images; the first ``count`` are used.
         resolution: side of the square crop in pixels.
-        out: the picture, with the rows input, base upscaled, reconstruction.
+        out: the picture, with the rows input; base, enlarged; decoder alone; reconstruction.
         device: ``cpu``, ``cuda`` or ``cuda:1``; by default the GPU if there is one.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default as saved.
 
@@ -61,12 +66,18 @@ def reconstruct_images(
     vae = load_autoencoder(autoencoder, dtype=wanted_dtype(dtype)).to(where).eval()
     dataset = open_dataset(images, resolution=resolution)
     batch = torch.stack([dataset[i]["image"] for i in range(min(count, len(dataset)))])
-    found = []
+    rows: dict[str, list[Tensor]] = {"input": [batch], BASE_ENLARGED: [], DECODER_ALONE: [], "reconstruction": []}
     for part in in_parts(batch):
         placed = part.to(vae.device, vae.dtype)
-        made = vae.decode(vae.encode(placed).latent_dist.mode()).sample.clamp(-1, 1)
-        found.append((made.float().cpu(), upscaled_base(vae, placed).float().cpu()))
-    made, enlarged = (torch.cat(parts) for parts in zip(*found, strict=True))
-    save_rows(Path(out), {"input": batch, "base, upscaled": enlarged, "reconstruction": made})
-    reached, base = float(psnr(batch, made).mean()), float(psnr(batch, enlarged).mean())
-    return Reconstructed(Path(out), reached, reached - base, len(batch))
+        latent = vae.encode(placed).latent_dist.mode()
+        made = {BASE_ENLARGED: upscaled_base(vae, placed), "reconstruction": vae.decode(latent).sample}
+        if vae.uses_details:
+            z, z_d = vae.layout.split(latent)
+            made[DECODER_ALONE] = vae.decode_structured(z, torch.zeros_like(z_d))
+        for name, image in made.items():
+            rows[name].append(image.clamp(-1, 1).float().cpu())
+    whole = {name: torch.cat(parts) for name, parts in rows.items() if parts}
+    save_rows(Path(out), whole)
+    reached = {name: float(psnr(batch, image).mean()) for name, image in whole.items()}
+    own = reached["reconstruction"]
+    return Reconstructed(Path(out), own, own - reached[BASE_ENLARGED], len(batch), reached.get(DECODER_ALONE))
