@@ -49,7 +49,7 @@ def recipe_plan(recipe: UpgradeRecipe, architecture: Architecture | None = None)
     architecture = architecture or find_architecture(recipe.base)
     return plan(
         architecture,
-        resolution=recipe.data.resolution,
+        resolution=max(recipe.data.resolutions),
         scale=recipe.autoencoder.model.scale,
         detail_channels=_detail_channels(recipe),
         autoencoder=_autoencoder_run(recipe),
@@ -307,11 +307,12 @@ def _shapes(recipe: UpgradeRecipe, architecture: Architecture, made: Plan) -> li
 def _autoencoder_alone(recipe: UpgradeRecipe, architecture: Architecture) -> list[str]:
     """What is found about stage 1 on an autoencoder by itself."""
     vae = architecture.build_autoencoder(recipe.autoencoder.model.scale, _detail_channels(recipe))
-    layout, side = vae.layout, recipe.data.resolution // vae.spatial_compression
-    cost = autoencoder_stage(architecture, vae, recipe.data.resolution, _autoencoder_run(recipe))
+    resolution = max(recipe.data.resolutions)
+    layout, side = vae.layout, resolution // vae.spatial_compression
+    cost = autoencoder_stage(architecture, vae, resolution, _autoencoder_run(recipe))
     return [
         f"base: {architecture.source}",
-        f"image [3, {recipe.data.resolution}, {recipe.data.resolution}] -> latent [{layout.channels}, {side}, {side}]: "
+        f"image [3, {resolution}, {resolution}] -> latent [{layout.channels}, {side}, {side}]: "
         f"{layout.base_channels} base and {layout.detail_channels} detail channels, compression "
         f"{vae.spatial_compression}",
         *_data(recipe, "autoencoder"),
@@ -346,6 +347,8 @@ def _data(recipe: UpgradeRecipe, stage: Stage) -> list[str]:
             f"data: {data.path} is not here; expected is a folder of images (captions in .txt files beside them or "
             "in metadata.jsonl), WebDataset shards, or a data set's name: set data.path=..."
         )
+    if len(data.resolutions) > 1:
+        lines.append(f"batches of {' or '.join(map(str, data.resolutions))} pixels, planned at the largest")
     if stage == "diffusion" and data.cache:
         there = Path(data.cache).is_dir()
         lines.append(f"cache: {data.cache} {'is there' if there else 'is not here; `davae cache` writes it'}")
