@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import Device, FeatureNames, Json, Repeats, folder_of, named_values, some_images, write_figures
+from davae.cli.options import (
+    Device,
+    FeatureNames,
+    Json,
+    ModelDType,
+    Repeats,
+    folder_of,
+    named_values,
+    some_images,
+    write_figures,
+)
 from davae.runtime.console import wide_console
 
 app = typer.Typer(no_args_is_help=True)
@@ -42,6 +52,7 @@ def autoencoder(
     guidance: Annotated[float, typer.Option("--guidance", min=0, help="Guidance scale; 1 is none.")] = 2.0,
     repeats: Repeats = 5,
     device: Device = None,
+    dtype: ModelDType = None,
     features: FeatureNames = None,
     lpips: Annotated[Path | None, typer.Option("--lpips", help="torchvision's VGG-16 weights, for LPIPS.")] = None,
     json_file: Json = None,
@@ -77,6 +88,7 @@ def autoencoder(
         batch=batch,
         repeats=repeats,
         device=device,
+        dtype=dtype,
         out=out,
         features=features or (),
         lpips=lpips,

@@ -48,6 +48,7 @@ def reconstruction(
         Path | None, typer.Option("--dino", help="Folder of a DINO network, for the DINO distance.")
     ] = None,
     device: Device = None,
+    dtype: ModelDType = None,
     json_file: Json = None,
 ) -> None:
     """Compare an autoencoder with baselines: base upscaled, base at full size, reduced image, other details."""
@@ -68,6 +69,7 @@ def reconstruction(
         lpips=lpips,
         dino=dino,
         device=device,
+        dtype=dtype,
     )
     write_figures(json_file, found.to_json())
     print_figures(found.figures(), found.unavailable)

@@ -25,7 +25,7 @@ from davae.evaluation.metrics.psnr_ssim import pair_metrics
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA
 from davae.pipelines.saving.opening import autoencoder_folder, load_autoencoder
-from davae.runtime.devices import chosen_device
+from davae.runtime.devices import chosen_device, wanted_dtype
 from davae.runtime.pictures import upscaled
 from davae.runtime.pixel_budget import in_parts
 
@@ -110,6 +110,7 @@ def inspect_latents(
     method: Method = "tsne",
     device: str | None = None,
 ) -> dict[str, Inspection]:
+    dtype: str | None = None,
     """Inspect trained autoencoders with the same images, as ``davae inspect`` does before it draws.
 
     :func:`davae.report.inspection.write_inspection` makes pictures of the result.
@@ -123,13 +124,14 @@ def inspect_latents(
         method: of the map.
         device: ``cpu``, ``cuda`` or ``cuda:1``; by default the GPU, if any.
 
+        dtype: ``float32``, ``bfloat16`` or ``float16``, of the autoencoders; by default as saved.
     Returns:
         Inspections by title: the run's name, or the folder's; equal titles are numbered.
 
     Raises:
         DavaeError: an autoencoder or the images cannot be read, or there are fewer than 8.
     """
-    where = chosen_device(device)
+    where, wanted = chosen_device(device), wanted_dtype(dtype)
     folder = Path(autoencoder)
     folders = _titled([folder, *map(Path, beside)])
     side = resolution or trained_resolution(folder)
@@ -139,7 +141,7 @@ def inspect_latents(
     pictures = torch.stack([item["image"] for item in items])
     labels = torch.tensor([item["label"] for item in items])
     return {
-        title: inspect_autoencoder(load_autoencoder(place).to(where), pictures, labels, method=method)
+        title: inspect_autoencoder(load_autoencoder(place, dtype=wanted).to(where), pictures, labels, method=method)
         for title, place in folders.items()
     }
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -55,6 +55,7 @@ class AutoencoderScore:
         figures: means over the images, and distances between images and reconstructions (``fid/NETWORK`` is rFID),
             under the names of :mod:`davae.evaluation.metrics.names`.
         encode_images_per_second, decode_images_per_second: from median times, measured alternately.
+        dtype: of its weights.
     """
 
     name: str
@@ -67,6 +68,7 @@ class AutoencoderScore:
     figures: dict[str, float]
     encode_images_per_second: float
     decode_images_per_second: float
+    dtype: str = "float32"
 
 
 def open_candidates(
@@ -75,6 +77,7 @@ def open_candidates(
     *,
     tokens: int | None = None,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype | Literal["saved"] = "saved",
 ) -> list[Candidate]:
     """Open autoencoders for images of one size.
 
@@ -84,6 +87,7 @@ def open_candidates(
         tokens: tokens per image for all, reached by the patch size; by default patch size 1, so that the number of
             tokens follows from the compression.
         device: where to measure.
+        dtype: of the weights of those in folders; ``saved`` is that of the files.
 
     Raises:
         DavaeError: an autoencoder cannot be read, its compression does not divide the resolution, or no patch size
@@ -98,7 +102,7 @@ def open_candidates(
         model: Any = given
         if isinstance(given, str | Path):
             with opening("autoencoder", str(given)):
-                model = open_autoencoder(given)
+                model = open_autoencoder(given, dtype=dtype)
         compression = compression_of(model)
         if resolution % compression:
             nearest = max(1, round(resolution / compression)) * compression
@@ -195,6 +199,7 @@ def score_autoencoders(
                 figures=_figures(images, again, real, batch, perceptual or {}),
                 encode_images_per_second=len(part) / encoded[c.name],
                 decode_images_per_second=len(part) / decoded[c.name],
+                dtype=str(c.model.dtype).removeprefix("torch."),
             )
         )
     return rows, made
