@@ -28,7 +28,7 @@ import davae.models
 from davae.errors import DavaeError, first_line
 from davae.models import AutoencoderDA
 from davae.models.latent_space import autoencoder_class
-from davae.pipelines.families import fit_to_autoencoder
+from davae.pipelines.families import find_family, fit_to_autoencoder
 from davae.runtime.devices import saved_dtype
 from davae.runtime.model_files import (
     by_component,
@@ -65,6 +65,8 @@ def load_pipeline(folder_or_repo: str | Path, **options: Any) -> DiffusionPipeli
 
 TEXT_ENCODERS = "text_encoders"
 """Stands for all text encoders of a pipeline where its parts are named."""
+FURTHER_TRANSFORMERS = "further_transformers"
+"""Stands for those that follow the transformer when it is tuned, see :class:`PipelineFamily`."""
 
 
 def open_pipeline(path_or_repo: str, *, without: Collection[str] = (), **options: Any) -> DiffusionPipeline:
@@ -144,7 +146,10 @@ def _left_out(path_or_repo: str, without: Collection[str], options: Mapping[str,
     with opening("pipeline", path_or_repo):
         index = _index(path_or_repo, options)
     encoders = [name for name in index if name.startswith("text_encoder") and TEXT_ENCODERS in without]
-    return [*encoders, *(name for name in without if name in index)]
+    further: tuple[str, ...] = ()
+    if {FURTHER_TRANSFORMERS, "transformer"} & set(without):
+        further = find_family(str(index.get("_class_name"))).follow_transformer
+    return [*encoders, *(name for name in (*without, *further) if name in index)]
 
 
 def _saved_dtype(folder: Path, options: Mapping[str, Any], *, each: bool) -> torch.dtype | dict[str, torch.dtype]:
