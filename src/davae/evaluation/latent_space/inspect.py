@@ -29,6 +29,7 @@ from davae.runtime.devices import chosen_device, wanted_dtype
 from davae.runtime.pictures import upscaled
 from davae.runtime.pixel_budget import in_parts
 
+_LEAST = 8  # images
 _BAND_IMAGES = 32
 """Number of images for the spectra of what each detail group adds; each group needs one decoding of them."""
 _EXAMPLES = 6
@@ -109,8 +110,8 @@ def inspect_latents(
     resolution: int | None = None,
     method: Method = "tsne",
     device: str | None = None,
-) -> dict[str, Inspection]:
     dtype: str | None = None,
+) -> dict[str, Inspection]:
     """Inspect trained autoencoders with the same images, as ``davae inspect`` does before it draws.
 
     :func:`davae.report.inspection.write_inspection` makes pictures of the result.
@@ -123,8 +124,8 @@ def inspect_latents(
         resolution: side in pixels; by default the run's.
         method: of the map.
         device: ``cpu``, ``cuda`` or ``cuda:1``; by default the GPU, if any.
-
         dtype: ``float32``, ``bfloat16`` or ``float16``, of the autoencoders; by default as saved.
+
     Returns:
         Inspections by title: the run's name, or the folder's; equal titles are numbered.
 
@@ -137,6 +138,10 @@ def inspect_latents(
     side = resolution or trained_resolution(folder)
     # One data set for all: the others may have been trained on other images.
     dataset = held_out_images(folder, side) if data is None else open_dataset(data, resolution=side)
+    if data is None and len(dataset) < _LEAST:
+        raise DavaeError(
+            f"the run of {folder} held out {len(dataset)} images; an inspection needs {_LEAST}: name more with --data"
+        )
     items = [item for batch in spread_batches(dataset, images, images) for item in batch]
     pictures = torch.stack([item["image"] for item in items])
     labels = torch.tensor([item["label"] for item in items])
@@ -177,8 +182,8 @@ def inspect_autoencoder(
     Raises:
         DavaeError: fewer than 8 images, or sizes that do not fit.
     """
-    if len(images) < 8:
-        raise DavaeError(f"an inspection needs at least 8 images, not {len(images)}")
+    if len(images) < _LEAST:
+        raise DavaeError(f"an inspection needs at least {_LEAST} images, not {len(images)}")
     was_training = vae.training
     vae.eval()
     latents = _map(lambda x: vae.encode(x).latent_dist.mode(), vae, images)

@@ -78,7 +78,8 @@ def open_pipeline(path_or_repo: str, *, without: Collection[str] = (), **options
     Args:
         path_or_repo: see :func:`pipeline_place`.
         without: parts whose weights are neither read nor downloaded. ``vae`` and ``transformer`` are built on the meta
-            device, from their configuration; text encoders, by name or all as :data:`TEXT_ENCODERS`, are ``None``.
+            device, from their configuration; text encoders, by name or all as :data:`TEXT_ENCODERS`, are ``None``, as
+            are :data:`FURTHER_TRANSFORMERS`, which ``transformer`` includes.
         options: as for ``DiffusionPipeline.from_pretrained``; ``dtype`` may be ``"saved"``, that of the transformer's
             files, or ``"parts"``, for each part that of its own. Without ``variant``, the only published variant is
             taken if there are no files without one.
@@ -419,5 +420,5 @@ def _absence(error: BaseException) -> str | None:
         if isinstance(one, LocalEntryNotFoundError | ConnectionError) or any(
             words in text for words in ("connect", "not fully cached locally")
         ):
-            return "it is not in the local cache, and the hub was not reached"
+            return "it is not in the local cache, and the hub was not reached; a folder with a copy does as well"
     return None

@@ -1,5 +1,6 @@
 """The ``davae train`` commands as functions: recipe in, run directory out."""
 
+import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from davae.bases.open import is_built_in, load_base, load_recipe_autoencoder
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.pipelines.families import ClassFamily, find_family
+from davae.pipelines.families import ClassFamily, find_family, why_untrainable
 from davae.pipelines.saving.opening import LAYERS_FILE, is_model_alone, pipeline_place
 from davae.planner.architectures import Architecture, find_architecture
 from davae.planner.recipes import dry_run as describe_run
@@ -25,6 +26,8 @@ from davae.training.data import bucket_sizes, check_divides, check_images
 from davae.training.diffusion.train import check_transformer, train_transformer
 from davae.training.engine.fsdp import asks_for_fsdp
 from davae.training.loop.loop import TrainResult
+
+logger = logging.getLogger(__name__)
 
 
 def run_autoencoder(
@@ -125,6 +128,11 @@ def check_upgrade(recipe: UpgradeRecipe, section: str, *, without_images: bool =
     architecture = _known_architecture(recipe.base)
     captions_for = None
     if architecture is not None:
+        if architecture.transformer and (why := why_untrainable(architecture.pipeline)) is not None:
+            if section == "diffusion":
+                raise why
+            if not without_images:
+                logger.warning("stage 2 cannot follow this training: %s", why)
         side = recipe.autoencoder.model.scale * _compression(architecture)
         if section == "diffusion":
             architecture.require_transformer()
