@@ -96,7 +96,10 @@ def generation(
     count: Annotated[
         int | None, typer.Option("--count", min=1, help="Images (default: one per prompt, or 50000 for classes).")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="Text, MJHQ-30K .json or GenEval .jsonl.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="Text, MJHQ-30K .json or GenEval .jsonl (default: the reference's captions)."),
+    ] = None,
     features: FeatureNames = None,
     clip: Annotated[str | None, typer.Option("--clip", help="A CLIP model, for the CLIP score.")] = None,
     reference_images: Annotated[

@@ -1,7 +1,7 @@
 """The images of an upgraded pipeline and of its baselines, from the same prompts and seeds."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from davae.data.cache import value_hash
 from davae.errors import DavaeError
 from davae.evaluation.generation.compare import Batches
 from davae.evaluation.generation.image_run import ImageRun, RunSettings, contents_hash
@@ -46,6 +47,7 @@ def generate_variants(
     base: str | None = None,
     others: Mapping[str, str] | None = None,
     prompts: str | Path | None = None,
+    captions: Callable[[], Sequence[str]] = list,
     count: int | None = None,
     progress: Progress = lambda made, _name, _missing: made,
 ) -> Variants:
@@ -61,6 +63,7 @@ def generate_variants(
         others: further pipelines by the name they are reported under, such as one with as many tokens but another
             autoencoder; they generate at full resolution, or are resized to it.
         prompts: file of prompts, for pipelines that take them.
+        captions: called for prompts if there is no such file.
         count: images of each; by default one per prompt (GenEval: four), or 50,000 for classes.
         progress: displays the progress of this process.
 
@@ -71,7 +74,7 @@ def generate_variants(
     out = Path(out)
     _check_names(others or {})
     pipe = open_pipeline(settings.pipeline)
-    subjects = find_subjects(pipe, prompts)
+    subjects = find_subjects(pipe, prompts, captions)
     total = _count(count, subjects)
     variants = Variants(subjects, total)
     settings = replace(settings, prompts=subjects.describe())
@@ -132,16 +135,23 @@ def _check_names(others: Mapping[str, str]) -> None:
             raise DavaeError(f"a model beside cannot be called '{name}': it names a row and a folder of its own")
 
 
-def find_subjects(pipe: DiffusionPipeline, prompts: str | Path | None) -> PromptSet:
-    """The subjects of the images: the file's prompts, or all classes of the transformer.
+def find_subjects(
+    pipe: DiffusionPipeline, prompts: str | Path | None, captions: Callable[[], Sequence[str]] = list
+) -> PromptSet:
+    """The subjects of the images: the file's prompts, else the captions, or all classes of the transformer.
 
     Raises:
-        DavaeError: the pipeline takes classes and a file was given, or the other way round.
+        DavaeError: the pipeline takes classes and a file was given, or it takes prompts and there are none.
     """
     if takes_prompts(pipe):
-        if prompts is None:
-            raise DavaeError(f"{type(pipe).__name__} makes images of prompts: name a file of them with --prompts")
-        return open_prompt_set(prompts)
+        if prompts is not None:
+            return open_prompt_set(prompts)
+        if not (texts := captions()):
+            raise DavaeError(
+                f"{type(pipe).__name__} makes images of prompts, and the reference has no captions: name a file of "
+                "prompts with --prompts"
+            )
+        return PromptSet("captions", texts, sha256=value_hash(texts).removeprefix("sha256:"))
     if prompts is not None:
         raise DavaeError(f"{type(pipe).__name__} makes images of classes: leave --prompts out")
     config = pipe.transformer.config

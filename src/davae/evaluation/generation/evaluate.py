@@ -58,7 +58,7 @@ def evaluate_generation(
         base: the base pipeline, measured upscaled and at full resolution.
         beside: further pipelines by the name they are reported under.
         count: images of each; by default one per prompt (GenEval: four), or 50,000 for classes.
-        prompts: text, MJHQ-30K ``.json`` or GenEval ``.jsonl``.
+        prompts: text, MJHQ-30K ``.json`` or GenEval ``.jsonl``; by default the captions of the reference's images.
         features: feature networks (:func:`davae.evaluation.features.open_network`); by default ``inception``.
         clip: a CLIP model, for the CLIP score.
         reference_images: maximum number of reference images; by default all.
@@ -116,6 +116,7 @@ def evaluate_generation(
             base=base,
             others=beside,
             prompts=prompts,
+            captions=compared.captions,
             count=count,
             progress=partial(_progress, shown=state.is_main_process),
         )
