@@ -120,19 +120,15 @@ class Ideogram4(PipelineFamily):
         """As in the base class; the pipeline, which takes no embeddings, is given them where it would encode."""
         if embeddings is None:
             return super().sample(pipe, prompts, max_length=max_length, **options)
-        known = embeddings
+        found = [embeddings[prompt] for prompt in prompts]
+        stacked = {name: torch.stack([one[name] for one in found]) for name in found[0]}
 
-        def encoded(prompt: Sequence[str], rows: int, columns: int, length: int, device: Any) -> tuple[Tensor, ...]:
-            found = [known[text] for text in prompt]
-            stacked = {name: torch.stack([one[name] for one in found]).to(device) for name in found[0]}
-            return _sequence(stacked, rows, columns)
+        def encoded(*, grid_h: int, grid_w: int, device: Any, **_: Any) -> tuple[Tensor, ...]:
+            return _sequence({name: value.to(device) for name, value in stacked.items()}, grid_h, grid_w)
 
-        pipe.encode_prompt = lambda prompt, grid_h, grid_w, max_sequence_length, device: encoded(
-            prompt, grid_h, grid_w, max_sequence_length, device
-        )
+        pipe.encode_prompt = encoded
         try:
-            length = known[prompts[0]]["prompt_embeds"].shape[0]
-            return super().sample(pipe, prompts, max_length=length, **options)
+            return super().sample(pipe, prompts, max_length=stacked["prompt_embeds"].shape[1], **options)
         finally:
             del pipe.encode_prompt
 
