@@ -317,7 +317,7 @@ def test_what_is_gone_is_told_from_what_cannot_be_reached():
             self.end_headers()
 
         def do_GET(self):
-            self.send_response(200 if self.path == "/never-head" else 500)
+            self.send_response(200 if self.path in ("/never-head", "/there") else 500)
             self.end_headers()
 
         def log_message(self, *_):

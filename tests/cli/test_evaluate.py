@@ -59,12 +59,12 @@ def test_weights_are_used_as_saved_unless_another_precision_is_asked_for(autoenc
     verbs = {
         "evaluate reconstruction": [half, "--images", 2, "--json", tmp_path / "r.json"],
         "compare autoencoder": [f"a={half}", "--images", 2, "--repeats", 1, "--json", tmp_path / "r.json"],
-        "inspect": [half, "--images", 8, "--method", "pca", "--out", tmp_path],
+        "inspect": [half, "--images", 8, "--method", "pca", "--out", tmp_path / "out"],
     }
     figures = {
         "evaluate reconstruction": lambda: _json(tmp_path / "r.json", "rows", "upgraded", "figures", "psnr"),
         "compare autoencoder": lambda: _json(tmp_path / "r.json", "autoencoders", 0, "figures", "psnr"),
-        "inspect": lambda: _json(tmp_path / "inspection.json", "half", "psnr", "whole"),
+        "inspect": lambda: _json(tmp_path / "out" / "inspection.json", "half", "psnr", "whole"),
     }
     for verb, words in verbs.items():
         found = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from davae.errors import DavaeError
-from davae.pipelines.families import family_of, find_family
+from davae.pipelines.families import family_of, find_family, why_untrainable
 from davae.planner.architectures import Architecture, find_architecture
 from davae.planner.plan import Plan, plan
 from davae.planner.stages import AutoencoderRun, DiffusionRun, autoencoder_stage, target_counts
@@ -257,13 +257,16 @@ def _diffusion_run(recipe: UpgradeRecipe, architecture: Architecture) -> Diffusi
     settings = recipe.diffusion
     tune = settings.tune
     targets = tune.lora.targets or find_family(architecture.pipeline).lora_targets
-    if tune.mode == "lora" and not targets:
-        raise DavaeError(
-            f"davae has no usual LoRA targets for {architecture.pipeline}: set diffusion.tune.lora.targets"
-        )
+    mode = tune.mode
+    if mode == "lora" and not targets:
+        if why_untrainable(architecture.pipeline) is None:
+            raise DavaeError(
+                f"davae has no usual LoRA targets for {architecture.pipeline}: set diffusion.tune.lora.targets"
+            )
+        mode = "new_channels"  # which every transformer has; the plan says that it cannot be trained
     return DiffusionRun(
         **_loop(settings.loop, settings.optimizer),  # type: ignore[arg-type]
-        mode=tune.mode,
+        mode=mode,
         lora_rank=tune.lora.rank,
         lora_targets=tuple(targets),
         frozen_dtype=tune.frozen_dtype,
