@@ -6,13 +6,14 @@ STAMP  := $(VENV)/.installed
 # Threads used by one process; the demo and the trainings follow it.
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 
-.PHONY: help setup demo test lint docs clean
+.PHONY: help setup demo test lint docs links clean
 
 help:
 	@echo "make demo   train both stages on the embedded base and write runs/demo/report.html (5 to 7 minutes)"
 	@echo "make test   run the tests"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   the documentation as a site, site/index.html"
+	@echo "make links  ask the network whether the addresses in the documentation are still there"
 	@echo "make setup  create .venv with the pinned dependencies (the others do it by themselves)"
 
 setup: $(STAMP)
@@ -36,6 +37,9 @@ lint: setup
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+links: setup
+	$(BIN)/python -m tests.links
 
 clean:
 	rm -rf $(VENV) runs build dist site .pytest_cache .mypy_cache .ruff_cache src/*.egg-info

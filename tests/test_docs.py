@@ -12,8 +12,10 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,7 @@ from davae.cli import main
 from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.recipes.read import load_ablation, load_recipe, recipe_names
+from tests import links
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -285,8 +288,56 @@ def test_the_description_on_an_index_page_has_no_relative_link():
 
 
 def test_the_address_has_one_home():
-    for page in [*PAGES, *(ROOT / "src").rglob("*.py")]:
-        assert ADDRESS not in page.read_text(encoding="utf-8"), page
+    assert [(str(file), link) for file, link in links.links() if link.startswith(ADDRESS)] == [
+        ("pyproject.toml", ADDRESS)
+    ]
+    for file in (*ROOT.glob("*.py"), *(ROOT / "tests").rglob("*.py"), ROOT / "Makefile"):
+        assert ADDRESS not in file.read_text(encoding="utf-8"), file
+
+
+def test_links_that_leave_the_repository_are_of_known_kinds():
+    found = list(links.links())
+    assert {file.parts[0] for file, _ in found} >= {"README.md", "docs", "src", "pyproject.toml"}
+    assert [f"{file}: {link}: {wrong}" for file, link in found if (wrong := links.problem(link))] == []
+    cited = re.findall(r"arXiv:([\d.]+)", (ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {link.rpartition("/")[2] for _, link in found if "arxiv.org" in link} <= set(cited)
+    for wrong in (
+        "http://arxiv.org/abs/2410.10733", "https://arxiv.org/abs/24101.0733", "https://example.org/x",
+        "https://huggingface.co/one", "https://github.com/owner", "https://arxiv.org.example.org/abs/2410.10733",
+    ):  # fmt: skip
+        assert links.problem(wrong), wrong
+
+
+def test_what_is_gone_is_told_from_what_cannot_be_reached():
+    class Server(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            known = {"/there": 200, "/moved": 301, "/old": 404, "/never-head": 405, "/closed": 401, "/ill": 503}
+            self.send_response(known[self.path])
+            self.send_header("Location", "/there")
+            self.end_headers()
+
+        def do_GET(self):
+            self.send_response(200 if self.path in ("/never-head", "/there") else 500)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = f"http://127.0.0.1:{server.server_port}"
+        answers = {
+            path: links.ask(here + path, 5) for path in ("/there", "/moved", "/old", "/never-head", "/closed", "/ill")
+        }
+        server.shutdown()
+    states = {path: answer.state for path, answer in answers.items()}
+    assert states == {
+        **dict.fromkeys(("/there", "/moved", "/never-head"), "there"),
+        **dict.fromkeys(("/closed", "/ill"), "unknown"),
+        "/old": "gone",
+    }
+    assert answers["/moved"].why == f"200, at {here}/there"
+    assert links.ask(here + "/there", 5).why.startswith("no connection: ")
 
 
 @pytest.fixture(scope="module")

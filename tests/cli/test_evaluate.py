@@ -60,6 +60,41 @@ def test_reconstruction_tells_every_baseline_and_what_is_missing(autoencoder, tm
     assert found["rows"]["upgraded"]["figures"]["psnr"] > 0
 
 
+def test_weights_are_used_as_saved_unless_another_precision_is_asked_for(autoencoder, tmp_path):
+    """By every verb that measures an autoencoder in a folder; bfloat16 changes the figures a little."""
+    half, data = tmp_path / "half", ["--data", "procedural:8", "--resolution", "32", "--device", "cpu"]
+    AutoencoderDA.from_pretrained(autoencoder).to(torch.bfloat16).save_pretrained(half)
+    verbs = {
+        "evaluate reconstruction": [half, "--images", 2, "--json", tmp_path / "r.json"],
+        "compare autoencoder": [f"a={half}", "--images", 2, "--repeats", 1, "--json", tmp_path / "r.json"],
+        "inspect": [half, "--images", 8, "--method", "pca", "--out", tmp_path / "out"],
+    }
+    figures = {
+        "evaluate reconstruction": lambda: _json(tmp_path / "r.json", "rows", "upgraded", "figures", "psnr"),
+        "compare autoencoder": lambda: _json(tmp_path / "r.json", "autoencoders", 0, "figures", "psnr"),
+        "inspect": lambda: _json(tmp_path / "out" / "inspection.json", "half", "psnr", "whole"),
+    }
+    for verb, words in verbs.items():
+        found = {}
+        for dtype in (None, "bfloat16", "float32"):
+            asked = [*verb.split(), *words, *data, *(["--dtype", dtype] if dtype else [])]
+            done = CliRunner().invoke(app, [str(word) for word in asked], catch_exceptions=False)
+            assert done.exit_code == 0, done.output
+            found[dtype] = figures[verb]()
+        assert found[None] == found["bfloat16"] != found["float32"], verb
+        assert found["float32"] == pytest.approx(found["bfloat16"], rel=0.01)
+        done = CliRunner().invoke(app, [str(word) for word in [*verb.split(), *words, *data, "--dtype", "half"]])
+        assert "dtype must be float32, bfloat16, float16, not 'half' (--dtype)" in str(done.exception)
+    assert _json(tmp_path / "r.json", "autoencoders", 0, "dtype") == "float32"
+
+
+def _json(file, *keys):
+    found = json.loads(file.read_text())
+    for key in keys:
+        found = found[key]
+    return found
+
+
 def test_generation_measures_what_it_can_and_continues(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     arguments = [

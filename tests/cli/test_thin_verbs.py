@@ -14,6 +14,7 @@ import typer
 
 import davae.cli
 from davae.cli.main import app
+from davae.cli.options import DType, ModelDType
 
 FILES = sorted(Path(davae.cli.__file__).parent.glob("*.py"))
 LIGHT = {
@@ -72,6 +73,15 @@ def test_a_verb_is_thin(name: str) -> None:
         if not alias.name[0].isupper() and node.module != "davae.cli.tables" and alias.name != "ablation_table"
     }
     assert 1 <= len(imported) <= MOST_FUNCTIONS
+
+
+def test_a_verb_that_computes_with_weights_takes_their_precision() -> None:
+    """Where a device can be chosen, so can the type of the weights; both help texts are those of all verbs."""
+    computing = {name: inspect.signature(verb).parameters for name, verb in VERBS.items()}
+    computing = {name: taken for name, taken in computing.items() if "device" in taken}
+    assert len(computing) >= 8
+    assert [name for name, taken in computing.items() if "dtype" not in taken] == []
+    assert {str(taken["dtype"].annotation) for taken in computing.values()} <= {str(ModelDType), str(DType)}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

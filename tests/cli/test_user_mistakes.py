@@ -187,7 +187,7 @@ def test_a_name_that_the_hub_does_not_give(arguments, model, monkeypatch, capsys
     status, err = _ends(monkeypatch, capsys, arguments)
     assert status == 2
     (line,) = [text for text in err.splitlines() if text.startswith("davae: ")]
-    assert line.endswith("absent': there is no such folder, it is not in the local cache, and the hub was not reached")
+    assert "absent': there is no such folder, it is not in the local cache, and the hub was not reached" in line
 
 
 def test_below_a_folder_that_may_not_be_entered(

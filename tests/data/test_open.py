@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -120,6 +121,61 @@ def test_several_sets_become_one_with_weights(tmp_path: Path) -> None:
     assert {name for name in shown | dict.fromkeys(kept) if not name.startswith("drawings:")} == {
         alone.id(i) for i in range(len(alone))
     }
+
+
+def test_sets_of_their_own_resolution(tmp_path: Path) -> None:
+    """Each image has its set's side, batches are of one side, and every image comes as often as without it."""
+    first = image_folder(tmp_path / "photos", {"cat": 6, "dog": 4})
+    second = image_folder(tmp_path / "drawings", {"fox": 7})
+    more = [MoreImages(path=str(second), resolution=24, repeats=2)]
+    train = open_dataset(first, resolution=16, hold_out=3, more=more, crop="random")
+    held = open_dataset(first, resolution=16, hold_out=3, more=more, part="held_out")
+    assert {tuple(held[i]["image"].shape) for i in range(len(held))} == {(3, 16, 16)}
+    assert len(held) == 3
+    assert not any(held.id(i).startswith("drawings:") for i in range(len(held)))
+    assert len(train) == 7 + 2 * 7
+    for i in range(len(train)):
+        side = 24 if train.id(i).startswith("drawings:") else 16
+        assert train[i]["image"].shape == (3, side, side)
+    shown = [batch["image"].shape[-1] for batch in itertools.islice(BatchStream(train, 4), 60)]
+    assert 0.6 < shown.count(24) / len(shown) < 0.73  # 14 of 21 images
+    alone = open_dataset(first, resolution=16, hold_out=3, crop="random")
+    assert [train.id(i) for i in range(7)] == [alone.id(i) for i in range(7)]
+    assert torch.equal(train[2]["image"], alone[2]["image"])
+    buckets = {16: [(16, 16), (24, 12)], 24: [(24, 24), (36, 18)]}  # the pictures are 48 x 40
+    wide = open_dataset(first, resolution=16, more=more, buckets=buckets)
+    assert {tuple(wide[i]["image"].shape[1:]) for i in range(len(wide))} == {(16, 16), (24, 24)}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["the same folder", "a folder inside"])
+def test_an_image_of_two_sets_is_held_out_of_both(tmp_path: Path, inside: bool) -> None:
+    """The same photographs at two resolutions, or the best of them again: what is measured on was never trained on."""
+    root = image_folder(tmp_path / "photos", {"cat": 12, "dog": 12})
+    again = root / "cat" if inside else root
+    for resolution in (None, 24):
+        more = [MoreImages(path=str(again), resolution=resolution)]
+        parts = [open_dataset(root, resolution=16, hold_out=0.3, more=more, part=p) for p in ("train", "held_out")]
+        train, held = (
+            [Path(d.id(i).removeprefix("cat:").removeprefix("photos:")) for i in range(len(d))] for d in parts
+        )
+        names = {Path("cat") / name if len(name.parts) == 1 else name for name in train}
+        assert len(held) == len(set(held)) > 0
+        assert not names & set(held)
+        assert len(names | set(held)) == 24
+        assert len(train) == 24 - len(held) + (12 if inside else 24) - sum(
+            h.parts[0] == "cat" or not inside for h in held
+        )
+        unseen = open_dataset(root, resolution=16, hold_out=0.3, part="held_out")
+        assert set(held) == {Path(unseen.id(i)) for i in range(len(unseen))}
+
+
+def test_resolutions_of_a_recipe(tmp_path: Path) -> None:
+    data = DataSettings(path="a", resolution=64, more=[{"path": "a", "resolution": 32}, {"path": "b"}])  # type: ignore[list-item]
+    assert (data.resolutions, data.of_one_size) == ([64, 32], False)
+    half = data.reduced(2)
+    assert (half.resolutions, half.more[1].resolution) == ([32, 16], None)
+    with pytest.raises(ValueError, match="a list of sizes is for one resolution"):
+        DataSettings(path="a", resolution=64, buckets=[(64, 64)], more=[MoreImages(path="a", resolution=32)])
 
 
 def test_sets_that_cannot_be_joined_or_kept_are_told(tmp_path: Path) -> None:

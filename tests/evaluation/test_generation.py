@@ -22,6 +22,7 @@ from davae.evaluation.metrics.fid import GaussianStatistics, save_statistics
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.report.recorder import save_png
+from tests.data.files import image_folder
 from tests.evaluation.test_upscalers import Nearest
 
 _SETTINGS = RunSettings("debug", {"kind": "classes"}, steps=1, guidance=1.0, batch=3)
@@ -340,6 +341,20 @@ def test_another_pipeline_of_equal_tokens_stands_beside(sd3, tmp_path):
     for name in ("native", "a/b", "..", ""):
         with pytest.raises(DavaeError, match=f"cannot be called '{name}'"):
             generate_variants(sd3.__getitem__, settings, tmp_path / "out", others={name: "base"})
+
+
+def test_without_prompts_the_captions_of_the_reference_are_taken(sd3, tmp_path):
+    folder = image_folder(tmp_path / "photos", {"a": 4})
+    for number, text in enumerate(("a fox", "a boat", "a fox")):
+        (folder / "a" / f"{number:03d}.txt").write_text(text)
+    reference = open_reference(str(folder))
+    assert reference.captions() == ["a fox", "a boat"]
+    settings = RunSettings("base", steps=1, guidance=1.0, height=32, width=32)
+    variants = generate_variants(sd3.__getitem__, settings, tmp_path / "out", captions=reference.captions)
+    assert (variants.prompts.kind, variants.count) == ("captions", 2)
+    assert [variants.prompts.subject(i) for i in range(3)] == ["a fox", "a boat", "a fox"]
+    other = generate_variants(sd3.__getitem__, settings, tmp_path / "other", captions=lambda: ["a fox"], count=2)
+    assert other.prompts.sha256 != variants.prompts.sha256
 
 
 def test_prompts_and_classes_are_not_mixed_up(sd3, pipe, tmp_path):

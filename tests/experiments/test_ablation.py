@@ -12,7 +12,7 @@ from davae.bases.tiny import debug_base
 from davae.cli.main import app
 from davae.errors import DavaeError
 from davae.evaluation.reconstruction.baselines import compare_reconstructions
-from davae.experiments.ablation import Spread, ablate
+from davae.experiments.ablation import Spread, _foundations, ablate
 from davae.experiments.variants import base_images, generated_images, real_images
 from davae.models import AutoencoderDA
 from davae.pipelines import load_pipeline, upgrade_pipeline
@@ -24,6 +24,7 @@ from davae.runtime.pictures import upscaled
 from davae.training.cache.write import write_cache
 from davae.training.diffusion.tuning import select_trained
 from davae.warm_start import new_channel_masks
+from tests.data.files import image_folder
 
 
 def test_spread_by_hand():
@@ -236,3 +237,14 @@ def test_samples_are_of_the_pipeline_that_is_there(ablated, tmp_path):
     file = folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({name: value * 0 for name, value in load_file(file).items()}, file)
     assert not torch.equal(generated_images(case, folder / "pipeline", 12, folder), first)
+
+
+def test_images_to_compare_with_are_squares_at_the_resolution_of_the_data(tmp_path):
+    """Also where the training has buckets and sets of other resolutions."""
+    photos = image_folder(tmp_path / "photos", {"a": 8})
+    more = f"data.more=[{{path: {photos}, resolution: 16}}]"
+    recipe = load_recipe("debug", [f"data.path={photos}", "data.hold_out=2", "data.buckets=true", more])
+    assert real_images(recipe, "train").shape == (6, 3, 32, 32)
+    assert real_images(recipe, "train", 4).shape == (4, 3, 32, 32)
+    assert real_images(recipe, "held_out").shape == (2, 3, 32, 32)
+    assert len(_foundations([recipe])) == 2

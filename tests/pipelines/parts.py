@@ -9,7 +9,9 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.models.modeling_utils import ModelMixin
 from tests.models.bases import make_base
+from transformers import Qwen3VLConfig, Qwen3VLModel
 
+from davae.bases import debug_text
 from davae.bases.debug_pipelines import small_pipeline
 from davae.bases.debug_transformers import small_transformer
 from davae.models import AutoencoderDA
@@ -59,11 +61,49 @@ def upgraded(base: DiffusionPipeline, *, detail_channels: int = 4, seed: int = 0
     return pipe
 
 
+CHAT = (  # contents are texts, or lists of parts
+    "{% for m in messages %}<|im_start|>"
+    "{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}<|im_end|>{% endfor %}"
+)
+
+
+def ideogram4() -> diffusers.Ideogram4Pipeline:
+    """A small Ideogram 4, whole: 36 layers of a language model with a width of 16, of which the class reads 13."""
+    torch.manual_seed(0)
+    vae = make_base("flux2").eval()
+    vae.bn.running_mean.copy_(torch.randn(16))
+    vae.bn.running_var.copy_(torch.rand(16) + 0.5)
+    tokenizer = debug_text.qwen()["tokenizer"]
+    tokenizer.chat_template = CHAT
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 36, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 1, "head_dim": 12, "vocab_size": len(tokenizer)}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 16}
+    vision["deepstack_visual_indexes"] = []
+    kind, width = "Ideogram4Transformer2DModel", 13 * text["hidden_size"]
+    pipe = diffusers.Ideogram4Pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval(),
+        tokenizer=tokenizer,
+        transformer=small_transformer(kind, llm_features_dim=width),
+        unconditional_transformer=small_transformer(kind, seed=1, llm_features_dim=width),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def without_encoders(name: str) -> tuple[Any, dict[str, Any]]:
-    """A small pipeline that takes embeddings, and what its call takes: Flux2 (klein), Krea2, Chroma or ZImage."""
+    """A small pipeline that takes embeddings, and what its call takes: Flux2 (klein), Krea2, Chroma or ZImage.
+
+    Ideogram4 takes none: it has its encoders and a prompt.
+    """
     torch.manual_seed(0)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     call: dict[str, Any] = {"height": 64, "width": 96, "num_inference_steps": 2, "output_type": "pt"}
+    if name == "Ideogram4":
+        call |= {"prompt": ["a fox"], "max_sequence_length": 24, "guidance_scale": 1.0, "guidance_schedule": None}
+        return ideogram4(), call
     if name == "Flux2":
         vae = make_base("flux2")
         vae.bn.running_mean.copy_(torch.randn(16))
@@ -75,7 +115,7 @@ def without_encoders(name: str) -> tuple[Any, dict[str, Any]]:
         transformer = small_transformer("ChromaTransformer2DModel")
         pipe = diffusers.ChromaPipeline(scheduler, small_pipeline("flux").vae, None, None, transformer)
         call |= {"prompt_embeds": torch.randn(1, 3, transformer.config.joint_attention_dim), "guidance_scale": 1.0}
-        call["prompt_attention_mask"] = torch.ones(1, 3)
+        call["prompt_attention_mask"] = torch.tensor([[1.0, 1.0, 0.0]])
     elif name == "Krea2":
         transformer = small_transformer("Krea2Transformer2DModel")
         pipe = diffusers.Krea2Pipeline(scheduler, small_pipeline("qwenimage").vae, None, None, transformer)

@@ -32,8 +32,7 @@ from diffusers.models.controlnets.controlnet_z_image import ZImageControlNetMode
 from diffusers.models.modeling_utils import ModelMixin
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
-from tests.models.bases import make_base
-from tests.pipelines.parts import upgraded
+from tests.pipelines.parts import ideogram4, upgraded
 from tests.pipelines.test_upgrade_image_to_image import IMAGE, INPAINT, call
 from tests.pipelines.upgrades import DETAILS, autoencoder, base_and_upgraded
 from tests.warm_start.models import randomise
@@ -41,7 +40,6 @@ from torch import Tensor, nn
 
 import davae
 from davae.bases.debug_pipelines import SMALL_PIPELINES, call_arguments, small_pipeline
-from davae.bases.debug_transformers import small_transformer
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
@@ -193,22 +191,6 @@ def test_several_controlnets() -> None:
     control = [torch.rand(1, 3, 64, 64, generator=generator())] * 2
     made = image(pipe, "flux", control_image=control, control_mode=[0, 1], controlnet_conditioning_scale=[1.0, 0.5])
     assert made.isfinite().all()
-
-
-def ideogram4() -> Any:
-    torch.manual_seed(0)
-    vae = make_base("flux2").eval()
-    vae.bn.running_mean.copy_(torch.randn(16))
-    vae.bn.running_var.copy_(torch.rand(16) + 0.5)
-    kind = "Ideogram4Transformer2DModel"
-    return diffusers.Ideogram4Pipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        transformer=small_transformer(kind),
-        unconditional_transformer=small_transformer(kind, seed=1),
-    )
 
 
 def test_a_second_transformer_is_widened_too() -> None:

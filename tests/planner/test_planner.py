@@ -19,8 +19,9 @@ from davae.planner.memory import checkpointing, cost_of, drop_gradients
 from davae.planner.plan import GPUS, find_gpu, hours
 from davae.planner.recipes import new_recipe
 from davae.planner.stages import DiffusionRun, diffusion_stage, forward_cost, target_counts
-from davae.planner.text import stage_line
+from davae.planner.text import notes, stage_line
 from davae.recipes.read import load_recipe, write_recipe
+from davae.training.runs import train as runs
 from davae.training.runs.train import check_upgrade
 
 MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
@@ -263,3 +264,19 @@ def test_a_recipe_for_what_cannot_be_trained_is_refused(monkeypatch):
     monkeypatch.setattr(recipes, "find_architecture", lambda base: other)
     with pytest.raises(DavaeError, match="how to train a HiDreamImagePipeline"):
         new_recipe("mine")
+
+
+def test_what_cannot_be_trained_is_told_before_anything_is(monkeypatch, caplog):
+    """In the plan, in every dry run and before stage 1, which goes on; stage 2 is refused before images are read."""
+    other = dataclasses.replace(find_architecture("debug-sd3"), pipeline="HiDreamImagePipeline")
+    for module in (recipes, runs):
+        monkeypatch.setattr(module, "find_architecture", lambda base: other)
+    why = "how to train a HiDreamImagePipeline"
+    recipe = load_recipe("debug-text", ["data.path=procedural:8"])
+    assert f"stage 2 cannot be trained: davae does not know {why}" in notes(recipes.recipe_plan(recipe))[0]
+    assert f"# stage 2 cannot be trained: davae does not know {why}" in recipes.dry_run(recipe, "autoencoder")
+    check_upgrade(recipe, "autoencoder")
+    assert f"stage 2 cannot follow this training: davae does not know {why}" in caplog.text
+    with pytest.raises(DavaeError, match=why):
+        check_upgrade(recipe, "diffusion", without_images=True)
+    assert "cannot be trained" not in " ".join(notes(recipes.recipe_plan(recipe, find_architecture("debug-sd3"))))

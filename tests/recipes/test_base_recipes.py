@@ -114,7 +114,8 @@ def test_loader_processes_and_their_time_are_those_of_the_recipe(
     [
         ("downsample=2 data.cache=caches/x", r"data\.cache and data\.cache_dtype need start_from"),
         ("downsample=2 data.cache_dtype=float16", r"data\.cache and data\.cache_dtype need start_from"),
-        ("data.buckets=true", "data.buckets: the training of a base has one size"),
+        ("data.buckets=true", "data: the training of a base has one size"),
+        ('data.more=[{"path":"a","resolution":64}]', "data: the training of a base has one size"),
         ("data.crop=random", r"data\.crop=random .*data\.cache_latents"),
         ("full_resolution_crops=0.5", "full_resolution_crops are for training an autoencoder"),
     ],

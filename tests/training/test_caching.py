@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -10,23 +11,28 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from tests.data.files import picture
 from typer.testing import CliRunner
 
 from davae.bases.open import load_base
 from davae.cli.main import app
 from davae.data.cache import LATENTS, TEXTS, LatentCache, caption_key, weights_hash
+from davae.diffusion import FlowProcess
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
+from davae.pipelines import upgrade_pipeline
 from davae.pipelines.families import family_of
 from davae.recipes.data import DataSettings
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import UpgradeRecipe
 from davae.runtime import pixel_budget
+from davae.training.autoencoder.objective import StructuredObjective
 from davae.training.cache import write as caching
 from davae.training.cache.write import open_cache, write_cache
 from davae.training.checkpoints.run_directory import read_metrics
 from davae.training.data import open_training_part, token_side
+from davae.training.diffusion import DiffusionObjective
 from davae.training.runs.cache import run_cache, run_verify
 from davae.training.runs.train import train_autoencoder, train_diffusion
 
@@ -93,16 +99,18 @@ def settings(base: str, path: Path, *more: str) -> UpgradeRecipe:
         ("debug", []),
         ("debug-sd3", ["diffusion.tune.mode=lora"]),
         ("debug-sd3", ["data.buckets=true", "data.resolution=64"]),
+        ("debug-flux", ["data.more=[{path: PICTURES, resolution: 64}]"]),
     ],
-    ids=["class", "text", "text, buckets"],
+    ids=["class", "text", "text, buckets", "text, resolutions"],
 )
 def test_losses_are_those_of_training_from_images(base: str, more: list[str], pictures: Path, tmp_path: Path) -> None:
-    """Order, mirroring, noise and dropped prompts are the same; with buckets two shapes at least are trained."""
+    """Order, mirroring, noise and dropped prompts are the same, in the sizes of buckets and of resolutions."""
+    more = [text.replace("PICTURES", str(pictures)) for text in more]
     _, vae = base_and_vae(base)
     vae.save_pretrained(tmp_path / "vae")
     run_cache_of = settings(base, pictures, *more)
     made = write_cache(run_cache_of.data, vae, load_base(base), tmp_path / "cache")
-    assert made.entries == 2 * made.images == 20
+    assert made.entries == 2 * made.images == 20 * len(run_cache_of.data.resolutions)
     assert made.texts == (0 if base == "debug" else 6)  # "" among them, each once
 
     train_diffusion(run_cache_of, tmp_path / "images", tmp_path / "vae")
@@ -112,10 +120,15 @@ def test_losses_are_those_of_training_from_images(base: str, more: list[str], pi
     assert len(a) == STEPS + 1
     for one, other in zip(a, b, strict=True):
         assert one == pytest.approx(other, rel=1e-6, abs=1e-6)
-    if "data.buckets=true" in more:
+    if not run_cache_of.data.of_one_size:
         cache = LatentCache(tmp_path / "cache")
         assert cache.bucket_of is not None
-        assert len({cache[i]["latent"].shape for i in range(len(cache))}) == 3
+        sizes = 3 if run_cache_of.data.buckets else 2
+        assert len({cache[i]["latent"].shape for i in range(len(cache))}) == sizes
+    if len(run_cache_of.data.resolutions) > 1:
+        other = settings(base, pictures, f"data.more=[{{path: {pictures}, resolution: 48}}]")
+        with pytest.raises(DavaeError, match="more resolutions"):
+            open_cache(other.data.model_copy(update={"cache": str(tmp_path / "cache")}), vae, load_base(base))
 
 
 def test_drawn_details_are_the_same_from_a_cache_from_memory_and_from_images(pictures: Path, tmp_path: Path) -> None:
@@ -281,6 +294,74 @@ def test_the_side_of_a_token(name: str, side: int) -> None:
     latent = torch.zeros(1, 1, 4 * found // vae.spatial_compression, 4 * found // vae.spatial_compression)
     assert family_of(base).tokens(base.transformer, latent) == 16
     assert found % side == 0
+
+
+class Killed(BaseException):
+    """As a kill."""
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+def test_several_resolutions_in_one_run(
+    stage: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches are of one resolution, noise is shifted by the pipeline's rule, and a killed run goes on exactly."""
+    base, vae = base_and_vae("debug-flux")
+    vae.save_pretrained(tmp_path / "vae")
+    recipe = settings(
+        "debug-flux", pictures, f"data.more=[{{path: {pictures}, resolution: 64}}]", "data.workers=2",
+        *(f"{stage}.loop.{key}" for key in ("steps=10", "checkpoint_every=4", "log_every=1")),
+    )  # fmt: skip
+    module = DiffusionObjective if stage == "diffusion" else StructuredObjective
+    forward, draw = module.forward, FlowProcess.draw
+    seen: list[int] = []
+    drawn: list[tuple[int, float]] = []
+    die_at = 7
+
+    def recorded(self: Any, batch: dict[str, Any], step: int) -> Any:
+        if self.training:
+            seen.append(batch["image"].shape[-1])
+            if step == die_at:
+                raise Killed
+        return forward(self, batch, step)
+
+    def shifted(self: FlowProcess, data: torch.Tensor) -> Any:
+        sample = draw(self, data)
+        drawn.append((data.shape[-1], self.shift(data)))
+        return sample
+
+    monkeypatch.setattr(module, "forward", recorded)
+    monkeypatch.setattr(FlowProcess, "draw", shifted)
+
+    def run(out: Path) -> list[int]:
+        seen.clear()
+        if stage == "diffusion":
+            train_diffusion(recipe, out, tmp_path / "vae")
+        else:
+            train_autoencoder(recipe, out)
+        return list(seen)
+
+    with pytest.raises(Killed):
+        run(tmp_path / "killed")
+    before, die_at = list(seen), -1
+    after = run(tmp_path / "killed")
+    whole = run(tmp_path / "whole")
+    assert set(whole) == {32, 64}
+    assert before[:-1] == whole[: len(before) - 1]
+    assert after == whole[len(whole) * 4 // 10 :]  # from the checkpoint
+    runs = tmp_path / "killed", tmp_path / "whole"
+    assert read_metrics(runs[0] / "metrics.jsonl") == read_metrics(runs[1] / "metrics.jsonl")
+    weights = [sorted((out / "checkpoints" / "step-10").rglob("*.safetensors")) for out in runs]
+    assert len(weights[0]) == len(weights[1]) > 0
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*weights))
+    if stage == "diffusion":
+        for side, shift in drawn:  # f16, a token of two by two latent positions
+            config = upgrade_pipeline(base, vae).scheduler.config
+            mu = calculate_shift(
+                (side // 2) ** 2,
+                *(config[key] for key in ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")),
+            )
+            assert shift == pytest.approx(math.exp(mu))
+        assert len({shift for _, shift in drawn}) == 2
 
 
 def test_both_stages_train_in_buckets(pictures: Path, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def reconstruction(
         Path | None, typer.Option("--dino", help="Folder of a DINO network, for the DINO distance.")
     ] = None,
     device: Device = None,
+    dtype: ModelDType = None,
     json_file: Json = None,
 ) -> None:
     """Compare an autoencoder with baselines: decoder alone, base enlarged and at full size, reduced image."""
@@ -72,6 +73,7 @@ def reconstruction(
         lpips=lpips,
         dino=dino,
         device=device,
+        dtype=dtype,
     )
     write_figures(json_file, found.to_json())
     print_figures(found.figures(), found.unavailable, found.meanings())
@@ -100,7 +102,10 @@ def generation(
     count: Annotated[
         int | None, typer.Option("--count", min=1, help="Images (default: one per prompt, or 50000 for classes).")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="Text, MJHQ-30K .json or GenEval .jsonl.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="Text, MJHQ-30K .json or GenEval .jsonl (default: the reference's captions)."),
+    ] = None,
     features: FeatureNames = None,
     clip: Annotated[str | None, typer.Option("--clip", help="A CLIP model, for the CLIP score.")] = None,
     reference_images: Annotated[

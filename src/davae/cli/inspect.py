@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from davae.cli.options import Device, folder_of, some_images
+from davae.cli.options import Device, ModelDType, folder_of, some_images
 from davae.runtime.console import say, wide_console
 
 Method = Literal["tsne", "pca"]
@@ -35,6 +35,7 @@ def inspect(
     ] = None,
     method: Annotated[Method, typer.Option("--method", help="Projection of the class maps to the plane.")] = "tsne",
     device: Device = None,
+    dtype: ModelDType = None,
 ) -> None:
     """Show class maps, spectra, channel statistics, and reconstructions, by the decoder alone and shuffled too."""
     from davae.cli.tables import inspection_table
@@ -42,7 +43,14 @@ def inspect(
     from davae.report.inspection import write_inspection
 
     found = inspect_latents(
-        autoencoder, data, beside=beside or (), images=images, resolution=resolution, method=method, device=device
+        autoencoder,
+        data,
+        beside=beside or (),
+        images=images,
+        resolution=resolution,
+        method=method,
+        device=device,
+        dtype=dtype,
     )
     files = write_inspection(found, out)
     wide_console().print(inspection_table(found))

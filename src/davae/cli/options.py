@@ -118,7 +118,7 @@ def check_recipe(
             stage.
     """
     from davae.recipes.checks import check_settings
-    from davae.recipes.data import check_data_path
+    from davae.recipes.data import check_data_paths
     from davae.recipes.read import load_recipe
     from davae.recipes.settings import AblationRecipe
 
@@ -129,7 +129,7 @@ def check_recipe(
         if hasattr(settings, stage):
             check_settings(settings, stage)
     if images:
-        check_data_path(settings.data.path, settings.data.revision)
+        check_data_paths(settings.data)
 
 
 def write_figures(file: Path | None, values: dict[str, Any]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Container, Sequence
+import os
+from collections.abc import Container, Hashable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -44,7 +45,7 @@ def open_dataset(
     tenth_of_few: bool = False,
     part: Part = "train",
     min_size: int | None = None,
-    buckets: Sequence[Size] | None = None,
+    buckets: Sequence[Size] | Mapping[int, Sequence[Size]] | None = None,
     revision: str | None = None,
     repeats: int = 1,
     more: Sequence[MoreImages] = (),
@@ -71,12 +72,13 @@ def open_dataset(
         hold_out: share (below 1) or number of images kept for validation, chosen by a hash of their names.
         tenth_of_few: hold out a tenth where that number is more than a third of the images, as recipes do.
         part: ``train`` or ``held_out``.
-        min_size: images with a shorter side are skipped; by default a quarter of ``resolution``.
-        buckets: sizes (width, height); each image takes the one with the nearest aspect ratio. By default all are
-            square; procedural scenes always are.
+        min_size: images with a shorter side are skipped; by default a quarter of their resolution.
+        buckets: sizes (width, height), with several resolutions those of each; each image takes the one with the
+            nearest aspect ratio. By default all are square; procedural scenes always are.
         revision: of a name on the hub: branch, tag or commit; by default the newest.
         repeats: how often each training image is in the data set.
-        more: further sets of images to be joined with this one, each with its own ``repeats``.
+        more: further sets of images to be joined with this one, each with its own ``repeats`` and ``resolution``. Only
+            sets at ``resolution`` have held-out images, which are left out of all of them.
         quiet: do not log what was found, for a set that is opened again.
 
     Returns:
@@ -92,18 +94,23 @@ def open_dataset(
         raise DavaeError("procedural scenes cannot be joined with other images, nor repeated: leave data.more out")
     if is_procedural(name) and revision is None:
         return RenderedDataset(_procedural(name, resolution, hold_out, part), flip=flip, seed=seed)
-    shortest = max(1, resolution // 4 if min_size is None else min_size)
     source = find_source(path_or_name, split, revision)
-    times = [repeats] * len(source)
+    times, sides = [repeats] * len(source), [resolution] * len(source)
+    files: list[Hashable] = list(range(len(source)))
     if more:
+        files = _files(source, (name, split, revision))
         others = [find_source(images.path, images.split, images.revision) for images in more]
-        times += [images.repeats for images, other in zip(more, others) for _ in range(len(other))]
+        for images, other in zip(more, others):
+            times += [images.repeats] * len(other)
+            sides += [images.resolution or resolution] * len(other)
+            files += _files(other, (images.path, images.split, images.revision))
         source = JoinedSource([source, *others])
-    warn_below = resolution if part == "train" and not quiet else 0  # once is enough when both parts are opened
-    bad = check_headers(source, min_size=shortest, warn_below=warn_below)
+    shortest = [max(1, side // 4 if min_size is None else min_size) for side in sides]
+    told = part == "train" and not quiet  # once is enough when both parts are opened
+    bad = check_headers(source, min_sizes=shortest, sides=sides if told else ())
     skipped = [(source.id(i), reason) for i, reason in bad.items()]
     refuse_if_mostly_bad(skipped, len(source), source.name)
-    if part == "train" and not quiet:
+    if told:
         line = source.summary
         empty = _classes_without_images(source, bad) if bad and source.classes else []
         if empty:
@@ -112,25 +119,48 @@ def open_dataset(
         if source.problems:
             logger.warning("%s: %s", source.name, describe(source.problems, one="problem", many="problems"))
     good = [i for i in range(len(source)) if i not in bad]
-    if tenth_of_few and hold_out >= 1 and 3 * hold_out > len(good):
-        if part == "train" and not quiet:
-            told = "%s: hold_out=%g is more than a third of its %d images, so about a tenth is held out (hold_out=0.1)"
-            logger.info(told, shown(source.name), hold_out, len(good))
+    first: dict[Hashable, int] = {}
+    for i in good:
+        if sides[i] == resolution:
+            first.setdefault(files[i], i)
+    once = list(first.values())
+    if tenth_of_few and hold_out >= 1 and 3 * hold_out > len(once):
+        if told:
+            words = "%s: hold_out=%g is more than a third of its %d images, so about a tenth is held out (hold_out=0.1)"
+            logger.info(words, shown(source.name), hold_out, len(once))
         hold_out = 0.1
-    chosen = choose_part([source.id(i) for i in good], hold_out, part)
-    indices = [good[i] for i in chosen]
+    indices = [once[i] for i in choose_part([source.id(i) for i in once], hold_out, "held_out")]
     if part == "train":
-        indices = [index for index in indices for _ in range(times[index])]
+        unseen = {files[i] for i in indices}
+        indices = [index for index in good if files[index] not in unseen for _ in range(times[index])]
+    sizes, bucket_of = None, None
+    if buckets is not None or (part == "train" and len({*sides}) > 1):
+        by_side = buckets if isinstance(buckets, Mapping) else {resolution: buckets} if buckets is not None else {}
+        of_each = {side: by_side.get(side, [(side, side)]) for side in dict.fromkeys(sides)}
+        sizes, bucket_of = assign_buckets(source, indices, [sides[i] for i in indices], of_each)
     return ImageDataset(
         source,
         indices,
         transform,
         seed=seed,
-        min_size=shortest,
+        min_size=shortest if more else max(shortest, default=1),
         skipped=skipped,
-        sizes=buckets,
-        bucket_of=None if buckets is None else assign_buckets(source, indices, buckets),
+        sizes=sizes,
+        bucket_of=bucket_of,
     )
+
+
+def _files(source: Source, place: tuple[str, str | None, str | None]) -> list[Hashable]:
+    """What image file each of a source's is, to know it again in another set: its path, else its name in the source.
+
+    Args:
+        source: a set.
+        place: path, split and revision that it was opened with.
+    """
+    if isinstance(source, FolderSource):
+        root = str(source.root.resolve())
+        return [os.path.join(root, source.id(index)) for index in range(len(source))]
+    return [(place, source.id(index)) for index in range(len(source))]
 
 
 def _classes_without_images(source: Source, bad: Container[int]) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from davae.data import Item, ItemDataset, open_dataset
 from davae.errors import DavaeError
+from davae.recipes.data import MoreImages
 from davae.recipes.yaml_text import plain_yaml
 from davae.runtime.text_files import read_text
 
@@ -36,10 +37,18 @@ def held_out_images(autoencoder: Path, resolution: int) -> ItemDataset:
             part="held_out",
             min_size=int(settings["resolution"]) // 4,  # as in training: smaller images count in neither part
             revision=settings.get("revision"),
+            more=[MoreImages.model_validate(images) for images in _more_at(settings)],
         )
         if len(found):
             return found
     raise DavaeError(f"{autoencoder} is in no run that held images out: name images with --data")
+
+
+def _more_at(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The further sets of a run that held images out: those at its own resolution."""
+    for images in settings.get("more") or ():
+        if images.get("resolution") in (None, settings["resolution"]):
+            yield {**images, "resolution": None}
 
 
 def trained_resolution(autoencoder: Path) -> int:

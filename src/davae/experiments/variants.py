@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -259,9 +260,14 @@ def _autoencoder(recipe: UpgradeRecipe, out: Path) -> tuple[Path, dict[str, floa
 
 
 def real_images(recipe: UpgradeRecipe, part: Literal["train", "held_out"], count: int | None = None) -> Tensor:
-    """The first ``count`` images (by default all) of a part of the data, ``[N, 3, H, W]`` in [-1, 1]."""
-    images = open_part(recipe.data, "train") if part == "train" else open_held_out(recipe.data)
-    return torch.stack([images[i]["image"] for i in range(min(len(images), count or len(images)))])
+    """The first ``count`` images (by default all) of a part of the data, ``[N, 3, R, R]`` in [-1, 1].
+
+    They are squares at ``data.resolution``, without buckets and the sets of other resolutions.
+    """
+    squares, side = recipe.data.model_copy(update={"buckets": False}), recipe.data.resolution
+    images = open_part(squares, "train") if part == "train" else open_held_out(squares)
+    found = (images[i]["image"] for i in range(len(images)))
+    return torch.stack(list(islice((image for image in found if image.shape[-1] == side), count)))
 
 
 def generated_images(recipe: UpgradeRecipe, pipeline: Path, count: int, folder: Path) -> Tensor:

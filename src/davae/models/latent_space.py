@@ -7,7 +7,7 @@ video autoencoders these are single frames, without the frame axis.
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -20,14 +20,19 @@ from davae.models.autoencoder.autoencoder_da import AutoencoderDA
 from davae.models.base_adapters.adapter import BaseAdapter, adapter_of
 from davae.models.base_adapters.image import LDMAutoencoderKL
 from davae.models.dc_ae import PlainAutoencoderDC
+from davae.runtime.devices import saved_dtype
 from davae.runtime.model_files import open_model
 from davae.runtime.text_files import read_object
 
 _OURS = {cls.__name__: cls for cls in (AutoencoderDA, LDMAutoencoderKL, PlainAutoencoderDC)}
 
 
-def open_autoencoder(folder: str | Path) -> ModelMixin:
+def open_autoencoder(folder: str | Path, *, dtype: torch.dtype | Literal["saved"] = torch.float32) -> ModelMixin:
     """Load the autoencoder in a folder, or in the ``vae`` subfolder of a pipeline, in eval mode.
+
+    Args:
+        folder: of the autoencoder or the pipeline.
+        dtype: of the weights; ``saved`` is that of the folder's files.
 
     Raises:
         DavaeError: there is none, its class is unknown, or its weights are not complete and finite.
@@ -40,7 +45,8 @@ def open_autoencoder(folder: str | Path) -> ModelMixin:
     model_class = autoencoder_class(name)
     if model_class is None:
         raise DavaeError(f"{path} holds a {name}: expected an autoencoder of diffusers or of davae")
-    return open_model(model_class.from_pretrained, path)[0].eval()
+    wanted = saved_dtype(path) if dtype == "saved" else dtype
+    return open_model(model_class.from_pretrained, path, dtype=wanted)[0].eval()
 
 
 def autoencoder_class(name: str) -> type[ModelMixin] | None:

@@ -18,7 +18,7 @@ PACKAGE = "davae"
 ROOT = Path(__file__).parents[1]
 
 _HEADER = '''# Copyright the davae authors. Licensed under the Apache License, Version 2.0:
-# http://www.apache.org/licenses/LICENSE-2.0
+# https://www.apache.org/licenses/LICENSE-2.0
 #
 # Made by davae {version} from its own sources; needs torch and diffusers. With davae installed, `import davae` takes
 # the place of this file.

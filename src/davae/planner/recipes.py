@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from davae.errors import DavaeError
-from davae.pipelines.families import family_of, find_family
+from davae.pipelines.families import family_of, find_family, why_untrainable
 from davae.planner.architectures import Architecture, find_architecture
 from davae.planner.plan import Plan, plan
 from davae.planner.stages import AutoencoderRun, DiffusionRun, autoencoder_stage, target_counts
@@ -49,7 +49,7 @@ def recipe_plan(recipe: UpgradeRecipe, architecture: Architecture | None = None)
     architecture = architecture or find_architecture(recipe.base)
     return plan(
         architecture,
-        resolution=recipe.data.resolution,
+        resolution=max(recipe.data.resolutions),
         scale=recipe.autoencoder.model.scale,
         detail_channels=_detail_channels(recipe),
         autoencoder=_autoencoder_run(recipe),
@@ -257,13 +257,16 @@ def _diffusion_run(recipe: UpgradeRecipe, architecture: Architecture) -> Diffusi
     settings = recipe.diffusion
     tune = settings.tune
     targets = tune.lora.targets or find_family(architecture.pipeline).lora_targets
-    if tune.mode == "lora" and not targets:
-        raise DavaeError(
-            f"davae has no usual LoRA targets for {architecture.pipeline}: set diffusion.tune.lora.targets"
-        )
+    mode = tune.mode
+    if mode == "lora" and not targets:
+        if why_untrainable(architecture.pipeline) is None:
+            raise DavaeError(
+                f"davae has no usual LoRA targets for {architecture.pipeline}: set diffusion.tune.lora.targets"
+            )
+        mode = "new_channels"  # which every transformer has; the plan says that it cannot be trained
     return DiffusionRun(
         **_loop(settings.loop, settings.optimizer),  # type: ignore[arg-type]
-        mode=tune.mode,
+        mode=mode,
         lora_rank=tune.lora.rank,
         lora_targets=tuple(targets),
         frozen_dtype=tune.frozen_dtype,
@@ -307,11 +310,12 @@ def _shapes(recipe: UpgradeRecipe, architecture: Architecture, made: Plan) -> li
 def _autoencoder_alone(recipe: UpgradeRecipe, architecture: Architecture) -> list[str]:
     """What is found about stage 1 on an autoencoder by itself."""
     vae = architecture.build_autoencoder(recipe.autoencoder.model.scale, _detail_channels(recipe))
-    layout, side = vae.layout, recipe.data.resolution // vae.spatial_compression
-    cost = autoencoder_stage(architecture, vae, recipe.data.resolution, _autoencoder_run(recipe))
+    resolution = max(recipe.data.resolutions)
+    layout, side = vae.layout, resolution // vae.spatial_compression
+    cost = autoencoder_stage(architecture, vae, resolution, _autoencoder_run(recipe))
     return [
         f"base: {architecture.source}",
-        f"image [3, {recipe.data.resolution}, {recipe.data.resolution}] -> latent [{layout.channels}, {side}, {side}]: "
+        f"image [3, {resolution}, {resolution}] -> latent [{layout.channels}, {side}, {side}]: "
         f"{layout.base_channels} base and {layout.detail_channels} detail channels, compression "
         f"{vae.spatial_compression}",
         *_data(recipe, "autoencoder"),
@@ -346,6 +350,8 @@ def _data(recipe: UpgradeRecipe, stage: Stage) -> list[str]:
             f"data: {data.path} is not here; expected is a folder of images (captions in .txt files beside them or "
             "in metadata.jsonl), WebDataset shards, or a data set's name: set data.path=..."
         )
+    if len(data.resolutions) > 1:
+        lines.append(f"batches of {' or '.join(map(str, data.resolutions))} pixels, planned at the largest")
     if stage == "diffusion" and data.cache:
         there = Path(data.cache).is_dir()
         lines.append(f"cache: {data.cache} {'is there' if there else 'is not here; `davae cache` writes it'}")

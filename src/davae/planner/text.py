@@ -2,6 +2,7 @@
 
 from rich.table import Table
 
+from davae.pipelines.families import why_untrainable
 from davae.planner.plan import VARIANTS, Plan
 
 STAGES = ("autoencoder", "diffusion")
@@ -27,8 +28,10 @@ def inference_line(plan: Plan) -> str:
 
 
 def notes(plan: Plan) -> list[str]:
-    """The assumptions behind the figures, and what does not fit."""
-    lines = [f"architecture: {plan.source}"]
+    """The assumptions behind the figures, what does not fit, and first a pipeline that cannot be trained."""
+    why = why_untrainable(plan.pipeline)
+    lines = [] if why is None else [f"stage 2 cannot be trained: {why}"]
+    lines.append(f"architecture: {plan.source}")
     if plan.license:
         lines.append(f"license of the base: {plan.license}; what you train from it inherits these terms")
     shares = " and ".join(f"{plan.utilisation[s]:.0%} ({s})" for s in STAGES)

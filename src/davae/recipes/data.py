@@ -56,6 +56,9 @@ class MoreImages(Section):
     """As ``data.revision``."""
     repeats: Positive = 1
     """As ``data.repeats``."""
+    resolution: Positive | None = None
+    """Side of its training images in pixels; none takes ``data.resolution``. ``path`` may be that of another set, for
+    the same images at several resolutions."""
 
 
 KEPT_ONCE = (
@@ -68,14 +71,15 @@ class DataSettings(ImageSettings):
     """Where images come from and how they become tensors."""
 
     more: list[MoreImages] = Field(default=[])
-    """Further sets of images. Classes of the same name are one class; held-out images are chosen from all sets."""
+    """Further sets of images. Classes of the same name are one class. Held-out images are chosen from the sets at
+    ``data.resolution``, and are training images in none."""
     repeats: Positive = 1
     """How often each training image of ``path`` is shown in an epoch: the weight of this set beside others."""
     resolution: Positive = 128
-    """Side of the square training image in pixels, at full resolution."""
+    """Side of the square training image in pixels, at full resolution; that of held-out images and of samples."""
     buckets: bool | list[tuple[Positive, Positive]] = False
     """Aspect-ratio buckets for the training images: ``true`` for sizes of about ``resolution ** 2`` pixels, or
-    a list of [width, height]. Held-out images stay square."""
+    a list of [width, height] where all sets have one resolution. Held-out images stay square."""
     cache_latents: Annotated[bool, MAY_CHANGE] = False
     """Encode the images once and keep the latents in memory: all of them in the diffusion stage, the base's in the
     autoencoder stage; with ``flip`` those of the mirrored images too. Where ``autoencoder.target`` is ``base`` the
@@ -100,6 +104,33 @@ class DataSettings(ImageSettings):
         if self.cache is not None and self.repeated:
             raise ValueError(KEPT_ONCE)
         return self
+
+    @model_validator(mode="after")
+    def _listed_for_one_resolution(self) -> DataSettings:
+        if isinstance(self.buckets, list) and len(self.resolutions) > 1:
+            raise ValueError(
+                "data.buckets: a list of sizes is for one resolution, and sets of data.more have others; set "
+                "data.buckets=true, which makes sizes for each"
+            )
+        return self
+
+    @property
+    def resolutions(self) -> list[int]:
+        """The resolutions of the training images, each once; that of ``path`` is the first."""
+        return list(dict.fromkeys([self.resolution, *(images.resolution or self.resolution for images in self.more)]))
+
+    @property
+    def of_one_size(self) -> bool:
+        """Whether all training images are squares of one size."""
+        return self.buckets is False and len(self.resolutions) == 1
+
+    def reduced(self, factor: int) -> DataSettings:
+        """The same images at 1/``factor`` of their resolutions, which must be multiples of it."""
+        more = [
+            images.model_copy(update={"resolution": images.resolution and images.resolution // factor})
+            for images in self.more
+        ]
+        return self.model_copy(update={"resolution": self.resolution // factor, "more": more})
 
     @property
     def repeated(self) -> bool:
@@ -144,6 +175,16 @@ def plugin_scheme(name: str) -> str | None:
             "the images and give their folder, or install the plug-in"
         )
     return scheme
+
+
+def check_data_paths(data: ImageSettings) -> None:
+    """Check that the images of a recipe exist, as :func:`check_data_path`, those of ``data.more`` too.
+
+    Raises:
+        DavaeError: as there.
+    """
+    for images in (data, *getattr(data, "more", ())):
+        check_data_path(images.path, images.revision)
 
 
 def check_data_path(name: str, revision: str | None = None) -> None:

@@ -514,8 +514,10 @@ class BaseRecipe(Section):
                 "data.cache and data.cache_dtype need start_from, whose pipeline encodes beforehand, and "
                 "downsample=1. Leave them out; data.cache_latents=true keeps the latents in memory"
             )
-        if self.data.buckets is not False:
-            raise ValueError("data.buckets: the training of a base has one size; set data.buckets=false")
+        if not self.data.of_one_size:
+            raise ValueError(
+                "data: the training of a base has one size; set data.buckets=false, and no resolution in data.more"
+            )
         if self.autoencoder is None and self.full_resolution_crops:
             raise ValueError(
                 "full_resolution_crops are for training an autoencoder; without an autoencoder section, leave out"

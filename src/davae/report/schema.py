@@ -54,7 +54,10 @@ class _File(_Record):
         """
         path = Path(run_dir) / cls.file_name()
         if not path.is_file():
-            raise DavaeError(f"{path} does not exist: a report is built from the folder of a finished run")
+            raise DavaeError(
+                f"{path} does not exist: `davae report` rebuilds that of a finished `davae demo`. The figures of a "
+                "training are in its metrics.jsonl and tracking/, its pictures in samples/"
+            )
         try:
             return cls.model_validate(read_json(path))
         except ValidationError as error:

@@ -28,7 +28,7 @@ def open_part(
     Args:
         data: the recipe's section.
         part: which.
-        unit: side of a token in pixels, see :func:`token_side`; only buckets need it.
+        unit: side of a token in pixels, see :func:`token_side`; only images of several sizes need it.
         quiet: do not log what is found.
     """
     training = part == "train"
@@ -102,23 +102,39 @@ def require_captions(captions: Sequence[str], pipe: Any) -> None:
 
 
 def open_training_part(data: DataSettings, vae: Any, pipe: Any) -> ImageDataset | RenderedDataset:
-    """The training part for an upgrade, with ``data.buckets`` in sizes that fit the autoencoder and transformer."""
-    return open_part(data, "train", token_side(vae, pipe) if data.buckets else None)
+    """The training part for an upgrade, in sizes that fit the autoencoder and transformer if there are several."""
+    return open_part(data, "train", None if data.of_one_size else token_side(vae, pipe))
 
 
-def bucket_sizes(data: DataSettings, unit: int | None) -> list[Size] | None:
-    """The image sizes of ``data.buckets``; ``None`` if it is off.
+def bucket_sizes(data: DataSettings, unit: int | None) -> dict[int, list[Size]] | None:
+    """The sizes of ``data.buckets`` for each resolution; ``None`` if it is off.
 
     Raises:
         DavaeError: sizes that are not multiples of a token's side, or a training that has no buckets (no ``unit``).
     """
     if data.buckets is False:
+        if unit is not None:
+            for side in data.resolutions:
+                check_divides(side, unit)
         return None
     if unit is None:
         raise DavaeError("data.buckets: the training of a base has one size; set data.buckets=false")
     if data.buckets is True:
-        return make_buckets(data.resolution, unit)
-    return check_buckets(data.buckets, unit)
+        return {side: make_buckets(side, unit) for side in data.resolutions}
+    return {data.resolution: check_buckets(data.buckets, unit)}
+
+
+def check_divides(side: int, unit: int) -> None:
+    """Check that the side of an image is a multiple of the side of a token, both in pixels.
+
+    Raises:
+        DavaeError: it is not; the message names the nearest multiple.
+    """
+    if side % unit:
+        nearest = max(unit, round(side / unit) * unit)
+        raise DavaeError(
+            f"{side} pixels are not a multiple of {unit} (compression times patch); the nearest is {nearest}"
+        )
 
 
 def token_side(vae: Any, pipe: Any) -> int:

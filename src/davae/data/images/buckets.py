@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: a few sizes of nearly the same area, and the one that suits each image best.
+"""Buckets: the sizes of training images, a few of nearly the same area for a resolution, and each image's own.
 
 Images of a bucket are resized to one size with little cropping, so they stack into a batch that costs as much as
 a square one. Sizes are (width, height) in pixels and multiples of ``unit``, the side of one token in pixels:
@@ -7,7 +7,8 @@ a square one. Sizes are (width, height) in pixels and multiples of ``unit``, the
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -92,28 +93,38 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> int:
     )
 
 
-def assign_buckets(source: Source, indices: Sequence[int], buckets: Sequence[Size]) -> list[int]:
-    """The bucket of each image, from its header.
+def assign_buckets(
+    source: Source, indices: Sequence[int], resolutions: Sequence[int], sizes: Mapping[int, Sequence[Size]]
+) -> tuple[list[Size], list[int]]:
+    """All sizes, each once, and the number of each image's own: of those of its resolution, the one nearest in shape.
 
-    An image with an unreadable header gets the bucket nearest to a square; it is replaced by another image when it is
-    decoded.
+    Shapes are read from headers, where a resolution has several sizes. An image with an unreadable header counts as a
+    square; it is replaced by another image when it is decoded.
+
+    Args:
+        source: where the images come from.
+        indices: which of them.
+        resolutions: that of each of them.
+        sizes: of each resolution.
     """
-    if len(indices) > 20_000:
+    every = list(dict.fromkeys(size for several in sizes.values() for size in several))
+    if len(indices) > 20_000 and len(every) > len(sizes):
         logger.info("%s: reading the sizes of %d images for the buckets", source.name, len(indices))
-    known: dict[Size, int] = {}
+    known: dict[tuple[int, Size], int] = {}
     chosen = []
-    for index in indices:
-        try:
-            size = read_file(source, index, upright_size)
-        except UnreadableImage:
-            size = (1, 1)
-        if size not in known:
-            known[size] = nearest_bucket(size, buckets)
-        chosen.append(known[size])
-    counts = np.bincount(chosen, minlength=len(buckets))
-    shown = ", ".join(f"{w} x {h}: {n}" for (w, h), n in zip(buckets, counts) if n)
+    for index, resolution in zip(indices, resolutions, strict=True):
+        shape = (1, 1)
+        if len(sizes[resolution]) > 1:
+            with suppress(UnreadableImage):
+                shape = read_file(source, index, upright_size)
+        if (resolution, shape) not in known:
+            nearest = sizes[resolution][nearest_bucket(shape, sizes[resolution])]
+            known[resolution, shape] = every.index(nearest)
+        chosen.append(known[resolution, shape])
+    counts = np.bincount(chosen, minlength=len(every))
+    shown = ", ".join(f"{w} x {h}: {n}" for (w, h), n in zip(every, counts) if n)
     logger.info("%s: images by bucket (width x height): %s", source.name, shown)
-    return chosen
+    return every, chosen
 
 
 def same_size_batches(dataset: Dataset[Item], indices: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -152,7 +152,7 @@ class ImageDataset(ItemDataset):
         indices: which of the source's images belong to this data set.
         transform: crop and resolution.
         seed: for random crops and flips.
-        min_size: shortest side accepted, in pixels.
+        min_size: shortest side accepted, in pixels; of each of the source's images, or of all.
         skipped: images that were left out when the data set was opened.
         sizes: the sizes of the buckets, (width, height) in pixels; ``None`` for squares.
         bucket_of: the bucket of each image.
@@ -165,7 +165,7 @@ class ImageDataset(ItemDataset):
         transform: SquareCrop,
         *,
         seed: int = 0,
-        min_size: int = 1,
+        min_size: int | Sequence[int] = 1,
         skipped: Sequence[Skip] = (),
         sizes: Sequence[Size] | None = None,
         bucket_of: Sequence[int] | None = None,
@@ -286,5 +286,6 @@ class ImageDataset(ItemDataset):
             raise UnreadableImage(self._bad[position])
         index = self.indices[position]
         label, caption = self._facts.get(index) or self.source.facts(index)
-        picture = read_file(self.source, index, partial(decode_image, min_size=self.min_size), again=again)
+        least = self.min_size if isinstance(self.min_size, int) else self.min_size[index]
+        picture = read_file(self.source, index, partial(decode_image, min_size=least), again=again)
         return {"image": picture, "label": label, "caption": caption, "id": self.source.id(index)}

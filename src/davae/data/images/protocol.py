@@ -38,7 +38,7 @@ class ItemDataset(Dataset[Item], ABC):
     skipped: Sequence[Skip] = ()
     """Files found to be unusable when the data set was opened."""
     bucket_of: Sequence[int] | None = None
-    """The aspect-ratio bucket of each item; ``None`` if all items have one size."""
+    """The bucket of each item, whose items have one size; ``None`` if all items have one size."""
     flip: bool = False
     """Whether images are mirrored at random in each epoch."""
     crop: str = "center"

@@ -23,10 +23,13 @@ logger = logging.getLogger(__name__)
 _NAMED = 20
 
 
-def check_headers(source: Source, *, min_size: int, warn_below: int = 0) -> dict[int, str]:
+def check_headers(source: Source, *, min_sizes: Sequence[int], sides: Sequence[int] = ()) -> dict[int, str]:
     """Find the images of a source that are unusable according to their headers.
 
-    Logs how many of the others are smaller than ``warn_below`` and will be enlarged.
+    Args:
+        source: the images.
+        min_sizes: shortest side that is accepted, of each image.
+        sides: those that images are resized to; how many are smaller, and will be enlarged, is logged.
 
     Returns:
         Reasons by position in the source.
@@ -38,16 +41,17 @@ def check_headers(source: Source, *, min_size: int, warn_below: int = 0) -> dict
     enlarged = 0
     for index in range(len(source)):
         try:
-            enlarged += min(read_file(source, index, partial(check_header, min_size=min_size))) < warn_below
+            shorter = min(read_file(source, index, partial(check_header, min_size=min_sizes[index])))
+            enlarged += bool(sides) and shorter < sides[index]
         except UnreadableImage as error:
             bad[index] = error.reason
     if enlarged:
         logger.warning(
-            "%s: %d of %d images are smaller than %d pixels and are enlarged; they contain no fine detail",
+            "%s: %d of %d images are smaller than %s pixels and are enlarged; they contain no fine detail",
             source.name,
             enlarged,
             len(source),
-            warn_below,
+            " or ".join(map(str, dict.fromkeys(sides))),
         )
     return bad
 

@@ -74,6 +74,7 @@ def generate_variants(
     others: Mapping[str, str] | None = None,
     upscalers: Mapping[str, Callable[[], Upscaler]] | None = None,
     prompts: str | Path | None = None,
+    captions: Callable[[], Sequence[str]] = list,
     count: int | None = None,
     progress: Progress = lambda made, _name, _missing: made,
 ) -> Variants:
@@ -91,6 +92,7 @@ def generate_variants(
             autoencoder; they generate at full resolution, or are resized to it.
         upscalers: functions that open what enlarges the base's images, by the name they are reported under.
         prompts: file of prompts, for pipelines that take them.
+        captions: called for prompts if there is no such file.
         count: images of each; by default one per prompt (GenEval: four), or 50,000 for classes.
         progress: displays the progress of this process.
 
@@ -103,7 +105,7 @@ def generate_variants(
     if upscalers and base is None:
         raise DavaeError("upscalers enlarge the base's images: name the base pipeline with --base, or leave them out")
     pipe = open_pipeline(settings.pipeline)
-    subjects = find_subjects(pipe, prompts)
+    subjects = find_subjects(pipe, prompts, captions)
     total = _count(count, subjects)
     variants = Variants(subjects, total)
     settings = replace(settings, prompts=subjects.describe())
@@ -250,16 +252,23 @@ def _check_names(others: Sequence[str]) -> None:
             raise DavaeError(f"a model beside cannot be called '{name}': it names a row and a folder of its own")
 
 
-def find_subjects(pipe: DiffusionPipeline, prompts: str | Path | None) -> PromptSet:
-    """The subjects of the images: the file's prompts, or all classes of the transformer.
+def find_subjects(
+    pipe: DiffusionPipeline, prompts: str | Path | None, captions: Callable[[], Sequence[str]] = list
+) -> PromptSet:
+    """The subjects of the images: the file's prompts, else the captions, or all classes of the transformer.
 
     Raises:
-        DavaeError: the pipeline takes classes and a file was given, or the other way round.
+        DavaeError: the pipeline takes classes and a file was given, or it takes prompts and there are none.
     """
     if takes_prompts(pipe):
-        if prompts is None:
-            raise DavaeError(f"{type(pipe).__name__} makes images of prompts: name a file of them with --prompts")
-        return open_prompt_set(prompts)
+        if prompts is not None:
+            return open_prompt_set(prompts)
+        if not (texts := captions()):
+            raise DavaeError(
+                f"{type(pipe).__name__} makes images of prompts, and the reference has no captions: name a file of "
+                "prompts with --prompts"
+            )
+        return PromptSet("captions", texts, sha256=value_hash(texts).removeprefix("sha256:"))
     if prompts is not None:
         raise DavaeError(f"{type(pipe).__name__} makes images of classes: leave --prompts out")
     config = pipe.transformer.config

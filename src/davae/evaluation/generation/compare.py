@@ -53,6 +53,12 @@ class Reference:
             found.update(images, classes)
         return found
 
+    def captions(self) -> list[str]:
+        """The distinct captions of the images, in order; none of statistics."""
+        if self.moments is not None:
+            return []
+        return list(dict.fromkeys(filter(None, open_dataset(self.name, resolution=8, quiet=True).captions())))
+
     def batches(self, height: int, width: int, *, size: int = 32) -> Iterator[tuple[Tensor, list[str]]]:
         """Images ``[B, 3, H, W]`` in [-1, 1], resized and centre-cropped as in ADM, with the names of their classes."""
         buckets = None if height == width else [(width, height)]

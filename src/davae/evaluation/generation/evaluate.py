@@ -63,7 +63,7 @@ def evaluate_generation(
         upscalers: by the name they are reported under, what enlarges the base's images, see
             :func:`davae.evaluation.upscalers.open_upscaler`; needs ``base``.
         count: images of each; by default one per prompt (GenEval: four), or 50,000 for classes.
-        prompts: text, MJHQ-30K ``.json`` or GenEval ``.jsonl``.
+        prompts: text, MJHQ-30K ``.json`` or GenEval ``.jsonl``; by default the captions of the reference's images.
         features: feature networks (:func:`davae.evaluation.features.open_network`); by default ``inception``.
         clip: a CLIP model, for the CLIP score.
         reference_images: maximum number of reference images; by default all.
@@ -124,6 +124,7 @@ def evaluate_generation(
             others=beside,
             upscalers={name: partial(open_upscaler, name, place, where) for name, place in (upscalers or {}).items()},
             prompts=prompts,
+            captions=compared.captions,
             count=count,
             progress=partial(_progress, shown=state.is_main_process),
         )

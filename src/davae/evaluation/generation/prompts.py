@@ -23,10 +23,10 @@ class PromptSet:
         subjects: prompts, or class numbers as text.
         metadata: one entry per prompt, of GenEval files.
         categories: of each prompt, reported separately; empty, or with empty names, if there are none.
-        sha256: of the file; empty for classes.
+        sha256: of the file, or of the captions; empty for classes.
     """
 
-    kind: Literal["lines", "mjhq", "geneval", "classes"]
+    kind: Literal["lines", "mjhq", "geneval", "captions", "classes"]
     subjects: Sequence[str]
     metadata: Sequence[dict[str, Any]] = ()
     sha256: str = ""

@@ -25,10 +25,11 @@ from davae.evaluation.metrics.psnr_ssim import pair_metrics
 from davae.latents import grouped_mean
 from davae.models import AutoencoderDA
 from davae.pipelines.saving.opening import autoencoder_folder, load_autoencoder
-from davae.runtime.devices import chosen_device
+from davae.runtime.devices import chosen_device, wanted_dtype
 from davae.runtime.pictures import upscaled
 from davae.runtime.pixel_budget import in_parts
 
+_LEAST = 8  # images
 _BAND_IMAGES = 32
 """Number of images for the spectra of what each detail group adds; each group needs one decoding of them."""
 _EXAMPLES = 6
@@ -109,6 +110,7 @@ def inspect_latents(
     resolution: int | None = None,
     method: Method = "tsne",
     device: str | None = None,
+    dtype: str | None = None,
 ) -> dict[str, Inspection]:
     """Inspect trained autoencoders with the same images, as ``davae inspect`` does before it draws.
 
@@ -122,6 +124,7 @@ def inspect_latents(
         resolution: side in pixels; by default the run's.
         method: of the map.
         device: ``cpu``, ``cuda`` or ``cuda:1``; by default the GPU, if any.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, of the autoencoders; by default as saved.
 
     Returns:
         Inspections by title: the run's name, or the folder's; equal titles are numbered.
@@ -129,17 +132,21 @@ def inspect_latents(
     Raises:
         DavaeError: an autoencoder or the images cannot be read, or there are fewer than 8.
     """
-    where = chosen_device(device)
+    where, wanted = chosen_device(device), wanted_dtype(dtype)
     folder = Path(autoencoder)
     folders = _titled([folder, *map(Path, beside)])
     side = resolution or trained_resolution(folder)
     # One data set for all: the others may have been trained on other images.
     dataset = held_out_images(folder, side) if data is None else open_dataset(data, resolution=side)
+    if data is None and len(dataset) < _LEAST:
+        raise DavaeError(
+            f"the run of {folder} held out {len(dataset)} images; an inspection needs {_LEAST}: name more with --data"
+        )
     items = [item for batch in spread_batches(dataset, images, images) for item in batch]
     pictures = torch.stack([item["image"] for item in items])
     labels = torch.tensor([item["label"] for item in items])
     return {
-        title: inspect_autoencoder(load_autoencoder(place).to(where), pictures, labels, method=method)
+        title: inspect_autoencoder(load_autoencoder(place, dtype=wanted).to(where), pictures, labels, method=method)
         for title, place in folders.items()
     }
 
@@ -175,8 +182,8 @@ def inspect_autoencoder(
     Raises:
         DavaeError: fewer than 8 images, or sizes that do not fit.
     """
-    if len(images) < 8:
-        raise DavaeError(f"an inspection needs at least 8 images, not {len(images)}")
+    if len(images) < _LEAST:
+        raise DavaeError(f"an inspection needs at least {_LEAST} images, not {len(images)}")
     was_training = vae.training
     vae.eval()
     latents = _map(lambda x: vae.encode(x).latent_dist.mode(), vae, images)

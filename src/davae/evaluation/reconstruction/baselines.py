@@ -74,7 +74,7 @@ class ReconstructionReport:
         perceptual: the same of each perceptual distance, by name.
         reference: hashes of the images' 8-bit pixels and of the moments of their features.
         upscalers: what each upscaler is, by name.
-        autoencoder, data, resolution: what was measured, if given by name.
+        autoencoder, data, resolution, dtype: what was measured, if given by name, and the type of its weights.
         unavailable: reasons for metrics that are missing in some row.
     """
 
@@ -89,6 +89,7 @@ class ReconstructionReport:
     autoencoder: str | None = None
     data: str | None = None
     resolution: int | None = None
+    dtype: str | None = None
     unavailable: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from davae.evaluation.reconstruction.crops import folder_crops, read_boxes
 from davae.evaluation.upscalers import check_upscaler, open_upscalers
 from davae.models.perceptual import DinoDistance, LpipsLoss
 from davae.pipelines.saving.opening import autoencoder_folder, load_autoencoder
-from davae.runtime.devices import chosen_device
+from davae.runtime.devices import chosen_device, wanted_dtype
 from davae.runtime.pixel_budget import images_together
 
 
@@ -36,6 +36,7 @@ def evaluate_reconstruction(
     lpips: Path | None = None,
     dino: Path | None = None,
     device: str | None = None,
+    dtype: str | None = None,
 ) -> ReconstructionReport:
     """Compare an autoencoder with baselines: its decoder alone, the base enlarged and at full resolution, the reduced
     image, other details.
@@ -53,6 +54,7 @@ def evaluate_reconstruction(
         lpips: file of torchvision's VGG-16 weights, for LPIPS.
         dino: folder of a DINO network, for its perceptual distance.
         device: ``cpu``, ``cuda`` or ``cuda:1``; by default the GPU, if any.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, of the autoencoders; by default as saved.
 
     Returns:
         All figures, and reasons for the missing ones.
@@ -60,15 +62,15 @@ def evaluate_reconstruction(
     Raises:
         DavaeError: the autoencoder, the images or the crops cannot be read, or their sizes do not fit.
     """
-    folder, where = Path(autoencoder), chosen_device(device)
+    folder, where, wanted = Path(autoencoder), chosen_device(device), wanted_dtype(dtype)
     autoencoder_folder(folder)
     side = resolution or trained_resolution(folder)
     for name, upscaler in (upscalers or {}).items():
         check_upscaler(name, upscaler)
     boxed = {} if boxes is None else read_boxes(boxes)
     dataset = open_dataset(data, resolution=side)
-    vae = load_autoencoder(folder).to(where)
-    others = {name: load_autoencoder(place).to(where) for name, place in (beside or {}).items()}
+    vae = load_autoencoder(folder, dtype=wanted).to(where)
+    others = {name: load_autoencoder(place, dtype=wanted).to(where) for name, place in (beside or {}).items()}
     unit = vae.spatial_compression
     apart: dict[str, Iterable[Tensor]] = {
         name: folder_crops(Path(place), unit) for name, place in (crops or {}).items()
@@ -93,4 +95,11 @@ def evaluate_reconstruction(
     )
     for row in report.rows.values():
         unavailable |= row.unavailable
-    return replace(report, autoencoder=str(autoencoder), data=data, resolution=side, unavailable=unavailable)
+    return replace(
+        report,
+        autoencoder=str(autoencoder),
+        data=data,
+        resolution=side,
+        dtype=str(vae.dtype).removeprefix("torch."),
+        unavailable=unavailable,
+    )

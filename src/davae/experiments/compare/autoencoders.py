@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
@@ -79,6 +79,7 @@ class AutoencoderScore:
         figures: means over the images, and distances between images and reconstructions (``fid/NETWORK`` is rFID),
             under the names of :mod:`davae.evaluation.metrics.names`.
         encode_images_per_second, decode_images_per_second: from median times, measured alternately.
+        dtype: of its weights.
     """
 
     name: str
@@ -91,6 +92,7 @@ class AutoencoderScore:
     figures: dict[str, float]
     encode_images_per_second: float
     decode_images_per_second: float
+    dtype: str = "float32"
 
 
 def open_candidates(
@@ -100,6 +102,7 @@ def open_candidates(
     tokens: int | None = None,
     upscalers: Mapping[str, Upscaler] | None = None,
     device: torch.device | str = "cpu",
+    dtype: torch.dtype | Literal["saved"] = "saved",
 ) -> list[Candidate]:
     """Open autoencoders for images of one size.
 
@@ -113,6 +116,7 @@ def open_candidates(
             tokens follows from the compression.
         upscalers: what enlarges the base's images, by name; image ``i`` of a batch has the seed ``i``.
         device: where to measure.
+        dtype: of the weights of those in folders; ``saved`` is that of the files.
 
     Raises:
         DavaeError: an autoencoder cannot be read, its compression does not divide the resolution, no patch size gives
@@ -130,7 +134,7 @@ def open_candidates(
         model: Any = given
         if isinstance(given, str | Path):
             with opening("autoencoder", str(given)):
-                model = open_autoencoder(given)
+                model = open_autoencoder(given, dtype=dtype)
         found.append(_candidate(name, model, resolution, tokens, device))
         if isinstance(model, AutoencoderDA) and model.uses_details:
             upgraded = upgraded or model
@@ -284,6 +288,7 @@ def score_autoencoders(
                 figures=_figures(images, again, real, batch, perceptual or {}),
                 encode_images_per_second=len(part) / encoded[c.name],
                 decode_images_per_second=len(part) / decoded[c.name],
+                dtype=str(c.model.dtype).removeprefix("torch."),
             )
         )
     return rows, made

@@ -19,7 +19,7 @@ from davae.experiments.compare.autoencoders import AutoencoderScore, open_candid
 from davae.experiments.compare.diffusion import DiffusionOptions, DiffusionScore, score_diffusion
 from davae.models.perceptual import LpipsLoss
 from davae.runtime.atomic_files import atomic_json
-from davae.runtime.devices import chosen_device
+from davae.runtime.devices import chosen_device, wanted_dtype
 from davae.runtime.pictures import PICTURES, save_rows
 from davae.runtime.places import check_place, claim
 
@@ -71,6 +71,7 @@ def compare_autoencoders(
     batch: int = 8,
     repeats: int = 5,
     device: str | None = None,
+    dtype: str | None = None,
     out: Path | None = None,
     features: Sequence[str] = (),
     lpips: Path | None = None,
@@ -89,6 +90,7 @@ def compare_autoencoders(
         batch: images at a time through the autoencoders.
         repeats: rounds of timing of the autoencoders.
         device: ``cpu`` or ``cuda``; by default the GPU if there is one.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, of the autoencoders in folders; by default as saved.
         out: folder for ``comparison.json``, ``reconstructions.png`` and ``samples.png``.
         features: networks for feature distances of reconstructions (rFID) and samples (FID), as in
             :func:`davae.evaluation.features.open_network`.
@@ -99,7 +101,7 @@ def compare_autoencoders(
     Raises:
         DavaeError: there are no images, an autoencoder does not fit, or weights are missing.
     """
-    where = torch.device(chosen_device(device))
+    where, wanted = torch.device(chosen_device(device)), wanted_dtype(dtype)
     if out is not None:
         check_place(out, "comparison")
     networks = [open_network(name, device=where) for name in features]
@@ -107,7 +109,7 @@ def compare_autoencoders(
     for name, place in (upscalers or {}).items():
         check_upscaler(name, place)
     opened = open_upscalers(upscalers or {}, str(where))
-    candidates = open_candidates(autoencoders, resolution, tokens=tokens, upscalers=opened, device=where)
+    candidates = open_candidates(autoencoders, resolution, tokens=tokens, upscalers=opened, device=where, dtype=wanted)
     if diffusion is None:
         held_out, _, _ = _images(data, resolution, images)
     else:

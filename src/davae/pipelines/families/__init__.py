@@ -3,6 +3,7 @@
 from davae.pipelines.families import (  # noqa: F401  (each registers its families)
     aura_flow,
     flux,
+    ideogram4,
     lumina2,
     pixart,
     qwen_image,
@@ -23,6 +24,7 @@ from davae.pipelines.families.family import (
     register_family,
     registered_pipelines,
     scheduler_shift,
+    why_untrainable,
 )
 
 __all__ = [
@@ -37,4 +39,5 @@ __all__ = [
     "register_family",
     "registered_pipelines",
     "scheduler_shift",
+    "why_untrainable",
 ]

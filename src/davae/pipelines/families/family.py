@@ -63,6 +63,7 @@ class PipelineFamily(ABC):
         shift_rule: how the classes derive a dynamic timestep shift, as the predicate of a sentence on the class; None
             if they derive it from the scheduler's configuration and the number of tokens.
         shift_reads_pixels: that rule uses the size in pixels, so it cannot give the base's shift at equal tokens.
+        follow_transformer: parts that are further transformers of the base, and in a tuned pipeline the tuned one.
     """
 
     pipelines: ClassVar[tuple[str, ...]]
@@ -79,6 +80,7 @@ class PipelineFamily(ABC):
     extra_text_tokens: ClassVar[int] = 0
     shift_rule: ClassVar[str | None] = None
     shift_reads_pixels: ClassVar[bool] = False
+    follow_transformer: ClassVar[tuple[str, ...]] = ()
 
     @property
     def name(self) -> str:
@@ -135,7 +137,8 @@ class PipelineFamily(ABC):
     def tell_cut_prompts(self, pipe: DiffusionPipeline, prompts: Sequence[str], max_length: int | None = None) -> int:
         """The number of prompts with more tokens than the pipeline uses; a warning is logged unless it is 0.
 
-        Counted with the pipeline's last tokenizer, whose encoder takes the longest text.
+        Counted with the pipeline's last tokenizer, whose encoder takes the longest text. A family whose pipeline cuts
+        no prompts raises a DavaeError instead.
         """
         tokenizers = [part for name, part in sorted(pipe.components.items()) if name.startswith("tokenizer") and part]
         if not tokenizers or not prompts:
@@ -257,6 +260,10 @@ class PipelineFamily(ABC):
             pipe: changed in place.
             vae: the pipeline's autoencoder.
         """
+
+    def join_parts(self, pipe: DiffusionPipeline) -> None:
+        """Let the parts of :attr:`follow_transformer` be the transformer, in a pipeline to be tuned or a tuned one."""
+        pipe.register_modules(**dict.fromkeys(self.follow_transformer, pipe.transformer))
 
     # Samples
 
@@ -416,11 +423,17 @@ def family_of(pipe: DiffusionPipeline | type[DiffusionPipeline] | str) -> Pipeli
     Raises:
         DavaeError: no family can train it; names the most similar known class, and how to add a family.
     """
-    family = find_family(pipe)
-    if not family.trainable:
-        cls = pipe if isinstance(pipe, type | str) else type(pipe)
-        raise _untrainable(cls if isinstance(cls, str) else cls.__name__)
-    return family
+    if (why := why_untrainable(pipe)) is not None:
+        raise why
+    return find_family(pipe)
+
+
+def why_untrainable(pipe: DiffusionPipeline | type[DiffusionPipeline] | str) -> DavaeError | None:
+    """The error of :func:`family_of`, for those who go on without training; None if a family can train the pipeline."""
+    if find_family(pipe).trainable:
+        return None
+    cls = pipe if isinstance(pipe, type | str) else type(pipe)
+    return _untrainable(cls if isinstance(cls, str) else cls.__name__)
 
 
 def _untrainable(name: str) -> DavaeError:

@@ -1,6 +1,6 @@
-"""FLUX.1 and FLUX.2: latents packed two by two, an embedded guidance scale.
+"""FLUX.1, Chroma and FLUX.2: latents packed two by two, and but for Chroma an embedded guidance scale.
 
-FLUX.1 reads CLIP's pooled vector and T5; FLUX.2 some layers of a language model.
+FLUX.1 reads CLIP's pooled vector and T5; Chroma T5; FLUX.2 some layers of a language model.
 """
 
 import math
@@ -57,6 +57,42 @@ class Flux(PipelineFamily):
             encoder_hidden_states=text,
             txt_ids=text.new_zeros(text.shape[1], 3),
             img_ids=token_positions(height // 2, width // 2).to(text),
+            return_dict=False,
+        )[0]
+        return unpack(tokens, height, width)
+
+
+class Chroma(PipelineFamily):
+    """Chroma: FLUX.1 without CLIP and without an embedded guidance scale, with a mask of the text.
+
+    The padding of a text is masked up to its first token, here and in the pipeline, which guides with an empty prompt.
+    """
+
+    pipelines = ("ChromaPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline")
+    text_length = 512
+    longest_text = 512
+    packed = True
+    lora_targets = Flux.lora_targets
+
+    def _encode(self, pipe: DiffusionPipeline, prompts: list[str], length: int, empty: bool) -> dict[str, Tensor]:
+        embeds, _, mask, *_ = pipe.encode_prompt(
+            prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=False, max_sequence_length=length
+        )
+        return {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+
+    def _predict(
+        self, transformer: ModelMixin, noisy: Tensor, level: Tensor, conditioning: Conditioning, guidance: float
+    ) -> Tensor:
+        text, mask = conditioning["prompt_embeds"], conditioning["prompt_attention_mask"]
+        height, width = noisy.shape[-2:]
+        image = pack(noisy)
+        tokens = transformer(
+            hidden_states=image,
+            timestep=level,
+            encoder_hidden_states=text,
+            txt_ids=text.new_zeros(text.shape[1], 3),
+            img_ids=token_positions(height // 2, width // 2).to(text),
+            attention_mask=torch.cat([mask, mask.new_ones(image.shape[:2])], dim=1),
             return_dict=False,
         )[0]
         return unpack(tokens, height, width)
@@ -141,5 +177,5 @@ def _statistics(vae: ModelMixin, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (variance + vae.config.batch_norm_eps).sqrt()
 
 
-for _family in (Flux, Flux2, Flux2Klein, Flux2KleinKV):
+for _family in (Flux, Chroma, Flux2, Flux2Klein, Flux2KleinKV):
     register_family(_family())

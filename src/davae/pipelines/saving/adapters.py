@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
+from davae.pipelines.families import find_family
 from davae.pipelines.lora import acting_lora, attach_lora
 from davae.pipelines.saving.opening import LAYERS_FILE, hub_name, load_autoencoder, opening
 from davae.pipelines.upgrade import upgrade_pipeline
@@ -155,6 +156,7 @@ def load_adapters(base: P, vae: AutoencoderDA | str | Path | None, folder: str |
     _put_layers(transformer, header, tensors)
     if header.adapter is not None:
         _load_lora(pipe, header.adapter, folder / LORA_FILE)
+    find_family(pipe).join_parts(pipe)
     pipe.register_modules(scheduler=type(pipe.scheduler).from_config(header.scheduler))
     transformer.eval()
     return pipe

@@ -28,7 +28,7 @@ import davae.models
 from davae.errors import DavaeError, first_line
 from davae.models import AutoencoderDA
 from davae.models.latent_space import autoencoder_class
-from davae.pipelines.families import fit_to_autoencoder
+from davae.pipelines.families import find_family, fit_to_autoencoder
 from davae.runtime.devices import saved_dtype
 from davae.runtime.model_files import (
     by_component,
@@ -65,6 +65,8 @@ def load_pipeline(folder_or_repo: str | Path, **options: Any) -> DiffusionPipeli
 
 TEXT_ENCODERS = "text_encoders"
 """Stands for all text encoders of a pipeline where its parts are named."""
+FURTHER_TRANSFORMERS = "further_transformers"
+"""Stands for those that follow the transformer when it is tuned, see :class:`PipelineFamily`."""
 
 
 def open_pipeline(path_or_repo: str, *, without: Collection[str] = (), **options: Any) -> DiffusionPipeline:
@@ -76,7 +78,8 @@ def open_pipeline(path_or_repo: str, *, without: Collection[str] = (), **options
     Args:
         path_or_repo: see :func:`pipeline_place`.
         without: parts whose weights are neither read nor downloaded. ``vae`` and ``transformer`` are built on the meta
-            device, from their configuration; text encoders, by name or all as :data:`TEXT_ENCODERS`, are ``None``.
+            device, from their configuration; text encoders, by name or all as :data:`TEXT_ENCODERS`, are ``None``, as
+            are :data:`FURTHER_TRANSFORMERS`, which ``transformer`` includes.
         options: as for ``DiffusionPipeline.from_pretrained``; ``dtype`` may be ``"saved"``, that of the transformer's
             files, or ``"parts"``, for each part that of its own. Without ``variant``, the only published variant is
             taken if there are no files without one.
@@ -144,7 +147,10 @@ def _left_out(path_or_repo: str, without: Collection[str], options: Mapping[str,
     with opening("pipeline", path_or_repo):
         index = _index(path_or_repo, options)
     encoders = [name for name in index if name.startswith("text_encoder") and TEXT_ENCODERS in without]
-    return [*encoders, *(name for name in without if name in index)]
+    further: tuple[str, ...] = ()
+    if {FURTHER_TRANSFORMERS, "transformer"} & set(without):
+        further = find_family(str(index.get("_class_name"))).follow_transformer
+    return [*encoders, *(name for name in (*without, *further) if name in index)]
 
 
 def _saved_dtype(folder: Path, options: Mapping[str, Any], *, each: bool) -> torch.dtype | dict[str, torch.dtype]:
@@ -414,5 +420,5 @@ def _absence(error: BaseException) -> str | None:
         if isinstance(one, LocalEntryNotFoundError | ConnectionError) or any(
             words in text for words in ("connect", "not fully cached locally")
         ):
-            return "it is not in the local cache, and the hub was not reached"
+            return "it is not in the local cache, and the hub was not reached; a folder with a copy does as well"
     return None

@@ -130,14 +130,14 @@ def _train(
     data = recipe.data
     ratio = recipe.autoencoder.model.scale * getattr(base_vae, "scale", 1) // vae.scale
     if ratio > 1:
-        if data.resolution % ratio or isinstance(data.buckets, list):
+        if any(side % ratio for side in data.resolutions) or isinstance(data.buckets, list):
             raise DavaeError(
                 f"data: level {len(vae.levels) - 1} is trained at 1/{ratio} of the resolution, which needs a "
-                f"data.resolution that is a multiple of {ratio} and no list of data.buckets"
+                f"data.resolution that is a multiple of {ratio} (in data.more too) and no list of data.buckets"
             )
-        data = data.model_copy(update={"resolution": data.resolution // ratio})
+        data = data.reduced(ratio)
     outline = None
-    if data.buckets and is_pipeline(recipe.base, recipe.base_revision):
+    if not data.of_one_size and is_pipeline(recipe.base, recipe.base_revision):
         outline = load_recipe_base(recipe, without=EVERYTHING)
     train_set, held_out = open_training_part(data, vae, outline), open_part(data, "held_out")
     workers = loader_workers(data.workers)

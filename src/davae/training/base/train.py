@@ -43,7 +43,7 @@ from davae.training.cache.write import open_cache
 from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.checkpoints.foundations import model_hash
 from davae.training.checkpoints.run_directory import RunDirectory, data_facts
-from davae.training.data import open_part
+from davae.training.data import check_divides, open_part
 from davae.training.diffusion import DiffusionStage
 from davae.training.diffusion.inputs import prepare_inputs
 from davae.training.diffusion.objective import channel_prefixes
@@ -153,19 +153,6 @@ def native_pipeline(recipe: BaseRecipe, base: DiffusionPipeline) -> ClassConditi
     )
     parts = {"vae": base.vae, "scheduler": base.scheduler, "id2label": base.config.id2label}
     return ClassConditionalPipeline(transformer=transformer, **parts)
-
-
-def check_divides(side: int, unit: int) -> None:
-    """Check that the side of an image is a multiple of the side of a token, both in pixels.
-
-    Raises:
-        DavaeError: it is not; the message names the nearest multiple.
-    """
-    if side % unit:
-        nearest = max(unit, round(side / unit) * unit)
-        raise DavaeError(
-            f"{side} pixels are not a multiple of {unit} (compression times patch); the nearest is {nearest}"
-        )
 
 
 def _training_images(recipe: BaseRecipe, *, keep: bool) -> tuple[ItemDataset, ItemDataset]:

@@ -56,7 +56,8 @@ def cache_fingerprint(
             "set data.crop=center, or train from images without data.cache"
         )
     family = family_of(pipe)
-    sizes = bucket_sizes(data, token_side(vae, pipe) if data.buckets else None)
+    by_side = bucket_sizes(data, None if data.of_one_size else token_side(vae, pipe))
+    sizes = None if by_side is None else [size for sizes in by_side.values() for size in sizes]
     facts: dict[str, Any] = {
         "version": version,
         "pipeline family": family.name,
@@ -71,6 +72,8 @@ def cache_fingerprint(
         },
         "dtype": data.cache_dtype,
     }
+    if len(data.resolutions) > 1:
+        facts["data"]["more resolutions"] = [[Path(one.path).name, one.resolution] for one in data.more]
     if details_seed is not None:
         facts["seed of the details' draws"] = details_seed
     if family.conditioned_on == "text":

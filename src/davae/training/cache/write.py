@@ -172,7 +172,8 @@ def _write_latents(
     done = writer.positions
     missing = [i for i in range(len(images)) if any((i, flip) not in done for flip in mirrored)]
     rank, world = rank_and_world()
-    together = images_together(data.resolution, data.resolution)  # buckets have about as many pixels
+    largest = max(data.resolutions)
+    together = images_together(largest, largest)  # buckets have about as many pixels
     parts = list(same_size_batches(images, missing, together))[rank::world]
     loader = DataLoader(
         images,

@@ -80,6 +80,12 @@ def prepare_inputs(
     """
     family = family_of(pipeline)
     family.check_length(settings.prompts.max_length)
+    if family.follow_transformer and not settings.prompts.dropout:
+        logger.warning(
+            "diffusion.prompts.dropout is 0, so that the transformer does not learn to predict without a prompt, and "
+            "%s guides with that: set it to 0.1, or sample with a guidance of 1",
+            family.name,
+        )
     if isinstance(family, ClassFamily):
         family.check_interval(settings.sample.guidance_interval)
     device = start_processes().device

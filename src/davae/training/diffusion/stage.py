@@ -83,6 +83,7 @@ class DiffusionStage(Stage):
         tune, transformer = settings.tune, pipeline.transformer
         if before is not None and tune.quantization != "none":
             before.register_modules(transformer=None)  # its weights are those of the widened one
+            self.family.join_parts(before)
         rates = select_trained(transformer, self.family, layout, settings, self.device)
         if settings.loop.gradient_checkpointing:
             transformer.enable_gradient_checkpointing(recompute if tune.quantization == "8bit" else None)
@@ -268,6 +269,7 @@ class DiffusionStage(Stage):
             self.pipeline.transformer.to("cpu")
         if self.settings.tune.quantization != "none":
             self.pipeline.register_modules(transformer=self._unquantized(out))
+            self.family.join_parts(self.pipeline)
         transformer = self.pipeline.transformer.eval()
         if self.settings.tune.mode != "full":
             save_adapters(self.pipeline, out / "adapters")

@@ -15,8 +15,8 @@ from davae.latents import LatentLayout
 from davae.models import AutoencoderDA
 from davae.models.lightningdit import restarted
 from davae.pipelines import upgrade_pipeline
-from davae.pipelines.families import family_of
-from davae.pipelines.saving.opening import load_autoencoder
+from davae.pipelines.families import family_of, find_family
+from davae.pipelines.saving.opening import FURTHER_TRANSFORMERS, load_autoencoder
 from davae.pipelines.upgrade import layout_over, scheduler_for
 from davae.recipes.settings import DiffusionSettings, UpgradeRecipe
 from davae.runtime.processes import loader_workers
@@ -92,9 +92,11 @@ def _open_base(recipe: UpgradeRecipe, *without: str) -> DiffusionPipeline:
     """The base without its text encoders, as it is tuned."""
     tune = recipe.diffusion.tune
     dtype = getattr(torch, tune.frozen_dtype)
-    base = load_recipe_base(recipe, without=(TEXT_ENCODERS, *without), transformer_dtype=dtype)
+    left = (TEXT_ENCODERS, FURTHER_TRANSFORMERS, *without)
+    base = load_recipe_base(recipe, without=left, transformer_dtype=dtype)
     if tune.add_qk_norm:
         base.transformer = restarted(base.transformer, qk_norm=True)
+    find_family(base).join_parts(base)
     return base
 
 

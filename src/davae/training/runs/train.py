@@ -1,5 +1,6 @@
 """The ``davae train`` commands as functions: recipe in, run directory out."""
 
+import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,24 +8,26 @@ from pathlib import Path
 from davae.bases.open import is_built_in, load_base, load_recipe_autoencoder
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
-from davae.pipelines.families import ClassFamily, find_family
+from davae.pipelines.families import ClassFamily, find_family, why_untrainable
 from davae.pipelines.saving.opening import LAYERS_FILE, is_model_alone, pipeline_place
 from davae.planner.architectures import Architecture, find_architecture
 from davae.planner.recipes import dry_run as describe_run
 from davae.recipes.checks import check_backbones, check_settings, check_start
-from davae.recipes.data import check_data_path, is_procedural
+from davae.recipes.data import check_data_paths, is_procedural
 from davae.recipes.presets import find_preset
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe, TuneSettings, UpgradeRecipe
 from davae.runtime.processes import LAUNCHER
 from davae.training.autoencoder.train import check_levels, train_levels
-from davae.training.base.train import check_divides, check_halves, train_base
+from davae.training.base.train import check_halves, train_base
 from davae.training.base.train import dry_run_base as describe_base_run
 from davae.training.checkpoints.checkpoint import checkpoints
-from davae.training.data import bucket_sizes, check_images
+from davae.training.data import bucket_sizes, check_divides, check_images
 from davae.training.diffusion.train import check_transformer, train_transformer
 from davae.training.engine.fsdp import asks_for_fsdp
 from davae.training.loop.loop import TrainResult
+
+logger = logging.getLogger(__name__)
 
 
 def run_autoencoder(
@@ -121,10 +124,15 @@ def check_upgrade(recipe: UpgradeRecipe, section: str, *, without_images: bool =
     data = recipe.data
     if not without_images:
         check_backbones(recipe, section)
-        check_data_path(data.path, data.revision)
+        check_data_paths(data)
     architecture = _known_architecture(recipe.base)
     captions_for = None
     if architecture is not None:
+        if architecture.transformer and (why := why_untrainable(architecture.pipeline)) is not None:
+            if section == "diffusion":
+                raise why
+            if not without_images:
+                logger.warning("stage 2 cannot follow this training: %s", why)
         side = recipe.autoencoder.model.scale * _compression(architecture)
         if section == "diffusion":
             architecture.require_transformer()
@@ -134,7 +142,8 @@ def check_upgrade(recipe: UpgradeRecipe, section: str, *, without_images: bool =
             family.check_length(recipe.diffusion.prompts.max_length)
             if isinstance(family, ClassFamily):
                 family.check_interval(recipe.diffusion.sample.guidance_interval)
-        check_divides(data.resolution, side)
+        for resolution in data.resolutions:
+            check_divides(resolution, side)
         bucket_sizes(data, side)
     if _is_there(data.path) or not without_images:
         check_images(data, captions_for=captions_for)
