@@ -19,7 +19,7 @@ LAYERS = [
     {"benchmark"},
     {"experiments"},
     {"report"},
-    {"demo"},
+    {"demo", "studio"},
     {"cli"},
     {"__main__"},
 ]

@@ -11,10 +11,10 @@ from davae.errors import DavaeError
 from davae.evaluation.features import FeatureNetwork
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets
 from davae.evaluation.metrics.names import SPECTRAL_GAIN
-from davae.evaluation.metrics.psnr_ssim import PairMeans, Perceptual
+from davae.evaluation.metrics.psnr_ssim import PairMeans, Perceptual, psnr
 from davae.evaluation.reconstruction.crops import FINE_TEXTURE, fine_texture
 from davae.evaluation.reconstruction.details import MEANING as DETAIL_ROWS
-from davae.evaluation.reconstruction.details import OtherDetails
+from davae.evaluation.reconstruction.details import ZEROED, OtherDetails
 from davae.models import AutoencoderDA
 from davae.models.latent_space import native_reconstruction
 from davae.runtime.pictures import upscaled
@@ -216,6 +216,41 @@ def all_reconstructions(
         made[BASE_NATIVE] = native_reconstruction(vae, x)
     made[REDUCED] = upscaled(vae.downsample(x), size)
     return {name: image.float().clamp(-1, 1).cpu() for name, image in made.items()}
+
+
+@dataclass(frozen=True)
+class OneReconstruction:
+    """One way in which a single image was reconstructed.
+
+    Attributes:
+        image: ``[3, H, W]`` in [-1, 1].
+        psnr: in dB.
+        positions: latent positions of the image; 0 if nothing is encoded.
+    """
+
+    image: Tensor
+    psnr: float
+    positions: int
+
+
+@torch.no_grad()
+def reconstruct_one(vae: AutoencoderDA, image: Tensor) -> dict[str, OneReconstruction]:
+    """An image ``[1, 3, H, W]`` in [-1, 1] in every way by name, with details zeroed but not shuffled or drawn.
+
+    Raises:
+        DavaeError: sides that are no multiples of the autoencoder's compression.
+    """
+    made = all_reconstructions(vae, image)
+    if vae.uses_details:
+        z = vae.encode_base(image.to(vae.device, vae.dtype))
+        zeros = z.new_zeros(1, vae.layout.detail_channels, *z.shape[-2:])
+        made[ZEROED] = vae.decode_structured(z, zeros).float().clamp(-1, 1).cpu()
+    grid = image.shape[-2] * image.shape[-1] // vae.spatial_compression**2
+    rows = _rows(vae, {})
+    return {
+        name: OneReconstruction(found[0], float(psnr(image, found)), round(rows[name].positions * grid))
+        for name, found in made.items()
+    }
 
 
 def _reconstructed(vae: AutoencoderDA, images: Tensor) -> Tensor:

@@ -1,0 +1,537 @@
+"""The page of ``davae studio``, in the browser of this machine alone.
+
+It listens on 127.0.0.1, loads nothing from elsewhere and reports to nobody. What it reads of the disk was uploaded or
+lies below the folder of runs; what it writes lies in a temporary folder that ends with it. One job runs at a time.
+"""
+
+import html
+import os
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from PIL import Image
+from rich.table import Table
+
+from davae.choices import LAST_SEED
+from davae.data import decode_image
+from davae.data.images.transforms import image_to_tensor
+from davae.errors import DavaeError
+from davae.evaluation.reconstruction.crops import busiest_crop
+from davae.pipelines.sampling.generate import default_of, takes_prompts
+from davae.planner.plan import GPUS
+from davae.planner.text import notes, tables
+from davae.recipes.presets import preset_names
+from davae.recipes.read import recipe_names
+from davae.report.build import RunView, page_colours
+from davae.report.words import seconds
+from davae.runtime.atomic_files import system_error
+from davae.runtime.console import say, shown
+from davae.runtime.devices import chosen_device
+from davae.runtime.pictures import as_picture
+from davae.studio import (
+    ALONE,
+    DETAILS,
+    ENLARGED,
+    MOST_SIDE,
+    NATIVE,
+    ORIGINAL,
+    Models,
+    Sample,
+    find_runs,
+    open_models,
+    plan_form,
+    reconstruct_file,
+    sample_side_by_side,
+    watch_run,
+)
+
+_HOSTS = ("127.0.0.1", "localhost")
+_UPLOAD = 25 * 2**20  # bytes of a file
+_SMALLEST = 512  # pixels of a shown picture, whose own pixels are enlarged to that
+_SHEETS = 6
+_EVERY = 4.0  # seconds between looks at a run
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'none'; "
+    "form-action 'self'"
+)
+_STYLE = """
+.gradio-container { max-width: 72rem !important; margin: 0 auto !important; }
+.gradio-container, .gradio-container * { overflow-wrap: anywhere; }
+.studio-scroll { overflow-x: auto; }
+.studio-scroll table { border-collapse: collapse; margin: 0 0 1.2rem; font-variant-numeric: tabular-nums; }
+.studio-scroll caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+.studio-scroll th, .studio-scroll td { padding: .25rem .9rem .25rem 0; text-align: right; }
+.studio-scroll tr { border-bottom: 1px solid var(--line); }
+.studio-scroll th:first-child { text-align: left; font-weight: 400; }
+.studio-scroll thead th { color: var(--soft); font-weight: 400; vertical-align: bottom; overflow-wrap: normal; }
+.studio-legend span { margin-right: 1.1rem; white-space: nowrap; }
+.studio-note { color: var(--soft); }
+.studio-curve svg { display: block; width: 100%; max-width: 38rem; height: auto; overflow: visible; }
+.studio-pixels img { image-rendering: pixelated; }
+"""
+
+
+def serve(
+    model: str | None = None,
+    *,
+    runs: str | Path = "runs",
+    base: str | None = None,
+    port: int = 7860,
+    device: str = "cpu",
+) -> None:
+    """Show the page until Ctrl-C.
+
+    Args:
+        model, base: see :func:`davae.studio.open_models`.
+        runs: folder of runs.
+        port: of 127.0.0.1; 0 takes a free one.
+        device: ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Raises:
+        DavaeError: the models cannot be opened, or the port is taken.
+    """
+    import uvicorn
+
+    with _listening(port) as listener, TemporaryDirectory(prefix="davae-studio-") as folder:
+        models = open_models(model, Path(runs), base=base, device=chosen_device(device))
+        app = studio_app(models, Path(runs), Path(folder))
+        say(f"davae studio: http://{_HOSTS[0]}:{listener.getsockname()[1]} (Ctrl-C ends it)")
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:  # how it is meant to end
+            return
+
+
+@contextmanager
+def _listening(port: int) -> Iterator[socket.socket]:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name != "nt")
+        try:
+            listener.bind((_HOSTS[0], port))
+        except OSError as error:
+            raise DavaeError(f"port {port} cannot be used ({error.strerror}): name another with --port") from error
+        yield listener
+
+
+def studio_app(models: Models, runs: Path, folder: Path) -> Any:
+    """The page as an ASGI application.
+
+    Args:
+        models: what it works with.
+        runs: the only folder whose files it shows.
+        folder: for uploads and pictures.
+    """
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(folder), HF_HUB_DISABLE_TELEMETRY="1")
+    import gradio
+    from fastapi import FastAPI
+
+    quiet = {"show_error": False, "enable_monitoring": False, "ssr_mode": False, "mcp_server": False, "pwa": False}
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    gradio.mount_gradio_app(
+        app,
+        _Page(gradio, models, runs).blocks(),
+        path="/",
+        server_name=_HOSTS[0],
+        footer_links=[],
+        run_history=False,
+        max_file_size=_UPLOAD,
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=page_colours() + _STYLE,
+        **quiet,
+    )
+    app.add_middleware(_OwnPage)
+    return app
+
+
+class _OwnPage:
+    """Answers requests of this page alone: not of other pages, nor of other names that lead to this address."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1")
+        origin = headers.get(b"origin", f"http://{host}".encode()).decode("latin-1")
+        if scope["type"] != "http" or host.partition(":")[0] not in _HOSTS or origin != f"http://{host}":
+            start = {"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]}
+            await send(start)
+            await send({"type": "http.response.body", "body": b"davae studio answers its own page alone"})
+            return
+
+        async def with_policy(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                own = [(b"content-security-policy", _POLICY.encode()), (b"referrer-policy", b"no-referrer")]
+                message = {**message, "headers": [*message["headers"], *own]}
+            await send(message)
+
+        await self.app(scope, receive, with_policy)
+
+
+class _Page:
+    """The page's parts and what their buttons do.
+
+    Args:
+        gradio: the library.
+        models: what it works with.
+        runs: the only folder whose files it shows.
+    """
+
+    def __init__(self, gradio: Any, models: Models, runs: Path) -> None:
+        self.gr, self.models, self.runs = gradio, models, runs
+        self.stop, self.messages = threading.Event(), _Messages(gradio)
+        self.work = {"concurrency_id": "work", "concurrency_limit": 1, "api_visibility": "private"}
+        self.quick = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def blocks(self) -> Any:
+        """The page."""
+        gr, models = self.gr, self.models
+        with gr.Blocks(title="davae studio", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+            told = "".join(f"<li>{html.escape(note).replace('`', '')}</li>" for note in models.notes)
+            gr.HTML(f"<h1>davae studio</h1><p>{html.escape(shown(models.name))}</p><ul class='studio-note'>{told}</ul>")
+            with gr.Tab("Reconstruct"):
+                self._reconstruct_tab()
+            with gr.Tab("Generate"):
+                self._generate_tab()
+            with gr.Tab("Plan"):
+                self._plan_tab()
+            with gr.Tab("Run"):
+                self._run_tab(page)
+        return page.queue(default_concurrency_limit=4, max_size=16)
+
+    # Two pictures with a slider
+
+    def _viewer(self, names: Sequence[str], left: str, right: str) -> tuple[Any, Any]:
+        """Parts that compare two of several pictures; returns where the pictures go, and what to show again."""
+        gr = self.gr
+        pictures = gr.State({})
+        with gr.Row():
+            first = gr.Dropdown(names, value=left, label="Left", min_width=120)
+            second = gr.Dropdown(names, value=right, label="Right", min_width=120)
+            zoom = gr.Radio([("whole", 1), ("2 ×", 2), ("4 ×", 4)], value=1, label="Zoom, at the busiest place")
+        slider = gr.ImageSlider(
+            label="Drag the line",
+            interactive=False,
+            type="pil",
+            format="png",
+            elem_classes="studio-pixels",
+            max_height=720,
+        )
+        controls = [pictures, first, second, zoom]
+        for control in controls:
+            control.change(_pair, controls, slider, **self.quick)
+        return pictures, slider
+
+    def _reconstruct_tab(self) -> None:
+        gr, models = self.gr, self.models
+        unit = models.vae.spatial_compression
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                picture = _picture_input(gr)(label="Your picture", sources=["upload", "clipboard"], height=260)
+                side = gr.Slider(
+                    unit * 2,
+                    MOST_SIDE // unit * unit,
+                    value=max(2 * unit, models.side // unit * unit),
+                    step=unit,
+                    label="Longer side, pixels",
+                    info="The picture is reduced to it, never enlarged",
+                )
+                button = gr.Button("Reconstruct", variant="primary")
+                figures = gr.HTML()
+            with gr.Column(scale=2, min_width=320):
+                names = [ENLARGED, ALONE, *([DETAILS] if models.vae.uses_details else []), NATIVE, ORIGINAL]
+                right = DETAILS if models.vae.uses_details else ALONE
+                pictures, _ = self._viewer(names, ENLARGED, right)
+        gr.on([picture.upload, button.click], self.reconstruct, [picture, side], [pictures, figures], **self.work)
+
+    def reconstruct(self, file: str | None, side: float) -> tuple[dict[str, Image.Image], str]:
+        """Pictures by name and a table of their figures."""
+        with self.messages:
+            if file is None:
+                raise DavaeError("upload a picture first")
+            original, made = reconstruct_file(self.models, file, int(side))
+            rows = [[name, f"{one.psnr:.2f} dB", str(one.positions or "none")] for name, one in made.items()]
+            size = f"{original.width} × {original.height} pixels"
+            pictures = {name: as_picture(one.image) for name, one in made.items()}
+            return pictures | {ORIGINAL: original}, _table(["", "PSNR", "Latent positions"], rows, size)
+
+    # Generation
+
+    def _generate_tab(self) -> None:
+        gr, pipe = self.gr, self.models.pipe
+        if pipe is None:
+            gr.HTML("<p>There is no pipeline to generate with: see above.</p>")
+            return
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                classes = sorted(getattr(pipe, "labels", None) or {}, key=lambda name: pipe.labels[name])
+                if takes_prompts(pipe):
+                    subject = gr.Textbox(label="Prompt", lines=2)
+                elif classes:
+                    subject = gr.Dropdown(classes, value=classes[0], label="Class")
+                else:
+                    subject = gr.Textbox("0", label="Number of a class")
+                steps = gr.Slider(1, 100, value=default_of(pipe, "num_inference_steps"), step=1, label="Steps")
+                guidance = gr.Slider(
+                    0, 20, value=default_of(pipe, "guidance_scale"), step=0.1, label="Guidance", info="1 is none"
+                )
+                with gr.Row():
+                    width = gr.Number(None, label="Width", info="empty: its own", precision=0, min_width=90)
+                    height = gr.Number(None, label="Height", info="empty: its own", precision=0, min_width=90)
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LAST_SEED, min_width=90)
+                native = gr.Checkbox(False, label="Also the base at full size", visible=self.models.base is not None)
+                with gr.Row():
+                    button = gr.Button("Generate", variant="primary", min_width=120)
+                    stop = gr.Button("Stop", min_width=120)
+            with gr.Column(scale=2, min_width=320):
+                figures = gr.HTML()
+                preview = gr.Image(
+                    label="The upgrade's base part while it is sampled", interactive=False, height=220, format="png",
+                    elem_classes="studio-pixels", buttons=[],
+                )  # fmt: skip
+                last = DETAILS if pipe.vae.uses_details else ALONE
+                names = [ENLARGED, last, NATIVE] if self.models.base is not None else [last]
+                pictures, _ = self._viewer(names, names[0], last)
+        fields = [subject, steps, guidance, width, height, seed, native]
+        button.click(self.generate, fields, [figures, preview, pictures], show_progress="hidden", **self.work)
+        stop.click(self.stop.set, queue=False, **self.quick)
+
+    def generate(
+        self,
+        subject: str,
+        steps: float,
+        guidance: float,
+        width: float | None,
+        height: float | None,
+        seed: float | None,
+        native: bool,
+    ) -> Iterator[tuple[Any, Any, Any]]:
+        """A table, a preview and pictures by name, after each step."""
+        self.stop.clear()
+        skip = self.gr.skip()
+        with self.messages:
+            if not str(subject or "").strip():
+                raise DavaeError("say what to generate first")
+            made: list[Sample] = []
+            for made in sample_side_by_side(
+                self.models,
+                str(subject).strip(),
+                seed=int(seed or 0),
+                steps=int(steps),
+                guidance=float(guidance),
+                width=int(width) if width else None,
+                height=int(height) if height else None,
+                native=native,
+                stop=self.stop,
+            ):
+                state = next(sample.state for sample in reversed(made) if sample.state is not None)
+                preview = skip if state.preview is None else _enlarged(state.preview)
+                yield _counters(made), preview, skip
+            pictures = {
+                one.name: one.state.image for one in made if one.state is not None and one.state.image is not None
+            }
+            if self.stop.is_set():
+                yield _counters(made) + "<p>Stopped.</p>", skip, pictures
+            else:
+                yield _counters(made), skip, pictures
+
+    # The planner
+
+    def _plan_tab(self) -> None:
+        gr = self.gr
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                base = gr.Dropdown(
+                    ["tiny", *preset_names()],
+                    value=self.models.name if self.models.name == "tiny" else "sd35-medium",
+                    label="Base",
+                    info=f"of the list, of the hub (its configuration is fetched), or a folder below {self.runs}",
+                    allow_custom_value=True,
+                )
+                with gr.Row():
+                    resolution = gr.Number(1024, label="Resolution", info="pixels", precision=0, min_width=110)
+                    scale = gr.Dropdown([2, 4, 8], value=2, label="Scale", info="over the base's", min_width=110)
+                details = gr.Textbox("", label="Detail channels", info="one number a level; empty: the official code's")
+                with gr.Row():
+                    gpu = gr.Dropdown([*GPUS], value="H100", label="GPU", min_width=110)
+                    batch = gr.Number(1, label="Batch", info="when sampling", precision=0, minimum=1, min_width=110)
+                recipe = gr.Dropdown(
+                    [("the one that fits", ""), *recipe_names()], value="", label="Recipe", info="its steps and batches"
+                )
+                overrides = gr.Textbox("", label="Overrides of the recipe", placeholder="diffusion.loop.steps=5000")
+                cpu = gr.Checkbox(False, label="Training without a GPU")
+                button = gr.Button("Plan", variant="primary")
+            with gr.Column(scale=2, min_width=320):
+                said = gr.HTML()
+        fields = [base, resolution, scale, details, gpu, batch, recipe, overrides, cpu]
+        button.click(self.plan, fields, said, **self.work)
+
+    def plan(
+        self,
+        base: str | None,
+        resolution: float | None,
+        scale: int | None,
+        details: str,
+        gpu: str,
+        batch: float,
+        recipe: str,
+        overrides: str,
+        cpu: bool,
+    ) -> str:
+        """What ``davae plan`` says."""
+        with self.messages:
+            made, command = plan_form(
+                self.runs,
+                base or "",
+                resolution=int(resolution) if resolution else None,
+                scale=scale,
+                detail_channels=details,
+                gpu=gpu,
+                batch=int(batch or 1),
+                recipe=recipe or None,
+                overrides=overrides,
+                cpu=cpu,
+            )
+            told = "".join(f"<li>{html.escape(line)}</li>" for line in notes(made))
+            said = "".join(map(_rich_table, tables(made)))
+            return f"{said}<ul class='studio-note'>{told}</ul><p><code>{html.escape(command)}</code></p>"
+
+    # Runs
+
+    def _run_tab(self, page: Any) -> None:
+        gr = self.gr
+        run = gr.Dropdown([], label=f"Run below {self.runs}", allow_custom_value=True)
+        state = gr.HTML()
+        curve = gr.HTML(elem_classes="studio-curve")
+        sheets = gr.Gallery(
+            label="Sheets, the newest first", columns=2, object_fit="contain", format="png", interactive=False,
+            elem_classes="studio-pixels", buttons=["fullscreen"],
+        )  # fmt: skip
+        seen = gr.State(())
+        outputs = [run, state, curve, sheets, seen]
+        options = {"inputs": [run, seen], "outputs": outputs, **self.quick}
+        timer = gr.Timer(_EVERY)
+        for event in (page.load, timer.tick, run.input, run.change):
+            event(self.watch, **options)
+
+    def watch(self, name: str | None, seen: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The run's parts that have changed since ``seen``, and what is seen now."""
+        skip = self.gr.skip()
+        with self.messages:
+            found = [place.relative_to(self.runs).as_posix() for place in find_runs(self.runs)]
+            name = name or (found[0] if found else None)
+            if name is None:
+                text = f"<p>No run lies below {html.escape(str(self.runs))} yet: <code>davae demo</code> makes two.</p>"
+                return skip, text, skip, skip, ()
+            view = watch_run(self.runs, name)
+            now = (tuple(found), name, view.step, tuple(file.name for file, _ in view.sheets[:_SHEETS]))
+            choices = skip if seen and seen[:2] == now[:2] else self.gr.Dropdown(choices=found, value=name)
+            if now == seen:
+                return choices, _run_state(view), skip, skip, now
+            shown_sheets = [(decode_image(file), f"step {step:,}") for file, step in view.sheets[:_SHEETS]]
+            return choices, _run_state(view), _curve(view.curve), shown_sheets, now
+
+
+class _Messages:
+    """Within the context, errors that are meant for the user become messages on the page."""
+
+    def __init__(self, gradio: Any) -> None:
+        self.error = gradio.Error
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception):
+            text = str(error) if isinstance(error, DavaeError) else system_error(error)
+            if text is not None:
+                raise self.error(html.escape(text), duration=None, print_exception=False) from error
+
+
+def _picture_input(gradio: Any) -> Any:
+    """Gradio's input of pictures, which hands over the uploaded file unread: davae says what is wrong with one."""
+
+    class Picture(gradio.Image):
+        is_template = True  # drawn as its parent
+
+        def preprocess(self, payload: Any) -> str | None:
+            return None if payload is None else payload.path
+
+    return Picture
+
+
+def _pair(pictures: Mapping[str, Image.Image], left: str, right: str, zoom: int) -> Any:
+    """Two pictures of one size to slide over each other, or their busiest part."""
+    found = [pictures[name] for name in (left, right) if name in pictures]
+    if not found:
+        return None
+    found = found * (3 - len(found))
+    size = max((picture.size for picture in found), key=lambda size: size[0])
+    full = [picture.resize(size, Image.Resampling.BICUBIC) if picture.size != size else picture for picture in found]
+    if zoom > 1:
+        sharpest = image_to_tensor(pictures.get(ORIGINAL, full[1]).resize(size))
+        rows, columns = busiest_crop(sharpest, min(size) // zoom)
+        full = [picture.crop((columns.start, rows.start, columns.stop, rows.stop)) for picture in full]
+    return tuple(map(_enlarged, full))
+
+
+def _enlarged(picture: Image.Image) -> Image.Image:
+    """A small picture with each of its pixels as a square, so that no browser smooths them."""
+    factor = max(1, _SMALLEST // max(picture.size))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def _counters(samples: Sequence[Sample]) -> str:
+    rows: list[list[str]] = [["Pixels"], ["Image tokens"], ["Steps"], ["Time"]]
+    for sample in samples:
+        state = sample.state
+        image = None if state is None else state.image
+        rows[0].append("" if image is None else f"{image.width} × {image.height}")
+        rows[1].append("" if sample.tokens is None else f"{sample.tokens:,}")
+        rows[2].append("" if state is None else f"{state.step} of {state.steps}")
+        rows[3].append("" if state is None else seconds(state.seconds))
+    return _table(["", *(sample.name for sample in samples)], rows)
+
+
+def _run_state(view: RunView) -> str:
+    of = "" if view.steps is None else f" of {view.steps:,}"
+    when = "" if view.age is None else f", written {seconds(max(view.age, 0.001))} ago"
+    return f"<p>Step {view.step:,}{of}{when}{'; finished' if view.finished else ''}.</p>"
+
+
+def _curve(curve: Mapping[str, Any]) -> str:
+    if curve["svg"] is None:
+        return "<p>No losses to draw yet.</p>"
+    legend = "".join(
+        f"<span><b style='color:var(--s{one['colour']})'>●</b> {html.escape(one['name'] + ' ' + one['note'])}</span>"
+        for one in curve["legend"]
+    )
+    return f"{curve['svg']}<p class='studio-legend'>{legend}</p>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:
+    caption = f"<caption>{html.escape(title)}</caption>" if title else ""
+    top = "".join(f"<th scope='col'>{html.escape(cell)}</th>" for cell in head)
+    body = "".join(
+        f"<tr><th scope='row'>{html.escape(first)}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in rest)}</tr>"
+        for first, *rest in rows
+    )
+    return (
+        f"<div class='studio-scroll'><table>{caption}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _rich_table(table: Table) -> str:
+    """A table of the terminal as HTML."""
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
+    head = [str(column.header) for column in table.columns]
+    return _table(head, list(zip(*columns, strict=True)), str(table.title or ""))
