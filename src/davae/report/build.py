@@ -210,7 +210,7 @@ class RunView:
         finished: whether its result is there.
         age: seconds since its metrics were written last; None without any.
         curve: the losses as a drawing and its legend, as in the report; ``svg`` is None with fewer than two lines.
-        sheets: its pictures of samples or reconstructions, the newest first, and their steps.
+        sheets: files of its pictures of samples or reconstructions, the newest first.
     """
 
     step: int
@@ -218,7 +218,7 @@ class RunView:
     finished: bool
     age: float | None
     curve: dict[str, Any]
-    sheets: list[tuple[Path, int]]
+    sheets: list[Path]
 
 
 _RESULTS = ("autoencoder", "vae", "pipeline")
@@ -235,7 +235,7 @@ def view_run(run: Path) -> RunView:
     stage = run.name if run.name in recipe else "diffusion" if "autoencoder_folder" in recipe else "autoencoder"
     section = recipe.get(stage)
     loop = section.get("loop") if isinstance(section, dict) else None
-    sheets = [(file, int(found[1])) for file in run.glob("samples/*.png") if (found := _SHEET.fullmatch(file.name))]
+    sheets = {file: int(found[1]) for file in run.glob("samples/*.png") if (found := _SHEET.fullmatch(file.name))}
     last = [steps[-1] for steps, _ in read_metrics(metrics).values()] if metrics.is_file() else []
     return RunView(
         step=max(last, default=0),
@@ -243,7 +243,7 @@ def view_run(run: Path) -> RunView:
         finished=any((run / name).is_dir() for name in _RESULTS),
         age=time.time() - metrics.stat().st_mtime if metrics.is_file() else None,
         curve=_curve(run, 0, Curve(title=run.name, file=metrics.name)),
-        sheets=sorted(sheets, key=lambda sheet: (-sheet[1], sheet[0].name)),
+        sheets=sorted(sheets, key=lambda file: (-sheets[file], file.name)),
     )
 
 

@@ -56,7 +56,7 @@ ORIGINAL, ALONE, DETAILS, ENLARGED, NATIVE = (
 _NAMES = {BASE_UPSCALED: ENLARGED, ZEROED: ALONE, UPGRADED: DETAILS, BASE_NATIVE: NATIVE, REDUCED: "Reduced, enlarged"}
 _SCENES = 64  # to which the embedded start is fitted
 _DEEPEST = 4  # folders between the folder of runs and a run
-_HOW = "`davae demo` makes an upgrade that is trained, in about seven minutes"
+_HOW = "`davae demo` trains an upgrade of it"
 
 
 @dataclass
@@ -170,9 +170,10 @@ def _autoencoder(place: Path) -> Models:
 
 def _add_base(models: Models, place: Path, base: str | None) -> None:
     """Open the base of an upgrade, and sample it with the decoder alone where there is an autoencoder only."""
-    if (place.parent / "config.yaml").is_file():
+    config = place.parent / "config.yaml"
+    recipe = (read_config(config) if place.is_dir() and config.is_file() else None) or {}
+    if "data" in recipe:
         models.side = trained_resolution(place)
-    recipe = read_config(place.parent / "config.yaml") or {} if place.is_dir() else {}
     name = base or recipe.get("base")
     if not isinstance(name, str):
         models.notes.append("No base is known: name it with --base to compare with it.")
@@ -399,4 +400,4 @@ def watch_run(runs: Path, name: str) -> RunView:
         if part != "samples" or (run / part).exists():
             inside(runs, f"{name}/{part}")
     view = view_run(run)
-    return replace(view, sheets=[sheet for sheet in view.sheets if not sheet[0].is_symlink()])
+    return replace(view, sheets=[file for file in view.sheets if not file.is_symlink()])

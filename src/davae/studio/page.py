@@ -17,7 +17,6 @@ from typing import Any
 from PIL import Image
 from rich.table import Table
 
-from davae.choices import LAST_SEED
 from davae.data import decode_image
 from davae.data.images.transforms import image_to_tensor
 from davae.errors import DavaeError
@@ -61,19 +60,24 @@ _POLICY = (
     "form-action 'self'"
 )
 _STYLE = """
-.gradio-container { max-width: 72rem !important; margin: 0 auto !important; }
-.gradio-container, .gradio-container * { overflow-wrap: anywhere; }
+.gradio-container { max-width: 76rem !important; margin: 0 auto !important; }
+.gradio-container :is(p, li, code, h1) { overflow-wrap: anywhere; }
 .studio-scroll { overflow-x: auto; }
-.studio-scroll table { border-collapse: collapse; margin: 0 0 1.2rem; font-variant-numeric: tabular-nums; }
-.studio-scroll caption { text-align: left; font-weight: 600; padding: .3rem 0; }
-.studio-scroll th, .studio-scroll td { padding: .25rem .9rem .25rem 0; text-align: right; }
-.studio-scroll tr { border-bottom: 1px solid var(--line); }
-.studio-scroll th:first-child { text-align: left; font-weight: 400; }
-.studio-scroll thead th { color: var(--soft); font-weight: 400; vertical-align: bottom; overflow-wrap: normal; }
+.gradio-container .studio-scroll table { border-collapse: collapse; width: auto; margin: 0 0 1.2rem; border: 0;
+  font-variant-numeric: tabular-nums; }
+.gradio-container .studio-scroll caption { text-align: left; font-weight: 600; padding: .3rem 0; }
+.gradio-container .studio-scroll :is(th, td) { padding: .3rem 0 .3rem 1.1rem; border: 0; text-align: right; }
+.gradio-container .studio-scroll tr { border: 0; border-bottom: 1px solid var(--line); }
+.gradio-container .studio-scroll th:first-child { padding-left: 0; text-align: left; font-weight: 400; }
+.gradio-container .studio-scroll thead th { color: var(--soft); font-weight: 400; vertical-align: bottom; }
 .studio-legend span { margin-right: 1.1rem; white-space: nowrap; }
 .studio-note { color: var(--soft); }
-.studio-curve svg { display: block; width: 100%; max-width: 38rem; height: auto; overflow: visible; }
+.studio-curve svg { display: block; width: 100%; max-width: 32rem; height: auto; overflow: visible; }
 .studio-pixels img { image-rendering: pixelated; }
+@media (max-width: 30rem) {
+  .gradio-container .app { padding: 1rem .75rem !important; }
+  .gradio-container .tab-container button { padding: 0 .65rem !important; }
+}
 """
 
 
@@ -96,10 +100,10 @@ def serve(
     Raises:
         DavaeError: the models cannot be opened, or the port is taken.
     """
-    import uvicorn
-
     with _listening(port) as listener, TemporaryDirectory(prefix="davae-studio-") as folder:
         models = open_models(model, Path(runs), base=base, device=chosen_device(device))
+        import uvicorn
+
         app = studio_app(models, Path(runs), Path(folder))
         say(f"davae studio: http://{_HOSTS[0]}:{listener.getsockname()[1]} (Ctrl-C ends it)")
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
@@ -142,8 +146,10 @@ def studio_app(models: Models, runs: Path, folder: Path) -> Any:
         footer_links=[],
         run_history=False,
         max_file_size=_UPLOAD,
-        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css=page_colours() + _STYLE,
+        theme=gradio.themes.Default(
+            primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+        ),
+        head=f"<style>{page_colours()}{_STYLE}</style>",  # `css` would rewrite what depends on the screen
         **quiet,
     )
     app.add_middleware(_OwnPage)
@@ -216,9 +222,10 @@ class _Page:
         gr = self.gr
         pictures = gr.State({})
         with gr.Row():
-            first = gr.Dropdown(names, value=left, label="Left", min_width=120)
-            second = gr.Dropdown(names, value=right, label="Right", min_width=120)
-            zoom = gr.Radio([("whole", 1), ("2 ×", 2), ("4 ×", 4)], value=1, label="Zoom, at the busiest place")
+            first = gr.Dropdown(names, value=left, label="Left", min_width=170)
+            second = gr.Dropdown(names, value=right, label="Right", min_width=170)
+            sizes = [("whole", 1), ("2 ×", 2), ("4 ×", 4)]
+            zoom = gr.Radio(sizes, value=1, label="Zoom, at the busiest place", min_width=260)
         slider = gr.ImageSlider(
             label="Drag the line",
             interactive=False,
@@ -237,7 +244,8 @@ class _Page:
         unit = models.vae.spatial_compression
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                picture = _picture_input(gr)(label="Your picture", sources=["upload", "clipboard"], height=260)
+                picture = gr.Image(label="Your picture", sources=["upload", "clipboard"], height=260)
+                picture.preprocess = _path_of  # unread: davae says what is wrong with a file
                 side = gr.Slider(
                     unit * 2,
                     MOST_SIDE // unit * unit,
@@ -248,7 +256,7 @@ class _Page:
                 )
                 button = gr.Button("Reconstruct", variant="primary")
                 figures = gr.HTML()
-            with gr.Column(scale=2, min_width=320):
+            with gr.Column(scale=2, min_width=280):
                 names = [ENLARGED, ALONE, *([DETAILS] if models.vae.uses_details else []), NATIVE, ORIGINAL]
                 right = DETAILS if models.vae.uses_details else ALONE
                 pictures, _ = self._viewer(names, ENLARGED, right)
@@ -260,10 +268,10 @@ class _Page:
             if file is None:
                 raise DavaeError("upload a picture first")
             original, made = reconstruct_file(self.models, file, int(side))
-            rows = [[name, f"{one.psnr:.2f} dB", str(one.positions or "none")] for name, one in made.items()]
+            rows = [[name, f"{one.psnr:.2f}", f"{one.positions:,}"] for name, one in made.items()]
             size = f"{original.width} × {original.height} pixels"
             pictures = {name: as_picture(one.image) for name, one in made.items()}
-            return pictures | {ORIGINAL: original}, _table(["", "PSNR", "Latent positions"], rows, size)
+            return pictures | {ORIGINAL: original}, _table(["", "PSNR, dB", "Latent positions"], rows, size)
 
     # Generation
 
@@ -282,29 +290,36 @@ class _Page:
                 else:
                     subject = gr.Textbox("0", label="Number of a class")
                 steps = gr.Slider(1, 100, value=default_of(pipe, "num_inference_steps"), step=1, label="Steps")
-                guidance = gr.Slider(
-                    0, 20, value=default_of(pipe, "guidance_scale"), step=0.1, label="Guidance", info="1 is none"
-                )
+                scale = self._own_guidance()
+                told = f"1 is none, {scale:g} its own"
+                guidance = gr.Slider(0, 20, value=scale, step=0.1, label="Guidance", info=told)
                 with gr.Row():
-                    width = gr.Number(None, label="Width", info="empty: its own", precision=0, min_width=90)
-                    height = gr.Number(None, label="Height", info="empty: its own", precision=0, min_width=90)
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LAST_SEED, min_width=90)
+                    width = gr.Number(0, label="Width", info="0: its own", precision=0, minimum=0, min_width=90)
+                    height = gr.Number(0, label="Height", info="0: its own", precision=0, minimum=0, min_width=90)
+                    seed = gr.Number(0, label="Seed", info="of all", precision=0, minimum=0, min_width=90)
                 native = gr.Checkbox(False, label="Also the base at full size", visible=self.models.base is not None)
                 with gr.Row():
                     button = gr.Button("Generate", variant="primary", min_width=120)
                     stop = gr.Button("Stop", min_width=120)
-            with gr.Column(scale=2, min_width=320):
-                figures = gr.HTML()
-                preview = gr.Image(
-                    label="The upgrade's base part while it is sampled", interactive=False, height=220, format="png",
-                    elem_classes="studio-pixels", buttons=[],
-                )  # fmt: skip
+            with gr.Column(scale=2, min_width=280):
+                with gr.Row():
+                    with gr.Column(scale=2, min_width=280):
+                        figures = gr.HTML(_counters([]))
+                    with gr.Column(scale=1, min_width=180):
+                        preview = gr.Image(
+                            label="Base part", interactive=False, height=200, format="png", buttons=[],
+                            elem_classes="studio-pixels",
+                        )  # fmt: skip
                 last = DETAILS if pipe.vae.uses_details else ALONE
                 names = [ENLARGED, last, NATIVE] if self.models.base is not None else [last]
                 pictures, _ = self._viewer(names, names[0], last)
         fields = [subject, steps, guidance, width, height, seed, native]
         button.click(self.generate, fields, [figures, preview, pictures], show_progress="hidden", **self.work)
         stop.click(self.stop.set, queue=False, **self.quick)
+
+    def _own_guidance(self) -> float:
+        """Where the slider of the guidance begins, which stands for the pipeline's own."""
+        return float(default_of(self.models.pipe, "guidance_scale") or 0)
 
     def generate(
         self,
@@ -328,7 +343,7 @@ class _Page:
                 str(subject).strip(),
                 seed=int(seed or 0),
                 steps=int(steps),
-                guidance=float(guidance),
+                guidance=None if guidance == self._own_guidance() else guidance,
                 width=int(width) if width else None,
                 height=int(height) if height else None,
                 native=native,
@@ -363,7 +378,7 @@ class _Page:
                     scale = gr.Dropdown([2, 4, 8], value=2, label="Scale", info="over the base's", min_width=110)
                 details = gr.Textbox("", label="Detail channels", info="one number a level; empty: the official code's")
                 with gr.Row():
-                    gpu = gr.Dropdown([*GPUS], value="H100", label="GPU", min_width=110)
+                    gpu = gr.Dropdown([*GPUS], value="H100", label="GPU", info="for hours", min_width=110)
                     batch = gr.Number(1, label="Batch", info="when sampling", precision=0, minimum=1, min_width=110)
                 recipe = gr.Dropdown(
                     [("the one that fits", ""), *recipe_names()], value="", label="Recipe", info="its steps and batches"
@@ -371,7 +386,7 @@ class _Page:
                 overrides = gr.Textbox("", label="Overrides of the recipe", placeholder="diffusion.loop.steps=5000")
                 cpu = gr.Checkbox(False, label="Training without a GPU")
                 button = gr.Button("Plan", variant="primary")
-            with gr.Column(scale=2, min_width=320):
+            with gr.Column(scale=2, min_width=280):
                 said = gr.HTML()
         fields = [base, resolution, scale, details, gpu, batch, recipe, overrides, cpu]
         button.click(self.plan, fields, said, **self.work)
@@ -411,35 +426,43 @@ class _Page:
     def _run_tab(self, page: Any) -> None:
         gr = self.gr
         run = gr.Dropdown([], label=f"Run below {self.runs}", allow_custom_value=True)
-        state = gr.HTML()
-        curve = gr.HTML(elem_classes="studio-curve")
-        sheets = gr.Gallery(
-            label="Sheets, the newest first", columns=2, object_fit="contain", format="png", interactive=False,
-            elem_classes="studio-pixels", buttons=["fullscreen"],
-        )  # fmt: skip
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                state = gr.HTML()
+                curve = gr.HTML(elem_classes="studio-curve")
+            with gr.Column(scale=1, min_width=280):
+                sheet = gr.Radio([], label="Sheet after step")
+                picture = gr.Image(interactive=False, format="png", show_label=False, buttons=["fullscreen"])
         seen = gr.State(())
-        outputs = [run, state, curve, sheets, seen]
-        options = {"inputs": [run, seen], "outputs": outputs, **self.quick}
-        timer = gr.Timer(_EVERY)
-        for event in (page.load, timer.tick, run.input, run.change):
+        options = {"inputs": [run, sheet, seen], "outputs": [run, state, curve, sheet, picture, seen], **self.quick}
+        for event in (page.load, gr.Timer(_EVERY).tick, run.change, sheet.input):
             event(self.watch, **options)
 
-    def watch(self, name: str | None, seen: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The run's parts that have changed since ``seen``, and what is seen now."""
+    def watch(self, name: str | None, sheet: str | None, seen: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The run's parts that have changed since ``seen``, and what is seen now; an error in place of its state."""
         skip = self.gr.skip()
-        with self.messages:
-            found = [place.relative_to(self.runs).as_posix() for place in find_runs(self.runs)]
-            name = name or (found[0] if found else None)
+        found = [place.relative_to(self.runs).as_posix() for place in find_runs(self.runs)]
+        name = name or (found[0] if found else None)
+        try:
             if name is None:
-                text = f"<p>No run lies below {html.escape(str(self.runs))} yet: <code>davae demo</code> makes two.</p>"
-                return skip, text, skip, skip, ()
+                raise DavaeError(f"no run lies below {self.runs} yet: davae demo makes two")
             view = watch_run(self.runs, name)
-            now = (tuple(found), name, view.step, tuple(file.name for file, _ in view.sheets[:_SHEETS]))
-            choices = skip if seen and seen[:2] == now[:2] else self.gr.Dropdown(choices=found, value=name)
-            if now == seen:
-                return choices, _run_state(view), skip, skip, now
-            shown_sheets = [(decode_image(file), f"step {step:,}") for file, step in view.sheets[:_SHEETS]]
-            return choices, _run_state(view), _curve(view.curve), shown_sheets, now
+        except DavaeError as error:
+            return skip, f"<p>{html.escape(str(error))}</p>", "", self.gr.Radio(choices=[], value=None), None, ()
+        sheets = {file.stem.removeprefix("step-"): file for file in view.sheets[:_SHEETS]}
+        runs, steps = (name, *found), (name, *sheets)
+        before = seen or ((), (), None, None)
+        if steps != before[1] or sheet not in sheets:
+            sheet = next(iter(sheets), None)
+        now = (runs, steps, sheet, (name, view.step))
+        return (
+            skip if runs == before[0] else self.gr.Dropdown(choices=found, value=name),
+            _run_state(view),
+            skip if now[3] == before[3] else _curve(view.curve),
+            skip if steps == before[1] else self.gr.Radio(choices=[*sheets], value=sheet),
+            skip if now[1:3] == before[1:3] else None if sheet is None else decode_image(sheets[sheet]),
+            now,
+        )
 
 
 class _Messages:
@@ -454,19 +477,11 @@ class _Messages:
         if isinstance(error, Exception):
             text = str(error) if isinstance(error, DavaeError) else system_error(error)
             if text is not None:
-                raise self.error(html.escape(text), duration=None, print_exception=False) from error
+                raise self.error(html.escape(text), duration=20, print_exception=False) from error
 
 
-def _picture_input(gradio: Any) -> Any:
-    """Gradio's input of pictures, which hands over the uploaded file unread: davae says what is wrong with one."""
-
-    class Picture(gradio.Image):
-        is_template = True  # drawn as its parent
-
-        def preprocess(self, payload: Any) -> str | None:
-            return None if payload is None else payload.path
-
-    return Picture
+def _path_of(payload: Any) -> str | None:
+    return None if payload is None else payload.path
 
 
 def _pair(pictures: Mapping[str, Image.Image], left: str, right: str, zoom: int) -> Any:
