@@ -234,7 +234,8 @@ def test_one_home_for_what_makes_renames_and_removes():
 
 
 _OWN_FILES = {
-    *("models/remote_code.py", "recipes/presets/__init__.py", "recipes/read.py", "report/build.py", "report/schema.py")
+    *("models/remote_code.py", "recipes/presets/__init__.py", "recipes/read.py", "report/build.py", "report/schema.py"),
+    "studio/page.py",
 }
 """They read what is installed with davae, by its path in the package."""
 

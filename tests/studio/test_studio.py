@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import shlex
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,6 @@ from davae.errors import DavaeError
 from davae.evaluation import psnr
 from davae.pipelines.sampling.generate import generate_images, watch_image
 from davae.planner.recipes import plan_upgrade
-from davae.planner.text import tables
 from davae.runtime.pictures import upscaled
 from davae.studio import (
     ALONE,
@@ -31,6 +32,7 @@ from davae.studio import (
     ENLARGED,
     NATIVE,
     ORIGINAL,
+    REDUCED,
     Models,
     find_runs,
     inside,
@@ -120,7 +122,7 @@ def test_a_pictures_reconstructions_are_the_autoencoders(models: Models, tmp_pat
     vae = models.vae
     original, made = reconstruct_file(models, picture(tmp_path), 256)
     assert original.size == (48, 40)  # cut to whole positions of 8 pixels, not enlarged
-    assert list(made)[:4] == [ENLARGED, ALONE, DETAILS, NATIVE]
+    assert list(made) == [ENLARGED, ALONE, DETAILS, NATIVE, REDUCED]
     image = image_to_tensor(original)[None]
     with torch.no_grad():
         z, z_d = vae.encode_base(image), vae.encode_details(image).mean
@@ -133,7 +135,7 @@ def test_a_pictures_reconstructions_are_the_autoencoders(models: Models, tmp_pat
         torch.testing.assert_close(made[name].image, reconstruction.clamp(-1, 1)[0], atol=1e-5, rtol=0)
         assert made[name].psnr == pytest.approx(float(psnr(image, made[name].image[None])))
     positions = {name: one.positions for name, one in made.items()}
-    assert positions == {ENLARGED: 30, ALONE: 30, DETAILS: 30, NATIVE: 120, "Reduced, enlarged": 0}
+    assert positions == {ENLARGED: 30, ALONE: 30, DETAILS: 30, NATIVE: 120, REDUCED: 0}
     assert reconstruct_file(models, picture(tmp_path), 26)[0].size == (24, 16)  # 26 x 20
 
 
@@ -209,6 +211,30 @@ def test_runs_are_found_below_the_folder_and_links_are_not_followed(runs: Path) 
     assert (view.step, view.steps, view.finished, view.sheets) == (40, 900, False, [])
 
 
+def test_only_what_has_changed_is_sent_again(runs: Path) -> None:
+    gradio = SimpleNamespace(
+        Error=RuntimeError, skip=lambda: "skip", Dropdown=lambda **new: new, Radio=lambda *_, **new: new
+    )
+    page = studio_page._Page(gradio, SimpleNamespace(vae=SimpleNamespace(uses_details=True)), runs)
+    seen, state, run, curve, sheets, picture = page.watch("demo/diffusion", None, None)
+    assert "Step 40 of 40" in state
+    assert "finished" in state
+    assert run["value"] == "demo/diffusion"
+    assert "<svg" in curve
+    assert sheets == {"choices": ["40", "20", "9"], "value": "40"}
+    assert picture.size == (8, 8)
+    assert page.watch("demo/diffusion", "40", seen)[2:] == ("skip",) * 4
+    with (runs / "demo/diffusion/metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "total": 0.5}\n')
+    Image.new("RGB", (9, 9)).save(runs / "demo/diffusion/samples/step-41.png")
+    now, state, run, _, sheets, picture = page.watch("demo/diffusion", "40", seen)
+    assert "Step 41" in state
+    assert run == "skip"  # an open list stays as it is
+    assert (sheets["value"], picture.size) == ("41", (9, 9))  # the newest was shown, and is
+    assert page.watch("demo/diffusion", "9", now)[4]["value"] == "9"  # an older one stays
+    assert "does not lie below" in page.watch("../secret", None, now)[1]
+
+
 @pytest.mark.parametrize(
     ("asked", "why"),
     [
@@ -250,8 +276,13 @@ def test_the_form_plans_as_the_verb_and_names_its_command(tmp_path: Path) -> Non
     result = CliRunner().invoke(app, [*shlex.split(command)[1:], "--json", str(tmp_path / "plan.json")])
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "plan.json").read_text())["runs"] == json.loads(json.dumps(expected.runs))
-    shown = studio_page._rich_table(tables(made)[0])
-    assert f"<th scope='row'>image tokens</th><td>{made.tokens['base']}</td>" in shown
+    some = SimpleNamespace(vae=SimpleNamespace(uses_details=True))
+    page = studio_page._Page(SimpleNamespace(Error=RuntimeError), some, tmp_path)
+    said = page.plan("tiny", 64, 2, "24", "A100", 2, "debug", "diffusion.loop.steps=7", False)
+    assert f"<th scope='row'>image tokens</th><td>{made.tokens['base']}</td>" in said
+    assert html.escape(command) in said
+    with pytest.raises(RuntimeError, match="no GPU &#x27;abacus&#x27;"):  # as a message of the page
+        page.plan("tiny", 64, 2, "24", "abacus", 2, "debug", "", False)
 
 
 @pytest.mark.parametrize(
@@ -259,8 +290,8 @@ def test_the_form_plans_as_the_verb_and_names_its_command(tmp_path: Path) -> Non
     [
         ({"overrides": "data.path=/etc"}, "data.path names a place"),
         ({"overrides": "base=/etc"}, "base names a place"),
-        ({"overrides": "a='"}, "separated by spaces"),
-        ({"detail_channels": "many"}, "whole numbers"),
+        ({"overrides": "a='"}, "separated by spaces.*No closing quotation"),
+        ({"detail_channels": "many"}, "whole numbers.*'many'"),
         ({"gpu": "abacus"}, "no GPU 'abacus'"),
         ({"scale": 3}, "scale"),
     ],

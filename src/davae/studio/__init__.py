@@ -1,6 +1,5 @@
 """What ``davae studio`` shows, without its page: an upgrade and its base, their pictures, plans, runs as they go."""
 
-import logging
 import os
 import shlex
 import threading
@@ -20,14 +19,7 @@ from davae.data.images.decode import check_header
 from davae.data.images.transforms import resize_to_cover
 from davae.errors import DavaeError
 from davae.evaluation.images import trained_resolution
-from davae.evaluation.reconstruction.baselines import (
-    BASE_NATIVE,
-    BASE_UPSCALED,
-    REDUCED,
-    UPGRADED,
-    OneReconstruction,
-    reconstruct_one,
-)
+from davae.evaluation.reconstruction import baselines
 from davae.evaluation.reconstruction.crops import whole_positions
 from davae.evaluation.reconstruction.details import ZEROED
 from davae.models import AutoencoderDA, fit_start
@@ -44,19 +36,22 @@ from davae.runtime.pictures import as_picture
 from davae.runtime.text_files import read_object
 from davae.training.checkpoints.run_directory import read_config
 
-logger = logging.getLogger(__name__)
-
 MOST_PIXELS = 50_000_000
 """Of an uploaded picture."""
 MOST_SIDE = 2048
 """Of what is reconstructed of it."""
-ORIGINAL, ALONE, DETAILS, ENLARGED, NATIVE = (
-    "Original", "Decoder alone", "With details", "Base, enlarged", "Base at full size",
-)  # fmt: skip
-_NAMES = {BASE_UPSCALED: ENLARGED, ZEROED: ALONE, UPGRADED: DETAILS, BASE_NATIVE: NATIVE, REDUCED: "Reduced, enlarged"}
-_SCENES = 64  # to which the embedded start is fitted
+ORIGINAL, ENLARGED, ALONE, DETAILS = "Original", "Base, enlarged", "Decoder alone", "With details"
+NATIVE, REDUCED = "Base at full size", "Reduced, enlarged"
+_ROWS = {
+    ENLARGED: baselines.BASE_UPSCALED,
+    ALONE: ZEROED,
+    DETAILS: baselines.UPGRADED,
+    NATIVE: baselines.BASE_NATIVE,
+    REDUCED: baselines.REDUCED,
+}
+_SCENES = 64  # to which an embedded base's start is fitted
 _DEEPEST = 4  # folders between the folder of runs and a run
-_HOW = "`davae demo` trains an upgrade of it"
+_UNTUNED = "Images are the base's own, decoded larger by the decoder alone: no transformer is tuned."
 
 
 @dataclass
@@ -93,103 +88,79 @@ def open_models(model: str | None, runs: Path, *, base: str | None = None, devic
     Raises:
         DavaeError: what is named cannot be opened, or is a base.
     """
-    found = model
-    if model is None:
-        finished = [place for run in find_runs(runs) if (place := _result(run)) is not None]
-        found = str(max(finished, key=lambda place: (place.name == "pipeline", place.stat().st_mtime), default="tiny"))
-    assert found is not None
-    if is_built_in(found):
-        models = _untrained(found)
-        models.notes.append(f"{_HOW}." if model is not None else f"No finished run lies below {runs}: {_HOW}.")
+    finished = [place for run in find_runs(runs) if model is None and (place := _result(run)) is not None]
+    name = model or str(max(finished, key=lambda one: (one.name == "pipeline", one.stat().st_mtime), default="tiny"))
+    if is_built_in(name):
+        models = _untrained(name)
+        why = f"No finished run lies below {runs}: " if model is None else ""
+        models.notes.append(f"{why}`davae demo` trains an upgrade of it.")
     else:
-        folder = Path(found)
-        place = _result(folder) or folder
-        models = _pipeline(str(place)) if _holds_pipeline(place) else _autoencoder(place)
-        models.name = found
+        place = _result(Path(name)) or Path(name)
+        if place.is_dir():
+            whole = (place / "model_index.json").is_file()
+        else:
+            whole = is_pipeline(hub_name("pipeline or autoencoder", name))
+        pipe = load_base(str(place)) if whole else None
+        if pipe is not None and not isinstance(pipe.vae, AutoencoderDA):
+            raise DavaeError(f"{name} is a base: upgrade it with `davae upgrade`, or name what was made of it")
+        models = Models(name, load_autoencoder(place) if pipe is None else pipe.vae, pipe)
         _add_base(models, place, base)
-    for part in (models.vae, models.pipe, models.base):
-        if part is not None:
-            part.to(device)
-    for pipe in (models.pipe, models.base):
-        if pipe is not None:
-            pipe.set_progress_bar_config(disable=True)
-    models.vae.eval()
+    models.vae.to(device).eval()
+    for opened in (models.pipe, models.base):
+        if opened is not None:
+            opened.to(device).set_progress_bar_config(disable=True)
     return models
 
 
 def _result(run: Path) -> Path | None:
-    """The upgraded pipeline that lies in a folder, a run or a demo, else its autoencoder; None if there is neither."""
-    for place in (run, run / "pipeline", run / "diffusion" / "pipeline"):
-        if (place / "model_index.json").is_file():
-            return place if _class_of(place / "vae") == AutoencoderDA.__name__ or place == run else None
-    for place in (run, run / "autoencoder", run / "autoencoder" / "autoencoder"):
-        if _class_of(place) == AutoencoderDA.__name__:
-            return place
-    return None
+    """The pipeline that lies in a folder, a run or a demo, else the autoencoder; of runs only what is upgraded."""
 
+    def upgraded(folder: Path) -> bool:
+        file = folder / "config.json"
+        return file.is_file() and read_object(file).get("_class_name") == AutoencoderDA.__name__
 
-def _class_of(folder: Path) -> Any:
-    file = folder / "config.json"
-    return read_object(file).get("_class_name") if file.is_file() else None
-
-
-def _holds_pipeline(place: Path) -> bool:
-    if place.is_dir():
-        return (place / "model_index.json").is_file()
-    return is_pipeline(hub_name("pipeline or autoencoder", str(place)))
+    if (run / "model_index.json").is_file() or upgraded(run):
+        return run
+    places = [place for place in (run / "pipeline", run / "diffusion" / "pipeline") if upgraded(place / "vae")]
+    places += [place for place in (run / "autoencoder", run / "autoencoder" / "autoencoder") if upgraded(place)]
+    return places[0] if places else None
 
 
 def _untrained(name: str) -> Models:
     """An embedded base with new blocks that are fitted to a few scenes in closed form, and nothing trained."""
     base = load_base(name)
     side = 2 * base.transformer.config.sample_size * base.vae_scale_factor
-    channels = 3 * base.transformer.config.in_channels
     scenes = open_dataset(f"procedural:{_SCENES}", resolution=side)
+    channels = 3 * base.transformer.config.in_channels
     vae = AutoencoderDA.from_base(base.vae, scale=2, detail_channels=channels, detail_dropout=0.5)
     fit_start(vae, torch.stack([scenes[i]["image"] for i in range(_SCENES)]))
-    told = [
+    told = (
         f"The base '{name}' with new blocks fitted to {_SCENES} scenes, nothing trained: it shows how the page works, "
         "not what the method reaches."
-    ]
-    return Models(name, vae, upgrade_pipeline(base, vae.without_details()), base, side, [*told, _UNTUNED])
-
-
-_UNTUNED = "Images are the base's own, decoded larger by the decoder alone: no transformer is tuned."
-
-
-def _pipeline(place: str) -> Models:
-    pipe = load_base(place)
-    if not isinstance(pipe.vae, AutoencoderDA):
-        raise DavaeError(f"{place} is a base: upgrade it with `davae upgrade`, or name what was made of it")
-    return Models(place, pipe.vae, pipe)
-
-
-def _autoencoder(place: Path) -> Models:
-    return Models(str(place), load_autoencoder(place))
+    )
+    return Models(name, vae, upgrade_pipeline(base, vae.without_details()), base, side, [told, _UNTUNED])
 
 
 def _add_base(models: Models, place: Path, base: str | None) -> None:
-    """Open the base of an upgrade, and sample it with the decoder alone where there is an autoencoder only."""
+    """Open the base of an upgrade; an autoencoder alone gets a pipeline that decodes what its base samples."""
     config = place.parent / "config.yaml"
     recipe = (read_config(config) if place.is_dir() and config.is_file() else None) or {}
     if "data" in recipe:
         models.side = trained_resolution(place)
-    name = base or recipe.get("base")
-    if not isinstance(name, str):
+    name = base or str(recipe.get("base", ""))
+    if not name:
         models.notes.append("No base is known: name it with --base to compare with it.")
         return
     try:
         if not is_pipeline(name):
             models.notes.append(f"Its base, {name}, is an autoencoder alone: nothing can be generated.")
             return
-        pipe = models.pipe
-        opened = load_base(name, without=() if pipe is None else (TEXT_ENCODERS,))
-        if pipe is None:
+        opened = load_base(name, without=() if models.pipe is None else (TEXT_ENCODERS,))
+        if models.pipe is None:
             models.pipe = upgrade_pipeline(opened, models.vae.without_details(), copy=False)
             models.notes.append(_UNTUNED)
-        else:
-            shared = {part: model for part, model in pipe.components.items() if part.startswith("text_encoder")}
-            opened.register_modules(**shared)
+        parts = models.pipe.components.items()
+        opened.register_modules(**{part: model for part, model in parts if part.startswith("text_encoder")})
         models.base = opened
     except DavaeError as error:
         if base is not None:
@@ -197,7 +168,9 @@ def _add_base(models: Models, place: Path, base: str | None) -> None:
         models.notes.append(f"Its base cannot be opened, so nothing is compared with it: {error}")
 
 
-def reconstruct_file(models: Models, file: str | Path, side: int) -> tuple[Image.Image, dict[str, OneReconstruction]]:
+def reconstruct_file(
+    models: Models, file: str | Path, side: int
+) -> tuple[Image.Image, dict[str, baselines.OneReconstruction]]:
     """A picture, its longer side reduced to ``side`` pixels, and its reconstructions by name.
 
     Raises:
@@ -209,16 +182,14 @@ def reconstruct_file(models: Models, file: str | Path, side: int) -> tuple[Image
     if not 1 <= side <= MOST_SIDE:
         raise DavaeError(f"the longer side must be 1 to {MOST_SIDE} pixels, not {side}")
     picture = decode_image(file)
-    factor = side / max(picture.size)
-    if factor < 1:
+    if (factor := side / max(picture.size)) < 1:
         width, height = (max(1, round(length * factor)) for length in picture.size)
         picture = resize_to_cover(picture, (width, height))
     image = whole_positions(picture, models.vae.spatial_compression)
-    made = {_NAMES[name]: one for name, one in reconstruct_one(models.vae, image).items()}
-    if ALONE not in made:  # without details the autoencoder is that
-        made[ALONE] = made.pop(DETAILS)
-    order = [name for name in (ENLARGED, ALONE, DETAILS, NATIVE) if name in made]
-    return as_picture(image[0]), {name: made[name] for name in dict.fromkeys([*order, *made])}
+    made = baselines.reconstruct_one(models.vae, image)
+    if ZEROED not in made:  # without details the autoencoder is that
+        made[ZEROED] = made.pop(baselines.UPGRADED)
+    return as_picture(image[0]), {name: made[row] for name, row in _ROWS.items() if row in made}
 
 
 @dataclass
@@ -229,14 +200,12 @@ class Sample:
         name: of the way that it is made.
         pipe: the pipeline.
         compression: pixels of a latent position along a side.
-        size: height and width asked for; None for the pipeline's own.
         state: None before it begins.
     """
 
     name: str
     pipe: DiffusionPipeline
     compression: int
-    size: tuple[int | None, int | None]
     state: Watched | None = None
 
     @property
@@ -244,21 +213,20 @@ class Sample:
         """Image tokens in the transformer, once the image is there."""
         if self.state is None or self.state.image is None:
             return None
-        width, height = self.state.image.size
-        latent = torch.empty(1, 1, height // self.compression, width // self.compression, device="meta")
-        return find_family(self.pipe).tokens(self.pipe.transformer, latent)
+        columns, rows = (length // self.compression for length in self.state.image.size)
+        return find_family(self.pipe).tokens(self.pipe.transformer, torch.empty(1, 1, rows, columns, device="meta"))
 
 
 def sample_side_by_side(
     models: Models,
     subject: str,
-    *,
-    seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
-    height: int | None = None,
     width: int | None = None,
+    height: int | None = None,
+    seed: int = 0,
     native: bool = False,
+    *,
     stop: threading.Event | None = None,
 ) -> Iterator[list[Sample]]:
     """One image from the base and from the upgrade, from the same seed, one after the other; yields after each step.
@@ -266,9 +234,9 @@ def sample_side_by_side(
     Args:
         models: with a pipeline.
         subject: a prompt, or the name or number of a class.
-        seed, steps, guidance: see :func:`davae.pipelines.sampling.generate.generate_images`.
-        height, width: of the upgrade's image in pixels, and that divided by the scale of the base's.
-        native: also the base at full size.
+        steps, guidance, seed: see :func:`davae.pipelines.sampling.generate.generate_images`.
+        width, height: of the upgrade's image in pixels, and that divided by the scale of the base's.
+        native: also the base at full size, last.
         stop: once set, no further step is made.
 
     Raises:
@@ -277,37 +245,34 @@ def sample_side_by_side(
     pipe, base, vae = models.pipe, models.base, models.vae
     if pipe is None:
         raise DavaeError("there is no pipeline to generate with")
-    name = DETAILS if pipe.vae.uses_details else ALONE
-    samples = [Sample(name, pipe, vae.spatial_compression, (height, width))]
+    made = Sample(DETAILS if pipe.vae.uses_details else ALONE, pipe, vae.spatial_compression)
+    samples = [made]
     if base is not None:
-        small = None if height is None else height // vae.scale, None if width is None else width // vae.scale
-        samples.insert(0, Sample(ENLARGED, base, vae.base_compression, small))
-        if native:
-            samples.append(Sample(NATIVE, base, vae.base_compression, (height, width)))
+        samples = [Sample(ENLARGED, base, vae.base_compression), made]
+        samples += [Sample(NATIVE, base, vae.base_compression)] if native else []
     for sample in samples:
-        rows, columns = sample.size
-        if sample.name == NATIVE:  # at the size of the upgrade's image, which is finished
-            made = samples[-2].state
-            columns, rows = made.image.size if made is not None and made.image is not None else (columns, rows)
+        size = width, height
+        if sample.name == ENLARGED:
+            size = None if width is None else width // vae.scale, None if height is None else height // vae.scale
+        elif sample.name == NATIVE and made.state is not None and made.state.image is not None:
+            size = made.state.image.size
         options: dict[str, Any] = {"seed": seed, "steps": steps, "guidance": guidance}
-        with closing(watch_image(sample.pipe, subject, height=rows, width=columns, **options)) as watched:
-            for state in watched:
+        with closing(watch_image(sample.pipe, subject, width=size[0], height=size[1], **options)) as watched:
+            for sample.state in watched:
                 if stop is not None and stop.is_set():
                     return
-                sample.state = state
                 yield samples
 
 
 def plan_form(
     runs: Path,
     base: str,
-    *,
     resolution: int | None = None,
     scale: int | None = None,
     detail_channels: str = "",
     gpu: str = "H100",
     batch: int = 1,
-    recipe: str | None = None,
+    recipe: str = "",
     overrides: str = "",
     cpu: bool = False,
 ) -> tuple[Plan, str]:
@@ -316,49 +281,33 @@ def plan_form(
     Args:
         runs: folder of runs.
         base: a bundled configuration, ``tiny``, a name on the hub, or a folder below ``runs``; empty for the recipe's.
-        detail_channels: numbers, one for each level; empty for those of the official code.
-        recipe: name of a bundled recipe.
-        overrides: of the recipe, ``section.key=value``, separated by spaces as in a shell.
         resolution, scale, gpu, batch, cpu: see :func:`davae.planner.recipes.plan_upgrade`.
+        detail_channels: numbers, one for each level; empty for those of the official code.
+        recipe: name of a bundled recipe; empty for the one that fits.
+        overrides: of the recipe, ``section.key=value``, separated by spaces as in a shell.
 
     Raises:
         DavaeError: as there, or a path that does not lie below ``runs``.
     """
-    given = _words(overrides)
-    for override in given:
-        if (key := override.partition("=")[0]) in movable_keys("upgrade"):
-            raise DavaeError(f"{key} names a place, which a plan on this page does not read: leave it out")
     try:
-        channels = tuple(int(number) for number in detail_channels.replace(",", " ").split()) or None
-    except ValueError:
-        raise DavaeError(f"detail channels are whole numbers, one for each level, not '{detail_channels}'") from None
-    name = base.strip() or None
-    known = name is None or is_built_in(name) or find_preset(name) is not None
-    if name is not None and not known and (os.path.exists(name) or (runs / name).exists()):  # others are of the hub
-        name = str(inside(runs, name))
-    made = plan_upgrade(
-        name,
-        resolution=resolution,
-        scale=scale,
-        detail_channels=channels,
-        gpu=gpu,
-        batch=batch,
-        recipe=recipe,
-        overrides=given,
-        cpu=cpu,
-    )
-    options = {"--resolution": resolution, "--scale": scale, "--gpu": gpu, "--batch": batch, "--recipe": recipe}
-    words = ["davae", "plan", *([] if name is None else [name]), *given]
-    words += [word for option, value in options.items() if value is not None for word in (option, str(value))]
-    words += [word for number in channels or () for word in ("--detail-channels", str(number))]
-    return made, shlex.join([*words, *(["--cpu"] if cpu else [])])
-
-
-def _words(text: str) -> list[str]:
-    try:
-        return shlex.split(text)
+        given = shlex.split(overrides)
+        channels = tuple(map(int, detail_channels.replace(",", " ").split()))
     except ValueError as error:
-        raise DavaeError(f"overrides are section.key=value, separated by spaces: {error}") from error
+        raise DavaeError(
+            f"overrides are section.key=value, separated by spaces, and detail channels whole numbers: {error}"
+        ) from error
+    if places := {override.partition("=")[0] for override in given} & movable_keys("upgrade"):
+        raise DavaeError(f"{min(places)} names a place, which a plan on this page does not read: leave it out")
+    name = base.strip()
+    if not is_built_in(name) and find_preset(name) is None and (os.path.exists(name) or (runs / name).exists()):
+        name = str(inside(runs, name)) if name else ""  # other names are of the hub
+    options: dict[str, Any] = {"resolution": resolution, "scale": scale, "gpu": gpu, "batch": batch or 1}
+    options |= {"recipe": recipe or None}
+    made = plan_upgrade(name or None, detail_channels=channels or None, overrides=given, cpu=cpu, **options)
+    words = ["davae", "plan", *([name] if name else []), *given]
+    words += [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+    words += [word for number in channels for word in ("--detail-channels", str(number))]
+    return made, shlex.join([*words, *(["--cpu"] if cpu else [])])
 
 
 def find_runs(runs: Path) -> list[Path]:
@@ -396,8 +345,7 @@ def watch_run(runs: Path, name: str) -> RunView:
         DavaeError: see :func:`inside`; no run, or damaged metrics.
     """
     run = inside(runs, name)
-    for part in ("config.yaml", "metrics.jsonl", "samples"):
-        if part != "samples" or (run / part).exists():
-            inside(runs, f"{name}/{part}")
+    for part in ("config.yaml", "metrics.jsonl", *(["samples"] if (run / "samples").exists() else [])):
+        inside(runs, f"{name}/{part}")
     view = view_run(run)
     return replace(view, sheets=[file for file in view.sheets if not file.is_symlink()])

@@ -8,14 +8,14 @@ import html
 import os
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from PIL import Image
-from rich.table import Table
 
 from davae.data import decode_image
 from davae.data.images.transforms import image_to_tensor
@@ -59,26 +59,6 @@ _POLICY = (
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'none'; "
     "form-action 'self'"
 )
-_STYLE = """
-.gradio-container { max-width: 76rem !important; margin: 0 auto !important; }
-.gradio-container :is(p, li, code, h1) { overflow-wrap: anywhere; }
-.studio-scroll { overflow-x: auto; }
-.gradio-container .studio-scroll table { border-collapse: collapse; width: auto; margin: 0 0 1.2rem; border: 0;
-  font-variant-numeric: tabular-nums; }
-.gradio-container .studio-scroll caption { text-align: left; font-weight: 600; padding: .3rem 0; }
-.gradio-container .studio-scroll :is(th, td) { padding: .3rem 0 .3rem 1.1rem; border: 0; text-align: right; }
-.gradio-container .studio-scroll tr { border: 0; border-bottom: 1px solid var(--line); }
-.gradio-container .studio-scroll th:first-child { padding-left: 0; text-align: left; font-weight: 400; }
-.gradio-container .studio-scroll thead th { color: var(--soft); font-weight: 400; vertical-align: bottom; }
-.studio-legend span { margin-right: 1.1rem; white-space: nowrap; }
-.studio-note { color: var(--soft); }
-.studio-curve svg { display: block; width: 100%; max-width: 32rem; height: auto; overflow: visible; }
-.studio-pixels img { image-rendering: pixelated; }
-@media (max-width: 30rem) {
-  .gradio-container .app { padding: 1rem .75rem !important; }
-  .gradio-container .tab-container button { padding: 0 .65rem !important; }
-}
-"""
 
 
 def serve(
@@ -106,9 +86,8 @@ def serve(
 
         app = studio_app(models, Path(runs), Path(folder))
         say(f"davae studio: http://{_HOSTS[0]}:{listener.getsockname()[1]} (Ctrl-C ends it)")
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         try:
-            server.run(sockets=[listener])
+            uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run([listener])
         except KeyboardInterrupt:  # how it is meant to end
             return
 
@@ -132,11 +111,13 @@ def studio_app(models: Models, runs: Path, folder: Path) -> Any:
         runs: the only folder whose files it shows.
         folder: for uploads and pictures.
     """
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(folder), HF_HUB_DISABLE_TELEMETRY="1")
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(folder))
     import gradio
     from fastapi import FastAPI
 
-    quiet = {"show_error": False, "enable_monitoring": False, "ssr_mode": False, "mcp_server": False, "pwa": False}
+    style = page_colours() + (files("davae.studio") / "studio.css").read_text(encoding="utf-8")
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of the machine
+    off = {"show_error": False, "enable_monitoring": False, "ssr_mode": False, "mcp_server": False, "pwa": False}
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gradio.mount_gradio_app(
         app,
@@ -146,11 +127,9 @@ def studio_app(models: Models, runs: Path, folder: Path) -> Any:
         footer_links=[],
         run_history=False,
         max_file_size=_UPLOAD,
-        theme=gradio.themes.Default(
-            primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-        ),
-        head=f"<style>{page_colours()}{_STYLE}</style>",  # `css` would rewrite what depends on the screen
-        **quiet,
+        theme=gradio.themes.Default(primary_hue="blue", **fonts),
+        head=f"<style>{style}</style>",  # Gradio's `css` would rewrite what depends on the screen
+        **off,
     )
     app.add_middleware(_OwnPage)
     return app
@@ -163,25 +142,20 @@ class _OwnPage:
         self.app = app
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        host = headers.get(b"host", b"").decode("latin-1")
-        origin = headers.get(b"origin", f"http://{host}".encode()).decode("latin-1")
-        if scope["type"] != "http" or host.partition(":")[0] not in _HOSTS or origin != f"http://{host}":
-            start = {"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]}
-            await send(start)
-            await send({"type": "http.response.body", "body": b"davae studio answers its own page alone"})
-            return
+        headers = {key: value.decode("latin-1") for key, value in scope.get("headers", ())}
+        host = headers.get(b"host", "")
+        own = host.partition(":")[0] in _HOSTS and headers.get(b"origin", f"http://{host}") == f"http://{host}"
 
         async def with_policy(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                own = [(b"content-security-policy", _POLICY.encode()), (b"referrer-policy", b"no-referrer")]
-                message = {**message, "headers": [*message["headers"], *own]}
+                message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
             await send(message)
 
-        await self.app(scope, receive, with_policy)
+        if scope["type"] == "lifespan" or (own and scope["type"] == "http"):
+            await self.app(scope, receive, with_policy)
+        else:
+            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": b"davae studio answers its own page alone"})
 
 
 class _Page:
@@ -196,6 +170,7 @@ class _Page:
     def __init__(self, gradio: Any, models: Models, runs: Path) -> None:
         self.gr, self.models, self.runs = gradio, models, runs
         self.stop, self.messages = threading.Event(), _Messages(gradio)
+        self.best = DETAILS if models.vae.uses_details else ALONE
         self.work = {"concurrency_id": "work", "concurrency_limit": 1, "api_visibility": "private"}
         self.quick = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -203,116 +178,109 @@ class _Page:
         """The page."""
         gr, models = self.gr, self.models
         with gr.Blocks(title="davae studio", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-            told = "".join(f"<li>{html.escape(note).replace('`', '')}</li>" for note in models.notes)
-            gr.HTML(f"<h1>davae studio</h1><p>{html.escape(shown(models.name))}</p><ul class='studio-note'>{told}</ul>")
-            with gr.Tab("Reconstruct"):
-                self._reconstruct_tab()
-            with gr.Tab("Generate"):
-                self._generate_tab()
-            with gr.Tab("Plan"):
-                self._plan_tab()
-            with gr.Tab("Run"):
-                self._run_tab(page)
+            told = _list(note.replace("`", "") for note in models.notes)
+            gr.HTML(f"<h1>davae studio</h1><p>{html.escape(shown(models.name))}</p>{told}")
+            for name, fill in (
+                ("Reconstruct", self._reconstruct_tab),
+                ("Generate", self._generate_tab),
+                ("Plan", self._plan_tab),
+                ("Run", self._run_tab),
+            ):
+                with gr.Tab(name):
+                    fill(page)
         return page.queue(default_concurrency_limit=4, max_size=16)
 
-    # Two pictures with a slider
+    def _columns(self) -> tuple[Any, Any]:
+        """A narrow column and a wide one, which a phone shows below each other."""
+        with self.gr.Row():
+            return self.gr.Column(scale=1, min_width=280), self.gr.Column(scale=2, min_width=280)
 
-    def _viewer(self, names: Sequence[str], left: str, right: str) -> tuple[Any, Any]:
-        """Parts that compare two of several pictures; returns where the pictures go, and what to show again."""
-        gr = self.gr
-        pictures = gr.State({})
+    def _viewer(self, names: Sequence[str], left: str, right: str) -> Any:
+        """Two of several pictures with a line to drag between them; returns where the pictures go."""
+        gr, pictures = self.gr, self.gr.State({})
         with gr.Row():
             first = gr.Dropdown(names, value=left, label="Left", min_width=170)
             second = gr.Dropdown(names, value=right, label="Right", min_width=170)
             sizes = [("whole", 1), ("2 ×", 2), ("4 ×", 4)]
             zoom = gr.Radio(sizes, value=1, label="Zoom, at the busiest place", min_width=260)
         slider = gr.ImageSlider(
-            label="Drag the line",
-            interactive=False,
-            type="pil",
-            format="png",
+            label="Drag the line", interactive=False, type="pil", format="png", max_height=720,
             elem_classes="studio-pixels",
-            max_height=720,
-        )
+        )  # fmt: skip
         controls = [pictures, first, second, zoom]
         for control in controls:
             control.change(_pair, controls, slider, **self.quick)
-        return pictures, slider
+        return pictures
 
-    def _reconstruct_tab(self) -> None:
-        gr, models = self.gr, self.models
-        unit = models.vae.spatial_compression
-        with gr.Row():
-            with gr.Column(scale=1, min_width=280):
-                picture = gr.Image(label="Your picture", sources=["upload", "clipboard"], height=260)
-                picture.preprocess = _path_of  # unread: davae says what is wrong with a file
-                side = gr.Slider(
-                    unit * 2,
-                    MOST_SIDE // unit * unit,
-                    value=max(2 * unit, models.side // unit * unit),
-                    step=unit,
-                    label="Longer side, pixels",
-                    info="The picture is reduced to it, never enlarged",
-                )
-                button = gr.Button("Reconstruct", variant="primary")
-                figures = gr.HTML()
-            with gr.Column(scale=2, min_width=280):
-                names = [ENLARGED, ALONE, *([DETAILS] if models.vae.uses_details else []), NATIVE, ORIGINAL]
-                right = DETAILS if models.vae.uses_details else ALONE
-                pictures, _ = self._viewer(names, ENLARGED, right)
+    def _reconstruct_tab(self, page: Any) -> None:
+        gr, unit = self.gr, self.models.vae.spatial_compression
+        narrow, wide = self._columns()
+        with narrow:
+            picture = gr.Image(label="Your picture", sources=["upload", "clipboard"], height=260)
+            picture.preprocess = _path_of  # unread: davae says what is wrong with a file
+            side = gr.Slider(
+                2 * unit,
+                MOST_SIDE // unit * unit,
+                value=max(2 * unit, self.models.side // unit * unit),
+                step=unit,
+                label="Longer side, pixels",
+                info="The picture is reduced to it, never enlarged",
+            )
+            button = gr.Button("Reconstruct", variant="primary")
+            figures = gr.HTML()
+        with wide:
+            names = dict.fromkeys([ENLARGED, ALONE, self.best, NATIVE, ORIGINAL])
+            pictures = self._viewer([*names], ENLARGED, self.best)
         gr.on([picture.upload, button.click], self.reconstruct, [picture, side], [pictures, figures], **self.work)
 
-    def reconstruct(self, file: str | None, side: float) -> tuple[dict[str, Image.Image], str]:
+    def reconstruct(self, file: str | None, side: int) -> tuple[dict[str, Image.Image], str]:
         """Pictures by name and a table of their figures."""
         with self.messages:
             if file is None:
                 raise DavaeError("upload a picture first")
-            original, made = reconstruct_file(self.models, file, int(side))
+            original, made = reconstruct_file(self.models, file, side)
             rows = [[name, f"{one.psnr:.2f}", f"{one.positions:,}"] for name, one in made.items()]
             size = f"{original.width} × {original.height} pixels"
-            pictures = {name: as_picture(one.image) for name, one in made.items()}
-            return pictures | {ORIGINAL: original}, _table(["", "PSNR, dB", "Latent positions"], rows, size)
+            pictures = {name: as_picture(one.image) for name, one in made.items()} | {ORIGINAL: original}
+            return pictures, _table(["", "PSNR, dB", "Latent positions"], rows, size)
 
-    # Generation
-
-    def _generate_tab(self) -> None:
-        gr, pipe = self.gr, self.models.pipe
+    def _generate_tab(self, page: Any) -> None:
+        gr, pipe, several = self.gr, self.models.pipe, self.models.base is not None
         if pipe is None:
             gr.HTML("<p>There is no pipeline to generate with: see above.</p>")
             return
-        with gr.Row():
-            with gr.Column(scale=1, min_width=280):
-                classes = sorted(getattr(pipe, "labels", None) or {}, key=lambda name: pipe.labels[name])
-                if takes_prompts(pipe):
-                    subject = gr.Textbox(label="Prompt", lines=2)
-                elif classes:
-                    subject = gr.Dropdown(classes, value=classes[0], label="Class")
-                else:
-                    subject = gr.Textbox("0", label="Number of a class")
-                steps = gr.Slider(1, 100, value=default_of(pipe, "num_inference_steps"), step=1, label="Steps")
-                scale = self._own_guidance()
-                told = f"1 is none, {scale:g} its own"
-                guidance = gr.Slider(0, 20, value=scale, step=0.1, label="Guidance", info=told)
-                with gr.Row():
-                    width = gr.Number(0, label="Width", info="0: its own", precision=0, minimum=0, min_width=90)
-                    height = gr.Number(0, label="Height", info="0: its own", precision=0, minimum=0, min_width=90)
-                    seed = gr.Number(0, label="Seed", info="of all", precision=0, minimum=0, min_width=90)
-                native = gr.Checkbox(False, label="Also the base at full size", visible=self.models.base is not None)
-                with gr.Row():
-                    button = gr.Button("Generate", variant="primary", min_width=120)
-                    stop = gr.Button("Stop", min_width=120)
-            with gr.Column(scale=2, min_width=280):
-                with gr.Row():
-                    with gr.Column(scale=2, min_width=280):
-                        figures = gr.HTML(_counters([]))
-                    with gr.Column(scale=1, min_width=180):
-                        preview = gr.Image(
-                            label="Base part", interactive=False, height=200, format="png", buttons=[],
-                            elem_classes="studio-pixels",
-                        )  # fmt: skip
-                last = DETAILS if pipe.vae.uses_details else ALONE
-                names = [ENLARGED, last, NATIVE] if self.models.base is not None else [last]
-                pictures, _ = self._viewer(names, names[0], last)
+        narrow, wide = self._columns()
+        with narrow:
+            classes = sorted(getattr(pipe, "labels", None) or {}, key=lambda name: pipe.labels[name])
+            if takes_prompts(pipe):
+                subject = gr.Textbox(label="Prompt", lines=2)
+            elif classes:
+                subject = gr.Dropdown(classes, value=classes[0], label="Class")
+            else:
+                subject = gr.Textbox("0", label="Number of a class")
+            steps = gr.Slider(1, 100, value=default_of(pipe, "num_inference_steps"), step=1, label="Steps")
+            own = self._own_guidance()
+            told = f"1 is none, {own:g} its own"
+            guidance = gr.Slider(0, 20, value=own, step=0.1, label="Guidance", info=told)
+            with gr.Row():
+                options = {"value": 0, "precision": 0, "minimum": 0, "min_width": 90}
+                width = gr.Number(label="Width", info="0: its own", **options)
+                height = gr.Number(label="Height", info="0: its own", **options)
+                seed = gr.Number(label="Seed", info="of all", **options)
+            native = gr.Checkbox(False, label="Also the base at full size", visible=several)
+            with gr.Row():
+                button = gr.Button("Generate", variant="primary", min_width=120)
+                stop = gr.Button("Stop", min_width=120)
+        with wide:
+            with gr.Row():
+                with gr.Column(scale=2, min_width=280):
+                    figures = gr.HTML(_counters([]))
+                with gr.Column(scale=1, min_width=180):
+                    look = {"interactive": False, "format": "png", "elem_classes": "studio-pixels", "buttons": []}
+                    preview = gr.Image(label="Base part", height=200, **look)
+            last = DETAILS if pipe.vae.uses_details else ALONE
+            names = [ENLARGED, last, NATIVE] if several else [last]
+            pictures = self._viewer(names, names[0], last)
         fields = [subject, steps, guidance, width, height, seed, native]
         button.click(self.generate, fields, [figures, preview, pictures], show_progress="hidden", **self.work)
         stop.click(self.stop.set, queue=False, **self.quick)
@@ -322,106 +290,61 @@ class _Page:
         return float(default_of(self.models.pipe, "guidance_scale") or 0)
 
     def generate(
-        self,
-        subject: str,
-        steps: float,
-        guidance: float,
-        width: float | None,
-        height: float | None,
-        seed: float | None,
-        native: bool,
+        self, subject: str, steps: int, guidance: float, width: int, height: int, seed: int, native: bool
     ) -> Iterator[tuple[Any, Any, Any]]:
         """A table, a preview and pictures by name, after each step."""
         self.stop.clear()
         skip = self.gr.skip()
+        scale = None if guidance == self._own_guidance() else guidance
         with self.messages:
-            if not str(subject or "").strip():
+            if not (subject or "").strip():
                 raise DavaeError("say what to generate first")
             made: list[Sample] = []
-            for made in sample_side_by_side(
-                self.models,
-                str(subject).strip(),
-                seed=int(seed or 0),
-                steps=int(steps),
-                guidance=None if guidance == self._own_guidance() else guidance,
-                width=int(width) if width else None,
-                height=int(height) if height else None,
-                native=native,
-                stop=self.stop,
-            ):
+            options = (steps, scale, width or None, height or None, seed or 0, native)
+            for made in sample_side_by_side(self.models, subject.strip(), *options, stop=self.stop):
                 state = next(sample.state for sample in reversed(made) if sample.state is not None)
-                preview = skip if state.preview is None else _enlarged(state.preview)
-                yield _counters(made), preview, skip
-            pictures = {
-                one.name: one.state.image for one in made if one.state is not None and one.state.image is not None
-            }
-            if self.stop.is_set():
-                yield _counters(made) + "<p>Stopped.</p>", skip, pictures
-            else:
-                yield _counters(made), skip, pictures
+                yield _counters(made), skip if state.preview is None else _enlarged(state.preview), skip
+            finished = {one.name: one.state.image for one in made if one.state is not None and one.state.image}
+            yield _counters(made) + ("<p>Stopped.</p>" if self.stop.is_set() else ""), skip, finished
 
-    # The planner
-
-    def _plan_tab(self) -> None:
+    def _plan_tab(self, page: Any) -> None:
         gr = self.gr
-        with gr.Row():
-            with gr.Column(scale=1, min_width=280):
-                base = gr.Dropdown(
-                    ["tiny", *preset_names()],
-                    value=self.models.name if self.models.name == "tiny" else "sd35-medium",
-                    label="Base",
-                    info=f"of the list, of the hub (its configuration is fetched), or a folder below {self.runs}",
-                    allow_custom_value=True,
-                )
-                with gr.Row():
-                    resolution = gr.Number(1024, label="Resolution", info="pixels", precision=0, min_width=110)
-                    scale = gr.Dropdown([2, 4, 8], value=2, label="Scale", info="over the base's", min_width=110)
-                details = gr.Textbox("", label="Detail channels", info="one number a level; empty: the official code's")
-                with gr.Row():
-                    gpu = gr.Dropdown([*GPUS], value="H100", label="GPU", info="for hours", min_width=110)
-                    batch = gr.Number(1, label="Batch", info="when sampling", precision=0, minimum=1, min_width=110)
-                recipe = gr.Dropdown(
-                    [("the one that fits", ""), *recipe_names()], value="", label="Recipe", info="its steps and batches"
-                )
-                overrides = gr.Textbox("", label="Overrides of the recipe", placeholder="diffusion.loop.steps=5000")
-                cpu = gr.Checkbox(False, label="Training without a GPU")
-                button = gr.Button("Plan", variant="primary")
-            with gr.Column(scale=2, min_width=280):
-                said = gr.HTML()
+        narrow, wide = self._columns()
+        with narrow:
+            base = gr.Dropdown(
+                ["tiny", *preset_names()],
+                value="tiny" if self.models.name == "tiny" else "sd35-medium",
+                label="Base",
+                info=f"of the list, of the hub (its configuration is fetched), or a folder below {self.runs}",
+                allow_custom_value=True,
+            )
+            with gr.Row():
+                resolution = gr.Number(1024, label="Resolution", info="pixels", precision=0, min_width=110)
+                scale = gr.Dropdown([2, 4, 8], value=2, label="Scale", info="over the base's", min_width=110)
+            details = gr.Textbox("", label="Detail channels", info="one number a level; empty: the official code's")
+            with gr.Row():
+                gpu = gr.Dropdown([*GPUS], value="H100", label="GPU", info="for hours", min_width=110)
+                batch = gr.Number(1, label="Batch", info="when sampling", precision=0, minimum=1, min_width=110)
+            names = [("the one that fits", ""), *((name, name) for name in recipe_names())]
+            recipe = gr.Dropdown(names, value="", label="Recipe", info="its steps and batches")
+            overrides = gr.Textbox("", label="Overrides of the recipe", placeholder="diffusion.loop.steps=5000")
+            cpu = gr.Checkbox(False, label="Training without a GPU")
+            button = gr.Button("Plan", variant="primary")
+        with wide:
+            said = gr.HTML()
         fields = [base, resolution, scale, details, gpu, batch, recipe, overrides, cpu]
         button.click(self.plan, fields, said, **self.work)
 
-    def plan(
-        self,
-        base: str | None,
-        resolution: float | None,
-        scale: int | None,
-        details: str,
-        gpu: str,
-        batch: float,
-        recipe: str,
-        overrides: str,
-        cpu: bool,
-    ) -> str:
+    def plan(self, base: str | None, resolution: int | None, *fields: Any) -> str:
         """What ``davae plan`` says."""
         with self.messages:
-            made, command = plan_form(
-                self.runs,
-                base or "",
-                resolution=int(resolution) if resolution else None,
-                scale=scale,
-                detail_channels=details,
-                gpu=gpu,
-                batch=int(batch or 1),
-                recipe=recipe or None,
-                overrides=overrides,
-                cpu=cpu,
-            )
-            told = "".join(f"<li>{html.escape(line)}</li>" for line in notes(made))
-            said = "".join(map(_rich_table, tables(made)))
-            return f"{said}<ul class='studio-note'>{told}</ul><p><code>{html.escape(command)}</code></p>"
-
-    # Runs
+            made, command = plan_form(self.runs, base or "", resolution or None, *fields)
+            said = ""
+            for table in tables(made):
+                columns = [[str(cell) for cell in column.cells] for column in table.columns]
+                head = [str(column.header) for column in table.columns]
+                said += _table(head, [*zip(*columns, strict=True)], str(table.title))
+            return f"{said}{_list(notes(made))}<p><code>{html.escape(command)}</code></p>"
 
     def _run_tab(self, page: Any) -> None:
         gr = self.gr
@@ -433,14 +356,13 @@ class _Page:
             with gr.Column(scale=1, min_width=280):
                 sheet = gr.Radio([], label="Sheet after step")
                 picture = gr.Image(interactive=False, format="png", show_label=False, buttons=["fullscreen"])
-        seen = gr.State(())
-        options = {"inputs": [run, sheet, seen], "outputs": [run, state, curve, sheet, picture, seen], **self.quick}
+        seen = gr.State()
+        options = {"inputs": [run, sheet, seen], "outputs": [seen, state, run, curve, sheet, picture], **self.quick}
         for event in (page.load, gr.Timer(_EVERY).tick, run.change, sheet.input):
             event(self.watch, **options)
 
-    def watch(self, name: str | None, sheet: str | None, seen: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The run's parts that have changed since ``seen``, and what is seen now; an error in place of its state."""
-        skip = self.gr.skip()
+    def watch(self, name: str | None, sheet: str | None, seen: object) -> tuple[Any, ...]:
+        """What is seen now and the run's state, and, if that is not what was ``seen``, its other parts."""
         found = [place.relative_to(self.runs).as_posix() for place in find_runs(self.runs)]
         name = name or (found[0] if found else None)
         try:
@@ -448,21 +370,18 @@ class _Page:
                 raise DavaeError(f"no run lies below {self.runs} yet: davae demo makes two")
             view = watch_run(self.runs, name)
         except DavaeError as error:
-            return skip, f"<p>{html.escape(str(error))}</p>", "", self.gr.Radio(choices=[], value=None), None, ()
+            return None, f"<p>{html.escape(str(error))}</p>", self.gr.skip(), "", self.gr.Radio([], value=None), None
         sheets = {file.stem.removeprefix("step-"): file for file in view.sheets[:_SHEETS]}
-        runs, steps = (name, *found), (name, *sheets)
-        before = seen or ((), (), None, None)
-        if steps != before[1] or sheet not in sheets:
-            sheet = next(iter(sheets), None)
-        now = (runs, steps, sheet, (name, view.step))
-        return (
-            skip if runs == before[0] else self.gr.Dropdown(choices=found, value=name),
-            _run_state(view),
-            skip if now[3] == before[3] else _curve(view.curve),
-            skip if steps == before[1] else self.gr.Radio(choices=[*sheets], value=sheet),
-            skip if now[1:3] == before[1:3] else None if sheet is None else decode_image(sheets[sheet]),
-            now,
-        )
+        newest = next(iter(sheets), None)
+        followed = sheet not in sheets or (isinstance(seen, tuple) and sheet == seen[-1])  # the newest one until now
+        sheet = newest if followed else sheet
+        now = (name, *found, view.step, sheet, newest)
+        if now == seen:
+            return now, _run_state(view), *[self.gr.skip()] * 4
+        same = isinstance(seen, tuple) and seen[:-3] == now[:-3]
+        runs = self.gr.skip() if same else self.gr.Dropdown(choices=found, value=name)
+        picture = None if sheet is None else decode_image(sheets[sheet])
+        return now, _run_state(view), runs, _curve(view.curve), self.gr.Radio(choices=[*sheets], value=sheet), picture
 
 
 class _Messages:
@@ -489,9 +408,8 @@ def _pair(pictures: Mapping[str, Image.Image], left: str, right: str, zoom: int)
     found = [pictures[name] for name in (left, right) if name in pictures]
     if not found:
         return None
-    found = found * (3 - len(found))
-    size = max((picture.size for picture in found), key=lambda size: size[0])
-    full = [picture.resize(size, Image.Resampling.BICUBIC) if picture.size != size else picture for picture in found]
+    size = max((picture.size for picture in found), key=max)
+    full = [picture.resize(size, Image.Resampling.BICUBIC) for picture in (found[0], found[-1])]
     if zoom > 1:
         sharpest = image_to_tensor(pictures.get(ORIGINAL, full[1]).resize(size))
         rows, columns = busiest_crop(sharpest, min(size) // zoom)
@@ -527,10 +445,14 @@ def _curve(curve: Mapping[str, Any]) -> str:
     if curve["svg"] is None:
         return "<p>No losses to draw yet.</p>"
     legend = "".join(
-        f"<span><b style='color:var(--s{one['colour']})'>●</b> {html.escape(one['name'] + ' ' + one['note'])}</span>"
+        f"<span><b style='color:var(--s{one['colour']})'>●</b> {html.escape(one['name'] + ' ' + one['note'])}</span> "
         for one in curve["legend"]
     )
     return f"{curve['svg']}<p class='studio-legend'>{legend}</p>"
+
+
+def _list(lines: Iterable[str]) -> str:
+    return f"<ul class='studio-note'>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> str:
@@ -540,13 +462,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") 
         f"<tr><th scope='row'>{html.escape(first)}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in rest)}</tr>"
         for first, *rest in rows
     )
-    return (
-        f"<div class='studio-scroll'><table>{caption}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _rich_table(table: Table) -> str:
-    """A table of the terminal as HTML."""
-    columns = [[str(cell) for cell in column.cells] for column in table.columns]
-    head = [str(column.header) for column in table.columns]
-    return _table(head, list(zip(*columns, strict=True)), str(table.title or ""))
+    inner = f"{caption}<thead><tr>{top}</tr></thead><tbody>{body}</tbody>"
+    return f"<div class='studio-scroll' tabindex='0'><table>{inner}</table></div>"

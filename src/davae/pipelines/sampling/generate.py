@@ -158,7 +158,6 @@ def watch_image(
     guidance: float | None = None,
     height: int | None = None,
     width: int | None = None,
-    preview_every: int = 1,
 ) -> Generator[Watched, None, None]:
     """Generate one image in a thread; yields after each step, and at the end with the image.
 
@@ -167,7 +166,6 @@ def watch_image(
     Args:
         pipe, seed, steps, guidance, height, width: as for :func:`generate_images`.
         subject: a prompt, or the name or number of a class.
-        preview_every: steps from one preview to the next.
 
     Raises:
         DavaeError: as for :func:`generate_images`.
@@ -176,7 +174,7 @@ def watch_image(
     vae = getattr(pipe, "vae", None)
     previews = None
     if isinstance(vae, AutoencoderDA) and (vae.config.has_base_decoder or getattr(pipe, "preview_decoder", None)):
-        previews = Previews(pipe, every=preview_every, height=height, width=width)
+        previews = Previews(pipe, height=height, width=width)
     said: SimpleQueue[Watched | BaseException] = SimpleQueue()
     ended = threading.Event()
     began, apart = time.perf_counter(), 0.0
@@ -189,7 +187,7 @@ def watch_image(
         shown = None
         if previews is not None:
             previews.on_step(step, timestep, latents)
-            shown = previews.images[step][0] if step in previews.images else None
+            shown = previews.images[step][0]
         apart += time.perf_counter() - stopped
         said.put(Watched(step + 1, total, stopped - began - apart, shown))
 
