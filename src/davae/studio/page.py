@@ -202,7 +202,7 @@ class _Page:
             first = gr.Dropdown(names, value=left, label="Left", min_width=170)
             second = gr.Dropdown(names, value=right, label="Right", min_width=170)
             sizes = [("whole", 1), ("2 ×", 2), ("4 ×", 4)]
-            zoom = gr.Radio(sizes, value=1, label="Zoom, at the busiest place", min_width=260)
+            zoom = gr.Radio(sizes, value=1, label="Zoom, at the busiest place", scale=2, min_width=260)
         slider = gr.ImageSlider(
             label="Drag the line", interactive=False, type="pil", format="png", max_height=720,
             elem_classes="studio-pixels",
