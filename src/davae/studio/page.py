@@ -4,7 +4,9 @@ It listens on 127.0.0.1, loads nothing from elsewhere and reports to nobody. Wha
 lies below the folder of runs; what it writes lies in a temporary folder that ends with it. One job runs at a time.
 """
 
+import base64
 import html
+import io
 import os
 import socket
 import threading
@@ -276,8 +278,7 @@ class _Page:
                 with gr.Column(scale=2, min_width=280):
                     figures = gr.HTML(_counters([]))
                 with gr.Column(scale=1, min_width=180):
-                    look = {"interactive": False, "format": "png", "elem_classes": "studio-pixels", "buttons": []}
-                    preview = gr.Image(label="Base part", height=200, **look)
+                    preview = gr.HTML()
             last = DETAILS if pipe.vae.uses_details else ALONE
             names = [ENLARGED, last, NATIVE] if several else [last]
             pictures = self._viewer(names, names[0], last)
@@ -303,7 +304,7 @@ class _Page:
             options = (steps, scale, width or None, height or None, seed or 0, native)
             for made in sample_side_by_side(self.models, subject.strip(), *options, stop=self.stop):
                 state = next(sample.state for sample in reversed(made) if sample.state is not None)
-                yield _counters(made), skip if state.preview is None else _enlarged(state.preview), skip
+                yield _counters(made), skip if state.preview is None else _preview(state.preview), skip
             finished = {one.name: one.state.image for one in made if one.state is not None and one.state.image}
             yield _counters(made) + ("<p>Stopped.</p>" if self.stop.is_set() else ""), skip, finished
 
@@ -421,6 +422,14 @@ def _enlarged(picture: Image.Image) -> Image.Image:
     """A small picture with each of its pixels as a square, so that no browser smooths them."""
     factor = max(1, _SMALLEST // max(picture.size))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def _preview(picture: Image.Image) -> str:
+    """As part of the page: files would be written at every step, and those of the same seed while they are read."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=90)
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f"<figure class='studio-preview'><img alt='' src='data:image/jpeg;base64,{data}'><p>base part</p></figure>"
 
 
 def _counters(samples: Sequence[Sample]) -> str:
