@@ -51,6 +51,7 @@ _ROWS = {
 }
 _SCENES = 64  # to which an embedded base's start is fitted
 _DEEPEST = 4  # folders between the folder of runs and a run
+_INSIDE = {"checkpoints", "samples", "tracking", "pipeline"}  # folders in runs that hold none
 _UNTUNED = "Images are the base's own, decoded larger by the decoder alone: no transformer is tuned."
 
 
@@ -315,7 +316,8 @@ def find_runs(runs: Path) -> list[Path]:
     found: dict[Path, float] = {}
     for folder, names, files in os.walk(runs):
         place = Path(folder)
-        names[:] = [n for n in names if n[0] != "." and len(place.relative_to(runs).parts) < _DEEPEST]
+        deep = len(place.relative_to(runs).parts) >= _DEEPEST
+        names[:] = [] if deep else [name for name in names if name[0] != "." and name not in _INSIDE]
         if {"config.yaml", "metrics.jsonl"} <= {*files}:
             found[place] = (place / "metrics.jsonl").lstat().st_mtime
     return sorted(found, key=lambda place: -found[place])

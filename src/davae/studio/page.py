@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image
 
+from davae.choices import Scale
 from davae.data import decode_image
 from davae.data.images.transforms import image_to_tensor
 from davae.errors import DavaeError
@@ -220,10 +221,11 @@ class _Page:
         with narrow:
             picture = gr.Image(label="Your picture", sources=["upload", "clipboard"], height=260)
             picture.preprocess = _path_of  # unread: davae says what is wrong with a file
+            least, most = 2 * unit, MOST_SIDE // unit * unit
             side = gr.Slider(
-                2 * unit,
-                MOST_SIDE // unit * unit,
-                value=max(2 * unit, self.models.side // unit * unit),
+                least,
+                most,
+                value=min(max(least, self.models.side // unit * unit), most),
                 step=unit,
                 label="Longer side, pixels",
                 info="The picture is reduced to it, never enlarged",
@@ -313,15 +315,16 @@ class _Page:
         narrow, wide = self._columns()
         with narrow:
             base = gr.Dropdown(
-                ["tiny", *preset_names()],
-                value="tiny" if self.models.name == "tiny" else "sd35-medium",
+                [("the recipe's", ""), *((name, name) for name in ("tiny", *preset_names()))],
+                value="sd35-medium",
                 label="Base",
                 info=f"of the list, of the hub (its configuration is fetched), or a folder below {self.runs}",
                 allow_custom_value=True,
             )
             with gr.Row():
-                resolution = gr.Number(1024, label="Resolution", info="pixels", precision=0, min_width=110)
-                scale = gr.Dropdown([2, 4, 8], value=2, label="Scale", info="over the base's", min_width=110)
+                resolution = gr.Number(1024, label="Resolution", info="0: the recipe's", precision=0, min_width=110)
+                scales = [("the recipe's", 0), *((f"{scale}", scale) for scale in get_args(Scale))]
+                scale = gr.Dropdown(scales, value=2, label="Scale", info="over the base's", min_width=110)
             details = gr.Textbox("", label="Detail channels", info="one number a level; empty: the official code's")
             with gr.Row():
                 gpu = gr.Dropdown([*GPUS], value="H100", label="GPU", info="for hours", min_width=110)
@@ -336,10 +339,10 @@ class _Page:
         fields = [base, resolution, scale, details, gpu, batch, recipe, overrides, cpu]
         button.click(self.plan, fields, said, **self.work)
 
-    def plan(self, base: str | None, resolution: int | None, *fields: Any) -> str:
+    def plan(self, base: str | None, resolution: int | None, scale: int, *fields: Any) -> str:
         """What ``davae plan`` says."""
         with self.messages:
-            made, command = plan_form(self.runs, base or "", resolution or None, *fields)
+            made, command = plan_form(self.runs, base or "", resolution or None, scale or None, *fields)
             said = ""
             for table in tables(made):
                 columns = [[str(cell) for cell in column.cells] for column in table.columns]
