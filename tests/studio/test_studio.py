@@ -23,7 +23,9 @@ from davae.cli.main import app
 from davae.data.images.transforms import image_to_tensor
 from davae.errors import DavaeError
 from davae.evaluation import psnr
+from davae.pipelines.sampling import generate
 from davae.pipelines.sampling.generate import generate_images, watch_image
+from davae.pipelines.sampling.previews import Previews
 from davae.planner.recipes import plan_upgrade
 from davae.runtime.pictures import upscaled
 from davae.studio import (
@@ -186,6 +188,27 @@ def test_an_error_of_the_pipeline_arrives_where_the_image_is_waited_for(models: 
         next(sample_side_by_side(models, "99"))
     with pytest.raises(DavaeError, match="not a multiple"):
         list(sample_side_by_side(models, "0", height=9, width=9))
+
+
+def test_time_is_of_sampling_without_its_previews(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert models.pipe is not None
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    shown = Previews.on_step
+
+    def advance(seconds: float) -> None:
+        clock.now += seconds
+
+    def preview(self: Previews, *step: Any) -> None:
+        advance(100)
+        shown(self, *step)
+
+    monkeypatch.setattr(generate, "time", clock)
+    monkeypatch.setattr(Previews, "on_step", preview)
+    hook = models.pipe.transformer.register_forward_hook(lambda *_: advance(1))
+    states = list(watch_image(models.pipe, "3", steps=3))
+    hook.remove()
+    assert [state.seconds for state in states] == [1, 2, 3, 3]
 
 
 @pytest.mark.parametrize(("name", "called"), [("sd3", 2), ("pixart-sigma", 2), ("dit", 0)])

@@ -174,8 +174,9 @@ class _Page:
         self.gr, self.models, self.runs = gradio, models, runs
         self.stop, self.messages = threading.Event(), _Messages(gradio)
         self.best = DETAILS if models.vae.uses_details else ALONE
-        self.work = {"concurrency_id": "work", "concurrency_limit": 1, "api_visibility": "private"}
-        self.quick = {"show_progress": "hidden", "api_visibility": "private"}
+        one = {"concurrency_limit": 1, "api_visibility": "private"}
+        self.work = {**one, "concurrency_id": "work"}
+        self.quick = {**one, "concurrency_id": "look", "show_progress": "hidden"}  # beside the work
 
     def blocks(self) -> Any:
         """The page."""
@@ -191,7 +192,7 @@ class _Page:
             ):
                 with gr.Tab(name):
                     fill(page)
-        return page.queue(default_concurrency_limit=4, max_size=16)
+        return page.queue(max_size=32)
 
     def _columns(self) -> tuple[Any, Any]:
         """A narrow column and a wide one, which a phone shows below each other."""

@@ -184,12 +184,12 @@ def watch_image(
         if ended.is_set():
             raise _Ended
         stopped = time.perf_counter()
-        shown = None
+        elapsed, shown = stopped - began - apart, None
         if previews is not None:
             previews.on_step(step, timestep, latents)
             shown = previews.images[step][0]
         apart += time.perf_counter() - stopped
-        said.put(Watched(step + 1, total, stopped - began - apart, shown))
+        said.put(Watched(step + 1, total, elapsed, shown))
 
     def sample() -> None:
         options: dict[str, Any] = {"seed": seed, "steps": steps, "guidance": guidance}
