@@ -300,7 +300,8 @@ def test_the_form_plans_as_the_verb_and_names_its_command(tmp_path: Path) -> Non
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "plan.json").read_text())["runs"] == json.loads(json.dumps(expected.runs))
     some = SimpleNamespace(vae=SimpleNamespace(uses_details=True))
-    page = studio_page._Page(SimpleNamespace(Error=RuntimeError), some, tmp_path)
+    gradio = SimpleNamespace(Error=lambda text, **_: RuntimeError(text))
+    page = studio_page._Page(gradio, some, tmp_path)
     said = page.plan("tiny", 64, 2, "24", "A100", 2, "debug", "diffusion.loop.steps=7", False)
     assert f"<th scope='row'>image tokens</th><td>{made.tokens['base']}</td>" in said
     assert html.escape(command) in said
