@@ -19,7 +19,7 @@ LAYERS = [
     {"benchmark"},
     {"experiments"},
     {"report"},
-    {"demo"},
+    {"demo", "studio"},
     {"cli"},
     {"__main__"},
 ]
@@ -27,7 +27,7 @@ LAYERS = [
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 LARGEST_FOLDER = 15
 LARGER = {"cli": 22}
-MOST_FILES, MOST_LINES, MOST_IGNORES = 310, 47_500, 11
+MOST_FILES, MOST_LINES, MOST_IGNORES = 314, 50_200, 11
 
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -234,7 +234,8 @@ def test_one_home_for_what_makes_renames_and_removes():
 
 
 _OWN_FILES = {
-    *("models/remote_code.py", "recipes/presets/__init__.py", "recipes/read.py", "report/build.py", "report/schema.py")
+    *("models/remote_code.py", "recipes/presets/__init__.py", "recipes/read.py", "report/build.py", "report/schema.py"),
+    "studio/page.py",
 }
 """They read what is installed with davae, by its path in the package."""
 

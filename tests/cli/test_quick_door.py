@@ -50,6 +50,7 @@ VERBS = [
     "ablate",
     "export",
     "report",
+    "studio",
     "configs",
     "doctor",
 ]
@@ -59,6 +60,8 @@ ANSWERS = [
     ("--help", 0, "Usage"),
     ("--version", 0, "davae "),
     *((f"{verb} --help", 0, "Usage") for verb in VERBS),
+    ("studio --port 65536", 2, "Invalid value for '--port'"),
+    ("studio --host 0.0.0.0", 2, "No such option"),
     ("recipes list", 0, "sd35-medium-1024"),
     ("recipes show tiny", 0, "lr_warmup_steps: 0.022"),
     ("recipes copy tniy", 2, "did you mean 'tiny'"),

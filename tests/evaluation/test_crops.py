@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 from davae.errors import DavaeError
-from davae.evaluation.reconstruction.crops import busiest_crop, fine_texture, folder_crops, read_boxes
+from davae.evaluation.reconstruction.crops import busiest_crop, fine_texture, folder_crops, read_boxes, whole_positions
 from davae.report.recorder import save_png
 
 _HEADER = "file,name,left,top,right,bottom\n"
@@ -20,6 +22,32 @@ def test_the_busiest_crop_is_where_the_texture_is() -> None:
     rows, columns = busiest_crop(_image(), 12)
     assert rows.start <= 20 <= 30 <= rows.stop
     assert columns.start <= 45 <= 55 <= columns.stop
+
+
+def test_of_all_squares_the_one_with_the_largest_mean_is_taken() -> None:
+    image = torch.rand(3, 17, 23, generator=torch.Generator().manual_seed(1))
+    padded = F.pad(image.mean(0)[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
+    centre = padded[1:-1, 1:-1]
+    laplacian = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:] - 4 * centre
+    means = {
+        (row, column): float(laplacian[row : row + 5, column : column + 5].abs().mean())
+        for row in range(13)
+        for column in range(19)
+    }
+    rows, columns = busiest_crop(image, 5)
+    assert (rows.start, columns.start) == max(means, key=lambda place: means[place])
+    assert busiest_crop(torch.ones(3, 17, 23), 5) == (slice(0, 5), slice(0, 5))  # of equal ones the first
+    rows, columns = busiest_crop(image, 40)
+    assert (rows, columns.stop - columns.start) == (slice(0, 17), 17)
+
+
+def test_whole_positions_are_cut_around_the_middle() -> None:
+    pixels = torch.arange(7 * 10, dtype=torch.uint8).reshape(7, 10).numpy()
+    cut = whole_positions(Image.fromarray(pixels), 4)
+    assert cut.shape == (1, 3, 4, 8)
+    assert ((cut[0, 0] + 1) * 127.5).round().int().tolist() == pixels[1:5, 1:9].tolist()
+    with pytest.raises(DavaeError, match="10 x 7 pixels, less than the 8"):
+        whole_positions(Image.fromarray(pixels), 8)
 
 
 def test_a_reconstruction_is_cut_where_its_image_is_busy() -> None:

@@ -26,6 +26,7 @@ from davae.cli import (
     recipes,
     reconstruct,
     report,
+    studio,
     train,
     upgrade,
 )
@@ -71,6 +72,7 @@ app.command()(inspect.inspect)
 app.command()(ablate.ablate)
 app.command()(export.export)
 app.command()(report.report)
+app.command()(studio.studio)
 app.command()(configs.configs)
 app.command()(doctor.doctor)
 

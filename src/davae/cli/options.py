@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,6 +89,16 @@ def named_values(texts: Sequence[str] | None, option: str, example: str) -> dict
             raise DavaeError(f"{option}: the name '{name}' is given twice")
         found[name] = value
     return found
+
+
+def installed(package: str, extra: str) -> None:
+    """Check that an optional package is there, before anything else is imported.
+
+    Raises:
+        DavaeError: it is not; the message says how to install it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise DavaeError(f"{package} is not installed: pip install 'davae[{extra}]'")
 
 
 def some_images(path: str | None) -> str | None:

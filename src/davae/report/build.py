@@ -2,7 +2,10 @@
 
 import html
 import math
+import re
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +23,7 @@ from davae.report.recorder import data_uri
 from davae.report.schema import TENSOR_FILE, Curve, Figures, Generation, Picture, Summary, usual_run
 from davae.report.words import loss_terms, read_metrics, smoothed
 from davae.runtime.atomic_files import atomic_write
+from davae.training.checkpoints.run_directory import read_config
 
 REPORT_FILE = "report.html"
 
@@ -203,6 +207,62 @@ def _curve(run_dir: Path, index: int, curve: Curve) -> dict[str, Any]:
     )
     legend = [{**entry, "note": words.significant(last[entry["name"]])} for entry in _legend(list(chosen))]
     return {**curve.model_dump(), "svg": Markup(svg), "legend": legend}
+
+
+@dataclass(frozen=True)
+class RunView:
+    """What the folder of a training run holds at this moment.
+
+    Attributes:
+        step: of the last line of its metrics; 0 without any.
+        steps: of the whole run, None if its recipe does not say.
+        finished: whether its result is there.
+        age: seconds since its metrics were written last; None without any.
+        curve: the losses as a drawing and its legend, as in the report; ``svg`` is None with fewer than two lines.
+        sheets: files of its pictures of samples or reconstructions, the newest first.
+    """
+
+    step: int
+    steps: int | None
+    finished: bool
+    age: float | None
+    curve: dict[str, Any]
+    sheets: list[Path]
+
+
+_RESULTS = ("autoencoder", "vae", "pipeline")
+
+
+def view_run(run: Path) -> RunView:
+    """Read a training run, which may be running.
+
+    Raises:
+        DavaeError: its metrics are damaged.
+    """
+    metrics = run / "metrics.jsonl"
+    recipe = read_config(run / "config.yaml") or {}
+    stage = run.name if run.name in recipe else "diffusion" if "autoencoder_folder" in recipe else "autoencoder"
+    section = recipe.get(stage)
+    loop = section.get("loop") if isinstance(section, dict) else None
+    sheets = {file: int(found[1]) for file in run.glob("samples/*.png") if (found := _SHEET.fullmatch(file.name))}
+    last = [steps[-1] for steps, _ in read_metrics(metrics).values()] if metrics.is_file() else []
+    return RunView(
+        step=max(last, default=0),
+        steps=loop.get("steps") if isinstance(loop, dict) else None,
+        finished=any((run / name).is_dir() for name in _RESULTS),
+        age=time.time() - metrics.stat().st_mtime if metrics.is_file() else None,
+        curve=_curve(run, 0, Curve(title=run.name, file=metrics.name)),
+        sheets=sorted(sheets, key=lambda file: (-sheets[file], file.name)),
+    )
+
+
+_SHEET = re.compile(r"step-(\d+)(-\w+)?\.png")
+
+
+def page_colours() -> str:
+    """The report's colours as CSS variables, which its drawings take, for light and for dark pages."""
+    text = (files("davae.report") / "report.css").read_text(encoding="utf-8")
+    return text.partition("\n* {")[0]
 
 
 def _tensor(tensors: Mapping[str, Tensor], key: str) -> Tensor:

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.evaluation import linear_probe_accuracy, project_latents, radial_power_spectrum
 from davae.evaluation.reconstruction.crops import busiest_crop
 from davae.report.schema import TENSOR_FILE, Curve, Figures, LatentMap, Picture, PictureRow, Section, Spectrum
-from davae.runtime.pictures import save_image, to_bytes, upscaled
+from davae.runtime.pictures import as_picture, save_image, upscaled
 from davae.runtime.weight_files import atomic_tensors
 
 STAGES = (
@@ -234,9 +233,7 @@ def save_png(image: Tensor, path: Path) -> Path:
         raise DavaeError(f"a picture must be [3, H, W] or [1, H, W] in [-1, 1], got {list(image.shape)}")
     if not image.isfinite().all():
         raise DavaeError(f"the picture for {path.name} holds NaN or infinite values")
-    levels = to_bytes(image.detach().cpu()).to(torch.uint8)
-    array = levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()  # [H, W, 3]
-    save_image(Image.fromarray(array), path, optimize=True)
+    save_image(as_picture(image), path, optimize=True)
     return path
 
 

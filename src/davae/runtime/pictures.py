@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -22,6 +21,12 @@ _LINE = 12  # pixels of a line of text
 def to_bytes(images: Tensor) -> Tensor:
     """``[..., H, W]`` in [-1, 1], clamped, to the 8-bit values 0..255 that an image file holds, as float32."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+
+
+def as_picture(image: Tensor) -> Image.Image:
+    """``[3, H, W]`` or ``[1, H, W]`` in [-1, 1], clamped, as an RGB picture."""
+    levels = to_bytes(image.detach().cpu()).to(torch.uint8)
+    return Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())  # [H, W, 3]
 
 
 def resize_bicubic(images: Tensor, height: int, width: int) -> Tensor:
@@ -76,8 +81,7 @@ def image_grid(rows: list[Tensor], labels: Sequence[Sequence[str]] = ()) -> Imag
         height += padded.shape[-2]
     width = max(t.shape[2] for t in tiles)
     whole = torch.cat([F.pad(t, (0, width - t.shape[2]), value=1.0) for t in tiles], dim=1)
-    pixels = to_bytes(whole).to(torch.uint8).permute(1, 2, 0).numpy()
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    picture = as_picture(whole)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default()
     for left, top, text in texts:
         draw.text((left, top), text.replace("\n", " "), fill="black", font=font)

@@ -21,7 +21,7 @@ from davae.evaluation.metrics.names import (
     UPGRADED,
     alone,
 )
-from davae.evaluation.metrics.psnr_ssim import PairMeans, Perceptual
+from davae.evaluation.metrics.psnr_ssim import PairMeans, Perceptual, psnr
 from davae.evaluation.reconstruction.crops import FINE_TEXTURE, fine_texture
 from davae.evaluation.reconstruction.details import MEANING as DETAIL_ROWS
 from davae.evaluation.reconstruction.details import OtherDetails
@@ -310,3 +310,34 @@ def _ways(
 
 def _enlarged(upscaler: Upscaler, small: Callable[[], Tensor], size: tuple[int, int], seeds: range) -> Tensor:
     return upscaler(small(), size, seeds=seeds)
+
+
+@dataclass(frozen=True)
+class OneReconstruction:
+    """One way in which a single image was reconstructed.
+
+    Attributes:
+        image: ``[3, H, W]`` in [-1, 1].
+        psnr: in dB.
+        positions: latent positions of the image; 0 if nothing is encoded.
+    """
+
+    image: Tensor
+    psnr: float
+    positions: int
+
+
+@torch.no_grad()
+def reconstruct_one(vae: AutoencoderDA, image: Tensor) -> dict[str, OneReconstruction]:
+    """An image ``[1, 3, H, W]`` in [-1, 1] in every way by name, but for those with other details.
+
+    Raises:
+        DavaeError: sides that are no multiples of the autoencoder's compression.
+    """
+    made = all_reconstructions(vae, image)
+    grid = image.shape[-2] * image.shape[-1] // vae.spatial_compression**2
+    rows = _rows(vae, {}, {})
+    return {
+        name: OneReconstruction(found[0], float(psnr(image, found)), round(rows[name].positions * grid))
+        for name, found in made.items()
+    }

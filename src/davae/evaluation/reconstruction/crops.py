@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from davae.data import FolderSource, decode_image, image_to_tensor
@@ -40,8 +41,9 @@ def busiest_crop(image: Tensor, side: int) -> tuple[slice, slice]:
     kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]).view(1, 1, 3, 3)
     energy = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), kernel).square()
     # Roots keep one strong edge, such as a horizon, from outweighing a texture.
-    score = F.avg_pool2d(energy.sqrt(), side, stride=1)[0, 0]
-    row, column = divmod(int(score.argmax()), score.shape[1])
+    sums = F.pad(energy.sqrt()[0, 0].double().cumsum(0).cumsum(1), (1, 0, 1, 0))  # of all above and left
+    score = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+    row, column = divmod(int(score.float().argmax()), score.shape[1])  # float32: equal squares stay equal
     return slice(row, row + side), slice(column, column + side)
 
 
@@ -66,16 +68,22 @@ def folder_crops(folder: Path, unit: int) -> Iterator[Tensor]:
     """
     source = FolderSource(folder, split=None)
     for index in range(len(source)):
-        with about_file(folder / source.id(index)):
-            with source.open(index) as file:
-                image = image_to_tensor(decode_image(file))
-            height, width = (side // unit * unit for side in image.shape[-2:])
-            if not height or not width:
-                raise DavaeError(
-                    f"{image.shape[-1]} x {image.shape[-2]} pixels, less than the {unit} of one latent position"
-                )
-        top, left = (image.shape[-2] - height) // 2, (image.shape[-1] - width) // 2
-        yield image[None, :, top : top + height, left : left + width]
+        with about_file(folder / source.id(index)), source.open(index) as file:
+            image = whole_positions(decode_image(file), unit)
+        yield image
+
+
+def whole_positions(image: Image.Image, unit: int) -> Tensor:
+    """An image as ``[1, 3, H, W]`` in [-1, 1], its sides cut around the middle to multiples of ``unit``, never resized.
+
+    Raises:
+        DavaeError: it is smaller than ``unit``, the pixels of one latent position.
+    """
+    height, width = (side // unit * unit for side in (image.height, image.width))
+    if not height or not width:
+        raise DavaeError(f"{image.width} x {image.height} pixels, less than the {unit} of one latent position")
+    top, left = (image.height - height) // 2, (image.width - width) // 2
+    return image_to_tensor(image)[None, :, top : top + height, left : left + width]
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,31 @@
-"""Images of prompts or classes from any pipeline, each from its own seed."""
+"""Images of prompts or classes from any pipeline, each from its own seed; and one that is watched while it is made."""
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
 from davae.errors import DavaeError, first_names
+from davae.models import AutoencoderDA
 from davae.pipelines.families import ClassFamily, find_family
+from davae.pipelines.sampling.previews import Previews
 from davae.runtime.console import shown
 from davae.runtime.places import safe_name
 from davae.runtime.text_files import lines_of, read_text
 
 _NAMED = 20
+OnStep = Callable[[int, Any, Tensor], None]
+"""Called with a step's number, counted from 0, its timestep and the latents, in the pipeline's form."""
 
 
 class Generated(NamedTuple):
@@ -57,6 +66,7 @@ def generate_images(
     negative_prompt: str | None = None,
     height: int | None = None,
     width: int | None = None,
+    on_step: OnStep | None = None,
 ) -> Iterator[Generated]:
     """Generate images one after another, each available as soon as it is made.
 
@@ -69,6 +79,8 @@ def generate_images(
             it and a transformer without embedded guidance (Qwen-Image).
         negative_prompt: what to guide away from; if None, a space for pipelines whose guidance needs one.
         height, width: in pixels, full resolution; the pipeline's own defaults if None.
+        on_step: called after each step with its number, counted from 0, its timestep and the latents; never by a
+            pipeline without a callback (DiT).
 
     Raises:
         DavaeError: a count below 1, a negative guidance scale, an option that this pipeline does not have, or a class
@@ -76,7 +88,7 @@ def generate_images(
     """
     if count < 1:
         raise DavaeError(f"the number of images of each is {count}, but must be at least 1")
-    given = _given_options(pipe, steps, guidance, negative_prompt, height, width)
+    given = _given_options(pipe, steps, guidance, negative_prompt, height, width) | _callback(pipe, on_step)
     for i, subject in enumerate(subject for subject in subjects for _ in range(count)):
         generator = torch.Generator().manual_seed(seed + i)
         made = _call(pipe, **_subject(pipe, subject), **given, generator=generator)
@@ -113,6 +125,99 @@ def generate_batch(
             joined.setdefault(key, []).extend(value if isinstance(value, list) else [value])
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return list(_call(pipe, **joined, **given, generator=generators).images)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """An image that is being made.
+
+    Attributes:
+        step, steps: how many are done, and how many there are.
+        seconds: of text encoding, sampling and decoding so far, without previews.
+        preview: at base resolution, of an upgraded pipeline whose base has its decoder.
+        image: once it is finished.
+    """
+
+    step: int
+    steps: int
+    seconds: float
+    preview: Image.Image | None = None
+    image: Image.Image | None = None
+
+
+class _Ended(Exception):
+    """Nobody waits for the image any more."""
+
+
+def watch_image(
+    pipe: DiffusionPipeline,
+    subject: str,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> Generator[Watched, None, None]:
+    """Generate one image in a thread; yields after each step, and at the end with the image.
+
+    Closing the iterator ends the sampling after the step that is being computed.
+
+    Args:
+        pipe, seed, steps, guidance, height, width: as for :func:`generate_images`.
+        subject: a prompt, or the name or number of a class.
+
+    Raises:
+        DavaeError: as for :func:`generate_images`.
+    """
+    total = steps or default_of(pipe, "num_inference_steps")
+    vae = getattr(pipe, "vae", None)
+    previews = None
+    if isinstance(vae, AutoencoderDA) and (vae.config.has_base_decoder or getattr(pipe, "preview_decoder", None)):
+        previews = Previews(pipe, height=height, width=width)
+    said: SimpleQueue[Watched | BaseException] = SimpleQueue()
+    ended = threading.Event()
+    began, apart = time.perf_counter(), 0.0
+
+    def on_step(step: int, timestep: Any, latents: Tensor) -> None:
+        nonlocal apart
+        if ended.is_set():
+            raise _Ended
+        stopped = time.perf_counter()
+        elapsed, shown = stopped - began - apart, None
+        if previews is not None:
+            previews.on_step(step, timestep, latents)
+            shown = previews.images[step][0]
+        apart += time.perf_counter() - stopped
+        said.put(Watched(step + 1, total, elapsed, shown))
+
+    def sample() -> None:
+        options: dict[str, Any] = {"seed": seed, "steps": steps, "guidance": guidance}
+        try:
+            made = next(generate_images(pipe, [subject], height=height, width=width, on_step=on_step, **options))
+            said.put(Watched(total, total, time.perf_counter() - began - apart, image=made.image))
+        except BaseException as error:  # noqa: BLE001  it is raised where the image is waited for
+            said.put(error)
+
+    thread = threading.Thread(target=sample, name="sampling", daemon=True)
+    thread.start()
+    try:
+        while True:
+            found = said.get()
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+            if found.image is not None:
+                return
+    finally:
+        ended.set()
+        thread.join()
+
+
+def default_of(pipe: DiffusionPipeline, option: str) -> Any:
+    """The default of an argument of the pipeline's call; None if it has no such argument."""
+    known = _parameters(pipe).get(option)
+    return None if known is None or known.default is inspect.Parameter.empty else known.default
 
 
 def read_prompts(file: str | Path) -> list[str]:
@@ -165,6 +270,19 @@ def _given_options(
     if missing:
         raise DavaeError(f"{type(pipe).__name__} has no option {', '.join(missing)}: leave it out")
     return given
+
+
+def _callback(pipe: DiffusionPipeline, on_step: OnStep | None) -> dict[str, Any]:
+    """The argument by which a pipeline calls ``on_step``, in the new or in the older form (PixArt)."""
+    if on_step is None:
+        return {}
+
+    def at_the_end(_pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(step, timestep, tensors["latents"])
+        return {}
+
+    forms: dict[str, Any] = {"callback_on_step_end": at_the_end, "callback": on_step}
+    return next(({name: form} for name, form in forms.items() if name in _parameters(pipe)), {})
 
 
 def _guidance(pipe: DiffusionPipeline, scale: float | None, negative: str | None) -> dict[str, Any]:

@@ -274,6 +274,7 @@ _OPTIONAL = {
     "prodigyopt": ("Prodigy", "pip install 'davae[optimizers]'"),
     "wandb": ("tracking with Weights & Biases", "pip install 'davae[trackers]'"),
     "trackio": ("tracking with Trackio", "pip install 'davae[trackers]'"),
+    "gradio": ("davae studio, a page in the browser", "pip install 'davae[studio]'"),
 }
 
 
