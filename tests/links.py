@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = ("*.md", "*.toml", "*.cff", "*.yml", "docs/**/*.md", "notebooks/*.ipynb", "comfyui/**/*.*", "src/**/*.*")
 LINK = re.compile(r"https?://[^\s<>()\[\]\"'`\\]+")
 NAMES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # of XML; nobody follows them
+OWN = re.compile(r"http://(127\.0\.0\.1:|\{)")  # the studio's page; in code its address is put in
 KINDS = {  # what the pages may rely on: papers, code and models at their origin, licences, a dependency's pages
     "arxiv.org": r"/abs/\d{4}\.\d{5}",
     "creativecommons.org": r"/licenses/[a-z-]+/\d\.\d/",
@@ -56,7 +57,7 @@ def links() -> Iterator[tuple[Path, str]]:
             ".sbatch",
         }:
             for address in dict.fromkeys(LINK.findall(file.read_text(encoding="utf-8"))):
-                if address not in NAMES and not address.startswith("http://127.0.0.1:"):  # the studio's own page
+                if address not in NAMES and not OWN.match(address):
                     yield file.relative_to(ROOT), address.rstrip(".,;:")
 
 
