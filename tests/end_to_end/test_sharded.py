@@ -155,7 +155,8 @@ def test_losses_norms_and_every_tensor_agree_with_one_process(runs, other):
         a, b = load_file(one / file), load_file(other / file)
         assert a.keys() == b.keys(), file
         for name in a:
-            torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5, msg=f"{file}: {name}")
+            near = 2**-7 if a[name].dtype == torch.bfloat16 else 1e-4  # the next number, where rounding falls otherwise
+            torch.testing.assert_close(b[name], a[name], rtol=near, atol=1e-5, msg=f"{file}: {name}")
 
 
 @pytest.mark.parametrize("number", ["one", "two"])

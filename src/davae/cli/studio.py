@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from davae.cli.options import installed
+from davae.cli.options import ModelDType, installed
 
 
 def studio(
@@ -22,9 +22,10 @@ def studio(
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0 takes a free one.")] = 7860,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    dtype: ModelDType = None,
 ) -> None:
     """Show a page in the browser, on this machine alone: reconstruct, generate, plan, and watch runs."""
     installed("gradio", "studio")
     from davae.studio.page import serve
 
-    serve(model, runs=runs, base=base, port=port, device=device)
+    serve(model, runs=runs, base=base, port=port, device=device, dtype=dtype)

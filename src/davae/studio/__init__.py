@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -76,7 +76,14 @@ class Models:
     notes: list[str] = field(default_factory=list)
 
 
-def open_models(model: str | None, runs: Path, *, base: str | None = None, device: str = "cpu") -> Models:
+def open_models(
+    model: str | None,
+    runs: Path,
+    *,
+    base: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | Literal["saved"] = "saved",
+) -> Models:
     """Open an upgrade and its base.
 
     Args:
@@ -85,6 +92,7 @@ def open_models(model: str | None, runs: Path, *, base: str | None = None, devic
         runs: folder of runs.
         base: the base pipeline; by default the one that the recipe of the model's run names.
         device: ``cpu``, ``cuda`` or ``cuda:1``.
+        dtype: of the weights; ``saved`` is that of the files.
 
     Raises:
         DavaeError: what is named cannot be opened, or is a base.
@@ -104,12 +112,13 @@ def open_models(model: str | None, runs: Path, *, base: str | None = None, devic
         pipe = load_base(str(place)) if whole else None
         if pipe is not None and not isinstance(pipe.vae, AutoencoderDA):
             raise DavaeError(f"{name} is a base: upgrade it with `davae upgrade`, or name what was made of it")
-        models = Models(name, load_autoencoder(place) if pipe is None else pipe.vae, pipe)
+        models = Models(name, load_autoencoder(place, dtype=dtype) if pipe is None else pipe.vae, pipe)
         _add_base(models, place, base)
-    models.vae.to(device).eval()
+    precision = {} if dtype == "saved" else {"dtype": dtype}
+    models.vae.to(device, **precision).eval()
     for opened in (models.pipe, models.base):
         if opened is not None:
-            opened.to(device).set_progress_bar_config(disable=True)
+            opened.to(device, **precision).set_progress_bar_config(disable=True)
     return models
 
 

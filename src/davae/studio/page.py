@@ -33,7 +33,7 @@ from davae.report.build import RunView, page_colours
 from davae.report.words import seconds
 from davae.runtime.atomic_files import system_error
 from davae.runtime.console import say, shown
-from davae.runtime.devices import chosen_device
+from davae.runtime.devices import chosen_device, wanted_dtype
 from davae.runtime.pictures import as_picture
 from davae.studio import (
     ALONE,
@@ -71,6 +71,7 @@ def serve(
     base: str | None = None,
     port: int = 7860,
     device: str = "cpu",
+    dtype: str | None = None,
 ) -> None:
     """Show the page until Ctrl-C.
 
@@ -79,12 +80,13 @@ def serve(
         runs: folder of runs.
         port: of 127.0.0.1; 0 takes a free one.
         device: ``cpu``, ``cuda`` or ``cuda:1``.
+        dtype: of the weights; by default that of the files.
 
     Raises:
         DavaeError: the models cannot be opened, or the port is taken.
     """
     with _listening(port) as listener, TemporaryDirectory(prefix="davae-studio-") as folder:
-        models = open_models(model, Path(runs), base=base, device=chosen_device(device))
+        models = open_models(model, Path(runs), base=base, device=chosen_device(device), dtype=wanted_dtype(dtype))
         import uvicorn
 
         app = studio_app(models, Path(runs), Path(folder))
