@@ -51,7 +51,10 @@ class ModuleTrainer:
         self.module: Any = module
         self.optimizer = optimizer
         self.masks = spread_masks(trained.module, trained.gradient_masks)
-        self._rate_masks = spread_masks(trained.module, trained.rate_masks)
+        self._shares: dict[str, Tensor] = {}  # of a step with its own rate, for each entry of a parameter
+        for name, mask in spread_masks(trained.module, trained.rate_masks).items():
+            others = trained.optimizer.learning_rate / trained.learning_rates[name]
+            self._shares[name] = others + (1 - others) * mask
         self.names = [n for n, p in trained.module.named_parameters() if p.requires_grad]
         """The trained parameters, in the order of :meth:`norms`."""
 
@@ -110,15 +113,12 @@ class ModuleTrainer:
     @contextmanager
     def _rates_of_parts(self) -> Iterator[None]:
         """Context of a step in which entries whose rate mask is false move as far as with the optimizer's own rate."""
-        trained = self.trained
-        parts = {name: trained.module.get_parameter(name) for name in self._rate_masks}
+        parts = {name: self.trained.module.get_parameter(name) for name in self._shares}
         before = {name: parameter.detach().clone() for name, parameter in parts.items()}
         yield
         with torch.no_grad():
             for name, parameter in parts.items():
-                own = trained.optimizer.learning_rate / trained.learning_rates[name]
-                share = own + (1 - own) * self._rate_masks[name]
-                parameter.copy_(before[name] + share * (parameter - before[name]))
+                parameter.copy_(before[name] + self._shares[name] * (parameter - before[name]))
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
