@@ -15,6 +15,7 @@ from davae.cli.options import (
     folder_of,
     named_values,
     some_images,
+    upscalers_of,
     write_figures,
 )
 from davae.runtime.console import wide_console
@@ -94,7 +95,7 @@ def autoencoder(
         out=out,
         features=features or (),
         lpips=lpips,
-        upscalers=named_values(upscaler, "--upscaler", "esrgan=RealESRGAN_x2plus.safetensors"),
+        upscalers=upscalers_of(upscaler),
     )
     write_figures(json_file, result.to_json())
     from davae.cli.tables import comparison_table

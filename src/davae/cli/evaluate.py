@@ -16,6 +16,7 @@ from davae.cli.options import (
     named_values,
     new_file,
     some_images,
+    upscalers_of,
     write_figures,
 )
 from davae.runtime.console import say
@@ -55,7 +56,7 @@ def reconstruction(
 ) -> None:
     """Compare an autoencoder with baselines: decoder alone, base enlarged and at full size, reduced image."""
     others = named_values(beside, "--beside", "trained-alone=runs/alone/autoencoder")
-    upscalers = named_values(upscaler, "--upscaler", "esrgan=RealESRGAN_x2plus.safetensors")
+    upscalers = upscalers_of(upscaler)
     folders = named_values(crops, "--crops", "lettering=crops/lettering")
     from davae.cli.tables import print_figures
     from davae.evaluation.reconstruction.evaluate import evaluate_reconstruction
@@ -129,7 +130,7 @@ def generation(
 ) -> None:
     """Generate images, then measure them. The same command continues a stopped run; torchrun divides the work."""
     others = named_values(beside, "--beside", "equal-tokens=PIPELINE")
-    upscalers = named_values(upscaler, "--upscaler", "esrgan=RealESRGAN_x2plus.safetensors")
+    upscalers = upscalers_of(upscaler)
     from davae.cli.tables import print_figures
     from davae.evaluation.generation.evaluate import evaluate_generation
 

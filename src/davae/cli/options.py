@@ -91,6 +91,11 @@ def named_values(texts: Sequence[str] | None, option: str, example: str) -> dict
     return found
 
 
+def upscalers_of(texts: Sequence[str] | None) -> dict[str, str]:
+    """The values of ``--upscaler``, by name."""
+    return named_values(texts, "--upscaler", "esrgan=RealESRGAN_x2plus.safetensors")
+
+
 def installed(package: str, extra: str) -> None:
     """Check that an optional package is there, before anything else is imported.
 
