@@ -132,6 +132,18 @@ def test_half_precision_halves_the_file_and_rounds(dtype: str, error: float, tmp
         LatentCache(tmp_path / "half", wanted=fingerprint())
 
 
+def test_a_slow_run_closes_its_shards_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed run has lost no more than ``shard_seconds`` of work, however small its shards are by then."""
+    now = [100.0]
+    monkeypatch.setattr("davae.data.cache.writer.time.monotonic", lambda: now[0])
+    writer = CacheWriter(tmp_path / "c", fingerprint(), shard_records=1000, shard_seconds=60.0)
+    for record in records()[:7]:  # at 0, 25, 50, 75 | 100, 125, 150
+        writer.add(LATENTS, record)
+        now[0] += 25.0
+    again = CacheWriter(tmp_path / "c", fingerprint(), shard_records=1000)
+    assert again.done[LATENTS] == {record.key for record in records()[:4]}
+
+
 def test_webdataset_shards_are_plain_tars(tmp_path: Path) -> None:
     write(tmp_path / "c", "webdataset")
     with tarfile.open(tmp_path / "c" / "latents-00000.tar") as archive:

@@ -4,6 +4,7 @@ Several processes may write one cache together: each has its own shards and jour
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 256 * 2**20
 SHARD_RECORDS = 4096
+SHARD_SECONDS = 300.0
 LATENTS, TEXTS = "latents", "texts"
 """The two kinds of shards, as prefixes of their names."""
 
@@ -36,7 +38,8 @@ class CacheWriter:
         form: ``safetensors`` or ``webdataset`` (tar).
         about: plain values for readers (class names, skipped files).
         shard_bytes: a shard is closed when its tensors reach this size.
-        shard_records: or when it has this many records; a stopped run loses at most one shard of each kind.
+        shard_records: or when it has this many records.
+        shard_seconds: or this long after its first record, which bounds what a killed run loses of each kind.
         captions: returns captions by image id, to update changed ones.
         rank: number of this process. The first one, 0, must open the cache before the others do.
         world_size: number of processes that write it together.
@@ -54,6 +57,7 @@ class CacheWriter:
         about: dict[str, Any] | None = None,
         shard_bytes: int = SHARD_BYTES,
         shard_records: int = SHARD_RECORDS,
+        shard_seconds: float = SHARD_SECONDS,
         captions: Callable[[], Mapping[str, str]] = dict,
         rank: int = 0,
         world_size: int = 1,
@@ -62,7 +66,7 @@ class CacheWriter:
             raise DavaeError(f"the format is '{form}'; known are {', '.join(SUFFIXES)}")
         self.folder, self.form = Path(folder), form
         self.dtype = DTYPES[fingerprint.facts["dtype"]]
-        self.shard_bytes, self.shard_records = shard_bytes, shard_records
+        self.shard_bytes, self.shard_records, self.shard_seconds = shard_bytes, shard_records, shard_seconds
         self._journal, self._every = journal_of(rank, world_size), world_size
         if rank == 0:
             self._prepare(fingerprint, about or {}, captions)
@@ -73,6 +77,7 @@ class CacheWriter:
             self.done[line["shard"].partition("-")[0]].add(line["key"])
         self._next = {kind: _first_free(self.index.shards, kind) + rank for kind in (LATENTS, TEXTS)}
         self._waiting: dict[str, list[Record]] = {LATENTS: [], TEXTS: []}
+        self._since = {LATENTS: 0.0, TEXTS: 0.0}
 
     def _prepare(
         self, fingerprint: Fingerprint, about: dict[str, Any], captions: Callable[[], Mapping[str, str]]
@@ -156,13 +161,16 @@ class CacheWriter:
         return self.index.complete is not None
 
     def add(self, kind: str, record: Record) -> None:
-        """Add a record; it is on disk once its shard is full or :meth:`flush` was called."""
+        """Add a record; it is on disk once its shard is closed or :meth:`flush` was called."""
         if record.key in self.done[kind]:
             raise DavaeError(f"the cache {self.folder} holds '{record.key}' already")
         self.done[kind].add(record.key)
         waiting = self._waiting[kind]
+        if not waiting:
+            self._since[kind] = time.monotonic()
         waiting.append(Record(record.key, stored(record.tensors, self.dtype, widen=kind == LATENTS), record.facts))
-        if len(waiting) >= self.shard_records or sum(r.nbytes for r in waiting) >= self.shard_bytes:
+        full = len(waiting) >= self.shard_records or sum(r.nbytes for r in waiting) >= self.shard_bytes
+        if full or time.monotonic() - self._since[kind] >= self.shard_seconds:
             self._write(kind)
 
     def flush(self) -> None:
