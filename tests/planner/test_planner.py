@@ -88,12 +88,17 @@ def test_sd35_medium_at_1024_costs_a_quarter_of_the_tokens(medium, monkeypatch):
     monkeypatch.setattr(planner, "_phases", lambda *a: {})
     monkeypatch.setattr(planner, "hours", lambda *a: 0.0)
     made = planner.plan(medium, resolution=1024, scale=2)
-    assert made.tokens == {"base": 1024, "native": 4096, "upgraded": 1024}
+    assert made.tokens == {"base": 1024, "native": 4096, "decoder alone": 1024, "upgraded": 1024}
     ratio = made.flops_per_image["native"] / made.flops_per_image["upgraded"]
     assert 4 < ratio < 5
-    assert made.speedup == ratio
-    assert 1 < made.speedup_with_decoding < ratio
+    assert made.speedup["upgraded"] == ratio
+    assert 1 < made.speedup_with_decoding["upgraded"] < ratio
     assert made.flops_per_image["upgraded"] == pytest.approx(made.flops_per_image["base"], rel=1e-3)
+    alone, faster = "decoder alone", made.speedup_with_decoding  # the base's samples, decoded as the upgrade's are
+    assert made.flops_per_image[alone] == made.flops_per_image["base"]
+    assert made.decode_flops[alone] == made.decode_flops["upgraded"]
+    assert made.decode_flops["native"] == pytest.approx(made.decode_flops[alone], rel=0.01)
+    assert faster["upgraded"] <= faster[alone] < faster["base"]
     assert made.parameters["transformer"] == 2_243_171_520
     assert made.detail_channels == 16
 
@@ -205,12 +210,12 @@ def test_targets_are_counted_as_peft_does(medium):
 def test_plan_of_the_embedded_base_is_complete_and_plain():
     made = planner.plan("tiny", resolution=128, scale=2)
     values = json.loads(json.dumps(made.to_json()))
-    assert values["tokens"] == {"base": 64, "native": 256, "upgraded": 64}
-    assert set(values["flops_per_image"]) == {"base", "native", "upgraded"}
+    assert values["tokens"] == {"base": 64, "native": 256, "decoder alone": 64, "upgraded": 64}
+    assert set(values["flops_per_image"]) == {"base", "native", "decoder alone", "upgraded"}
     for stage in ("autoencoder", "diffusion"):
         assert values["memory_bytes"][stage] > 0
         assert values["training_hours"][stage] > 0
-    assert values["speedup"] > 4
+    assert values["speedup"]["upgraded"] > 4
     assert stage_line(made, "autoencoder").startswith("autoencoder: ")
 
 
@@ -243,7 +248,7 @@ def test_each_text_encoder_sees_its_own_tokens():
     sizes = find_architecture("sd35-medium").text_encoder_sizes()
     tokens = {"T5EncoderModel": 256, "CLIPTextModelWithProjection": 77}
     assert found.text_flops == sum(2 * size.multiplied * tokens[size.class_name] for size in sizes)
-    assert found.speedup_with_decoding == pytest.approx(4.24, abs=0.005)
+    assert found.speedup_with_decoding["upgraded"] == pytest.approx(4.24, abs=0.005)
 
 
 @pytest.mark.parametrize(("base", "mode"), [("tiny", "full"), ("debug-sd3", "full"), ("sd35-medium", "lora")])

@@ -27,7 +27,7 @@ from davae.planner.stages import (
     forward_cost,
 )
 
-VARIANTS = ("base", "native", "upgraded")
+VARIANTS = ("base", "native", "decoder alone", "upgraded")
 _CLIP_TOKENS = 77
 
 
@@ -36,8 +36,9 @@ class Plan:
     """What an upgrade is expected to cost. Operations count a multiply-add as two; nothing here was timed.
 
     Variants are ``base`` (the base model at its own resolution, ``resolution / scale``), ``native`` (the base
-    model asked for the full resolution) and ``upgraded`` (the full resolution from the base's tokens). Stages
-    are ``autoencoder`` and ``diffusion``.
+    model asked for the full resolution), ``decoder alone`` (the base model at its own resolution, decoded by the
+    joint decoder without details: stage 1 alone) and ``upgraded`` (the full resolution from the base's tokens).
+    Stages are ``autoencoder`` and ``diffusion``.
 
     Attributes:
         base: name of the base.
@@ -57,7 +58,7 @@ class Plan:
         flops_per_image: of the transformer, all steps, by variant.
         decode_flops: of the decoder for one image, by variant; not part of ``flops_per_image``.
         text_flops: of the text encoders for one image; not part of ``flops_per_image``.
-        speedup: native over upgraded, transformer operations alone.
+        speedup: native over every variant, transformer operations alone.
         speedup_with_decoding: the same with text encoding and decoding.
         batch: images at a time in ``memory_bytes["inference"]``.
         memory_bytes: ``inference`` (upgraded, weights in bfloat16), ``inference_native`` and each stage.
@@ -90,8 +91,8 @@ class Plan:
     flops_per_image: dict[str, float]
     decode_flops: dict[str, float]
     text_flops: float
-    speedup: float
-    speedup_with_decoding: float
+    speedup: dict[str, float]
+    speedup_with_decoding: dict[str, float]
     batch: int
     memory_bytes: dict[str, int]
     memory_parts: dict[str, dict[str, int]]
@@ -150,8 +151,8 @@ def plan(
     vae = architecture.build_autoencoder(scale, details)
     text = architecture.text_tokens if text_tokens is None else text_tokens
 
-    sides = {"base": resolution // scale, "native": resolution, "upgraded": resolution}
-    f = {"base": compression, "native": compression, "upgraded": scale * compression}
+    sides = {v: resolution // scale if v == "base" else resolution for v in VARIANTS}
+    f = {v: compression if v in ("base", "native") else scale * compression for v in VARIANTS}
     cost, decode = _inference(architecture, vae, sides, f, text, batch)
     tokens = {v: (sides[v] // (f[v] * architecture.patch)) ** 2 for v in VARIANTS}
     steps, passes = architecture.denoising_steps, architecture.passes
@@ -211,8 +212,8 @@ def plan(
         flops_per_image=per_image,
         decode_flops=decode_flops,
         text_flops=text_flops,
-        speedup=per_image["native"] / per_image["upgraded"],
-        speedup_with_decoding=whole["native"] / whole["upgraded"],
+        speedup={v: per_image["native"] / per_image[v] for v in VARIANTS},
+        speedup_with_decoding={v: whole["native"] / whole[v] for v in VARIANTS},
         batch=batch,
         memory_bytes={name: sum(parts.values()) for name, parts in memory_parts.items()},
         memory_parts=memory_parts,
@@ -259,14 +260,15 @@ def _inference(
     vae = nn.Module.to(vae.eval(), torch.bfloat16)
     steps, decodes = {}, {}
     for variant in VARIANTS:
-        upgraded = variant == "upgraded"
-        channels = vae.layout.channels if upgraded else vae.layout.base_channels
+        details, whole = variant == "upgraded", variant in ("upgraded", "decoder alone")
+        channels = vae.layout.channels if details else vae.layout.base_channels
         side = sides[variant] // compression[variant]
         options: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
         noisy = torch.empty(architecture.passes * batch, channels, side, side, **options)
-        steps[variant] = _step(widened if upgraded else base, noisy, text_tokens, watch=variant != "base")
-        latent = torch.empty(batch, channels, side, side, **options)
-        decodes[variant] = _decoding(vae if upgraded else base_vae, adapter, latent, upgraded, watch=variant != "base")
+        watch = variant != "base"
+        steps[variant] = _step(widened if details else base, noisy, text_tokens, watch=watch)
+        latent = torch.empty(batch, vae.layout.channels if whole else channels, side, side, **options)
+        decodes[variant] = _decoding(vae if whole else base_vae, adapter, latent, whole, watch=watch)
     nn.Module.to(vae, torch.float32)
     return steps, decodes
 

@@ -6,6 +6,8 @@ from davae.pipelines.families import why_untrainable
 from davae.planner.plan import VARIANTS, Plan
 
 STAGES = ("autoencoder", "diffusion")
+TRAINED = {"base": "none", "native": "none", "decoder alone": "autoencoder", "upgraded": "both"}
+"""The stages that a variant needs; ``native`` needs none where the base knows the full resolution."""
 
 
 def stage_line(plan: Plan, stage: str) -> str:
@@ -22,8 +24,8 @@ def inference_line(plan: Plan) -> str:
     """One line on sampling: tokens, memory, operations of an image with text and decoding. Recipes have it too."""
     return (
         f"sampling: {plan.tokens['upgraded']} tokens for {plan.resolution} pixels instead of {plan.tokens['native']}, "
-        f"{_gigabytes(plan.memory_bytes['inference'])}, {plan.speedup_with_decoding:.2f} times fewer operations an "
-        f"image (transformer {plan.speedup:.2f})"
+        f"{_gigabytes(plan.memory_bytes['inference'])}, {plan.speedup_with_decoding['upgraded']:.2f} times fewer "
+        f"operations an image (transformer {plan.speedup['upgraded']:.2f})"
     )
 
 
@@ -49,7 +51,7 @@ def notes(plan: Plan) -> list[str]:
 def tables(plan: Plan) -> list[Table]:
     """The plan as tables: what an image costs, memory, training."""
     image = Table("", *VARIANTS, title=f"{plan.base}: {plan.resolution} pixels, scale {plan.scale}")
-    shown = {"base": plan.resolution // plan.scale, "native": plan.resolution, "upgraded": plan.resolution}
+    shown = {v: plan.resolution // plan.scale if v == "base" else plan.resolution for v in VARIANTS}
     image.add_row("pixels per side", *[str(shown[v]) for v in VARIANTS])
     channels = {v: plan.base_channels + plan.detail_channels * (v == "upgraded") for v in VARIANTS}
     image.add_row("latent", *[f"f{plan.compression[v]} c{channels[v]}" for v in VARIANTS])
@@ -60,10 +62,12 @@ def tables(plan: Plan) -> list[Table]:
     )
     image.add_row(f"TFLOP per image ({plan.steps} steps)", *[_tera(plan.flops_per_image[v]) for v in VARIANTS])
     image.add_row("+ decoding, TFLOP", *[_tera(plan.decode_flops[v]) for v in VARIANTS])
-    image.add_row("+ text encoding, TFLOP", *[_tera(plan.passes * plan.text_flops)] * 3)
+    image.add_row("+ text encoding, TFLOP", *[_tera(plan.passes * plan.text_flops)] * len(VARIANTS))
     image.add_section()
-    image.add_row("speed-up over native, transformer", "", "1", f"{plan.speedup:.2f}")
-    image.add_row("with decoding and text", "", "1", f"{plan.speedup_with_decoding:.2f}")
+    image.add_row("speed-up over native, transformer", *[f"{plan.speedup[v]:.2f}" for v in VARIANTS])
+    image.add_row("with decoding and text", *[f"{plan.speedup_with_decoding[v]:.2f}" for v in VARIANTS])
+    image.add_section()
+    image.add_row("trained stages", *[TRAINED[v] for v in VARIANTS])
 
     columns = ("inference_native", "inference", *STAGES)
     titles = (f"native, batch {plan.batch}", f"upgraded, batch {plan.batch}")
