@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("*.md", "*.toml", "*.cff", "*.yml", "docs/**/*.md", "notebooks/*.ipynb", "comfyui/**/*.*", "src/**/*.*")
+FILES = ("*.md", "*.toml", "*.cff", "*.yml", "docs/**/*.md", "notebooks/*.ipynb", "src/**/*.*")
 LINK = re.compile(r"https?://[^\s<>()\[\]\"'`\\]+")
 NAMES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # of XML; nobody follows them
 OWN = re.compile(r"http://(127\.0\.0\.1:|\{)")  # the studio's page; in code its address is put in

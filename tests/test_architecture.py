@@ -19,7 +19,7 @@ LAYERS = [
     {"benchmark"},
     {"experiments"},
     {"report"},
-    {"demo", "studio"},
+    {"demo", "studio", "comfyui"},
     {"cli"},
     {"__main__"},
 ]
@@ -27,7 +27,7 @@ LAYERS = [
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 LARGEST_FOLDER = 15
 LARGER = {"cli": 22}
-MOST_FILES, MOST_LINES, MOST_IGNORES = 314, 50_200, 11
+MOST_FILES, MOST_LINES, MOST_IGNORES = 318, 50_800, 11
 
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -37,30 +37,6 @@ def autoencoder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "verb",
-    [
-        "demo",
-        "plan",
-        "recipes",
-        "train",
-        "cache",
-        "upgrade",
-        "generate",
-        "reconstruct",
-        "inspect",
-        "bench",
-        "export",
-        "report",
-        "doctor",
-    ],
-)
-def test_every_verb_has_help(verb, monkeypatch, capsys):
-    status, out, _ = _run(monkeypatch, capsys, verb, "--help")
-    assert status == 0
-    assert "Usage" in out
-
-
-@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["train", "autoencoder", "--recipe", "tinny"], "did you mean 'tiny'"),

@@ -52,6 +52,7 @@ VERBS = [
     "report",
     "studio",
     "configs",
+    "comfyui",
     "doctor",
 ]
 NOWHERE = "no images at '/nowhere': there is no such folder or file"
@@ -77,6 +78,7 @@ ANSWERS = [
     ("compare autoencoder a --data procedural:4 --resolution 32", 2, "autoencoder a: write NAME="),
     ("demo --out file", 2, "file cannot be a folder"),
     ("configs --out file", 2, "file cannot be a folder"),
+    ("comfyui --out file", 2, "file cannot be a folder"),
     ("train autoencoder data.pth=x", 2, "unknown key 'data.pth'; did you mean 'data.path'?"),
     ("train diffusion --recipe tinny", 2, "did you mean 'tiny'"),
     ("train base --recipe none.yaml", 2, "no recipe file none.yaml"),

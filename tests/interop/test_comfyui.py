@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -40,13 +41,15 @@ import davae
 from davae.bases import debug_text
 from davae.bases.debug_pipelines import small_pipeline
 from davae.cli.main import main
+from davae.comfyui.latents import Coder, empty_latent
+from davae.comfyui.nodes import NODES as TABLE
 from davae.errors import DavaeError
 from davae.interop.comfyui import FORMAT, load_model, read_header, write_single_files
 from davae.interop.conversion import convert_comfyui_file
 from davae.pipelines import attach_lora, merge_lora
 from davae.training.runs.export import export_run
 
-NODES = Path(__file__).parents[2] / "comfyui"
+NODES = Path(davae.__file__).parent / "comfyui" / "custom_node"
 WORKFLOWS = NODES / "example_workflows"
 TEXT, POOLED = 4096, 2048  # channels of ComfyUI's embeddings for Stable Diffusion 3
 FILE = "sd35-da.safetensors"
@@ -128,12 +131,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 @pytest.fixture(scope="module")
 def nodes() -> ModuleType:
-    """The package of nodes, imported as ComfyUI does, where there is no ComfyUI."""
-    spec = importlib.util.spec_from_file_location("davae_nodes", NODES / "__init__.py")
+    """The folder of nodes, imported as ComfyUI does, where there is no ComfyUI."""
+    spec = importlib.util.spec_from_file_location("custom_nodes/davae", NODES / "__init__.py")
     assert spec is not None
     assert spec.loader is not None
     package = importlib.util.module_from_spec(spec)
-    sys.modules["davae_nodes"] = package
     spec.loader.exec_module(package)
     return package
 
@@ -263,9 +265,7 @@ def test_the_verbs(
 # ---------------------------------------------------------------------- the nodes without ComfyUI
 
 
-def test_encode_and_decode(nodes: ModuleType, made: Made) -> None:
-    from davae_nodes.latents import Coder, empty_latent
-
+def test_encode_and_decode(made: Made) -> None:
     vae = made.pipe.vae
     coder, images = Coder(vae), torch.rand(2, 3, 128, 64) * 2 - 1
     latents = coder.encode(images)
@@ -291,7 +291,7 @@ def test_nodes_of_the_first_interface(nodes: ModuleType, monkeypatch: pytest.Mon
     listed.get_filename_list = lambda kind: [f"{kind}.safetensors", "other.ckpt"]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "folder_paths", listed)
     assert nodes.NODE_CLASS_MAPPINGS.keys() == nodes.NODE_DISPLAY_NAME_MAPPINGS.keys()
-    for node in nodes.NODES:
+    for node in TABLE:
         made = nodes.NODE_CLASS_MAPPINGS[node.id]
         assert (node.output,) == made.RETURN_TYPES
         shown = made.INPUT_TYPES()["required"]
@@ -302,9 +302,9 @@ def test_nodes_of_the_first_interface(nodes: ModuleType, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", ["text_to_image", "image_to_image", "autoencoder"])
-def test_an_example_is_one_graph_in_both_forms(nodes: ModuleType, name: str) -> None:
+def test_an_example_is_one_graph_in_both_forms(name: str) -> None:
     api, page = (json.loads((WORKFLOWS / place).read_text()) for place in (f"api/{name}.json", f"{name}.json"))
-    known = {node.id: [one.id for one in node.inputs] for node in nodes.NODES}
+    known = {node.id: [one.id for one in node.inputs] for node in TABLE}
     links = {number: [str(source), slot] for number, source, slot, *_ in page["links"]}
     assert {str(node["id"]): node["type"] for node in page["nodes"]} == {k: v["class_type"] for k, v in api.items()}
     for node in page["nodes"]:
@@ -318,12 +318,15 @@ def test_an_example_is_one_graph_in_both_forms(nodes: ModuleType, name: str) -> 
 
 
 def test_the_registry_s_entry() -> None:
-    import tomllib
-
+    """Names, forms and keys are those that https://docs.comfy.org/registry/specifications asks for."""
     entry = tomllib.loads((NODES / "pyproject.toml").read_text())
-    assert "comfyui" not in entry["project"]["name"].lower()
-    assert [int(part) for part in entry["project"]["version"].split(".")][2:]
-    assert {"PublisherId", "DisplayName"} <= entry["tool"]["comfy"].keys()
+    project, ours = entry["project"], tomllib.loads((NODES.parents[3] / "pyproject.toml").read_text())["project"]
+    assert "comfyui" not in project["name"].lower()
+    assert project["version"] == davae.__version__
+    assert project["license"] == {"text": ours["license"]}
+    assert project["urls"]["Repository"] == ours["urls"]["Repository"]
+    assert project["requires-python"] == ours["requires-python"]
+    assert set(entry["tool"]["comfy"]) == {"PublisherId", "DisplayName"}
 
 
 # ---------------------------------------------------------------------- ComfyUI itself

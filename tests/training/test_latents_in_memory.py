@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,13 @@ def mirroring(kind: str, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["scenes", "files", "buckets"])
-def test_latents_are_those_of_the_images_in_every_epoch(kind: str, tmp_path: Path) -> None:
+def test_latents_are_those_of_the_images_in_every_epoch(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = mirroring(kind, tmp_path)
-    kept = LatentsInMemory(source, encode, lambda item: {**item, "prepared": True})
+    with caplog.at_level(logging.INFO):
+        kept = LatentsInMemory(source, encode, lambda item: {**item, "prepared": True}, shown="latents")
+    assert "latents 6/6  0:00 left" in caplog.text
     beside = WithKept(source, {"base_latent": encode})
     halved = LatentsInMemory(Prepared(source, lambda item: {**item, "image": item["image"] / 2}), encode, dict)
     looks: list[list[bool]] = []

@@ -1,4 +1,4 @@
-"""``davae configs``."""
+"""``davae configs`` and ``davae comfyui``: files that come with davae for use elsewhere."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,11 +8,20 @@ import typer
 from davae.cli.options import folder_of
 from davae.runtime.console import say
 
+_Folder = typer.Option(help="A new or empty folder.", callback=folder_of("result"))
 
-def configs(
-    out: Annotated[Path, typer.Option(help="A new or empty folder.", callback=folder_of("result"))] = Path("configs"),
-) -> None:
+
+def configs(out: Annotated[Path, _Folder] = Path("configs")) -> None:
     """Write accelerate's configurations for one or several GPUs and machines, and a Slurm script."""
-    from davae.configs import write_configs
+    _write("configs", out, (".yaml", ".sbatch"))
 
-    say("\n".join(map(str, write_configs(out))))
+
+def comfyui(out: Annotated[Path, _Folder] = Path("custom_nodes/davae")) -> None:
+    """Write the folder that goes into ComfyUI's custom_nodes: its nodes are those of this davae."""
+    _write("comfyui/custom_node", out, (".py", ".json", ".md", ".toml"))
+
+
+def _write(place: str, out: Path, suffixes: tuple[str, ...]) -> None:
+    from davae.runtime.package_files import write_package_files
+
+    say("\n".join(map(str, write_package_files(place, out, suffixes))))

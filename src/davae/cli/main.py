@@ -74,6 +74,7 @@ app.command()(export.export)
 app.command()(report.report)
 app.command()(studio.studio)
 app.command()(configs.configs)
+app.command()(configs.comfyui)
 app.command()(doctor.doctor)
 
 

@@ -12,7 +12,8 @@ from davae.data.loading.stream import read_items
 from davae.errors import DavaeError
 from davae.runtime.pictures import to_bytes
 from davae.runtime.pixel_budget import in_parts
-from davae.runtime.processes import gathered, share
+from davae.runtime.processes import gathered, is_first, share
+from davae.runtime.progress import Progress
 
 _READ_TOGETHER = 32
 
@@ -125,6 +126,7 @@ class LatentsInMemory(DatasetWrapper):
         limit: use at most this many of the first images.
         workers: loader processes that read the images; 0 reads in this one.
         timeout_s: seconds to wait for a batch; 0 waits indefinitely.
+        shown: name of the progress that is shown; empty shows none.
 
     Raises:
         DavaeError: the images are cropped at random, or reading them takes too long.
@@ -139,12 +141,13 @@ class LatentsInMemory(DatasetWrapper):
         limit: int | None = None,
         workers: int = 0,
         timeout_s: float = 0.0,
+        shown: str = "",
     ) -> None:
         super().__init__(source)
         self.holds_latents = True
         count = len(self.source) if limit is None else min(limit, len(self.source))
         self.bucket_of = None if self.bucket_of is None else self.bucket_of[:count]
-        found = _encoded_share(self.source, count, {"latent": encode}, workers, timeout_s)
+        found = _encoded_share(self.source, count, {"latent": encode}, workers, timeout_s, shown)
         every = gathered([{**item, **latents} for item, latents in found], count)
         self._latents = [item["latent"] for item in every]
         # Prepared after gathering: what items share (embeddings of a caption) must not be sent with each of them.
@@ -175,6 +178,7 @@ class WithKept(DatasetWrapper):
         make: by name in the item, a function of ``[B, 3, H, W]`` to ``[B, ...]``.
         workers: loader processes that read the images; 0 reads in this one.
         timeout_s: seconds to wait for a batch; 0 waits indefinitely.
+        shown: name of the progress that is shown; empty shows none.
 
     Raises:
         DavaeError: the images are cropped at random, or reading them takes too long.
@@ -187,10 +191,11 @@ class WithKept(DatasetWrapper):
         *,
         workers: int = 0,
         timeout_s: float = 0.0,
+        shown: str = "",
     ) -> None:
         super().__init__(source)
         count = len(self.source)
-        found = _encoded_share(self.source, count, make, workers, timeout_s)
+        found = _encoded_share(self.source, count, make, workers, timeout_s, shown)
         self.kept = gathered([kept for _, kept in found], count)
 
     def item(self, index: int, epoch: int) -> Item:
@@ -215,19 +220,26 @@ def _unaugmented(source: ItemDataset) -> ItemDataset:
 
 
 def _encoded_share(
-    source: ItemDataset, count: int, encode: Mapping[str, Callable[[Tensor], Tensor]], workers: int, timeout_s: float
+    source: ItemDataset,
+    count: int,
+    encode: Mapping[str, Callable[[Tensor], Tensor]],
+    workers: int,
+    timeout_s: float,
+    shown: str,
 ) -> Iterator[tuple[Item, dict[str, tuple[Tensor, ...]]]]:
     """This process's share of the first ``count`` items, each without its image, and by name what is made of the image
     and, if the data set mirrors, of its mirror image.
     """
-    plain = _unaugmented(source)
-    for part in read_items(plain, share(count), batch_size=_READ_TOGETHER, workers=workers, timeout_s=timeout_s):
-        items = [dict(item) for item in part]
-        images = [item.pop("image") for item in items]
-        views = [images, [image.flip(-1) for image in images]] if source.flip else [images]
-        made = {name: [encode_by_size(view, one) for view in views] for name, one in encode.items()}
-        for i, item in enumerate(items):
-            yield item, {name: tuple(view[i] for view in of_views) for name, of_views in made.items()}
+    plain, mine = _unaugmented(source), share(count)
+    with Progress(shown, len(mine), enabled=bool(shown) and is_first()) as progress:
+        for part in read_items(plain, mine, batch_size=_READ_TOGETHER, workers=workers, timeout_s=timeout_s):
+            items = [dict(item) for item in part]
+            images = [item.pop("image") for item in items]
+            views = [images, [image.flip(-1) for image in images]] if source.flip else [images]
+            made = {name: [encode_by_size(view, one) for view in views] for name, one in encode.items()}
+            for i, item in enumerate(items):
+                progress.advance()
+                yield item, {name: tuple(view[i] for view in of_views) for name, of_views in made.items()}
 
 
 @torch.no_grad()

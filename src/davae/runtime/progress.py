@@ -85,7 +85,9 @@ class Phases:
     def told(self) -> str:
         """The time left in words."""
         left = self.left()
-        return f"about {f'{left:.0f} s' if left < 100 else f'{left / 60:.0f} min'} left"
+        if left < 100:
+            return f"about {left:.0f} s left"
+        return f"about {f'{left / 60:.0f} min' if left < 5400 else f'{left / 3600:.1f} h'} left"
 
 
 class Progress:

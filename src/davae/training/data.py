@@ -158,11 +158,6 @@ def rank_share_of_images(dataset: ItemDataset, count: int) -> tuple[Tensor, int]
     return torch.stack([dataset[i]["image"] for i in share(count)]), count
 
 
-def stack_images(items: list[dict[str, Any]]) -> Tensor:
-    """Collate the images of a batch of items, ``[B, 3, H, W]``, and nothing else of them."""
-    return torch.stack([item["image"] for item in items])
-
-
 def mean_psnr(images: Tensor, made: Tensor, count: int | None = None) -> float:
     """PSNR in dB, averaged over images.
 

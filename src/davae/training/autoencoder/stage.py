@@ -86,9 +86,8 @@ class AutoencoderStage(Stage):
         self.foundations = self.objective.reconstruction.foundations()
         if cache_latents:
             autoencoder.to(start_processes().device)
-            logger.info("%s: encoding %d images", self.name, len(self.dataset))
-            made = self.objective.keepable()
-            self.dataset = WithKept(self.dataset, made, workers=workers, timeout_s=timeout_s)
+            made, shown = self.objective.keepable(), f"{self.name}: images encoded"
+            self.dataset = WithKept(self.dataset, made, workers=workers, timeout_s=timeout_s, shown=shown)
         gan = settings.reconstruction.gan
         adaptive = settings.alignment.adaptive or (gan.weight > 0 and gan.adaptive)
         model = TrainedModule("model", self.objective, settings.optimizer, can_be_sharded=not adaptive)

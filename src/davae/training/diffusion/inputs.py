@@ -99,8 +99,9 @@ def prepare_inputs(
     if images.holds_latents and family.conditioned_on == "text":
         items = images
     elif cache_latents and not images.holds_latents:
-        logger.info("diffusion: encoding %d images", len(images))
-        items = LatentsInMemory(images, encode, conditions.prepare, workers=workers, timeout_s=timeout_s)
+        items = LatentsInMemory(
+            images, encode, conditions.prepare, workers=workers, timeout_s=timeout_s, shown="diffusion: images encoded"
+        )
     else:  # a cache keeps labels as the data set has them
         items = Prepared(images, conditions.prepare)
     vae.to("cpu")

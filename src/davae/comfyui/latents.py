@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from davae import AutoencoderDA
 from davae.errors import DavaeError
+from davae.models import AutoencoderDA
 
 Shown = Literal["details", "decoder alone", "base"]
 SHOWN = ("details", "decoder alone", "base")

@@ -16,10 +16,9 @@ import comfy.utils
 import latent_preview
 import torch
 
+from davae.comfyui.latents import Coder
 from davae.errors import DavaeError
 from davae.interop.comfyui import WIDENED, Header, load_model, read_header, split_adapters
-
-from .latents import Coder
 
 
 class StructuredFormat(comfy.latent_formats.LatentFormat):
@@ -92,6 +91,8 @@ def register() -> None:
 
 class StructuredVAE(comfy.sd.VAE):
     """ComfyUI's ``VAE`` around an ``AutoencoderDA``: its own nodes for encoding and decoding take it, too."""
+
+    memory_used_decode: Any
 
     def __init__(self, model: Any) -> None:
         level = logging.root.manager.disable

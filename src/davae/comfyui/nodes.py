@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .latents import SHOWN, empty_latent
+from davae.comfyui.latents import SHOWN, empty_latent
 
 LARGEST = 16384
 
@@ -48,39 +48,39 @@ def _path(kind: str, name: str) -> str:
 
 
 def _load_transformer(file: str) -> Any:
-    from .backend import load_transformer
+    from davae.comfyui.backend import load_transformer
 
     return load_transformer(_path("diffusion_models", file))
 
 
 def _load_autoencoder(file: str) -> Any:
-    from .backend import load_autoencoder
+    from davae.comfyui.backend import load_autoencoder
 
     return load_autoencoder(_path("vae", file))
 
 
 def _lora(model: Any, file: str, strength: float) -> Any:
-    from .backend import add_lora
+    from davae.comfyui.backend import add_lora
 
     return add_lora(model, _path("loras", file), strength)
 
 
 def _empty(vae: Any, width: int, height: int, batch_size: int) -> Any:
-    from .backend import structured
+    from davae.comfyui.backend import structured
 
     samples = empty_latent(structured(vae).model, width, height, batch_size)
     return {"samples": samples.to(vae.output_device)}
 
 
 def _encode(pixels: Any, vae: Any, tile_size: int) -> Any:
-    from .backend import structured
+    from davae.comfyui.backend import structured
 
     with structured(vae).tiles(tile_size):
         return {"samples": vae.encode(pixels)}
 
 
 def _decode(samples: Any, vae: Any, shown: str, tile_size: int = 0) -> Any:
-    from .backend import structured
+    from davae.comfyui.backend import structured
 
     with structured(vae).tiles(tile_size):
         return vae.decode(samples["samples"], vae_options={"shown": shown})

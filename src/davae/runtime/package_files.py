@@ -1,0 +1,41 @@
+"""Files that come with davae for use elsewhere, copied out of the installed package."""
+
+from collections.abc import Iterator
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+
+from davae.runtime.atomic_files import make_folder
+from davae.runtime.places import claim
+
+
+def write_package_files(place: str, out: str | Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Copy the files of a folder of the package, folders within it included, to another folder.
+
+    Args:
+        place: relative to davae's package, with forward slashes.
+        out: a new or empty folder.
+        suffixes: of the files that are meant.
+
+    Returns:
+        The files, sorted.
+
+    Raises:
+        DavaeError: the folder holds files, or cannot be written.
+    """
+    source = resources.files("davae").joinpath(place)
+    found = sorted(name for name in _names(source) if name.endswith(suffixes))
+    with claim(out, "result") as folder:
+        for name in found:
+            file = make_folder((folder / name).parent) / Path(name).name
+            file.write_bytes(source.joinpath(name).read_bytes())
+    return [Path(out) / name for name in found]
+
+
+def _names(place: Traversable, inside: str = "") -> Iterator[str]:
+    """Relative to the folder, with forward slashes."""
+    for entry in place.iterdir():
+        if entry.is_dir():
+            yield from _names(entry, f"{inside}{entry.name}/")
+        else:
+            yield f"{inside}{entry.name}"
