@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import davae.planner.architectures as depth
+from davae.bases import open as opening
 from davae.bases.debug_pipelines import small_pipeline
 from davae.bases.open import load_base
 from davae.errors import DavaeError
@@ -285,3 +286,12 @@ def test_what_cannot_be_trained_is_told_before_anything_is(monkeypatch, caplog):
     with pytest.raises(DavaeError, match=why):
         check_upgrade(recipe, "diffusion", without_images=True)
     assert "cannot be trained" not in " ".join(notes(recipes.recipe_plan(recipe, find_architecture("debug-sd3"))))
+
+
+def test_what_a_pipeline_of_the_hub_is_is_asked_before_stage_1(monkeypatch, caplog, tmp_path):
+    """Of a name that no bundled configuration has, the description is fetched with the autoencoder's."""
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "HiDreamImagePipeline"}')
+    monkeypatch.setattr(opening, "snapshot_download", lambda name, **_: {"someone/hidream": tmp_path}[name])
+    check_upgrade(load_recipe("debug", ["base=someone/hidream", "data.path=procedural:8"]), "autoencoder")
+    assert "stage 2 cannot follow this training: davae does not know how to train a HiDreamImage" in caplog.text

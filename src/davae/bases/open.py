@@ -25,6 +25,7 @@ from davae.pipelines.saving.opening import (
 from davae.recipes.presets import find_preset
 from davae.recipes.settings import UpgradeRecipe
 from davae.runtime.model_files import open_model
+from davae.runtime.text_files import read_object
 
 EVERYTHING = ("vae", "transformer", TEXT_ENCODERS)
 """The parts of a base that hold weights, see :func:`load_base`."""
@@ -129,11 +130,19 @@ def is_pipeline(name: str, revision: str | None = None) -> bool:
     Raises:
         DavaeError: neither is there.
     """
-    if is_built_in(name):
-        return True
+    return is_built_in(name) or pipeline_class(name, revision) is not None
+
+
+def pipeline_class(name: str, revision: str | None = None) -> str | None:
+    """Class name of a pipeline that is a folder or on the hub; None for an autoencoder by itself.
+
+    Raises:
+        DavaeError: neither is there.
+    """
     name = _published_name(name, revision)
     with opening("base", name):
-        return bool(_autoencoder_place(name, revision, weights=False)[1])
+        place, inside = _autoencoder_place(name, revision, weights=False)
+        return str(read_object(place / "model_index.json").get("_class_name")) if inside else None
 
 
 def load_base(

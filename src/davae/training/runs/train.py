@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from davae.bases.open import is_built_in, load_base, load_recipe_autoencoder
+from davae.bases.open import is_built_in, load_base, load_recipe_autoencoder, pipeline_class
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import ClassFamily, find_family, why_untrainable
@@ -126,13 +126,17 @@ def check_upgrade(recipe: UpgradeRecipe, section: str, *, without_images: bool =
         check_backbones(recipe, section)
         check_data_paths(data)
     architecture = _known_architecture(recipe.base)
-    captions_for = None
+    captions_for, pipeline = None, None
     if architecture is not None:
-        if architecture.transformer and (why := why_untrainable(architecture.pipeline)) is not None:
-            if section == "diffusion":
-                raise why
-            if not without_images:
-                logger.warning("stage 2 cannot follow this training: %s", why)
+        pipeline = architecture.pipeline if architecture.transformer else None
+    elif not without_images:  # a dry run downloads nothing
+        pipeline = pipeline_class(recipe.base, recipe.base_revision)
+    if pipeline is not None and (why := why_untrainable(pipeline)) is not None:
+        if section == "diffusion":
+            raise why
+        if not without_images:
+            logger.warning("stage 2 cannot follow this training: %s", why)
+    if architecture is not None:
         side = recipe.autoencoder.model.scale * _compression(architecture)
         if section == "diffusion":
             architecture.require_transformer()
