@@ -380,8 +380,12 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path):
 
 
 def test_settings_that_the_comforts_name_are_taken():
-    """Those in one code span together."""
+    """Those in one code span together; every row has a command."""
     text = (ROOT / "docs" / "comforts.md").read_text(encoding="utf-8")
+    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 25
+    assert {len(row) for row in rows} == {9}
+    assert [row[0] for row in rows if "`" not in row[8] and "same command" not in row[8]] == []
     spans = [shlex.split(span) for span in re.findall(r"`([\w.]+=[^`]+)`", text)]
     assert len(spans) > 15
     for overrides in spans:
