@@ -1,8 +1,9 @@
 """README, CONTRIBUTING and docs: what they name is there, commands are read, Python runs, the site is built.
 
 A code block of Python runs, page by page in one namespace, unless ``<!-- not run: REASON -->`` stands above it. A
-command of davae is read by the command line itself, with its recipe and overrides, but not begun: most take hours, and
-images that are not here. Those of a block below ``<!-- run -->`` are.
+command of davae is read by the command line itself, with its recipe and overrides. Those of a block below
+``<!-- run -->`` are run; of the others a mark ``<!-- not run: REASON -->``, or the page's ``<!-- commands of this page
+are not run: REASON -->``, says why not: most take hours, and images that are not here.
 """
 
 import importlib
@@ -98,6 +99,7 @@ class Block(NamedTuple):
 
 
 FENCED = re.compile(r"^(?P<in> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=in)```$", re.M | re.S)
+SHELL = re.compile(r"^(\$ |\.venv/bin/)?(davae|pip|python|make|nox|accelerate|torchrun|docker) ", re.M)
 INDENTED = re.compile(r"(?<=\n\n)(?P<text>(?:(?: {4,}.*)?\n)+)")
 
 
@@ -160,6 +162,14 @@ def test_the_commands_of_a_page_are_read(page: Path):
         if (found := problem(words))
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_commands_is_run_or_says_why_not(page: Path):
+    default = re.search(r"^<!-- commands of this page are not run: \w.* -->$", page.read_text(encoding="utf-8"), re.M)
+    of_shells = [block for block in blocks(page) if block.language != "python" and SHELL.search(block.text)]
+    assert [block.line for block in of_shells if not (default or re.fullmatch(r"run|not run: \w.*", block.mark))] == []
+    assert default is None or any(block.mark != "run" for block in of_shells), "the page's mark has nothing to say"
 
 
 def test_wrong_commands_are_found():
