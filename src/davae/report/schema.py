@@ -55,8 +55,8 @@ class _File(_Record):
         path = Path(run_dir) / cls.file_name()
         if not path.is_file():
             raise DavaeError(
-                f"{path} does not exist: `davae report` rebuilds that of a finished `davae demo`. The figures of a "
-                "training are in its metrics.jsonl and tracking/, its pictures in samples/"
+                f"{path} does not exist: `davae report` rebuilds that of a finished `davae demo`. `davae studio` "
+                "shows the curves and pictures of a training, from its metrics.jsonl and samples/"
             )
         try:
             return cls.model_validate(read_json(path))
