@@ -259,16 +259,16 @@ def _inference(
     _, adapter = find_adapter(type(base_vae).__name__)
     vae = nn.Module.to(vae.eval(), torch.bfloat16)
     steps, decodes = {}, {}
-    for variant in VARIANTS:
-        details, whole = variant == "upgraded", variant in ("upgraded", "decoder alone")
-        channels = vae.layout.channels if details else vae.layout.base_channels
+    for variant in ("base", "native", "upgraded"):
+        upgraded, watch = variant == "upgraded", variant != "base"
+        channels = vae.layout.channels if upgraded else vae.layout.base_channels
         side = sides[variant] // compression[variant]
         options: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
         noisy = torch.empty(architecture.passes * batch, channels, side, side, **options)
-        watch = variant != "base"
-        steps[variant] = _step(widened if details else base, noisy, text_tokens, watch=watch)
-        latent = torch.empty(batch, vae.layout.channels if whole else channels, side, side, **options)
-        decodes[variant] = _decoding(vae if whole else base_vae, adapter, latent, whole, watch=watch)
+        steps[variant] = _step(widened if upgraded else base, noisy, text_tokens, watch=watch)
+        latent = torch.empty(batch, channels, side, side, **options)
+        decodes[variant] = _decoding(vae if upgraded else base_vae, adapter, latent, upgraded, watch=watch)
+    steps["decoder alone"], decodes["decoder alone"] = steps["base"], decodes["upgraded"]
     nn.Module.to(vae, torch.float32)
     return steps, decodes
 
