@@ -13,15 +13,14 @@ _Folder = typer.Option(help="A new or empty folder.", callback=folder_of("result
 
 def configs(out: Annotated[Path, _Folder] = Path("configs")) -> None:
     """Write accelerate's configurations for one or several GPUs and machines, and a Slurm script."""
-    _write("configs", out, (".yaml", ".sbatch"))
+    from davae.runtime.package_files import write_package_files
+
+    say("\n".join(map(str, write_package_files("configs", out, (".yaml", ".sbatch")))))
 
 
 def comfyui(out: Annotated[Path, _Folder] = Path("custom_nodes/davae")) -> None:
     """Write the folder that goes into ComfyUI's custom_nodes: its nodes are those of this davae."""
-    _write("comfyui/custom_node", out, (".py", ".json", ".md", ".toml"))
-
-
-def _write(place: str, out: Path, suffixes: tuple[str, ...]) -> None:
     from davae.runtime.package_files import write_package_files
 
-    say("\n".join(map(str, write_package_files(place, out, suffixes))))
+    files = write_package_files("comfyui/custom_node", out, (".py", ".json", ".md", ".toml"))
+    say("\n".join(map(str, files)))
