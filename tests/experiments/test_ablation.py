@@ -66,7 +66,8 @@ def test_variants_share_autoencoders_and_a_second_call_does_nothing(ablated, mon
 
     monkeypatch.setattr("davae.experiments.variants.train_diffusion", refuse)
     monkeypatch.setattr("davae.experiments.variants.train_autoencoder", refuse)
-    assert ablate(recipe, out).variants == result.variants
+    monkeypatch.setattr("davae.experiments.variants.compare_sets", refuse)  # figures lie beside what was measured
+    assert ablate(recipe, out) == result
     with pytest.raises(DavaeError, match=r"another ablation \(samples differ\)"):
         ablate(load_recipe("ablation-debug", [VARIANTS, "samples=13"]), out)
 
@@ -130,7 +131,9 @@ def test_variants_have_folders_of_their_own_inside_the_ablation(tmp_path, monkey
         return {"held_out_total": float(len(trained))}
 
     monkeypatch.setattr("davae.experiments.variants._trained", train)
-    monkeypatch.setattr("davae.experiments.variants.generated_images", lambda *_: torch.zeros(40, 3, 32, 32))
+    monkeypatch.setattr(
+        "davae.experiments.variants.generated_images", lambda *_: {"images": torch.zeros(40, 3, 32, 32)}
+    )
     variants = json.dumps({name: [] for name in names})
     result = ablate(load_recipe("ablation-debug", [f"variants={variants}", "seeds=[0]"]), tmp_path / "a" / "out")
     assert [result.variants[n]["held_out_total"].values for n in names] == [[1.0], [2.0], [3.0], [4.0], [5.0]]
@@ -220,7 +223,7 @@ def test_the_base_s_samples_are_enlarged_and_decoded_alone(ablated, tmp_path):
     vae = next((out / "autoencoders").glob("*/autoencoder"))
     debug_base().save_pretrained(tmp_path / "base")
     upgrade_pipeline(debug_base(), load_autoencoder(vae).without_details()).save_pretrained(tmp_path / "alone")
-    small, larger = (generated_images(case, tmp_path / name, 12, tmp_path) for name in ("base", "alone"))
+    small, larger = (generated_images(case, tmp_path / name, 12, tmp_path)["images"] for name in ("base", "alone"))
     before = sorted((out / "base").iterdir())
     enlarged = base_images(case, None, 12, out / "base")
     assert sorted((out / "base").iterdir()) == before  # it was made by the ablation
@@ -228,15 +231,31 @@ def test_the_base_s_samples_are_enlarged_and_decoded_alone(ablated, tmp_path):
     assert torch.equal(base_images(case, vae, 12, tmp_path), larger)
 
 
+def test_previews_are_what_the_base_decodes_from_the_base_channels(ablated):
+    """Without a step of training they are the base's own samples."""
+    result, out = ablated
+    case = load_variant(load_recipe("ablation-debug", [VARIANTS]), "full", 0)
+    vae = load_autoencoder(next((out / "autoencoders").glob("*/autoencoder")))
+    upgraded = upgrade_pipeline(debug_base(), vae)
+    upgraded.save_pretrained(out / "untrained")
+    made = generated_images(case, out / "untrained", 12, out / "untrained")
+    enlarged = base_images(case, None, 12, out / "base")
+    torch.testing.assert_close(made["previews"], enlarged, atol=0.02, rtol=0)
+    assert (made["images"] - made["previews"]).abs().mean() > 0.05
+    full = result.variants["full"]
+    assert full["preview_swd/finest"].values != full["swd/finest"].values
+    assert "preview_swd/finest" not in result.baselines["base, enlarged"]
+
+
 def test_samples_are_of_the_pipeline_that_is_there(ablated, tmp_path):
     _, out = ablated
     case = load_variant(load_recipe("ablation-debug", [VARIANTS]), "full", 0)
     folder = tmp_path / "run"
     shutil.copytree(out / "runs" / "full" / "seed-0", folder)
-    first = generated_images(case, folder / "pipeline", 12, folder)
+    first = generated_images(case, folder / "pipeline", 12, folder)["images"]
     file = folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({name: value * 0 for name, value in load_file(file).items()}, file)
-    assert not torch.equal(generated_images(case, folder / "pipeline", 12, folder), first)
+    assert not torch.equal(generated_images(case, folder / "pipeline", 12, folder)["images"], first)
 
 
 def test_images_to_compare_with_are_squares_at_the_resolution_of_the_data(tmp_path):

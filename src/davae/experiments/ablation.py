@@ -56,7 +56,8 @@ class Ablation:
         seeds: finished so far, the same for every variant.
         samples: number of images behind each generation metric.
         variants: spread by variant and metric. Metrics of the autoencoder begin with ``autoencoder_``; the others are
-            losses on held-out images, and distances of samples to them (:mod:`davae.evaluation.metrics.names`).
+            losses on held-out images, and distances of samples to them (:mod:`davae.evaluation.metrics.names`), with
+            ``preview_`` in front those of what the base makes of their base channels, enlarged.
         baselines: the same of other ways to an image: the base enlarged, the decoder alone of each autoencoder, the
             native fine-tune, further ways to reconstruct.
         curves: spread by variant, metric and step, of what the trainings' validations measured.

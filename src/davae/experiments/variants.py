@@ -41,7 +41,7 @@ from davae.training.cache.write import write_cache
 from davae.training.checkpoints.run_directory import read_metrics
 from davae.training.data import open_held_out, open_part
 from davae.training.diffusion.inputs import details_seed_of
-from davae.training.diffusion.validation import generate_classes
+from davae.training.diffusion.validation import decoded_latents, generate_classes, has_previews, preview
 from davae.training.runs.train import train_autoencoder, train_diffusion
 
 logger = logging.getLogger(__name__)
@@ -146,8 +146,9 @@ class Pipelines:
         for row, name in rows.items():
             case, (autoencoder, figures) = cases[name], trained[name]
             larger = row != BASE_ENLARGED
-            images = base_images(case, autoencoder if larger else None, self.recipe.samples, self.out / "base")
-            found, measured = self._distances(case, images), f"psnr_{'no_details' if larger else 'base_upscaled'}"
+            folder, measured = self.out / "base", f"psnr_{'no_details' if larger else 'base_upscaled'}"
+            images = base_images(case, autoencoder if larger else None, self.recipe.samples, folder)
+            found = self._distances(case, images, folder)
             if not isinstance(case.autoencoder.model.detail_channels, list):  # of nested ones only the last is left out
                 found["autoencoder_psnr"] = figures[f"autoencoder_{measured}"]
             self.baselines.setdefault(row, []).append(found)
@@ -160,16 +161,29 @@ class Pipelines:
 
     def real(self, case: UpgradeRecipe) -> dict[str, float]:
         """The distances of training images to the held-out ones."""
-        return self._distances(case, real_images(case, "train", self.recipe.samples))
+        return self._distances(case, real_images(case, "train", self.recipe.samples), self.out)
 
     def _distances_of_samples(self, case: UpgradeRecipe, folder: Path) -> dict[str, float]:
-        return self._distances(case, generated_images(case, folder / "pipeline", self.recipe.samples, folder))
+        """Distances of the samples, and under ``preview_`` of what the base makes of their base channels, enlarged."""
+        made = generated_images(case, folder / "pipeline", self.recipe.samples, folder)
+        found = self._distances(case, made["images"], folder)
+        if "previews" in made:
+            previews = self._distances(case, made["previews"], folder)
+            found |= {f"preview_{metric}": value for metric, value in previews.items()}
+        return found
 
-    def _distances(self, case: UpgradeRecipe, images: Tensor) -> dict[str, float]:
-        key = case.data.model_dump_json()
-        if key not in self._held_out:
-            self._held_out[key] = ImageSet(self.networks).extend(real_images(case, "held_out").split(_BATCH))
-        return compare_sets(ImageSet(self.networks).extend(images.split(_BATCH)), self._held_out[key]).figures
+    def _distances(self, case: UpgradeRecipe, images: Tensor, folder: Path) -> dict[str, float]:
+        """Distances of images to the held-out ones, kept in ``folder`` by what was measured."""
+        data, networks = case.data.model_dump_json(), [network.name for network in self.networks]
+        asked = [hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest(), data, networks]
+        file = folder / f"distances-{value_hash(asked).removeprefix('sha256:')[:12]}.json"
+        if not file.is_file():
+            if data not in self._held_out:
+                held_out = real_images(case, "held_out")
+                self._held_out[data] = ImageSet(self.networks).extend(held_out.split(_BATCH))
+            found = ImageSet(self.networks).extend(images.split(_BATCH))
+            atomic_json(file, compare_sets(found, self._held_out[data]).figures)
+        return {metric: float(value) for metric, value in read_object(file).items()}
 
 
 @torch.no_grad()
@@ -270,11 +284,12 @@ def real_images(recipe: UpgradeRecipe, part: Literal["train", "held_out"], count
     return torch.stack(list(islice((image for image in found if image.shape[-1] == side), count)))
 
 
-def generated_images(recipe: UpgradeRecipe, pipeline: Path, count: int, folder: Path) -> Tensor:
-    """Samples ``[count, 3, H, W]`` in [-1, 1], rounded to 8 bits, cycling through the held-out images' classes.
+def generated_images(recipe: UpgradeRecipe, pipeline: Path, count: int, folder: Path) -> dict[str, Tensor]:
+    """Samples, cycling through the held-out images' classes: ``images``, and of an upgraded pipeline ``previews``.
 
-    They are stored in ``folder``, in a file named by a hash of pipeline, count and settings, and read from it if it
-    exists.
+    Both are ``[count, 3, H, W]`` in [-1, 1], rounded to 8 bits; previews are what the base decodes from the base
+    channels of the same latents, enlarged bicubically. They are stored in ``folder``, in a file named by a hash of
+    pipeline, count and settings, and read from it if it exists.
     """
     made_with = [
         folder_hash(pipeline),
@@ -301,26 +316,33 @@ def base_images(recipe: UpgradeRecipe, autoencoder: Path | None, count: int, fol
         *(recipe.diffusion.loop.seed, recipe.data.model_dump(mode="json")),
     ]
 
-    def make() -> Tensor:
+    def make() -> dict[str, Tensor]:
         base, side = load_recipe_base(recipe), recipe.data.resolution
         if autoencoder is not None:
             base = upgrade_pipeline(base, load_autoencoder(autoencoder).without_details())
-        made = _samples(recipe, base, count)
-        return made if autoencoder is not None else upscaled(made, (side, side))
+        made = _samples(recipe, base, count)["images"]
+        return {"images": made if autoencoder is not None else upscaled(made, (side, side))}
 
-    return _kept(folder / f"samples-{value_hash(made_with).removeprefix('sha256:')[:12]}.safetensors", make)
+    file = folder / f"samples-{value_hash(made_with).removeprefix('sha256:')[:12]}.safetensors"
+    return _kept(file, make)["images"]
 
 
-def _samples(recipe: UpgradeRecipe, pipe: DiffusionPipeline, count: int) -> Tensor:
+@torch.no_grad()
+def _samples(recipe: UpgradeRecipe, pipe: DiffusionPipeline, count: int) -> dict[str, Tensor]:
     held_out = open_held_out(recipe.data)
     labels = sorted({held_out[i]["label"] for i in range(len(held_out))} - {-1})
     known = dict(pipe.labels)
     numbers = [known[held_out.classes[label]] for label in labels if held_out.classes[label] in known]
-    return generate_classes(pipe, numbers or [0], count, recipe.diffusion.sample, seed=recipe.diffusion.loop.seed)
+    with decoded_latents(pipe.vae) as latents:
+        images = generate_classes(pipe, numbers or [0], count, recipe.diffusion.sample, seed=recipe.diffusion.loop.seed)
+    if not has_previews(pipe.vae):
+        return {"images": images}
+    previews = torch.cat([upscaled(preview(pipe.vae, z), images.shape[-2:]) for z in latents])
+    return {"images": images, "previews": previews}
 
 
-def _kept(file: Path, make: Callable[[], Tensor]) -> Tensor:
+def _kept(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Images in [-1, 1], rounded to 8 bits: those of the file, which is made if it does not exist."""
     if not file.is_file():
-        atomic_tensors(file, {"images": to_bytes(make()).to(torch.uint8)})
-    return load_file(file)["images"].float() / 127.5 - 1
+        atomic_tensors(file, {name: to_bytes(images).to(torch.uint8) for name, images in make().items()})
+    return {name: images.float() / 127.5 - 1 for name, images in load_file(file).items()}

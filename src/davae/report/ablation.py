@@ -11,7 +11,8 @@ from davae.report.plots import save_figure
 from davae.report.words import better, metric_label, significant
 
 _SHOWN = (
-    *("swd/finest", "swd/mean", "spectrum_db", "fid", "kid", "preview_drift", "autoencoder_psnr", "autoencoder_ssim"),
+    *("swd/finest", "swd/mean", "spectrum_db", "fid", "kid", "preview_fid", "preview_drift", "autoencoder_psnr"),
+    "autoencoder_ssim",
     *("autoencoder_swd/finest", "autoencoder_spectrum_db", "autoencoder_fid", "autoencoder_kid"),
     *("autoencoder_alignment_relative", "autoencoder_probe"),
 )
@@ -23,8 +24,15 @@ def shown_metrics(result: Ablation) -> dict[str, str]:
     known = dict.fromkeys(metric for figures in result.variants.values() for metric in figures)
     names = [m for shown in _SHOWN for m in known if m == shown or m.startswith(f"{shown}/")]
     names = [name for name in names if "/details" not in name or "psnr" in name]
-    bare = {name: name.removeprefix("autoencoder_") for name in names}
-    return {name: f"{metric_label(bare[name])}\n({better(bare[name])} is better)" for name in names}
+    return {name: f"{_label(name)}\n({better(name.removeprefix('autoencoder_'))} is better)" for name in names}
+
+
+def _label(name: str) -> str:
+    """Of a metric of an ablation: those of the autoencoder as those of images."""
+    of_previews = name.removeprefix("preview_")
+    if of_previews != name and name != "preview_drift":
+        return f"base preview: {metric_label(of_previews)}"
+    return metric_label(name.removeprefix("autoencoder_"))
 
 
 def run_ablation(recipe: AblationRecipe, out: Path) -> Ablation:

@@ -1,8 +1,8 @@
 """The diffusion stage: a widened transformer is tuned on structured latents (Eq. 12 and 13)."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from torch import Tensor
 from davae.evaluation import sliced_wasserstein
 from davae.evaluation.metrics.names import SWD_FINEST
 from davae.latents import LatentLayout
-from davae.models import AutoencoderDA
 from davae.pipelines.lora import attach_lora, attached_lora, merge_lora
 from davae.pipelines.quantization import recompute
 from davae.pipelines.saving.adapters import save_adapters
@@ -27,7 +26,14 @@ from davae.training.diffusion.conditioning import ClassMap, PromptEmbeddings
 from davae.training.diffusion.inputs import Inputs, details_seed_of, encode_images
 from davae.training.diffusion.objective import DiffusionObjective, noise_process
 from davae.training.diffusion.tuning import select_trained
-from davae.training.diffusion.validation import generate_classes, generate_prompts, held_out_loss
+from davae.training.diffusion.validation import (
+    decoded_latents,
+    generate_classes,
+    generate_prompts,
+    has_previews,
+    held_out_loss,
+    preview,
+)
 from davae.training.engine.offload import BlockOffload
 from davae.training.engine.tensors import restore_module
 from davae.training.stage import Stage, TrainedModule
@@ -136,7 +142,7 @@ class DiffusionStage(Stage):
                 device=device,
             )
             count = self.loop.validation_images
-            with _decoded(self.vae) as latents:
+            with decoded_latents(self.vae) as latents:
                 made = self._samples(self.pipeline, count, self._size())
             values |= self._preview_drift(latents, count)
         self._rest_autoencoder()
@@ -180,14 +186,12 @@ class DiffusionStage(Stage):
         if base is None or not len(base) or not latents or not self._previews():
             return {}
         pairs = [(z, base[i]) for z, i in zip(torch.cat(latents), share(count), strict=True) if i < len(base)]
-        below = self.vae.levels[-1].number - 1  # the level that the pipeline before had
-        made = [self.vae.decode_level(z[None], below)[0].float().clamp(-1, 1).cpu() for z, _ in pairs]
+        made = [preview(self.vae, z[None])[0].cpu() for z, _ in pairs]
         errors = [(ours - theirs).square().mean() for ours, (_, theirs) in zip(made, pairs, strict=True)]
         return {"preview_drift": float(torch.stack(errors).mean().sqrt())}
 
     def _previews(self) -> bool:
-        vae = self.vae
-        return isinstance(self.conditions, ClassMap) and isinstance(vae, AutoencoderDA) and vae.config.has_base_decoder
+        return isinstance(self.conditions, ClassMap) and has_previews(self.vae)
 
     def _samples(self, pipeline: DiffusionPipeline, count: int, size: tuple[int, int]) -> Tensor:
         """Samples ``[count, 3, H, W]`` in [-1, 1], cycling through the data's classes or the validation prompts.
@@ -281,19 +285,3 @@ class DiffusionStage(Stage):
             self.pipeline.save_pretrained(folder)
             self.finish(folder)
         return out / "pipeline"
-
-
-@contextmanager
-def _decoded(vae: Any) -> Iterator[list[Tensor]]:
-    """Within the context, the list gets the latents that pipelines hand to ``vae.decode``."""
-    latents: list[Tensor] = []
-
-    def decode(z: Tensor, *args: Any, **options: Any) -> Any:
-        latents.append(z)
-        return type(vae).decode(vae, z, *args, **options)
-
-    vae.decode = decode
-    try:
-        yield latents
-    finally:
-        del vae.decode

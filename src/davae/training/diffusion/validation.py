@@ -1,7 +1,9 @@
 """Validation of the diffusion stage: a loss at fixed noise, and samples from fixed seeds."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from davae.data import Item, ItemDataset, collate
 from davae.errors import DavaeError
+from davae.models import AutoencoderDA
 from davae.models.latent_space import compression_of
 from davae.pipelines.families import ClassFamily, family_of
 from davae.recipes.settings import SampleSettings
@@ -71,6 +74,37 @@ def _parts(items: list[Item], size: int) -> list[list[Item]]:
         else:
             parts.append([item])
     return parts
+
+
+@contextmanager
+def decoded_latents(vae: Any) -> Iterator[list[Tensor]]:
+    """Within the context, the list gets the latents that pipelines hand to ``vae.decode``."""
+    latents: list[Tensor] = []
+
+    def decode(z: Tensor, *args: Any, **options: Any) -> Any:
+        latents.append(z)
+        return type(vae).decode(vae, z, *args, **options)
+
+    vae.decode = decode
+    try:
+        yield latents
+    finally:
+        del vae.decode
+
+
+def has_previews(vae: Any) -> bool:
+    """Whether :func:`preview` can decode with what was there before this autoencoder's last level."""
+    return isinstance(vae, AutoencoderDA) and bool(vae.config.has_base_decoder) and vae.layout.detail_channels > 0
+
+
+def preview(vae: AutoencoderDA, latents: Tensor) -> Tensor:
+    """What the pipeline before the upgrade makes of the channels it knows, images ``[B, 3, h, w]`` in [-1, 1].
+
+    Args:
+        vae: with its base's decoder; of several levels, the last one's details are left out.
+        latents: [B, C + D, h, w], as ``vae.decode`` takes them.
+    """
+    return vae.decode_level(latents, vae.levels[-1].number - 1).float().clamp(-1, 1)
 
 
 def generate_classes(
