@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -229,6 +230,21 @@ def test_the_base_s_samples_are_enlarged_and_decoded_alone(ablated, tmp_path):
     assert sorted((out / "base").iterdir()) == before  # it was made by the ablation
     torch.testing.assert_close(enlarged, upscaled(small, (32, 32)), atol=0.02, rtol=0)
     assert torch.equal(base_images(case, vae, 12, tmp_path), larger)
+
+
+def test_autoencoders_of_an_earlier_version_are_found_by_their_settings(ablated, tmp_path, monkeypatch):
+    """Their folders have names that were made of fewer settings; all was trained again."""
+    result, out = ablated
+    kept = tmp_path / "kept"
+    shutil.copytree(out, kept)
+    for number, run in enumerate(sorted((kept / "autoencoders").iterdir())):
+        file = run / "config.yaml"
+        config = yaml.safe_load(file.read_text())
+        del config["autoencoder"]["decoder_alone"], config["autoencoder"]["rescale_details"]
+        file.write_text(yaml.safe_dump(config))
+        run.rename(run.with_name(f"{number:012x}"))
+    monkeypatch.setattr("davae.experiments.variants.train_autoencoder", lambda *_: pytest.fail("trained again"))
+    assert ablate(load_recipe("ablation-debug", [VARIANTS]), kept).variants == result.variants
 
 
 def test_previews_are_what_the_base_decodes_from_the_base_channels(ablated):

@@ -29,6 +29,7 @@ from davae.evaluation.reconstruction.details import MEANING
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.saving.opening import load_autoencoder, load_pipeline
+from davae.recipes.read import with_later_settings
 from davae.recipes.settings import AblationRecipe, BaseRecipe, BaseTransformerSettings, UpgradeRecipe
 from davae.runtime.atomic_files import atomic_json, folder_hash
 from davae.runtime.pictures import to_bytes, upscaled
@@ -38,7 +39,7 @@ from davae.runtime.text_files import read_object
 from davae.runtime.weight_files import atomic_tensors
 from davae.training.base.train import train_base
 from davae.training.cache.write import write_cache
-from davae.training.checkpoints.run_directory import read_metrics
+from davae.training.checkpoints.run_directory import read_config, read_metrics
 from davae.training.data import open_held_out, open_part
 from davae.training.diffusion.inputs import details_seed_of
 from davae.training.diffusion.validation import decoded_latents, generate_classes, has_previews, preview
@@ -262,15 +263,24 @@ def _from_cache(recipe: UpgradeRecipe, autoencoder: Path) -> UpgradeRecipe:
 
 def _autoencoder(recipe: UpgradeRecipe, out: Path) -> tuple[Path, dict[str, float]]:
     """The autoencoder of these settings, trained unless another variant did, and its metrics."""
-    settings = recipe.model_dump(mode="json")
-    asked = {key: settings[key] for key in ("base", "data", "autoencoder")}
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-    folder = out / "autoencoders" / key
+    folder = _autoencoder_folder(recipe.model_dump(mode="json"), out / "autoencoders")
     done = folder / "result.json"
     if not done.is_file():
         trained = train_autoencoder(recipe, folder)
         atomic_json(done, {f"autoencoder_{k}": v for k, v in trained.metrics.items()})
     return folder / "autoencoder", read_object(done)
+
+
+def _autoencoder_folder(settings: dict[str, Any], place: Path) -> Path:
+    """The run of these settings, which an earlier version may have named without settings that were added since."""
+    asked = {key: settings[key] for key in ("base", "data", "autoencoder")}
+    folder = place / hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    if not folder.is_dir():
+        for file in sorted(place.glob("*/config.yaml")):
+            known = with_later_settings(read_config(file) or {})
+            if all(known.get(key) == value for key, value in asked.items()):
+                return file.parent
+    return folder
 
 
 def real_images(recipe: UpgradeRecipe, part: Literal["train", "held_out"], count: int | None = None) -> Tensor:
