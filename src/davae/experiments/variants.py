@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -91,7 +90,7 @@ class Autoencoders:
     def _measured(self, case: UpgradeRecipe, autoencoder: Path) -> dict[str, dict[str, float]]:
         """Figures of every way to reconstruct the held-out images, kept beside the autoencoder."""
         names = [network.name for network in self.networks]
-        file = autoencoder.parent / f"reconstruction-{value_hash(names).removeprefix('sha256:')[:12]}.json"
+        file = autoencoder.parent / f"reconstruction-{_short_hash(names)}.json"
         if not file.is_file():
             vae, images = load_autoencoder(autoencoder), open_held_out(case.data)
             count = images_together(case.data.resolution, case.data.resolution)
@@ -177,14 +176,19 @@ class Pipelines:
         """Distances of images to the held-out ones, kept in ``folder`` by what was measured."""
         data, networks = case.data.model_dump_json(), [network.name for network in self.networks]
         asked = [hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest(), data, networks]
-        file = folder / f"distances-{value_hash(asked).removeprefix('sha256:')[:12]}.json"
+        file = folder / f"distances-{_short_hash(asked)}.json"
         if not file.is_file():
             if data not in self._held_out:
                 held_out = real_images(case, "held_out")
                 self._held_out[data] = ImageSet(self.networks).extend(held_out.split(_BATCH))
             found = ImageSet(self.networks).extend(images.split(_BATCH))
             atomic_json(file, compare_sets(found, self._held_out[data]).figures)
-        return {metric: float(value) for metric, value in read_object(file).items()}
+        return read_object(file)
+
+
+def _short_hash(value: Any) -> str:
+    """Part of a name: what was made with these values."""
+    return value_hash(value).removeprefix("sha256:")[:12]
 
 
 @torch.no_grad()
@@ -254,7 +258,7 @@ def _from_cache(recipe: UpgradeRecipe, autoencoder: Path) -> UpgradeRecipe:
         "text_length": recipe.diffusion.prompts.max_length,
         "details_seed": details_seed_of(recipe.diffusion),
     }
-    folder = autoencoder.parent / f"cache-{value_hash(kept).removeprefix('sha256:')[:12]}"
+    folder = autoencoder.parent / f"cache-{_short_hash(kept)}"
     open_base = partial(load_recipe_base, recipe, without=("vae", "transformer"))
     write_cache(recipe.data, load_autoencoder(autoencoder), open_base(), folder, reopen=open_base, **kept)
     data = recipe.data.model_copy(update={"cache": str(folder), "cache_latents": False})
@@ -274,7 +278,7 @@ def _autoencoder(recipe: UpgradeRecipe, out: Path) -> tuple[Path, dict[str, floa
 def _autoencoder_folder(settings: dict[str, Any], place: Path) -> Path:
     """The run of these settings, which an earlier version may have named without settings that were added since."""
     asked = {key: settings[key] for key in ("base", "data", "autoencoder")}
-    folder = place / hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    folder = place / _short_hash(asked)
     if not folder.is_dir():
         for file in sorted(place.glob("*/config.yaml")):
             known = with_later_settings(read_config(file) or {})
@@ -307,7 +311,7 @@ def generated_images(recipe: UpgradeRecipe, pipeline: Path, count: int, folder: 
         recipe.diffusion.sample.model_dump(mode="json"),
         recipe.diffusion.loop.seed,
     ]
-    file = folder / f"samples-{value_hash(made_with).removeprefix('sha256:')[:12]}.safetensors"
+    file = folder / f"samples-{_short_hash(made_with)}.safetensors"
     return _kept(file, lambda: _samples(recipe, load_pipeline(pipeline), count))
 
 
@@ -333,7 +337,7 @@ def base_images(recipe: UpgradeRecipe, autoencoder: Path | None, count: int, fol
         made = _samples(recipe, base, count)["images"]
         return {"images": made if autoencoder is not None else upscaled(made, (side, side))}
 
-    file = folder / f"samples-{value_hash(made_with).removeprefix('sha256:')[:12]}.safetensors"
+    file = folder / f"samples-{_short_hash(made_with)}.safetensors"
     return _kept(file, make)["images"]
 
 
