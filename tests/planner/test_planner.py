@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -295,3 +296,26 @@ def test_what_a_pipeline_of_the_hub_is_is_asked_before_stage_1(monkeypatch, capl
     monkeypatch.setattr(opening, "snapshot_download", lambda name, **_: {"someone/hidream": tmp_path}[name])
     check_upgrade(load_recipe("debug", ["base=someone/hidream", "data.path=procedural:8"]), "autoencoder")
     assert "stage 2 cannot follow this training: davae does not know how to train a HiDreamImage" in caplog.text
+
+
+QUANTISED = {"quant_method": "torchao", "quant_type": "int8_weight_only"}
+
+
+def test_a_base_saved_with_quantised_weights_is_told_before_anything_is_trained(monkeypatch, caplog, tmp_path):
+    """Stage 1 only needs its autoencoder, so it goes on; a folder and a name on the hub alike."""
+    small_pipeline("sd3").save_pretrained(tmp_path)
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": QUANTISED}))
+    recipe = load_recipe("debug-text", [f"base={tmp_path}", "data.path=procedural:8"])
+    why = r"saved with quantised weights \(torchao\).*take the pipeline that it was quantised from"
+    assert re.search(f"stage 2 cannot be trained: .*{why}", notes(recipes.recipe_plan(recipe))[0])
+    assert re.search(f"# stage 2 cannot be trained: .*{why}", recipes.dry_run(recipe, "autoencoder"))
+    check_upgrade(recipe, "autoencoder")
+    assert re.search(f"stage 2 cannot follow this training: .*{why}", caplog.text)
+    for checked in (lambda: check_upgrade(recipe, "diffusion", without_images=True), lambda: new_recipe(str(tmp_path))):
+        with pytest.raises(DavaeError, match=why):
+            checked()
+    caplog.clear()
+    monkeypatch.setattr(opening, "snapshot_download", lambda name, **_: {"someone/int8": tmp_path}[name])
+    check_upgrade(load_recipe("debug-text", ["base=someone/int8", "data.path=procedural:8"]), "autoencoder")
+    assert re.search(f"stage 2 cannot follow this training: .*{why}", caplog.text)

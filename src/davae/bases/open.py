@@ -117,7 +117,7 @@ def _autoencoder_place(name: str, revision: str | None, *, weights: bool) -> tup
     folder = Path(name).expanduser()
     if not folder.is_dir():
         fetch = partial(snapshot_download, hub_name("pipeline", name), revision=revision)
-        folder = Path(fetch(allow_patterns=["model_index.json", "config.json"]))
+        folder = Path(fetch(allow_patterns=["model_index.json", "config.json", "transformer/config.json"]))
         inside = "" if is_model_alone(folder) else "vae/"
         if weights:
             fetch(allow_patterns=[f"{inside}config.json", f"{inside}diffusion_pytorch_model*.safetensors*"])
@@ -130,11 +130,14 @@ def is_pipeline(name: str, revision: str | None = None) -> bool:
     Raises:
         DavaeError: neither is there.
     """
-    return is_built_in(name) or pipeline_class(name, revision) is not None
+    return is_built_in(name) or describe_pipeline(name, revision) is not None
 
 
-def pipeline_class(name: str, revision: str | None = None) -> str | None:
-    """Class name of a pipeline that is a folder or on the hub; None for an autoencoder by itself.
+def describe_pipeline(name: str, revision: str | None = None) -> tuple[str, dict[str, Any]] | None:
+    """Class name and transformer's configuration of a pipeline that is a folder or on the hub; no weights are read.
+
+    Returns:
+        The configuration is empty where the pipeline has no transformer; None for an autoencoder by itself.
 
     Raises:
         DavaeError: neither is there.
@@ -142,7 +145,12 @@ def pipeline_class(name: str, revision: str | None = None) -> str | None:
     name = _published_name(name, revision)
     with opening("base", name):
         place, inside = _autoencoder_place(name, revision, weights=False)
-        return str(read_object(place / "model_index.json").get("_class_name")) if inside else None
+        if not inside:
+            return None
+        config = place / "transformer" / "config.json"
+        return str(read_object(place / "model_index.json").get("_class_name")), (
+            read_object(config) if config.is_file() else {}
+        )
 
 
 def load_base(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from davae.choices import Scale, check_choice
 from davae.errors import DavaeError
 from davae.models import find_adapter
+from davae.pipelines.families import why_untrainable
 from davae.planner.architectures import Architecture, block_runs, cost_by_depth, find_architecture, shallow_copy
 from davae.planner.memory import Cost, bytes_of, cost_of
 from davae.planner.phases import Phases, autoencoder_phases, cache_phases, diffusion_phases, encoding_costs
@@ -43,6 +44,7 @@ class Plan:
     Attributes:
         base: name of the base.
         pipeline: class name.
+        untrainable: why stage 2 cannot train the pipeline; None if it can.
         license: of the base, in words, if known.
         source: where the architecture comes from.
         resolution: side of the full-resolution image.
@@ -75,6 +77,7 @@ class Plan:
 
     base: str
     pipeline: str
+    untrainable: str | None
     license: str | None
     source: str
     resolution: int
@@ -187,9 +190,11 @@ def plan(
         ),
         **{name: stage.memory for name, stage in stages.items()},
     }
+    why = why_untrainable(architecture.pipeline, architecture.transformer)
     return Plan(
         base=architecture.name,
         pipeline=architecture.pipeline,
+        untrainable=None if why is None else str(why),
         license=None if architecture.license is None else str(architecture.license),
         source=architecture.source,
         resolution=resolution,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from davae.errors import DavaeError
-from davae.pipelines.families import family_of, find_family, why_untrainable
+from davae.pipelines.families import find_family, why_untrainable
 from davae.planner.architectures import Architecture, find_architecture
 from davae.planner.plan import Plan, plan
 from davae.planner.stages import AutoencoderRun, DiffusionRun, autoencoder_stage, target_counts
@@ -134,7 +134,9 @@ def new_recipe(
     """
     architecture = find_architecture(base)
     architecture.require_transformer()
-    family = family_of(architecture.pipeline)
+    if (why := why_untrainable(architecture.pipeline, architecture.transformer)) is not None:
+        raise why
+    family = find_family(architecture.pipeline)
     native = int(architecture.transformer.get("sample_size") or 0) * architecture.base_compression
     resolution = resolution or (architecture.resolution or native or 1024) * scale
     made = plan(architecture, resolution=resolution, scale=scale)

@@ -2,7 +2,6 @@
 
 from rich.table import Table
 
-from davae.pipelines.families import why_untrainable
 from davae.planner.plan import VARIANTS, Plan
 
 STAGES = ("autoencoder", "diffusion")
@@ -31,8 +30,7 @@ def inference_line(plan: Plan) -> str:
 
 def notes(plan: Plan) -> list[str]:
     """The assumptions behind the figures, what does not fit, and first a pipeline that cannot be trained."""
-    why = why_untrainable(plan.pipeline)
-    lines = [] if why is None else [f"stage 2 cannot be trained: {why}"]
+    lines = [] if plan.untrainable is None else [f"stage 2 cannot be trained: {plan.untrainable}"]
     lines.append(f"architecture: {plan.source}")
     if plan.license:
         lines.append(f"license of the base: {plan.license}; what you train from it inherits these terms")

@@ -73,7 +73,7 @@ def _refuse(what: str, state: tuple[str, str] | None) -> None:
 def _states(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Each state that cannot be carried over: its description, and how to switch it off."""
     if getattr(model, "hf_quantizer", None) is not None or getattr(model, "config", {}).get("quantization_config"):
-        yield "quantised weights", "load the model without quantization_config, and quantise the saved result"
+        yield "quantised weights", "load the weights that they were made from, and quantise the saved result"
     for name, module in model.named_modules():
         where = name or "itself"
         hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)

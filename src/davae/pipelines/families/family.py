@@ -428,12 +428,27 @@ def family_of(pipe: DiffusionPipeline | type[DiffusionPipeline] | str) -> Pipeli
     return find_family(pipe)
 
 
-def why_untrainable(pipe: DiffusionPipeline | type[DiffusionPipeline] | str) -> DavaeError | None:
-    """The error of :func:`family_of`, for those who go on without training; None if a family can train the pipeline."""
-    if find_family(pipe).trainable:
+def why_untrainable(
+    pipe: DiffusionPipeline | type[DiffusionPipeline] | str, transformer: Mapping[str, Any] | None = None
+) -> DavaeError | None:
+    """Why stage 2 cannot train a pipeline, for those who go on without: no family can, or its weights are quantised.
+
+    Args:
+        pipe: the pipeline, its class, or the class's name.
+        transformer: the configuration that its transformer is saved with, if it is known.
+    """
+    if not find_family(pipe).trainable:
+        cls = pipe if isinstance(pipe, type | str) else type(pipe)
+        return _untrainable(cls if isinstance(cls, str) else cls.__name__)
+    quantised = (transformer or {}).get("quantization_config")
+    if not quantised:
         return None
-    cls = pipe if isinstance(pipe, type | str) else type(pipe)
-    return _untrainable(cls if isinstance(cls, str) else cls.__name__)
+    method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+    return DavaeError(
+        f"the base's transformer is saved with quantised weights ({method or 'quantization_config'}), which cannot be "
+        "widened: take the pipeline that it was quantised from. diffusion.tune.quantization=8bit or 4bit quantises it "
+        "for the training, and the upgraded pipeline can be quantised like any other"
+    )
 
 
 def _untrainable(name: str) -> DavaeError:

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from davae.bases.open import is_built_in, load_base, load_recipe_autoencoder, pipeline_class
+from davae.bases.open import describe_pipeline, is_built_in, load_base, load_recipe_autoencoder
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.pipelines.families import ClassFamily, find_family, why_untrainable
@@ -128,10 +128,10 @@ def check_upgrade(recipe: UpgradeRecipe, section: str, *, without_images: bool =
     architecture = _known_architecture(recipe.base)
     captions_for, pipeline = None, None
     if architecture is not None:
-        pipeline = architecture.pipeline if architecture.transformer else None
+        pipeline = (architecture.pipeline, architecture.transformer) if architecture.transformer else None
     elif not without_images:  # a dry run downloads nothing
-        pipeline = pipeline_class(recipe.base, recipe.base_revision)
-    if pipeline is not None and (why := why_untrainable(pipeline)) is not None:
+        pipeline = describe_pipeline(recipe.base, recipe.base_revision)
+    if pipeline is not None and (why := why_untrainable(*pipeline)) is not None:
         if section == "diffusion":
             raise why
         if not without_images:
