@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import sys
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -362,8 +364,8 @@ def test_latents_that_are_not_finite_are_named(tmp_path, caplog):
 
 
 def test_a_tracker_that_is_not_installed_is_told_before_the_first_step(tmp_path, monkeypatch):
-    stage = _Stage(report_to=["tensorboard", "wandb"])
-    with pytest.raises(DavaeError, match=r"wandb is not installed: `pip install wandb`.*report_to=\[tensorboard\]"):
+    stage = _Stage(report_to=["tensorboard", "clearml"])
+    with pytest.raises(DavaeError, match=r"clearml is not installed: `pip install clearml`.*report_to=\[tensorboard\]"):
         train(stage, tmp_path, {})
     assert stage.objective.seen == []
     train(_Stage(report_to=["tensorboard"], steps=1), tmp_path, {})
@@ -485,6 +487,27 @@ def _validate(samples, step, name):
     """Write a picture of 4 x 2 pixels."""
     Image.new("RGB", (4, 2)).save(make_folder(samples) / name.format(step))
     return {"weight": 1.0}
+
+
+def test_trackio_has_one_run_with_settings_and_pictures_that_goes_on(tmp_path, monkeypatch):
+    """With the real package, in a folder of its own: it reads where to write when it is imported."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+
+    def stage():
+        made = _Stage(report_to=["trackio"], tracker_project_name="photos")
+        made.validate = functools.partial(_validate, name="step-{}.png")
+        return made
+
+    for last in (4, None):
+        train(stage(), tmp_path / "mine", {"kind": "toy"}, stop_after=last)
+    (run,) = trackio.Api().runs("photos")
+    assert run.config["kind"] == "toy"
+    file = next((tmp_path / "trackio").glob("photos*.db"))
+    with closing(sqlite3.connect(file)) as found:
+        logged = [(step, json.loads(values)) for step, values in found.execute("select step, metrics from metrics")]
+    assert [step for step, values in logged if "total" in values] == list(range(1, 9))
+    assert [step for step, values in logged if "samples" in values] == [8]
 
 
 def test_tensorboard_has_settings_and_pictures_and_hides_what_is_made_again(tmp_path):
