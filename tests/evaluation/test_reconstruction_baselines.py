@@ -10,6 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from davae.bases.tiny import debug_base
 from davae.errors import DavaeError
 from davae.evaluation import psnr
+from davae.evaluation.metrics.names import OF_BASE
 from davae.evaluation.reconstruction.baselines import compare_reconstructions
 from davae.models import AutoencoderDA
 
@@ -93,6 +94,13 @@ def test_crops_of_any_size_are_told_apart(autoencoder, images):
     assert report.rows["upgraded"].crops["lettering"].keys() == {"psnr", "ssim", "gap"}
     with pytest.raises(DavaeError, match="crops 'empty'"):
         compare_reconstructions(autoencoder, [images], crops={"empty": []})
+
+
+def test_rows_that_training_leaves_as_they_are_can_be_left_out(autoencoder, images):
+    whole = compare_reconstructions(autoencoder, [images], crops={"square": [images[:1]]}).rows
+    own = compare_reconstructions(autoencoder, [images], crops={"square": [images[:1]]}, of_base=False).rows
+    assert [*own] == [name for name in whole if name not in OF_BASE]
+    assert {name: row.figures for name, row in own.items()} == {name: whole[name].figures for name in own}
 
 
 def test_without_its_base_decoder_no_row_of_the_base_remains(images):

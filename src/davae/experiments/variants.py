@@ -22,7 +22,7 @@ from davae.evaluation.features import FeatureNetwork
 from davae.evaluation.images import spread_batches
 from davae.evaluation.latent_space.separability import linear_probe
 from davae.evaluation.metrics.image_set import ImageSet, compare_sets
-from davae.evaluation.metrics.names import BASE_ENLARGED, DECODER_ALONE, UPGRADED, alone, current_way
+from davae.evaluation.metrics.names import BASE_ENLARGED, DECODER_ALONE, OF_BASE, UPGRADED, alone, current_way
 from davae.evaluation.reconstruction.baselines import compare_reconstructions
 from davae.evaluation.reconstruction.details import MEANING
 from davae.models import AutoencoderDA
@@ -88,20 +88,28 @@ class Autoencoders:
         return {}
 
     def _measured(self, case: UpgradeRecipe, autoencoder: Path) -> dict[str, dict[str, float]]:
-        """Figures of every way to reconstruct the held-out images, kept beside the autoencoder."""
+        """Figures of every way to reconstruct the held-out images, kept beside the autoencoder.
+
+        What variants have in common, the rows of the base and of the reduced image, is measured with the first of them.
+        """
         names = [network.name for network in self.networks]
         file = autoencoder.parent / f"reconstruction-{_short_hash(names)}.json"
+        common = {"base": case.base, "data": case.data.model_dump(mode="json"), "scale": case.autoencoder.model.scale}
+        shared = self.out / "autoencoders" / f"base-{_short_hash([names, common])}.json"
         if not file.is_file():
             vae, images = load_autoencoder(autoencoder), open_held_out(case.data)
             count = images_together(case.data.resolution, case.data.resolution)
             batches = (
                 torch.stack([item["image"] for item in part]) for part in spread_batches(images, len(images), count)
             )
-            rows = compare_reconstructions(vae, batches, networks=self.networks).rows
+            rows = compare_reconstructions(vae, batches, networks=self.networks, of_base=not shared.is_file()).rows
             figures = {name: row.figures for name, row in rows.items()}
             figures[UPGRADED] |= _probes(vae, images)
-            atomic_json(file, figures)
-        return {current_way(name): row for name, row in read_object(file).items()}
+            if not shared.is_file():
+                atomic_json(shared, {name: row for name, row in figures.items() if name in OF_BASE})
+            atomic_json(file, {name: row for name, row in figures.items() if name not in OF_BASE})
+        found = read_object(file) | (read_object(shared) if shared.is_file() else {})
+        return {current_way(name): row for name, row in found.items()}
 
 
 def _decoders_alone(autoencoders: Mapping[str, Path]) -> dict[str, str]:

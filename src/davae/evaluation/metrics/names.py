@@ -22,7 +22,7 @@ PSNR, SSIM, LPIPS, DINO = "psnr", "ssim", "lpips", "dino"
 SWD_FINEST, SWD_MEAN, SPECTRUM_DB, CLIP_SCORE = "swd/finest", "swd/mean", "spectrum_db", "clip_score"
 SPECTRAL_GAIN = "spectral_gain"
 UPGRADED, DECODER_ALONE = "upgraded", "decoder alone"
-BASE_ENLARGED, BASE_NATIVE, REDUCED = "base, enlarged", "base, native", "image, reduced"
+BASE_ENLARGED, BASE_NATIVE, REDUCED = OF_BASE = "base, enlarged", "base, native", "image, reduced"
 
 _EARLIER = {
     "swd": SWD_FINEST,

@@ -122,6 +122,7 @@ def compare_reconstructions(
     crops: dict[str, Iterable[Tensor]] | None = None,
     networks: list[FeatureNetwork] | None = None,
     perceptual: Mapping[str, Perceptual] | None = None,
+    of_base: bool = True,
 ) -> ReconstructionReport:
     """Reconstruct images in every way and measure each.
 
@@ -136,6 +137,7 @@ def compare_reconstructions(
         crops: name to images ``[1, 3, H, W]`` of any sizes, reported separately.
         networks: for Fréchet and kernel distances.
         perceptual: further distances of each pair by name, such as LPIPS.
+        of_base: with the rows that training leaves as they are: of the base, of upscalers and of the reduced image.
 
     Raises:
         DavaeError: no image, sizes that do not fit the autoencoder, a name that a row has already, or upscalers where
@@ -145,13 +147,13 @@ def compare_reconstructions(
     training = {model: model.training for model in (vae, *beside.values())}
     for model in training:
         model.eval()
-    rows = _rows(vae, beside, upscalers)
+    rows = _rows(vae, beside, upscalers, of_base=of_base)
     real = ImageSet(networks)
     made = {name: ImageSet(networks) for name in rows}
     means = {name: PairMeans(perceptual) for name in rows}
     textures = {name: PairMeans(perceptual) for name in rows}
     times: dict[str, list[float]] = {}
-    for images, reconstructions in _reconstructions(vae, batches, beside, upscalers, times):
+    for images, reconstructions in _reconstructions(vae, batches, beside, upscalers, times, of_base=of_base):
         if UPGRADED in reconstructions:
             real.update(images)
         cut = fine_texture(images)
@@ -175,7 +177,7 @@ def compare_reconstructions(
     for crop, images_of in (crops or {}).items():
         apart = {name: PairMeans(perceptual) for name in rows if name not in DETAIL_ROWS}
         for images in images_of:
-            for name, ours in all_reconstructions(vae, images, beside, upscalers).items():
+            for name, ours in all_reconstructions(vae, images, beside, upscalers, of_base=of_base).items():
                 apart[name].update(images, ours)
         counts[crop] = apart[UPGRADED].count
         if not counts[crop]:
@@ -203,7 +205,9 @@ def _gains(made: ImageSet, real: ImageSet) -> dict[str, float]:
     return {f"{SPECTRAL_GAIN}/octave{number}": gain for number, gain in enumerate(gains)}
 
 
-def _rows(vae: AutoencoderDA, beside: Mapping[str, AutoencoderDA], upscalers: Mapping[str, Upscaler]) -> dict[str, Row]:
+def _rows(
+    vae: AutoencoderDA, beside: Mapping[str, AutoencoderDA], upscalers: Mapping[str, Upscaler], *, of_base: bool
+) -> dict[str, Row]:
     """The rows without figures, in their order; those of the base only if its decoder was not dropped."""
     given = [*beside, *upscalers]
     taken = {*_MEANING, *DETAIL_ROWS, *map(alone, beside), *(name for name in given if given.count(name) > 1)}
@@ -222,10 +226,11 @@ def _rows(vae: AutoencoderDA, beside: Mapping[str, AutoencoderDA], upscalers: Ma
         if model.uses_details:
             shares[alone(name)] = shares[name]
             meaning.setdefault(alone(name), f"the joint decoder of '{name}' on the base latent, with details of 0")
-    if vae.config.has_base_decoder:
+    if of_base and vae.config.has_base_decoder:
         shares |= {BASE_ENLARGED: 1.0, **dict.fromkeys(upscalers, 1.0), BASE_NATIVE: float(vae.scale**2)}
         meaning |= {name: f"the base's image enlarged by {found.title}" for name, found in upscalers.items()}
-    shares[REDUCED] = 0.0
+    if of_base:
+        shares[REDUCED] = 0.0
     if vae.uses_details:
         shares |= dict.fromkeys(DETAIL_ROWS, 1.0)
     return {name: Row(meaning[name], share) for name, share in shares.items()}
@@ -237,6 +242,8 @@ def _reconstructions(
     beside: Mapping[str, AutoencoderDA],
     upscalers: Mapping[str, Upscaler],
     times: dict[str, list[float]],
+    *,
+    of_base: bool,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Images and their reconstructions by name; every image comes once with each row.
 
@@ -245,7 +252,7 @@ def _reconstructions(
     details, count = OtherDetails(vae), 0
     for images in batches:
         made = {}
-        for name, way in _ways(vae, images, beside, upscalers, count).items():
+        for name, way in _ways(vae, images, beside, upscalers, count, of_base=of_base).items():
             made[name], seconds = timed(way)
             times.setdefault(name, []).append(seconds / len(images))
         count += len(images)
@@ -261,9 +268,11 @@ def all_reconstructions(
     images: Tensor,
     beside: Mapping[str, AutoencoderDA] | None = None,
     upscalers: Mapping[str, Upscaler] | None = None,
+    *,
+    of_base: bool = True,
 ) -> dict[str, Tensor]:
     """Reconstructions ``[B, 3, H, W]`` by name of their row, float32 on the CPU, but for those with other details."""
-    ways = _ways(vae, images, beside or {}, upscalers or {}, 0)
+    ways = _ways(vae, images, beside or {}, upscalers or {}, 0, of_base=of_base)
     return {name: _finished(way()) for name, way in ways.items()}
 
 
@@ -277,11 +286,13 @@ def _ways(
     beside: Mapping[str, AutoencoderDA],
     upscalers: Mapping[str, Upscaler],
     first: int,
+    *,
+    of_base: bool,
 ) -> dict[str, Callable[[], Tensor]]:
     """What makes the reconstructions ``[B, 3, H, W]``, by name of their row, of latents that are encoded here.
 
     Args:
-        vae, beside, upscalers: as for :func:`compare_reconstructions`.
+        vae, beside, upscalers, of_base: as for :func:`compare_reconstructions`.
         images: ``[B, 3, H, W]`` in [-1, 1].
         first: number of the first image.
     """
@@ -294,6 +305,8 @@ def _ways(
         if model.uses_details:
             z, z_d = model.layout.split(latent)
             ways[alone(name)] = partial(model.decode_structured, z, torch.zeros_like(z_d))
+    if not of_base:
+        return ways
     if vae.config.has_base_decoder:
         z = vae.encode_base(x)
 
