@@ -27,7 +27,7 @@ LAYERS = [
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 LARGEST_FOLDER = 15
 LARGER = {"cli": 22}
-MOST_FILES, MOST_LINES, MOST_IGNORES = 318, 50_800, 11
+MOST_FILES, MOST_LINES, MOST_IGNORES = 319, 50_800, 11
 
 FILES = sorted(ROOT.rglob("*.py"))
 

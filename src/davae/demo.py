@@ -41,10 +41,11 @@ from davae.report import (
     build_report,
     usual_run,
 )
-from davae.runtime.pictures import save_rows, upscaled
+from davae.runtime.pictures import save_rows
 from davae.runtime.pixel_budget import in_parts
 from davae.runtime.places import claim
 from davae.runtime.progress import Phases, Progress
+from davae.runtime.resizing import upscaled
 from davae.training.checkpoints.run_directory import environment, read_metrics
 from davae.training.data import open_held_out
 from davae.training.diffusion import ClassMap, generate_classes

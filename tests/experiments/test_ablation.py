@@ -22,7 +22,7 @@ from davae.pipelines.families import family_of
 from davae.pipelines.saving.opening import load_autoencoder
 from davae.recipes.read import load_recipe, load_variant
 from davae.report.ablation import run_ablation
-from davae.runtime.pictures import upscaled
+from davae.runtime.resizing import upscaled
 from davae.training.cache.write import write_cache
 from davae.training.diffusion.tuning import select_trained
 from davae.warm_start import new_channel_masks

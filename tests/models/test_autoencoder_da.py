@@ -270,12 +270,61 @@ def test_detail_dropout_zeroes_whole_samples_and_keeps_the_mean() -> None:
     factor = detail_dropout_factor(torch.tensor([0.0, 0.59, 0.61, 0.99]), 0.4)
     assert torch.allclose(factor, torch.tensor([1 / 0.6, 1 / 0.6, 0, 0]))
     model = make(detail_dropout=0.5).train()
-    z_d = torch.ones(64, DETAILS, 2, 2)
-    values = model.drop_details(z_d).flatten(1)
+    z, z_d = torch.ones(64, model.layout.base_channels, 2, 2), torch.ones(64, DETAILS, 2, 2)
+    values, absent = model.drop_details(z, z_d)
+    values = values.flatten(1)
     assert (values == values[:, :1]).all()  # by sample
     assert set(values[:, 0].tolist()) == {0.0, 2.0}
-    assert set(model.drop_details(z_d, rescale=False).unique().tolist()) == {0.0, 1.0}
-    assert model.eval().drop_details(z_d) is z_d
+    assert torch.equal(values[:, 0] == 0, absent)
+    assert set(model.drop_details(z, z_d, rescale=False)[0].unique().tolist()) == {0.0, 1.0}
+    kept, absent = model.eval().drop_details(z, z_d)
+    assert kept is z_d
+    assert not absent.any()
+
+
+@torch.no_grad()
+def test_absent_details_are_those_of_the_base_s_enlarged_image(images: Tensor, tmp_path: Path) -> None:
+    """In dropout, in the decoder alone, and in the copy whose latent is the base's own."""
+    model = make(detail_dropout=0.5, absent_details="enlarged")
+    z, z_d = model.encode_base(images), model.encode_details(images).mean
+    small = model.decode_base(z).clamp(-1, 1)
+    enlarged = F.interpolate(small, scale_factor=2, mode="bicubic", align_corners=False).clamp(-1, 1)
+    expected = model.encode_details(enlarged).mean
+    assert torch.equal(model.absent_details(z), expected)
+    assert not torch.equal(expected, z_d)
+    many = [part.repeat_interleave(16, dim=0) for part in (z, z_d, expected)]
+    made, absent = model.train().drop_details(many[0], many[1])
+    assert 0 < absent.sum() < len(absent)
+    assert torch.equal(made[~absent], many[1][~absent])  # not twice as large
+    torch.testing.assert_close(made[absent], many[2][absent], atol=1e-5, rtol=1e-5)
+    alone = model.eval().without_details()
+    assert alone.layout.detail_channels == 0
+    assert torch.equal(alone.encode(images).latent_dist.mode(), z)
+    wanted = model.decode_structured(z, expected)
+    torch.testing.assert_close(alone.decode(z).sample, wanted, atol=1e-5, rtol=1e-5)
+    alone.save_pretrained(tmp_path)
+    opened = AutoencoderDA.from_pretrained(tmp_path)
+    torch.testing.assert_close(opened.decode(z).sample, wanted, atol=1e-5, rtol=1e-5)
+    model.drop_base_decoder()
+    with pytest.raises(DavaeError, match="no base decoder"):
+        model.absent_details(z)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"absent_details": "none"}, "absent_details"),
+        ({"absent_details": "enlarged", "detail_dropout": 1.0}, "never trained"),
+    ],
+)
+def test_absent_details_that_cannot_be(options: dict[str, object], message: str) -> None:
+    with pytest.raises(DavaeError, match=message):
+        make(**options)
+
+
+def test_absent_details_of_a_second_level_are_zero() -> None:
+    with pytest.raises(DavaeError, match="over a base VAE"):
+        AutoencoderDA.from_base(make(), detail_channels=DETAILS, absent_details="enlarged")
 
 
 @pytest.mark.parametrize("scale", [2, 4, 8])

@@ -27,7 +27,7 @@ from davae.pipelines.sampling import generate
 from davae.pipelines.sampling.generate import generate_images, watch_image
 from davae.pipelines.sampling.previews import Previews
 from davae.planner.recipes import plan_upgrade
-from davae.runtime.pictures import upscaled
+from davae.runtime.resizing import upscaled
 from davae.studio import (
     ALONE,
     DETAILS,

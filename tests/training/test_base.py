@@ -16,7 +16,7 @@ from davae.models.latent_space import encode, to_model_space
 from davae.pipelines import ClassConditionalPipeline
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import BaseRecipe
-from davae.runtime.pictures import reduced
+from davae.runtime.resizing import reduced
 from davae.training.base import train as base_module
 from davae.training.base.train import dry_run_base, train_base
 from davae.training.data import open_part

@@ -16,7 +16,7 @@ from davae.pipelines import upgrade_pipeline
 from davae.pipelines.upgrade import layout_over
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import UpgradeRecipe
-from davae.runtime.pictures import upscaled
+from davae.runtime.resizing import upscaled
 from davae.training.autoencoder.objective import StructuredObjective
 from davae.training.autoencoder.stage import AutoencoderStage, upscaled_base
 from davae.training.autoencoder.train import new_level

@@ -12,7 +12,7 @@ from davae.bases.open import load_base
 from davae.data.cache import plain_config, value_hash, weights_hash
 from davae.errors import DavaeError, first_line
 from davae.pipelines.saving.opening import pipeline_place
-from davae.runtime.pictures import resize_bicubic
+from davae.runtime.resizing import resize_bicubic
 from davae.runtime.text_files import read_object
 from davae.runtime.weight_files import read_finite
 

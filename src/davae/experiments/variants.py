@@ -31,9 +31,10 @@ from davae.pipelines.saving.opening import load_autoencoder, load_pipeline
 from davae.recipes.read import with_later_settings
 from davae.recipes.settings import AblationRecipe, BaseRecipe, BaseTransformerSettings, UpgradeRecipe
 from davae.runtime.atomic_files import atomic_json, folder_hash
-from davae.runtime.pictures import to_bytes, upscaled
+from davae.runtime.pictures import to_bytes
 from davae.runtime.pixel_budget import images_together, in_parts
 from davae.runtime.places import safe_name
+from davae.runtime.resizing import upscaled
 from davae.runtime.text_files import read_object
 from davae.runtime.weight_files import atomic_tensors
 from davae.training.base.train import train_base
@@ -328,7 +329,7 @@ def base_images(recipe: UpgradeRecipe, autoencoder: Path | None, count: int, fol
 
     Args:
         recipe: names the base, the classes and how to sample.
-        autoencoder: whose joint decoder decodes them with details of 0; None enlarges the base's images bicubically.
+        autoencoder: whose joint decoder decodes them without details; None enlarges the base's images bicubically.
         count: how many.
         folder: for the file they are kept in.
     """

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from davae.choices import (
+    AbsentDetails,
     AlignmentForm,
     AlignmentTarget,
     BlockStart,
@@ -136,8 +137,11 @@ class AutoencoderModelSettings(Section):
     base_latent_space: LatentSpace = "scaled"
     """What alignment and joint decoder see: ``(z - shift) * scale`` as the diffusion model does, or ``z``."""
     detail_dropout: Share = 0.1
-    """Share of training samples whose details are zeroed in front of the decoder: what the decoder alone learns from.
-    1 trains nothing else, a baseline: details, their alignment and their KL divergence then have no part."""
+    """Share of training samples whose details are taken away in front of the decoder: what the decoder alone learns
+    from. 1 trains nothing else, a baseline: details, their alignment and their KL divergence then have no part."""
+    absent_details: AbsentDetails = "zero"
+    """What the decoder gets in their place, there and where it is used alone: zeros, as in the paper, or the details of
+    the base's image, enlarged bicubically (``enlarged``, over a base VAE), which it reads without having learned to."""
     start: BlockStart = "fitted"
     """Of the new blocks: fitted to images in closed form, from the base's layers that they replace (``warm``), or from
     torch's initial values, the official start (``random``)."""
@@ -155,11 +159,16 @@ class AutoencoderModelSettings(Section):
         return {**rest, "start": start}
 
     @model_validator(mode="after")
-    def _a_factor_of_two_a_level(self) -> AutoencoderModelSettings:
+    def _fits_the_levels(self) -> AutoencoderModelSettings:
         nested = self.detail_channels if isinstance(self.detail_channels, list) else []
         if nested and self.scale != 2 ** len(nested):
             raise ValueError(
                 f"{len(nested)} levels of detail_channels make a scale of {2 ** len(nested)}, not {self.scale}"
+            )
+        if self.absent_details == "enlarged" and (len(nested) > 1 or self.detail_dropout == 1):
+            raise ValueError(
+                "absent_details=enlarged is for one level of details that are trained: leave it at zero with nested "
+                "levels and with detail_dropout=1"
             )
         return self
 
@@ -174,7 +183,7 @@ class AutoencoderSettings(TrainedSection):
     alignment: AlignmentSettings = AlignmentSettings()
     reconstruction: ReconstructionSettings = ReconstructionSettings()
     decoder_alone: ImageTerms | None = None
-    """Terms for the samples whose details are zeroed (``model.detail_dropout``), in place of those of
+    """Terms for the samples whose details are taken away (``model.detail_dropout``), in place of those of
     ``reconstruction``, whose networks' files they take; none means the same for all."""
     rescale_details: bool = True
     """Divide the details that ``model.detail_dropout`` keeps by the share of samples that keep theirs, in training, as

@@ -12,7 +12,8 @@ from davae.errors import DavaeError
 from davae.evaluation import linear_probe_accuracy, project_latents, radial_power_spectrum
 from davae.evaluation.reconstruction.crops import busiest_crop
 from davae.report.schema import TENSOR_FILE, Curve, Figures, LatentMap, Picture, PictureRow, Section, Spectrum
-from davae.runtime.pictures import as_picture, save_image, upscaled
+from davae.runtime.pictures import as_picture, save_image
+from davae.runtime.resizing import upscaled
 from davae.runtime.weight_files import atomic_tensors
 
 STAGES = (
@@ -119,7 +120,7 @@ class FigureRecorder:
             base_previews: [N, 3, h, w], decoded from the base latent (``decode_base``).
             reconstructions: [N, 3, H, W].
             captions: one per image.
-            alone: [N, 3, H, W], of the joint decoder with details of 0.
+            alone: [N, 3, H, W], of the joint decoder without details.
             native: [N, 3, H, W], of the base at full resolution.
         """
         columns = {"Input": images, "Base, enlarged": base_previews}
@@ -149,7 +150,7 @@ class FigureRecorder:
             base: [N, 3, h, w] in [-1, 1].
             upgraded: [N, 3, H, W].
             captions: one per sample, such as its class and seed.
-            alone: [N, 3, H, W], the base's samples decoded by the joint decoder with details of 0.
+            alone: [N, 3, H, W], the base's samples decoded by the joint decoder without details.
         """
         columns = {"Base, enlarged": base} | ({} if alone is None else {"Decoder alone": alone})
         between = "" if alone is None else "then the same sample, decoded by the upgrade's decoder without details; "

@@ -85,7 +85,7 @@ class Reconstruction(_Record):
     psnr_base_upscaled: float
     """dB, of the base's own reconstruction after bicubic upscaling."""
     psnr_decoder_alone: float | None = None
-    """dB, of the joint decoder on the base latent, with details of 0."""
+    """dB, of the joint decoder on the base latent, without details."""
     psnr_base_native: float | None = None
     """dB, of the base's reconstruction at full resolution, from more positions."""
     psnr_reduced: float | None = None
@@ -105,7 +105,7 @@ class Generation(_Record):
     swd_finest_upgraded: float
     swd_finest_base_upscaled: float
     swd_finest_decoder_alone: float | None = None
-    """Of the base's own samples, decoded larger by the joint decoder with details of 0."""
+    """Of the base's own samples, decoded larger by the joint decoder without details."""
     swd_finest_real: float | None = None
     """The same distance between two sets of real images, as a lower bound."""
     swd_levels_upgraded: list[float] = []

@@ -1,4 +1,4 @@
-"""Resizing of images, and picture sheets that show many of them."""
+"""Images as files, and picture sheets that show many of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,33 +27,6 @@ def as_picture(image: Tensor) -> Image.Image:
     """``[3, H, W]`` or ``[1, H, W]`` in [-1, 1], clamped, as an RGB picture."""
     levels = to_bytes(image.detach().cpu()).to(torch.uint8)
     return Image.fromarray(levels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())  # [H, W, 3]
-
-
-def resize_bicubic(images: Tensor, height: int, width: int) -> Tensor:
-    """Resize ``[B, 3, h, w]`` bicubically with antialiasing, as Pillow does; unchanged if the size already fits."""
-    if images.shape[-2:] == (height, width):
-        return images
-    return F.interpolate(images, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
-
-
-def upscaled(small: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
-    """Images ``[B, 3, h, w]`` enlarged bicubically to ``size`` (height, width) and clamped to [-1, 1], float32.
-
-    Without antialiasing, with which torch uses another bicubic kernel even when enlarging.
-    """
-    return F.interpolate(small.float(), size=size, mode="bicubic", align_corners=False).clamp(-1, 1)
-
-
-def reduced(images: Tensor, factor: int) -> Tensor:
-    """``[B, 3, H, W]`` to ``[B, 3, H // factor, W // factor]``, bicubic and antialiased."""
-    return resize_bicubic(images, images.shape[-2] // factor, images.shape[-1] // factor)
-
-
-def reduced_to(images: Tensor, side: int) -> Tensor:
-    """``[B, 3, S, S]`` to ``[B, 3, side, side]``, bicubic and antialiased."""
-    if images.shape[-1] % side == 0:
-        return reduced(images, images.shape[-1] // side)
-    return resize_bicubic(images, side, side)
 
 
 def image_grid(rows: list[Tensor], labels: Sequence[Sequence[str]] = ()) -> Image.Image:

@@ -8,7 +8,8 @@ from torch import Tensor
 from davae.evaluation.features.network import Features, standardise
 from davae.models.perceptual import EFFICIENTNET_MEAN, EFFICIENTNET_STD, efficientnet_lite0
 from davae.runtime.atomic_files import file_hash
-from davae.runtime.pictures import resize_bicubic, to_bytes
+from davae.runtime.pictures import to_bytes
+from davae.runtime.resizing import resize_bicubic
 
 _SIDE = 224
 _MEAN, _STD = (EFFICIENTNET_MEAN,) * 3, (EFFICIENTNET_STD,) * 3

@@ -14,7 +14,8 @@ from davae.errors import DavaeError, first_line
 from davae.evaluation.features.network import Features, standardise
 from davae.runtime.atomic_files import file_hash
 from davae.runtime.model_files import open_model
-from davae.runtime.pictures import resize_bicubic, to_bytes
+from davae.runtime.pictures import to_bytes
+from davae.runtime.resizing import resize_bicubic
 from davae.runtime.text_files import read_object
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

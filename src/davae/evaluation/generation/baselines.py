@@ -22,9 +22,10 @@ from davae.evaluation.upscalers import Upscaler
 from davae.models import AutoencoderDA
 from davae.pipelines import upgrade_pipeline
 from davae.pipelines.sampling.generate import takes_prompts
-from davae.runtime.pictures import to_bytes, upscaled
+from davae.runtime.pictures import to_bytes
 from davae.runtime.places import safe_name
 from davae.runtime.processes import rank_and_world, wait_for_everyone
+from davae.runtime.resizing import upscaled
 
 CLASS_IMAGES = 50_000
 """Default number of images of a class-conditional model, as in published distances."""
@@ -86,7 +87,7 @@ def generate_variants(
         open_pipeline: opens a pipeline by name.
         settings: of the upgraded pipeline, also used for the baselines.
         out: gets a folder each for ``upgraded``, ``base`` (at base resolution), ``native`` (at full), ``decoder-alone``
-            (the base decoded by the upgrade's joint decoder with details of 0), the upscalers and the others.
+            (the base decoded by the upgrade's joint decoder without details), the upscalers and the others.
         base: name of the base pipeline; ``None`` for no baselines.
         others: further pipelines by the name they are reported under, such as one with as many tokens but another
             autoencoder; they generate at full resolution, or are resized to it.
@@ -190,14 +191,14 @@ def _add_decoder_alone(
     variants: Variants,
     progress: Progress,
 ) -> None:
-    """The base's own samples, decoded larger by the upgrade's joint decoder with details of 0."""
+    """The base's own samples, decoded larger by the upgrade's joint decoder without details."""
     try:
         larger = upgrade_pipeline(pipe, alone)
     except DavaeError as error:  # of another base than the upgrade's
         variants.unavailable[DECODER_ALONE] = str(error)
         return
     run = variants.runs[DECODER_ALONE] = _make(larger, settings, folder, variants, progress)
-    meaning = "the base's samples, decoded larger by the upgrade's joint decoder with details of 0: equal tokens"
+    meaning = "the base's samples, decoded larger by the upgrade's joint decoder without details: equal tokens"
     variants.add(DECODER_ALONE, meaning, partial(run.batches, variants.count), run)
 
 

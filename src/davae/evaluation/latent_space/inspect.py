@@ -26,8 +26,8 @@ from davae.latents import grouped_mean
 from davae.models import AutoencoderDA
 from davae.pipelines.saving.opening import autoencoder_folder, load_autoencoder
 from davae.runtime.devices import chosen_device, wanted_dtype
-from davae.runtime.pictures import upscaled
 from davae.runtime.pixel_budget import in_parts
+from davae.runtime.resizing import upscaled
 
 _LEAST = 8  # images
 _BAND_IMAGES = 32
@@ -200,6 +200,11 @@ def inspect_autoencoder(
         return _map(lambda part: vae.decode(part).sample, vae, x, vae.spatial_compression).clamp(-1, 1)
 
     made = {name: decode(latent) for name, latent in decoded.items()}
+    if vae.config.absent_details == "enlarged":
+        alone = _map(
+            lambda part: vae.decode_structured(part, vae.absent_details(part)), vae, z, vae.spatial_compression
+        )
+        made["zeroed"] = alone.clamp(-1, 1)
     if vae.config.has_base_decoder:
         small = _map(vae.decode_base, vae, latents, vae.spatial_compression).clamp(-1, 1)
         made["base"] = upscaled(small, images.shape[-2:])

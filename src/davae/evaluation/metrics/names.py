@@ -10,7 +10,7 @@
 A training that measures at several resolutions appends the side: ``psnr_128``.
 
 Tables have a row or column for each way: ``upgraded`` is the autoencoder, or the pipeline over it; ``decoder alone``
-its joint decoder on the base latent, with details of 0; ``base, enlarged`` the base's image at base resolution,
+its joint decoder on the base latent, without details; ``base, enlarged`` the base's image at base resolution,
 enlarged bicubically; these have equal tokens. ``base, native`` is the base at full resolution, with more.
 """
 

@@ -29,11 +29,11 @@ from davae.evaluation.upscalers import Upscaler
 from davae.models import AutoencoderDA
 from davae.models.latent_space import decode, encode
 from davae.runtime.devices import timed
-from davae.runtime.pictures import upscaled
+from davae.runtime.resizing import upscaled
 
 _MEANING = {
     UPGRADED: "the autoencoder itself",
-    DECODER_ALONE: "its joint decoder on the base latent, with details of 0: equal tokens",
+    DECODER_ALONE: "its joint decoder on the base latent, without details: equal tokens",
     BASE_ENLARGED: "the base latent decoded by the base at base resolution, enlarged bicubically: equal tokens",
     BASE_NATIVE: "the base autoencoder at full resolution: more tokens",
     REDUCED: "no autoencoder: the image at base resolution, enlarged bicubically",
@@ -225,7 +225,7 @@ def _rows(
         meaning.setdefault(name, f"another autoencoder{trained_so}")
         if model.uses_details:
             shares[alone(name)] = shares[name]
-            meaning.setdefault(alone(name), f"the joint decoder of '{name}' on the base latent, with details of 0")
+            meaning.setdefault(alone(name), f"the joint decoder of '{name}' on the base latent, without details")
     if of_base and vae.config.has_base_decoder:
         shares |= {BASE_ENLARGED: 1.0, **dict.fromkeys(upscalers, 1.0), BASE_NATIVE: float(vae.scale**2)}
         meaning |= {name: f"the base's image enlarged by {found.title}" for name, found in upscalers.items()}
@@ -303,8 +303,7 @@ def _ways(
         latent = encode(model, x)
         ways[name] = partial(decode, model, latent)
         if model.uses_details:
-            z, z_d = model.layout.split(latent)
-            ways[alone(name)] = partial(model.decode_structured, z, torch.zeros_like(z_d))
+            ways[alone(name)] = partial(_without_details, model, model.layout.split(latent)[0])
     if not of_base:
         return ways
     if vae.config.has_base_decoder:
@@ -319,6 +318,10 @@ def _ways(
         ways[BASE_NATIVE] = partial(decode, vae.base_vae, encode(vae.base_vae, x))
     ways[REDUCED] = lambda: upscaled(vae.downsample(x), size)
     return ways
+
+
+def _without_details(vae: AutoencoderDA, z: Tensor) -> Tensor:
+    return vae.decode_structured(z, vae.absent_details(z))
 
 
 def _enlarged(upscaler: Upscaler, small: Callable[[], Tensor], size: tuple[int, int], seeds: range) -> Tensor:
@@ -349,7 +352,7 @@ def reconstruct_one(vae: AutoencoderDA, image: Tensor) -> dict[str, OneReconstru
     """
     made = all_reconstructions(vae, image)
     grid = image.shape[-2] * image.shape[-1] // vae.spatial_compression**2
-    rows = _rows(vae, {}, {})
+    rows = _rows(vae, {}, {}, of_base=True)
     return {
         name: OneReconstruction(found[0], float(psnr(image, found)), round(rows[name].positions * grid))
         for name, found in made.items()

@@ -21,8 +21,8 @@ from davae.evaluation.upscalers import Upscaler
 from davae.models import AutoencoderDA
 from davae.models.latent_space import compression_of, decode, encode, open_autoencoder
 from davae.pipelines.saving.opening import opening
-from davae.runtime.pictures import upscaled
 from davae.runtime.pixel_budget import in_parts
+from davae.runtime.resizing import upscaled
 
 _SMALLEST = 16  # pixels, for SSIM's window and the Wasserstein pyramid
 

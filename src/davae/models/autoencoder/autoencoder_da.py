@@ -16,7 +16,7 @@ from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, D
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from davae.choices import BlockStart, ChannelOrder, DownMethod, LatentSpace, Scale, check_choice
+from davae.choices import AbsentDetails, BlockStart, ChannelOrder, DownMethod, LatentSpace, Scale, check_choice
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.latents.statistics import check_channel_statistics, check_statistics
@@ -30,6 +30,7 @@ from davae.models.base_adapters.adapter import constructor_arguments, find_adapt
 from davae.models.base_adapters.nested import NestedAdapter
 from davae.models.portable import Portable
 from davae.runtime.model_files import named_weights, never_filled, not_finite
+from davae.runtime.resizing import upscaled
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         detail_dropout: probability, in training, of zeroing a sample's whole detail latent before decoding;
             kept ones are scaled by ``1 / (1 - p)``. With 1 the decoder never sees details, in training or after it
             (:attr:`uses_details`).
+        absent_details: what stands in for details where there are none, in the training's dropout and where the
+            decoder is used alone (:meth:`absent_details`): ``"zero"`` as in the paper, or ``"enlarged"``, the details
+            of the base's image, enlarged, which the untrained decoder already knows how to read. Over a base VAE only.
         detail_mean, detail_std: per-channel statistics of ``z_d``; None means 0 and 1. See
             :meth:`set_detail_statistics`.
         branch_config: config of the base class for the detail encoder and the joint decoder, where their
@@ -89,6 +93,8 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
             (:meth:`drop_base_decoder`). Only :meth:`decode_base` and decoding the lower levels need it.
         down_method: of the down block, which makes the details: ``"unshuffle"`` is the residual block of the paper,
             ``"stride"`` one convolution of ``(s + 2) x (s + 2)`` features, which :func:`davae.fit_start` needs.
+        enlarged_details: of a latent without details, how many channels of them :meth:`decode` makes by itself from the
+            base's image (:meth:`without_details` of ``absent_details="enlarged"``).
 
     Raises:
         DavaeError: an unknown base or option, or sizes that do not fit.
@@ -117,10 +123,13 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         branch_config: dict[str, Any] | None = None,
         has_base_decoder: bool = True,
         down_method: DownMethod = "unshuffle",
+        absent_details: AbsentDetails = "zero",
+        enlarged_details: int = 0,
     ) -> None:
         super().__init__()
         check_choice(down_method, DownMethod, "down_method")
         _check_options(scale, base_latent_space, decoder_channel_order, detail_dropout)
+        _check_absent(absent_details, detail_dropout, detail_channels, enlarged_details, base_class)
         check_channel_statistics("detail_mean", detail_mean, "detail_std", detail_std, detail_channels)
         model_class, self.adapter = find_adapter(base_class)
         self.base = model_class.from_config(base_config)
@@ -135,15 +144,16 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         branch = self.base if branch_config is None else model_class.from_config(branch_config)
         # In this order, which saved averages and moments of earlier runs have.
         detail_encoder = self.adapter.detail_encoder(branch)
-        self.detail_encoder: Any = detail_encoder if detail_channels else None
+        made = detail_channels or enlarged_details
+        self.detail_encoder: Any = detail_encoder if made else None
         self.joint_decoder = self.adapter.joint_decoder(branch)
         networks = self.adapter.network_adapter(self.base)
         encoder_features, self.base_compression = networks.probe_encoder(detail_encoder)
         decoder_features = networks.decoder_channels(self.joint_decoder)
         self.down: Any = None
-        if detail_channels:
-            self.down = down_block(encoder_features, detail_channels, self.scale, down_method)
-        self.up = ResidualUpsample(self.layout.channels, decoder_features, self.scale)
+        if made:
+            self.down = down_block(encoder_features, made, self.scale, down_method)
+        self.up = ResidualUpsample(self.layout.channels + enlarged_details, decoder_features, self.scale)
         self._add_pipeline_parts(self.base)
         self._group_offload_block_modules = [*self._group_offload_block_modules, *offloaded_blocks(self.base)]
         if not has_base_decoder:
@@ -174,6 +184,7 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         base_latent_space: LatentSpace = "scaled",
         decoder_channel_order: ChannelOrder = "base_first",
         detail_dropout: float = 0.1,
+        absent_details: AbsentDetails = "zero",
         start: BlockStart = "warm",
     ) -> AutoencoderDA:
         """A new autoencoder on a pretrained base, which is copied and not changed.
@@ -187,7 +198,7 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
                 :mod:`davae.models.autoencoder.warm_blocks`); ``"random"``: torch's initial values, the official start;
                 ``"fitted"``: not yet, :func:`davae.fit_start` fits them to images.
             scale, detail_channels, antialias, clamp_base_image, base_latent_space, decoder_channel_order,
-            detail_dropout:
+            detail_dropout, absent_details:
                 see the class.
 
         Raises:
@@ -224,6 +235,7 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
             detail_mean=None,
             detail_std=None,
             down_method="stride" if start == "fitted" else "unshuffle",
+            absent_details=absent_details,
         )
         for part in model.children():
             nn.Module.to(part, device=base.device, dtype=base.dtype)  # diffusers' own warns of islands
@@ -377,12 +389,13 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
 
     @torch.no_grad()
     def without_details(self) -> AutoencoderDA:
-        """A copy whose latent is the base's alone, ``[B, C, h, w]``, and whose images are this one's with details of 0.
+        """A copy whose latent is the base's alone, ``[B, C, h, w]``: this one's decoder alone.
 
         It decodes what an untouched base pipeline samples into images ``s`` times larger per side, as an upscaling
-        decoder. The up block keeps the columns of the base channels, with what its shortcut makes of them.
+        decoder; its images are this one's with :meth:`absent_details`. Where these are 0, the detail encoder goes, and
+        the up block keeps the columns of the base channels, with what its shortcut makes of them.
         """
-        base = self.base_vae
+        base, enlarged = self.base_vae, self.config.absent_details == "enlarged"
         model = AutoencoderDA(
             base_class=type(base).__name__,
             base_config=constructor_arguments(type(base), base.config),
@@ -393,9 +406,15 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
             base_latent_space=self.config.base_latent_space,
             branch_config=self.config.branch_config,
             has_base_decoder=self.config.has_base_decoder,
+            down_method=self.config.down_method,
+            decoder_channel_order=self.config.decoder_channel_order if enlarged else "base_first",
+            enlarged_details=self.own_layout.detail_channels if enlarged else 0,
         )
         for part in model.children():
             nn.Module.to(part, device=self.device, dtype=self.dtype)
+        if enlarged:
+            model.load_state_dict(self.state_dict())
+            return model.eval()
         model.base.load_state_dict(base.state_dict())
         model.joint_decoder.load_state_dict(self.joint_decoder.state_dict())
         first = self.own_layout.detail_channels if self.config.decoder_channel_order == "detail_first" else 0
@@ -516,9 +535,12 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
     def encode_own_details(self, images: Tensor) -> DiagonalGaussianDistribution:
         """As :meth:`encode_details`, but only the channels that this level adds."""
         self._check_sides(images)
-        if self.detail_encoder is None:  # no channels
+        if not self.own_layout.detail_channels:
             none = images.new_zeros(len(images), 0, *(side // self.spatial_compression for side in images.shape[-2:]))
             return DiagonalGaussianDistribution(none)
+        return self._own_details(images)
+
+    def _own_details(self, images: Tensor) -> DiagonalGaussianDistribution:
         encode = self._tiled(
             lambda x: self.down(self.detail_encoder(x)), self.detail_encoder, self.spatial_compression, 1
         )
@@ -544,19 +566,49 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
         shift, scale = (v[: z.shape[1], None, None] for v in self.base_affine(z.device))
         return ((z.float() - shift) * scale).to(z.dtype)
 
-    def drop_details(self, z_d: Tensor, *, rescale: bool = True) -> Tensor:
-        """This level's ``z_d`` for :meth:`decode_structured`; in train mode ``detail_dropout`` zeroes whole samples.
+    def drop_details(self, prefix: Tensor, z_d: Tensor, *, rescale: bool = True) -> tuple[Tensor, Tensor]:
+        """This level's ``z_d`` for :meth:`decode_structured`; in train mode ``detail_dropout`` takes samples' away.
 
         Args:
+            prefix: the latent below, ``[B, own_layout.base_channels, h, w]``.
             z_d: ``[B, D, h, w]``.
-            rescale: divide the others by the share that is kept, as the official code does.
+            rescale: divide the others by the share that is kept, as the official code does; not with
+                ``absent_details="enlarged"``, which leaves no zeros to make up for.
+
+        Returns:
+            The details, with :meth:`absent_details` where there are none, and whether there are none, ``[B]``.
         """
         if not (self.training and self.uses_details) or self.config.detail_dropout <= 0:
-            return z_d
+            return z_d, torch.zeros(len(z_d), dtype=torch.bool, device=z_d.device)
         uniform = torch.rand(z_d.shape[0], device=z_d.device)
         factor = detail_dropout_factor(uniform, self.config.detail_dropout)
+        absent = factor == 0
+        if self.config.absent_details == "enlarged":  # of all samples, for the same passes in every process
+            return torch.where(absent[:, None, None, None], self.absent_details(prefix).to(z_d.dtype), z_d), absent
         factor = factor if rescale else factor.clamp(max=1.0)
-        return z_d * factor.to(z_d.dtype)[:, None, None, None]
+        return z_d * factor.to(z_d.dtype)[:, None, None, None], absent
+
+    @torch.no_grad()
+    def absent_details(self, prefix: Tensor) -> Tensor:
+        """What stands in for details where there are none, ``[B, D, h, w]``: see the class.
+
+        With ``"enlarged"`` they are encoded from the base's image, decoded from ``prefix`` and enlarged bicubically.
+
+        Args:
+            prefix: the raw base latent, or the latent of all levels below: the result is what the whole latent has
+                beside it.
+
+        Raises:
+            DavaeError: that image is needed, and the base's decoder was dropped.
+        """
+        if self.config.absent_details == "enlarged":
+            return self._details_of_enlarged(prefix)
+        return prefix.new_zeros(len(prefix), self.layout.channels - prefix.shape[1], *prefix.shape[-2:])
+
+    def _details_of_enlarged(self, z: Tensor) -> Tensor:
+        small = self.decode_base(z).clamp(-1, 1)
+        size = (small.shape[-2] * self.scale, small.shape[-1] * self.scale)
+        return self._own_details(upscaled(small, size).to(z.dtype)).mean
 
     @apply_forward_hook
     def decode_structured(self, z: Tensor, z_d: Tensor) -> Tensor:
@@ -573,8 +625,11 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
             z, z_d = self.own_layout.split(torch.cat([z, z_d], dim=1))
         if not self.uses_details:
             z_d = torch.zeros_like(z_d)
-        z = self.decoded_prefix(z)
+        raw, z = z, self.decoded_prefix(z)
         latent = self.own_layout.join(z, z_d)
+        if self.config.enlarged_details:
+            z_d = self._details_of_enlarged(raw)
+            latent = torch.cat([z, z_d], dim=1)
         if self.config.decoder_channel_order == "detail_first":  # the one place where the order differs
             latent = torch.cat([z_d, z], dim=1)
         decode = self._tiled(lambda x: self.joint_decoder(self.up(x)), self.joint_decoder, 1, self.spatial_compression)
@@ -865,6 +920,17 @@ def _check_options(scale: int, space: str, order: str, dropout: float) -> None:
     check_choice(order, ChannelOrder, "decoder_channel_order")
     if not 0.0 <= dropout <= 1.0:
         raise DavaeError(f"detail_dropout must lie in [0, 1], not {dropout}")
+
+
+def _check_absent(absent: str, dropout: float, details: int, enlarged: int, base_class: str) -> None:
+    """Raise a :class:`DavaeError` for options of absent details that do not fit each other."""
+    check_choice(absent, AbsentDetails, "absent_details")
+    if enlarged and details:
+        raise DavaeError(f"enlarged_details={enlarged} is of a latent without details, and detail_channels={details}")
+    if absent == "enlarged" and base_class == "AutoencoderDA":
+        raise DavaeError('absent_details="enlarged" is for details over a base VAE, and this base has details itself')
+    if absent == "enlarged" and dropout == 1:
+        raise DavaeError('absent_details="enlarged" takes details, which with detail_dropout=1 are never trained')
 
 
 def _check_image_channels(name: str, taken: int, given: int) -> None:

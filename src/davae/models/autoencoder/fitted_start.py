@@ -59,7 +59,8 @@ def fit_start(vae: AutoencoderDA, images: Iterable[Tensor], *, aligned_channels:
     aligned = aligned_channels or vae.layout.base_channels
     moments = _measured(vae, images, aligned)
     details = fit_details(moments, vae.own_layout.detail_channels)
-    estimate, offset = fit_estimate(moments, details, vae.config.detail_dropout)
+    zeroed = vae.config.detail_dropout if vae.config.absent_details == "zero" else 0.0
+    estimate, offset = fit_estimate(moments, details, zeroed)
     _set_down_block(vae, _at_each_feature(head, vae.factor), details)
     wanted = _of_estimate(_before_one_shuffle(stem, vae.factor, vae.scale // vae.factor), estimate, offset)
     if is_detail_first(vae):

@@ -30,7 +30,7 @@ class StructuredObjective(nn.Module):
         gan_losses: one per trained level, lowest first; ``None`` without a GAN.
         target: what reconstructions are compared with: the images, or the base VAE's reconstructions of them.
         detail_noise: largest strength of :func:`noised`, drawn evenly between 0 and it for each sample.
-        alone: terms for the samples whose details are zeroed; None takes those of ``reconstruction``.
+        alone: terms for the samples whose details are taken away; None takes those of ``reconstruction``.
         rescale_details: see :meth:`AutoencoderDA.drop_details`.
 
     Raises:
@@ -136,20 +136,21 @@ class StructuredObjective(nn.Module):
         """Losses of one level, and the details ``[B, D, h, w]`` that it appends to the ``latent`` below it."""
         if not vae.uses_details:
             z_d = latent.new_zeros(len(latent), vae.own_layout.detail_channels, *latent.shape[-2:])
-            decoded = self._reconstruct(i, vae, latent, z_d, targets, step, aligns=False)
+            absent = torch.ones(len(latent), dtype=torch.bool, device=latent.device)
+            decoded = self._reconstruct(i, vae, latent, z_d, absent, targets, step, aligns=False)
             return {"total": decoded.total, **decoded.losses}, z_d
         posterior = vae.encode_own_details(images)
         with drawing():
             z_d = posterior.sample()  # [B, D, h, w]
             kept = noised(z_d, self.detail_noise) if self.detail_noise and vae.training else z_d
-            kept = vae.drop_details(kept, rescale=self.rescale_details)
+            kept, absent = vae.drop_details(latent, kept, rescale=self.rescale_details)
         aligned = latent[:, : alignment_layout(vae, self.alignment_settings).base_channels].detach()
         kl = gaussian_kl(posterior.mean, posterior.logvar, reduction=self.settings.kl_reduction)
         alignment = self.alignments[i](z_d, vae.alignment_target(aligned))
 
         weight: Tensor | float = self.alignment_settings.weight
         aligns = bool(weight) and self.alignment_settings.adaptive and torch.is_grad_enabled()
-        decoded = self._reconstruct(i, vae, latent, kept, targets, step, aligns=aligns)
+        decoded = self._reconstruct(i, vae, latent, kept, absent, targets, step, aligns=aligns)
         losses = {**decoded.losses, "kl": kl, "alignment": alignment}
         if aligns:
             ratio = decoded.alignment_ratio(kept, alignment, vae.alignment_weight, maximum=MAX_ADAPTIVE_ALIGNMENT)
@@ -158,18 +159,28 @@ class StructuredObjective(nn.Module):
         return {"total": total, **losses}, z_d
 
     def _reconstruct(
-        self, i: int, vae: AutoencoderDA, latent: Tensor, z_d: Tensor, targets: Tensor, step: int, *, aligns: bool
+        self,
+        i: int,
+        vae: AutoencoderDA,
+        latent: Tensor,
+        z_d: Tensor,
+        absent: Tensor,
+        targets: Tensor,
+        step: int,
+        *,
+        aligns: bool,
     ) -> Decoded:
         """Decode one level and compute its reconstruction and adversarial losses.
 
         Args:
             i: the level's place among those that are trained.
             vae, latent, z_d, targets: as in :meth:`_level`.
+            absent: which samples have no details of their own, ``[B]``.
             step: the loop's step.
             aligns: keep the gradient that an adaptive alignment weight needs.
         """
         gan_loss = self._gan_losses[i]
-        measure = self._measure(z_d)
+        measure = self._measure(absent)
         adapts = gan_loss is not None and gan_loss.settings.adaptive and torch.is_grad_enabled()
         if aligns or adapts:
             return self._decode(vae, latent, z_d, targets, measure, gan_loss, step, at_details=aligns)
@@ -196,11 +207,10 @@ class StructuredObjective(nn.Module):
         """Decode and compute the losses where a weight is adaptive."""
         return single_pass(vae, latent, z_d, images, measure, gan_loss, step, at_details=at_details)
 
-    def _measure(self, z_d: Tensor) -> Measure:
-        """The reconstruction loss of a batch with the details ``[B, D, h, w]`` that its decoder is given."""
-        if self.reconstruction.alone is None:
-            return self.reconstruction
-        return partial(self.reconstruction, without=(z_d.detach() == 0).flatten(1).all(1))
+    def _measure(self, absent: Tensor) -> Measure:
+        """The reconstruction loss of a batch, of which some samples ``[B]`` have no details."""
+        loss = self.reconstruction
+        return loss if loss.alone is None else partial(loss, without=absent)
 
     def _levels(self) -> list[AutoencoderDA]:
         return [self.autoencoder.at_level(number) for number in self.learning]

@@ -14,9 +14,10 @@ from davae.latents import grouped_mean
 from davae.models import AutoencoderDA
 from davae.recipes.settings import AutoencoderSettings
 from davae.runtime.atomic_files import save_whole
-from davae.runtime.pictures import save_shared_rows, upscaled
+from davae.runtime.pictures import save_shared_rows
 from davae.runtime.pixel_budget import in_parts
 from davae.runtime.processes import start_processes
+from davae.runtime.resizing import upscaled
 from davae.training.autoencoder.losses import make_gan_loss
 from davae.training.autoencoder.objective import StructuredObjective, alignment_layout, levels_that_learn
 from davae.training.data import mean_of_all, mean_psnr, rank_share_of_images
@@ -116,7 +117,7 @@ class AutoencoderStage(Stage):
                 made = vae.decode_level(latent, number)
                 rows[f"level {number}, enlarged"].append(upscaled(made, part.shape[-2:]).cpu())
             rows["reconstruction"].append(vae.decode_structured(below, z_d).cpu())
-            rows[alone].append(vae.decode_structured(below, torch.zeros_like(z_d)).cpu())
+            rows[alone].append(vae.decode_structured(below, vae.absent_details(below)).cpu())
             target = vae.alignment_target(below[:, : layout.base_channels]).float()
             projected = grouped_mean(z_d.float(), layout.base_channels)
             aligned.append((projected - target).square().flatten(1).mean(1).cpu())

@@ -35,9 +35,9 @@ from davae.planner.plan import TRANSFORMER_UTILISATION, find_gpu, hours
 from davae.recipes.read import dump_recipe
 from davae.recipes.settings import BaseRecipe, DiffusionSettings
 from davae.runtime.atomic_files import save_whole
-from davae.runtime.pictures import reduced
 from davae.runtime.places import check_place
 from davae.runtime.processes import claimed_by_first, is_first, loader_workers, start_processes, wait_for_everyone
+from davae.runtime.resizing import reduced
 from davae.training.base.autoencoder_stage import BaseAutoencoderStage, build_kl, set_factors
 from davae.training.cache.write import open_cache
 from davae.training.checkpoints.checkpoint import checkpoints

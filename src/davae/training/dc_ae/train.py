@@ -23,8 +23,8 @@ from davae.recipes.dc_ae import DcAeRecipe, Phase
 from davae.recipes.read import differing_keys, dump_recipe, load_recipe
 from davae.runtime.atomic_files import atomic_json
 from davae.runtime.model_files import open_model
-from davae.runtime.pictures import reduced_to
 from davae.runtime.processes import everyone, is_first, loader_workers, start_processes
+from davae.runtime.resizing import reduced_to
 from davae.runtime.text_files import read_object
 from davae.training.checkpoints.foundations import model_hash
 from davae.training.checkpoints.run_directory import RunDirectory, data_facts
