@@ -47,7 +47,7 @@ def test_other_mistakes_of_value_go_through() -> None:
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        ("We couldn't connect to the hub.", "the hub was not reached; a folder with a copy does as well$"),
+        ("We couldn't connect to the hub.", "the hub was not reached; the path of a copy does as well$"),
         ("no file of safetensors: connect to get one", r"the hub does not provide it \(no file of safetensors"),
     ],
 )

@@ -58,7 +58,10 @@ def test_overrides_change_exactly_what_they_name():
         ("autoencoder.loop.steps=many", "autoencoder.loop.steps"),
         ("autoencoder.model.scale=3", "autoencoder.model.scale"),
         ("diffusion.tune.mode=some", "diffusion.tune.mode"),
+        ("diffusion.tune.mode=lorra", "(did you mean 'lora'?)"),
+        ("autoencoder.loop.report_to=[wanb]", "'autoencoder.loop.report_to' is 'wanb': it must be 'tensorboard'"),
         ("nonsense", "section.key=value"),
+        ("taesd3-photos", "did you mean --recipe taesd3-photos?"),
         ("base.name=x", "is a value, not a section"),
     ],
 )

@@ -216,6 +216,9 @@ def test_the_headline_looks_at_every_scale_of_the_samples_and_at_their_scenes() 
         "samples are 24 % closer to real images at the finest scale than the base's, but farther at 16 px and 8 px."
     )
     assert scenes == "They show other scenes than the base's from the same seeds."
+    quick = words.headline(summary.model_copy(update={"quick": True}))
+    assert "shows that everything works, not how well" in quick[0]
+    assert quick[1:] == words.headline(summary)
     assert "the scene changes" in words.scene(summary)
     assert "diffusion.tune.mode=lora" in dict(words.next_steps(summary)).values()
 

@@ -100,6 +100,16 @@ def test_modules_that_come_in_eval_mode_are_trained_in_train_mode(tmp_path):
     assert modes == [True]
 
 
+def test_validations_are_told_when_they_are_made_and_the_last_with_the_result(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="davae"):
+        result = train(_Stage(steps=3, validate_every=1, validate_at_start=True), tmp_path, {})
+    told = [record.message for record in caplog.records if "held-out images" in record.message]
+    assert [line.split(": ")[0] for line in told] == [f"toy, step {step}, held-out images" for step in range(3)]
+    logged = {line["step"]: line["weight"] for line in read_metrics(tmp_path / "metrics.jsonl") if "weight" in line}
+    assert [line.split()[-1] for line in told] == [f"{logged[step]:.4g}" for step in range(3)]
+    assert result.metrics["weight"] == logged[3]
+
+
 def test_gradients_are_let_go_before_checkpoints_and_validations(tmp_path):
     """Their memory is that of the validation's images."""
     stage = _Stage(steps=2, validate_every=1)

@@ -36,9 +36,37 @@ from davae.runtime.atomic_files import system_error
 from davae.training.loop.signals import Stopped, TrainingStopped, ending_by_signals
 from davae.version import __version__
 
+_VERBS = [
+    "demo",
+    "recipes",
+    "plan",
+    "train",
+    "cache",
+    "upgrade",
+    "generate",
+    "reconstruct",
+    "evaluate",
+    "compare",
+    "inspect",
+    "ablate",
+    "bench",
+    "export",
+    "convert",
+    "report",
+    "studio",
+    "comfyui",
+    "configs",
+    "doctor",
+]
+"""In the order of use, which ``--help`` has."""
+
 
 class _Verbs(typer.core.TyperGroup):
-    """Reports Ctrl-C as other signals, and files that end too early as bugs: typer would exit without a message."""
+    """Lists the verbs in the order of use. Reports Ctrl-C as other signals, and files that end too early as bugs: typer
+    would exit without a message."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=_VERBS.index)
 
     def invoke(self, ctx: Any) -> Any:
         try:

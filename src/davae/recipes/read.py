@@ -53,8 +53,8 @@ def recipe_text(name: str) -> str:
     """
     if name not in recipe_names():
         raise DavaeError(
-            f"no recipe named '{name}'{_nearest(name, recipe_names())}; "
-            f"there are {', '.join(recipe_names())}, or give a .yaml file"
+            f"no recipe named '{name}'{_nearest(name, recipe_names())}; `davae recipes list` shows all, or give a "
+            ".yaml file"
         )
     return (resources.files("davae.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
 
@@ -219,7 +219,9 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, o
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key or not all(key.split(".")):
-        raise DavaeError(f"override {_shown(override)} is not of the form section.key=value")
+        named = override in recipe_names() or override.endswith((".yaml", ".yml"))
+        meant = f"; did you mean --recipe {override}?" if named else ""
+        raise DavaeError(f"override {_shown(override)} is not of the form section.key=value{meant}")
     annotation = _annotation_of(values, key)
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     if takes_text(annotation) and not quoted:
@@ -253,12 +255,15 @@ def _annotation_of(values: dict[str, Any], key: str) -> Any:
 
 def _one_line(error: ValidationError, model: type[Section], source: str, stage: str | None) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    place = first["loc"][:-1] if first["loc"] and isinstance(first["loc"][-1], int) else first["loc"]
+    where = ".".join(map(str, place))
     if first["type"] == "extra_forbidden":
         return f"{source}: unknown key '{where}'{_hint(where, first['input'], model, stage)}"
     if first["type"] == "missing":
         return f"{source}: '{where}' is missing"
-    message = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
+    if first["type"] == "literal_error":
+        message += _nearest(str(first["input"]), re.findall(r"'([^']*)'", message))
     if first["type"] == "value_error" and isinstance(first["input"], dict):  # of a section: names its keys
         return f"{source}: {message}" if where in ("", "data") else f"{source}: '{where}': {message}"
     return f"{source}: '{where}' is {_shown(first['input'])}: {message}"

@@ -107,7 +107,15 @@ def speed_up(summary: Summary) -> float:
 
 
 def headline(summary: Summary) -> list[str]:
-    """The run's figures in two sentences, good or bad: of cost and reconstructions, and of samples if there are any."""
+    """The run's figures in two sentences, good or bad: of cost and reconstructions, and of samples if there are any.
+
+    A quick run says first that it is one.
+    """
+    told = ["This was a quick run: it shows that everything works, not how well."] if summary.quick else []
+    return told + _figures(summary)
+
+
+def _figures(summary: Summary) -> list[str]:
     size, tokens = summary.image_size.upgraded, summary.tokens
     rebuilt, change = summary.reconstruction, sample_change(summary)
     gain = rebuilt.psnr_upgraded - rebuilt.psnr_base_upscaled
@@ -229,7 +237,7 @@ def next_steps(summary: Summary) -> list[tuple[str, str]]:
 
     steps = []
     if summary.quick:
-        steps.append(("A quick run shows that everything works, not how well: run the same without", "--quick"))
+        steps.append(("For figures that tell how well it works, run the same without", "--quick"))
     if summary.unlabelled:
         steps.append(("For samples of your own classes train a small base on them, and name it with --base:", _OWN))
     if rebuilt.psnr_upgraded < rebuilt.psnr_base_upscaled + 1 or made is None:

@@ -420,5 +420,5 @@ def _absence(error: BaseException) -> str | None:
         if isinstance(one, LocalEntryNotFoundError | ConnectionError) or any(
             words in text for words in ("connect", "not fully cached locally")
         ):
-            return "it is not in the local cache, and the hub was not reached; a folder with a copy does as well"
+            return "it is not in the local cache, and the hub was not reached; the path of a copy does as well"
     return None

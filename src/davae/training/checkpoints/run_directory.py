@@ -279,11 +279,25 @@ _OPTIONAL = {
 
 
 def installation() -> dict[str, Any]:
-    """:func:`environment`, and whether the embedded base and each optional package are present."""
+    """:func:`environment`, the GPU, and whether the embedded base and each optional package are present."""
     return environment() | {
+        "gpu": torch.accelerator.is_available(),
+        "torch_cuda": torch.version.cuda,
         "embedded_base": (TINY / "model_index.json").is_file(),
         "optional": {name: importlib.util.find_spec(name) is not None for name in _OPTIONAL},
     }
+
+
+def _gpu(facts: Mapping[str, Any]) -> str:
+    if facts["gpu"]:
+        return str(facts["device"])
+    if facts["torch_cuda"] is None:
+        return "none, and a build of torch for the CPU"
+    return (
+        f"none that torch sees, with a build of torch for CUDA {facts['torch_cuda']}. If there is one, its driver is "
+        "missing or too old; if there is none, `pip install torch --index-url https://download.pytorch.org/whl/cpu` "
+        "takes five gigabytes less"
+    )
 
 
 def installation_text(facts: Mapping[str, Any]) -> str:
@@ -291,6 +305,7 @@ def installation_text(facts: Mapping[str, Any]) -> str:
     lines = [
         f"python {facts['python']} on {facts['platform']}; {facts['device']}, {facts['cpu_count']} cores",
         "  ".join(f"{name} {version}" for name, version in facts["packages"].items()),
+        f"GPU: {_gpu(facts)}",
         f"embedded base: {'present' if facts['embedded_base'] else 'MISSING; reinstall davae'}",
     ]
     for name, (use, remedy) in _OPTIONAL.items():

@@ -30,7 +30,7 @@ from davae.training.checkpoints.foundations import model_hash
 from davae.training.checkpoints.run_directory import RunDirectory, data_facts
 from davae.training.data import check_images, open_part
 from davae.training.dc_ae.stage import DcAeStage, build_autoencoder, trained_layers
-from davae.training.loop.loop import TrainResult, train
+from davae.training.loop.loop import TrainResult, figures_line, train
 
 _CLASSES = {c.__name__: c for c in (AutoencoderDC, PlainAutoencoderDC, AutoencoderKL)}
 _MEASURED = {"scaling_factor", "shift_factor"}  # config entries that training sets
@@ -78,7 +78,7 @@ def run_dc_ae(
             f"`davae train dc-ae --recipe {recipe} --phase {phase - 1}` to its end first, or name one with --from"
         )
     result = train_dc_ae(settings, out, phase=phase, start=start)
-    figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    figures = figures_line(result.metrics)
     return f"{result.result}\n{figures}"
 
 

@@ -12,7 +12,7 @@ import itertools
 import logging
 import signal
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,11 @@ from davae.training.loop.trackers import Trackers
 from davae.training.stage import Stage
 
 logger = logging.getLogger(__name__)
+
+
+def figures_line(metrics: Mapping[str, float]) -> str:
+    """Metrics in one line of the terminal."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 @dataclass(frozen=True)
@@ -337,6 +342,8 @@ class _Training:
             saved: whether there is a checkpoint of this step.
         """
         self._evaluate(done)
+        if self.main and self.metrics and done < self.loop.steps:  # the last ones are told with the result
+            logger.info("%s, step %d, held-out images: %s", self.stage.name, done, figures_line(self.metrics))
         watched = self._measured(done) if self.main else None
         found: list[Any] = [watched, watched is not None and self.writer.is_best(watched)]
         if self.accelerator.num_processes > 1 and self.loop.best_metric is not None:

@@ -25,7 +25,7 @@ from davae.training.checkpoints.checkpoint import checkpoints
 from davae.training.data import bucket_sizes, check_divides, check_images
 from davae.training.diffusion.train import check_transformer, train_transformer
 from davae.training.engine.fsdp import asks_for_fsdp
-from davae.training.loop.loop import TrainResult
+from davae.training.loop.loop import TrainResult, figures_line
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def run_folder(recipe: str | Path, stage: str = "") -> Path:
 
 
 def _summary(result: TrainResult) -> str:
-    figures = "  ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    figures = figures_line(result.metrics)
     return f"{result.result}\n{figures}"
 
 
