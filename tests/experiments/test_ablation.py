@@ -15,7 +15,7 @@ from davae.errors import DavaeError
 from davae.evaluation.metrics.names import OF_BASE
 from davae.evaluation.reconstruction.baselines import compare_reconstructions
 from davae.experiments.ablation import Spread, _foundations, ablate
-from davae.experiments.variants import base_images, generated_images, real_images
+from davae.experiments.variants import _probes, base_images, generated_images, real_images
 from davae.models import AutoencoderDA
 from davae.pipelines import load_pipeline, upgrade_pipeline
 from davae.pipelines.families import family_of
@@ -223,6 +223,18 @@ def test_autoencoders_alone_are_measured_with_their_baselines_and_over_the_steps
         text = json.dumps(kept | of_base)
         file.write_text(text.replace("base, enlarged", "base, upscaled").replace("decoder alone", "details zeroed"))
     assert ablate(load_recipe("ablation-debug", settings), out).baselines == result.baselines
+
+
+def test_a_class_of_one_image_does_not_take_the_probes_of_the_others():
+    vae = AutoencoderDA.from_base(debug_base().vae, scale=2, detail_channels=8)
+    labels = [0, 0, 0, 1, 1, 1, 2]
+    images = torch.rand(7, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    items = [{"image": image, "label": label} for image, label in zip(images, labels)]
+    found = _probes(vae, items)
+    assert found.keys() == {"probe/base", "probe/detail", "probe/structured"}
+    assert found == _probes(vae, items[:-1])
+    assert _probes(vae, items[2:4]) == {}
+    assert _probes(vae, [{**item, "label": -1} for item in items]) == {}
 
 
 def test_the_base_s_samples_are_enlarged_and_decoded_alone(ablated, tmp_path):

@@ -202,11 +202,15 @@ def _short_hash(value: Any) -> str:
 
 @torch.no_grad()
 def _probes(vae: AutoencoderDA, images: ItemDataset) -> dict[str, float]:
-    """Accuracy of linear probes of base, detail and structured latents over the images' classes, if they have any."""
+    """Accuracy of linear probes of base, detail and structured latents over the images' classes, if they have any.
+
+    A probe needs one latent of a class to fit and one to score: classes of a single image are left out.
+    """
     items = [images[i] for i in range(len(images))]
     labels = torch.tensor([item["label"] for item in items])
-    counts = labels.unique(return_counts=True)[1]
-    if int(labels.min()) < 0 or len(counts) < 2 or int(counts.min()) < 2:
+    several = (labels[:, None] == labels).sum(dim=1) > 1
+    items, labels = [item for item, kept in zip(items, several) if kept], labels[several]
+    if not items or int(labels.min()) < 0 or len(labels.unique()) < 2:
         return {}
     parts = in_parts(torch.stack([item["image"] for item in items]))
     latents = torch.cat([vae.encode(part).latent_dist.mode() for part in parts])
