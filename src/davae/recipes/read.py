@@ -255,14 +255,14 @@ def _annotation_of(values: dict[str, Any], key: str) -> Any:
 
 def _one_line(error: ValidationError, model: type[Section], source: str, stage: str | None) -> str:
     first = error.errors()[0]
-    place = first["loc"][:-1] if first["loc"] and isinstance(first["loc"][-1], int) else first["loc"]
-    where = ".".join(map(str, place))
+    where = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         return f"{source}: unknown key '{where}'{_hint(where, first['input'], model, stage)}"
     if first["type"] == "missing":
         return f"{source}: '{where}' is missing"
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
     if first["type"] == "literal_error":
+        where = re.sub(r"\.\d+$", "", where)  # an item that is quoted needs no number
         message += _nearest(str(first["input"]), re.findall(r"'([^']*)'", message))
     if first["type"] == "value_error" and isinstance(first["input"], dict):  # of a section: names its keys
         return f"{source}: {message}" if where in ("", "data") else f"{source}: '{where}': {message}"

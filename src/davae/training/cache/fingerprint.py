@@ -85,9 +85,13 @@ def cache_fingerprint(
     return Fingerprint(facts, sources)
 
 
+_BEFORE = {"down_method": "unshuffle", "absent_details": "zero", "enlarged_details": 0}
+"""What autoencoders have that were saved before these keys came."""
+
+
 def _without_added_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration, of all levels, without ``down_method`` where it is what autoencoders before that key have."""
-    kept = {key: value for key, value in config.items() if (key, value) != ("down_method", "unshuffle")}
+    """A configuration, of all levels, without the keys that came later, where they say what was so before."""
+    kept = {key: value for key, value in config.items() if key not in _BEFORE or value != _BEFORE[key]}
     return {key: _without_added_keys(value) if key == "base_config" else value for key, value in kept.items()}
 
 
