@@ -301,6 +301,7 @@ def test_absent_details_are_those_of_the_base_s_enlarged_image(images: Tensor, t
     assert alone.layout.detail_channels == 0
     assert torch.equal(alone.encode(images).latent_dist.mode(), z)
     wanted = model.decode_structured(z, expected)
+    assert torch.equal(model.decode_alone(z), wanted)
     torch.testing.assert_close(alone.decode(z).sample, wanted, atol=1e-5, rtol=1e-5)
     alone.save_pretrained(tmp_path)
     opened = AutoencoderDA.from_pretrained(tmp_path)

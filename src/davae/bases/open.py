@@ -148,9 +148,8 @@ def describe_pipeline(name: str, revision: str | None = None) -> tuple[str, dict
         if not inside:
             return None
         config = place / "transformer" / "config.json"
-        return str(read_object(place / "model_index.json").get("_class_name")), (
-            read_object(config) if config.is_file() else {}
-        )
+        transformer = read_object(config) if config.is_file() else {}
+        return str(read_object(place / "model_index.json").get("_class_name")), transformer
 
 
 def load_base(

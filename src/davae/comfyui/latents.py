@@ -51,8 +51,7 @@ class Coder(nn.Module):
         if shown == "base":
             return self.model.decode_base(latents)
         if shown == "decoder alone":
-            base = layout.split(latents)[0]
-            return self.model.decode_structured(base, self.model.absent_details(base))
+            return self.model.decode_alone(layout.split(latents)[0])
         return self.model.decode(latents).sample
 
     @contextmanager

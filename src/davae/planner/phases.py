@@ -103,7 +103,7 @@ def autoencoder_phases(
         rows = [vae.decode_base(vae.encode_base(images))] if vae.config.has_base_decoder else []
         rows += [vae.decode_structured(below, z_d)]
         del rows
-        vae.decode_structured(below, vae.absent_details(below))
+        vae.decode_alone(below)
 
     validation = {**kept, "activations": _forward(vae, validate, cpu=run.cpu)}
     export = {**kept, "activations": _forward(vae, lambda: vae.encode_details(images), cpu=run.cpu)}

@@ -190,21 +190,16 @@ def inspect_autoencoder(
     z, details = vae.layout.split(latents)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).roll(1)
     shuffled = details[_derangement(order)]
-    decoded = {
-        "whole": latents,
-        "zeroed": vae.layout.join(z, torch.zeros_like(details)),
-        "shuffled": vae.layout.join(z, shuffled),
+
+    def decode(x: Tensor, function: Callable[[Tensor], Tensor] = lambda part: vae.decode(part).sample) -> Tensor:
+        return _map(function, vae, x, vae.spatial_compression).clamp(-1, 1)
+
+    zeros = vae.config.absent_details == "zero"
+    made = {
+        "whole": decode(latents),
+        "zeroed": decode(vae.layout.join(z, torch.zeros_like(details))) if zeros else decode(z, vae.decode_alone),
+        "shuffled": decode(vae.layout.join(z, shuffled)),
     }
-
-    def decode(x: Tensor) -> Tensor:
-        return _map(lambda part: vae.decode(part).sample, vae, x, vae.spatial_compression).clamp(-1, 1)
-
-    made = {name: decode(latent) for name, latent in decoded.items()}
-    if vae.config.absent_details == "enlarged":
-        alone = _map(
-            lambda part: vae.decode_structured(part, vae.absent_details(part)), vae, z, vae.spatial_compression
-        )
-        made["zeroed"] = alone.clamp(-1, 1)
     if vae.config.has_base_decoder:
         small = _map(vae.decode_base, vae, latents, vae.spatial_compression).clamp(-1, 1)
         made["base"] = upscaled(small, images.shape[-2:])

@@ -303,7 +303,7 @@ def _ways(
         latent = encode(model, x)
         ways[name] = partial(decode, model, latent)
         if model.uses_details:
-            ways[alone(name)] = partial(_without_details, model, model.layout.split(latent)[0])
+            ways[alone(name)] = partial(model.decode_alone, model.layout.split(latent)[0])
     if not of_base:
         return ways
     if vae.config.has_base_decoder:
@@ -318,10 +318,6 @@ def _ways(
         ways[BASE_NATIVE] = partial(decode, vae.base_vae, encode(vae.base_vae, x))
     ways[REDUCED] = lambda: upscaled(vae.downsample(x), size)
     return ways
-
-
-def _without_details(vae: AutoencoderDA, z: Tensor) -> Tensor:
-    return vae.decode_structured(z, vae.absent_details(z))
 
 
 def _enlarged(upscaler: Upscaler, small: Callable[[], Tensor], size: tuple[int, int], seeds: range) -> Tensor:

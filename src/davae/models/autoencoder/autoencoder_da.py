@@ -605,6 +605,14 @@ class AutoencoderDA(Portable, ModelMixin, AttentionMixin, AutoencoderMixin, Conf
             return self._details_of_enlarged(prefix)
         return prefix.new_zeros(len(prefix), self.layout.channels - prefix.shape[1], *prefix.shape[-2:])
 
+    def decode_alone(self, prefix: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]`` of the decoder alone: :meth:`decode_structured` with :meth:`absent_details`.
+
+        Args:
+            prefix: as for :meth:`absent_details`.
+        """
+        return self.decode_structured(prefix, self.absent_details(prefix))
+
     def _details_of_enlarged(self, z: Tensor) -> Tensor:
         small = self.decode_base(z).clamp(-1, 1)
         size = (small.shape[-2] * self.scale, small.shape[-1] * self.scale)

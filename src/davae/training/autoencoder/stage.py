@@ -117,7 +117,7 @@ class AutoencoderStage(Stage):
                 made = vae.decode_level(latent, number)
                 rows[f"level {number}, enlarged"].append(upscaled(made, part.shape[-2:]).cpu())
             rows["reconstruction"].append(vae.decode_structured(below, z_d).cpu())
-            rows[alone].append(vae.decode_structured(below, vae.absent_details(below)).cpu())
+            rows[alone].append(vae.decode_alone(below).cpu())
             target = vae.alignment_target(below[:, : layout.base_channels]).float()
             projected = grouped_mean(z_d.float(), layout.base_channels)
             aligned.append((projected - target).square().flatten(1).mean(1).cpu())

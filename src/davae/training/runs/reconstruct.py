@@ -72,8 +72,7 @@ def reconstruct_images(
         latent = vae.encode(placed).latent_dist.mode()
         made = {BASE_ENLARGED: upscaled_base(vae, placed), "reconstruction": vae.decode(latent).sample}
         if vae.uses_details:
-            z, _ = vae.layout.split(latent)
-            made[DECODER_ALONE] = vae.decode_structured(z, vae.absent_details(z))
+            made[DECODER_ALONE] = vae.decode_alone(vae.layout.split(latent)[0])
         for name, image in made.items():
             rows[name].append(image.clamp(-1, 1).float().cpu())
     whole = {name: torch.cat(parts) for name, parts in rows.items() if parts}
