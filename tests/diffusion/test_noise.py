@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from davae.diffusion import DdpmProcess, FlowLoss, FlowProcess, NoiseProcess, x0_from_velocity
+from davae.diffusion import DdpmProcess, FlowLoss, FlowProcess, NoiseProcess, NoisySample, x0_from_velocity
 from davae.errors import DavaeError
 from davae.latents import LatentLayout
 from davae.latents.prefixes import prefix_mask
@@ -34,6 +34,26 @@ def test_flow() -> None:
     assert torch.equal(sample.sigma_or_t, sample.sigma)
     assert torch.equal(sample.target, sample.noise - sample.data)
     torch.testing.assert_close(x0_from_velocity(sample.target, sample.noisy, sample.sigma), sample.data)
+
+
+@pytest.mark.parametrize("process", [FLOW, FlowProcess(FlowLoss(LAYOUT, form="x0"), scheme="uniform"), DDPM])
+def test_a_distilled_sample_has_the_teachers_target_in_the_base_channels_alone(process: NoiseProcess) -> None:
+    """The noisy latent stays, the details too, and the loss has the gradient of both losses, mixed."""
+    sample = process.draw(data())
+    teacher = torch.randn(64, 1, 2, 2)
+    assert torch.equal(process.distilled(sample, teacher, 0.0).target, sample.target)
+    mixed, whole = process.distilled(sample, teacher, 0.25), process.distilled(sample, teacher, 1.0)
+    torch.testing.assert_close(whole.target[:, :1], teacher)
+    assert torch.equal(whole.target[:, 1:], sample.target[:, 1:])
+    alpha = (1 - column(sample.sigma)) if isinstance(process, FlowProcess) else (1 - column(sample.sigma) ** 2).sqrt()
+    for made in (mixed, whole):
+        torch.testing.assert_close(alpha * made.data + column(made.sigma) * made.noise, sample.noisy, atol=1e-4, rtol=0)
+    guess = torch.randn(64, 4, 2, 2, requires_grad=True)
+
+    def gradient(of: NoisySample) -> Tensor:
+        return torch.autograd.grad(process.loss(guess, of, 1.0), guess)[0]
+
+    torch.testing.assert_close(gradient(mixed), 0.75 * gradient(sample) + 0.25 * gradient(whole), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("betas", [{}, {"beta_start": 0.00085, "beta_schedule": "scaled_linear"}])

@@ -17,14 +17,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from davae.bases.open import load_base
 from davae.bases.tiny import debug_base
 from davae.data import open_dataset
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
+from davae.pipelines import upgrade_pipeline
 from davae.recipes.read import load_recipe
 from davae.recipes.settings import UpgradeRecipe
 from davae.training.checkpoints.checkpoint import checkpoints, plain_values
 from davae.training.checkpoints.run_directory import RunDirectory
+from davae.training.diffusion.tuning import started_from
 from davae.training.loop.loop import TrainResult
 from davae.training.runs.train import cache_folder, train_autoencoder, train_diffusion
 from davae.warm_start import channel_parameters
@@ -328,6 +331,15 @@ def test_stage_2_starts_from_a_pipeline_or_a_run(place: Path) -> None:
         assert all(torch.allclose(v, _transformer(out)[n], atol=1e-6) for n, v in _transformer("stage2").items())
     shutil.move("stage2", "gone")
     _stage2("diffusion.start_from=stage2", *_slow("full"), "diffusion.loop.steps=3", out="from-stage2")  # goes on
+
+
+def test_what_a_tuning_starts_from_leaves_the_base_as_it_is(place: Path) -> None:
+    """The widened transformer shares the base's weights: samples of the base, to compare with, must stay the base's."""
+    base, vae = load_base("base"), AutoencoderDA.from_pretrained("stage1/autoencoder")
+    weights = {name: weight.clone() for name, weight in base.transformer.state_dict().items()}
+    found = started_from("stage2", upgrade_pipeline(base, vae, copy=False), base, "full").transformer.state_dict()
+    assert all(torch.equal(weight, base.transformer.state_dict()[name]) for name, weight in weights.items())
+    assert all(torch.equal(weight, found[name]) for name, weight in _transformer("stage2").items())
 
 
 def test_stage_2_starts_from_adapters(place: Path) -> None:

@@ -343,8 +343,43 @@ def _diffusion(tmp_path, *overrides):
     base = debug_base()
     pipe = upgrade_pipeline(base, vae)
     inputs = prepare_inputs(pipe, vae, recipe.diffusion, *_parts())
-    stage = DiffusionStage(pipe, vae.layout, recipe.diffusion, inputs)
+    stage = DiffusionStage(pipe, vae.layout, recipe.diffusion, inputs, before=debug_base())
     return base, pipe, train(stage, tmp_path, {})
+
+
+def test_distilled_from_the_base_nothing_of_it_is_lost_at_the_start():
+    """The widened transformer predicts what its frozen base does: the base channels' loss is 0, held out it is not."""
+    recipe, vae, base = load_recipe("debug", ["diffusion.loss.base_distillation=1"]), _vae(), debug_base()
+    pipe = upgrade_pipeline(base, vae, copy=False)
+    inputs = prepare_inputs(pipe, vae, recipe.diffusion, *_parts())
+    stage = DiffusionStage(pipe, vae.layout, recipe.diffusion, inputs, before=base)
+    objective = stage.objective.train()
+    batch = {"latent": torch.randn(8, vae.layout.channels, 4, 4), "label": torch.arange(8)}
+    assert float(objective(batch, 0)["base"]) < 1e-10
+    assert float(objective.eval()(batch, 0)["base"]) > 0.1
+    assert not any("teacher" in name for name in (*objective.state_dict(), *dict(objective.named_modules())))
+    with pytest.raises(DavaeError, match="base_distillation is for an upgrade"):
+        DiffusionStage(pipe, vae.layout, recipe.diffusion, inputs)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_distillation_keeps_the_bases_predictions(tmp_path, mode):
+    """After steps at a high rate the base's own prediction is kept at least three times as well as without it."""
+    noisy, labels, moved = torch.randn(8, _vae().layout.channels, 4, 4), torch.arange(8), []
+    for share in (0, 1):
+        base, pipe, _ = _diffusion(
+            tmp_path / str(share),
+            f"diffusion.tune.mode={mode}",
+            f"diffusion.loss.base_distillation={share}",
+            "diffusion.loop.steps=40",
+            "diffusion.optimizer.learning_rate=3e-3",
+        )
+        with torch.no_grad():
+            family, level = family_of(base), torch.full((8,), 0.5)
+            own = family.predict(base.transformer.eval(), noisy[:, :4].contiguous(), level, {"class_labels": labels})
+            made = family.predict(pipe.transformer.eval(), noisy, level, {"class_labels": labels})
+        moved.append(float((made[:, :4] - own).square().mean()))
+    assert moved[1] < moved[0] / 3
 
 
 def test_new_channels_only_leaves_the_base_weights_bit_equal(tmp_path):

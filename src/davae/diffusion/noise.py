@@ -69,6 +69,19 @@ class NoiseProcess(ABC):
         """Add noise to a batch ``[B, C + D, h, w]``; levels, then noise, come from torch's global generators."""
 
     @abstractmethod
+    def distilled(self, sample: NoisySample, teacher: Tensor, share: float) -> NoisySample:
+        """The sample whose base channels are to be predicted as a teacher does.
+
+        Their target ``u`` becomes ``(1 - share) u + share teacher``, which for a squared error has the gradient of the
+        same mixture of two losses; data and noise become those that this target implies in the noisy latent.
+
+        Args:
+            sample: of all channels, as drawn.
+            teacher: the frozen base's prediction for the noisy base channels, [B, C, h, w].
+            share: in [0, 1].
+        """
+
+    @abstractmethod
     def loss(self, prediction: Tensor, sample: NoisySample, weight: float) -> Tensor:
         """The training loss, a float32 scalar; ``weight`` is ``w(n)`` of Eq. 12."""
 
@@ -119,6 +132,11 @@ class FlowProcess(NoiseProcess):
             return sigma, timesteps / 1000
         sigma = sample_sigmas(len(data), **self.drawn, shift=self.shift(data))
         return sigma, sigma
+
+    def distilled(self, sample: NoisySample, teacher: Tensor, share: float) -> NoisySample:  # noqa: D102
+        target = _towards(sample.target, teacher, share)
+        data = sample.noisy - sample.sigma.view(-1, 1, 1, 1) * target
+        return replace(sample, data=data, noise=data + target, target=target)
 
     def loss(self, prediction: Tensor, sample: NoisySample, weight: float) -> Tensor:
         """Eq. 13 in the chosen form; the min-SNR weight uses the level given to the transformer."""
@@ -181,6 +199,12 @@ class DdpmProcess(NoiseProcess):
         noisy = alpha * data + sigma * noise
         return NoisySample(data, noise, noisy, t.to(data.device), sigma.flatten(), noise)
 
+    def distilled(self, sample: NoisySample, teacher: Tensor, share: float) -> NoisySample:  # noqa: D102
+        noise = _towards(sample.target, teacher, share)
+        sigma = sample.sigma.view(-1, 1, 1, 1)
+        data = (sample.noisy - sigma * noise) / (1 - sigma.square()).sqrt()
+        return replace(sample, data=data, noise=noise, target=noise)
+
     def loss(self, prediction: Tensor, sample: NoisySample, weight: float) -> Tensor:
         """Eq. 13 on the noise; with a min-SNR cap samples are weighted by ``min(SNR, gamma) / SNR``."""
         target, kept = sample.target, sample.kept
@@ -199,3 +223,9 @@ class DdpmProcess(NoiseProcess):
         t = sample.sigma_or_t
         terms = self.bound(prediction, variance, data=sample.data, noisy=sample.noisy, timestep=t)
         return structured_mean(terms, self.layout, weight, sample.kept).mean()
+
+
+def _towards(target: Tensor, teacher: Tensor, share: float) -> Tensor:
+    """A target ``[B, C + D, h, w]`` whose first channels go towards a teacher's prediction of them."""
+    base, detail = target.split([teacher.shape[1], target.shape[1] - teacher.shape[1]], dim=1)
+    return torch.cat([base.lerp(teacher.to(base.dtype), share), detail], dim=1)

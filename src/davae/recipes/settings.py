@@ -284,6 +284,10 @@ class FlowLossSettings(Section):
     """How it fades in; ``constant`` gives it full weight from the first step."""
     prefixes: PrefixSettings = PrefixSettings()
     """Samples with a prefix are shown it beside zeros, and the loss is that of the prefix."""
+    base_distillation: Share = 0.0
+    """Share of the base channels' target that is the frozen base's own prediction instead of the image's. 0 is the
+    paper; 1 keeps the base's scenes, so that the same noise gives the same picture, only finer. One pass of the base
+    more a step, and a copy of its weights."""
 
 
 class TuneSettings(Section):

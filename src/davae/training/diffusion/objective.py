@@ -36,6 +36,8 @@ class DiffusionObjective(nn.Module):
         unconditional: the empty prompt's conditioning, as a batch of 1; needed for prompt dropout.
         dropout: probability of training a sample with the empty prompt, in [0, 1].
         guidance: guidance scale passed to guidance-distilled transformers.
+        teacher: the base's transformer before it was widened, for ``loss.base_distillation``; it is no part of this
+            module, and its weights are neither trained nor saved.
 
     Raises:
         DavaeError: a prefix of channels is not shorter than the latent.
@@ -53,6 +55,7 @@ class DiffusionObjective(nn.Module):
         unconditional: Mapping[str, Tensor] | None = None,
         dropout: float = 0.0,
         guidance: float = 3.5,
+        teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.family, self.process, self.encode = family, process, encode
@@ -60,6 +63,7 @@ class DiffusionObjective(nn.Module):
         self.layout, self.settings = layout, loss
         self.prefixes = channel_prefixes(loss, layout.channels)
         self.dropout, self.guidance = dropout, guidance
+        self.teacher = (teacher,)  # a tuple hides it from torch
         for name, value in (unconditional or {}).items():
             # A buffer moves with the module; a non-persistent one stays out of checkpoints.
             self.register_buffer(f"unconditional_{name}", value, persistent=False)
@@ -88,9 +92,11 @@ class DiffusionObjective(nn.Module):
         with drawing():
             # Draws follow memory order: channels-last latents of an encoder would get other noise than cached ones.
             sample = self.process.draw(data.contiguous())
-            if self.training and self.prefixes:
-                sample = sample.restricted(self.prefixes.draw(data))
+            prefixes = self.prefixes.draw(data) if self.training and self.prefixes else None
             conditioning = self._conditioning(batch)
+        if self.training:
+            sample = self._distilled(sample, conditioning)
+        sample = sample if prefixes is None else sample.restricted(prefixes)
         prediction, variance = self.family.predict_with_variance(
             self.transformer, sample.noisy, sample.sigma_or_t, conditioning, guidance=self.guidance
         )
@@ -107,6 +113,17 @@ class DiffusionObjective(nn.Module):
             loss = loss + settings.variance_weight * bound
             logged["variance"] = bound.detach()
         return {"total": loss, **logged, "detail_weight": loss.new_tensor(weight)}
+
+    @torch.no_grad()
+    def _distilled(self, sample: NoisySample, conditioning: Mapping[str, Tensor]) -> NoisySample:
+        """The sample with the target of ``loss.base_distillation``; held-out losses compare with the image's."""
+        teacher, share = self.teacher[0], self.settings.base_distillation
+        if teacher is None or not share:
+            return sample
+        noisy = self.layout.split(sample.noisy)[0].contiguous()
+        args = teacher.to(noisy.device), noisy, sample.sigma_or_t, conditioning
+        prediction, _ = self.family.predict_with_variance(*args, guidance=self.guidance)
+        return self.process.distilled(sample, prediction, share)
 
     @torch.no_grad()
     def _parts(self, prediction: Tensor, sample: NoisySample) -> dict[str, Tensor]:

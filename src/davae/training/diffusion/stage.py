@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
+from davae.errors import DavaeError
 from davae.evaluation import sliced_wasserstein
 from davae.evaluation.metrics.names import SWD_FINEST
 from davae.latents import LatentLayout
@@ -59,7 +61,7 @@ class DiffusionStage(Stage):
         finish: completes the exported pipeline's folder, such as by text encoders that are not in memory.
 
     Raises:
-        DavaeError: settings do not fit.
+        DavaeError: settings do not fit, such as ``loss.base_distillation`` without ``before``.
     """
 
     name = section = "diffusion"
@@ -87,6 +89,13 @@ class DiffusionStage(Stage):
 
         self._base_row = None if before is None or not self.can_measure else self._base_samples(before)
         tune, transformer = settings.tune, pipeline.transformer
+        teacher = None
+        if settings.loss.base_distillation:
+            if before is None:
+                raise DavaeError(
+                    "loss.base_distillation is for an upgrade, which has a frozen base: set it to 0"
+                )
+            teacher = deepcopy(before.transformer).eval().requires_grad_(False)  # the widened one shares its weights
         if before is not None and tune.quantization != "none":
             before.register_modules(transformer=None)  # its weights are those of the widened one
             self.family.join_parts(before)
@@ -104,6 +113,7 @@ class DiffusionStage(Stage):
             unconditional=prompts.unconditional if prompts else None,
             dropout=settings.prompts.dropout if prompts else 0.0,
             guidance=settings.prompts.guidance,
+            teacher=teacher,
         )
         only_new = tune.mode == "new_channels"
         masks = new_channel_masks(transformer, layout) if only_new or rates else {}

@@ -71,7 +71,7 @@ def started_from(start: str, pipeline: P, base: P, mode: TuneMode) -> P:
             f"the transformer in {start} is not the one that is tuned here: {len(set(odd))} "
             f"tensors differ, such as '{odd[0]}'; the base and the autoencoder's channels must be the same"
         )
-    own.load_state_dict(theirs)
+    own.load_state_dict(theirs, assign=True)  # not into the weights that it shares with the base
     return pipeline
 
 
