@@ -3,7 +3,7 @@
 import logging
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from davae.bases.open import EVERYTHING, is_pipeline, load_recipe_autoencoder, load_recipe_base
+from davae.bases.open import EVERYTHING, built_in, is_pipeline, load_recipe_autoencoder, load_recipe_base
 from davae.benchmark import count_flops, peak_memory_bytes, side_by_side
 from davae.data import ItemDataset
 from davae.errors import DavaeError
 from davae.evaluation import PatchSet
-from davae.evaluation.metrics.names import BASE_ENLARGED, BASE_NATIVE, DECODER_ALONE, REDUCED, UPGRADED
+from davae.evaluation.metrics.names import BASE_ENLARGED, BASE_NATIVE, DECODER_ALONE, REDUCED, SHIPPED, UPGRADED
 from davae.evaluation.metrics.psnr_ssim import pair_metrics
 from davae.evaluation.reconstruction.baselines import all_reconstructions
+from davae.evaluation.upscalers import Upscaler, open_upscalers
 from davae.latents import token_count
 from davae.models import AutoencoderDA
 from davae.models.base_adapters.adapter import adapter_of
@@ -41,6 +42,8 @@ from davae.report import (
     build_report,
     usual_run,
 )
+from davae.runtime.devices import computes_bfloat16
+from davae.runtime.package_files import TINY, TINY_UPGRADED
 from davae.runtime.pictures import save_rows
 from davae.runtime.pixel_budget import in_parts
 from davae.runtime.places import claim
@@ -58,16 +61,19 @@ _QUICK = (
     "data.path=procedural:256",
     "data.hold_out=48",
     "autoencoder.statistics_images=128",
-    "autoencoder.loop.steps=120",
+    "autoencoder.loop.steps=40",
     "autoencoder.loop.validation_images=24",
     "diffusion.loop.steps=40",
     "diffusion.loss.detail_warmup_steps=10",
     "diffusion.loop.validation_images=24",
     "diffusion.sample.num_inference_steps=12",
 )
+_HALF = ("autoencoder.loop.precision=bf16", "diffusion.loop.precision=bf16")
 _SHOWN = 6  # reconstructions and samples that the report shows
 _SAMPLED_TOGETHER = 6
-_ROUNDS = 5  # of timing
+_ROWS = {UPGRADED, DECODER_ALONE, BASE_ENLARGED, BASE_NATIVE, REDUCED, SHIPPED}
+_SHIPPED_SIDE = 128  # of what the shipped upgrade makes
+_ROUNDS = 3  # of timing
 
 
 def run_demo(
@@ -78,6 +84,7 @@ def run_demo(
     data: str | None = None,
     base: str | None = None,
     recipe: str | None = None,
+    upscalers: Mapping[str, str] | None = None,
     overrides: Sequence[str] = (),
 ) -> Path:
     """Train both stages on a base, compare, and write ``out/report.html``.
@@ -92,21 +99,27 @@ def run_demo(
         data: images to use instead of the procedural scenes: anything that ``davae train`` takes.
         base: an autoencoder or a pipeline, a folder or a name on the hub, instead of the recipe's; needs ``data``.
         recipe: an upgrade recipe by name or file; by default ``tiny``, with ``base`` ``taesd3-photos``.
+        upscalers: by name, what enlarges the base's images beside it, see
+            :func:`davae.evaluation.upscalers.open_upscaler`.
         overrides: of the recipe, ``section.key=value``.
 
     Returns:
         Path of the report.
 
     Raises:
-        DavaeError: the recipe, the base or the data is invalid, or ``out`` holds another run.
+        DavaeError: the recipe, the base, the data or an upscaler is invalid, or ``out`` holds another run.
     """
     out = Path(out)
     given = {"--quick": quick or None, "--data": data, "--base": base, "--recipe": recipe}
     options = [word for key, value in given.items() if value is not None for word in (key, value) if word is not True]
+    options += [word for name, place in (upscalers or {}).items() for word in ("--upscaler", f"{name}={place}")]
     command = shlex.join(["davae", "demo", "--out", str(out), "--seed", str(seed), *map(str, options), *overrides])
     settings, cannot = _settings(seed, quick, data, base, recipe, overrides)
+    if taken := _ROWS & set(upscalers or {}):
+        raise DavaeError(f"--upscaler {min(taken)}=...: the report has a row of that name already, choose another")
+    opened = open_upscalers(upscalers or {})
     with claim(out, "demo"):
-        _Demo(out, settings, cannot).run(command, quick=quick)
+        _Demo(out, settings, cannot, opened).run(command, quick=quick)
     return build_report(out)
 
 
@@ -120,6 +133,7 @@ def _settings(
     if not isinstance(load_recipe(name), UpgradeRecipe):
         raise DavaeError(f"recipe '{name}' is not an upgrade of a base pipeline, which the demo needs")
     given = [f"autoencoder.loop.seed={seed}", f"diffusion.loop.seed={seed}", *(_QUICK if quick else ())]
+    given += _HALF if computes_bfloat16() else ()
     given += [f"data.path={data}"] if data is not None else []
     given += [f"base={base}"] if base is not None else []
     settings = load_recipe(name, [*given, *overrides])
@@ -161,12 +175,15 @@ class _Demo:
         out: its folder.
         settings: the resolved recipe.
         cannot: why the base cannot be sampled, empty if it can.
+        upscalers: of the base's images, by name.
     """
 
-    def __init__(self, out: Path, settings: UpgradeRecipe, cannot: str) -> None:
-        self.out, self.settings, self.cannot = out, settings, cannot
+    def __init__(self, out: Path, settings: UpgradeRecipe, cannot: str, upscalers: Mapping[str, Upscaler]) -> None:
+        self.out, self.settings, self.cannot, self.upscalers = out, settings, cannot, upscalers
         self.held_out = open_held_out(settings.data)  # fails before any training if there are none
         names = list(self.held_out.classes) or ["images"]
+        comparable = not cannot and settings.base == TINY and is_procedural(settings.data.path)
+        self.shipped = built_in(TINY_UPGRADED) if comparable and settings.data.resolution == _SHIPPED_SIDE else None
         self.recorder = FigureRecorder(out, classes=names, curves=STAGES[:1] if cannot else STAGES)
 
     def run(self, command: str, *, quick: bool) -> None:
@@ -207,7 +224,7 @@ class _Demo:
         full, small, f = settings.data.resolution, settings.data.resolution // vae.scale, vae.base_compression
         logged = [line for line in read_metrics(out / "autoencoder" / "metrics.jsonl") if "alignment" in line]
         facts = environment()
-        over = "" if settings.base == "tiny" else f"over {settings.base}, "
+        over = "" if settings.base == TINY else f"over {settings.base}, "
         Summary(
             title=f"davae {over}on {'its own pictures' if is_procedural(settings.data.path) else settings.data.path}",
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -242,6 +259,7 @@ class _Demo:
     ) -> tuple[Reconstruction, dict[str, Any]]:
         """Reconstruct held-out images with the base alone and with the upgraded autoencoder."""
         base = load_recipe_autoencoder(self.settings)
+        beside = {} if self.shipped is None else {SHIPPED: self.shipped.vae}
         latents, equal = [], True
         rows: dict[str, list[Tensor]] = {}
         with Progress("reconstruction", len(images)) as progress:
@@ -249,10 +267,11 @@ class _Demo:
                 latents.append(vae.encode(part).latent_dist.mode())  # [n, C + D, h, w]
                 own = encode(base, vae.downsample(part))
                 equal &= torch.equal(vae.layout.split(latents[-1])[0], own)
-                for name, made in all_reconstructions(vae, part).items():
+                for name, made in all_reconstructions(vae, part, beside, self.upscalers).items():
                     rows.setdefault(name, []).append(made)
                 for _ in part:
                     progress.advance()
+        others = [*beside, *self.upscalers]
         whole, latent = {name: torch.cat(parts) for name, parts in rows.items()}, torch.cat(latents)
         self.recorder.add_reconstructions(
             images[:_SHOWN],
@@ -260,9 +279,10 @@ class _Demo:
             whole[UPGRADED][:_SHOWN],
             names[:_SHOWN],
             alone=whole[DECODER_ALONE][:_SHOWN] if DECODER_ALONE in whole else None,
+            others={name: whole[name][:_SHOWN] for name in others},
             native=whole[BASE_NATIVE][:_SHOWN] if self.cannot else None,
         )
-        equal_tokens = [row for row in (BASE_ENLARGED, DECODER_ALONE, UPGRADED) if row in whole]
+        equal_tokens = [row for row in (BASE_ENLARGED, DECODER_ALONE, UPGRADED, *others) if row in whole]
         shown = {"input": images} | {row: whole[row] for row in [*equal_tokens, *([BASE_NATIVE] * bool(self.cannot))]}
         save_rows(self.out / "reconstructions.png", {k: v[: 2 * _SHOWN] for k, v in shown.items()})
         lines = {"Images": images} | {row.capitalize(): whole[row] for row in equal_tokens}
@@ -273,12 +293,13 @@ class _Demo:
             probes = self.recorder.add_latents(*vae.layout.split(latent[several]), labels[several])
         keys = {UPGRADED: "upgraded", DECODER_ALONE: "decoder_alone", BASE_ENLARGED: "base_upscaled"}
         keys |= {BASE_NATIVE: "base_native", REDUCED: "reduced"}
-        figures = {
-            f"{name}_{keys[row]}": float(values.mean())
+        means = {
+            row: {name: float(values.mean()) for name, values in pair_metrics(images, made).items()}
             for row, made in whole.items()
-            for name, values in pair_metrics(images, made).items()
         }
-        return Reconstruction(**figures, images=len(images)), {"base_latents_equal": equal, **probes}
+        figures = {f"{name}_{key}": mean for row, key in keys.items() for name, mean in means.get(row, {}).items()}
+        rebuilt = Reconstruction(**figures, others={row: means[row] for row in others}, images=len(images))
+        return rebuilt, {"base_latents_equal": equal, **probes}
 
     @torch.no_grad()
     def _samples(
@@ -293,7 +314,7 @@ class _Demo:
         """Sample the pipelines from the same seeds and compare with real images at full resolution."""
         stage = self.settings.diffusion
         count, seed = stage.loop.validation_images, stage.loop.seed
-        with Progress("samples", 3 * count) as progress:
+        with Progress("samples", (3 if self.shipped is None else 4) * count) as progress:
 
             def samples(pipe: ClassConditionalPipeline) -> Tensor:
                 made = []
@@ -305,23 +326,28 @@ class _Demo:
                 return torch.cat(made)
 
             made, small, larger = samples(upgraded), samples(base), samples(alone)
+            others = {} if self.shipped is None else {SHIPPED: samples(self.shipped)}
         names = {number: name for name, number in base.labels.items()}
         captions = [f"{names.get(sampled[i % len(sampled)], 'no class')}, seed {seed + i}" for i in range(count)]
         shown = min(2 * _SHOWN, count)
-        self.recorder.add_samples(small[:shown], made[:shown], captions[:shown], alone=larger[:shown])
+        size, seeds = (made.shape[-2], made.shape[-1]), range(seed, seed + count)
+        others |= {name: upscaler(small, size, seeds=seeds) for name, upscaler in self.upscalers.items()}
+        beside = {name: images[:shown] for name, images in others.items()}
+        self.recorder.add_samples(small[:shown], made[:shown], captions[:shown], alone=larger[:shown], others=beside)
         enlarged = upscaled(small, made.shape[-2:])
-        rows = {BASE_ENLARGED: enlarged, DECODER_ALONE: larger, UPGRADED: made}
+        rows = {BASE_ENLARGED: enlarged, DECODER_ALONE: larger, UPGRADED: made} | others
         save_rows(self.out / "samples.png", {name: row[:shown] for name, row in rows.items()})
         real = PatchSet(seed=seed).update(images)
-        distances = [list(real.distance(PatchSet(seed=seed).update(x)).values()) for x in (made, enlarged, larger)]
+        distances = {name: list(real.distance(PatchSet(seed=seed).update(x)).values()) for name, x in rows.items()}
         apart = (small[len(sampled) :] - small[: -len(sampled)]).square().mean().sqrt()  # one class, two seeds
         return Generation(
-            swd_finest_upgraded=distances[0][0],
-            swd_finest_base_upscaled=distances[1][0],
-            swd_finest_decoder_alone=distances[2][0],
-            swd_levels_upgraded=distances[0],
-            swd_levels_base_upscaled=distances[1],
-            swd_levels_decoder_alone=distances[2],
+            swd_finest_upgraded=distances[UPGRADED][0],
+            swd_finest_base_upscaled=distances[BASE_ENLARGED][0],
+            swd_finest_decoder_alone=distances[DECODER_ALONE][0],
+            swd_levels_upgraded=distances[UPGRADED],
+            swd_levels_base_upscaled=distances[BASE_ENLARGED],
+            swd_levels_decoder_alone=distances[DECODER_ALONE],
+            swd_levels_others={name: distances[name] for name in others},
             preview_drift=drift,
             seeds_apart=float(apart) if count > len(sampled) else None,
             images=count,

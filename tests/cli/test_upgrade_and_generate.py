@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -90,6 +91,22 @@ def test_upgrade_as_json(autoencoder, monkeypatch, capsys, tmp_path) -> None:
     assert facts["pixels_per_latent_position"] == 8
     assert facts["self_check"]["max_detail_output"] == 0
     assert facts["scheduler"]["shift"] == 3.0
+
+
+def test_the_shipped_upgrade_is_at_hand_by_its_name(monkeypatch, capsys, tmp_path) -> None:
+    """Nothing is trained or downloaded; the images are of twice the base's side."""
+    for name, side in (("tiny", 64), ("tiny-upgraded", 128)):
+        status, message, _ = run(
+            monkeypatch, capsys, "generate", name, "lighthouse", "--steps", "2", "--out", tmp_path / name
+        )
+        assert status == 0
+        assert f"1 image of {side} x {side} pixels" in message
+    picture = tmp_path / "rows.png"
+    arguments = ("reconstruct", "tiny-upgraded", "procedural:4", "--count", "2", "--out", picture)
+    status, message, _ = run(monkeypatch, capsys, *arguments)
+    assert status == 0
+    assert float(re.search(r"([+-][0-9.]+) dB over the base, enlarged", message)[1]) > 1.5
+    assert picture.is_file()
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,38 @@ from davae.bases.tiny import debug_base
 from davae.cli.tables import print_demo
 from davae.demo import run_demo
 from davae.errors import DavaeError
+from davae.evaluation.upscalers import Upscaler
 from davae.report import Summary
+from davae.runtime.resizing import upscaled
+
+
+class _Bicubic(Upscaler):
+    place, kind, parameters, factor, weights = "nowhere", "bicubic", 0, 2, ""
+
+    def _enlarged(self, images, seeds, texts):
+        return upscaled(images, (2 * images.shape[-2], 2 * images.shape[-1]))
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    return run_demo(out, recipe="debug"), out
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("davae.demo.open_upscalers", lambda places: {name: _Bicubic() for name in places})
+        return run_demo(out, recipe="debug", upscalers={"bicubic": "nowhere"}), out
+
+
+def test_an_upscaler_stands_beside_the_base_that_it_enlarges(demo, capsys):
+    """A bicubic one is the row that is always there, in every figure and picture."""
+    summary = Summary.read(demo[1])
+    rebuilt, made = summary.reconstruction, summary.generation
+    assert rebuilt.others["bicubic"]["psnr"] == pytest.approx(rebuilt.psnr_base_upscaled, abs=1e-4)
+    assert made.swd_levels_others["bicubic"] == pytest.approx(made.swd_levels_base_upscaled, abs=1e-4)
+    assert "--upscaler bicubic=nowhere" in summary.command
+    assert demo[0].read_text().count("enlarged by bicubic") == 2
+    print_demo(summary)
+    assert capsys.readouterr().out.count("; bicubic ") == 2
+    with pytest.raises(DavaeError, match="has a row of that name already"):
+        run_demo(demo[1] / "other", recipe="debug", upscalers={"upgraded": "nowhere"})
 
 
 def test_one_file_with_its_pictures_inside(demo):
@@ -58,7 +83,7 @@ def test_every_phase_has_its_time_and_samples_their_distance(demo):
     assert summary.unknown_classes == []
     assert not summary.unlabelled
     assert summary.reconstruction.psnr_base_native is not None
-    assert summary.command == f"davae demo --out {out.name} --seed 0 --recipe debug"
+    assert summary.command == f"davae demo --out {out.name} --seed 0 --recipe debug --upscaler bicubic=nowhere"
 
 
 def test_the_terminal_tells_every_unit_once(demo, capsys):

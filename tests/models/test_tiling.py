@@ -11,10 +11,10 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from davae.bases.tiny import TINY
 from davae.errors import DavaeError
 from davae.models import AutoencoderDA
 from davae.models.autoencoder.tiling import WholeImageNorms, tiled
+from davae.runtime.package_files import TINY, shipped
 from tests.models.bases import NAMES, make_base
 
 
@@ -102,12 +102,13 @@ def test_a_tile_that_holds_everything_changes_nothing(picture: Tensor) -> None:
 @torch.no_grad()
 def test_no_seam_on_a_photograph(real_images: Path) -> None:
     """With trained weights tiles are close to the whole, and their borders cannot be found in the difference."""
-    if not (TINY / "vae").is_dir():
-        pytest.skip(f"no trained autoencoder under {TINY}")
+    folder = shipped(TINY)
+    if folder is None:
+        pytest.skip("the embedded base is not installed")
     path = sorted(real_images.glob("photos*/*.jpg"))[1]
     photograph = ImageOps.fit(Image.open(path).convert("RGB"), (400, 320))
     image = torch.from_numpy(np.asarray(photograph).copy()).permute(2, 0, 1)[None] / 127.5 - 1
-    model = AutoencoderDA.from_base(AutoencoderKL.from_pretrained(TINY / "vae"), detail_channels=32)
+    model = AutoencoderDA.from_base(AutoencoderKL.from_pretrained(folder / "vae"), detail_channels=32)
     latent = model.encode(image).latent_dist.mode()
     whole = model.decode(latent).sample
     model.enable_tiling(tile_sample_min_size=256)

@@ -275,6 +275,23 @@ def test_the_decoder_alone_stands_between_and_an_earlier_run_has_none(run_dir: P
     assert "Generation, distance at 16 px 0.200 0.100 lower" in text
 
 
+def test_the_shipped_upgrade_stands_beside_and_is_not_the_best_of_this_run(run_dir: Path) -> None:
+    summary = make_summary()
+    others = {"shipped upgrade": {"psnr": 27.5, "ssim": 0.9}, "esrgan": {"psnr": 24.5, "ssim": 0.7}}
+    rebuilt = summary.reconstruction.model_copy(update={"others": others})
+    distances = {"shipped upgrade": [0.125, 0.1], "esrgan": [0.375, 0.2]}
+    made = summary.generation.model_copy(update={"swd_levels_others": distances})
+    summary.model_copy(update={"reconstruction": rebuilt, "generation": made}).write(run_dir)
+    page = build_report(run_dir).read_text(encoding="utf-8")
+    text = " ".join(_Page(page).text.split())
+    assert (
+        "Upgraded Shipped upgrade Esrgan Better Reconstruction, PSNR 24.00 dB 25.25 dB 26.25 dB 27.50 dB 24.50 dB"
+        in text
+    )
+    assert "(finest) 0.400 0.250 0.300 0.125 0.375 lower" in text
+    assert '<td class="strong">26.25 dB</td><td>27.50 dB</td>' in page
+
+
 def test_what_a_recorded_run_reached_stands_beside(run_dir: Path) -> None:
     recorded = json.loads((files("davae.report") / "usual" / "tiny.json").read_text(encoding="utf-8"))
     make_summary(settings=recorded["settings"]).write(run_dir)

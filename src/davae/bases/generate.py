@@ -52,7 +52,7 @@ def write_images(
     """Generate images of prompts or classes, one PNG each.
 
     Args:
-        pipeline: ``tiny``, a pipeline's folder or a run, or a name on the hub; base or upgraded.
+        pipeline: a pipeline's folder or a run, ``tiny`` or ``tiny-upgraded``, or a name on the hub.
         labels: class names or numbers, of a class-conditional pipeline.
         prompt: prompts, of a text-to-image pipeline.
         prompts: a text file of more prompts, one per line.

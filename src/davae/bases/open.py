@@ -25,6 +25,7 @@ from davae.pipelines.saving.opening import (
 from davae.recipes.presets import find_preset
 from davae.recipes.settings import UpgradeRecipe
 from davae.runtime.model_files import open_model
+from davae.runtime.package_files import TINY, TINY_UPGRADED
 from davae.runtime.text_files import read_object
 
 EVERYTHING = ("vae", "transformer", TEXT_ENCODERS)
@@ -32,9 +33,11 @@ EVERYTHING = ("vae", "transformer", TEXT_ENCODERS)
 
 
 def built_in(name: str) -> DiffusionPipeline | None:
-    """The embedded base (``tiny``) or a random one (``debug``, ``debug-sd3``); None for any other name."""
-    if name in ("tiny", "debug"):
-        return load_tiny() if name == "tiny" else debug_base()
+    """The embedded base (``tiny``), its upgrade, or a random base (``debug``, ``debug-sd3``); None for other names."""
+    if name in (TINY, TINY_UPGRADED):
+        return load_tiny(name)
+    if name == "debug":
+        return debug_base()
     if not is_built_in(name):
         return None
     from davae.bases.debug_pipelines import small_pipeline
@@ -43,8 +46,8 @@ def built_in(name: str) -> DiffusionPipeline | None:
 
 
 def is_built_in(name: str) -> bool:
-    """Whether a base comes with davae; of other names, a folder comes before a bundled configuration and the hub."""
-    return name in ("tiny", "debug") or name.startswith("debug-")
+    """Whether a pipeline comes with davae; otherwise a folder comes before a bundled configuration and the hub."""
+    return name in (TINY, TINY_UPGRADED, "debug") or name.startswith("debug-")
 
 
 def load_recipe_base(
@@ -165,7 +168,7 @@ def load_base(
     """Open a pipeline by name: embedded, built in code, from a folder, a finished run, or the hub.
 
     Args:
-        name: ``tiny``, ``debug``, ``debug-sd3`` and similar, a folder, or a hub name.
+        name: ``tiny``, ``tiny-upgraded``, ``debug``, ``debug-sd3`` and similar, a folder, or a hub name.
         revision: of a hub name: branch, tag or commit; by default the newest.
         variant: of the weights' files, such as ``fp16`` in ``model.fp16.safetensors``; by default the files without
             one, or, if there are none, the only variant.

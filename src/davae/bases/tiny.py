@@ -1,10 +1,8 @@
-"""The embedded base pipeline: class-conditional, 64 x 64 images from 8 x 8 tokens, no download.
+"""The embedded pipelines: class-conditional, 64 x 64 images from 8 x 8 tokens, upgraded 128 x 128; no download.
 
-Its model card (``pipeline/README.md``) says how it was made. Also here: a random base for the ``debug`` recipe and for
-tests.
+Their model cards, in the folder ``shipped``, say how they were made. Also here: a random base for the ``debug`` recipe
+and for tests.
 """
-
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
@@ -13,19 +11,19 @@ from davae.data.scenes import CLASSES
 from davae.errors import DavaeError
 from davae.models import LightningDiTTransformer2DModel
 from davae.pipelines import ClassConditionalPipeline, load_pipeline
+from davae.runtime.package_files import TINY, shipped
 
-TINY = Path(__file__).parent / "pipeline"
 
-
-def load_tiny() -> ClassConditionalPipeline:
-    """The embedded base: f8 autoencoder with 8 latent channels, LightningDiT transformer, 12 classes.
+def load_tiny(name: str = TINY) -> ClassConditionalPipeline:
+    """The embedded base, an f8 autoencoder and a LightningDiT transformer for 12 classes, or its upgrade.
 
     Raises:
         DavaeError: the weights are missing from this installation.
     """
-    if not (TINY / "model_index.json").is_file():
-        raise DavaeError(f"the embedded base is missing from {TINY}; reinstall davae, or run `davae train base`")
-    return load_pipeline(TINY, dtype=torch.float32)
+    folder = shipped(name)
+    if folder is None:
+        raise DavaeError(f"the weights of '{name}' are missing from this installation; reinstall davae")
+    return load_pipeline(folder, dtype=torch.float32)
 
 
 def debug_base(seed: int = 0) -> ClassConditionalPipeline:

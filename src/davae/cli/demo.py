@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from davae.choices import LAST_SEED
-from davae.cli.options import Overrides, check_recipe, folder_of, some_images
+from davae.cli.options import Overrides, Upscalers, check_recipe, folder_of, some_images, upscalers_of
 from davae.runtime.console import say, shown
 
 
@@ -23,6 +23,7 @@ def demo(
         str | None,
         typer.Option(help="An autoencoder or a pipeline, a folder or a name on the hub: stage 1 over it on --data."),
     ] = None,
+    upscaler: Upscalers = None,
     recipe: Annotated[
         str | None, typer.Option(help="A recipe's name, or a YAML file (default: tiny; with --base taesd3-photos).")
     ] = None,
@@ -30,10 +31,20 @@ def demo(
     """Run the whole method on the embedded base: both stages, samples, report. No download, no GPU needed."""
     from davae.recipes.read import demo_recipe
 
+    upscalers = upscalers_of(upscaler)
     check_recipe(recipe or demo_recipe(base), overrides, images=data is None and base is None)
     from davae.demo import run_demo
 
-    report = run_demo(out, seed=seed, quick=quick, data=data, base=base, recipe=recipe, overrides=overrides or ())
+    report = run_demo(
+        out,
+        seed=seed,
+        quick=quick,
+        data=data,
+        base=base,
+        recipe=recipe,
+        upscalers=upscalers,
+        overrides=overrides or (),
+    )
     from davae.cli.tables import print_demo
     from davae.report import Summary
 

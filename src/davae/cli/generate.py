@@ -12,7 +12,7 @@ from davae.runtime.console import say, shown
 
 def generate(
     pipeline: Annotated[
-        str, typer.Argument(help="'tiny', a pipeline's folder or a run, or a name on the hub; base or upgraded.")
+        str, typer.Argument(help="A pipeline's folder or a run, 'tiny' or 'tiny-upgraded', or a name on the hub.")
     ],
     labels: Annotated[
         list[str] | None, typer.Argument(help="Class names or numbers, of a class-conditional pipeline.")

@@ -23,7 +23,7 @@ def _new_picture(file: Path) -> Path:
 
 
 def reconstruct(
-    autoencoder: Annotated[Path, typer.Argument(help="Folder of a trained AutoencoderDA.")],
+    autoencoder: Annotated[Path, typer.Argument(help="Folder of a trained AutoencoderDA, or 'tiny-upgraded'.")],
     images: Annotated[str, typer.Argument(help="A folder or data set of images.", callback=some_images)],
     resolution: Annotated[int, typer.Option(min=1, help="Side of the square crop in pixels.")] = 128,
     count: Annotated[int, typer.Option(min=1, help="How many images.")] = 8,

@@ -12,8 +12,8 @@ def studio(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="An upgraded pipeline, an autoencoder or a run, a folder or a name on the hub; or 'tiny' "
-            "(default: the newest finished one below --runs)."
+            help="An upgraded pipeline, an autoencoder or a run, a folder or a name on the hub "
+            "(default: the newest finished one below --runs, else 'tiny-upgraded')."
         ),
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of runs; of what lies elsewhere nothing is shown.")] = Path("runs"),

@@ -46,18 +46,17 @@ def print_demo(summary: Summary) -> None:
         table.add_row(name, *("" if (value := getattr(row, way)) is None else f"{value * scale:.4g}" for way in ways))
     console.print(table)
     others = {BASE_ENLARGED: rebuilt.psnr_base_upscaled, DECODER_ALONE: rebuilt.psnr_decoder_alone}
+    others |= {name: figures["psnr"] for name, figures in rebuilt.others.items()}
     others["base at full size"] = rebuilt.psnr_base_native
     beside = [f"{name} {value:.2f} dB" for name, value in others.items() if value is not None]
     lines = [f"reconstruction: {rebuilt.psnr_upgraded:.2f} dB; {'; '.join(beside)}"]
     if made is not None:
+        finest = {BASE_ENLARGED: made.swd_finest_base_upscaled, DECODER_ALONE: made.swd_finest_decoder_alone}
+        finest |= {name: levels[0] for name, levels in made.swd_levels_others.items()}
+        beside = [f"{name} {value:.3f}" for name, value in finest.items() if value is not None]
         lines.append(
             "samples against real images (sliced Wasserstein, finest level, lower is better): "
-            f"{made.swd_finest_upgraded:.3f}; {BASE_ENLARGED} {made.swd_finest_base_upscaled:.3f}"
-            + (
-                ""
-                if made.swd_finest_decoder_alone is None
-                else f"; {DECODER_ALONE} {made.swd_finest_decoder_alone:.3f}"
-            )
+            f"{made.swd_finest_upgraded:.3f}; {'; '.join(beside)}"
         )
     lines += [
         line for line in (summary.not_generated, classes(summary), usual_text(usual_run(summary.settings))) if line

@@ -125,25 +125,33 @@ _EQUAL = 3
 def _quality(summary: Summary, usual: Summary | None) -> dict[str, Any]:
     """The table of figures: its columns, those that have any, and rows of cells as text.
 
-    The first ``_EQUAL`` columns have equal tokens, and ``best`` of a row is the best one of them.
+    The first ``_EQUAL`` columns are this run's at equal tokens, and ``best`` of a row is the best one of them. Further
+    ways follow, then the base at full size.
     """
+    rebuilt, generated = summary.reconstruction, summary.generation
+    others = list(rebuilt.others)
     found: list[tuple[str, list[float | None], Callable[[float], str], str]] = []
     for name, form in (("psnr", "{:.2f} dB"), ("ssim", "{:.3f}")):
-        values = [getattr(summary.reconstruction, f"{name}_{kind}") for kind in _COLUMNS]
+        values = [getattr(rebuilt, f"{name}_{kind}") for kind in _COLUMNS]
+        values[_EQUAL:_EQUAL] = [rebuilt.others[other].get(name) for other in others]
         values.append(None if usual is None else getattr(usual.reconstruction, f"{name}_upgraded"))
         found.append((f"Reconstruction, {name.upper()}", values, form.format, "higher"))
-    if summary.generation is not None:
-        sets, size = _levels(summary.generation), summary.image_size.upgraded
+    if generated is not None:
+        sets, size = _levels(generated), summary.image_size.upgraded
         reached = _levels(usual.generation)["upgraded"] if usual is not None and usual.generation is not None else []
         for level in range(len(sets["upgraded"])):
             name = f"Generation, distance at {size // 2**level} px{'' if level else ' (finest)'}"
-            row = [dict(enumerate(sets.get(kind, ()))).get(level) for kind in _COLUMNS]
+            further = [generated.swd_levels_others.get(other, ()) for other in others]
+            own = [sets.get(kind, ()) for kind in _COLUMNS]
+            row = [dict(enumerate(levels)).get(level) for levels in (*own[:_EQUAL], *further, *own[_EQUAL:])]
             row.append(reached[level] if level < len(reached) else None)
             found.append((name, row, words.significant, "lower"))
     kinds = list(_COLUMNS)
     needed = kinds.index("base_upscaled"), kinds.index("upgraded")
     found = [row for row in found if all(row[1][i] is not None for i in needed)]
-    shown = [i for i in range(len(_COLUMNS) + 1) if any(values[i] is not None for _, values, _, _ in found)]
+    titles = [*_COLUMNS.values(), "Usual"]
+    titles[_EQUAL:_EQUAL] = [words.capitalised(other) for other in others]
+    shown = [i for i in range(len(titles)) if any(values[i] is not None for _, values, _, _ in found)]
     rows = []
     for name, values, text, better in found:
         equal = [value for value in values[:_EQUAL] if value is not None]
@@ -151,7 +159,7 @@ def _quality(summary: Summary, usual: Summary | None) -> dict[str, Any]:
         best = shown.index(values.index(first)) if equal.count(first) == 1 else None
         cells = ["" if (value := values[i]) is None else text(value) for i in shown]
         rows.append({"name": name, "cells": cells, "best": best, "better": better})
-    return {"columns": [[*_COLUMNS.values(), "Usual"][i] for i in shown], "rows": rows}
+    return {"columns": [titles[i] for i in shown], "rows": rows}
 
 
 def _levels(made: Generation) -> dict[str, list[float]]:

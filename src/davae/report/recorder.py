@@ -10,8 +10,10 @@ from torch import Tensor
 
 from davae.errors import DavaeError
 from davae.evaluation import linear_probe_accuracy, project_latents, radial_power_spectrum
+from davae.evaluation.metrics.names import SHIPPED
 from davae.evaluation.reconstruction.crops import busiest_crop
 from davae.report.schema import TENSOR_FILE, Curve, Figures, LatentMap, Picture, PictureRow, Section, Spectrum
+from davae.report.words import capitalised
 from davae.runtime.pictures import as_picture, save_image
 from davae.runtime.resizing import upscaled
 from davae.runtime.weight_files import atomic_tensors
@@ -111,6 +113,7 @@ class FigureRecorder:
         captions: Sequence[str],
         *,
         alone: Tensor | None = None,
+        others: Mapping[str, Tensor] | None = None,
         native: Tensor | None = None,
     ) -> None:
         """Add input, preview of the base, and reconstruction, side by side with a magnified part.
@@ -121,11 +124,13 @@ class FigureRecorder:
             reconstructions: [N, 3, H, W].
             captions: one per image.
             alone: [N, 3, H, W], of the joint decoder without details.
+            others: [N, 3, H, W], of further ways by name: the upgrade that comes with davae, upscalers.
             native: [N, 3, H, W], of the base at full resolution.
         """
         columns = {"Input": images, "Base, enlarged": base_previews}
         columns |= {} if alone is None else {"Decoder alone": alone}
         columns["Upgraded"] = reconstructions
+        columns |= {capitalised(name): made for name, made in (others or {}).items()}
         between = "" if alone is None else "the next is what the upgrade's decoder makes of the same without details; "
         last = "" if native is None else " The last column is the base at full size, from more positions."
         self.add_comparison(
@@ -133,8 +138,8 @@ class FigureRecorder:
             title="Reconstruction",
             text="Held-out images, never seen in training. The second column is what the frozen base "
             f"autoencoder keeps, enlarged; {between}the upgraded one adds the detail channels. All come from the "
-            f"same latent grid.{last} Look at the magnified squares: the upgrade should bring back lines and "
-            "grain that the base has lost, without inventing others.",
+            f"same latent grid.{_further(others)}{last} Look at the magnified squares: the upgrade should bring back "
+            "lines and grain that the base has lost, without inventing others.",
             columns=columns | ({} if native is None else {"Base at full size": native}),
             captions=captions,
             zoom=max(images.shape[-1] // 4, 8),
@@ -142,7 +147,13 @@ class FigureRecorder:
         )
 
     def add_samples(
-        self, base: Tensor, upgraded: Tensor, captions: Sequence[str], *, alone: Tensor | None = None
+        self,
+        base: Tensor,
+        upgraded: Tensor,
+        captions: Sequence[str],
+        *,
+        alone: Tensor | None = None,
+        others: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Add samples of the base, enlarged, beside those of the upgraded pipeline from the same seeds.
 
@@ -151,6 +162,7 @@ class FigureRecorder:
             upgraded: [N, 3, H, W].
             captions: one per sample, such as its class and seed.
             alone: [N, 3, H, W], the base's samples decoded by the joint decoder without details.
+            others: [N, 3, H, W], of further ways by name: the upgrade that comes with davae, upscalers.
         """
         columns = {"Base, enlarged": base} | ({} if alone is None else {"Decoder alone": alone})
         between = "" if alone is None else "then the same sample, decoded by the upgrade's decoder without details; "
@@ -158,9 +170,11 @@ class FigureRecorder:
             "samples",
             title="Samples",
             text="Generated from the same seeds with the same number of tokens. Left, the base's sample, "
-            f"enlarged; {between}right, the upgraded pipeline's, which generates the detail channels as well. The "
-            "scene stays about the same, or changes where tuning moved the base; edges and textures become finer.",
-            columns={**columns, "Upgraded": upgraded},
+            f"enlarged; {between}then the upgraded pipeline's, which generates the detail channels as well. The "
+            f"scene stays about the same, or changes where tuning moved the base; edges and textures become "
+            f"finer.{_further(others)}",
+            columns={**columns, "Upgraded": upgraded}
+            | {capitalised(name): made for name, made in (others or {}).items()},
             captions=captions,
             zoom=max(upgraded.shape[-1] // 4, 8),
             zoom_from="Upgraded",
@@ -223,6 +237,14 @@ class FigureRecorder:
         )
         figures.write(self.run_dir)
         return figures
+
+
+def _further(others: Mapping[str, Tensor] | None) -> str:
+    """What further columns show, in sentences."""
+    told = {name: f"is the base's image, enlarged by {name}" for name in others or {}}
+    if SHIPPED in told:
+        told[SHIPPED] = "comes with davae (tiny-upgraded), trained by the same recipe for longer"
+    return "".join(f" The column {capitalised(name)} {meaning}." for name, meaning in told.items())
 
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

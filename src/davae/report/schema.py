@@ -95,6 +95,8 @@ class Reconstruction(_Record):
     ssim_decoder_alone: float | None = None
     ssim_base_native: float | None = None
     ssim_reduced: float | None = None
+    others: dict[Public, dict[str, float]] = {}
+    """The same figures by name of further ways: the upgrade that comes with davae, upscalers of the base's image."""
     images: int | None = None
     """Number of compared images."""
 
@@ -112,6 +114,8 @@ class Generation(_Record):
     """All pyramid levels, finest first."""
     swd_levels_base_upscaled: list[float] = []
     swd_levels_decoder_alone: list[float] = []
+    swd_levels_others: dict[Public, list[float]] = {}
+    """By name of further ways, from the same seeds."""
     preview_drift: float | None = None
     """Root mean square difference of the samples' base previews from the base's own samples of the same seeds, images
     in [-1, 1]."""

@@ -45,6 +45,11 @@ def better(name: str) -> str:
     return "higher" if name.partition("/")[0] in _HIGHER_IS_BETTER else "lower"
 
 
+def capitalised(name: str) -> str:
+    """With a large first letter, the others as they are."""
+    return name[:1].upper() + name[1:]
+
+
 def significant(value: float, digits: int = 3) -> str:
     """A number with that many significant digits, without an exponent if it is readable so."""
     if not math.isfinite(value):

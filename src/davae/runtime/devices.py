@@ -93,6 +93,14 @@ def wanted_dtype(name: str | None) -> torch.dtype | Literal["saved"]:
     return "saved" if name is None else named_dtype(name)
 
 
+def computes_bfloat16() -> bool:
+    """Whether this machine's GPU, else its CPU, multiplies bfloat16 matrices in hardware: elsewhere it is no faster."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
 def synchronise() -> None:
     """Wait until the accelerator, if there is one, has finished its queued work."""
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Files that come with davae for use elsewhere, copied out of the installed package."""
+"""Files that come with davae: weights by name, and what is copied out of the installed package for use elsewhere."""
 
 from collections.abc import Iterator
 from importlib import resources
@@ -7,6 +7,16 @@ from pathlib import Path
 
 from davae.runtime.atomic_files import make_folder
 from davae.runtime.places import claim
+
+TINY, TINY_UPGRADED = "tiny", "tiny-upgraded"
+"""The embedded base and its upgrade, class-conditional pipelines, stored in float16 and opened in float32; the model
+cards beside them say how they were made."""
+
+
+def shipped(name: str | Path) -> Path | None:
+    """The folder of a pipeline that comes with davae; None for any other name, or where its files are missing."""
+    folder = Path(__file__).parents[1] / "shipped" / str(name)
+    return folder if str(name) in (TINY, TINY_UPGRADED) and (folder / "model_index.json").is_file() else None
 
 
 def write_package_files(place: str, out: str | Path, suffixes: tuple[str, ...]) -> list[Path]:

@@ -32,6 +32,7 @@ from davae.planner.recipes import plan_upgrade
 from davae.recipes.presets import find_preset
 from davae.recipes.read import movable_keys
 from davae.report.build import RunView, view_run
+from davae.runtime.package_files import TINY, TINY_UPGRADED
 from davae.runtime.pictures import as_picture
 from davae.runtime.text_files import read_object
 from davae.training.checkpoints.run_directory import read_config
@@ -87,8 +88,9 @@ def open_models(
     """Open an upgrade and its base.
 
     Args:
-        model: an upgraded pipeline, an autoencoder, or a run (folders, or names on the hub), or ``tiny``; by default
-            the newest that a run below ``runs`` has finished, else the embedded base with a start that is not trained.
+        model: an upgraded pipeline, an autoencoder, or a run (folders, or names on the hub), or a base that comes with
+            davae, which gets a start that is not trained; by default the newest that a run below ``runs`` has
+            finished, else ``tiny-upgraded``.
         runs: folder of runs.
         base: the base pipeline; by default the one that the recipe of the model's run names.
         device: ``cpu``, ``cuda`` or ``cuda:1``.
@@ -98,11 +100,15 @@ def open_models(
         DavaeError: what is named cannot be opened, or is a base.
     """
     finished = [place for run in find_runs(runs) if model is None and (place := _result(run)) is not None]
-    name = model or str(max(finished, key=lambda one: (one.name == "pipeline", one.stat().st_mtime), default="tiny"))
-    if is_built_in(name):
+    newest = max(finished, key=lambda one: (one.name == "pipeline", one.stat().st_mtime), default=TINY_UPGRADED)
+    name = model or str(newest)
+    if name == TINY_UPGRADED:
+        models = _shipped()
+        if model is None:
+            models.notes.append(f"No finished run lies below {runs}, so this is the upgrade that comes with davae.")
+    elif is_built_in(name):
         models = _untrained(name)
-        why = f"No finished run lies below {runs}: " if model is None else ""
-        models.notes.append(f"{why}`davae demo` trains an upgrade of it.")
+        models.notes.append("`davae demo` trains an upgrade of it.")
     else:
         place = _result(Path(name)) or Path(name)
         if place.is_dir():
@@ -136,10 +142,21 @@ def _result(run: Path) -> Path | None:
     return places[0] if places else None
 
 
+def _side(pipe: DiffusionPipeline) -> int:
+    """Of what a class-conditional pipeline makes, in pixels."""
+    return int(pipe.transformer.config.sample_size * pipe.vae_scale_factor)
+
+
+def _shipped() -> Models:
+    """The upgrade that comes with davae, beside its base."""
+    pipe = load_base(TINY_UPGRADED)
+    return Models(TINY_UPGRADED, pipe.vae, pipe, load_base(TINY), _side(pipe))
+
+
 def _untrained(name: str) -> Models:
     """An embedded base with new blocks that are fitted to a few scenes in closed form, and nothing trained."""
     base = load_base(name)
-    side = 2 * base.transformer.config.sample_size * base.vae_scale_factor
+    side = 2 * _side(base)
     scenes = open_dataset(f"procedural:{_SCENES}", resolution=side)
     channels = 3 * base.transformer.config.in_channels
     vae = AutoencoderDA.from_base(base.vae, scale=2, detail_channels=channels, detail_dropout=0.5)

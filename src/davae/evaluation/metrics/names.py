@@ -11,7 +11,8 @@ A training that measures at several resolutions appends the side: ``psnr_128``.
 
 Tables have a row or column for each way: ``upgraded`` is the autoencoder, or the pipeline over it; ``decoder alone``
 its joint decoder on the base latent, without details; ``base, enlarged`` the base's image at base resolution,
-enlarged bicubically; these have equal tokens. ``base, native`` is the base at full resolution, with more.
+enlarged bicubically; ``shipped upgrade`` the one that comes with davae, beside a demo's own; these have equal tokens.
+``base, native`` is the base at full resolution, with more.
 """
 
 import re
@@ -21,7 +22,7 @@ from typing import TypeVar
 PSNR, SSIM, LPIPS, DINO = "psnr", "ssim", "lpips", "dino"
 SWD_FINEST, SWD_MEAN, SPECTRUM_DB, CLIP_SCORE = "swd/finest", "swd/mean", "spectrum_db", "clip_score"
 SPECTRAL_GAIN = "spectral_gain"
-UPGRADED, DECODER_ALONE = "upgraded", "decoder alone"
+UPGRADED, DECODER_ALONE, SHIPPED = "upgraded", "decoder alone", "shipped upgrade"
 BASE_ENLARGED, BASE_NATIVE, REDUCED = OF_BASE = "base, enlarged", "base, native", "image, reduced"
 
 _EARLIER = {

@@ -38,6 +38,7 @@ from davae.runtime.model_files import (
     open_model,
     told_where,
 )
+from davae.runtime.package_files import shipped
 from davae.runtime.text_files import read_object
 
 LAYERS_FILE = "davae_adapter.safetensors"
@@ -235,12 +236,12 @@ def is_model_alone(folder: Path) -> bool:
 
 
 def pipeline_place(folder_or_repo: str | Path) -> str:
-    """The folder of a pipeline, given that folder or a run with one; a hub name unchanged.
+    """The folder of a pipeline, given that folder, a run with one, or what comes with davae; a hub name unchanged.
 
     Raises:
         DavaeError: a folder without a pipeline, or a path that does not exist.
     """
-    folder = Path(folder_or_repo)
+    folder = shipped(folder_or_repo) or Path(folder_or_repo)
     if not folder.is_dir():
         return hub_name("pipeline", str(folder_or_repo))
     if (folder / LAYERS_FILE).is_file():
@@ -259,15 +260,19 @@ def load_autoencoder(
     """Open an :class:`AutoencoderDA`, from its folder or from the hub.
 
     Args:
-        folder_or_repo: the folder, or ``user/name``.
-        dtype: of the weights; ``saved`` is that of the folder's files (float32 for a name on the hub).
+        folder_or_repo: the folder, ``user/name``, or ``tiny-upgraded``.
+        dtype: of the weights; ``saved`` is that of the folder's files (float32 for a name on the hub and for
+            ``tiny-upgraded``).
         variant: of the files, such as ``fp16``; None takes those without one, or the only variant.
 
     Raises:
         DavaeError: no autoencoder there or one of another class, files that are missing or damaged, or a name that
             cannot be fetched from the hub.
     """
-    path_or_repo = str(folder_or_repo)
+    ours = shipped(folder_or_repo)
+    path_or_repo = str(folder_or_repo if ours is None else ours / "vae")
+    if ours is not None and dtype == "saved":
+        dtype = torch.float32
     if Path(path_or_repo).is_dir() or "/" not in path_or_repo:
         path_or_repo = str(autoencoder_folder(Path(path_or_repo)))
     else:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import yaml
 
-from davae.bases.tiny import TINY
 from davae.data import ItemDataset
 from davae.errors import DavaeError
 from davae.evaluation.metrics.names import current_names
@@ -27,6 +26,7 @@ from davae.recipes.read import differing_keys, movable_keys, resumable_keys, wit
 from davae.recipes.settings import UpgradeRecipe
 from davae.recipes.yaml_text import plain_yaml
 from davae.runtime.atomic_files import atomic_json, atomic_write, set_aside
+from davae.runtime.package_files import TINY, shipped
 from davae.runtime.places import check_place, claim
 from davae.runtime.text_files import lines_of, plain_json, read_text
 from davae.training.checkpoints.checkpoint import checkpoints, plain_values
@@ -283,7 +283,7 @@ def installation() -> dict[str, Any]:
     return environment() | {
         "gpu": torch.accelerator.is_available(),
         "torch_cuda": torch.version.cuda,
-        "embedded_base": (TINY / "model_index.json").is_file(),
+        "embedded_base": shipped(TINY) is not None,
         "optional": {name: importlib.util.find_spec(name) is not None for name in _OPTIONAL},
     }
 

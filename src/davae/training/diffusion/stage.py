@@ -92,9 +92,7 @@ class DiffusionStage(Stage):
         teacher = None
         if settings.loss.base_distillation:
             if before is None:
-                raise DavaeError(
-                    "loss.base_distillation is for an upgrade, which has a frozen base: set it to 0"
-                )
+                raise DavaeError("loss.base_distillation is for an upgrade, which has a frozen base: set it to 0")
             teacher = deepcopy(before.transformer).eval().requires_grad_(False)  # the widened one shares its weights
         if before is not None and tune.quantization != "none":
             before.register_modules(transformer=None)  # its weights are those of the widened one

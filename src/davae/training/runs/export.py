@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import yaml
 
-from davae.bases.tiny import TINY
 from davae.errors import DavaeError
 from davae.interop.comfyui import write_single_files
 from davae.models.portable import CODE_FILE
@@ -17,6 +16,7 @@ from davae.pipelines.saving.opening import LAYERS_FILE
 from davae.pipelines.saving.publishing import copy_model, public_name
 from davae.recipes.data import is_on_hub
 from davae.runtime.atomic_files import copy_file
+from davae.runtime.package_files import shipped
 from davae.runtime.places import check_place, claim
 from davae.runtime.text_files import read_object
 from davae.training.checkpoints.run_directory import read_config, read_metrics
@@ -75,7 +75,7 @@ def export_run(
     stage = result.parent
     recipe = {} if result == run else _recipe(stage)
     base = str(recipe.get("base", "")) if recipe else _base_of(run)
-    card_of = TINY if base == "tiny" else base if recipe else run
+    card_of = shipped(base) or (base if recipe else run)
     licence = find_licence(str(card_of), license, name=license_name, link=license_link)
     with claim(out, "result") as folder:
         name, files = repo_id or out.resolve().name, []

@@ -50,7 +50,7 @@ def reconstruct_images(
     """Reconstruct images with an autoencoder, and for comparison with its base and with its decoder alone.
 
     Args:
-        autoencoder: folder of a trained `AutoencoderDA`.
+        autoencoder: folder of a trained `AutoencoderDA`, or ``tiny-upgraded``.
         images: a folder or data set of images; the first ``count`` are used.
         resolution: side of the square crop in pixels.
         out: the picture, with the rows input; base, enlarged; decoder alone; reconstruction.
