@@ -290,6 +290,10 @@ def test_the_shipped_upgrade_stands_beside_and_is_not_the_best_of_this_run(run_d
     )
     assert "(finest) 0.400 0.250 0.300 0.125 0.375 lower" in text
     assert '<td class="strong">26.25 dB</td><td>27.50 dB</td>' in page
+    longer = "Let the transformer learn for longer"
+    assert longer in text
+    assert longer not in dict(words.next_steps(make_summary()))
+    assert any(longer in told for told, _ in words.next_steps(Summary.read(run_dir)))
 
 
 def test_what_a_recorded_run_reached_stands_beside(run_dir: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from davae.errors import DavaeError, first_names
-from davae.evaluation.metrics.names import current_name
+from davae.evaluation.metrics.names import SHIPPED, current_name
 from davae.report.schema import Summary
 from davae.runtime.text_files import lines_of, plain_json, read_text
 
@@ -250,7 +250,9 @@ def next_steps(summary: Summary) -> list[tuple[str, str]]:
     poor = (rebuilt.psnr_base_native or math.inf) < (rebuilt.psnr_reduced or 0)
     if poor and summary.settings.get("base") == "tiny":
         steps.append(("The base loses more than reducing and enlarging the image does. Try a better one:", _REAL))
-    if change is not None and (change > -0.1 or len(worse_levels(summary)) > 1):
+    longest = (made.swd_levels_others if made else {}).get(SHIPPED)
+    behind = made is not None and longest and longest[0] < made.swd_finest_upgraded
+    if change is not None and (change > -0.1 or len(worse_levels(summary)) > 1 or behind):
         steps.append(
             ("Let the transformer learn for longer, in the same folder, where it goes on, by", longer("diffusion"))
         )
