@@ -42,7 +42,7 @@ def test_a_notebook_runs_and_ends_with_a_picture(
     assert any(hasattr(value, "size") and min(value.size) >= 64 for value in shown if value is not None)
     print_of = capsys.readouterr().out
     for words in {
-        "method": ["(1, 3, 128, 128) -> (1, 40, 8, 8)", "with details", "alignment error 0."],
+        "method": ["(1, 3, 128, 128) -> (1, 60, 8, 8)", "with details", "alignment error 0."],
         "upgrade": ["base channels differ by", "details moved by 0e+00"],
         "training": ["step   12", "held_out_total"],
     }[file.stem]:

@@ -64,7 +64,7 @@ ANSWERS = [
     ("studio --port 65536", 2, "Invalid value for '--port'"),
     ("studio --host 0.0.0.0", 2, "No such option"),
     ("recipes list", 0, "sd35-medium-1024"),
-    ("recipes show tiny", 0, "lr_warmup_steps: 0.022"),
+    ("recipes show tiny", 0, "lr_warmup_steps: 0.0625"),
     ("recipes copy tniy", 2, "did you mean 'tiny'"),
     ("trian", 2, "No such command 'trian'"),
     ("train autoencodr", 2, "No such command 'autoencodr'"),
