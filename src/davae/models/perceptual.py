@@ -225,6 +225,9 @@ def efficientnet_lite0() -> tuple[nn.Module, Path]:
     return network.eval().requires_grad_(False), file
 
 
+_LEAST_SIDE = 32  # its five halvings leave one position
+
+
 class EfficientNetDistance(_LayersDistance):
     """Distance of image pairs through the layers of EfficientNet-Lite0: a perceptual term that needs no download.
 
@@ -236,7 +239,7 @@ class EfficientNetDistance(_LayersDistance):
     which is LPIPS without its learned channel weights, and through another network.
 
     Raises:
-        DavaeError: the packages are not installed.
+        DavaeError: the packages are not installed, or a side of the images is below 32 pixels.
     """
 
     def __init__(self) -> None:
@@ -245,6 +248,12 @@ class EfficientNetDistance(_LayersDistance):
 
     def _layers(self, images: Tensor) -> list[Tensor]:
         network: Any = self.network
+        if min(images.shape[-2:]) < _LEAST_SIDE:
+            height, width = images.shape[-2:]
+            raise DavaeError(
+                f"EfficientNet's features need images of at least {_LEAST_SIDE} pixels a side, these are {width} x "
+                f"{height}: set efficientnet_weight=0, or train on larger ones"
+            )
         x = ((images.float() + 1) / 2 - EFFICIENTNET_MEAN) / EFFICIENTNET_STD
         x = network._swish(network._bn0(network._conv_stem(x)))  # [B, 32, H/2, W/2]
         layers = []
