@@ -34,6 +34,11 @@ class Stopped(Exception):
     """Where a test ends a training."""
 
 
+def test_a_base_has_no_base_to_be_taught_by():
+    with pytest.raises(DavaeError, match="base_distillation is for an upgrade"):
+        load_recipe("tiny-base", ["transformer.loss.base_distillation=1"])
+
+
 def test_a_native_fine_tune_reads_images_as_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     plain = RenderedDataset.item

@@ -535,6 +535,8 @@ class BaseRecipe(Section):
             raise ValueError(
                 "full_resolution_crops are for training an autoencoder; without an autoencoder section, leave out"
             )
+        if self.transformer.loss.base_distillation:
+            raise ValueError("transformer.loss.base_distillation is for an upgrade, which has a frozen base: leave out")
         return self
 
 

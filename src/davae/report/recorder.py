@@ -130,7 +130,7 @@ class FigureRecorder:
         columns = {"Input": images, "Base, enlarged": base_previews}
         columns |= {} if alone is None else {"Decoder alone": alone}
         columns["Upgraded"] = reconstructions
-        columns |= {capitalised(name): made for name, made in (others or {}).items()}
+        columns |= _titled(others)
         between = "" if alone is None else "the next is what the upgrade's decoder makes of the same without details; "
         last = "" if native is None else " The last column is the base at full size, from more positions."
         self.add_comparison(
@@ -171,10 +171,9 @@ class FigureRecorder:
             title="Samples",
             text="Generated from the same seeds with the same number of tokens. Left, the base's sample, "
             f"enlarged; {between}then the upgraded pipeline's, which generates the detail channels as well. The "
-            f"scene stays about the same, or changes where tuning moved the base; edges and textures become "
+            "scene stays about the same, or changes where tuning moved the base; edges and textures become "
             f"finer.{_further(others)}",
-            columns={**columns, "Upgraded": upgraded}
-            | {capitalised(name): made for name, made in (others or {}).items()},
+            columns={**columns, "Upgraded": upgraded} | _titled(others),
             captions=captions,
             zoom=max(upgraded.shape[-1] // 4, 8),
             zoom_from="Upgraded",
@@ -237,6 +236,10 @@ class FigureRecorder:
         )
         figures.write(self.run_dir)
         return figures
+
+
+def _titled(others: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    return {capitalised(name): made for name, made in (others or {}).items()}
 
 
 def _further(others: Mapping[str, Tensor] | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from davae.errors import DavaeError, first_names
 from davae.evaluation.metrics.names import SHIPPED, current_name
 from davae.report.schema import Summary
+from davae.runtime.package_files import TINY
 from davae.runtime.text_files import lines_of, plain_json, read_text
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -248,10 +249,9 @@ def next_steps(summary: Summary) -> list[tuple[str, str]]:
     if rebuilt.psnr_upgraded < rebuilt.psnr_base_upscaled + 1 or made is None:
         steps.append(("Let the autoencoder learn for longer, in another folder, by", longer("autoencoder")))
     poor = (rebuilt.psnr_base_native or math.inf) < (rebuilt.psnr_reduced or 0)
-    if poor and summary.settings.get("base") == "tiny":
+    if poor and summary.settings.get("base") == TINY:
         steps.append(("The base loses more than reducing and enlarging the image does. Try a better one:", _REAL))
-    longest = (made.swd_levels_others if made else {}).get(SHIPPED)
-    behind = made is not None and longest and longest[0] < made.swd_finest_upgraded
+    behind = made is not None and made.swd_levels_others.get(SHIPPED, [math.inf])[0] < made.swd_finest_upgraded
     if change is not None and (change > -0.1 or len(worse_levels(summary)) > 1 or behind):
         steps.append(
             ("Let the transformer learn for longer, in the same folder, where it goes on, by", longer("diffusion"))

@@ -117,13 +117,13 @@ class DiffusionObjective(nn.Module):
     @torch.no_grad()
     def _distilled(self, sample: NoisySample, conditioning: Mapping[str, Tensor]) -> NoisySample:
         """The sample with the target of ``loss.base_distillation``; held-out losses compare with the image's."""
-        teacher, share = self.teacher[0], self.settings.base_distillation
-        if teacher is None or not share:
+        teacher = self.teacher[0]
+        if teacher is None:
             return sample
         noisy = self.layout.split(sample.noisy)[0].contiguous()
-        args = teacher.to(noisy.device), noisy, sample.sigma_or_t, conditioning
-        prediction, _ = self.family.predict_with_variance(*args, guidance=self.guidance)
-        return self.process.distilled(sample, prediction, share)
+        teacher.to(noisy.device)
+        prediction = self.family.predict(teacher, noisy, sample.sigma_or_t, conditioning, guidance=self.guidance)
+        return self.process.distilled(sample, prediction, self.settings.base_distillation)
 
     @torch.no_grad()
     def _parts(self, prediction: Tensor, sample: NoisySample) -> dict[str, Tensor]:
